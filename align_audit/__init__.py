@@ -1,0 +1,55 @@
+"""Watch what preference training does inside a language model.
+
+The public surface is the names in ``__all__``; everything else is private. Importing this package is cheap:
+torch, transformers and trl load when something that needs them is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from align_audit.auditing import audit
+    from align_audit.callback import AlignmentAuditCallback
+    from align_audit.config import AuditConfig
+    from align_audit.models.anatomy import Anatomy
+    from align_audit.probes import ProbeSet
+    from align_audit.record import Alert, AuditRecord
+    from align_audit.runlog import AuditRun
+
+_WHERE = {
+    "Alert": "align_audit.record",
+    "AlignmentAuditCallback": "align_audit.callback",
+    "Anatomy": "align_audit.models.anatomy",
+    "AuditConfig": "align_audit.config",
+    "AuditRecord": "align_audit.record",
+    "AuditRun": "align_audit.runlog",
+    "ProbeSet": "align_audit.probes",
+    "audit": "align_audit.auditing",
+}
+
+__all__ = [
+    "Alert",
+    "AlignmentAuditCallback",
+    "Anatomy",
+    "AuditConfig",
+    "AuditRecord",
+    "AuditRun",
+    "ProbeSet",
+    "audit",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'align_audit' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,208 @@
+"""What an audit measures, when, and how loudly it speaks. Frozen, validated on construction, to and from dict and YAML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from align_audit.errors import ConfigurationError
+
+Positions = Literal["all", "prompt", "completion", "last_prompt_token"]
+Basis = Literal["activation", "shift"]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class StatisticsConfig(_Part):
+    """Intervals and tests over pairs (METHODS §2)."""
+
+    confidence: Fraction = 0.95
+    interval: Literal["percentile", "bca"] = "percentile"
+    bootstrap_resamples: int = Field(1000, ge=100)
+
+
+class PatchingConfig(_Part):
+    """Layer-wise activation patching and its controls (METHODS §1, §2)."""
+
+    enabled: bool = True
+    positions: Positions = "all"
+    reverse: bool = True
+    noise_draws: int = Field(3, ge=0)
+    split_half_repeats: int = Field(100, ge=1)
+    split_half_agreement: Fraction = 0.8
+    """The control passes when at least this share of random half splits agree on the peak layer."""
+
+
+class LocalizationConfig(_Part):
+    """LASSO over layers (METHODS §3)."""
+
+    enabled: bool = True
+    target: Literal["shift", "effect"] = "shift"
+    folds: int = Field(5, ge=2)
+    selection_resamples: int = Field(50, ge=1)
+    permutations: int = Field(20, ge=1)
+
+
+class LowRankConfig(_Part):
+    """Low-rank subspace reconstruction (METHODS §4)."""
+
+    enabled: bool = True
+    bases: tuple[Basis, ...] = ("activation", "shift")
+    ranks: tuple[int, ...] = (1, 2, 4, 8, 16)
+    layers: Literal["auto", "all"] | tuple[int, ...] = "auto"
+    """``auto``: the peak layer of the block transplants and the layer of the largest gain in recovery."""
+    random_draws: int = Field(2, ge=0)
+
+    @field_validator("ranks")
+    @classmethod
+    def _ranks_ascend(cls, ranks: tuple[int, ...]) -> tuple[int, ...]:
+        if not ranks or any(k < 1 for k in ranks) or list(ranks) != sorted(set(ranks)):
+            raise ValueError(f"expected ascending ranks of at least 1, such as (1, 2, 4, 8); found {ranks}")
+        return ranks
+
+
+class SpinalConfig(_Part):
+    """Contraction, transport and the scores made of them (METHODS §5)."""
+
+    enabled: bool = True
+    window: tuple[Fraction, Fraction] = (0.1, 0.9)
+    terminal_fraction: Fraction | None = None
+    """Depth fraction of the terminal block; None: the last max(⌈L/3⌉, min(4, L)) layers."""
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    max_rows: int = Field(4096, ge=32)
+    """Token rows that enter the spectra and transport; more are subsampled, deterministically, and the record says so."""
+    gradient_concentration: bool = True
+
+    @model_validator(mode="after")
+    def _window_ascends(self) -> Self:
+        if self.window[0] >= self.window[1]:
+            raise ValueError(f"expected an ascending window such as (0.1, 0.9); found {self.window}")
+        return self
+
+
+class ScheduleConfig(_Part):
+    """When the callback audits."""
+
+    before_training: bool = True
+    on_save: bool = True
+    on_evaluate: bool = False
+    every_n_steps: int | None = Field(None, ge=1)
+    on_last_step: bool = True
+
+
+class AlertConfig(_Part):
+    """Limits of the alert rules (see ``align_audit.alerts`` for what each rule means) and what to do when one fires."""
+
+    enabled: bool = True
+    action: Literal["log", "save", "stop"] = "log"
+    """Done when an alert of level ``action_level`` or above fires. ``save`` writes a checkpoint, ``stop`` ends training."""
+    action_level: Literal["warning", "error"] = "error"
+    baseline_audits: int = Field(3, ge=1)
+    """Healthy audits after which a run is also compared with itself."""
+    chosen_drop_warning: float = Field(0.5, gt=0)
+    """Nats per token by which the chosen log-probability may fall below the reference's."""
+    chosen_drop_error: float = Field(1.0, gt=0)
+    kl_warning: float = Field(0.5, gt=0)
+    """Nats per token."""
+    kl_error: float = Field(1.0, gt=0)
+    entropy_ratio_low: float = Field(0.25, gt=0, lt=1)
+    """Entropy of the policy over entropy of the reference."""
+    entropy_ratio_high: float = Field(2.0, gt=1)
+    token_accuracy_ratio_error: float = Field(0.5, gt=0, lt=1)
+    """Next-token accuracy of the policy over the reference's."""
+    accuracy_drop_warning: float = Field(0.1, gt=0, lt=1)
+    accuracy_drop_error: float = Field(0.25, gt=0, lt=1)
+    """Fall of the preference accuracy on the probes from its best."""
+    additivity_warning: float = Field(0.4, gt=0, lt=1)
+    coherence_drop_warning: float = Field(0.5, gt=0, lt=1)
+    """Relative fall below the run's own baseline."""
+
+
+class AuditConfig(_Part):
+    """Everything an audit can be told.
+
+    Args:
+        max_pairs: probe pairs drawn from the dataset; more pairs narrow the intervals and cost time in proportion.
+        batch_tokens: padded tokens (both completions counted) in one batch; bounds the working memory.
+        working_memory_mb: memory the patched streams of one batch may take together; streams are walked in groups.
+        seed: of every random draw of an audit (subsample, bootstrap, noise, splits). No global random state is touched.
+        strict: raise when an audit breaks, instead of recording it and letting training go on.
+        tensorboard: ``auto`` writes beside the trainer's own curves where it has a TensorBoard log, else into
+            ``<output_dir>/align_audit/tensorboard``; ``off`` writes none.
+        max_length, truncation_mode: of probe sequences; None takes the trainer's (or 1024 and ``keep_start``).
+
+    Example:
+        >>> AuditConfig(max_pairs=32).schedule.on_save
+        True
+        >>> AuditConfig.from_dict({"max_pairs": 32}) == AuditConfig(max_pairs=32)
+        True
+    """
+
+    max_pairs: int = Field(64, ge=1)
+    batch_tokens: int = Field(8192, ge=1)
+    working_memory_mb: int = Field(1024, ge=1)
+    seed: int = Field(0, ge=0)
+    strict: bool = False
+    progress: bool = True
+    tensorboard: Literal["auto", "off"] = "auto"
+    max_length: int | None = Field(None, ge=2)
+    truncation_mode: Literal["keep_start", "keep_end"] | None = None
+    statistics: StatisticsConfig = StatisticsConfig()
+    patching: PatchingConfig = PatchingConfig()
+    localization: LocalizationConfig = LocalizationConfig()
+    low_rank: LowRankConfig = LowRankConfig()
+    spinal: SpinalConfig = SpinalConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    alerts: AlertConfig = AlertConfig()
+
+    def __init__(self, **data: Any) -> None:
+        try:
+            super().__init__(**data)
+        except ValidationError as error:
+            raise ConfigurationError(_explain(error)) from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, as :meth:`from_dict` takes them back."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Build from nested plain values; an unknown or invalid one raises :class:`ConfigurationError`."""
+        return cls(**values)
+
+    def to_yaml(self, path: str | Path) -> None:
+        Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Self:
+        """Read a YAML file of options; those left out keep their defaults."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigurationError(f"cannot read the audit configuration {path}: {error}") from error
+        if values is None:
+            values = {}
+        if not isinstance(values, dict):
+            raise ConfigurationError(f"{path}: expected a mapping of options, found {type(values).__name__}")
+        return cls.from_dict(values)
+
+
+def _explain(error: ValidationError) -> str:
+    """Say each problem in one line: where, what was found, what is allowed."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"]) or "AuditConfig"
+        if problem["type"] == "extra_forbidden":
+            part: Any = AuditConfig
+            for name in problem["loc"][:-1]:
+                part = part.model_fields[name].annotation
+            lines.append(f"unknown option {where!r}; the options there are {', '.join(part.model_fields)}")
+        else:
+            lines.append(f"{where}: {problem['msg']} (found {problem['input']!r})")
+    return "invalid audit configuration:\n  " + "\n  ".join(lines)

@@ -1,0 +1,306 @@
+"""What one audit found: ``AuditRecord`` and its parts, as stored in a run log.
+
+Conventions. Per-layer sequences have length L (the number of decoder layers, 0-based) unless a field says otherwise.
+A number that cannot be known is NaN, and says why: an :class:`Estimate` in its ``reason``, any other field in
+``AuditRecord.reasons`` under its dotted path. Records hold no tensors; what is large (per-pair values, subspace bases)
+lies beside the log in ``step-N/*.safetensors``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from align_audit.errors import RecordError
+
+SCHEMA_VERSION = 1
+"""Version of the fields of a record. Older records are migrated on load; newer ones are refused."""
+
+METHODS_VERSION = 1
+"""Version of the definitions of the measures. Numbers of different versions are not comparable."""
+
+Verdict = Literal["passed", "failed", "not_run"]
+AlertLevel = Literal["info", "warning", "error"]
+
+
+class _Part(BaseModel):
+    # NaN and infinities are not JSON numbers; as strings they survive any JSON reader.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Estimate(_Part):
+    """A mean over probe pairs with its bootstrap confidence interval; NaN with a ``reason`` when it cannot be known."""
+
+    mean: float
+    low: float
+    high: float
+    reason: str | None = None
+
+    @classmethod
+    def unknown(cls, reason: str) -> Self:
+        return cls(mean=math.nan, low=math.nan, high=math.nan, reason=reason)
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]" if spec else repr(self)
+
+
+class Margins(_Part):
+    """Preference margins and the behavioural side-channel (METHODS, notation and §6). Log-probabilities in nats."""
+
+    reference: Estimate
+    policy: Estimate
+    shift: Estimate
+    accuracy: Estimate
+    ranking_accuracy: Estimate
+    chosen_logp_change: Estimate
+    rejected_logp_change: Estimate
+    chosen_logp_change_per_token: Estimate
+    rejected_logp_change_per_token: Estimate
+    kl: Estimate
+    """KL(policy ‖ reference) of the next-token distribution, nats per token."""
+    entropy: Estimate
+    """Of the policy's next-token distribution, nats per token."""
+    reference_entropy: Estimate
+    token_accuracy: Estimate
+    """Share of chosen completion tokens that are the policy's most likely next token."""
+    reference_token_accuracy: Estimate
+
+
+class Patching(_Part):
+    """Layer-wise activation patching (METHODS §1). Effects and transplants in nats; recovery and gains are shares."""
+
+    positions: str
+    effect: list[Estimate]
+    effect_p_adjusted: list[float]
+    """Two-sided bootstrap p-values of effect ≠ 0, Benjamini–Hochberg adjusted over layers."""
+    recovery: list[Estimate]
+    layer_gain: list[Estimate]
+    block_transplant: list[Estimate]
+    embedding_gain: Estimate
+    head_gain: Estimate
+    embedding_transplant: Estimate
+    head_transplant: Estimate
+    additivity: Estimate
+    peak_layer: int | None
+
+
+class Control(_Part):
+    """One control (METHODS §2): does the number it guards count as evidence? ``reason`` always says why."""
+
+    verdict: Verdict
+    reason: str
+    effect: list[Estimate] | None = None
+    """L values for ``noise``, ``reverse`` and ``identity``; for ``random_subspace`` one per evaluated rank."""
+    value: float | None = None
+    """Agreement over half splits for ``split_half``."""
+
+
+class Controls(_Part):
+    noise: Control
+    reverse: Control
+    identity: Control
+    random_subspace: Control
+    split_half: Control
+
+
+class Localization(_Part):
+    """Sparse localization (METHODS §3)."""
+
+    target: str
+    lasso_coefficients: list[float]
+    lasso_lambda: float
+    cv_r2: float
+    """Cross-validated R² at the chosen λ; at or below 0 the layers do not predict the target."""
+    selected_layers: list[int]
+    selection_frequency: list[float]
+    null_selection_frequency: list[float]
+    """The same frequencies with the targets permuted."""
+    null_cv_r2: list[float]
+    center_of_mass: float
+    entropy: float
+
+
+class LowRankCurve(_Part):
+    """Low-rank reconstruction of one layer in one basis (METHODS §4); sequences run along ``ranks``."""
+
+    ranks: list[int]
+    effect_fraction: list[Estimate]
+    explained_variance_ratio: list[float]
+    rank_95: float
+    full_effect: Estimate
+    principal_angles: list[float] | None = None
+    """Radians, ascending, to the previous audit's subspace of the same layer and basis; None at a run's first."""
+
+
+class DepthTrace(_Part):
+    """One model's path through its layers (METHODS §5)."""
+
+    contraction: list[float]
+    contraction_r2: list[float]
+    contraction_stderr: list[float]
+    transport: list[float]
+    """Length L − 1; radians in [0, π]."""
+    singular_values: list[int]
+    """n per layer: min(rows, columns, numerical rank)."""
+    below_rounding_floor: list[int]
+    """Singular values per layer that the dtype of the activations cannot resolve."""
+
+
+class Spinal(_Part):
+    """SPINAL on policy and reference, on the same rows (METHODS §5)."""
+
+    policy: DepthTrace
+    reference: DepthTrace
+    terminal_layers: list[int]
+    rows: int
+    rows_available: int
+    delta_align: float
+    coherence: float
+    reference_coherence: float
+    gradient_concentration: Estimate
+    score: float
+
+
+class Alert(_Part):
+    """A finding about the run: what was seen, against what, where, why it matters and what to try."""
+
+    rule: str
+    level: AlertLevel
+    step: int
+    layers: list[int] = Field(default_factory=list)
+    value: float
+    baseline: float | None = None
+    threshold: float | None = None
+    message: str
+    suggestion: str
+
+
+class ReferenceCheck(_Part):
+    """Is the reference what it should be? ``same_weights``: equal to the policy bit by bit."""
+
+    source: str
+    """Where the reference came from, in words."""
+    same_weights: bool
+    verdict: Verdict
+    reason: str
+    last_sync_step: int | None = None
+    precomputed_margin_difference: float | None = None
+    """Largest absolute difference to the trainer's precomputed reference margins, in nats."""
+
+
+class Cost(_Part):
+    seconds: float
+    peak_memory: int
+    """Bytes above what was allocated when the audit began (device memory on CUDA, resident memory on a CPU)."""
+    forward_equivalents: float
+    """Full forwards of one model over the probe pairs that the same layer calls amount to."""
+
+
+class Provenance(_Part):
+    """Everything needed to say which models, pairs and settings a record speaks of."""
+
+    created: str
+    versions: dict[str, str]
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    policy_hash: str
+    reference_hash: str
+    probe_hash: str
+    probe_source: str
+    probe_held_out: bool | None
+    pairs: int
+    pairs_dropped: dict[str, int]
+    seed: int
+    device: str
+    parameter_dtype: str
+    compute_dtype: str
+    max_length: int | None
+    truncation_mode: str
+    beta: float | None = None
+    config: dict[str, Any]
+
+
+class AuditRecord(_Part):
+    """Everything one audit found. Alerts, plots and reports can be made from it again with no model at hand."""
+
+    step: int
+    schema_version: int = SCHEMA_VERSION
+    methods_version: int = METHODS_VERSION
+    provenance: Provenance
+    reference_check: ReferenceCheck
+    margins: Margins
+    patching: Patching | None
+    controls: Controls
+    localization: Localization | None
+    low_rank: dict[str, dict[int, LowRankCurve]]
+    """``low_rank[basis][layer]``; layer −1 does not occur."""
+    spinal: Spinal | None
+    alerts: list[Alert] = Field(default_factory=list)
+    cost: Cost
+    reasons: dict[str, str] = Field(default_factory=dict)
+    """Why a NaN or None elsewhere in the record is one: dotted path → reason."""
+
+    @property
+    def key(self) -> tuple[int, str, str]:
+        """What makes two audits the same: step, policy weights, reference weights."""
+        return (self.step, self.provenance.policy_hash, self.provenance.reference_hash)
+
+    def to_json(self) -> str:
+        """One line of JSON; :meth:`from_json` gives an equal record back."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "the record") -> Self:
+        """Parse one record.
+
+        Raises:
+            RecordError: the text is no record, or was written by a newer align_audit.
+        """
+        import json
+
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise RecordError(f"{where} is not JSON: {error}") from None
+        if not isinstance(values, dict) or "schema_version" not in values:
+            raise RecordError(f"{where} is not an align_audit record: no schema_version in it")
+        version = values["schema_version"]
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
+            raise RecordError(
+                f"{where} has schema version {version}; this align_audit reads up to {SCHEMA_VERSION}. "
+                "Upgrade with `pip install --upgrade align-audit`."
+            )
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecordError(f"{where} is not a valid record: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the record as JSON, atomically: a reader sees the old file or the new one, never a part."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self.model_dump_json(indent=1))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        try:
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise RecordError(f"cannot read {path}: {error}") from None
+        return cls.from_json(text, where=str(path))
