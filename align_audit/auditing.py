@@ -1,0 +1,354 @@
+"""``audit``: compare a policy with its reference on probe pairs, once, and return what was found."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from align_audit.conductor.assemble import Assembler
+from align_audit.conductor.collect import Collected, Collector
+from align_audit.conductor.lowrank import LowRankFindings, reconstruct
+from align_audit.conductor.session import Session
+from align_audit.config import AuditConfig
+from align_audit.errors import ConfigurationError, ProbeError
+from align_audit.models.anatomy import Anatomy
+from align_audit.models.guard import untouched
+from align_audit.models.loading import load_model
+from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
+from align_audit.record import AuditRecord, Cost, DepthTrace, Provenance, ReferenceCheck
+
+if TYPE_CHECKING:
+    from align_audit.measures.patching import PatchSummary
+    from align_audit.probes import ProbeSet
+    from align_audit.record import Patching
+
+_PACKAGES = ("align-audit", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "scipy")
+
+Subspaces = dict[tuple[str, int], np.ndarray]
+"""(basis, layer) → [d, k], orthonormal columns."""
+
+
+@dataclass
+class Context:
+    """What a run keeps between audits, and what the caller knows that a model cannot say.
+
+    Attributes:
+        autocast: makes the context the trainer computes in.
+        at_start: training has not begun, so policy and reference should compute the same.
+        subspaces: of the audit before, for principal angles; replaced by each audit.
+        reference_traces: depth traces of references already measured, by what they depend on.
+    """
+
+    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    anatomy: Anatomy | None = None
+    at_start: bool = False
+    beta: float | None = None
+    last_sync_step: int | None = None
+    compare_precomputed: bool = True
+    subspaces: Subspaces = field(default_factory=dict)
+    reference_traces: dict[tuple[str, ...], tuple[DepthTrace, dict[str, str]]] = field(default_factory=dict)
+    progress: Callable[[int, str], Any] | None = None
+
+
+def audit(
+    policy: nn.Module | str | Path,
+    reference: nn.Module | str | Path | None,
+    probes: ProbeSet,
+    config: AuditConfig | None = None,
+    step: int = 0,
+    *,
+    anatomy: Anatomy | None = None,
+) -> AuditRecord:
+    """Audit one policy against its reference (METHODS §1–6).
+
+    Args:
+        policy: a causal LM, a PEFT model, or the path of either.
+        reference: the same; None: the policy's ``"ref"`` adapter, else its adapters off, else its own source path.
+        probes: preference pairs, tokenized as the trainer does.
+        config: what to measure; defaults to all of it.
+        step: the training step the record names.
+        anatomy: where the decoder layers are, for a model in which they cannot be found.
+
+    Returns:
+        The record. Neither model, nor any random state, is changed.
+
+    Raises:
+        ReferenceUnavailableError: no reference can be had, or it does not fit the policy.
+        AnatomyError: the model cannot be opened between its layers.
+        ProbeError: there are no pairs.
+    """
+    if not isinstance(policy, nn.Module):
+        policy = load_model(policy)
+    resolved = resolve_reference(policy, reference)
+    record, _ = run_audit(policy, resolved, probes, config or AuditConfig(), step, Context(anatomy=anatomy))
+    return record
+
+
+def run_audit(
+    policy: nn.Module, reference: Reference, probes: ProbeSet, config: AuditConfig, step: int, context: Context
+) -> tuple[AuditRecord, dict[str, np.ndarray]]:
+    """The audit itself; also returns what is too large for a record: per-pair numbers, and each subspace basis."""
+    if len(probes) == 0:
+        raise ProbeError("the probe set is empty; expected at least one preference pair")
+    began = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        stack.callback(reference.release)
+        models = [policy]
+        with untouched(policy):  # loading a reference draws random numbers
+            other = reference.model()
+        if other is not policy:
+            stack.enter_context(_placed(other, policy))
+            models.append(other)
+        stack.enter_context(untouched(*models))
+        stack.enter_context(torch.no_grad())
+        session = Session(
+            policy,
+            reference,
+            probes.pairs,
+            config,
+            autocast=context.autocast,
+            anatomy=context.anatomy,
+            pad_token_id=0,
+        )
+        hashes = (policy_fingerprint(policy), reference.fingerprint())
+        return _measure(session, reference, probes, step, context, hashes, began)
+
+
+def _measure(
+    session: Session,
+    reference: Reference,
+    probes: ProbeSet,
+    step: int,
+    context: Context,
+    hashes: tuple[str, str],
+    began: float,
+) -> tuple[AuditRecord, dict[str, np.ndarray]]:
+    config = session.config
+    trace_key = (
+        hashes[1], probes.content_hash, config.spinal.model_dump_json(), str(config.seed), str(session.reference.compute_dtype)
+    )  # fmt: skip
+    low_rank = config.low_rank.enabled and config.patching.enabled
+    tick = _ticker(context, len(session.plan) * (3 if low_rank else 1))
+    collector = Collector(session, reference_rows=trace_key not in context.reference_traces)
+    for batch in session.batches():
+        collector.update(batch)
+        tick()
+    found = collector.found
+    build = Assembler(found, config)
+    margins = build.margins()
+    patching, summary = build.patching()
+    localization = build.localization(summary)
+    findings = _low_rank(session, build, patching, summary, tick)
+    curves = build.low_rank(findings, context.subspaces) if findings is not None else {}
+    if not curves and "low_rank" not in build.reasons and findings is None:
+        build.reasons["low_rank"] = "switched off (low_rank.enabled, patching.enabled)"
+    controls = build.controls(summary, findings)
+    spinal = None
+    if config.spinal.enabled:
+        epsilon = torch.finfo(session.policy.compute_dtype).eps
+        ours, why = build.trace(found.policy_rows, found.policy_transport, epsilon)
+        if trace_key not in context.reference_traces:
+            context.reference_traces[trace_key] = build.trace(
+                found.reference_rows, found.reference_transport, epsilon
+            )
+        theirs, why_theirs = context.reference_traces[trace_key]
+        build.reasons.update({f"spinal.policy.{path}": reason for path, reason in why.items()})
+        build.reasons.update({f"spinal.reference.{path}": reason for path, reason in why_theirs.items()})
+        spinal = build.spinal(ours, theirs)
+    else:
+        build.reasons["spinal"] = "switched off (spinal.enabled)"
+    session.meter.sample()
+    record = AuditRecord(
+        step=step,
+        provenance=_provenance(session, probes, hashes, context),
+        reference_check=_check_reference(session, reference, build, probes, context),
+        margins=margins,
+        patching=patching,
+        controls=controls,
+        localization=localization,
+        low_rank=curves,
+        spinal=spinal,
+        cost=Cost(
+            seconds=time.perf_counter() - began,
+            peak_memory=session.meter.peak,
+            forward_equivalents=session.forward_equivalents(),
+        ),
+        reasons=build.reasons,
+    )
+    if findings is not None:
+        context.subspaces = dict(findings.bases)
+    return record, _arrays(found, findings)
+
+
+def _low_rank(
+    session: Session,
+    build: Assembler,
+    patching: Patching | None,
+    summary: PatchSummary | None,
+    tick: Callable[[], None],
+) -> LowRankFindings | None:
+    """Reconstruct at the layers asked for; None, with a reason, where there is nothing to reconstruct."""
+    config = session.config.low_rank
+    if not config.enabled or patching is None or summary is None:
+        return None
+    if len(session.pairs) < 2:
+        build.reasons["low_rank"] = "cross-fitting needs two halves: at least 2 pairs, found 1"
+        return None
+    if config.layers == "all":
+        layers = list(range(session.num_layers))
+    elif config.layers == "auto":
+        layers = sorted(
+            {layer for layer in (summary.peak_layer, _largest([gain.mean for gain in summary.layer_gain])) if layer is not None}
+        )
+        if not layers:
+            build.reasons["low_rank"] = f"no layer to reconstruct: {summary.peak_reason}"
+            return None
+    else:
+        layers = sorted(set(config.layers))
+        outside = [layer for layer in layers if not 0 <= layer < session.num_layers]
+        if outside:
+            raise ConfigurationError(
+                f"low_rank.layers names {outside}; the model has layers 0 to {session.num_layers - 1}"
+            )
+    return reconstruct(session, layers, tick)
+
+
+def _largest(values: list[float]) -> int | None:
+    return int(np.argmax(values)) if np.isfinite(values).all() else None
+
+
+def _check_reference(
+    session: Session, reference: Reference, build: Assembler, probes: ProbeSet, context: Context
+) -> ReferenceCheck:
+    """Is the reference what it should be: the policy's starting point, and the one the trainer precomputed with?"""
+    same = build.found.identical
+    verdict, reason = "not_run", "training has begun; policy and reference are compared at step 0"
+    if context.at_start and same:
+        verdict, reason = "passed", "policy and reference give equal activations, bit by bit, before training"
+    elif context.at_start:
+        distance = float(np.nanmean(np.abs(build.shift)))
+        verdict = "failed"
+        reason = (
+            f"before the first step policy and reference already differ: the margin shift is {distance:.3g} nats on "
+            "average. Training optimizes the policy against this reference, not against its own starting point. "
+            "Usual causes: an adapter initialization that changes the base weights (PiSSA, OLoRA), trained biases, "
+            "or a reference loaded from another model or in another precision"
+        )
+    difference = None
+    precomputed = [pair.reference_logps for pair in probes.pairs]
+    if context.compare_precomputed and all(logps is not None for logps in precomputed):
+        theirs = np.array([logps[0] - logps[1] for logps in precomputed if logps is not None])
+        difference = float(np.abs(build.reference_margin - theirs).max())
+        scale = np.array([abs(logps[0]) + abs(logps[1]) for logps in precomputed if logps is not None])
+        # Two ways to sum the same log-probabilities differ by rounding, which grows with their size.
+        half = session.reference.compute_dtype in (torch.bfloat16, torch.float16)
+        mismatch = float(np.abs(build.reference_margin - theirs).mean())
+        if not mismatch <= (1e-2 if half else 1e-4) * float(scale.mean()):
+            verdict = "failed"
+            reason = (
+                f"the trainer's precomputed reference margins differ from this reference's by {mismatch:.3g} nats on "
+                "average: it is not the reference the trainer uses"
+            )
+        elif verdict == "not_run":
+            verdict = "passed"
+            reason = f"its margins equal the trainer's precomputed ones (largest difference {difference:.2g} nats)"
+    return ReferenceCheck(
+        source=reference.source,
+        same_weights=same,
+        verdict=verdict,  # type: ignore[arg-type]
+        reason=reason,
+        last_sync_step=context.last_sync_step,
+        precomputed_margin_difference=difference,
+    )
+
+
+def _provenance(session: Session, probes: ProbeSet, hashes: tuple[str, str], context: Context) -> Provenance:
+    anatomy = session.policy.anatomy
+    weight = next(parameter for parameter in session.policy.model.parameters() if parameter.is_floating_point())
+    return Provenance(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions={name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        model_type=str(getattr(session.policy.model.config, "model_type", type(session.policy.model).__name__)),
+        num_layers=anatomy.num_layers,
+        hidden_size=anatomy.hidden_size,
+        vocab_size=anatomy.vocab_size,
+        policy_hash=hashes[0],
+        reference_hash=hashes[1],
+        probe_hash=probes.content_hash,
+        probe_source=probes.source,
+        probe_held_out=probes.held_out,
+        pairs=len(probes),
+        pairs_dropped=dict(probes.dropped),
+        seed=session.config.seed,
+        device=str(session.device),
+        parameter_dtype=str(weight.dtype).removeprefix("torch."),
+        compute_dtype=str(session.policy.compute_dtype).removeprefix("torch."),
+        max_length=probes.max_length,
+        truncation_mode=probes.truncation_mode,
+        beta=context.beta,
+        config=session.config.to_dict(),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _arrays(found: Collected, findings: LowRankFindings | None) -> dict[str, np.ndarray]:
+    arrays = {f"per_pair.{name}": values for name, values in found.per_pair.items()}
+    if findings is not None:
+        for (basis, layer), values in findings.bases.items():
+            arrays[f"subspace.{basis}.{layer}"] = values
+    return arrays
+
+
+def subspaces_from(arrays: dict[str, np.ndarray]) -> Subspaces:
+    """The subspaces among stored arrays, as a later audit compares itself with them."""
+    found: Subspaces = {}
+    for name, values in arrays.items():
+        if name.startswith("subspace."):
+            _, basis, layer = name.split(".")
+            found[basis, int(layer)] = values
+    return found
+
+
+@contextlib.contextmanager
+def _placed(reference: nn.Module, policy: nn.Module) -> Any:
+    """The reference on the policy's device for the audit, and back where it was."""
+    here = next(reference.parameters()).device
+    there = next(policy.parameters()).device
+    if here == there:
+        yield
+        return
+    reference.to(there)
+    try:
+        yield
+    finally:
+        reference.to(here)
+
+
+def _ticker(context: Context, total: int) -> Callable[[], None]:
+    if context.progress is None:
+        return lambda: None
+    bar = context.progress(total, "align_audit")
+
+    def tick() -> None:
+        bar.update(1)
+        if bar.n >= total:
+            bar.close()
+
+    return tick

@@ -1,0 +1,406 @@
+"""When to audit during training: a ``TrainerCallback`` for TRL's ``DPOTrainer``. It holds no maths.
+
+Order of events, as transformers' Trainer fires them: ``on_step_end`` → (log) → ``on_evaluate`` → ``on_save``; TRL's
+reference synchronization runs in its own ``on_step_end``, after ours. So an audit due on a synchronization step waits
+for the next event. The trainer's TensorBoard writer is closed before our ``on_train_end``, so the last step is audited
+before that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from align_audit.alerts import evaluate
+from align_audit.auditing import Context, run_audit, subspaces_from
+from align_audit.conductor.session import Session
+from align_audit.config import AuditConfig
+from align_audit.errors import AlignAuditError, ConfigurationError
+from align_audit.models.anatomy import Anatomy
+from align_audit.models.guard import untouched
+from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
+from align_audit.probes import ProbeSet
+from align_audit.record import Alert, AuditRecord
+from align_audit.runlog import RunLog
+from align_audit.writers.locate import open_tensorboard
+from align_audit.writers.tensorboard import TensorBoardWriter
+from align_audit.writers.terminal import print_record, progress_bar
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from trl import DPOTrainer
+
+logger = logging.getLogger(__name__)
+
+_ARRAYS = "arrays"
+
+
+class AlignmentAuditCallback(TrainerCallback):
+    """Audits a ``DPOTrainer`` run from inside: before the first step, at checkpoints, and on the last step.
+
+    Observation is inert (losses, gradients and weights are bit-identical with and without it), and an audit that breaks
+    never breaks training: it is logged with its traceback, and training goes on (``AuditConfig(strict=True)`` raises).
+    What cannot work is refused before training starts.
+
+    Args:
+        probes: a ``ProbeSet``, or any preference data ``ProbeSet.from_dataset`` takes; None: the trainer's eval set
+            (when attached), else pairs of the training set, with a warning.
+        config: what to audit, when, and at which limits to speak.
+        reference: a model or a path; None: see ``align_audit.models.reference``.
+        anatomy: where the decoder layers are, for a model in which they cannot be found.
+
+    Example::
+
+        callback = AlignmentAuditCallback()
+        trainer = DPOTrainer(..., callbacks=[callback])
+        callback.attach(trainer)
+        trainer.train()
+    """
+
+    def __init__(
+        self,
+        probes: ProbeSet | Dataset | IterableDataset | list[dict[str, Any]] | str | Path | None = None,
+        config: AuditConfig | None = None,
+        reference: nn.Module | str | Path | None = None,
+        *,
+        anatomy: Anatomy | None = None,
+    ) -> None:
+        self.config = config if config is not None else AuditConfig()
+        if not isinstance(self.config, AuditConfig):
+            raise ConfigurationError(
+                f"expected config to be an AuditConfig, found {type(config).__name__}; build one with "
+                "AuditConfig(...), AuditConfig.from_dict or AuditConfig.from_yaml"
+            )
+        self._given_probes = probes
+        self._given_reference = reference
+        self._trainer: weakref.ref[DPOTrainer] | None = None
+        self._context = Context(anatomy=anatomy)
+        self._probes: ProbeSet | None = probes if isinstance(probes, ProbeSet) else None
+        self._reference: Reference | None = None
+        self._log: RunLog | None = None
+        self._writer: TensorBoardWriter | None = None
+        self._close_writer: Callable[[], None] = lambda: None
+        self._pending = False
+        self._save_next = False
+        self._started = False
+        self._seen: set[tuple[int, str]] = set()
+        self._failures_shown: set[str] = set()
+
+    # -- setting up ----------------------------------------------------------------------------------------------------
+
+    def attach(self, trainer: DPOTrainer) -> Self:
+        """Let the callback see the trainer's reference, β, eval set, truncation and TensorBoard log.
+
+        Raises:
+            ConfigurationError: ``trainer`` was built without this callback.
+            ProbeError: the trainer's data holds no usable pair.
+        """
+        if self not in trainer.callback_handler.callbacks:
+            raise ConfigurationError(
+                "this callback is not among the trainer's callbacks; expected DPOTrainer(..., callbacks=[callback]) "
+                "before callback.attach(trainer)"
+            )
+        self._trainer = weakref.ref(trainer)
+        self._context.beta = getattr(trainer, "beta", None)
+        self._prepare_probes(trainer.args, trainer.processing_class, None)
+        return self
+
+    def _attached(self) -> Any:
+        return self._trainer() if self._trainer is not None else None
+
+    def _prepare_probes(self, args: Any, tokenizer: Any, train_dataloader: Any) -> None:
+        if self._probes is not None:
+            return
+        trainer, config = self._attached(), self.config
+        data, source, held_out = self._given_probes, None, None
+        if data is None:
+            evaluation = trainer.eval_dataset if trainer is not None else None
+            if isinstance(evaluation, dict):
+                name = next(iter(evaluation))
+                data, source, held_out = evaluation[name], f"the trainer's eval set {name!r}", True
+            elif evaluation is not None:
+                data, source, held_out = evaluation, "the trainer's eval set", True
+            else:
+                data = trainer.train_dataset if trainer is not None else train_dataloader.dataset
+                source, held_out = "the training set", False
+                warnings.warn(
+                    "align_audit found no held-out pairs and takes its probes from the training set: accuracies and "
+                    "margins will look better than they are. Pass probes=..., or give the trainer an eval_dataset"
+                    + ("" if trainer is not None else " and call callback.attach(trainer)"),
+                    stacklevel=3,
+                )
+        with untouched():
+            self._probes = ProbeSet.from_dataset(
+                data,
+                tokenizer,
+                max_pairs=config.max_pairs,
+                max_length=config.max_length or getattr(args, "max_length", 1024),
+                truncation_mode=config.truncation_mode or getattr(args, "truncation_mode", "keep_start"),
+                seed=config.seed,
+                source=source,
+                held_out=held_out,
+            )
+        logger.info("align_audit probes: %s", self._probes.summary())
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        self._pending = False
+        self._prepare_probes(args, kwargs.get("processing_class"), kwargs.get("train_dataloader"))
+        if not self._started:  # auto_find_batch_size begins training again in the same run
+            self._check_setup(args, model)
+            self._open_log(args, state, model)
+            self._started = True
+        self._open_writer(args, state)
+        if self.config.schedule.before_training:
+            self._audit(args, state, control, model, at_start=state.global_step == 0)
+
+    def _check_setup(self, args: Any, model: nn.Module) -> None:
+        """Find out now what would otherwise break every audit."""
+        trainer = self._attached()
+        if getattr(args, "sync_ref_model", False) and trainer is None and not isinstance(
+            self._given_reference, nn.Module
+        ):
+            raise ConfigurationError(
+                "sync_ref_model=True moves the trainer's reference during training, and only the trainer holds it. "
+                "Call callback.attach(trainer) after building the trainer."
+            )
+        self._context.autocast = self._autocast(args, model)
+        self._context.compare_precomputed = getattr(args, "ld_alpha", None) is None
+        self._context.beta = getattr(args, "beta", self._context.beta)
+        self._reference = resolve_reference(
+            model,
+            self._given_reference,
+            trainer.ref_model if trainer is not None else None,
+            trust_remote_code=bool(getattr(args, "trust_remote_code", False)),
+        )
+        assert self._probes is not None
+        try:
+            with contextlib.ExitStack() as stack:
+                with untouched(model):
+                    other = self._reference.model()
+                stack.enter_context(untouched(model, other))
+                stack.enter_context(torch.no_grad())
+                session = Session(
+                    model,
+                    self._reference,
+                    self._probes.pairs[:1],
+                    self.config,
+                    autocast=self._context.autocast,
+                    anatomy=self._context.anatomy,
+                )
+                self._check_vocabulary(session)
+        except AlignAuditError:
+            raise
+        except Exception as error:
+            # Not a finding of ours: let the first audit meet it, where it is recorded and training goes on.
+            logger.warning("align_audit could not check its set-up: %s", error)
+
+    def _check_vocabulary(self, session: Session) -> None:
+        assert self._probes is not None
+        largest = max(max(pair.chosen_ids + pair.rejected_ids) for pair in self._probes)
+        size = session.policy.anatomy.vocab_size
+        if largest >= size:
+            raise ConfigurationError(
+                f"the probes hold token id {largest}, the policy's vocabulary has {size}: they were tokenized with "
+                "another model's tokenizer"
+            )
+
+    def _autocast(self, args: Any, model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
+        """The context the trainer computes in: accelerate puts it around the model's forward, out of our reach."""
+        trainer = self._attached()
+        if trainer is not None:
+            return trainer.accelerator.autocast  # type: ignore[no-any-return]
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        if dtype is None:
+            return contextlib.nullcontext
+        device = next(model.parameters()).device.type
+        return lambda: torch.autocast(device, dtype=dtype)
+
+    def _open_log(self, args: Any, state: TrainerState, model: nn.Module) -> None:
+        if not state.is_world_process_zero:
+            return
+        self._log = RunLog(args.output_dir)
+        records = self._log.records
+        if state.global_step == 0 and any(record.step > 0 for record in records):
+            aside = self._log.set_aside()
+            warnings.warn(
+                f"{args.output_dir} holds the audits of an earlier run, and training starts again from step 0: they were "
+                f"moved to {aside.name}",
+                stacklevel=2,
+            )
+            records = []
+        self._seen = {(record.step, record.provenance.policy_hash) for record in records}
+        if records:
+            with contextlib.suppress(AlignAuditError):
+                self._context.subspaces = subspaces_from(self._log.load_arrays(records[-1].step, _ARRAYS))
+
+    def _open_writer(self, args: Any, state: TrainerState) -> None:
+        if self.config.tensorboard == "off" or not state.is_world_process_zero:
+            return
+        self._close_writer()
+        summary_writer, self._close_writer = open_tensorboard(self._attached(), args.output_dir)
+        self._writer = TensorBoardWriter(summary_writer)
+
+    # -- events --------------------------------------------------------------------------------------------------------
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._run_pending(args, state, control, kwargs["model"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        schedule = self.config.schedule
+        if self._save_next:
+            control.should_save, self._save_next = True, False
+        last = schedule.on_last_step and (control.should_training_stop or state.global_step >= state.max_steps)
+        if last or (schedule.every_n_steps is not None and state.global_step % schedule.every_n_steps == 0):
+            if self._syncs_now(args, state):
+                self._pending = True
+            else:
+                self._audit(args, state, control, kwargs["model"])
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.config.schedule.on_evaluate:
+            self._pending = True
+        self._run_pending(args, state, control, kwargs["model"])
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.config.schedule.on_save:
+            self._pending = True
+        self._run_pending(args, state, control, kwargs["model"], just_saved=True)
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.config.schedule.on_last_step and control.should_training_stop:
+            self._pending = True
+        self._run_pending(args, state, control, kwargs["model"])
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        swapped = getattr(args, "load_best_model_at_end", False) and state.best_model_checkpoint is not None
+        if self.config.schedule.on_last_step and not swapped:
+            # The trainer's own writer is closed by now; ours goes on in the same folder.
+            self._reopen_writer(args, state)
+            self._audit(args, state, control, kwargs["model"])
+        self._close_writer()
+        self._close_writer = lambda: None
+        self._writer = None
+        self._started = False
+
+    def _reopen_writer(self, args: Any, state: TrainerState) -> None:
+        if self._writer is not None:
+            self._close_writer()
+            summary_writer, self._close_writer = open_tensorboard(None, args.output_dir)
+            self._writer.redirect(summary_writer)
+
+    def _syncs_now(self, args: Any, state: TrainerState) -> bool:
+        return bool(getattr(args, "sync_ref_model", False)) and state.global_step % args.ref_model_sync_steps == 0
+
+    def _run_pending(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: nn.Module, *, just_saved: bool = False
+    ) -> None:
+        if self._pending:
+            self._pending = False
+            self._audit(args, state, control, model, just_saved=just_saved)
+
+    # -- one audit -----------------------------------------------------------------------------------------------------
+
+    def _audit(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        *,
+        at_start: bool = False,
+        just_saved: bool = False,
+    ) -> None:
+        """Audit, log, speak; whatever goes wrong in it is recorded, and training goes on."""
+        try:
+            alerts = self._audit_once(args, state, model, at_start)
+        except Exception as error:
+            if self.config.strict:
+                raise
+            self._record_failure(state, error)
+            return
+        self._act(control, state, alerts, just_saved)
+
+    def _audit_once(self, args: Any, state: TrainerState, model: nn.Module, at_start: bool) -> list[Alert]:
+        assert self._probes is not None and self._reference is not None
+        key = (state.global_step, policy_fingerprint(model))
+        if key in self._seen:
+            return []
+        context = self._context
+        context.at_start = at_start
+        if getattr(args, "sync_ref_model", False):
+            period = args.ref_model_sync_steps
+            context.last_sync_step = state.global_step // period * period or None
+        context.progress = (
+            progress_bar if self.config.progress and state.is_world_process_zero and not args.disable_tqdm else None
+        )
+        record, arrays = run_audit(model, self._reference, self._probes, self.config, state.global_step, context)
+        self._seen.add(key)
+        if self._log is None:  # not the first process
+            return []
+        before = self._log.records
+        record = record.model_copy(update={"alerts": evaluate(record, before, self.config.alerts)})
+        self._log.save_arrays(record.step, _ARRAYS, arrays)
+        self._log.append(record)
+        self._tell(record, [*before, record])
+        return record.alerts
+
+    def _tell(self, record: AuditRecord, history: list[AuditRecord]) -> None:
+        """Writers come after the log: what breaks in them costs no record."""
+        try:
+            if self._writer is not None:
+                self._writer.write(record, history)
+        except Exception:
+            logger.warning("align_audit could not write step %d to TensorBoard", record.step, exc_info=True)
+        print_record(record)
+
+    def _act(self, control: TrainerControl, state: TrainerState, alerts: list[Alert], just_saved: bool) -> None:
+        config = self.config.alerts
+        serious = {"error"} if config.action_level == "error" else {"error", "warning"}
+        reasons = sorted({alert.rule for alert in alerts if alert.level in serious})
+        if not reasons or config.action == "log":
+            return
+        if config.action == "stop":
+            logger.warning("align_audit stops training at step %d: %s", state.global_step, ", ".join(reasons))
+            control.should_training_stop = True
+        if not just_saved:
+            logger.warning("align_audit saves a checkpoint at step %d: %s", state.global_step, ", ".join(reasons))
+            if state.global_step == 0:
+                self._save_next = True  # the Trainer forgets a wish to save that is made before the first step
+            else:
+                control.should_save = True
+
+    def _record_failure(self, state: TrainerState, error: Exception) -> None:
+        text = "".join(traceback.format_exception(error))
+        kind = f"{type(error).__name__}: {error}"
+        try:
+            if self._log is not None:
+                self._log.append_failure(state.global_step, text)
+        except OSError as disk:
+            logger.error("align_audit could not even record a failed audit: %s", disk)
+        if kind not in self._failures_shown:
+            self._failures_shown.add(kind)
+            logger.error(
+                "the audit at step %d broke and was recorded; training goes on. %s (shown once; the traceback is in "
+                "align_audit/failures.jsonl)",
+                state.global_step,
+                kind,
+            )
+
+
+__all__ = ["AlignmentAuditCallback"]

@@ -1,0 +1,1 @@
+"""The one conductor: opens both models, walks the probe pairs once, and turns what it gathered into a record."""

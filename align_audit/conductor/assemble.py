@@ -1,0 +1,408 @@
+"""From what was gathered to the parts of a record: pure arithmetic on per-pair numbers, with a reason for every NaN."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from align_audit.conductor.collect import Collected
+from align_audit.conductor.lowrank import LowRankFindings
+from align_audit.config import AuditConfig
+from align_audit.measures import spinal as spinal_measures
+from align_audit.measures.localization import center_of_mass, lasso_localization, normalized_entropy
+from align_audit.measures.patching import PatchSummary, summarize_patching
+from align_audit.measures.spectrum import below_rounding_floor, contraction, singular_values
+from align_audit.measures.statistics import (
+    Interval,
+    disjoint,
+    mean_interval,
+    mean_intervals,
+    ratio_intervals,
+    split_half_agreement,
+)
+from align_audit.measures.subspace import principal_angles, rank_95
+from align_audit.record import (
+    Control,
+    Controls,
+    DepthTrace,
+    Estimate,
+    Localization,
+    LowRankCurve,
+    Margins,
+    Patching,
+    Spinal,
+)
+
+
+@dataclass
+class Assembler:
+    """Turns :class:`Collected` into record parts; ``reasons`` fills with why a number is NaN (dotted path → reason)."""
+
+    found: Collected
+    config: AuditConfig
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        pair = self.found.per_pair
+        self.reference_margin = pair["reference_chosen_logp"] - pair["reference_rejected_logp"]
+        self.policy_margin = pair["chosen_logp"] - pair["rejected_logp"]
+        self.shift = self.policy_margin - self.reference_margin
+        statistics = self.config.statistics
+        self.resamples = statistics.bootstrap_resamples
+        self.confidence = statistics.confidence
+        self.method = statistics.interval
+        self.seed = self.config.seed
+
+    # -- intervals ---------------------------------------------------------------------------------------------------
+
+    def mean(self, values: np.ndarray) -> Estimate:
+        return estimate(mean_interval(values, self.resamples, self.confidence, self.method, self.seed))
+
+    def means(self, values: np.ndarray) -> list[Estimate]:
+        return [
+            estimate(interval)
+            for interval in mean_intervals(values, self.resamples, self.confidence, self.method, self.seed)
+        ]
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def margins(self) -> Margins:
+        pair = self.found.per_pair
+        known = np.isfinite(self.shift)
+        chosen = pair["chosen_logp"] - pair["reference_chosen_logp"]
+        rejected = pair["rejected_logp"] - pair["reference_rejected_logp"]
+        return Margins(
+            reference=self.mean(self.reference_margin),
+            policy=self.mean(self.policy_margin),
+            shift=self.mean(self.shift),
+            accuracy=self.mean(np.where(known, self.shift > 0, np.nan)),
+            ranking_accuracy=self.mean(np.where(known, self.policy_margin > 0, np.nan)),
+            chosen_logp_change=self.mean(chosen),
+            rejected_logp_change=self.mean(rejected),
+            chosen_logp_change_per_token=self.mean(chosen / pair["chosen_tokens"]),
+            rejected_logp_change_per_token=self.mean(rejected / pair["rejected_tokens"]),
+            kl=self.mean(pair["kl"]),
+            entropy=self.mean(pair["entropy"]),
+            reference_entropy=self.mean(pair["reference_entropy"]),
+            token_accuracy=self.mean(pair["token_accuracy"]),
+            reference_token_accuracy=self.mean(pair["reference_token_accuracy"]),
+        )
+
+    def patching(self) -> tuple[Patching, PatchSummary] | tuple[None, None]:
+        if not self.config.patching.enabled:
+            self.reasons["patching"] = "switched off (patching.enabled)"
+            return None, None
+        pair = self.found.per_pair
+        summary = summarize_patching(
+            pair["effect"],
+            pair["transplant"],
+            self.shift,
+            resamples=self.resamples,
+            confidence=self.confidence,
+            method=self.method,
+            seed=self.seed,
+        )
+        if summary.peak_reason is not None:
+            self.reasons["patching.peak_layer"] = summary.peak_reason
+        if any(math.isnan(p) for p in summary.effect_p_adjusted):
+            self.reasons["patching.effect_p_adjusted"] = "an effect is not finite, or there are too few pairs for a test"
+        part = Patching(
+            positions=self.config.patching.positions,
+            effect=[estimate(interval) for interval in summary.effect],
+            effect_p_adjusted=summary.effect_p_adjusted,
+            recovery=[estimate(interval) for interval in summary.recovery],
+            layer_gain=[estimate(interval) for interval in summary.layer_gain],
+            block_transplant=[estimate(interval) for interval in summary.block_transplant],
+            embedding_gain=estimate(summary.embedding_gain),
+            head_gain=estimate(summary.head_gain),
+            embedding_transplant=estimate(summary.embedding_transplant),
+            head_transplant=estimate(summary.head_transplant),
+            additivity=estimate(summary.additivity),
+            peak_layer=summary.peak_layer,
+        )
+        return part, summary
+
+    def localization(self, summary: PatchSummary | None) -> Localization | None:
+        config = self.config.localization
+        if not config.enabled:
+            self.reasons["localization"] = "switched off (localization.enabled)"
+            return None
+        target = self.shift
+        if config.target == "effect":
+            if summary is None or summary.peak_layer is None:
+                self.reasons["localization"] = "target 'effect' needs a peak layer, and there is none"
+                return None
+            target = self.found.per_pair["effect"][:, summary.peak_layer + 1]
+        fit = lasso_localization(
+            self.found.per_pair["features"],
+            target,
+            folds=config.folds,
+            resamples=config.selection_resamples,
+            permutations=config.permutations,
+            seed=self.seed,
+        )
+        if fit.reason is not None:
+            for name in ("lasso_coefficients", "lasso_lambda", "cv_r2", "selection_frequency"):
+                self.reasons[f"localization.{name}"] = fit.reason
+        blocks = np.array([interval.mean for interval in summary.block_transplant]) if summary is not None else None
+        center = spread = math.nan
+        if blocks is None:
+            reason: str | None = "patching is switched off, so there are no block transplants"
+        elif not np.isfinite(blocks).all():
+            reason = "a block transplant is not finite"
+        else:
+            weights = np.maximum(blocks, 0.0)
+            center, reason = center_of_mass(weights)
+            spread, why = normalized_entropy(weights)
+            if why is not None:
+                self.reasons["localization.entropy"] = why
+        if reason is not None:
+            self.reasons["localization.center_of_mass"] = reason
+            self.reasons.setdefault("localization.entropy", reason)
+        return Localization(
+            target=config.target,
+            lasso_coefficients=floats(fit.coefficients),
+            lasso_lambda=fit.alpha,
+            cv_r2=fit.cv_r2,
+            selected_layers=[int(layer) for layer in fit.selected],
+            selection_frequency=floats(fit.selection_frequency),
+            null_selection_frequency=floats(fit.null_selection_frequency),
+            null_cv_r2=floats(fit.null_cv_r2),
+            center_of_mass=center,
+            entropy=spread,
+        )
+
+    def low_rank(
+        self, findings: LowRankFindings, previous: dict[tuple[str, int], np.ndarray]
+    ) -> dict[str, dict[int, LowRankCurve]]:
+        curves: dict[str, dict[int, LowRankCurve]] = {}
+        for (basis, layer), reason in findings.skipped.items():
+            self.reasons[f"low_rank.{basis}.{layer}"] = reason
+        for (basis, layer), fitted in findings.fitted.items():
+            full = self.found.per_pair["effect"][:, layer + 1]
+            fractions = [estimate(interval) for interval in self._fractions(fitted, full)]
+            least, why = rank_95(findings.ranks, [fraction.mean for fraction in fractions])
+            if why is not None:
+                self.reasons[f"low_rank.{basis}.{layer}.rank_95"] = fractions[-1].reason or why
+            angles = None
+            if (basis, layer) in previous:
+                now, before = findings.bases[basis, layer], previous[basis, layer]
+                width = min(now.shape[1], before.shape[1])
+                angles = floats(
+                    principal_angles(torch.from_numpy(now[:, :width]), torch.from_numpy(before[:, :width]))
+                )
+            curves.setdefault(basis, {})[layer] = LowRankCurve(
+                ranks=findings.ranks,
+                effect_fraction=fractions,
+                explained_variance_ratio=floats(findings.explained[basis, layer]),
+                rank_95=least,
+                full_effect=self.mean(full),
+                principal_angles=angles,
+            )
+        return curves
+
+    def _fractions(self, fitted: np.ndarray, full: np.ndarray) -> list[Interval]:
+        return ratio_intervals(
+            fitted, full, self.resamples, self.confidence, self.method, self.seed, "the mean effect of the full patch"
+        )
+
+    # -- controls ----------------------------------------------------------------------------------------------------
+
+    def controls(self, summary: PatchSummary | None, findings: LowRankFindings | None) -> Controls:
+        if summary is None:
+            off = Control(verdict="not_run", reason="patching is switched off (patching.enabled)")
+            return Controls(noise=off, reverse=off, identity=off, random_subspace=off, split_half=off)
+        return Controls(
+            noise=self._noise(summary),
+            reverse=self._reverse(summary),
+            identity=self._identity(),
+            random_subspace=self._random_subspace(summary, findings),
+            split_half=self._split_half(),
+        )
+
+    def _no_shift(self) -> str | None:
+        """Why controls that need a shift cannot be run, or None."""
+        shift = self.mean(self.shift)
+        if math.isnan(shift.mean) or math.isnan(shift.low):
+            return f"the mean margin shift is not known: {shift.reason}"
+        if shift.low <= 0.0 <= shift.high:
+            return f"the interval of the mean margin shift, [{shift.low:.3g}, {shift.high:.3g}] nats, includes 0"
+        return None
+
+    def _noise(self, summary: PatchSummary) -> Control:
+        draws = self.found.per_pair["noise"]
+        if draws.shape[1] == 0:
+            return Control(verdict="not_run", reason="no noise draws were asked for (patching.noise_draws)")
+        effect = self.means(draws.mean(axis=1))
+        reason = self._no_shift()
+        if reason is not None:
+            return Control(verdict="not_run", reason=reason, effect=effect)
+        if summary.peak_layer is None:
+            return Control(verdict="not_run", reason=summary.peak_reason or "no peak layer", effect=effect)
+        real, noise = summary.effect[summary.peak_layer], effect[summary.peak_layer]
+        apart = disjoint(real, Interval(noise.mean, noise.low, noise.high))
+        words = f"[{real.low:.3g}, {real.high:.3g}] against [{noise.low:.3g}, {noise.high:.3g}] nats of noise"
+        return Control(
+            verdict="passed" if apart else "failed",
+            reason=f"at the peak layer {summary.peak_layer} the intervals "
+            + (f"are disjoint: {words}" if apart else f"overlap: {words}; a random shift of this length does the same"),
+            effect=effect,
+        )
+
+    def _reverse(self, summary: PatchSummary) -> Control:
+        if not self.config.patching.reverse:
+            return Control(verdict="not_run", reason="switched off (patching.reverse)")
+        effect = self.means(self.found.per_pair["reverse"][:, 1:])
+        raised = [layer for layer, real in enumerate(summary.effect) if real.low > 0.0]
+        if not raised:
+            return Control(
+                verdict="not_run", reason="no layer's patch raises the margin beyond its interval", effect=effect
+            )
+        against = [layer for layer in raised if not effect[layer].mean < 0.0]
+        if against:
+            reason = f"putting the reference's stream back does not lower the margin at layers {against}"
+            return Control(verdict="failed", reason=reason, effect=effect)
+        reason = f"the reference's stream lowers the policy's margin at all {len(raised)} layers whose patch raised it"
+        return Control(verdict="passed", reason=reason, effect=effect)
+
+    def _identity(self) -> Control:
+        values = self.found.per_pair["identity"]
+        effect = self.means(values)
+        off = [layer for layer in range(values.shape[1]) if np.any(values[:, layer] != 0.0)]
+        if not np.isfinite(values).all():
+            return Control(verdict="failed", reason="the reference's own margins are not finite", effect=effect)
+        if off:
+            largest = float(np.abs(values).max())
+            return Control(
+                verdict="failed",
+                reason=f"the reference patched with its own stream moves by up to {largest:.3g} nats at layers {off}",
+                effect=effect,
+            )
+        return Control(
+            verdict="passed", reason="the reference patched with its own stream moves by exactly 0", effect=effect
+        )
+
+    def _random_subspace(self, summary: PatchSummary, findings: LowRankFindings | None) -> Control:
+        if findings is None or not findings.random:
+            return Control(verdict="not_run", reason="no random subspaces were patched (low_rank)")
+        peak = summary.peak_layer if summary.peak_layer in findings.random else next(iter(findings.random))
+        if ("shift", peak) not in findings.fitted:
+            return Control(verdict="not_run", reason="the shift basis was not fitted (low_rank.bases)")
+        effect = self.means(findings.random[peak])
+        reason = self._no_shift()
+        if reason is not None:
+            return Control(verdict="not_run", reason=reason, effect=effect)
+        fitted = self.means(findings.fitted["shift", peak])
+        sign = math.copysign(1.0, summary.effect[peak].mean)
+        losing = [
+            rank
+            for rank, ours, chance in zip(findings.ranks, fitted, effect, strict=True)
+            if not min(sign * ours.low, sign * ours.high) > max(sign * chance.low, sign * chance.high)
+        ]
+        if losing:
+            return Control(
+                verdict="failed",
+                reason=f"at layer {peak} random subspaces of rank {losing} do as well as the fitted one",
+                effect=effect,
+            )
+        reason = f"at layer {peak} the fitted subspace beats random ones at every rank of {findings.ranks}"
+        return Control(verdict="passed", reason=reason, effect=effect)
+
+    def _split_half(self) -> Control:
+        config = self.config.patching
+        reason = self._no_shift()
+        if reason is not None:
+            return Control(verdict="not_run", reason=reason)
+        agreement, why = split_half_agreement(
+            self.found.per_pair["transplant"][:, 1:-1], config.split_half_repeats, self.seed
+        )
+        if why is not None:
+            return Control(verdict="not_run", reason=why)
+        passed = agreement >= config.split_half_agreement
+        return Control(
+            verdict="passed" if passed else "failed",
+            reason=f"{agreement:.0%} of {config.split_half_repeats} random half splits agree on the peak layer "
+            f"({config.split_half_agreement:.0%} wanted)",
+            value=agreement,
+        )
+
+    # -- SPINAL ------------------------------------------------------------------------------------------------------
+
+    def trace(
+        self, rows: list[torch.Tensor], transport: list[np.ndarray], epsilon: float
+    ) -> tuple[DepthTrace, dict[str, str]]:
+        """One model's depth trace, and why a layer's contraction is NaN (layer → reason)."""
+        order = np.argsort(np.concatenate(self.found.row_keys), kind="stable")
+        pooled = torch.cat(rows)[torch.from_numpy(order)]
+        fits, floor, why = [], [], {}
+        for layer in range(self.found.num_layers):
+            spectrum = singular_values(pooled[:, layer])
+            fit = contraction(spectrum, pooled.shape[0], pooled.shape[2], window=self.config.spinal.window)
+            if fit.reason is not None:
+                why[f"contraction.{layer}"] = fit.reason
+            floor.append(below_rounding_floor(spectrum, epsilon))
+            fits.append(fit)
+        distances = np.concatenate(transport)
+        return (
+            DepthTrace(
+                contraction=[fit.alpha for fit in fits],
+                contraction_r2=[fit.r2 for fit in fits],
+                contraction_stderr=[fit.stderr for fit in fits],
+                transport=floats(distances.mean(axis=0)) if len(distances) else [math.nan] * distances.shape[1],
+                singular_values=[int(fit.n) for fit in fits],
+                below_rounding_floor=[int(count) for count in floor],
+            ),
+            why,
+        )
+
+    def spinal(self, policy: DepthTrace, reference: DepthTrace) -> Spinal:
+        config = self.config.spinal
+        layers = self.found.num_layers
+        terminal = spinal_measures.terminal_layers(layers, config.terminal_fraction)
+        ours = (np.array(policy.contraction), np.array(policy.transport))
+        theirs = (np.array(reference.contraction), np.array(reference.transport))
+        delta, delta_reason = spinal_measures.delta_align(ours[0], theirs[0], ours[1], theirs[1], terminal)
+        coherence, reason = spinal_measures.coherence(*ours, *theirs, terminal)
+        own_coherence, own_reason = spinal_measures.coherence(*theirs, *theirs, terminal)
+        for name, why in (
+            ("delta_align", delta_reason),
+            ("coherence", reason),
+            ("reference_coherence", own_reason),
+        ):
+            if why is not None:
+                self.reasons[f"spinal.{name}"] = why
+        if config.gradient_concentration:
+            concentration = self.mean(
+                spinal_measures.gradient_share(self.found.per_pair["gradient_norm"], terminal)
+            )
+        else:
+            concentration = Estimate.unknown("switched off (spinal.gradient_concentration)")
+        score, why = spinal_measures.spinal_score(delta, coherence, concentration.mean, config.weights)
+        if why is not None:
+            self.reasons["spinal.score"] = why
+        return Spinal(
+            policy=policy,
+            reference=reference,
+            terminal_layers=[int(layer) for layer in terminal],
+            rows=int(sum(len(keys) for keys in self.found.row_keys)),
+            rows_available=self.found.rows_available,
+            delta_align=delta,
+            coherence=coherence,
+            reference_coherence=own_coherence,
+            gradient_concentration=concentration,
+            score=score,
+        )
+
+
+def estimate(interval: Interval) -> Estimate:
+    return Estimate(
+        mean=float(interval.mean), low=float(interval.low), high=float(interval.high), reason=interval.reason
+    )
+
+
+def floats(values: object) -> list[float]:
+    """A plain list of floats from any one-dimensional array."""
+    return [float(value) for value in np.asarray(values).ravel()]

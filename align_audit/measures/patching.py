@@ -1,0 +1,151 @@
+"""Layer-wise activation patching: how a stream is patched, and what per-pair effects say (METHODS §1, §2; arXiv 2510.16167 §3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from align_audit.measures.statistics import (
+    Interval,
+    benjamini_hochberg,
+    bootstrap_p_values,
+    mean_interval,
+    mean_intervals,
+    statistic_intervals,
+)
+
+
+def patched(base: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """``base`` [R, T, d] with ``source`` where ``mask`` [R, T]; in the dtype of ``base``."""
+    return torch.where(mask[..., None], source.to(base.dtype), base)
+
+
+def noise_directions(
+    seed: int, pairs: Sequence[int], layer: int, draw: int, length: int, width: int
+) -> torch.Tensor:
+    """Random unit directions u, float32 [len(pairs), length, width], drawn from (seed, pair, layer, position, draw).
+
+    The direction of a pair at a position does not depend on which other pairs are asked for, nor on ``length``: both
+    completions of a pair share it, batches may be cut differently, and no global random state is touched.
+    """
+    directions = np.empty((len(pairs), length, width), dtype=np.float32)
+    for row, pair in enumerate(pairs):
+        # Layer −1 is what enters layer 0; seeds must not be negative. Drawn in order, so a longer draw begins the same.
+        generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, pair, layer + 1, draw])))
+        generator.standard_normal(out=directions[row], dtype=np.float32)
+    directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+    return torch.from_numpy(directions)
+
+
+def noised(base: torch.Tensor, source: torch.Tensor, mask: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """h_l(ρ) + u·‖h_l(π) − h_l(ρ)‖ per token where ``mask``: the shift's length in a random direction. [R, T, d]."""
+    distance = (source.to(base.dtype) - base).norm(dim=-1, keepdim=True)
+    return patched(base, base + directions.to(base.dtype) * distance, mask)
+
+
+@dataclass(frozen=True)
+class PatchSummary:
+    """Intervals of everything METHODS §1 reports; effects and transplants in nats, the rest shares."""
+
+    effect: list[Interval]
+    effect_p_adjusted: list[float]
+    recovery: list[Interval]
+    layer_gain: list[Interval]
+    block_transplant: list[Interval]
+    embedding_gain: Interval
+    head_gain: Interval
+    embedding_transplant: Interval
+    head_transplant: Interval
+    additivity: Interval
+    peak_layer: int | None
+    peak_reason: str | None
+
+
+def summarize_patching(
+    effects: np.ndarray,
+    transplants: np.ndarray,
+    shift: np.ndarray,
+    *,
+    resamples: int,
+    confidence: float,
+    method: str,
+    seed: int,
+) -> PatchSummary:
+    """From per-pair numbers to recovery, gains, additivity and the peak layer.
+
+    recovery_l = Σ_i effect_il / Σ_i Δ_i; layer_gain_l = recovery_l − recovery_{l−1}; head_gain = 1 − recovery_{L−1};
+    additivity = Σ (all transplants) / Σ_i Δ_i; peak_layer = argmax_l of mean block_transplant.
+
+    Args:
+        effects: [N, L + 1]; column 0 patches h_{−1}.
+        transplants: [N, L + 2]; column 0 the embedding, 1 … L the blocks, L + 1 the head.
+        shift: [N] margin shifts Δ_i.
+    """
+    layers = effects.shape[1] - 1
+    if transplants.shape != (effects.shape[0], layers + 2) or shift.shape != (effects.shape[0],):
+        raise ValueError(
+            f"expected effects [N, L+1], transplants [N, L+2], shift [N]; found {effects.shape}, {transplants.shape}, "
+            f"{shift.shape}"
+        )
+    options = {"resamples": resamples, "confidence": confidence, "method": method, "seed": seed}
+    means = mean_intervals(effects[:, 1:], **options)
+    moved = mean_intervals(transplants, **options)
+    shares = _shares(effects, transplants, shift, options)
+    blocks = np.array([interval.mean for interval in moved[1:-1]])
+    peak, reason = peak_layer(blocks)
+    return PatchSummary(
+        effect=means,
+        effect_p_adjusted=[float(p) for p in benjamini_hochberg(bootstrap_p_values(effects[:, 1:], resamples, seed))],
+        recovery=shares[1 : layers + 1],
+        layer_gain=shares[layers + 1 : 2 * layers + 1],
+        block_transplant=moved[1:-1],
+        embedding_gain=shares[0],
+        head_gain=shares[2 * layers + 1],
+        embedding_transplant=moved[0],
+        head_transplant=moved[-1],
+        additivity=shares[2 * layers + 2],
+        peak_layer=peak,
+        peak_reason=reason,
+    )
+
+
+def _shares(
+    effects: np.ndarray, transplants: np.ndarray, shift: np.ndarray, options: dict[str, object]
+) -> list[Interval]:
+    """Intervals of: recovery_{−1 … L−1}, layer_gain_{0 … L−1}, head_gain, additivity; 2L + 3 of them."""
+    layers = effects.shape[1] - 1
+    count = 2 * layers + 3
+    whole = mean_interval(shift, **options)  # type: ignore[arg-type]
+    if np.isnan(whole.mean) or np.isnan(whole.low):
+        return [Interval.unknown(f"the mean margin shift is not known: {whole.reason}")] * count
+    if whole.low <= 0.0 <= whole.high:
+        reason = (
+            f"the interval of the mean margin shift, [{whole.low:.3g}, {whole.high:.3g}] nats, includes 0: "
+            "there is no shift to take shares of"
+        )
+        return [Interval.unknown(reason)] * count
+
+    def shares(means: np.ndarray) -> np.ndarray:
+        denominator = means[..., -1:]
+        recovery = means[..., : layers + 1] / denominator
+        gain = np.diff(recovery, axis=-1)
+        additivity = means[..., layers + 1 : -1].sum(-1, keepdims=True) / denominator
+        return np.concatenate([recovery, gain, 1.0 - recovery[..., -1:], additivity], axis=-1)
+
+    return statistic_intervals(
+        np.concatenate([effects, transplants, shift[:, None]], axis=1),
+        shares,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def peak_layer(block_transplants: np.ndarray) -> tuple[int | None, str | None]:
+    """argmax of mean block transplants [L]; None and the reason where no layer stands out at all."""
+    if not np.isfinite(block_transplants).all():
+        return None, "a block transplant is not finite"
+    if np.all(block_transplants == block_transplants[0]):
+        return None, f"every block transplant is {block_transplants[0]:.3g}: no layer stands out"
+    return int(np.argmax(block_transplants)), None

@@ -1,0 +1,459 @@
+"""Intervals, p-values and agreement over probe pairs (METHODS §2).
+
+Pairs are the only thing resampled: all columns of a call see the same resampled pairs, so that differences between
+layers keep their correlation. Every random draw comes from a local generator made from ``seed``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Self
+
+import numpy as np
+from scipy.special import ndtr, ndtri
+
+Array = np.ndarray
+Method = Literal["percentile", "bca"]
+
+
+class Value(NamedTuple):
+    """A number without an interval; NaN with a ``reason`` when it cannot be known."""
+
+    value: float
+    reason: str | None = None
+
+    @classmethod
+    def unknown(cls, reason: str) -> Self:
+        return cls(math.nan, reason)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate over pairs with its confidence interval; what is NaN in it is explained by ``reason``."""
+
+    mean: float
+    low: float
+    high: float
+    reason: str | None = None
+
+    @classmethod
+    def unknown(cls, reason: str) -> Self:
+        return cls(math.nan, math.nan, math.nan, reason)
+
+
+def resample_indices(n: int, resamples: int, seed: int) -> Array:
+    """Bootstrap draws of ``n`` pairs with replacement.
+
+    Returns:
+        int64 ``[resamples, n]``, entries in [0, n). The same for the same arguments, whatever else drew numbers before.
+
+    Raises:
+        ValueError: ``n`` or ``resamples`` is below 1.
+
+    Example:
+        >>> resample_indices(4, 2, seed=0).tolist()
+        [[3, 2, 2, 1], [1, 0, 0, 0]]
+    """
+    if n < 1 or resamples < 1:
+        raise ValueError(f"expected at least 1 pair and 1 resample, found n={n}, resamples={resamples}")
+    return np.random.default_rng(seed).integers(0, n, size=(resamples, n))
+
+
+def mean_interval(
+    values: Array,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    method: Method = "percentile",
+    seed: int = 0,
+) -> Interval:
+    """Mean of ``values`` ``[N]`` with its bootstrap interval; see :func:`mean_intervals`.
+
+    Example:
+        >>> interval = mean_interval(np.arange(10.0))
+        >>> [round(float(x), 2) for x in (interval.mean, interval.low, interval.high)]
+        [4.5, 2.7, 6.4]
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"expected one value per pair, shape [N]; found shape {list(values.shape)}")
+    return mean_intervals(values[:, None], resamples, confidence, method, seed)[0]
+
+
+def mean_intervals(
+    values: Array,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    method: Method = "percentile",
+    seed: int = 0,
+) -> list[Interval]:
+    """Column means with bootstrap intervals over pairs, the same resampled pairs for every column.
+
+    ``percentile``: the (1 ∓ confidence)/2 quantiles of the resampled means. ``bca``: the same quantiles shifted by the
+    bias correction z₀ and the jackknife acceleration a (Efron 1987).
+
+    Args:
+        values: ``[N, L]``, in any unit; the result has the same.
+
+    Returns:
+        L intervals. A column with a value that is not finite is NaN throughout. With fewer than 2 pairs the mean is
+        kept and its bounds are NaN. A column whose values are all equal has low = high = mean, exactly.
+
+    Raises:
+        ValueError: wrong shape, method, confidence or number of resamples.
+
+    Example:
+        >>> [interval.low for interval in mean_intervals(np.zeros((8, 2)))]
+        [0.0, 0.0]
+    """
+    values = _per_pair(values)
+    intervals = statistic_intervals(values, lambda means: means, resamples, confidence, method, seed)
+    bad = (~np.isfinite(values)).sum(axis=0)
+    n = len(values)
+    return [
+        Interval.unknown(f"{count} of {n} values are not finite") if count else interval
+        for count, interval in zip(bad.tolist(), intervals, strict=True)
+    ]
+
+
+def ratio_interval(
+    numerator: Array,
+    denominator: Array,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    method: Method = "percentile",
+    seed: int = 0,
+    denominator_name: str = "the denominator",
+) -> Interval:
+    """Σ numerator / Σ denominator over pairs, ``[N]`` each; see :func:`ratio_intervals`.
+
+    Example:
+        >>> ratio_interval(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])).high
+        0.5
+    """
+    numerator = np.asarray(numerator, dtype=np.float64)
+    if numerator.ndim != 1:
+        raise ValueError(f"expected one numerator per pair, shape [N]; found shape {list(numerator.shape)}")
+    return ratio_intervals(
+        numerator[:, None], denominator, resamples, confidence, method, seed, denominator_name=denominator_name
+    )[0]
+
+
+def ratio_intervals(
+    numerators: Array,
+    denominator: Array,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    method: Method = "percentile",
+    seed: int = 0,
+    denominator_name: str = "the denominator",
+) -> list[Interval]:
+    """Ratios of sums Σᵢ numeratorᵢ / Σᵢ denominatorᵢ with bootstrap intervals (METHODS §1, recovery).
+
+    A pair enters numerator and denominator together. Where the interval of the mean denominator includes 0, or cannot
+    be known, the ratio means nothing: NaN with that reason.
+
+    Args:
+        numerators: ``[N, L]``.
+        denominator: ``[N]``.
+        denominator_name: how the reason calls it, ``"margin shift"`` say.
+
+    Returns:
+        L intervals, without unit.
+
+    Raises:
+        ValueError: wrong shapes, or as :func:`mean_intervals`.
+
+    Example:
+        >>> ratio_intervals(np.ones((3, 1)), np.array([-1.0, 0.0, 1.0]), denominator_name="margin shift")[0].reason
+        'the 95% interval of mean margin shift, [-1, 1], includes 0'
+    """
+    numerators = _per_pair(numerators)
+    denominator = np.asarray(denominator, dtype=np.float64)
+    if denominator.shape != (len(numerators),):
+        raise ValueError(
+            f"expected one denominator per pair, shape [{len(numerators)}]; found shape {list(denominator.shape)}"
+        )
+    intervals = statistic_intervals(
+        np.column_stack([numerators, denominator]),
+        lambda means: means[..., :-1] / means[..., -1:],
+        resamples,
+        confidence,
+        method,
+        seed,
+        guard=-1,
+        guard_name=denominator_name,
+    )
+    bad = (~np.isfinite(numerators)).sum(axis=0)
+    n = len(numerators)
+    return [
+        Interval.unknown(f"{count} of {n} numerators are not finite") if count and np.isfinite(denominator).all() else i
+        for count, i in zip(bad.tolist(), intervals, strict=True)
+    ]
+
+
+def statistic_intervals(
+    per_pair: Array,
+    statistic: Callable[[Array], Array],
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    method: Method = "percentile",
+    seed: int = 0,
+    guard: int | None = None,
+    guard_name: str = "the denominator",
+) -> list[Interval]:
+    """Bootstrap intervals of any function of column means: layer gains, additivity, fractions of effects.
+
+    Args:
+        per_pair: ``[N, C]``.
+        statistic: column means ``[..., C]`` → K statistics ``[..., K]``, vectorized over the leading axes. It is called
+            once on the means, once on all resampled means and, for ``bca``, once on the leave-one-out means. NumPy's
+            floating-point warnings are off while it runs.
+        guard: a column whose mean the statistic divides by: where the interval of that mean includes 0, or cannot be
+            known, every result is NaN with that reason.
+
+    Returns:
+        K intervals; ``mean`` is the statistic of the column means. NaN, with a reason: where the statistic is not
+        finite, and (the bounds only) with fewer than 2 pairs or where a resample gives no finite value.
+
+    Raises:
+        ValueError: wrong shape, method, confidence, guard or number of resamples; or the statistic returns another
+            shape than ``[..., K]``.
+
+    Example:
+        Gains from cumulative recoveries, which share their denominator (last column).
+
+        >>> pairs = np.array([[1.0, 3.0, 4.0], [3.0, 5.0, 8.0], [2.0, 4.0, 6.0]])
+        >>> gain = lambda m: (m[..., 1:2] - m[..., 0:1]) / m[..., 2:3]
+        >>> interval = statistic_intervals(pairs, gain, guard=2)[0]
+        >>> [round(float(x), 3) for x in (interval.mean, interval.low, interval.high)]
+        [0.333, 0.25, 0.5]
+    """
+    values = _per_pair(per_pair)
+    n, columns = values.shape
+    _check_options(resamples, confidence, method)
+    if guard is not None and not -columns <= guard < columns:
+        raise ValueError(f"expected a guard among the {columns} columns, found {guard}")
+
+    bad = (~np.isfinite(values)).sum(axis=0)
+    values = np.where(bad > 0, np.nan, values)
+    means = _means(values)
+    with np.errstate(all="ignore"):
+        estimates = np.asarray(statistic(means), dtype=np.float64)
+    if estimates.ndim != 1:
+        raise ValueError(f"expected the statistic to map [..., C] to [..., K]; found {list(estimates.shape)} for [C]")
+
+    if guard is not None:
+        guarded = mean_interval(values[:, guard], resamples, confidence, method, seed)
+        found = f"{bad[guard]} of {n} values are not finite" if bad[guard] else guarded.reason
+        if math.isnan(guarded.low) or math.isnan(guarded.high):
+            reason = f"the interval of mean {guard_name} is unknown: {found}"
+            return [Interval.unknown(reason)] * len(estimates)
+        if guarded.low <= 0.0 <= guarded.high:
+            reason = (
+                f"the {100 * confidence:g}% interval of mean {guard_name}, "
+                f"[{guarded.low:.4g}, {guarded.high:.4g}], includes 0"
+            )
+            return [Interval.unknown(reason)] * len(estimates)
+
+    if n < 2:
+        few = f"an interval needs at least 2 pairs, found {n}"
+        return [Interval(float(e), math.nan, math.nan, few) if n else Interval.unknown(few) for e in estimates]
+
+    resampled = _resampled_means(values, means, resamples, seed)
+    leave_one_out = values[:0]
+    if method == "bca":
+        # Around the mean, so that columns of equal values stay exactly equal.
+        leave_one_out = means - (values - means) / (n - 1)
+    with np.errstate(all="ignore"):
+        bootstrap = np.asarray(statistic(resampled), dtype=np.float64)
+        jackknife = np.asarray(statistic(leave_one_out), dtype=np.float64)
+    if bootstrap.shape != (resamples, len(estimates)):
+        raise ValueError(
+            f"expected the statistic to map [{resamples}, {columns}] to [{resamples}, {len(estimates)}]; "
+            f"found {list(bootstrap.shape)}"
+        )
+    return [
+        _interval(float(estimates[k]), bootstrap[:, k], jackknife[:, k], confidence, method, int(bad.sum()))
+        for k in range(len(estimates))
+    ]
+
+
+def bootstrap_p_values(values: Array, resamples: int = 1000, seed: int = 0) -> Array:
+    """Two-sided bootstrap p-values of mean ≠ 0, the counterpart of the percentile interval (METHODS §2).
+
+    p = min(1, 2 · (1 + min(#{m* ≤ 0}, #{m* ≥ 0})) / (1 + resamples)) over resampled means m*; the +1 counts the data
+    themselves, so that p is never 0. Like every bootstrap p-value it is too small with a handful of pairs.
+
+    Args:
+        values: ``[N, L]``.
+
+    Returns:
+        float64 ``[L]`` in [2 / (1 + resamples), 1]; 1 where all values are 0. NaN for a column with fewer than 2 pairs
+        or a value that is not finite.
+
+    Raises:
+        ValueError: wrong shape or number of resamples.
+
+    Example:
+        >>> bootstrap_p_values(np.array([[1.0, -1.0], [2.0, 1.0], [1.5, 0.0]]), resamples=99).tolist()
+        [0.02, 1.0]
+    """
+    values = _per_pair(values)
+    _check_options(resamples, 0.95, "percentile")
+    if len(values) < 2:
+        return np.full(values.shape[1], np.nan)
+    finite = np.isfinite(values).all(axis=0)
+    values = np.where(finite, values, 0.0)
+    means = _resampled_means(values, _means(values), resamples, seed)
+    fewer = np.minimum((means <= 0).sum(axis=0), (means >= 0).sum(axis=0))
+    return np.where(finite, np.minimum(1.0, 2.0 * (1 + fewer) / (1 + resamples)), np.nan)
+
+
+def benjamini_hochberg(p: Array) -> Array:
+    """P-values adjusted for the false discovery rate over layers (Benjamini & Hochberg 1995).
+
+    Sorted ascending, p_(j) becomes min over k ≥ j of p_(k) · m / k, at most 1. NaNs stay NaN and do not count in m.
+
+    Args:
+        p: ``[L]``.
+
+    Raises:
+        ValueError: wrong shape, or a value outside [0, 1].
+
+    Example:
+        >>> benjamini_hochberg(np.array([0.01, 0.04, np.nan, 0.03])).round(3).tolist()
+        [0.03, 0.04, nan, 0.04]
+    """
+    p = np.asarray(p, dtype=np.float64)
+    known = np.isfinite(p)
+    if p.ndim != 1 or np.any(np.isinf(p)) or np.any((p[known] < 0) | (p[known] > 1)):
+        raise ValueError(f"expected p-values in [0, 1] or NaN, shape [L]; found {p.tolist()}")
+    adjusted = np.full(p.shape, np.nan)
+    order = np.argsort(p[known], kind="stable")
+    ranked = p[known][order] * known.sum() / np.arange(1, known.sum() + 1)
+    monotone = np.minimum(np.minimum.accumulate(ranked[::-1])[::-1], 1.0)
+    adjusted[np.flatnonzero(known)[order]] = monotone
+    return adjusted
+
+
+def disjoint(a: Interval, b: Interval) -> bool:
+    """Whether the two intervals share no point; False where a bound is unknown.
+
+    Example:
+        >>> disjoint(Interval(1.0, 0.5, 1.5), Interval(3.0, 2.0, 4.0))
+        True
+    """
+    return a.high < b.low or b.high < a.low
+
+
+def split_half_agreement(values: Array, repeats: int = 100, seed: int = 0) -> Value:
+    """Share of random half splits of the pairs whose halves have their largest column mean in the same layer.
+
+    Args:
+        values: ``[N, L]``, block transplants say. The halves have ⌊N/2⌋ and ⌈N/2⌉ pairs.
+
+    Returns:
+        A share in [0, 1]; a half in which several layers tie for the largest mean agrees with none. By chance alone
+        about 1/L. NaN with a reason: fewer than 4 pairs, one layer, a value that is not finite, no single peak over
+        all pairs (identical models).
+
+    Raises:
+        ValueError: wrong shape, or ``repeats`` below 1.
+
+    Example:
+        >>> split_half_agreement(np.array([[0.0, 2.0, 1.0]] * 6)).value
+        1.0
+    """
+    values = _per_pair(values)
+    n, layers = values.shape
+    if repeats < 1:
+        raise ValueError(f"expected at least 1 split, found repeats={repeats}")
+    if n < 4:
+        return Value.unknown(f"half splits need at least 4 pairs, found {n}")
+    if layers < 2:
+        return Value.unknown(f"a peak among layers needs at least 2 of them, found {layers}")
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        return Value.unknown(f"{bad} of {values.size} values are not finite")
+    if _peak(_means(values)) is None:
+        return Value.unknown("no peak to agree on: several layers share the largest mean")
+    generator = np.random.default_rng(seed)
+    agreements = 0
+    for _ in range(repeats):
+        order = generator.permutation(n)
+        first, second = _peak(_means(values[order[: n // 2]])), _peak(_means(values[order[n // 2 :]]))
+        agreements += first is not None and first == second
+    return Value(agreements / repeats)
+
+
+def _per_pair(values: Array) -> Array:
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 2:
+        raise ValueError(f"expected one row of values per pair, shape [N, columns]; found shape {list(values.shape)}")
+    return values
+
+
+def _check_options(resamples: int, confidence: float, method: str) -> None:
+    if resamples < 1:
+        raise ValueError(f"expected at least 1 resample, found {resamples}")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"expected a confidence between 0 and 1, such as 0.95; found {confidence}")
+    if method not in ("percentile", "bca"):
+        raise ValueError(f"expected method 'percentile' or 'bca', found {method!r}")
+
+
+def _means(values: Array) -> Array:
+    """Column means ``[C]``, exactly the common value where all values of a column are equal; NaN without rows."""
+    if not len(values):
+        return np.full(values.shape[1], np.nan)
+    equal = (values == values[0]).all(axis=0)
+    return np.where(equal, values[0], values.mean(axis=0))
+
+
+def _resampled_means(values: Array, means: Array, resamples: int, seed: int) -> Array:
+    """Column means of bootstrap resamples ``[resamples, C]``, as one product with the counts of every pair."""
+    n = len(values)
+    indices = resample_indices(n, resamples, seed)
+    flat = (indices + n * np.arange(resamples)[:, None]).ravel()
+    counts = np.bincount(flat, minlength=resamples * n).reshape(resamples, n).astype(np.float64)
+    resampled = counts @ values / n
+    equal = (values == values[0]).all(axis=0)
+    resampled[:, equal] = means[equal]
+    return resampled
+
+
+def _interval(
+    estimate: float, bootstrap: Array, jackknife: Array, confidence: float, method: Method, bad: int
+) -> Interval:
+    if not math.isfinite(estimate):
+        because = f": {bad} of the values per pair are not" if bad else ""
+        return Interval.unknown(f"the statistic is not finite{because}")
+    if (bootstrap == estimate).all():
+        return Interval(estimate, estimate, estimate)
+    lost = int((~np.isfinite(bootstrap)).sum())
+    if lost:
+        reason = f"{lost} of {len(bootstrap)} resamples give no finite value"
+        return Interval(estimate, math.nan, math.nan, reason)
+    tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    if method == "bca":
+        # Efron 1987; ties with the estimate count half.
+        below = ((bootstrap < estimate).sum() + (bootstrap <= estimate).sum()) / (2 * len(bootstrap))
+        influence = jackknife.mean() - jackknife
+        spread = (influence**2).sum() ** 1.5
+        if not 0.0 < below < 1.0 or not (np.isfinite(spread) and spread > 0.0):
+            reason = "BCa is undefined here: all resamples lie on one side, or leaving one pair out changes nothing"
+            return Interval(estimate, math.nan, math.nan, reason)
+        z0 = ndtri(below)
+        acceleration = (influence**3).sum() / (6 * spread)
+        shifted = z0 + ndtri(tails)
+        tails = ndtr(z0 + shifted / (1 - acceleration * shifted))
+    low, high = np.quantile(bootstrap, tails)
+    return Interval(estimate, float(low), float(high))
+
+
+def _peak(means: Array) -> int | None:
+    """The one column with the largest mean; None where several share it."""
+    peak = int(np.argmax(means))
+    return peak if (means == means[peak]).sum() == 1 else None

@@ -1,0 +1,264 @@
+"""Low-rank subspaces of pooled token rows (METHODS §4).
+
+Source: *Alignment is Localized* (arXiv 2510.16167, §4.3). A basis V_k ``[d, k]`` holds the first k right singular
+vectors of the rows, from the eigenvectors of their Gram matrix Σ h hᵀ (not centred), so that the rows never need to be
+held at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.linalg import subspace_angles
+from torch import Tensor
+
+from align_audit.measures.statistics import Value
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """Σ h hᵀ over ``rows`` rows: ``matrix`` ``[d, d]``, float64, symmetric. Grams of disjoint rows add."""
+
+    matrix: Tensor
+    rows: int
+
+    def __post_init__(self) -> None:
+        if self.matrix.dim() != 2 or self.matrix.shape[0] != self.matrix.shape[1]:
+            raise ValueError(f"expected a Gram matrix [d, d]; found shape {list(self.matrix.shape)}")
+        if self.matrix.dtype != torch.float64:
+            raise ValueError(f"expected a Gram matrix in float64; found {self.matrix.dtype}")
+
+    def __add__(self, other: Gram) -> Gram:
+        if self.matrix.shape != other.matrix.shape:
+            raise ValueError(
+                f"expected Gram matrices of one size; found {list(self.matrix.shape)} and {list(other.matrix.shape)}"
+            )
+        return Gram(self.matrix + other.matrix.to(self.matrix.device), self.rows + other.rows)
+
+
+class GramAccumulator:
+    """Adds up Σ h hᵀ batch by batch in float64, on the device of the rows (the CPU where that has no float64).
+
+    Example:
+        >>> accumulator = GramAccumulator(2)
+        >>> accumulator.update(torch.tensor([[1.0, 2.0]]))
+        >>> accumulator.update(torch.tensor([[3.0, 0.0]]))
+        >>> accumulator.freeze().matrix.tolist()
+        [[10.0, 2.0], [2.0, 4.0]]
+    """
+
+    def __init__(self, d: int) -> None:
+        if d < 1:
+            raise ValueError(f"expected at least 1 column, found d={d}")
+        self.d = d
+        self._matrix: Tensor | None = None
+        self._rows = 0
+
+    def update(self, rows: Tensor) -> None:
+        """Add rows ``[n, d]`` of any floating dtype.
+
+        Raises:
+            ValueError: another shape, or not floating.
+        """
+        if rows.dim() != 2 or rows.shape[1] != self.d or not rows.is_floating_point():
+            raise ValueError(f"expected floating rows [n, {self.d}]; found {list(rows.shape)}, {rows.dtype}")
+        rows = rows.detach()
+        rows = (rows.cpu() if rows.device.type == "mps" else rows).double()
+        if self._matrix is None:
+            self._matrix = torch.zeros(self.d, self.d, dtype=torch.float64, device=rows.device)
+        self._matrix.addmm_(rows.T, rows.to(self._matrix.device))
+        self._rows += len(rows)
+
+    def freeze(self) -> Gram:
+        """What has been added so far; later updates do not change it."""
+        matrix = torch.zeros(self.d, self.d, dtype=torch.float64) if self._matrix is None else self._matrix
+        return Gram((matrix + matrix.T) / 2, self._rows)
+
+
+def top_basis(gram: Gram, k: int) -> Tensor:
+    """V_k: the k leading right singular vectors of the rows, strongest first.
+
+    The largest entry of each vector (the first of equals) is positive. Vectors beyond the rank of the rows are
+    orthonormal but arbitrary: they carry no variance.
+
+    Returns:
+        float64 ``[d, k]``, orthonormal columns, on the device of ``gram``; all NaN where the Gram matrix is not finite
+        or has no eigendecomposition.
+
+    Raises:
+        ValueError: ``k`` outside 1 … d.
+
+    Example:
+        >>> accumulator = GramAccumulator(2)
+        >>> accumulator.update(torch.tensor([[3.0, 4.0], [-6.0, -8.0]]))
+        >>> [round(x, 6) for x in top_basis(accumulator.freeze(), 1)[:, 0].tolist()]
+        [0.6, 0.8]
+    """
+    d = len(gram.matrix)
+    _check_rank(k, d)
+    unknown = torch.full((d, k), math.nan, dtype=torch.float64, device=gram.matrix.device)
+    if not torch.isfinite(gram.matrix).all():
+        return unknown
+    try:
+        _, vectors = torch.linalg.eigh(gram.matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return unknown
+    return _oriented(vectors[:, d - k :].flip(1))
+
+
+def random_basis(d: int, k: int, seed: int) -> Tensor:
+    """A uniformly random k-dimensional subspace of ℝ^d: the control for :func:`top_basis`.
+
+    Returns:
+        float64 ``[d, k]`` on the CPU, orthonormal columns; the same for the same arguments.
+
+    Raises:
+        ValueError: ``k`` outside 1 … d.
+
+    Example:
+        >>> V = random_basis(5, 2, seed=0)
+        >>> (V.T @ V).round(decimals=6).abs().tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+    _check_rank(k, d)
+    gaussian = np.random.default_rng(seed).standard_normal((d, k))
+    return _oriented(torch.from_numpy(np.linalg.qr(gaussian)[0]))
+
+
+def project(rows: Tensor, V: Tensor) -> Tensor:
+    """P_k h = V Vᵀ h for every row.
+
+    Computed in the dtype of the rows, half-precision rows in float32 and rounded once at the end.
+
+    Args:
+        rows: ``[..., d]``, floating.
+        V: ``[d, k]`` with orthonormal columns.
+
+    Returns:
+        ``[..., d]`` in the rows' dtype, on their device.
+
+    Raises:
+        ValueError: shapes do not fit, or the rows are not floating.
+
+    Example:
+        >>> project(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]])).tolist()
+        [[3.0, 0.0]]
+    """
+    if V.dim() != 2 or rows.dim() < 1 or rows.shape[-1] != len(V) or not rows.is_floating_point():
+        raise ValueError(
+            f"expected floating rows [..., d] and a basis [d, k]; "
+            f"found {list(rows.shape)} ({rows.dtype}) and {list(V.shape)}"
+        )
+    work = rows.dtype if rows.dtype in (torch.float32, torch.float64) else torch.float32
+    basis = V.to(device=rows.device, dtype=work)
+    return ((rows.to(work) @ basis) @ basis.T).to(rows.dtype)
+
+
+def explained_variance_ratio(gram: Gram, V: Tensor, ranks: Sequence[int]) -> list[float]:
+    """Share of the rows' energy inside the first k basis vectors: tr(V_kᵀ G V_k) / tr G, not centred.
+
+    Args:
+        gram: of the held-out rows.
+        V: ``[d, K]``, orthonormal columns.
+        ranks: each k ≤ K.
+
+    Returns:
+        One number in [0, 1] per rank, not falling with k; NaN where all rows are zero, or rows or basis are not finite.
+
+    Raises:
+        ValueError: shapes do not fit, or a rank outside 1 … K.
+
+    Example:
+        >>> gram = Gram(torch.diag(torch.tensor([3.0, 1.0], dtype=torch.float64)), rows=2)
+        >>> explained_variance_ratio(gram, torch.eye(2, dtype=torch.float64), [1, 2])
+        [0.75, 1.0]
+    """
+    d = len(gram.matrix)
+    if V.dim() != 2 or len(V) != d:
+        raise ValueError(f"expected a basis [{d}, K]; found shape {list(V.shape)}")
+    for k in ranks:
+        _check_rank(k, V.shape[1])
+    basis = V.to(device=gram.matrix.device, dtype=torch.float64)
+    energy = (basis * (gram.matrix @ basis)).sum(dim=0).clamp(min=0.0).cumsum(dim=0)
+    total = float(gram.matrix.trace())
+    if not (math.isfinite(total) and total > 0.0):
+        return [math.nan] * len(ranks)
+    # min() would turn NaN into 1.
+    return [share if math.isnan(share) else min(share, 1.0) for share in (float(energy[k - 1]) / total for k in ranks)]
+
+
+def principal_angles(U: Tensor, V: Tensor) -> np.ndarray:
+    """Principal angles between two subspaces (``scipy.linalg.subspace_angles``), smallest first.
+
+    Args:
+        U, V: ``[d, k]`` and ``[d, l]``, columns spanning the subspaces.
+
+    Returns:
+        float64 ``[min(k, l)]``, radians in [0, π/2]; all NaN where a basis is not finite
+        or its columns are linearly dependent.
+
+    Raises:
+        ValueError: shapes do not fit.
+
+    Example:
+        >>> x, xy = torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0], [1.0]])
+        >>> round(float(principal_angles(x, xy)[0]), 6)
+        0.785398
+    """
+    if U.dim() != 2 or V.dim() != 2 or len(U) != len(V) or not U.shape[1] or not V.shape[1]:
+        raise ValueError(f"expected bases [d, k] and [d, l]; found {list(U.shape)} and {list(V.shape)}")
+    bases = [basis.detach().cpu().double().numpy() for basis in (U, V)]
+    for basis in bases:
+        if not np.isfinite(basis).all() or np.linalg.matrix_rank(basis) < basis.shape[1]:
+            return np.full(min(U.shape[1], V.shape[1]), np.nan)
+    return np.sort(subspace_angles(*bases))
+
+
+def rank_95(ranks: Sequence[int], fractions: Sequence[float], threshold: float = 0.95) -> Value:
+    """The least evaluated k from which *every* evaluated k has an effect fraction of at least ``threshold``.
+
+    The curve need not be monotone: one dip below the threshold disqualifies all smaller k. An unknown (NaN) fraction
+    counts as below.
+
+    Args:
+        ranks: ascending.
+        fractions: effect(k) / effect(full), one per rank.
+
+    Returns:
+        One of the ranks; NaN with a reason where the largest rank does not reach the threshold.
+
+    Raises:
+        ValueError: lengths differ, or the ranks do not ascend.
+
+    Example:
+        >>> rank_95([1, 2, 4, 8], [0.97, 0.90, 0.96, 1.02]).value
+        4.0
+    """
+    if len(ranks) != len(fractions) or not len(ranks) or any(b <= a for a, b in itertools.pairwise(ranks)):
+        raise ValueError(
+            f"expected ascending ranks with one fraction each; found ranks {list(ranks)}, fractions {list(fractions)}"
+        )
+    least = math.nan
+    for k, fraction in zip(reversed(ranks), reversed(fractions), strict=True):
+        if not fraction >= threshold:
+            break
+        least = float(k)
+    if math.isnan(least):
+        return Value.unknown(f"at the largest rank, {ranks[-1]}, the fraction is {fractions[-1]:.4g} < {threshold:g}")
+    return Value(least)
+
+
+def _check_rank(k: int, d: int) -> None:
+    if not 1 <= k <= d:
+        raise ValueError(f"expected a rank in 1 … {d}, found {k}")
+
+
+def _oriented(vectors: Tensor) -> Tensor:
+    """Flip columns so that the entry of largest magnitude (the first of equals) is positive."""
+    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    return (vectors * torch.where(largest < 0, -1.0, 1.0)).contiguous()

@@ -1,0 +1,1 @@
+"""The only rooms that know transformers, peft and accelerate: anatomy, replay, reference, and the state guard."""

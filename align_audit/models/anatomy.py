@@ -1,0 +1,245 @@
+"""Where a causal language model keeps its decoder layers, found by watching one forward, not by its class.
+
+No architecture is named here. The decoder layers are the longest ``ModuleList`` whose members run one after the other,
+each taking the residual stream that the one before returned. Everything else the engine needs (masks, rotary
+embeddings, the norm and head) it gets by calling the model itself; see ``replay``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from align_audit.errors import AnatomyError
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Where the residual stream passes. Pass one by hand where it cannot be found.
+
+    Args:
+        layers: dotted path, within the causal LM, of the ``ModuleList`` of decoder layers, as ``"model.layers"``.
+        stream_argument: how a layer gets the residual stream: its position, or its keyword.
+        output_index: None when a layer returns the stream itself, else where in the returned tuple it stands.
+
+    Example:
+        >>> Anatomy("model.layers").layers
+        'model.layers'
+    """
+
+    layers: str
+    stream_argument: int | str = 0
+    output_index: int | None = None
+    num_layers: int = 0
+    hidden_size: int = 0
+    vocab_size: int = 0
+
+    def modules(self, model: nn.Module) -> list[nn.Module]:
+        """The decoder layers, bottom first."""
+        try:
+            layers = model.get_submodule(self.layers)
+        except AttributeError:
+            raise AnatomyError(
+                f"the model has no submodule {self.layers!r} to hold its decoder layers.\n{describe(model)}"
+            ) from None
+        return list(layers.children())
+
+    def take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """The residual stream among a layer's arguments."""
+        if isinstance(self.stream_argument, int):
+            value = args[self.stream_argument]
+        else:
+            value = kwargs[self.stream_argument]
+        assert isinstance(value, torch.Tensor)
+        return value
+
+    def put(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], stream: torch.Tensor | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The same arguments with another residual stream (None: a hole, so that a recording does not keep it)."""
+        if isinstance(self.stream_argument, int):
+            changed = list(args)
+            changed[self.stream_argument] = stream
+            return tuple(changed), kwargs
+        return args, {**kwargs, self.stream_argument: stream}
+
+    def stream(self, output: Any) -> torch.Tensor:
+        """The residual stream in what a layer returned."""
+        value = output if self.output_index is None else output[self.output_index]
+        assert isinstance(value, torch.Tensor)
+        return value
+
+    def wrap(self, output: Any, stream: torch.Tensor) -> Any:
+        """What a layer returned, with another residual stream in it."""
+        if self.output_index is None:
+            return stream
+        changed = list(output)
+        changed[self.output_index] = stream
+        return tuple(changed)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The causal LM itself: out of data-parallel and compile wrappers and out of PEFT, whose layers stay in place."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod") and isinstance(model._orig_mod, nn.Module):
+            model = model._orig_mod
+        else:
+            break
+    if is_peft(model):
+        if any(config.is_prompt_learning for config in model.peft_config.values()):  # type: ignore[union-attr]
+            kinds = sorted({str(config.peft_type) for config in model.peft_config.values()})  # type: ignore[union-attr]
+            raise AnatomyError(
+                f"the policy uses prompt learning ({', '.join(kinds)}): its learned tokens are no layer's activations, "
+                "so policy and reference streams have different lengths and cannot be patched into each other. "
+                "Expected full fine-tuning or an adapter inside the layers, such as LoRA."
+            )
+        model = model.get_base_model()  # type: ignore[operator]
+    return model
+
+
+def is_peft(model: nn.Module) -> bool:
+    """Whether ``model`` is a PEFT wrapper. peft is only imported when something may be one."""
+    if not hasattr(model, "peft_config"):
+        return False
+    from peft import PeftModel
+
+    return isinstance(model, PeftModel)
+
+
+def check_kind(model: nn.Module) -> None:
+    """Refuse at once what no forward needs to be run for."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise AnatomyError(f"{type(model).__name__} is an encoder-decoder; expected a decoder-only causal language model")
+    if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
+        raise AnatomyError(
+            f"{type(model).__name__} is not a transformers model; expected a causal language model, loaded for instance "
+            "with AutoModelForCausalLM"
+        )
+
+
+@dataclass
+class _Call:
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+def find_anatomy(model: nn.Module, inputs: dict[str, torch.Tensor], given: Anatomy | None = None) -> Anatomy:
+    """Watch one forward of ``model`` (already unwrapped) on ``inputs`` and say where its residual stream passes.
+
+    Args:
+        inputs: at least ``input_ids`` and ``attention_mask``, a few tokens.
+        given: a hand-made description; only its open parts (sizes, how a layer returns its stream) are then found out.
+
+    Raises:
+        AnatomyError: not a causal LM, or no such chain of layers; the message shows the module tree.
+    """
+    lists = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 0
+    }
+    if given is not None:
+        container = given.modules(model)
+        lists = {given.layers: nn.ModuleList(container)}
+    calls: dict[nn.Module, list[_Call]] = {}
+    order: list[nn.Module] = []
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.setdefault(module, []).append(_Call(args, kwargs, output))
+        order.append(module)
+
+    handles = [
+        member.register_forward_hook(watch, with_kwargs=True)
+        for members in lists.values()
+        for member in members
+    ]
+    try:
+        with torch.no_grad():
+            logits = getattr(model(**inputs, use_cache=False), "logits", None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(logits, torch.Tensor) or logits.dim() != 3 or logits.shape[:2] != inputs["input_ids"].shape:
+        raise AnatomyError(
+            f"{type(model).__name__} returned no next-token logits of shape [batch, tokens, vocabulary]; expected a "
+            "causal language model, loaded for instance with AutoModelForCausalLM"
+        )
+
+    best: Anatomy | None = None
+    for name, members in lists.items():
+        found = _chain(list(members), calls)
+        if found is not None and (best is None or found.num_layers > best.num_layers):
+            best = replace(found, layers=name)
+    if best is None:
+        looked = f"the ModuleList {given.layers!r}" if given is not None else f"{len(lists)} module lists"
+        raise AnatomyError(
+            f"could not establish the decoder layers of {type(model).__name__}: looked at {looked} for members that run "
+            "once each, in order, every one taking the tensor [batch, tokens, width] that the one before returned.\n"
+            f"{describe(model)}\n"
+            'Describe the model by hand with `Anatomy(layers="path.to.module_list", stream_argument=..., '
+            "output_index=...)`."
+        )
+    return replace(best, vocab_size=int(logits.shape[-1]))
+
+
+def _chain(members: list[nn.Module], calls: dict[nn.Module, list[_Call]]) -> Anatomy | None:
+    """The anatomy of ``members`` if they pass a residual stream along, else None (the caller explains)."""
+    if any(len(calls.get(member, [])) != 1 for member in members):
+        return None
+    first = calls[members[0]][0]
+    places: list[int | str] = [i for i, value in enumerate(first.args) if _is_stream(value)]
+    places += [key for key, value in first.kwargs.items() if _is_stream(value)]
+    if not places:
+        return None
+    # By convention the stream comes first; ``hidden_states`` where a layer is called by keyword.
+    place = "hidden_states" if "hidden_states" in places else places[0]
+    index: int | None = None
+    if isinstance(first.output, tuple | list):
+        index = next((i for i, value in enumerate(first.output) if _is_stream(value)), None)
+        if index is None:
+            return None
+    elif not _is_stream(first.output):
+        return None
+    anatomy = Anatomy("", place, index, len(members))
+    before: torch.Tensor | None = None
+    for member in members:
+        call = calls[member][0]
+        try:
+            entering, leaving = anatomy.take(call.args, call.kwargs), anatomy.stream(call.output)
+        except (AssertionError, IndexError, KeyError):
+            return None
+        if entering.shape != leaving.shape or (before is not None and before.shape != entering.shape):
+            return None
+        before = leaving
+    assert before is not None
+    return replace(anatomy, hidden_size=int(before.shape[-1]))
+
+
+def _is_stream(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 3 and value.is_floating_point()
+
+
+def describe(model: nn.Module, depth: int = 3) -> str:
+    """The module tree to ``depth`` levels, one line a module; equal neighbours are folded."""
+    lines = [f"Module tree of {type(model).__name__}:"]
+
+    def walk(module: nn.Module, prefix: str, level: int) -> None:
+        children = list(module.named_children())
+        position = 0
+        while position < len(children):
+            name, child = children[position]
+            last = position
+            while last + 1 < len(children) and type(children[last + 1][1]) is type(child) and name.isdigit():
+                last += 1
+            label = name if last == position else f"{name}..{children[last][0]}"
+            lines.append(f"{prefix}{label}: {type(child).__name__}")
+            if level < depth:
+                walk(child, prefix + "  ", level + 1)
+            position = last + 1
+
+    walk(model, "  ", 1)
+    return "\n".join(lines)

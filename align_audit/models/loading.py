@@ -1,0 +1,59 @@
+"""Load a policy or reference from a path: a saved model, or a PEFT adapter on top of one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from align_audit.errors import ReferenceUnavailableError
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """A causal LM in eval mode from a directory or hub name; a directory with ``adapter_config.json`` becomes a PEFT model.
+
+    Raises:
+        ReferenceUnavailableError: nothing loadable is there; the message keeps the loader's own reason.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
+    if attention is not None:
+        options["attn_implementation"] = attention
+    folder = Path(path)
+    adapter = folder / "adapter_config.json"
+    if folder.exists() and not folder.is_dir():
+        raise ReferenceUnavailableError(f"{path} is a file; expected a directory with a saved model, or a hub name")
+    try:
+        if adapter.is_file():
+            from peft import PeftModel
+
+            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            if not base:
+                raise ReferenceUnavailableError(
+                    f"{adapter} names no base model; load the adapter yourself and pass the model instead of the path"
+                )
+            inner = AutoModelForCausalLM.from_pretrained(base, **options)
+            model = PeftModel.from_pretrained(inner, folder)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(str(path), **options)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, ReferenceUnavailableError):
+            raise
+        raise ReferenceUnavailableError(
+            f"cannot load a causal language model from {path}: {error}. Expected a directory saved with "
+            "`save_pretrained` (or a checkpoint of the trainer), or the name of a model that is in reach."
+        ) from error
+    if device is not None:
+        model = model.to(device)
+    return model.eval()  # type: ignore[no-any-return]

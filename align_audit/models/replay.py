@@ -1,0 +1,371 @@
+"""Record one forward of a model, then continue it from any layer with another residual stream.
+
+No architecture is re-implemented. A recording keeps the very arguments each decoder layer received (masks, rotary
+embeddings, flags); continuing calls the model's own layer modules with them. The final norm, the unembedding and
+whatever the model does to its logits come from calling the model with every decoder layer stubbed. What cannot be
+replayed exactly is found at load, by trying, and refused with the layer's number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from align_audit.errors import AnatomyError
+from align_audit.models.anatomy import Anatomy, check_kind, find_anatomy, unwrap
+
+_HEAD_BYTES = 256 * 2**20
+"""Size of one block of float32 logits; the head runs in blocks of as many rows as fit."""
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """The arguments one decoder layer received, with a hole where the residual stream was, and what else it returned."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One forward: ``streams[l + 1]`` is the residual stream after layer l, ``streams[0]`` what enters layer 0."""
+
+    streams: list[torch.Tensor]
+    calls: list[LayerCall]
+    logits: torch.Tensor | None
+
+    def after(self, layer: int) -> torch.Tensor:
+        """h_layer, [R, T, d]; −1 is what enters layer 0."""
+        return self.streams[layer + 1]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A residual stream that joins a walk after layer ``start``; ``make`` builds it only then."""
+
+    key: Hashable
+    start: int
+    make: Callable[[], torch.Tensor]
+
+
+class Replay:
+    """A causal LM opened between its layers.
+
+    Args:
+        model: the policy or the reference, wrapped or not.
+        anatomy: where the stream passes; found (and checked) when None or incomplete.
+        autocast: makes the context the trainer computes in; recording, replay and head all run inside it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        anatomy: Anatomy | None = None,
+        autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        self.model = unwrap(model)
+        check_kind(self.model)
+        self.autocast = autocast
+        self.layer_tokens = 0
+        """Layer calls × tokens so far: the work done, for the record's cost."""
+        probe = self._probe_inputs()
+        with torch.no_grad(), autocast():
+            self._adopt_autocast(probe)
+        with torch.no_grad(), self.autocast():
+            if anatomy is None or not anatomy.num_layers:
+                anatomy = find_anatomy(self.model, probe, anatomy)
+            self.anatomy = anatomy
+            self.layers = anatomy.modules(self.model)
+            self._copies = False
+            self._verify(probe)
+        self.layer_tokens = 0
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """Of the residual stream after the last layer."""
+        return self.anatomy.stream(self._outputs[-1]).dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr, return-value]
+
+    # -- recording -------------------------------------------------------------------------------------------------
+
+    def record(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, keep_logits: bool = False) -> Recording:
+        """One forward of the model itself on [R, T] tokens, with what passed between its layers."""
+        streams: list[torch.Tensor] = []
+        calls: list[LayerCall] = []
+        entered: list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = []
+        versions: list[int] = []
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            stream = self.anatomy.take(args, kwargs)
+            if self._copies:
+                # This architecture's layers write into their argument; the recording keeps its own.
+                kept = stream.clone()
+            else:
+                kept = stream
+            versions.append(stream._version)
+            entered.append((*self.anatomy.put(args, kwargs, None), stream))
+            if not streams:
+                streams.append(kept.detach())
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            hollow_args, hollow_kwargs, stream = entered[-1]
+            if stream._version != versions[-1] and not self._copies:
+                raise _WritesInPlace
+            left = self.anatomy.stream(output).detach()
+            streams.append(left.clone() if self._copies else left)
+            calls.append(LayerCall(hollow_args, dict(hollow_kwargs), self.anatomy.wrap(output, left[:0, :0])))
+
+        handles: list[Any] = []
+        for layer in self.layers:
+            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(layer.register_forward_hook(after, with_kwargs=True))
+        try:
+            with torch.no_grad(), self.autocast():
+                logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        if len(calls) != self.num_layers:
+            raise AnatomyError(
+                f"expected each of the {self.num_layers} layers in {self.anatomy.layers!r} to run once in a forward of "
+                f"{type(self.model).__name__}; {len(calls)} calls were seen"
+            )
+        self.layer_tokens += self.num_layers * input_ids.numel()
+        return Recording(streams, calls, logits if keep_logits else None)
+
+    # -- replay ----------------------------------------------------------------------------------------------------
+
+    def layer(self, index: int, stream: torch.Tensor, recording: Recording) -> torch.Tensor:
+        """The model's own layer ``index`` applied to ``stream`` [R, T, d], with the recorded arguments."""
+        call = recording.calls[index]
+        args, kwargs = self.anatomy.put(call.args, call.kwargs, stream.clone() if self._copies else stream)
+        self.layer_tokens += stream.shape[0] * stream.shape[1]
+        with self.autocast():
+            return self.anatomy.stream(self.layers[index](*args, **kwargs))
+
+    def walk(
+        self, recording: Recording, streams: Iterable[Stream], max_streams: int, *, same_as: Recording | None = None
+    ) -> Iterator[tuple[Hashable, torch.Tensor | None]]:
+        """Continue many streams to the top: each weight is visited once per group of ``max_streams`` streams.
+
+        Everything below the layer a stream joins after is irrelevant to it and is not computed.
+
+        Args:
+            same_as: a recording whose streams replay to themselves. A stream that equals it bit by bit where it joins
+                would end where it ends; it is not walked, and comes back as None.
+
+        Yields:
+            each stream's key and h_{L−1} [R, T, d].
+        """
+        waiting = sorted(streams, key=lambda stream: stream.start)
+        for first in range(0, len(waiting), max_streams):
+            group = waiting[first : first + max_streams]
+            active: list[tuple[Hashable, torch.Tensor]] = []
+            unchanged: list[Hashable] = []
+            for index in range(group[0].start, self.num_layers):
+                if index > group[0].start:
+                    for place, (key, stream) in enumerate(active):
+                        active[place] = (key, self.layer(index, stream, recording))
+                for item in group:
+                    if item.start == index:
+                        joining = item.make()
+                        if same_as is not None and torch.equal(joining, same_as.after(index)):
+                            unchanged.append(item.key)
+                        else:
+                            active.append((item.key, joining))
+            yield from ((key, None) for key in unchanged)
+            while active:
+                yield active.pop(0)
+
+    # -- norm, head, logit post-processing ---------------------------------------------------------------------------
+
+    def head(self, rows: torch.Tensor) -> torch.Tensor:
+        """Next-token logits [n, V] of residual rows [n, d]: the model's own norm, unembedding and what comes after.
+
+        Every row is fed as a sequence of one token, so the cost of masks and positions does not grow with n.
+        """
+        ids = torch.zeros((rows.shape[0], 1), dtype=torch.long, device=self.device)
+        with self._stubbed(rows[:, None, :]), self.autocast():
+            logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+        return logits[:, 0]  # type: ignore[no-any-return]
+
+    def head_blocks(self, count: int) -> Iterator[slice]:
+        """Equal blocks of rows for :meth:`head`; the same for every stream, so that equal rows give equal logits."""
+        size = max(1, _HEAD_BYTES // (4 * self.anatomy.vocab_size))
+        for first in range(0, count, size):
+            yield slice(first, min(first + size, count))
+
+    @contextlib.contextmanager
+    def _stubbed(self, stream: torch.Tensor) -> Iterator[None]:
+        """Every decoder layer returns ``stream``, whatever it is given."""
+        outputs = [self._outputs[index] for index in range(self.num_layers)]
+        before = [layer.__dict__.get("forward") for layer in self.layers]
+
+        def stub(index: int) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self.anatomy.wrap(outputs[index], stream)
+
+        try:
+            for index, layer in enumerate(self.layers):
+                layer.forward = stub(index)
+            yield
+        finally:
+            for layer, own in zip(self.layers, before, strict=True):
+                if own is None:
+                    layer.__dict__.pop("forward", None)
+                else:
+                    layer.forward = own
+
+    # -- gradients ---------------------------------------------------------------------------------------------------
+
+    def stream_gradients(
+        self, recording: Recording, objective: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """∂ objective / ∂ h_l for l = L−1 … 0, each [R, T, d], one layer in memory at a time.
+
+        ``objective`` takes h_{L−1} and gives a scalar. Each layer is run again with its input as a leaf, so the graph
+        of one layer lives at a time and no parameter's ``.grad`` is written.
+        """
+        # Grad mode is switched around each step, not around the yields: a generator must not leak it to its consumer.
+        with torch.enable_grad():
+            top = recording.after(self.num_layers - 1).detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(objective(top), top)
+        yield self.num_layers - 1, gradient
+        for index in range(self.num_layers - 1, 0, -1):
+            with torch.enable_grad():
+                leaf = recording.after(index - 1).detach().requires_grad_()
+                output = self.layer(index, leaf, recording)
+                (gradient,) = torch.autograd.grad(output, leaf, grad_outputs=gradient.to(output.dtype))
+            self.layer_tokens += leaf.shape[0] * leaf.shape[1]
+            yield index - 1, gradient
+
+    # -- the check at load -------------------------------------------------------------------------------------------
+
+    def _probe_inputs(self) -> dict[str, torch.Tensor]:
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+        ids = torch.arange(3, 3 + 14, device=self.device).remainder(vocabulary).view(2, 7)
+        mask = torch.ones_like(ids)
+        # One row is padded, as rows of a batch are: a mask that is never needed could hide that it is not replayed.
+        mask[1, 5:] = 0
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def _adopt_autocast(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Where the model's own forward turns autocast on (accelerate wraps it so), replay computes inside the same."""
+        device = self.device.type
+        seen: list[tuple[bool, torch.dtype]] = []
+
+        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen.append((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
+
+        handle = self.model.get_input_embeddings().register_forward_pre_hook(look)  # type: ignore[operator, union-attr]
+        try:
+            self.model(**inputs, use_cache=False)
+        finally:
+            handle.remove()
+        self.compute_dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        if seen and seen[0][0]:
+            self.compute_dtype = dtype = seen[0][1]
+            self.autocast = lambda: torch.autocast(device, dtype=dtype)
+
+    def _verify(self, inputs: dict[str, torch.Tensor]) -> None:
+        """Replay from every layer must give the model's own streams and logits, and must leave the model as it was."""
+        name = type(self.model).__name__
+        self._outputs: list[Any] = []
+        try:
+            recording = self.record(**inputs, keep_logits=True)
+        except _WritesInPlace:
+            self._copies = True
+            recording = self.record(**inputs, keep_logits=True)
+        self._outputs = [call.output for call in recording.calls]
+        entering = _entering_streams(self, inputs)
+        for index in range(self.num_layers):
+            if not _same(entering[index], recording.after(index - 1)):
+                raise AnatomyError(
+                    f"{name} cannot be replayed: between layer {index - 1} and layer {index} the model changes the "
+                    "residual stream itself, outside any layer, so a stream continued by calling the layers would "
+                    "differ from the model's own forward. Nothing falls back silently; this architecture is refused."
+                )
+            replayed = self.layer(index, recording.after(index - 1), recording)
+            if not _same(replayed, recording.after(index)):
+                difference = (replayed.double() - recording.after(index).double()).abs().max().item()
+                raise AnatomyError(
+                    f"{name} cannot be replayed: layer {index}, called again with the arguments it received, gave "
+                    f"another output (largest difference {difference:.3g}). Dropout or other state inside the layer?"
+                )
+        assert recording.logits is not None
+        valid = inputs["attention_mask"].bool()
+        own = recording.logits[valid].double()
+        headed = self.head(recording.after(self.num_layers - 1)[valid]).double()
+        scale = own.abs().max().clamp_min(1e-30)
+        if not (headed - own).abs().max() <= 64 * _epsilon(recording.logits, recording.streams[-1]) * scale:
+            if torch.isfinite(own).all():
+                raise AnatomyError(
+                    f"{name} cannot be replayed: its logits from the last layer's stream differ by "
+                    f"{(headed - own).abs().max().item():.3g} when its layers are stubbed, so its norm and head depend "
+                    "on more than that stream"
+                )
+        again = self.model(**inputs, use_cache=False).logits
+        if not _same(again, recording.logits):
+            raise AnatomyError(f"{name} cannot be audited: replaying its layers changed what the model computes")
+        changed = inputs["input_ids"].clone()
+        changed[:, -1] = (changed[:, -1] + 1) % self.anatomy.vocab_size
+        ahead = self.model(input_ids=changed, attention_mask=inputs["attention_mask"], use_cache=False).logits[0, :-1]
+        behind = recording.logits[0, :-1]
+        rounding = 1000 * _epsilon(behind, recording.streams[-1]) * float(scale)
+        if not torch.allclose(ahead, behind, rtol=0.0, atol=rounding, equal_nan=True):
+            raise AnatomyError(
+                f"{name} is not a causal language model: changing the last token changed the logits before it; "
+                "expected a model loaded with AutoModelForCausalLM"
+            )
+
+
+class _WritesInPlace(Exception):
+    """A layer wrote into the stream it was given."""
+
+
+def _entering_streams(replay: Replay, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """What each layer receives in the model's own forward (equal to what the one below returned, if all is well)."""
+    entering: list[torch.Tensor] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entering.append(replay.anatomy.take(args, kwargs).detach().clone())
+
+    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in replay.layers]
+    try:
+        replay.model(**inputs, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return entering
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal bit by bit, or within rounding on a device whose kernels are not deterministic; NaN equals NaN."""
+    if one.device.type == "cpu":
+        return bool(torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True))
+    tolerance = 8 * torch.finfo(one.dtype).eps
+    scale = float(other.detach().abs().nan_to_num().max())
+    return bool(torch.allclose(one, other, rtol=0.0, atol=tolerance * scale, equal_nan=True))
+
+
+def _epsilon(*tensors: torch.Tensor) -> float:
+    """The coarsest rounding unit met; at least float32's, in which several families' norms compute whatever the dtype."""
+    return max(torch.finfo(torch.float32).eps, *(torch.finfo(tensor.dtype).eps for tensor in tensors))
+
+
+def equal_streams(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor], mask: torch.Tensor) -> bool:
+    """Whether two recordings agree bit by bit at the ``mask``ed [R, T] positions."""
+    return all(torch.equal(a[mask], b[mask]) for a, b in zip(one, other, strict=True))
