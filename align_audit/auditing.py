@@ -313,6 +313,10 @@ def _arrays(found: Collected, findings: LowRankFindings | None) -> dict[str, np.
     if findings is not None:
         for (basis, layer), values in findings.bases.items():
             arrays[f"subspace.{basis}.{layer}"] = values
+        for (basis, layer), values in findings.fitted.items():
+            arrays[f"per_pair.low_rank.{basis}.{layer}"] = values
+        for layer, values in findings.random.items():
+            arrays[f"per_pair.low_rank.random.{layer}"] = values
     return arrays
 
 

@@ -5,7 +5,8 @@
 - ``records.jsonl``: one :class:`~align_audit.record.AuditRecord` a line;
 - ``alerts.jsonl``: the alerts of those records, one a line (a copy, for ``tail -f``; the records are the source);
 - ``failures.jsonl``: audits that broke, with their traceback;
-- ``step-<N>/*.safetensors``: what is too large for a line (per-pair values, subspace bases).
+- ``step-<N>/*.safetensors``: what is too large for a line (per-pair values, subspace bases);
+- ``earlier-<n>/``: the same of runs that began again in the same output directory.
 
 The logs only grow, and survive a kill between any two bytes: a line is whole once its newline is there, and a torn end
 is moved aside, never lost and never in the way of the next audit.
@@ -116,6 +117,37 @@ class RunLog:
         # A traceback may hold undecodable bytes of file names, which are no valid UTF-8.
         error_text = error_text.encode(errors="backslashreplace").decode()
         self._append(FAILURES, [Failure(step=step, time=time, error=error_text).model_dump_json()])
+
+    def set_aside(self) -> Path:
+        """Start afresh: move all that lies in the log's folder to ``earlier-<n>`` in it, and go on with an empty log.
+
+        Returns:
+            The new folder; :meth:`AuditRun.load` reads it.
+        """
+        number = 1
+        while (aside := self.directory / f"earlier-{number}").exists():
+            number += 1
+        aside.mkdir()
+        found = [path for path in self.directory.iterdir() if not path.name.startswith("earlier-")]
+        # The records go last: as long as they are here, a run that was killed in between starts over with the move.
+        for path in sorted(found, key=lambda path: (path.name == RECORDS, path.name)):
+            path.rename(aside / path.name)
+        (self.directory / RECORDS).touch()
+        _sync_directory(self.directory)
+        self._records, self._keys = [], set()
+        return aside
+
+    def set_aside(self) -> Path:
+        """Move everything into ``previous-<n>`` beside it and go on with an empty log; returns that folder."""
+        number = 1
+        while (aside := self.directory / f"previous-{number}").exists():
+            number += 1
+        aside.mkdir()
+        for path in sorted(self.directory.iterdir()):
+            if not path.name.startswith("previous-"):
+                path.rename(aside / path.name)
+        self._records, self._keys = [], set()
+        return aside
 
     def step_dir(self, step: int) -> Path:
         """The folder for what is large of one step, made when absent."""
@@ -357,13 +389,15 @@ def _json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _read_records(path: Path) -> list[AuditRecord]:
     records, invalid = [], []
     for number, line in _json_lines(path):
+        where = f"line {number} of {path}"
         try:
-            records.append(AuditRecord.from_json(line, where=f"line {number} of {path}"))
+            records.append(AuditRecord.from_json(line, where=where))
         except RecordError as error:
             version = json.loads(line).get("schema_version")
             if isinstance(version, int) and version > SCHEMA_VERSION:
                 raise
-            invalid.append((number, " ".join(str(error).splitlines()[:3])))  # one problem is enough
+            # The first of its problems is enough.
+            invalid.append((number, " ".join(str(error).replace(where, "it").splitlines()[:3])))
     if invalid:
         _warn_skipped(path, [number for number, _ in invalid], invalid[0][1])
     return records

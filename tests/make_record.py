@@ -346,8 +346,9 @@ class _Maker:
         policy, reference = self._trace(math.sqrt(self.progress)), self._trace(0.0)
         if count >= 30:
             for model in ("policy", "reference"):
-                for field in ("contraction", "contraction_r2", "contraction_stderr"):
-                    self.reasons[f"spinal.{model}.{field}.0"] = FEW_VALUES
+                self.reasons[f"spinal.{model}.contraction.0"] = (
+                    FEW_VALUES  # its R² and error are NaN for the same reason
+                )
         terminal = list(range(count - max(math.ceil(count / 3), min(4, count)), count))
         inner = [i for i in terminal if i < count - 1]
         delta_align = math.nan
@@ -392,7 +393,7 @@ class _Maker:
             level: Literal["warning", "error"] = "error" if change < -1.0 else "warning"
             found.append(
                 Alert(
-                    rule="likelihood_displacement",
+                    rule="chosen_logp_falling",
                     level=level,
                     step=self.step,
                     value=change,
@@ -407,7 +408,7 @@ class _Maker:
         if margins.kl.mean > 1.0:
             found.append(
                 Alert(
-                    rule="kl_high",
+                    rule="kl_out_of_bounds",
                     level="error",
                     step=self.step,
                     value=margins.kl.mean,
@@ -419,7 +420,7 @@ class _Maker:
         if patched is not None and patched.additivity.mean < 0.4:
             found.append(
                 Alert(
-                    rule="additivity_low",
+                    rule="additivity_collapsed",
                     level="warning",
                     step=self.step,
                     layers=sorted(range(self.layers), key=lambda i: patched.block_transplant[i].mean)[:2],
@@ -430,15 +431,16 @@ class _Maker:
                     suggestion="look at the block transplants: layers below zero undo what the others learned",
                 )
             )
-        if self.identical:
+        if 0.3 < self.harm < 0.5:
             found.append(
                 Alert(
-                    rule="identical_models",
+                    rule="accuracy_falling",
                     level="info",
                     step=self.step,
-                    value=0.0,
-                    message="policy and reference are equal: this audit is the run's baseline",
-                    suggestion="nothing to do",
+                    value=margins.accuracy.mean,
+                    baseline=0.94,
+                    message="Preference accuracy has stopped rising.",
+                    suggestion="Nothing yet; look again at the next audit",
                 )
             )
         return found

@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from oracle import Pair
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -26,6 +24,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from tests import oracle
+from tests.oracle import Pair
+
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2")
 VOCAB, WIDTH, DEPTH = 61, 24, 5
 
@@ -35,6 +36,7 @@ PAIRS = [
     Pair((1, 41, 42, 13, 5, 6, 23), (1, 41, 42, 13, 37), 4, 4),
     Pair((5, 57, 21), (6, 6, 4, 9), 0, 0),  # no prompt
 ]
+FEW = PAIRS[2:]  # for what takes a forward per layer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,19 +115,19 @@ def test_streams_and_margins_are_the_models_own(family: str, dtype: torch.dtype)
         assert margin[i] == pytest.approx(expected[0] - expected[1], rel=1e-9)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])
 def test_identical_models_give_exactly_zero(family: str) -> None:
     model = make(family)
     twin = copy.deepcopy(model)
     for positions in ("all", "last_prompt_token"):
-        assert not oracle.patch_effects(twin, model, PAIRS, positions).any()
-    assert not oracle.block_transplants(twin, model, PAIRS).any()
-    assert not oracle.activation_features(twin, model, PAIRS).any()
-    halves = np.array([True, False, True, False])
-    low_rank = oracle.low_rank_effects(twin, model, PAIRS, 2, [3], "shift", halves)
+        assert not oracle.patch_effects(twin, model, FEW, positions).any()
+    assert not oracle.block_transplants(twin, model, FEW).any()
+    assert not oracle.activation_features(twin, model, FEW).any()
+    halves = np.array([True, False])
+    low_rank = oracle.low_rank_effects(twin, model, FEW, 2, [3], "shift", halves)
     assert not low_rank["effects"].any()
     assert not low_rank["full_effect"].any()
-    changes = oracle.behaviour(twin, model, PAIRS)
+    changes = oracle.behaviour(twin, model, FEW)
     for name in ("chosen_logp_change", "rejected_logp_change", "kl", "shift", "correct"):
         assert not changes[name].any(), name
     np.testing.assert_array_equal(changes["entropy"], changes["reference_entropy"])
@@ -136,12 +138,12 @@ def test_identical_models_give_exactly_zero(family: str) -> None:
 def test_one_changed_block_is_found_where_it_is(family: str) -> None:
     reference, planted = make(family), 2
     policy = shaken(reference, part=f"{'h' if family == 'gpt2' else 'layers'}.{planted}.")
-    delta = oracle.margins(policy, PAIRS)[0] - oracle.margins(reference, PAIRS)[0]
+    delta = oracle.margins(policy, FEW)[0] - oracle.margins(reference, FEW)[0]
     assert np.abs(delta).min() > 1e-3
-    effects = oracle.patch_effects(policy, reference, PAIRS)
+    effects = oracle.patch_effects(policy, reference, FEW)
     assert not effects[:, : planted + 1].any()
     np.testing.assert_allclose(effects[:, planted + 1 :], delta[:, None].repeat(DEPTH - planted, 1), atol=1e-9)
-    transplants = oracle.block_transplants(policy, reference, PAIRS)
+    transplants = oracle.block_transplants(policy, reference, FEW)
     np.testing.assert_allclose(transplants[:, planted + 1], delta, atol=1e-9)
     assert not np.delete(transplants, planted + 1, axis=1).any()
     found = oracle.summary(effects, transplants, delta)
@@ -150,22 +152,22 @@ def test_one_changed_block_is_found_where_it_is(family: str) -> None:
     assert found["layer_gain"] == pytest.approx(np.eye(DEPTH)[planted])
     signed = oracle.summary(effects, transplants * np.sign(delta.sum()), delta)
     assert signed["peak_layer"] == planted
-    reverse = oracle.patch_effects(reference, policy, PAIRS)
+    reverse = oracle.patch_effects(reference, policy, FEW)
     np.testing.assert_allclose(reverse[:, planted + 1 :], -delta[:, None].repeat(DEPTH - planted, 1), atol=1e-9)
-    features = oracle.activation_features(policy, reference, PAIRS)
+    features = oracle.activation_features(policy, reference, FEW)
     assert not features[:, :planted].any()
     assert (features[:, planted:] > 0).all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("part", ["embed", "head"])
 def test_changed_embedding_and_changed_head(family: str, part: str) -> None:
     reference = make(family)
     policy = shaken(reference, part={"embed": "wte" if family == "gpt2" else "embed_tokens", "head": "lm_head"}[part])
-    delta = oracle.margins(policy, PAIRS)[0] - oracle.margins(reference, PAIRS)[0]
+    delta = oracle.margins(policy, FEW)[0] - oracle.margins(reference, FEW)[0]
     assert np.abs(delta).min() > 1e-3
-    effects = oracle.patch_effects(policy, reference, PAIRS)
-    transplants = oracle.block_transplants(policy, reference, PAIRS)
+    effects = oracle.patch_effects(policy, reference, FEW)
+    transplants = oracle.block_transplants(policy, reference, FEW)
     expected = delta if part == "embed" else np.zeros_like(delta)
     np.testing.assert_allclose(effects, expected[:, None].repeat(DEPTH + 1, 1), atol=1e-9)
     column = 0 if part == "embed" else DEPTH + 1
@@ -173,15 +175,15 @@ def test_changed_embedding_and_changed_head(family: str, part: str) -> None:
     assert not np.delete(transplants, column, axis=1).any()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_gains_sum_to_one_and_the_last_patch_leaves_only_the_head(family: str) -> None:
     reference = make(family)
     policy = shaken(reference)
-    delta = oracle.margins(policy, PAIRS)[0] - oracle.margins(reference, PAIRS)[0]
-    effects = oracle.patch_effects(policy, reference, PAIRS)
-    found = oracle.summary(effects, oracle.block_transplants(policy, reference, PAIRS), delta)
+    delta = oracle.margins(policy, FEW)[0] - oracle.margins(reference, FEW)[0]
+    effects = oracle.patch_effects(policy, reference, FEW)
+    found = oracle.summary(effects, oracle.block_transplants(policy, reference, FEW), delta)
     assert found["embedding_gain"] + found["layer_gain"].sum() + found["head_gain"] == pytest.approx(1)
-    for i, pair in enumerate(PAIRS):  # the reference's norm and head, by hand, on the policy's last stream
+    for i, pair in enumerate(FEW):  # the reference's norm and head, by hand, on the policy's last stream
         logps = []
         for ids, start in oracle.sides(pair):
             with torch.no_grad():
@@ -225,27 +227,52 @@ def test_positions_of_a_pair() -> None:
     assert oracle.spectral_positions(PAIRS[3]) == ([0, 1], [0, 1, 2])
 
 
+def test_activation_features_from_the_models_hidden_states() -> None:
+    reference = make("qwen3")
+    policy = shaken(reference)
+    got = oracle.activation_features(policy, reference, PAIRS)
+    assert got.shape == (len(PAIRS), DEPTH)
+    for i, pair in enumerate(PAIRS):
+        pooled = []
+        for ids, start in oracle.sides(pair):
+            with torch.no_grad():
+                new, old = (
+                    torch.cat(model(torch.tensor([ids]), output_hidden_states=True).hidden_states)
+                    for model in (policy, reference)
+                )
+            pooled.append((new - old)[1:DEPTH, max(start, 1) - 1 : -1].square().sum(-1))  # h_0 … h_{L-2}
+        expected = torch.cat(pooled, dim=1).mean(dim=1).sqrt()
+        np.testing.assert_allclose(got[i, : DEPTH - 1], expected.numpy(), rtol=1e-12)
+
+
 @pytest.mark.parametrize("basis", ["activation", "shift"])
 def test_low_rank(basis: Any) -> None:
     reference = make("llama")
     policy = shaken(reference)
-    pairs = PAIRS + [Pair(p.rejected_ids[::-1], p.chosen_ids[::-1], 2, 2) for p in PAIRS]
-    halves, ranks = np.arange(len(pairs)) < 4, [1, 4, 16]
+    pairs, halves, ranks = PAIRS, np.array([True, True, False, False]), [1, 4, 16]
     got = oracle.low_rank_effects(policy, reference, pairs, 3, ranks, basis, halves)
     np.testing.assert_array_equal(got["full_effect"], oracle.patch_effects(policy, reference, pairs)[:, 4])
     assert (np.diff(got["explained_variance_ratio"]) > 0).all()
     assert 0 < got["explained_variance_ratio"][0] < got["explained_variance_ratio"][-1] <= 1 + 1e-12
     swapped = oracle.low_rank_effects(policy, reference, pairs, 3, ranks, basis, ~halves)
     np.testing.assert_array_equal(got["effects"], swapped["effects"])
-    # The same patch on one held-out pair, from its formula.
-    basis_rows = []
-    for pair in pairs[4:]:
-        for ids, _ in oracle.sides(pair):
-            pi, rho = (oracle.forward(model, ids).h(3).numpy() for model in (policy, reference))
-            basis_rows.append(pi if basis == "activation" else pi - rho)
-    stacked = np.concatenate(basis_rows)
-    eigenvectors = np.linalg.eigh(stacked.T @ stacked)[1][:, -4:]
-    projector = torch.from_numpy(eigenvectors @ eigenvectors.T)
+    # The same patch on one held-out pair, and the explained variance, from their formulas.
+    stacked = []
+    for half in (pairs[:2], pairs[2:]):
+        basis_rows = []
+        for pair in half:
+            for ids, _ in oracle.sides(pair):
+                pi, rho = (oracle.forward(model, ids).h(3).numpy() for model in (policy, reference))
+                basis_rows.append(pi if basis == "activation" else pi - rho)
+        stacked.append(np.concatenate(basis_rows))
+    projectors = []
+    for rows in stacked:
+        eigenvectors = np.linalg.eigh(rows.T @ rows)[1][:, -4:]
+        projectors.append(eigenvectors @ eigenvectors.T)
+    captured = [np.trace(rows @ p @ rows.T) for rows, p in zip(stacked, projectors[::-1], strict=True)]
+    energy = [np.trace(rows @ rows.T) for rows in stacked]
+    assert got["explained_variance_ratio"][1] == pytest.approx(sum(captured) / sum(energy))
+    projector = torch.from_numpy(projectors[1])
     margin = 0.0
     for sign, (ids, start) in zip((1, -1), oracle.sides(pairs[0]), strict=True):
         pi, rho = oracle.forward(policy, ids).h(3), oracle.forward(reference, ids).h(3)
@@ -259,8 +286,8 @@ def test_low_rank_at_full_rank_is_the_whole_patch() -> None:
     reference = make("qwen3")
     policy = shaken(reference)
     rng = np.random.default_rng(0)
-    pairs = [Pair(*(tuple(rng.integers(1, VOCAB, 16).tolist()) for _ in range(2)), 4, 4) for _ in range(4)]
-    halves = np.array([True, False, False, True])
+    pairs = [Pair(*(tuple(rng.integers(1, VOCAB, 16).tolist()) for _ in range(2)), 4, 4) for _ in range(2)]
+    halves = np.array([True, False])
     for basis in ("activation", "shift"):
         got = oracle.low_rank_effects(policy, reference, pairs, 1, [WIDTH], basis, halves)  # type: ignore[arg-type]
         np.testing.assert_allclose(got["effects"][:, 0], got["full_effect"], atol=1e-5)
@@ -306,7 +333,7 @@ def test_spectra_and_their_rows() -> None:
 def test_transport_is_the_bhattacharyya_angle(family: str) -> None:
     model = make(family)
     expected: list[list[float]] = [[] for _ in range(DEPTH - 1)]
-    for pair in PAIRS:
+    for pair in FEW:
         for (ids, _), positions in zip(oracle.sides(pair), oracle.spectral_positions(pair), strict=True):
             run = oracle.forward(model, ids)
             with torch.no_grad():
@@ -314,7 +341,7 @@ def test_transport_is_the_bhattacharyya_angle(family: str) -> None:
             for layer in range(DEPTH - 1):
                 angle = 2 * (p[layer] * p[layer + 1]).sqrt().sum(-1).clamp(max=1).arccos()
                 expected[layer] += angle[positions].tolist()
-    got = oracle.transport(model, PAIRS)
+    got = oracle.transport(model, FEW)
     np.testing.assert_allclose(got, [np.mean(values) for values in expected], atol=1e-7)
     assert ((got > 0.01) & (got < np.pi)).all()
 
@@ -336,7 +363,7 @@ def test_spinal_parts_by_hand() -> None:
 
 
 def test_gradient_norms_match_finite_differences() -> None:
-    model, pair, layer, step = make("gpt2", depth=3), PAIRS[1], 1, 1e-5  # GPT-2: float64 all the way through
+    model, pair, layer, step = make("gpt2", depth=2), PAIRS[3], 0, 1e-5  # GPT-2: float64 all the way through
     square = 0.0
     for ids, start in oracle.sides(pair):
         stream = oracle.forward(model, ids).h(layer)
@@ -354,14 +381,14 @@ def test_gradient_norms_match_finite_differences() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_concentration_leaves_the_model_alone(family: str) -> None:
     model = make(family)
-    share = oracle.gradient_concentration(model, PAIRS)
-    norms = oracle.gradient_norms(model, PAIRS)
+    share = oracle.gradient_concentration(model, FEW)
+    norms = oracle.gradient_norms(model, FEW)
     assert (norms > 0).all()
     np.testing.assert_allclose(share, 1 - norms[:, 0] / norms.sum(axis=1))  # S is layers 1 … 4 of 5
-    np.testing.assert_allclose(oracle.gradient_concentration(model, PAIRS, range(DEPTH)), 1)
+    np.testing.assert_allclose(oracle.gradient_concentration(model, FEW, range(DEPTH)), 1)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     frozen = copy.deepcopy(model).requires_grad_(False)
-    np.testing.assert_array_equal(oracle.gradient_concentration(frozen, PAIRS), share)
+    np.testing.assert_array_equal(oracle.gradient_concentration(frozen, FEW), share)
 
 
 def test_behaviour_against_torch_distributions() -> None:

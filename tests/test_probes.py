@@ -20,12 +20,12 @@ import torch
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from probe_tokenizer import EOS, make_tokenizer
 
 from align_audit.errors import ProbeError
 from align_audit.probe_sources import STREAM_BUFFER_FACTOR, STREAM_MAX_BUFFERS
 from align_audit.probe_tokens import truncate
 from align_audit.probes import EQUAL, EQUAL_TRUNCATED, PROMPT_FILLS, UNSCORABLE, ProbePair, ProbeSet
+from tests.probe_tokenizer import EOS, make_tokenizer
 
 TEXT = {"prompt": "Is the sky blue?", "chosen": " The sky is blue.", "rejected": " The world is round."}
 CHAT = {
@@ -290,10 +290,14 @@ def test_prepared_columns_come_first_and_need_no_tokenizer() -> None:
     probes = draw([row])
     assert probes.pairs == (ProbePair(0, (1, 2, 0, 7), (1, 2, 0, 8), 2, 2, (-3.5, -4.25)),)
     assert draw([{**row, "ref_chosen_logps": None}])[0].reference_logps is None
-    formatted = Dataset.from_list([row]).with_format("torch")
-    assert draw(formatted).pairs == probes.pairs
+    for kind in ("torch", "numpy", "pandas", "arrow"):
+        formatted = Dataset.from_list([row]).with_format(kind)
+        assert draw(formatted).pairs == probes.pairs
+        assert formatted.format["type"] == kind
     arrays = {**ready(1)[0], "chosen_ids": np.array([0, 7])}
     assert draw([arrays])[0].chosen_ids == (1, 2, 0, 7)
+    with pytest.raises(ProbeError, match="no tokenizer was given"):  # two of the three columns do not do
+        draw([{name: value for name, value in row.items() if name != "rejected_ids"}])
 
 
 def test_a_transform_is_applied(tokenizer: Any) -> None:

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from probe_tokenizer import DIVERGING_TEMPLATE, EOS, TEMPLATE, make_tokenizer
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, ProcessorMixin
 from trl import DPOConfig, DPOTrainer
 
 from align_audit.probes import EQUAL, EQUAL_TRUNCATED, PROMPT_FILLS, UNSCORABLE, ProbePair, ProbeSet
+from tests.probe_tokenizer import DIVERGING_TEMPLATE, EOS, TEMPLATE, make_tokenizer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*keep_end.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),  # TRL's own default
 ]
 
 DATA = Path(os.environ.get("ALIGN_AUDIT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
@@ -39,6 +39,7 @@ TEXTS = [
     ("Same", " answer.", " answer."),
     ("Ünïcode 🙂 prompt:", " ja 🙂", " nein 🙃"),
     ("The world", " is round", " is"),
+    ("Hello wor", "n out dog.", "ld, wonderful world."),
 ]
 
 

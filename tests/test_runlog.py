@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_record import make_record, make_run
+from tests.make_record import make_record, make_run
 
 from align_audit.errors import ConfigurationError, RecordError
 from align_audit.record import Alert, AuditRecord
@@ -203,7 +203,7 @@ def test_a_corrupt_line_in_the_middle_is_skipped_and_kept(tmp_path: Path) -> Non
     assert any(f"line 3 of {path}" in text and "not a valid record" in text for text in said)
     assert same(run.records, [records[0], records[3]])
 
-    with pytest.warns(UserWarning, match="line 2"):
+    with pytest.warns(UserWarning, match="is skipped"):
         log = RunLog(tmp_path)
     assert log.append(records[1])  # lost, so audited again
     assert path.read_bytes() == b"".join(lines) + records[1].to_json().encode() + b"\n"
@@ -297,6 +297,24 @@ def test_an_alert_of_no_record_is_kept(tmp_path: Path) -> None:
     path = log.directory / ALERTS
     path.write_text(path.read_text() + alert(3).model_dump_json() + "\n")
     assert AuditRun.load(tmp_path).alerts == [alert(3), alert(5)]
+
+
+def test_an_earlier_run_is_set_aside_whole(tmp_path: Path) -> None:
+    records = make_run("destabilizing", audits=3, layers=2)
+    log = RunLog(tmp_path)
+    for number in (1, 2):
+        for record in records:
+            assert log.append(record), "the new log is empty"
+        log.append_failure(7, "ValueError")
+        log.save_arrays(50, "pairs", {"x": np.full(2, number)})
+        assert log.set_aside() == tmp_path / FOLDER / f"earlier-{number}"
+        assert (log.records, AuditRun.load(tmp_path).records, AuditRun.load(tmp_path).failures) == ([], [], [])
+    for number in (1, 2):
+        earlier = AuditRun.load(tmp_path / FOLDER / f"earlier-{number}")
+        assert same(earlier.records, records)
+        assert len(earlier.failures) == 1
+        assert earlier.load_arrays(50, "pairs")["x"].tolist() == [number, number]
+    assert RunLog(tmp_path).append(records[0])
 
 
 def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ _LAMBDAS = 100
 _NULL_LAMBDAS = 20
 _LAMBDA_RANGE = 1e-3
 """Smallest λ tried, as a share of the least λ at which every coefficient is zero."""
+_UNUSED_SEED = 0
+"""Cyclic coordinate descent uses no random numbers, yet without a seed scikit-learn draws from NumPy's global state."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +217,7 @@ def _cross_validated(X: Array, y: Array, cv: KFold, lambdas: int, max_iter: int)
     grid = np.geomspace(largest, largest * _LAMBDA_RANGE, lambdas)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model = LassoCV(alphas=grid, cv=cv, max_iter=max_iter).fit(X, y)
+        model = LassoCV(alphas=grid, cv=cv, max_iter=max_iter, random_state=_UNUSED_SEED).fit(X, y)
     error = model.mse_path_.mean(axis=1).min()
     return float(model.alpha_), float(1.0 - error / y.var())
 
@@ -225,7 +227,7 @@ def _solve(X: Array, y: Array, alpha: float) -> tuple[Array, bool]:
     for max_iter in (10_000, 100_000, 1_000_000):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
-            model = Lasso(alpha, tol=1e-8, max_iter=max_iter).fit(X, y)
+            model = Lasso(alpha, tol=1e-8, max_iter=max_iter, random_state=_UNUSED_SEED).fit(X, y)
         if not any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
             return model.coef_, True
     return model.coef_, False
@@ -234,4 +236,5 @@ def _solve(X: Array, y: Array, alpha: float) -> tuple[Array, bool]:
 def _selected_at(X: Array, y: Array, alpha: float) -> Array:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return Lasso(alpha, tol=1e-6, max_iter=10_000).fit(X, y).coef_ != 0.0
+        model = Lasso(alpha, tol=1e-6, max_iter=10_000, random_state=_UNUSED_SEED).fit(X, y)
+    return model.coef_ != 0.0

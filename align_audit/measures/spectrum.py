@@ -121,7 +121,7 @@ def contraction(
     sigma = np.sort(sigma)[::-1]
     floor = sigma[0] * max(rows, columns) * np.finfo(np.float64).eps if len(sigma) else 0.0
     n = int((sigma > floor).sum())
-    # The decimals that were written, not their binary neighbours: ⌈0.1·70⌉ is 7, not 8.
+    # The decimals that were written, not their binary neighbours: ⌈0.07·100⌉ is 7, not 8.
     first, last = math.ceil(Fraction(str(low)) * n), math.floor(Fraction(str(high)) * n)
     m = last - first + 1 if n else 0
     if m < min_values:

@@ -42,7 +42,7 @@ def terminal_layers(L: int, fraction: float | None = None) -> tuple[int, ...]:
     if fraction is None:
         size = max(-(-L // 3), min(4, L))
     elif 0.0 < fraction <= 1.0:
-        # The decimal that was written, not its binary neighbour: 0.1 of 70 layers is 7, not 8.
+        # The decimal that was written, not its binary neighbour: 0.07 of 100 layers is 7, not 8.
         size = math.ceil(Fraction(str(fraction)) * L)
     else:
         raise ValueError(f"expected a depth fraction in (0, 1], found {fraction}")

@@ -1,0 +1,150 @@
+"""The ``align-audit`` command."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from align_audit.errors import AlignAuditError, ConfigurationError
+
+if TYPE_CHECKING:
+    from align_audit.config import AuditConfig
+    from align_audit.record import AuditRecord
+
+app = typer.Typer(
+    name="align-audit",
+    help="Watch what preference training does inside a language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Watch what preference training does inside a language model."""
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where the two runs, their logs and pictures go.")] = Path(
+        "align-audit-demo"
+    ),
+) -> None:
+    """Train a small shipped model twice, offline on a CPU: once well, once to ruin, with the audit on.
+
+    Example: align-audit demo --output align-audit-demo
+    """
+    from align_audit.demo.show import run_demo
+
+    run_demo(output)
+
+
+@app.command()
+def run(
+    checkpoint: Annotated[Path, typer.Argument(help="A saved model or adapter, or a folder of checkpoint-N folders.")],
+    probes: Annotated[Path, typer.Option(help="Preference pairs: .jsonl, .json (also .gz), .parquet, or a data set folder.")],
+    reference: Annotated[
+        str | None,
+        typer.Option(help="The model training started from: a folder or a hub name. Left out: an adapter's base."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where the record log and the pictures go.")] = Path("align-audit-run"),
+    config: Annotated[Path | None, typer.Option(help="A YAML file of audit options.")] = None,
+    max_pairs: Annotated[int | None, typer.Option(help="Probe pairs to draw.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per sequence, as in training (DPOConfig).")] = None,
+    step: Annotated[int | None, typer.Option(help="The step to record; by default N of checkpoint-N, else 0.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "auto",
+) -> None:
+    """Audit saved checkpoints against their reference.
+
+    Example: align-audit run runs/dpo/checkpoint-500 --reference base-model --probes held-out.jsonl
+    """
+    from align_audit.saved import audit_saved
+
+    folders = find_checkpoints(checkpoint)
+    if step is not None and len(folders) > 1:
+        raise ConfigurationError(f"--step names one step, and {checkpoint} holds {len(folders)} checkpoints; leave it out")
+    steps = {folder: step if step is not None else step_of(folder) for folder in folders}
+    settings = _settings(config, max_pairs, max_length)
+    began = time.perf_counter()
+    records = audit_saved(steps, reference, probes, settings, output, _device(device))
+    _conclude(records, output, time.perf_counter() - began)
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """The saved models at ``path``: itself, or the ``checkpoint-N`` folders in it, by N.
+
+    Raises:
+        ConfigurationError: neither is there.
+    """
+    if not path.is_dir():
+        raise ConfigurationError(f"no checkpoint at {path}: expected a folder with a saved model, or of checkpoint-N folders")
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")) and not _numbered(path):
+        return [path]
+    inside = _numbered(path)
+    if inside:
+        return inside
+    raise ConfigurationError(
+        f"{path} holds no config.json, no adapter_config.json and no checkpoint-N folder; expected what the trainer or "
+        "save_pretrained writes"
+    )
+
+
+def _numbered(path: Path) -> list[Path]:
+    return sorted((folder for folder in path.glob("checkpoint-*") if step_of(folder)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """N of ``checkpoint-N``, else 0."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
+    return int(match.group(1)) if match else 0
+
+
+def _settings(config: Path | None, max_pairs: int | None, max_length: int | None) -> AuditConfig:
+    from align_audit.config import AuditConfig
+
+    values: dict[str, Any] = AuditConfig.from_yaml(config).to_dict() if config is not None else {}
+    for name, value in (("max_pairs", max_pairs), ("max_length", max_length)):
+        if value is not None:
+            values[name] = value
+    return AuditConfig.from_dict(values)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(f"--device {name} cannot be used: {error}") from None
+    return name
+
+
+def _conclude(records: list[AuditRecord], output: Path, seconds: float) -> None:
+    from align_audit.writers.plots import save_all
+
+    pictures = save_all(records, output / "pictures")
+    typer.echo(f"{len(records)} audit(s) in {seconds:.0f} s; the log is {output / 'align_audit' / 'records.jsonl'}")
+    for path in pictures.values():
+        typer.echo(f"  {path}")
+
+
+def main() -> None:
+    """Entry point: our own errors are messages, not tracebacks."""
+    try:
+        app()
+    except AlignAuditError as error:
+        typer.echo(f"align-audit: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Writers turn stored records into curves, pictures and tables. They see records only: no model, no measure.
+
+Here is what they share; the libraries they write with load when a writer is first used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+from align_audit.record import AuditRecord, Control, Controls, Estimate
+
+CONTROL_NAMES = tuple(Controls.model_fields)
+
+
+def one_per_step(records: Iterable[AuditRecord]) -> list[AuditRecord]:
+    """The latest record of each step, by step: a resumed run may have audited a step twice."""
+    latest: dict[int, AuditRecord] = {}
+    for record in sorted(records, key=lambda record: (record.step, record.provenance.created)):
+        latest[record.step] = record
+    return list(latest.values())
+
+
+def control_items(record: AuditRecord) -> Iterator[tuple[str, Control]]:
+    """Name and result of each control."""
+    for name in CONTROL_NAMES:
+        yield name, getattr(record.controls, name)
+
+
+def why_unknown(record: AuditRecord, path: str, value: Estimate | float | None = None) -> str:
+    """Why the number at a dotted path is NaN or None: its own reason, or that of the nearest part that has one.
+
+    Example:
+        ``why_unknown(record, "spinal.policy.contraction.3")`` looks for that path in ``record.reasons``, then for
+        ``spinal.policy.contraction``, ``spinal.policy`` and ``spinal``.
+    """
+    if isinstance(value, Estimate) and value.reason:
+        return value.reason
+    parts = path.split(".")
+    for end in range(len(parts), 0, -1):
+        reason = record.reasons.get(".".join(parts[:end]))
+        if reason:
+            return reason
+    return "the record gives no reason"
+
+
+def is_unknown(value: Estimate | float | int | None) -> bool:
+    """Is this number one that could not be known?"""
+    if isinstance(value, Estimate):
+        value = value.mean
+    return value is None or math.isnan(value)
+
+
+def span(numbers: Sequence[int], most: int = 6) -> str:
+    """Integers in words, runs contracted: ``0–3, 7``; a long list is cut short."""
+    if not numbers:
+        return "none"
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    words = [str(a) if a == b else f"{a}, {b}" if b == a + 1 else f"{a}–{b}" for a, b in runs]
+    if len(words) > most:
+        words = [*words[: most - 1], "…", words[-1]]
+    return ", ".join(words)

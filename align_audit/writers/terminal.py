@@ -1,0 +1,236 @@
+"""An audit on the terminal: a short table, and a panel for each alert. Plain text where the output is no terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from align_audit.record import Alert, AuditRecord, Estimate
+from align_audit.writers import control_items, is_unknown, span, why_unknown
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+_LEVEL_STYLES = {"info": "cyan", "warning": "yellow", "error": "bold red"}
+_VERDICT_STYLES = {"passed": "green", "failed": "bold red", "not_run": "dim"}
+_PLAIN = str.maketrans({"–": "-", "—": "-", "−": "-", "…": "...", "’": "'", "‖": "||", "²": "2"})
+
+
+@dataclass(frozen=True)
+class _Row:
+    label: str
+    parts: tuple[tuple[str, str], ...]
+    """Text and style, in order."""
+
+    @classmethod
+    def of(cls, label: str, text: str, style: str = "") -> _Row:
+        return cls(label, ((text, style),))
+
+
+@dataclass(frozen=True)
+class _Summary:
+    title: str
+    rows: tuple[_Row, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich import box
+        from rich.table import Table
+
+        table = Table(
+            box=box.SIMPLE_HEAD if options.is_terminal else None,
+            show_header=False,
+            title=_text([(self.title, "bold")], options),
+            title_justify="left",
+            pad_edge=False,
+            padding=(0, 2, 0, 0),
+        )
+        table.add_column(no_wrap=True)
+        table.add_column(ratio=1)
+        for row in self.rows:
+            table.add_row(row.label, _text(row.parts, options))
+        yield table
+
+
+@dataclass(frozen=True)
+class _AlertPanel:
+    alert: Alert
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.console import Group
+        from rich.padding import Padding
+        from rich.panel import Panel
+
+        alert, style = self.alert, _LEVEL_STYLES[self.alert.level]
+        where = f", layers {span(alert.layers)}" if alert.layers else ""
+        title = f"{alert.level.upper()} {alert.rule} (step {alert.step}{where})"
+        parts = [_text([(alert.message, "")], options), _text([("To do: ", "bold"), (alert.suggestion, "")], options)]
+        numbers = {"value": alert.value, "baseline": alert.baseline, "threshold": alert.threshold}
+        known = [f"{name} {value:.3g}" for name, value in numbers.items() if not is_unknown(value)]
+        if known:
+            parts.append(_text([(", ".join(known), "dim")], options))
+        if options.is_terminal:
+            yield Panel(Group(*parts), title=_text([(title, style)], options), title_align="left", border_style=style)
+        else:
+            yield _text([(title, style)], options)
+            yield Padding(Group(*parts), (0, 0, 0, 2))
+
+
+def summary_table(record: AuditRecord) -> _Summary:
+    """A rich renderable: what one audit found, in some fifteen lines of 80 columns."""
+    provenance = record.provenance
+    title = (
+        f"align_audit, step {record.step}: {provenance.pairs} pairs, "
+        f"{provenance.model_type} with {provenance.num_layers} layers"
+    )
+    return _Summary(title, tuple(_rows(record)))
+
+
+def alert_panel(alert: Alert) -> _AlertPanel:
+    """A rich renderable: what an alert saw, and what to do."""
+    return _AlertPanel(alert)
+
+
+def print_record(record: AuditRecord, console: Console | None = None) -> None:
+    """Print the summary of an audit, then its alerts.
+
+    Args:
+        console: where to; None: standard output.
+    """
+    from rich.console import Console
+
+    console = console or Console(highlight=False)
+    console.print(summary_table(record))
+    for alert in record.alerts:
+        console.print(alert_panel(alert))
+
+
+def progress_bar(total: int, description: str) -> Any:
+    """A progress bar like the trainer's, gone when done: ``update(1)``, ``n``, ``close()``. Silent off a terminal."""
+    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+
+    return tqdm(total=total, desc=description, unit="batch", leave=False, dynamic_ncols=True, disable=None)
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _rows(record: AuditRecord) -> Iterator[_Row]:
+    margins = record.margins
+
+    def estimate(label: str, path: str, value: Estimate, unit: str = "", signed: bool = False) -> _Row:
+        if is_unknown(value):
+            return _unknown(label, why_unknown(record, path, value))
+        return _Row.of(label, _estimate(value, signed) + (f" {unit}" if unit else ""))
+
+    yield estimate("margin shift", "margins.shift", margins.shift, "nats", signed=True)
+    yield estimate("accuracy", "margins.accuracy", margins.accuracy)
+    change = margins.chosen_logp_change_per_token
+    yield estimate("chosen log-prob.", "margins.chosen_logp_change_per_token", change, "nats per token", signed=True)
+    yield estimate("KL to reference", "margins.kl", margins.kl, "nats per token")
+    yield from _patching_rows(record, estimate)
+    yield from _low_rank_rows(record)
+    if (spinal := record.spinal) is None:
+        yield _unknown("SPINAL", why_unknown(record, "spinal"))
+    else:
+        for name in ("delta_align", "coherence"):
+            value = getattr(spinal, name)
+            if is_unknown(value):
+                yield _unknown(name, why_unknown(record, f"spinal.{name}"))
+            elif name == "coherence":
+                yield _Row.of(name, f"{_number(value)} (reference {_number(spinal.reference_coherence)})")
+            else:
+                yield _Row.of(name, f"{value:+.3g}")
+    yield from _control_rows(record)
+    if record.reference_check.verdict == "failed":
+        yield _Row.of("reference", f"CHECK FAILED: {record.reference_check.reason}", "bold red")
+    cost = record.cost
+    memory = cost.peak_memory / 2**20
+    size = f"{memory / 1024:.1f} GiB" if memory >= 1024 else f"{memory:.0f} MiB"
+    yield _Row.of("cost", f"{cost.seconds:.1f} s, {size} at the peak, {cost.forward_equivalents:.0f} forwards")
+
+
+def _patching_rows(record: AuditRecord, estimate: Any) -> Iterator[_Row]:
+    patching = record.patching
+    if patching is None:
+        yield _unknown("patching", why_unknown(record, "patching"))
+        return
+    if patching.peak_layer is None:
+        yield _unknown("peak layer", why_unknown(record, "patching.peak_layer"))
+    else:
+        transplant = patching.block_transplant[patching.peak_layer]
+        yield _Row.of(
+            "peak layer", f"{patching.peak_layer}, block transplant {_estimate(transplant, signed=True)} nats"
+        )
+    yield estimate("additivity", "patching.additivity", patching.additivity)
+
+
+def _low_rank_rows(record: AuditRecord) -> Iterator[_Row]:
+    curves = [(basis, layer, curve) for basis, by in record.low_rank.items() for layer, curve in sorted(by.items())]
+    if not curves:
+        yield _unknown("rank_95", why_unknown(record, "low_rank"))
+        return
+    # Some lines at most: with every layer measured, the figures of the deepest reading are in the record.
+    shown = curves if len(curves) <= 4 else [c for c in curves if c[1] == _peak(record, c[1])][:4] or curves[:4]
+    said = []
+    for basis, layer, curve in shown:
+        rank = f"> {max(curve.ranks)}" if _unreached(curve) else _number(curve.rank_95)
+        said.append(f"{rank} (layer {layer}, {basis})")
+    more = f", {len(curves) - len(shown)} more in the record" if len(shown) < len(curves) else ""
+    yield _Row.of("rank_95", ", ".join(said) + more)
+
+
+def _peak(record: AuditRecord, default: int) -> int:
+    peak = record.patching.peak_layer if record.patching is not None else None
+    return default if peak is None else peak
+
+
+def _unreached(curve: Any) -> bool:
+    """Unknown because no rank was enough, which is a finding, and not because the effect was not known."""
+    return is_unknown(curve.rank_95) and all(math.isfinite(fraction.mean) for fraction in curve.effect_fraction)
+
+
+def _control_rows(record: AuditRecord) -> Iterator[_Row]:
+    by_verdict: dict[str, list[str]] = {"passed": [], "failed": [], "not_run": []}
+    reasons = {}
+    for name, control in control_items(record):
+        by_verdict[control.verdict].append(name.replace("_", " "))
+        reasons[name.replace("_", " ")] = control.reason
+    parts: list[tuple[str, str]] = []
+    for verdict, names in by_verdict.items():
+        if names:
+            parts.append(("; " if parts else "", ""))
+            parts.append((f"{verdict.replace('_', ' ')}: {', '.join(names)}", _VERDICT_STYLES[verdict]))
+    yield _Row("controls", tuple(parts))
+    for name in by_verdict["failed"]:
+        yield _Row.of("  not evidence", f"{name}: {reasons[name]}", "red")
+
+
+def _unknown(label: str, reason: str) -> _Row:
+    return _Row.of(label, f"not known: {reason}", "dim")
+
+
+def _number(value: float) -> str:
+    return "not known" if math.isnan(value) else f"{value:.3g}"
+
+
+def _estimate(value: Estimate, signed: bool = False) -> str:
+    # One number of decimals for all three, from the width of the interval: 9.69 [7.2, 12.1] reads badly.
+    width = value.high - value.low
+    scale = width if width > 0 and math.isfinite(width) else abs(value.mean)
+    decimals = 2 if scale == 0 else min(max(1 - math.floor(math.log10(scale)), 0), 6)
+    sign = "+" if signed else ""
+    return f"{value.mean:{sign}.{decimals}f} [{value.low:{sign}.{decimals}f}, {value.high:{sign}.{decimals}f}]"
+
+
+def _text(parts: Sequence[tuple[str, str]], options: ConsoleOptions) -> Any:
+    """Styled text in which brackets are brackets, and only characters that the output can encode."""
+    from rich.text import Text
+
+    text = Text()
+    for string, style in parts:
+        if options.ascii_only:
+            string = string.translate(_PLAIN).encode("ascii", "replace").decode()
+        text.append(string, style=style)
+    return text

@@ -1,0 +1,289 @@
+"""Contraction against closed forms and SciPy; row sampling against plain selection."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from align_audit.measures import spectrum as sp
+
+EPS = np.finfo(np.float64).eps
+
+
+def with_spectrum(sigma: np.ndarray, rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = np.random.default_rng(seed)
+    U = np.linalg.qr(generator.normal(size=(rows, len(sigma))))[0]
+    V = np.linalg.qr(generator.normal(size=(columns, len(sigma))))[0]
+    return torch.from_numpy((U * sigma) @ V.T)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-1.0, 4.0).filter(lambda a: abs(a) > 1e-6), st.integers(20, 300), st.floats(1e-6, 1e6))
+def test_power_laws_give_their_exponent(exponent: float, n: int, scale: float) -> None:
+    fit = sp.contraction(scale * np.arange(1, n + 1) ** -abs(exponent), rows=n, columns=2 * n)
+    assert fit.alpha == pytest.approx(abs(exponent), rel=1e-9)
+    assert fit.r2 == pytest.approx(1.0, abs=1e-9)
+    assert fit.stderr < 1e-9
+    assert fit.n == n
+    assert fit.reason is None
+
+
+def test_fit_equals_scipy_on_a_noisy_spectrum() -> None:
+    generator = np.random.default_rng(1)
+    sigma = np.sort(np.arange(1, 61) ** -0.8 * np.exp(0.3 * generator.normal(size=60)))[::-1]
+    fit = sp.contraction(generator.permutation(sigma), rows=60, columns=200, window=(0.2, 0.8))
+    assert (fit.n, fit.first, fit.last) == (60, 12, 48)
+    line = stats.linregress(np.log(np.arange(12, 49)), np.log(sigma[11:48]))
+    assert (fit.alpha, fit.r2, fit.stderr) == pytest.approx((-line.slope, line.rvalue**2, line.stderr), rel=1e-10)
+    assert 0.5 < fit.r2 < 1.0
+
+
+@pytest.mark.parametrize(("n", "first", "last"), [(70, 7, 63), (30, 3, 27), (100, 10, 90), (55, 6, 49), (21, 3, 18)])
+def test_window_is_exact_in_decimals(n: int, first: int, last: int) -> None:
+    fit = sp.contraction(np.arange(1, n + 1) ** -1.0, rows=n, columns=n)
+    assert (fit.first, fit.last) == (first, last)
+    # In binary, 0.07 * 100 is above 7 and 0.57 * 100 below 57.
+    fit = sp.contraction(np.arange(1, 101) ** -1.0, rows=100, columns=100, window=(0.07, 0.57))
+    assert (fit.first, fit.last) == (7, 57)
+
+
+def test_what_lies_outside_the_window_does_not_matter() -> None:
+    sigma = np.arange(1, 101) ** -1.0
+    sigma[:9] *= 1000  # massive activations
+    sigma[90:] *= 1e-6
+    assert sp.contraction(sigma, 100, 100).alpha == pytest.approx(1.0, rel=1e-9)
+    sigma[9] *= 10
+    assert sp.contraction(sigma, 100, 100).alpha > 1.01
+
+
+def test_numerical_rank_bounds_the_window() -> None:
+    n, rows = 100, 1000
+    sigma = np.concatenate([np.arange(1, 51) ** -1.0, np.full(50, 0.9 * rows * EPS)])
+    fit = sp.contraction(sigma, rows=rows, columns=n)
+    assert (fit.n, fit.first, fit.last) == (50, 5, 45)
+    assert fit.alpha == pytest.approx(1.0)
+    sigma[50:] = 1.1 * rows * EPS
+    assert sp.contraction(sigma, rows=rows, columns=n).n == 100
+
+
+@pytest.mark.parametrize("n", [1, 5, 18])
+def test_too_few_singular_values_are_said(n: int) -> None:
+    fit = sp.contraction(np.arange(1, n + 1) ** -1.0, rows=n, columns=50)
+    in_window = sum(0.1 * n <= k <= 0.9 * n for k in range(1, n + 1))
+    assert math.isnan(fit.alpha)
+    assert math.isnan(fit.r2)
+    assert math.isnan(fit.stderr)
+    assert fit.reason == f"the window has {in_window} singular values (of {n} above rounding); 16 are needed"
+
+
+def test_sixteen_values_are_enough_and_the_limit_moves() -> None:
+    assert sp.contraction(np.arange(1, 19) ** -1.0, 18, 50).reason is not None
+    assert sp.contraction(np.arange(1, 20) ** -1.0, 19, 50).reason is None  # ranks 2 … 17 of 19
+    assert sp.contraction(np.arange(1, 19) ** -1.0, 18, 50, min_values=15).alpha == pytest.approx(1.0)
+
+
+def test_zero_unknown_and_flat_spectra() -> None:
+    assert sp.contraction(np.zeros(40), 40, 50).reason == (
+        "the window has 0 singular values (of 0 above rounding); 16 are needed"
+    )
+    assert sp.contraction(np.zeros(0), 0, 50).n == 0
+    broken = np.ones(40)
+    broken[3] = np.nan
+    fit = sp.contraction(broken, 40, 50)
+    assert fit.reason == "1 of 40 singular values are not finite"
+    assert math.isnan(fit.alpha)
+    flat = sp.contraction(np.full(40, 2.0), 40, 50)
+    assert flat.alpha == 0.0
+    assert math.isnan(flat.r2)
+    assert flat.reason == "the spectrum is flat: R² is 0/0"
+
+
+@pytest.mark.parametrize("shape", [(200, 60), (60, 200)])
+def test_contraction_of_a_matrix_with_a_power_law(shape: tuple[int, int]) -> None:
+    H = with_spectrum(5 * np.arange(1, 61) ** -1.3, *shape)
+    fit = sp.contraction(sp.singular_values(H), *shape)
+    assert fit.alpha == pytest.approx(1.3, rel=1e-9)
+    assert fit.n == 60
+
+
+def test_singular_values_are_accurate_in_the_tail() -> None:
+    sigma = np.geomspace(1.0, 1e-8, 40)
+    H = with_spectrum(sigma, 120, 40)
+    ours = sp.singular_values(H)
+    np.testing.assert_allclose(ours, sigma, rtol=1e-6)
+    np.testing.assert_allclose(ours, np.linalg.svd(H.numpy(), compute_uv=False), rtol=1e-7)
+    gram = np.sqrt(np.abs(np.linalg.eigvalsh((H.T @ H).numpy())))[::-1]
+    assert abs(gram[-1] / sigma[-1] - 1) > 1e-3  # the cheap way, for which this test must fail
+    single = torch.linalg.svdvals(H.float()).numpy()
+    double = sp.singular_values(H.float())
+    assert abs(single[-1] / double[-1] - 1) > 1e-3  # so must an SVD in the dtype of the rows
+    np.testing.assert_allclose(double, np.linalg.svd(H.float().double().numpy(), compute_uv=False), rtol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_singular_values_take_any_float_and_are_not_centred(dtype: torch.dtype) -> None:
+    H = (torch.randn(30, 7, generator=torch.Generator().manual_seed(0)) + 3).to(dtype)
+    sigma = sp.singular_values(H)
+    assert sigma.dtype == np.float64
+    np.testing.assert_allclose(sigma, np.linalg.svd(H.double().numpy(), compute_uv=False), rtol=1e-12)
+    assert sp.singular_values(torch.zeros(0, 4)).shape == (0,)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_rows_that_are_not_finite_are_said(bad: float) -> None:
+    H = torch.randn(40, 30)
+    H[7, 3] = bad
+    sigma = sp.singular_values(H)
+    assert np.isnan(sigma).all()
+    assert sigma.shape == (30,)
+    assert sp.contraction(sigma, 40, 30).reason == "30 of 30 singular values are not finite"
+    assert sp.below_rounding_floor(sigma, 2**-7) == 30
+
+
+def test_svd_that_does_not_converge_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(H: torch.Tensor) -> torch.Tensor:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svdvals", fail)
+    assert np.isnan(sp.singular_values(torch.ones(3, 2))).tolist() == [True, True]
+
+
+def test_below_rounding_floor() -> None:
+    sigma = np.array([0.5, 8.0, 8 * 2.0**-7, 8 * 2.0**-7 * 1.001, 1e-9])
+    assert sp.below_rounding_floor(sigma, 2**-7) == 2
+    assert sp.below_rounding_floor(sigma, EPS) == 0
+    assert sp.below_rounding_floor(np.zeros(3), EPS) == 3
+    assert sp.below_rounding_floor(np.zeros(0), EPS) == 0
+
+
+def splitmix(z: int) -> int:
+    """SplitMix64's finalizer in plain integers."""
+    word = (1 << 64) - 1
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & word
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & word
+    return z ^ (z >> 31)
+
+
+def test_row_keys_equal_plain_integers() -> None:
+    golden, word = 0x9E3779B97F4A7C15, (1 << 64) - 1
+    assert splitmix(golden) == 0xE220A8397B1DCDAF  # the published first output of SplitMix64 at seed 0
+    pairs, sides, positions = [0, 3, 2**31 - 1], [0, 1, 1], [0, 17, 2**32 - 1]
+    for seed in (0, 1, 2**64 - 1):
+        keys = sp.row_keys(np.array(pairs), np.array(sides), np.array(positions), seed)
+        assert keys.dtype == np.int64
+        for key, pair, side, position in zip(keys.tolist(), pairs, sides, positions, strict=True):
+            packed = (pair << 33) | (side << 32) | position
+            expected = splitmix((splitmix((packed + golden) & word) + seed * golden) & word)
+            assert key % (1 << 64) == expected
+
+
+def test_row_keys_are_distinct_even_and_seeded() -> None:
+    pair, side, position = np.meshgrid(np.arange(50), np.arange(2), np.arange(300), indexing="ij")
+    keys = sp.row_keys(pair, side, position, seed=7)
+    assert keys.shape == (50, 2, 300)
+    assert len(np.unique(keys)) == keys.size
+    assert stats.kstest(keys.ravel() / 2.0**64 + 0.5, "uniform").pvalue > 1e-3
+    mask = sp.keep_rows(keys.ravel(), 3000).reshape(keys.shape)  # a tenth of every pair, side and position, roughly
+    assert abs(mask.mean(axis=(1, 2)) - 0.1).max() < 0.06
+    assert abs(mask.mean(axis=(0, 2)) - 0.1).max() < 0.01
+    other = sp.keep_rows(sp.row_keys(pair, side, position, seed=8).ravel(), 3000).reshape(keys.shape)
+    assert (mask & other).sum() < 450  # 300 by chance
+    np.testing.assert_array_equal(sp.row_keys(4, 1, np.arange(300), seed=7), keys[4, 1])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, max_size=30), st.integers(1, 40), st.integers(0, 99))
+def test_keep_rows_is_the_same_set_in_any_order(keys: list[int], max_rows: int, seed: int) -> None:
+    array = np.array(keys, dtype=np.int64)
+    kept = sorted(array[sp.keep_rows(array, max_rows)].tolist())
+    assert kept == sorted(keys)[:max_rows]
+    shuffled = np.random.default_rng(seed).permutation(array)
+    assert sorted(shuffled[sp.keep_rows(shuffled, max_rows)].tolist()) == kept
+
+
+def test_keep_rows_caps_equal_keys() -> None:
+    assert sp.keep_rows(np.array([1, 1, 1]), 2).tolist() == [True, True, False]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 40), st.integers(1, 25), st.integers(1, 9), st.integers(0, 10_000))
+def test_row_sample_equals_selection_at_once(n: int, max_rows: int, batch: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    keys = sp.row_keys(np.arange(n), 0, 5, seed)
+    rows = torch.from_numpy(generator.normal(size=(n, 2, 3)))
+    order = generator.permutation(n)
+    sample = sp.RowSample(max_rows)
+    sample.update(keys[:0], rows[:0])
+    for start in range(0, n, batch):
+        part = order[start : start + batch]
+        sample.update(keys[part], rows[torch.from_numpy(part)])
+        assert sample._buffer is not None
+        assert len(sample._buffer) <= max_rows
+    frozen = sample.freeze()
+    best = np.argsort(keys)[:max_rows]
+    assert frozen.seen == n
+    np.testing.assert_array_equal(frozen.keys, keys[best])
+    assert torch.equal(frozen.rows, rows[torch.from_numpy(best)])
+
+
+def test_row_sample_copies_detaches_and_keeps_the_dtype() -> None:
+    sample = sp.RowSample(4)
+    rows = torch.ones(3, 1, 2, dtype=torch.bfloat16, requires_grad=True)
+    sample.update(np.array([3, 1, 2]), rows)
+    frozen = sample.freeze()
+    with torch.no_grad():
+        rows.fill_(9.0)
+    sample.update(np.array([0]), torch.zeros(1, 1, 2, dtype=torch.bfloat16))
+    assert frozen.rows.dtype == torch.bfloat16
+    assert not frozen.rows.requires_grad
+    assert frozen.rows.tolist() == [[[1.0, 1.0]]] * 3
+    assert sample.freeze().rows.tolist() == [[[0.0, 0.0]]] + [[[1.0, 1.0]]] * 3
+
+
+def test_results_are_frozen() -> None:
+    fit = sp.contraction(np.arange(1, 41) ** -1.0, 40, 40)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        fit.alpha = 1.0  # type: ignore[misc]
+
+
+def after_one_update() -> sp.RowSample:
+    sample = sp.RowSample(4)
+    sample.update(np.array([1]), torch.zeros(1, 2, 3))
+    return sample
+
+
+@pytest.mark.parametrize(
+    ("call", "found"),
+    [
+        (lambda: sp.singular_values(torch.zeros(3)), r"found \[3\]"),
+        (lambda: sp.singular_values(torch.zeros(3, 2, dtype=torch.long)), "int64"),
+        (lambda: sp.contraction(np.ones(5), 6, 7), r"\[6, 7\] matrix; found \[5\]"),
+        (lambda: sp.contraction(-np.ones(6), 6, 7), r"found -1\.0"),
+        (lambda: sp.contraction(np.ones(6), 6, 7, window=(0.9, 0.1)), r"found \(0\.9, 0\.1\)"),
+        (lambda: sp.contraction(np.ones(6), 6, 7, window=(0.0, 0.1)), r"found \(0\.0, 0\.1\)"),
+        (lambda: sp.contraction(np.ones(6), 6, 7, min_values=2), "found 2"),
+        (lambda: sp.below_rounding_floor(np.ones((2, 2)), 0.1), r"found \[2, 2\]"),
+        (lambda: sp.below_rounding_floor(np.ones(2), 0.0), r"and 0\.0"),
+        (lambda: sp.row_keys(np.array([0.5]), 0, 0, seed=0), "pair_index; found float64"),
+        (lambda: sp.row_keys(np.array([0]), 2, 0, seed=0), r"side in \[0, 2\); found 2"),
+        (lambda: sp.row_keys(np.array([0]), 0, np.array([3, -1]), seed=0), "position .* found -1"),
+        (lambda: sp.row_keys(np.array([0]), 0, 0, seed=-1), "found -1"),
+        (lambda: sp.keep_rows(np.array([0.5]), 1), "float64"),
+        (lambda: sp.keep_rows(np.array([1]), 0), "found 0"),
+        (lambda: sp.RowSample(0), "found 0"),
+        (lambda: sp.RowSample(1).freeze(), "found none"),
+        (lambda: sp.RowSample(1).update(np.array([1, 2]), torch.zeros(1, 2, 3)), r"\[2, L, d\].* found \[1, 2, 3\]"),
+        (lambda: after_one_update().update(np.array([2]), torch.zeros(1, 2, 4)), r"\[n, 2, 3\].* found \[1, 2, 4\]"),
+        (lambda: after_one_update().update(np.array([1]), torch.zeros(1, 2, 3)), "shown before"),
+    ],
+)
+def test_wrong_arguments_are_refused(call: object, found: str) -> None:
+    with pytest.raises(ValueError, match=found):
+        call()  # type: ignore[operator]

@@ -1,0 +1,142 @@
+"""Fisher–Rao distance against closed forms and 60-digit arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from align_audit.measures import transport
+from align_audit.measures.transport import fisher_rao_distance
+
+LOGITS = hnp.arrays(np.float64, (3, 7), elements=st.floats(-40, 40))
+
+
+def reference(p: torch.Tensor, q: torch.Tensor) -> float:
+    """2·arccos Σ√(pq) of two logit rows in 60 digits."""
+    with mpmath.workdps(60):
+
+        def softmax(row: torch.Tensor) -> list[mpmath.mpf]:
+            weights = [mpmath.exp(mpmath.mpf(x)) if x > -math.inf else mpmath.mpf(0) for x in row.double().tolist()]
+            return [weight / sum(weights) for weight in weights]
+
+        coefficient = sum(mpmath.sqrt(a * b) for a, b in zip(softmax(p), softmax(q), strict=True))
+        return float(2 * mpmath.acos(min(coefficient, mpmath.mpf(1))))
+
+
+def test_known_distributions() -> None:
+    log = torch.log
+    p = torch.stack([log(torch.tensor([0.5, 0.5])), log(torch.tensor([0.36, 0.64])), torch.tensor([0.0, -math.inf])])
+    q = torch.stack([log(torch.tensor([1.0, 0.0])), log(torch.tensor([0.64, 0.36])), torch.tensor([-math.inf, 0.0])])
+    expected = [math.pi / 2, 2 * math.acos(0.96), math.pi]
+    assert fisher_rao_distance(p.double(), q.double()).tolist() == pytest.approx(expected, rel=1e-7)
+    # Uniform over V against uniform over the first half: BC = √½.
+    whole, half = torch.zeros(1, 8), torch.zeros(1, 8)
+    half[:, 4:] = -math.inf
+    assert fisher_rao_distance(whole, half).item() == pytest.approx(math.pi / 2, rel=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-12, 1e-8, 1e-4, 1e-2, 0.5, 5.0])
+def test_relative_accuracy_at_every_size(dtype: torch.dtype, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = (4 * torch.randn(3, 50, generator=generator, dtype=torch.float64)).to(dtype)
+    p = (q.double() + scale * torch.randn(3, 50, generator=generator, dtype=torch.float64)).to(dtype)
+    distances = fisher_rao_distance(p, q)
+    assert distances.dtype == torch.float64
+    for row in range(3):
+        exact = reference(p[row], q[row])
+        assert distances[row].item() == pytest.approx(exact, rel=1e-11, abs=1e-24)
+
+
+def test_arccos_would_not_do() -> None:
+    q = torch.linspace(-2, 2, 50, dtype=torch.float64)[None]
+    p = q + 1e-9 * torch.sin(torch.arange(50.0, dtype=torch.float64))[None]
+    exact = reference(p[0], q[0])
+    coefficient = (p.softmax(-1) * q.softmax(-1)).sqrt().sum().clamp(max=1.0)
+    assert abs(2 * torch.acos(coefficient).item() - exact) > 0.5 * exact
+    assert fisher_rao_distance(p, q).item() == pytest.approx(exact, rel=1e-6)
+
+
+def test_many_entries_and_one_large_difference() -> None:
+    q = torch.zeros(1, 20, dtype=torch.float64)
+    q[0, 3] = -30.0
+    p = q.clone()
+    p[0, 3] = -25.0  # beyond the region of small differences, at a tiny probability
+    assert fisher_rao_distance(p, q).item() == pytest.approx(reference(p[0], q[0]), rel=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_identical_logits_are_exactly_zero(dtype: torch.dtype) -> None:
+    logits = (10 * torch.randn(4, 33, generator=torch.Generator().manual_seed(1))).to(dtype)
+    logits[0, :5] = -math.inf
+    assert fisher_rao_distance(logits, logits.clone()).tolist() == [0.0] * 4
+
+
+@settings(max_examples=40, deadline=None)
+@given(LOGITS, LOGITS, st.floats(-20, 20))
+def test_metric_properties(a: np.ndarray, b: np.ndarray, shift: float) -> None:
+    p, q = torch.from_numpy(a), torch.from_numpy(b)
+    d = fisher_rao_distance(p, q)
+    assert ((d >= 0) & (d <= math.pi)).all()
+    torch.testing.assert_close(d, fisher_rao_distance(q, p), rtol=1e-9, atol=1e-13)
+    torch.testing.assert_close(d, fisher_rao_distance(p + shift, q), rtol=1e-9, atol=1e-13)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(7))
+    torch.testing.assert_close(d, fisher_rao_distance(p[:, order], q[:, order]), rtol=1e-9, atol=1e-13)
+    middle = torch.zeros(3, 7, dtype=torch.float64)
+    assert (d <= fisher_rao_distance(p, middle) + fisher_rao_distance(middle, q) + 1e-12).all()
+
+
+def test_disjoint_supports_do_not_exceed_pi() -> None:
+    p, q = torch.full((1, 6), -math.inf), torch.full((1, 6), -math.inf)
+    p[0, :3], q[0, 3:] = torch.tensor([0.1, 0.7, -3.0]), torch.tensor([2.0, 0.3, 1.0])
+    assert fisher_rao_distance(p, q).item() == pytest.approx(math.pi, rel=1e-15)
+    assert fisher_rao_distance(p, q).item() <= math.pi
+
+
+def test_rows_that_are_no_distribution_are_unknown_and_alone() -> None:
+    p = torch.zeros(5, 3)
+    q = torch.ones(5, 3) * torch.tensor([0.0, 1.0, 2.0])
+    p[0, 1], p[1, 1], p[2] = math.nan, math.inf, -math.inf
+    d = fisher_rao_distance(p, q)
+    assert d[:3].isnan().all()
+    assert d[3:].tolist() == pytest.approx([reference(p[3], q[3])] * 2)
+    assert fisher_rao_distance(p[2:3], p[2:3]).isnan().all()
+
+
+def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(3)
+    p, q = torch.randn(11, 9, generator=generator), torch.randn(11, 9, generator=generator)
+    whole = fisher_rao_distance(p, q)
+    sizes = []
+    real = transport._distance
+    monkeypatch.setattr(transport, "_CHUNK", 40)
+    monkeypatch.setattr(transport, "_distance", lambda a, b: (sizes.append(len(a)), real(a, b))[1])
+    torch.testing.assert_close(fisher_rao_distance(p, q), whole, rtol=1e-14, atol=0.0)
+    assert sizes == [4, 4, 3]
+
+
+def test_no_rows_and_no_gradient() -> None:
+    assert fisher_rao_distance(torch.zeros(0, 4), torch.zeros(0, 4)).shape == (0,)
+    logits = torch.randn(2, 4, requires_grad=True)
+    assert not fisher_rao_distance(logits, torch.zeros(2, 4)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "found"),
+    [
+        (torch.zeros(2, 3), torch.zeros(2, 4), r"found \[2, 3\] and \[2, 4\]"),
+        (torch.zeros(3), torch.zeros(3), r"found \[3\]"),
+        (torch.zeros(2, 0), torch.zeros(2, 0), r"found \[2, 0\]"),
+        (torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3), "int64"),
+    ],
+)
+def test_wrong_arguments_are_refused(p: torch.Tensor, q: torch.Tensor, found: str) -> None:
+    with pytest.raises(ValueError, match=found):
+        fisher_rao_distance(p, q)

@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from torch.utils.tensorboard import SummaryWriter
+
+from align_audit.record import AuditRecord, Control, Estimate
+from align_audit.writers import tensorboard
+from align_audit.writers.tensorboard import TensorBoardWriter, custom_scalars_layout, not_known, scalars
+from tests.make_record import FEW_VALUES, NO_SHIFT, make_record, make_run
+
+LAYOUT_TAG = "custom_scalars__config__"
+
+
+@pytest.fixture
+def summary_writer(tmp_path: Path) -> Iterator[SummaryWriter]:
+    writer = SummaryWriter(str(tmp_path))
+    yield writer
+    writer.close()
+
+
+def read(folder: Path) -> EventAccumulator:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    events.Reload()
+    return events
+
+
+def text(events: EventAccumulator, tag: str) -> dict[int, str]:
+    found = events.Tensors(f"align_audit/{tag}/text_summary")
+    return {event.step: event.tensor_proto.string_val[0].decode() for event in found}
+
+
+class Recorder:
+    """Stands in for a summary writer; remembers the calls."""
+
+    def __init__(self, broken: str = "") -> None:
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+        self.broken = broken
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> None:
+            self.calls.append((name, args))
+            if name == self.broken:
+                raise RuntimeError("disk full")
+
+        return call
+
+    def named(self, name: str) -> list[tuple[Any, ...]]:
+        return [args for called, args in self.calls if called == name]
+
+
+def test_what_is_written_can_be_read_back(summary_writer: SummaryWriter, tmp_path: Path) -> None:
+    run = make_run("destabilizing", 3, 5)
+    writer = TensorBoardWriter(summary_writer)
+    for index, record in enumerate(run):
+        writer.write(record, run[: index + 1])
+
+    events = read(tmp_path)  # nobody closed the writer: it was flushed
+    tags = events.Tags()
+    expected = {tag for record in run for tag in scalars(record)}
+    assert set(tags["scalars"]) == expected
+    for tag in expected:
+        values = {event.step: event.value for event in events.Scalars(tag)}
+        assert set(values) == {record.step for record in run if tag in scalars(record)}
+        for record in run:
+            if record.step in values:
+                assert values[record.step] == np.float32(scalars(record)[tag])
+                assert math.isfinite(values[record.step])
+
+    shapes = {}
+    for tag in tags["images"]:
+        for event in events.Images(tag):
+            image = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+            assert image.std() > 10
+            shapes[tag, event.step] = image.shape
+    steps_of = {tag: {step for other, step in shapes if other == tag} for tag in tags["images"]}
+    assert steps_of == {
+        "align_audit/margins/margins_over_steps": {0, 50, 100},
+        "align_audit/patching/recovery_by_layer_and_step": {0, 50, 100},
+        "align_audit/patching/layer_gain_by_layer_and_step": {0, 50, 100},
+        "align_audit/patching/block_transplants": {0, 50, 100},
+        "align_audit/low_rank/low_rank_curve": {50, 100},
+        "align_audit/spinal/depth_trace": {0, 50, 100},
+    }
+
+    alerts = text(events, "alerts")
+    assert set(alerts) == {record.step for record in run if record.alerts} == {100}
+    for alert in run[2].alerts:
+        assert f"**{alert.level.upper()}: {alert.rule}**" in alerts[100]
+        assert alert.message in alerts[100]
+        assert alert.suggestion in alerts[100]
+    assert "| noise | **FAILED** |" in text(events, "controls")[100]
+    assert "| noise | not run |" in text(events, "controls")[0]
+    assert f"| `patching.recovery` | layers 0–4 | {NO_SHIFT} |" in text(events, "not_known")[0]
+
+
+def test_the_layout_is_written_once_and_its_charts_find_their_curves(
+    summary_writer: SummaryWriter, tmp_path: Path
+) -> None:
+    writer = TensorBoardWriter(summary_writer, images=False)
+    records = [make_record(100, layers=12), make_record(150, layers=12, kind="destabilizing", progress=1.0)]
+    for record in records:
+        writer.write(record)
+    events = read(tmp_path)
+    (event,) = events.Tensors(LAYOUT_TAG)
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    emitted = events.Tags()["scalars"]
+    charts = 0
+    for category in layout.category:
+        for chart in category.chart:
+            charts += 1
+            for pattern in chart.multiline.tag:
+                # As TensorBoard's custom-scalars plugin matches.
+                matched = [tag for tag in emitted if re.compile(pattern).match(tag)]
+                assert matched, f"{chart.title}: nothing matches {pattern}"
+                assert not any(tag.endswith(("_low", "_high")) for tag in matched), chart.title
+                if r"layer_\d+$" in pattern:
+                    assert len(matched) in (11, 12)
+            for series in chart.margin.series:
+                assert {series.value, series.lower, series.upper} <= set(emitted), chart.title
+    assert charts == sum(len(charts) for charts in custom_scalars_layout().values()) > 15
+
+
+@pytest.mark.parametrize(("layers", "last"), [(5, "layer_04"), (36, "layer_35"), (120, "layer_119")])
+def test_layers_are_padded_so_that_tags_sort_by_layer(layers: int, last: str) -> None:
+    record = make_record(100, layers=layers)
+    tags = [tag for tag in scalars(record) if re.fullmatch(r"align_audit/patching/effect/layer_\d+", tag)]
+    assert tags == sorted(tags)
+    assert tags[-1].endswith(f"/{last}")
+    assert record.patching is not None
+    assert [scalars(record)[tag] for tag in tags] == [estimate.mean for estimate in record.patching.effect]
+
+
+def test_estimates_stand_beside_the_ends_of_their_interval() -> None:
+    record = make_record(100, layers=5)
+    values = scalars(record)
+    shift = record.margins.shift
+    found = [values[f"align_audit/margins/shift{suffix}"] for suffix in ("", "_low", "_high")]
+    assert found == [shift.mean, shift.low, shift.high]
+    assert record.patching is not None
+    effect = record.patching.effect[3]
+    found = [values[f"align_audit/patching/effect/layer_03{suffix}"] for suffix in ("", "_low", "_high")]
+    assert found == [effect.mean, effect.low, effect.high]
+
+
+def test_tags_are_those_of_the_documentation() -> None:
+    """Every group, and every per-layer name the module's docstring promises, is emitted; and no other group."""
+    record = make_record(100, layers=12, kind="destabilizing", progress=0.9)
+    values = scalars(record)
+    groups = {tag.split("/")[1] for tag in values}
+    assert groups == {"margins", "patching", "controls", "localization", "low_rank", "spinal", "alerts", "cost"}
+    assert record.patching is not None
+    peak = record.patching.peak_layer
+    for tag, value in {
+        "patching/peak_layer": peak,
+        "patching/effect_p_adjusted/layer_07": record.patching.effect_p_adjusted[7],
+        "controls/noise/passed": 0,
+        "controls/reverse/passed": 1,
+        "controls/noise/effect/layer_07": record.controls.noise.effect[7].mean,  # type: ignore[index]
+        "controls/random_subspace/effect/rank_08": record.controls.random_subspace.effect[3].mean,  # type: ignore[index]
+        "controls/split_half/value": record.controls.split_half.value,
+        "localization/selection_frequency/layer_07": record.localization.selection_frequency[7],  # type: ignore[union-attr]
+        "localization/selected_layers": len(record.localization.selected_layers),  # type: ignore[union-attr]
+        "localization/null_cv_r2_max": max(record.localization.null_cv_r2),  # type: ignore[union-attr]
+        f"low_rank/shift/layer_{peak:02d}/full_effect": record.low_rank["shift"][peak].full_effect.mean,  # type: ignore[index]
+        f"low_rank/shift/layer_{peak:02d}/effect_fraction/rank_08": record.low_rank["shift"][peak]
+        .effect_fraction[3]
+        .mean,  # type: ignore[index]
+        f"low_rank/shift/layer_{peak:02d}/largest_principal_angle": 0.9,
+        "spinal/policy/transport/layer_07": record.spinal.policy.transport[7],  # type: ignore[union-attr]
+        "spinal/reference/contraction_r2/layer_07": record.spinal.reference.contraction_r2[7],  # type: ignore[union-attr]
+        "alerts/error": 2,
+        "alerts/info": 0,
+        "cost/seconds": record.cost.seconds,
+    }.items():
+        assert values[f"align_audit/{tag}"] == value, tag
+    assert "align_audit/spinal/policy/transport/layer_11" not in values, "nothing lies above the last layer"
+    assert "align_audit/controls/noise/passed" not in scalars(make_record(0, progress=0.0)), "not run is no verdict"
+
+
+def test_what_is_not_known_is_left_out_and_listed_with_its_reason() -> None:
+    record = make_record(0, layers=36, progress=0.0)
+    values = scalars(record)
+    assert all(math.isfinite(value) for value in values.values())
+    assert not any("recovery" in tag or "peak_layer" in tag for tag in values)
+    listed = not_known(record)
+    assert listed["patching.recovery", NO_SHIFT] == list(range(36))
+    assert listed["patching.peak_layer", "policy and reference are equal bit by bit"] == []
+    # R² says why with the reason of its slope.
+    assert listed["spinal.policy.contraction", FEW_VALUES] == listed["spinal.policy.contraction_r2", FEW_VALUES] == [0]
+    assert listed["low_rank", NO_SHIFT] == []
+    assert "the record gives no reason" not in str(listed)
+
+
+def test_infinities_and_unknown_intervals_are_not_drawn_either() -> None:
+    record = make_record(100, layers=2)
+    margins = record.margins.model_copy(
+        update={
+            "kl": Estimate(mean=math.inf, low=0.1, high=math.inf),
+            "shift": Estimate(mean=1.0, low=math.nan, high=math.nan, reason="one pair has no interval"),
+        }
+    )
+    record = record.model_copy(update={"margins": margins})
+    values = scalars(record)
+    assert values["align_audit/margins/shift"] == 1.0
+    assert not {"align_audit/margins/kl", "align_audit/margins/shift_low", "align_audit/margins/kl_high"} & set(values)
+    assert ("margins.shift", "one pair has no interval") in not_known(record)
+    assert ("margins.kl", "the value is inf") in not_known(record)
+
+
+def test_a_complete_record_has_nothing_to_list() -> None:
+    record = make_record(100, layers=12, low_rank=False, reasons={})
+    assert not_known(record) == {}
+    recorder = Recorder()
+    TensorBoardWriter(recorder, images=False).write(record)  # type: ignore[arg-type]
+    assert {args[0] for args in recorder.named("add_text")} == {"align_audit/controls"}
+
+
+def test_parts_that_were_switched_off_give_their_reason_and_no_picture() -> None:
+    record = make_record(10, layers=3, patching=False, localization=False, low_rank=False, spinal=False)
+    recorder = Recorder()
+    TensorBoardWriter(recorder).write(record)  # type: ignore[arg-type]
+    assert [args[0] for args in recorder.named("add_image")] == ["align_audit/margins/margins_over_steps"]
+    written = {args[0]: args[1] for args in recorder.named("add_text")}
+    for part in ("patching", "localization", "spinal"):
+        assert f"| `{part}` |  | switched off in the configuration |" in written["align_audit/not_known"]
+
+
+def test_the_given_writer_is_flushed_and_never_closed() -> None:
+    recorder = Recorder()
+    writer = TensorBoardWriter(recorder, images=False)  # type: ignore[arg-type]
+    writer.write(make_record(10, layers=2))
+    assert recorder.calls[-1][0] == "flush"
+    assert not recorder.named("close")
+    assert len(recorder.named("add_custom_scalars")) == 1
+
+    other = Recorder()
+    writer.redirect(other)  # type: ignore[arg-type]
+    writer.write(make_record(20, layers=2))
+    assert not recorder.named("close")
+    assert {args[2] for args in other.named("add_scalar")} == {20}
+    assert not other.named("add_custom_scalars"), "the same log has its layout"
+
+    failing = Recorder(broken="add_text")
+    with pytest.raises(RuntimeError, match="disk full"):
+        TensorBoardWriter(failing, images=False).write(make_record(10, layers=2))  # type: ignore[arg-type]
+    assert failing.calls[-1][0] == "flush", "what was written before the break is kept"
+
+
+def test_pictures_show_the_history_up_to_the_record_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run("healthy", 4, 2)
+    drawn: list[list[int]] = []
+
+    def margins_over_steps(records: list[AuditRecord]) -> Any:
+        drawn.append([record.step for record in records])
+        raise StopIteration
+
+    monkeypatch.setattr("align_audit.writers.plots.margins_over_steps", margins_over_steps)
+    for history in ([], run[:2], run[:3], run):
+        with pytest.raises(StopIteration):
+            TensorBoardWriter(Recorder()).write(run[2], history)  # type: ignore[arg-type]
+    assert drawn == [[100], [0, 50, 100], [0, 50, 100], [0, 50, 100]]
+
+
+def test_tables_survive_bars_and_line_breaks() -> None:
+    record = make_record(100, layers=2)
+    noise = Control(verdict="failed", reason="log p(y|x)\nbroke")
+    record = record.model_copy(update={"controls": record.controls.model_copy(update={"noise": noise})})
+    table = tensorboard.controls_table(record)
+    assert "| noise | **FAILED** | log p(y\\|x) broke |" in table.splitlines()
+    assert len(table.splitlines()) == 8  # head, rule, five controls, the reference
+
+
+def test_an_alert_without_numbers_shows_none() -> None:
+    alert = make_record(100, kind="destabilizing", progress=1.0).alerts[0]
+    assert "*Numbers:* value -2.25, baseline 0, threshold -1" in tensorboard.alert_text(alert)
+    bare = alert.model_copy(update={"value": math.nan, "baseline": None, "threshold": None})
+    assert "Numbers" not in tensorboard.alert_text(bare)
