@@ -317,7 +317,7 @@ def coherence_collapsed(history: History) -> list[Alert]:
 
 
 def control_failed(history: History) -> list[Alert]:
-    """A control says that a number next to it is not evidence."""
+    """A control says that a number next to it is not evidence (``value``: how many controls failed)."""
     guarded = {
         "noise": "the patching effects and recovery",
         "reverse": "the patching effects as causes",
@@ -325,24 +325,24 @@ def control_failed(history: History) -> list[Alert]:
         "random_subspace": "the low-rank reconstruction",
         "split_half": "the peak layer",
     }
-    found = []
-    peak = history.record.patching.peak_layer if history.record.patching is not None else None
-    for name, meaning in guarded.items():
-        control = getattr(history.record.controls, name)
-        if control.verdict != "failed":
-            continue
-        # A broken identity means the measurement itself is broken; the others mean "do not read this as evidence".
-        found.append(
-            history.alert(
-                f"control_failed_{name}",
-                "error" if name == "identity" else "warning",
-                math.nan if control.value is None else control.value,
-                f"The {name.replace('_', ' ')} control failed: {control.reason}. Do not take {meaning} as evidence.",
-                "Audit with more probe pairs (max_pairs) or more noise draws; early in training, wait for a larger shift",
-                layers=[] if peak is None else [peak],
-            )
+    failed = {name: control for name in guarded if (control := getattr(history.record.controls, name)).verdict == "failed"}
+    if not failed:
+        return []
+    patching = history.record.patching
+    named = "; ".join(f"{name.replace('_', ' ')}: {control.reason}" for name, control in failed.items())
+    doubted = ", ".join(guarded[name] for name in failed)
+    return [
+        history.alert(
+            "control_failed",
+            # A broken identity means the measurement itself is broken. The others speak of the evidence, not of the run.
+            "error" if "identity" in failed else "info",
+            float(len(failed)),
+            f"Not evidence at this step: {doubted}. Failed controls: {named}.",
+            "Audit with more probe pairs (max_pairs) or noise draws; early in training, wait for a larger shift",
+            threshold=0.0,
+            layers=[] if patching is None or patching.peak_layer is None else [patching.peak_layer],
         )
-    return found
+    ]
 
 
 RULES: tuple[Callable[[History], list[Alert]], ...] = (

@@ -288,21 +288,20 @@ class AlignmentAuditCallback(TrainerCallback):
         self._run_pending(args, state, control, kwargs["model"])
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # With the best checkpoint loaded back the weights are not those of the last step.
         swapped = getattr(args, "load_best_model_at_end", False) and state.best_model_checkpoint is not None
+        model = kwargs["model"]
         if self.config.schedule.on_last_step and not swapped:
-            # The trainer's own writer is closed by now; ours goes on in the same folder.
-            self._reopen_writer(args, state)
-            self._audit(args, state, control, kwargs["model"])
+            if self._writer is not None and (state.global_step, policy_fingerprint(model)) not in self._seen:
+                # Training ended where no earlier event could tell; the trainer's own writer is closed by now.
+                self._close_writer()
+                summary_writer, self._close_writer = open_tensorboard(None, args.output_dir)
+                self._writer.redirect(summary_writer)
+            self._audit(args, state, control, model)
         self._close_writer()
         self._close_writer = lambda: None
         self._writer = None
         self._started = False
-
-    def _reopen_writer(self, args: Any, state: TrainerState) -> None:
-        if self._writer is not None:
-            self._close_writer()
-            summary_writer, self._close_writer = open_tensorboard(None, args.output_dir)
-            self._writer.redirect(summary_writer)
 
     def _syncs_now(self, args: Any, state: TrainerState) -> bool:
         return bool(getattr(args, "sync_ref_model", False)) and state.global_step % args.ref_model_sync_steps == 0

@@ -105,12 +105,12 @@ class AlertConfig(_Part):
     action_level: Literal["warning", "error"] = "error"
     baseline_audits: int = Field(3, ge=1)
     """Healthy audits after which a run is also compared with itself."""
-    chosen_drop_warning: float = Field(0.5, gt=0)
+    chosen_drop_warning: float = Field(0.6, gt=0)
     """Nats per token by which the chosen log-probability may fall below the reference's."""
-    chosen_drop_error: float = Field(1.0, gt=0)
-    kl_warning: float = Field(0.5, gt=0)
+    chosen_drop_error: float = Field(1.2, gt=0)
+    kl_warning: float = Field(1.0, gt=0)
     """Nats per token."""
-    kl_error: float = Field(1.0, gt=0)
+    kl_error: float = Field(2.0, gt=0)
     entropy_ratio_low: float = Field(0.25, gt=0, lt=1)
     """Entropy of the policy over entropy of the reference."""
     entropy_ratio_high: float = Field(2.0, gt=1)

@@ -6,7 +6,7 @@
 - ``alerts.jsonl``: the alerts of those records, one a line (a copy, for ``tail -f``; the records are the source);
 - ``failures.jsonl``: audits that broke, with their traceback;
 - ``step-<N>/*.safetensors``: what is too large for a line (per-pair values, subspace bases);
-- ``earlier-<n>/``: the same of runs that began again in the same output directory.
+- ``previous-<n>/``: the same of runs that began again in the same output directory.
 
 The logs only grow, and survive a kill between any two bytes: a line is whole once its newline is there, and a torn end
 is moved aside, never lost and never in the way of the next audit.
@@ -119,33 +119,21 @@ class RunLog:
         self._append(FAILURES, [Failure(step=step, time=time, error=error_text).model_dump_json()])
 
     def set_aside(self) -> Path:
-        """Start afresh: move all that lies in the log's folder to ``earlier-<n>`` in it, and go on with an empty log.
+        """Start afresh: move all that lies in the log's folder to ``previous-<n>`` in it, and go on with an empty log.
 
         Returns:
             The new folder; :meth:`AuditRun.load` reads it.
         """
         number = 1
-        while (aside := self.directory / f"earlier-{number}").exists():
+        while (aside := self.directory / f"previous-{number}").exists():
             number += 1
         aside.mkdir()
-        found = [path for path in self.directory.iterdir() if not path.name.startswith("earlier-")]
+        found = [path for path in self.directory.iterdir() if not path.name.startswith("previous-")]
         # The records go last: as long as they are here, a run that was killed in between starts over with the move.
         for path in sorted(found, key=lambda path: (path.name == RECORDS, path.name)):
             path.rename(aside / path.name)
         (self.directory / RECORDS).touch()
         _sync_directory(self.directory)
-        self._records, self._keys = [], set()
-        return aside
-
-    def set_aside(self) -> Path:
-        """Move everything into ``previous-<n>`` beside it and go on with an empty log; returns that folder."""
-        number = 1
-        while (aside := self.directory / f"previous-{number}").exists():
-            number += 1
-        aside.mkdir()
-        for path in sorted(self.directory.iterdir()):
-            if not path.name.startswith("previous-"):
-                path.rename(aside / path.name)
         self._records, self._keys = [], set()
         return aside
 
@@ -302,34 +290,11 @@ def _find_records(path: Path) -> Path:
     )
 
 
-@dataclass
-class _Parsed:
-    """The bytes of a log, cut into lines."""
-
-    lines: list[tuple[int, bytes]]
-    """Number (from 1) and text of the lines that are a JSON object."""
-    unreadable: list[int]
-    """Numbers of lines that are none, other than a torn last one."""
-    whole: int
-    """Length of the part before a torn last line."""
-
-
-def _parse(data: bytes) -> _Parsed:
-    parsed = _Parsed([], [], len(data))
-    number = start = 0
-    while start < len(data):
-        newline = data.find(b"\n", start)
-        end = len(data) if newline < 0 else newline + 1
-        line = data[start:end].strip()
-        number += 1
-        if _is_object(line):
-            parsed.lines.append((number, line))
-        elif line and end == len(data):
-            parsed.whole = start
-        elif line:
-            parsed.unreadable.append(number)
-        start = end
-    return parsed
+def _whole(data: bytes) -> int:
+    """Length of a log up to the end of its last whole line: less than all of it where that line is torn."""
+    start = data.rfind(b"\n", 0, len(data.rstrip())) + 1
+    line = data[start:].strip()
+    return start if line and not _is_object(line) else len(data)
 
 
 def _is_object(line: bytes) -> bool:
@@ -345,7 +310,7 @@ def _repair(path: Path) -> None:
     if not path.exists():
         return
     data = path.read_bytes()
-    whole = _parse(data).whole
+    whole = _whole(data)
     if whole < len(data):
         number = 1
         while (aside := path.with_name(f"{path.name}.torn-{number}")).exists():
@@ -367,23 +332,29 @@ def _repair(path: Path) -> None:
             file.write(b"\n")
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _json_lines(path: Path) -> list[tuple[int, bytes]]:
     """Numbered JSON objects of a log; the rest is skipped with one warning. An absent log is an empty one."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        return
+        return []
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error}") from None
-    parsed = _parse(data)
-    if parsed.unreadable:
-        _warn_skipped(path, parsed.unreadable, "not JSON")
-    if parsed.whole < len(data):
+    whole = _whole(data)
+    found, unreadable = [], []
+    for number, line in enumerate(data[:whole].split(b"\n"), start=1):
+        if _is_object(line):
+            found.append((number, line))
+        elif line.strip():
+            unreadable.append(number)
+    if unreadable:
+        _warn_skipped(path, unreadable, "not JSON")
+    if whole < len(data):
         warnings.warn(
             f"{path} ends in the middle of a line (being written, or its writer was stopped); that line is left out",
-            stacklevel=5,
+            stacklevel=4,
         )
-    yield from parsed.lines
+    return found
 
 
 def _read_records(path: Path) -> list[AuditRecord]:

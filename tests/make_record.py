@@ -100,7 +100,8 @@ def make_record(
         ),
         "reasons": made.reasons,
     }
-    for name, part in (("patching", patching), ("localization", localization), ("spinal", spinal)):
+    parts = (("patching", patching), ("localization", localization), ("low_rank", low_rank), ("spinal", spinal))
+    for name, part in parts:
         if not part:
             made.reasons[name] = "switched off in the configuration"
     return AuditRecord(**(values | overrides))

@@ -61,13 +61,11 @@ def _distance(logits_p: Tensor, logits_q: Tensor) -> Tensor:
 
     # log p − log q up to a constant, which is then fixed by Σp = 1: Σ q·exp(delta) = 1.
     delta = p - q
-    delta = torch.where((p == -math.inf) & (q == -math.inf), 0.0, delta)
     delta = delta - delta.gather(-1, q.argmax(dim=-1, keepdim=True))
+    delta = delta.masked_fill((p == -math.inf) & (q == -math.inf), 0.0)
     close = delta.abs().amax(dim=-1) <= 1.0
-    delta = delta.clamp(-1.0, 1.0)
     delta = delta - torch.log1p((half.square() * torch.expm1(delta)).sum(dim=-1, keepdim=True))
     near = (half * torch.expm1(0.5 * delta)).norm(dim=-1)
 
     far = (torch.exp(0.5 * torch.log_softmax(p, dim=-1)) - half).norm(dim=-1)
-    distance = 4.0 * torch.asin((0.5 * torch.where(close, near, far)).clamp(max=math.sqrt(0.5)))
-    return distance.clamp(max=math.pi)
+    return (4.0 * torch.asin(0.5 * torch.where(close, near, far))).clamp(max=math.pi)

@@ -676,7 +676,7 @@ def _verdict_strip(axes: Axes, records: Sequence[AuditRecord]) -> None:
             for verdict, colour in VERDICT_COLOURS.items()
         ],
         loc="upper right",
-        bbox_to_anchor=(1.0, -0.36),
+        bbox_to_anchor=(1.0, -0.5),
         ncols=3,
         handlelength=1.0,
         handleheight=0.9,
@@ -930,7 +930,7 @@ def _some(records: Sequence[AuditRecord]) -> list[AuditRecord]:
 
 
 def _not_measured(record: AuditRecord, part: str) -> str:
-    return record.reasons.get(part, "this audit did not measure it")
+    return why_unknown(record, part)
 
 
 def _failed(records: Sequence[AuditRecord], names: Sequence[str]) -> list[str]:

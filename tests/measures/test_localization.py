@@ -205,7 +205,8 @@ def test_center_of_mass() -> None:
     assert loc.center_of_mass(np.array([0.0, 0.0, 5.0])) == (1.0, None)
     assert loc.center_of_mass(np.array([5.0, -3.0, 0.0])) == (0.0, None)
     assert loc.center_of_mass(np.array([1.0, 0.0, 3.0])).value == pytest.approx(0.75)
-    assert loc.center_of_mass(np.full(7, 1e-320)).value == pytest.approx(0.5, rel=1e-3)
+    for extreme in (1e-320, 1e308):
+        assert loc.center_of_mass(np.full(7, extreme)).value == pytest.approx(0.5, rel=1e-3)
 
 
 def test_normalized_entropy() -> None:

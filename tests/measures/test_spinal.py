@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -141,6 +142,9 @@ def test_coherence_says_why_it_is_unknown() -> None:
     )
     assert "transport is the same" in str(reason(transport_ref=np.full(8, 0.1)))
     assert "transport is the same" in str(reason(transport_ref=np.zeros(8)))
+    rounding = np.array([0.3] * 8 + [0.1 + 0.2])
+    assert rounding.std() > 0
+    assert "contraction is the same" in str(reason(alpha_ref=rounding))
     missing = alpha.copy()
     missing[8] = np.nan
     assert reason(alpha=missing) is None  # the last layer has no transport and is no point of the path
@@ -152,10 +156,13 @@ def test_coherence_says_why_it_is_unknown() -> None:
 
 
 def test_gradient_share() -> None:
-    norms = np.array([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 5.0], [7.0, 0.0, 0.0, 0.0], [1e200, 1e200, 1e200, 1e200]])
+    norms = np.array([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 5.0], [7.0, 0.0, 0.0, 0.0], [1e308, 1e308, 1e308, 1e308]])
     assert spinal.gradient_share(norms, (2, 3)).tolist() == pytest.approx([0.7, 1.0, 0.0, 0.5])
     unknown = np.array([[0.0, 0.0], [1.0, np.nan], [np.inf, 1.0], [1.0, 3.0]])
-    assert spinal.gradient_share(unknown, (1,)).tolist() == pytest.approx([np.nan, np.nan, np.nan, 0.75], nan_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shares = spinal.gradient_share(unknown, (1,))
+    assert shares.tolist() == pytest.approx([np.nan, np.nan, np.nan, 0.75], nan_ok=True)
     # A factor per pair cancels, as β and the loss type do.
     np.testing.assert_allclose(spinal.gradient_share(1e-320 * 1e20 * norms[:3], (2, 3)), [0.7, 1.0, 0.0], rtol=1e-9)
     assert spinal.gradient_share(np.zeros((0, 3)), (2,)).shape == (0,)

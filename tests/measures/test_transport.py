@@ -64,6 +64,16 @@ def test_arccos_would_not_do() -> None:
     assert fisher_rao_distance(p, q).item() == pytest.approx(exact, rel=1e-6)
 
 
+@pytest.mark.parametrize(("shift", "masked"), [(8.0, 0), (-64.0, 0), (0.0, 9), (8.0, 9)])
+def test_relative_accuracy_survives_a_shift_and_masked_tokens(shift: float, masked: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    # On grids, so that adding shift and perturbation does not round.
+    q = torch.randint(-(2**22), 2**22, (1, 50), generator=generator).double() / 2**20
+    p = q + shift + torch.randint(-8, 9, (1, 50), generator=generator).double() / 2**42
+    p[:, :masked] = q[:, :masked] = -math.inf
+    assert fisher_rao_distance(p, q).item() == pytest.approx(reference(p[0], q[0]), rel=1e-9, abs=0.0)
+
+
 def test_many_entries_and_one_large_difference() -> None:
     q = torch.zeros(1, 20, dtype=torch.float64)
     q[0, 3] = -30.0

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -73,11 +74,9 @@ def broken(record: AuditRecord, **controls: Control) -> AuditRecord:
 FAILED = Control(verdict="failed", reason="noise does the same")
 
 
-@pytest.mark.parametrize(("layers", "audits"), [(5, 1), (5, 4), (36, 3)])
-def test_every_picture_is_drawn_and_nothing_runs_out_of_it(tmp_path: Path, layers: int, audits: int) -> None:
-    run = make_run("destabilizing", audits, layers)[-audits:]
-    if audits == 1:
-        run = [make_record(70, layers=layers, kind="destabilizing", progress=1.0)]
+@pytest.mark.parametrize(("layers", "audits"), [(5, 1), (36, 3)])
+def test_every_picture_is_drawn_and_nothing_runs_out_of_it(layers: int, audits: int) -> None:
+    run = make_run("destabilizing", 3, layers)[-audits:]
     figures = plots.draw_all(run)
     assert set(figures) == NAMES
     for name, figure in figures.items():
@@ -108,7 +107,7 @@ def tick_labels_out_of_view(figure: Figure) -> set[Text]:
 
 
 def test_save_all_writes_png_files(tmp_path: Path) -> None:
-    run = make_run("healthy", 2, 3)
+    run = make_run("healthy", 4, 5)
     paths = plots.save_all(run, tmp_path / "new" / "folder")
     assert set(paths) == NAMES
     for name, path in paths.items():
@@ -134,8 +133,8 @@ def test_pyplot_is_never_loaded() -> None:
         "import sys\n"
         "from align_audit.writers import plots\n"
         "from tests.make_record import make_run\n"
-        "plots.pixels(plots.block_transplants(make_run(audits=2, layers=2))) if hasattr(plots, 'pixels') else "
-        "plots.block_transplants(make_run(audits=2, layers=2)).savefig('/dev/null', format='png')\n"
+        "from align_audit.writers.canvas import pixels\n"
+        "pixels(plots.block_transplants(make_run(audits=2, layers=2)))\n"
         "print('matplotlib.pyplot' in sys.modules, 'matplotlib.figure' in sys.modules)"
     )
     root = Path(__file__).parents[2]
@@ -256,7 +255,7 @@ def test_runs_without_a_part_say_so() -> None:
     bare = make_record(20, layers=3, patching=False, localization=False, low_rank=False, spinal=False)
     for name, figure in plots.draw_all([bare]).items():
         if name != "margins_over_steps":
-            assert "not measured" in texts(figure), name
+            assert "not measured: switched off in the configuration" in texts(figure), name
 
 
 def test_columns_of_another_model_are_left_out() -> None:
@@ -281,7 +280,7 @@ def test_a_long_run_of_a_deep_model_stays_readable() -> None:
     for labels in (main_axes(figure).get_yticklabels(), figure.axes[1].get_xticklabels()):
         assert 3 < len(labels) <= 20
         boxes = [label.get_window_extent() for label in labels]
-        assert not any(a.overlaps(b) for a, b in zip(boxes, boxes[1:], strict=False))
+        assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
 
 
 def test_the_depth_trace_shows_both_models_and_the_terminal_block() -> None:

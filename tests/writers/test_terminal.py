@@ -52,7 +52,7 @@ def test_the_summary_gives_the_records_numbers() -> None:
     peak = patching.peak_layer
     assert peak is not None
     transplant = patching.block_transplant[peak]
-    assert row(text, "peak layer").startswith(f"{peak}, block transplant {transplant.mean:+.1f} [")
+    assert row(text, "peak layer").startswith(f"{peak}, block transplant {transplant.mean:+.2f} [")
     assert row(text, "additivity").startswith(f"{patching.additivity.mean:.2f} [")
     for basis, by_layer in record.low_rank.items():
         for layer, curve in by_layer.items():
