@@ -332,6 +332,32 @@ def test_an_earlier_run_is_set_aside_whole(tmp_path: Path) -> None:
     assert RunLog(tmp_path).append(records[0])
 
 
+def test_a_kill_while_setting_aside_mixes_no_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = Path.rename
+    for survive in range(4):
+        folder = tmp_path / str(survive)
+        log = RunLog(folder)
+        log.append(small(1))
+        log.append_failure(2, "ValueError")
+        log.save_arrays(1, "pairs", {"x": np.ones(1)})
+        moved: list[str] = []
+
+        def killed(path: Path, target: Path, moved: list[str] = moved, survive: int = survive) -> Path:
+            if len(moved) == survive:
+                raise KeyboardInterrupt
+            moved.append(path.name)
+            return rename(path, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", killed)
+            with pytest.raises(KeyboardInterrupt):
+                log.set_aside()
+        again = RunLog(folder)
+        assert same(again.records, [small(1)]), "the old run is still recognized as one, and set aside again"
+        again.set_aside()
+        assert {path.name for path in again.directory.iterdir()} == {RECORDS, "previous-1", "previous-2"}
+
+
 def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
     arrays = {

@@ -156,6 +156,13 @@ def test_explained_variance_equals_projected_energy_of_held_out_rows() -> None:
     assert own == pytest.approx(singular[:2].sum() / singular.sum(), rel=1e-10)
 
 
+def test_explained_variance_of_everything_is_one_and_not_more() -> None:
+    for seed in range(40):
+        gram = gram_of(rows_of(9, 6, seed))
+        ratio = sub.explained_variance_ratio(gram, sub.random_basis(6, 6, seed), [6])[0]
+        assert 1 - 1e-12 < ratio <= 1.0
+
+
 def test_explained_variance_of_nothing_is_unknown() -> None:
     assert np.isnan(sub.explained_variance_ratio(gram_of(torch.zeros(3, 4)), sub.random_basis(4, 2, 0), [1, 2])).all()
 

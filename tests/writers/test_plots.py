@@ -174,6 +174,9 @@ def test_a_heat_map_shows_the_records_numbers(draw: Any, field: str, below: str 
     shown = heat(figure)
     assert shown.shape == np.array(expected).T.shape
     np.testing.assert_array_equal(shown.filled(math.nan), np.array(expected).T)
+    bottom, top = main_axes(figure).get_ylim()
+    assert bottom < top, "layer 0 lies at the bottom"
+    assert main_axes(figure).images[0].origin == "lower"
     norm = main_axes(figure).images[0].norm
     assert norm.vmin == -norm.vmax, "the diverging map is centred on 0"
     labels = [label.get_text() for label in main_axes(figure).get_yticklabels()]

@@ -1,0 +1,108 @@
+"""Preference-train a model with TRL's DPOTrainer, and audit it from inside. Copy this file and make it yours.
+
+Full fine-tuning, any model and data set by hub name or local path:
+
+    python recipes/dpo.py --model_name_or_path Qwen/Qwen2.5-0.5B-Instruct \
+        --dataset_name trl-lib/ultrafeedback_binarized --output_dir runs/dpo \
+        --learning_rate 5e-7 --save_steps 100 --report_to tensorboard
+
+LoRA: add --use_peft --lora_r 16 --learning_rate 5e-6. Local data: --dataset_name pairs.jsonl (also .json, .parquet, .gz).
+All options of TRL's DPOConfig, ModelConfig and ScriptArguments work, and those of AuditArguments below; `--config FILE.yaml`
+reads them from a file. Then look at it:
+
+    tensorboard --logdir runs/dpo
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import DatasetDict, load_dataset
+from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+
+from align_audit import AlignmentAuditCallback, AuditConfig
+
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+@dataclass
+class AuditArguments:
+    """Options of the audit; everything else about it comes from --audit_config."""
+
+    audit_config: str | None = field(default=None, metadata={"help": "YAML file of AuditConfig options."})
+    audit_every_n_steps: int | None = field(
+        default=None, metadata={"help": "Audit every n steps too, not only when a checkpoint is saved."}
+    )
+    audit_pairs: int | None = field(default=None, metadata={"help": "Probe pairs; more narrow the intervals."})
+    audit_action: str | None = field(
+        default=None, metadata={"help": "What an error alert does: log, save (a checkpoint) or stop (training)."}
+    )
+    audit_held_out: int = field(
+        default=200, metadata={"help": "Pairs kept out of training for the audit where the data has no test split."}
+    )
+
+
+def load_pairs(arguments: ScriptArguments) -> DatasetDict:
+    """A preference data set by hub name, local file or folder."""
+    name = Path(arguments.dataset_name)
+    if name.is_file():
+        suffix = Path(name.stem).suffix if name.suffix == ".gz" else name.suffix
+        if suffix not in FILE_FORMATS:
+            raise SystemExit(f"{name}: expected a file ending in {', '.join(FILE_FORMATS)} (or those and .gz)")
+        return load_dataset(FILE_FORMATS[suffix], data_files=str(name))
+    return load_dataset(arguments.dataset_name, name=arguments.dataset_config)
+
+
+def audit_config(arguments: AuditArguments) -> AuditConfig:
+    """The audit's configuration: the file, then what the command line says."""
+    values = AuditConfig.from_yaml(arguments.audit_config).to_dict() if arguments.audit_config else {}
+    if arguments.audit_pairs is not None:
+        values["max_pairs"] = arguments.audit_pairs
+    if arguments.audit_every_n_steps is not None:
+        values.setdefault("schedule", {})["every_n_steps"] = arguments.audit_every_n_steps
+    if arguments.audit_action is not None:
+        values.setdefault("alerts", {})["action"] = arguments.audit_action
+    return AuditConfig.from_dict(values)
+
+
+def main() -> None:
+    parser = TrlParser((ScriptArguments, DPOConfig, ModelConfig, AuditArguments))
+    script, training, model, auditing = parser.parse_args_and_config()
+
+    # How to load the model; the trainer loads its reference the same way.
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+
+    # The audit reads pairs that training does not see: the test split, or some set aside here.
+    data = load_pairs(script)
+    train = data[script.dataset_train_split]
+    if script.dataset_test_split in data:
+        held_out = data[script.dataset_test_split]
+    else:
+        size = min(auditing.audit_held_out, len(train) // 5)
+        split = train.train_test_split(test_size=max(size, 1), seed=training.seed)
+        train, held_out = split["train"], split["test"]
+
+    callback = AlignmentAuditCallback(config=audit_config(auditing))
+    trainer = DPOTrainer(
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=train,
+        eval_dataset=held_out,
+        peft_config=get_peft_config(model),
+        quantization_config=get_quantization_config(model),
+        callbacks=[callback],
+    )
+    callback.attach(trainer)
+
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model(training.output_dir)
+
+
+if __name__ == "__main__":
+    main()
