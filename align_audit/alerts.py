@@ -1,8 +1,8 @@
 """When should somebody look? Pure rules: the records so far in, alerts out. ``RULES`` lists them all.
 
 Two kinds of limit. Absolute ones, per token or as a share of the reference's own value, hold from the first audit,
-because a run can be ruined before its second. Once ``baseline_audits`` healthy audits exist, a run is also compared with
-itself. An interval has to lie beyond a limit as a whole: a wide interval on few probes raises nothing.
+because a run can be ruined before its second. Once ``baseline_audits`` healthy audits exist, a run is also compared
+with itself. An interval has to lie beyond a limit as a whole: a wide interval on few probes raises nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from align_audit.config import AlertConfig
-from align_audit.record import Alert, AlertLevel, AuditRecord, Estimate
+from align_audit.record import Alert, AlertLevel, AuditRecord
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def evaluate(record: AuditRecord, before: Sequence[AuditRecord], config: AlertCo
 
 
 _SLOW_DOWN = (
-    "Go back to the last checkpoint without this alert; lower the learning rate (a factor of 3 to 10), raise beta, or add "
-    'an SFT term on the chosen completions (loss_type=["sigmoid", "sft"])'
+    "Go back to the last checkpoint without this alert; lower the learning rate (a factor of 3 to 10), raise beta, or "
+    'add an SFT term on the chosen completions (loss_type=["sigmoid", "sft"])'
 )
 
 
@@ -95,10 +95,10 @@ def non_finite(history: History) -> list[Alert]:
                     "non_finite",
                     "error",
                     value.mean,
-                    f"The {name}'s preference margin is {value.mean}: {value.reason or 'not a finite number'}. Weights or "
-                    "activations have overflowed; nothing measured on them means anything.",
-                    "Stop and restart from the last checkpoint with finite weights, with a lower learning rate, gradient "
-                    "clipping (max_grad_norm), or bf16 instead of fp16",
+                    f"The {name}'s preference margin is {value.mean}: {value.reason or 'not a finite number'}. Weights "
+                    "or activations have overflowed; nothing measured on them means anything.",
+                    "Stop and restart from the last checkpoint with finite weights, with a lower learning rate, "
+                    "gradient clipping (max_grad_norm), or bf16 instead of fp16",
                 )
             )
     return found
@@ -136,9 +136,9 @@ def reference_changed(history: History) -> list[Alert]:
             "reference_changed",
             "error",
             math.nan,
-            f"The reference ({record.reference_check.source}) is not the one of step {last.step}: its weights changed from "
-            f"{last.provenance.reference_hash} to {record.provenance.reference_hash}, and no synchronization did it. Margins "
-            "of the two steps have different zero points, in the training log too.",
+            f"The reference ({record.reference_check.source}) is not the one of step {last.step}: its weights changed "
+            f"from {last.provenance.reference_hash} to {record.provenance.reference_hash}, and no synchronization did "
+            "it. Margins of the two steps have different zero points, in the training log too.",
             "Check for parameters that policy and reference share and that train: biases of a LoRA configuration, "
             "modules_to_save, or one model object passed as both",
         )
@@ -149,30 +149,32 @@ def chosen_logp_falling(history: History) -> list[Alert]:
     """Likelihood displacement: the chosen completions become less likely while the margin rises."""
     config, margins = history.config, history.record.margins
     change = margins.chosen_logp_change_per_token
-    rises = "while the margin rises" if margins.shift.low > 0 else "and the margin does not rise"
-    why = (
-        f"The chosen completions lose {-change.mean:.2f} nats per token against the reference, {rises} by "
-        f"{margins.shift.mean:.1f} nats: the loss is met by making both completions unlikely, and the probability goes to "
-        "text that is in neither."
-        if margins.shift.low > 0
-        else f"The chosen completions lose {-change.mean:.2f} nats per token against the reference, {rises}."
-    )
+    why = f"The chosen completions lose {-change.mean:.2f} nats per token against the reference, "
+    if margins.shift.low > 0:
+        why += (
+            f"while the margin rises by {margins.shift.mean:.1f} nats: the loss is met by making both completions "
+            "unlikely, and the probability goes to text that is in neither."
+        )
+    else:
+        why += "and the margin does not rise."
     level = _beyond(-change.high, config.chosen_drop_warning, config.chosen_drop_error)
     if level is not None:
         limit = config.chosen_drop_error if level == "error" else config.chosen_drop_warning
-        return [
-            history.alert("chosen_logp_falling", level, change.mean, why, _SLOW_DOWN, threshold=-limit)
-        ]
+        return [history.alert("chosen_logp_falling", level, change.mean, why, _SLOW_DOWN, threshold=-limit)]
     baseline = history.baseline(lambda record: record.margins.chosen_logp_change_per_token.mean)
-    if baseline is not None and change.high < min(3 * baseline, baseline - config.chosen_drop_warning / 2):
+    if baseline is None:
+        return []
+    # Chosen completions that are still likelier than under the reference are not displaced, whatever the baseline.
+    limit = min(3 * baseline, baseline - config.chosen_drop_warning / 2, 0.0)
+    if change.high < limit:
         return [
             history.alert(
                 "chosen_logp_falling",
                 "warning",
                 change.mean,
-                f"{why} At this run's first healthy audits it was {-baseline:.2f}.",
+                f"{why} At this run's first healthy audits the change was {baseline:+.2f}.",
                 _SLOW_DOWN,
-                threshold=min(3 * baseline, baseline - config.chosen_drop_warning / 2),
+                threshold=limit,
                 baseline=baseline,
             )
         ]
@@ -199,17 +201,17 @@ def entropy_out_of_bounds(history: History) -> list[Alert]:
     ours, theirs = margins.entropy, margins.reference_entropy
     if not (math.isfinite(ours.mean) and theirs.mean > 0):
         return []
-    ratio = ours.mean / theirs.mean
-    if ours.high < config.entropy_ratio_low * theirs.mean:
-        limit, words = config.entropy_ratio_low, "has collapsed: the policy is certain of every next token and will repeat itself"
-    elif ours.low > config.entropy_ratio_high * theirs.mean:
-        limit, words = config.entropy_ratio_high, "has exploded: the policy is close to choosing tokens at random"
+    least, most = config.entropy_ratio_low * theirs.mean, config.entropy_ratio_high * theirs.mean
+    if ours.high < least:
+        limit, words = least, "has collapsed: the policy is certain of every next token and will repeat itself"
+    elif ours.low > most:
+        limit, words = most, "has exploded: the policy is close to choosing tokens at random"
     else:
         return []
     message = f"Next-token entropy {words}. {ours.mean:.2f} nats per token against the reference's {theirs.mean:.2f}."
     return [
         history.alert(
-            "entropy_out_of_bounds", "warning", ratio, message, _SLOW_DOWN, threshold=limit, baseline=theirs.mean
+            "entropy_out_of_bounds", "warning", ours.mean, message, _SLOW_DOWN, threshold=limit, baseline=theirs.mean
         )
     ]
 
@@ -248,6 +250,7 @@ def accuracy_falling(history: History) -> list[Alert]:
     level = _beyond(fall, config.accuracy_drop_warning, config.accuracy_drop_error)
     if level is None or not accuracy.high < best.margins.accuracy.low:
         return []
+    limit = config.accuracy_drop_error if level == "error" else config.accuracy_drop_warning
     message = (
         f"Preference accuracy on the probes is {accuracy.mean:.0%}, down from {best.margins.accuracy.mean:.0%} at step "
         f"{best.step}: what is still being learned does not carry over to these pairs."
@@ -260,7 +263,7 @@ def accuracy_falling(history: History) -> list[Alert]:
             message,
             f"Prefer the checkpoint at step {best.step}; stop earlier, or look at what the latest training pairs teach",
             baseline=best.margins.accuracy.mean,
-            threshold=best.margins.accuracy.mean - config.accuracy_drop_warning,
+            threshold=best.margins.accuracy.mean - limit,
         )
     ]
 
@@ -275,8 +278,9 @@ def additivity_collapsed(history: History) -> list[Alert]:
     if not additivity.high < limit:
         return []
     message = (
-        f"Additivity is {additivity.mean:.2f}: transplanted one by one, the layers' updates explain only that share of the "
-        "margin shift. The rest exists only when all layers move together, away from what each could do in the reference."
+        f"Additivity is {additivity.mean:.2f}: transplanted one by one, the layers' updates explain only that share of "
+        "the margin shift. The rest exists only when all layers move together, away from what each could do in the "
+        "reference."
     )
     return [
         history.alert(
@@ -294,13 +298,14 @@ def coherence_collapsed(history: History) -> list[Alert]:
     baseline = spinal.reference_coherence if own is None else own
     if not math.isfinite(baseline):
         return []
-    limit = (1 - history.config.coherence_drop_warning) * baseline
+    share = 1 - history.config.coherence_drop_warning
+    limit = share * baseline
     if not spinal.coherence < limit:
         return []
     against = "the reference's" if own is None else "this run's own first"
     message = (
-        f"Coherence of the depth trace is {spinal.coherence:.2f}, less than half of {against} {baseline:.2f}: in the last "
-        "layers contraction and transport no longer change smoothly from layer to layer."
+        f"Coherence of the depth trace is {spinal.coherence:.2f}, less than {share:.0%} of {against} {baseline:.2f}: "
+        "in the last layers contraction and transport no longer change smoothly from layer to layer."
     )
     return [
         history.alert(
@@ -325,7 +330,9 @@ def control_failed(history: History) -> list[Alert]:
         "random_subspace": "the low-rank reconstruction",
         "split_half": "the peak layer",
     }
-    failed = {name: control for name in guarded if (control := getattr(history.record.controls, name)).verdict == "failed"}
+    failed = {
+        name: control for name in guarded if (control := getattr(history.record.controls, name)).verdict == "failed"
+    }
     if not failed:
         return []
     patching = history.record.patching
@@ -334,7 +341,7 @@ def control_failed(history: History) -> list[Alert]:
     return [
         history.alert(
             "control_failed",
-            # A broken identity means the measurement itself is broken. The others speak of the evidence, not of the run.
+            # A broken identity means that the measurement is broken. The others speak of the evidence, not of the run.
             "error" if "identity" in failed else "info",
             float(len(failed)),
             f"Not evidence at this step: {doubted}. Failed controls: {named}.",
@@ -366,4 +373,4 @@ def _beyond(value: float, warning: float, error: float) -> AlertLevel | None:
     return "warning" if value > warning else None
 
 
-__all__ = ["RULES", "Estimate", "History", "evaluate"]
+__all__ = ["RULES", "History", "evaluate"]

@@ -1,4 +1,4 @@
-"""Probe pairs as padded tensors, with the bookkeeping every measure needs: where the model is read, and for which pair."""
+"""Probe pairs as padded tensors, with the bookkeeping every measure needs: where a model is read, for which pair."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PairBatch:
         lengths: [R] tokens without padding.
         row, position, target, pair, side: [P] of each prediction entry: its row and position, the token it should
             predict, its pair within the batch, and 0 for chosen or 1 for rejected.
-        distinct: [P] False where the same prefix was already counted on the chosen side.
+        distinct: [P] False where the same prefix was already counted, as an entry of the chosen side.
     """
 
     pair_index: torch.Tensor
@@ -83,7 +83,9 @@ def make_batch(pairs: Sequence[ProbePair], pair_index: Sequence[int], pad_token_
         targets.append(np.asarray(ids)[read + 1])
         owners.append(np.full(len(read), owner))
         sides.append(np.full(len(read), side))
-        distinct.append(np.full(len(read), True) if side == 0 else read >= pairs[owner].common_prefix)
+        pair = pairs[owner]
+        counted = (read < pair.common_prefix) & np.isin(read, pair.chosen_predictions)
+        distinct.append(np.full(len(read), True) if side == 0 else ~counted)
 
     def joined(parts: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts))

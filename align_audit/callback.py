@@ -93,7 +93,6 @@ class AlignmentAuditCallback(TrainerCallback):
         self._close_writer: Callable[[], None] = lambda: None
         self._pending = False
         self._save_next = False
-        self._started = False
         self._seen: set[tuple[int, str]] = set()
         self._failures_shown: set[str] = set()
 
@@ -159,13 +158,14 @@ class AlignmentAuditCallback(TrainerCallback):
         model = kwargs["model"]
         self._pending = False
         self._prepare_probes(args, kwargs.get("processing_class"), kwargs.get("train_dataloader"))
-        if not self._started:  # auto_find_batch_size begins training again in the same run
-            self._check_setup(args, model)
-            self._open_log(args, state, model)
-            self._started = True
+        self._check_setup(args, model)
+        # auto_find_batch_size begins training again within one run; what is in the log tells what that repeats.
+        self._open_log(args, state, model)
         self._open_writer(args, state)
         if self.config.schedule.before_training:
             self._audit(args, state, control, model, at_start=state.global_step == 0)
+        assert self._reference is not None
+        self._reference.release()  # loaded for the check, and left in memory where no audit followed
 
     def _check_setup(self, args: Any, model: nn.Module) -> None:
         """Find out now what would otherwise break every audit."""
@@ -234,7 +234,7 @@ class AlignmentAuditCallback(TrainerCallback):
             return
         self._log = RunLog(args.output_dir)
         records = self._log.records
-        if state.global_step == 0 and any(record.step > 0 for record in records):
+        if state.global_step == 0 and not all(self._begins_with(record, model) for record in records):
             aside = self._log.set_aside()
             warnings.warn(
                 f"{args.output_dir} holds the audits of an earlier run, and training starts again from step 0: they were "
@@ -243,16 +243,29 @@ class AlignmentAuditCallback(TrainerCallback):
             )
             records = []
         self._seen = {(record.step, record.provenance.policy_hash) for record in records}
-        if records:
+        reached = [record.step for record in records if record.step <= state.global_step]
+        self._context.subspaces = {}
+        if reached:
             with contextlib.suppress(AlignAuditError):
-                self._context.subspaces = subspaces_from(self._log.load_arrays(records[-1].step, _ARRAYS))
+                self._context.subspaces = subspaces_from(self._log.load_arrays(reached[-1], _ARRAYS))
+
+    def _begins_with(self, record: AuditRecord, model: nn.Module) -> bool:
+        """Is this what our own first audit would find: the same start, read on the same probes in the same way?"""
+        assert self._probes is not None
+        provenance = record.provenance
+        return (
+            record.step == 0
+            and provenance.policy_hash == policy_fingerprint(model)
+            and provenance.probe_hash == self._probes.content_hash
+            and provenance.config == self.config.to_dict()
+        )
 
     def _open_writer(self, args: Any, state: TrainerState) -> None:
         if self.config.tensorboard == "off" or not state.is_world_process_zero:
             return
         self._close_writer()
         summary_writer, self._close_writer = open_tensorboard(self._attached(), args.output_dir)
-        self._writer = TensorBoardWriter(summary_writer)
+        self._writer = TensorBoardWriter(summary_writer, images=self.config.tensorboard_images)
 
     # -- events --------------------------------------------------------------------------------------------------------
 
@@ -301,7 +314,6 @@ class AlignmentAuditCallback(TrainerCallback):
         self._close_writer()
         self._close_writer = lambda: None
         self._writer = None
-        self._started = False
 
     def _syncs_now(self, args: Any, state: TrainerState) -> bool:
         return bool(getattr(args, "sync_ref_model", False)) and state.global_step % args.ref_model_sync_steps == 0
@@ -340,6 +352,7 @@ class AlignmentAuditCallback(TrainerCallback):
         key = (state.global_step, policy_fingerprint(model))
         if key in self._seen:
             return []
+        self._seen.add(key)  # an audit that breaks would break again on the same weights
         context = self._context
         context.at_start = at_start
         if getattr(args, "sync_ref_model", False):
@@ -349,14 +362,19 @@ class AlignmentAuditCallback(TrainerCallback):
             progress_bar if self.config.progress and state.is_world_process_zero and not args.disable_tqdm else None
         )
         record, arrays = run_audit(model, self._reference, self._probes, self.config, state.global_step, context)
-        self._seen.add(key)
         if self._log is None:  # not the first process
             return []
-        before = self._log.records
+        history = self._log.records
+        # A resumed run may find later steps in its log, on the course it took before, or audits on other pairs.
+        before = [
+            earlier
+            for earlier in history
+            if earlier.step < record.step and earlier.provenance.probe_hash == record.provenance.probe_hash
+        ]
         record = record.model_copy(update={"alerts": evaluate(record, before, self.config.alerts)})
         self._log.save_arrays(record.step, _ARRAYS, arrays)
         self._log.append(record)
-        self._tell(record, [*before, record])
+        self._tell(record, [*history, record])
         return record.alerts
 
     def _tell(self, record: AuditRecord, history: list[AuditRecord]) -> None:

@@ -134,7 +134,8 @@ class AuditConfig(_Part):
         seed: of every random draw of an audit (subsample, bootstrap, noise, splits). No global random state is touched.
         strict: raise when an audit breaks, instead of recording it and letting training go on.
         tensorboard: ``auto`` writes beside the trainer's own curves where it has a TensorBoard log, else into
-            ``<output_dir>/align_audit/tensorboard``; ``off`` writes none.
+            ``<output_dir>/align_audit/tensorboard``; ``off`` writes none. ``tensorboard_images``: also draw heat maps and
+            depth traces there (about four seconds of one core an audit).
         max_length, truncation_mode: of probe sequences; None takes the trainer's (or 1024 and ``keep_start``).
 
     Example:
@@ -151,6 +152,7 @@ class AuditConfig(_Part):
     strict: bool = False
     progress: bool = True
     tensorboard: Literal["auto", "off"] = "auto"
+    tensorboard_images: bool = True
     max_length: int | None = Field(None, ge=2)
     truncation_mode: Literal["keep_start", "keep_end"] | None = None
     statistics: StatisticsConfig = StatisticsConfig()

@@ -26,7 +26,7 @@ VOCABULARY = 768
 CONTEXT = 256
 TRAIN_SEED, HELD_OUT_SEED = 1, 2
 
-STEPS = 1200
+STEPS = 1000
 BATCH = 16
 LEARNING_RATE = 4e-3
 WARMUP_STEPS = 100
@@ -69,8 +69,13 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int = VOCABULARY) -> PreTr
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    """An untrained Llama for ``tokenizer``: 6 layers of width 96, 6 heads on 3 key-value heads, tied embeddings."""
-    torch.manual_seed(seed)
+    """An untrained Llama for ``tokenizer``: 6 layers of width 96, 6 heads on 3 key-value heads, tied embeddings.
+
+    The default initialization learns the grammar of a sentence in minutes but not, in that time, to look back for who the
+    story is about. What helps (measured: repeated nouns at chance without it, at 0.1 nats after 450 steps with it):
+    embeddings large enough to tell the names of people apart, heads that start as copiers (the output projection
+    is the transpose of the value projection), and MLPs that start silent.
+    """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -80,13 +85,26 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCa
         num_key_value_heads=3,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
-        initializer_range=0.05,  # the default 0.02 suits widths in the thousands
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    return LlamaForCausalLM(config)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        model.get_input_embeddings().weight.normal_(std=0.25)
+        for layer in model.model.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            for projection in (attention.q_proj, attention.k_proj, mlp.gate_proj, mlp.up_proj):
+                projection.weight.normal_(std=config.hidden_size**-0.5)
+            torch.nn.init.orthogonal_(attention.v_proj.weight)
+            value_heads = attention.v_proj.weight.view(config.num_key_value_heads, -1, config.hidden_size)
+            shared_by = config.num_attention_heads // config.num_key_value_heads
+            per_query_head = value_heads.repeat_interleave(shared_by, dim=0).flatten(0, 1)
+            attention.o_proj.weight.copy_(0.3 * per_query_head.T)
+            mlp.down_proj.weight.zero_()
+    return model
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], size: int) -> Iterator[tuple[Tensor, Tensor]]:

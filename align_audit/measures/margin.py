@@ -9,7 +9,10 @@ import torch
 
 @dataclass(frozen=True)
 class TokenReadout:
-    """What the model says at n prediction positions: float64 [n] each; ``correct`` is 1 where the target is the argmax."""
+    """What the model says at n prediction positions: float64 [n] each.
+
+    ``correct`` is 1 where the target is the argmax, else 0; NaN where the logits are.
+    """
 
     logp: torch.Tensor
     entropy: torch.Tensor
@@ -25,9 +28,7 @@ def token_logp(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     chosen = wide.gather(-1, target[:, None])[:, 0]
-    return (chosen.double() - torch.logsumexp(wide, dim=-1).double()) if wide.dtype == torch.float64 else (
-        (chosen - torch.logsumexp(wide, dim=-1)).double()
-    )
+    return (chosen - torch.logsumexp(wide, dim=-1)).double()
 
 
 def token_readout(logits: torch.Tensor, target: torch.Tensor) -> TokenReadout:
@@ -41,7 +42,7 @@ def token_readout(logits: torch.Tensor, target: torch.Tensor) -> TokenReadout:
     return TokenReadout(
         logp=token_logp(logits, target),
         entropy=-plogp.sum(-1).double(),
-        correct=(wide.argmax(-1) == target).double(),
+        correct=torch.where(logp.isnan().any(-1), torch.nan, (wide.argmax(-1) == target).double()),
     )
 
 

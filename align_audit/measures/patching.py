@@ -1,4 +1,7 @@
-"""Layer-wise activation patching: how a stream is patched, and what per-pair effects say (METHODS §1, §2; arXiv 2510.16167 §3.1)."""
+"""Layer-wise activation patching: how a stream is patched, and what per-pair effects say.
+
+METHODS §1, §2; arXiv 2510.16167 §3.1.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,7 @@ def patched(base: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> tor
     return torch.where(mask[..., None], source.to(base.dtype), base)
 
 
-def noise_directions(
-    seed: int, pairs: Sequence[int], layer: int, draw: int, length: int, width: int
-) -> torch.Tensor:
+def noise_directions(seed: int, pairs: Sequence[int], layer: int, draw: int, length: int, width: int) -> torch.Tensor:
     """Random unit directions u, float32 [len(pairs), length, width], drawn from (seed, pair, layer, position, draw).
 
     The direction of a pair at a position does not depend on which other pairs are asked for, nor on ``length``: both

@@ -7,6 +7,7 @@ embeddings, the norm and head) it gets by calling the model itself; see ``replay
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,10 +50,8 @@ class Anatomy:
 
     def take(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """The residual stream among a layer's arguments."""
-        if isinstance(self.stream_argument, int):
-            value = args[self.stream_argument]
-        else:
-            value = kwargs[self.stream_argument]
+        place = self.stream_argument
+        value = args[place] if isinstance(place, int) else kwargs[place]
         assert isinstance(value, torch.Tensor)
         return value
 
@@ -114,11 +113,13 @@ def is_peft(model: nn.Module) -> bool:
 def check_kind(model: nn.Module) -> None:
     """Refuse at once what no forward needs to be run for."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise AnatomyError(f"{type(model).__name__} is an encoder-decoder; expected a decoder-only causal language model")
+        raise AnatomyError(
+            f"{type(model).__name__} is an encoder-decoder; expected a decoder-only causal language model"
+        )
     if not hasattr(model, "get_input_embeddings") or not hasattr(model, "config"):
         raise AnatomyError(
-            f"{type(model).__name__} is not a transformers model; expected a causal language model, loaded for instance "
-            "with AutoModelForCausalLM"
+            f"{type(model).__name__} is not a transformers model; expected a causal language model, loaded for "
+            "instance with AutoModelForCausalLM"
         )
 
 
@@ -134,7 +135,8 @@ def find_anatomy(model: nn.Module, inputs: dict[str, torch.Tensor], given: Anato
 
     Args:
         inputs: at least ``input_ids`` and ``attention_mask``, a few tokens.
-        given: a hand-made description; only its open parts (sizes, how a layer returns its stream) are then found out.
+        given: a hand-made description; only its open parts (sizes, and what was left at a default that does not fit) are
+            then found out.
 
     Raises:
         AnatomyError: not a causal LM, or no such chain of layers; the message shows the module tree.
@@ -146,16 +148,12 @@ def find_anatomy(model: nn.Module, inputs: dict[str, torch.Tensor], given: Anato
         container = given.modules(model)
         lists = {given.layers: nn.ModuleList(container)}
     calls: dict[nn.Module, list[_Call]] = {}
-    order: list[nn.Module] = []
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls.setdefault(module, []).append(_Call(args, kwargs, output))
-        order.append(module)
 
     handles = [
-        member.register_forward_hook(watch, with_kwargs=True)
-        for members in lists.values()
-        for member in members
+        member.register_forward_hook(watch, with_kwargs=True) for members in lists.values() for member in members
     ]
     try:
         with torch.no_grad():
@@ -169,58 +167,67 @@ def find_anatomy(model: nn.Module, inputs: dict[str, torch.Tensor], given: Anato
             "causal language model, loaded for instance with AutoModelForCausalLM"
         )
 
-    best: Anatomy | None = None
+    found: list[tuple[int, int, Anatomy]] = []
     for name, members in lists.items():
-        found = _chain(list(members), calls)
-        if found is not None and (best is None or found.num_layers > best.num_layers):
-            best = replace(found, layers=name)
-    if best is None:
+        for joints, anatomy in _chains(list(members), calls, given):
+            found.append((joints, anatomy.num_layers, replace(anatomy, layers=name)))
+    if not found:
         looked = f"the ModuleList {given.layers!r}" if given is not None else f"{len(lists)} module lists"
         raise AnatomyError(
-            f"could not establish the decoder layers of {type(model).__name__}: looked at {looked} for members that run "
-            "once each, in order, every one taking the tensor [batch, tokens, width] that the one before returned.\n"
+            f"could not establish the decoder layers of {type(model).__name__}: looked at {looked} for "
+            "members that run once each, in order, every one taking the tensor [batch, tokens, width] that the one "
+            "before returned.\n"
             f"{describe(model)}\n"
             'Describe the model by hand with `Anatomy(layers="path.to.module_list", stream_argument=..., '
             "output_index=...)`."
         )
+    # A list of norms may be longer than the list of layers, but no norm receives what the one before it returned.
+    best = max(found, key=lambda item: item[:2])[-1]
     return replace(best, vocab_size=int(logits.shape[-1]))
 
 
-def _chain(members: list[nn.Module], calls: dict[nn.Module, list[_Call]]) -> Anatomy | None:
-    """The anatomy of ``members`` if they pass a residual stream along, else None (the caller explains)."""
+def _chains(
+    members: list[nn.Module], calls: dict[nn.Module, list[_Call]], given: Anatomy | None
+) -> Iterator[tuple[int, Anatomy]]:
+    """Every way in which ``members`` may pass a residual stream along, likelier ones first, each with its number of
+    joints: members that received just what the one before returned."""
     if any(len(calls.get(member, [])) != 1 for member in members):
-        return None
-    first = calls[members[0]][0]
-    places: list[int | str] = [i for i, value in enumerate(first.args) if _is_stream(value)]
-    places += [key for key, value in first.kwargs.items() if _is_stream(value)]
-    if not places:
-        return None
+        return
+    run = [calls[member][0] for member in members]
+    first = run[0]
+    positions: list[int | str] = [i for i, value in enumerate(first.args) if _is_stream(value)]
+    names: list[int | str] = [key for key, value in first.kwargs.items() if _is_stream(value)]
     # By convention the stream comes first; ``hidden_states`` where a layer is called by keyword.
-    place = "hidden_states" if "hidden_states" in places else places[0]
-    index: int | None = None
+    places = sorted(positions + names, key=lambda place: place != "hidden_states")
+    indices: list[int | None] = [None]
     if isinstance(first.output, tuple | list):
-        index = next((i for i, value in enumerate(first.output) if _is_stream(value)), None)
-        if index is None:
-            return None
-    elif not _is_stream(first.output):
-        return None
-    anatomy = Anatomy("", place, index, len(members))
-    before: torch.Tensor | None = None
-    for member in members:
-        call = calls[member][0]
-        try:
-            entering, leaving = anatomy.take(call.args, call.kwargs), anatomy.stream(call.output)
-        except (AssertionError, IndexError, KeyError):
-            return None
-        if entering.shape != leaving.shape or (before is not None and before.shape != entering.shape):
-            return None
-        before = leaving
-    assert before is not None
-    return replace(anatomy, hidden_size=int(before.shape[-1]))
+        indices = [i for i, value in enumerate(first.output) if _is_stream(value)]
+    if given is not None:
+        # The defaults leave open what they do not fit.
+        if given.stream_argument != 0 or 0 in places:
+            places = [given.stream_argument]
+        if given.output_index is not None:
+            indices = [given.output_index]
+    for place in places:
+        for index in indices:
+            anatomy = Anatomy("", place, index, len(members))
+            try:
+                entering = [anatomy.take(call.args, call.kwargs) for call in run]
+                leaving = [anatomy.stream(call.output) for call in run]
+            except (AssertionError, IndexError, KeyError, TypeError):
+                continue
+            if not _is_stream(leaving[0]) or len({value.shape for value in entering + leaving}) > 1:
+                continue
+            joints = sum(map(_equal, leaving, entering[1:]))
+            yield joints, replace(anatomy, hidden_size=int(leaving[-1].shape[-1]))
 
 
 def _is_stream(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 3 and value.is_floating_point()
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def describe(model: nn.Module, depth: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""A hash of a model's weights that is cheap on any device: it tells whether weights moved, between steps or processes."""
+"""A hash of a model's weights, cheap on any device: it tells whether weights moved, between steps or processes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,20 @@ def fingerprint(model: nn.Module, *, without_adapters: tuple[str, ...] = ()) -> 
     """
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
-        parts = name.split(".")
-        if any(adapter in parts for adapter in without_adapters):
+        if _belongs_to(model, name, without_adapters):
             continue
         plain, weighted = _sums(parameter.detach())
         digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}|{plain}|{weighted};".encode())
     return digest.hexdigest()
+
+
+def _belongs_to(model: nn.Module, name: str, adapters: tuple[str, ...]) -> bool:
+    """Whether the parameter is one of these adapters': PEFT keeps them in dictionaries under the adapter's name."""
+    parts = name.split(".")
+    return any(
+        part in adapters and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleDict | nn.ParameterDict)
+        for i, part in enumerate(parts)
+    )
 
 
 def _sums(tensor: torch.Tensor) -> tuple[int, int]:
@@ -36,6 +44,8 @@ def _sums(tensor: torch.Tensor) -> tuple[int, int]:
     plain = weighted = 0
     for first in range(0, flat.numel(), _CHUNK):
         part = flat[first : first + _CHUNK].to(torch.int64)
+        # Low bits matter in every product below, high ones only where the place is odd; so high bits are folded down.
+        part = part ^ (part >> 32)
         place = torch.arange(first + 1, first + 1 + part.numel(), device=part.device, dtype=torch.int64)
         plain += int(part.sum())
         weighted += int((part * (place * _MULTIPLIER)).sum())

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+from align_audit.models.anatomy import is_peft
 
 
 @contextlib.contextmanager
@@ -19,6 +22,8 @@ def untouched(*models: nn.Module) -> Iterator[None]:
     the active adapters, and the random state of Python, NumPy, torch and every CUDA device.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
+    wrapped: list[Any] = [module for model in models for module in model.modules() if is_peft(module)]
+    adapters = [(peft, peft.active_adapter, list(peft.active_adapters)) for peft in wrapped]
     trainable = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
     python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
@@ -29,6 +34,10 @@ def untouched(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for peft, named, active in adapters:
+            if list(peft.active_adapters) != active:
+                peft.base_model.set_adapter(active)
+            peft.active_adapter = named
         for parameter, flag in trainable:
             parameter.requires_grad = flag
         random.setstate(python)

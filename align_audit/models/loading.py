@@ -20,7 +20,7 @@ def load_model(
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
-    """A causal LM in eval mode from a directory or hub name; a directory with ``adapter_config.json`` becomes a PEFT model.
+    """A causal LM in eval mode from a directory or hub name; one with ``adapter_config.json`` becomes a PEFT model.
 
     Raises:
         ReferenceUnavailableError: nothing loadable is there; the message keeps the loader's own reason.

@@ -1,4 +1,4 @@
-"""The reference model, wherever it lives: one object whose context manager yields the model in the reference's state."""
+"""The reference model, wherever it lives: one object whose context manager puts the model in the reference's state."""
 
 from __future__ import annotations
 
@@ -142,9 +142,9 @@ def resolve_reference(
     if path:
         return Reference(f"loaded from the policy's own source, {Path(path).name}", load=like_policy(path))
     raise ReferenceUnavailableError(
-        "no reference model can be had: none was passed, the trainer holds none, the policy has no adapters, and it was "
-        "not loaded from a path. Pass `reference=` (a model, a directory or a hub name) to AlignmentAuditCallback or "
-        "audit, or call `callback.attach(trainer)` if the trainer holds the reference."
+        "no reference model can be had: none was passed, the trainer holds none, the policy has no adapters, and it "
+        "was not loaded from a path. Pass `reference=` (a model, a directory or a hub name) to AlignmentAuditCallback "
+        "or audit, or call `callback.attach(trainer)` if the trainer holds the reference."
     )
 
 

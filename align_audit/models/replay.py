@@ -26,7 +26,7 @@ _HEAD_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class LayerCall:
-    """The arguments one decoder layer received, with a hole where the residual stream was, and what else it returned."""
+    """The arguments one decoder layer received, with a hole where the stream was, and what else it returned."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -104,6 +104,13 @@ class Replay:
 
     def record(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, keep_logits: bool = False) -> Recording:
         """One forward of the model itself on [R, T] tokens, with what passed between its layers."""
+        try:
+            return self._record(input_ids, attention_mask, keep_logits)
+        except _WritesInPlace:
+            self._copies = True
+            return self._record(input_ids, attention_mask, keep_logits)
+
+    def _record(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep_logits: bool) -> Recording:
         streams: list[torch.Tensor] = []
         calls: list[LayerCall] = []
         entered: list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = []
@@ -111,11 +118,8 @@ class Replay:
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             stream = self.anatomy.take(args, kwargs)
-            if self._copies:
-                # This architecture's layers write into their argument; the recording keeps its own.
-                kept = stream.clone()
-            else:
-                kept = stream
+            # Where layers write into their argument, the recording keeps its own.
+            kept = stream.clone() if self._copies else stream
             versions.append(stream._version)
             entered.append((*self.anatomy.put(args, kwargs, None), stream))
             if not streams:
@@ -283,14 +287,8 @@ class Replay:
     def _verify(self, inputs: dict[str, torch.Tensor]) -> None:
         """Replay from every layer must give the model's own streams and logits, and must leave the model as it was."""
         name = type(self.model).__name__
-        self._outputs: list[Any] = []
-        try:
-            recording = self.record(**inputs, keep_logits=True)
-        except _WritesInPlace:
-            self._copies = True
-            recording = self.record(**inputs, keep_logits=True)
-        self._outputs = [call.output for call in recording.calls]
-        entering = _entering_streams(self, inputs)
+        recording, entering = self._entering(inputs)
+        self._outputs: list[Any] = [call.output for call in recording.calls]
         for index in range(self.num_layers):
             if not _same(entering[index], recording.after(index - 1)):
                 raise AnatomyError(
@@ -298,25 +296,32 @@ class Replay:
                     "residual stream itself, outside any layer, so a stream continued by calling the layers would "
                     "differ from the model's own forward. Nothing falls back silently; this architecture is refused."
                 )
-            replayed = self.layer(index, recording.after(index - 1), recording)
-            if not _same(replayed, recording.after(index)):
-                difference = (replayed.double() - recording.after(index).double()).abs().max().item()
-                raise AnatomyError(
-                    f"{name} cannot be replayed: layer {index}, called again with the arguments it received, gave "
-                    f"another output (largest difference {difference:.3g}). Dropout or other state inside the layer?"
-                )
+        self._expect(recording, recording, "Dropout or other state inside the layer?")
+        self._expect(
+            self._disturbed(inputs),
+            recording,
+            "The stream below it was another one than when they were recorded, so a layer gets more from those below "
+            "it than the residual stream, and a patched stream cannot be continued.",
+        )
+        self._expect(
+            recording,
+            recording,
+            "Another stream went through the layers in between: they hand something on beside the residual stream "
+            "(keys and values, say), so a patched stream cannot be continued.",
+        )
         assert recording.logits is not None
         valid = inputs["attention_mask"].bool()
         own = recording.logits[valid].double()
         headed = self.head(recording.after(self.num_layers - 1)[valid]).double()
-        scale = own.abs().max().clamp_min(1e-30)
-        if not (headed - own).abs().max() <= 64 * _epsilon(recording.logits, recording.streams[-1]) * scale:
-            if torch.isfinite(own).all():
-                raise AnatomyError(
-                    f"{name} cannot be replayed: its logits from the last layer's stream differ by "
-                    f"{(headed - own).abs().max().item():.3g} when its layers are stubbed, so its norm and head depend "
-                    "on more than that stream"
-                )
+        finite = bool(torch.isfinite(own).all())  # a model that has overflowed is for the audit to report
+        difference = float((headed - own).abs().max())
+        dtypes = (recording.logits.dtype, recording.streams[-1].dtype, self.compute_dtype)
+        scale = float(own.abs().max())
+        if finite and not difference <= _rounding(64, *dtypes) * scale:
+            raise AnatomyError(
+                f"{name} cannot be replayed: its logits from the last layer's stream differ by {difference:.3g} when "
+                "its layers are stubbed, so its norm and head depend on more than that stream"
+            )
         again = self.model(**inputs, use_cache=False).logits
         if not _same(again, recording.logits):
             raise AnatomyError(f"{name} cannot be audited: replaying its layers changed what the model computes")
@@ -324,32 +329,60 @@ class Replay:
         changed[:, -1] = (changed[:, -1] + 1) % self.anatomy.vocab_size
         ahead = self.model(input_ids=changed, attention_mask=inputs["attention_mask"], use_cache=False).logits[0, :-1]
         behind = recording.logits[0, :-1]
-        rounding = 1000 * _epsilon(behind, recording.streams[-1]) * float(scale)
-        if not torch.allclose(ahead, behind, rtol=0.0, atol=rounding, equal_nan=True):
+        if finite and not torch.allclose(ahead, behind, rtol=0.0, atol=_rounding(1000, *dtypes) * scale):
             raise AnatomyError(
                 f"{name} is not a causal language model: changing the last token changed the logits before it; "
                 "expected a model loaded with AutoModelForCausalLM"
             )
 
+    def _entering(self, inputs: dict[str, torch.Tensor]) -> tuple[Recording, dict[int, torch.Tensor]]:
+        """A recording, and what each layer received in it (equal to what the one below returned, if all is well)."""
+        entering: dict[int, torch.Tensor] = {}
+
+        def look(index: int) -> Callable[..., None]:
+            def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                entering[index] = self.anatomy.take(args, kwargs).detach().clone()
+
+            return before
+
+        handles = [
+            layer.register_forward_pre_hook(look(index), with_kwargs=True) for index, layer in enumerate(self.layers)
+        ]
+        try:
+            return self.record(**inputs, keep_logits=True), entering
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _disturbed(self, inputs: dict[str, torch.Tensor]) -> Recording:
+        """A recording of the model with another stream entering layer 0, as a patch would have it."""
+
+        def disturb(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self.anatomy.put(args, kwargs, self.anatomy.take(args, kwargs).roll(1, dims=-1))
+
+        handle = self.layers[0].register_forward_pre_hook(disturb, with_kwargs=True)
+        try:
+            return self.record(**inputs)
+        finally:
+            handle.remove()
+
+    def _expect(self, wanted: Recording, recording: Recording, why: str) -> None:
+        """The layers, with the arguments of ``recording``, turn each stream of ``wanted`` into the next.
+
+        From top to bottom, so that nothing a layer may leave behind for those above it is what they expect.
+        """
+        for index in reversed(range(self.num_layers)):
+            replayed = self.layer(index, wanted.after(index - 1), recording)
+            if not _same(replayed, wanted.after(index)):
+                difference = (replayed.double() - wanted.after(index).double()).abs().max().item()
+                raise AnatomyError(
+                    f"{type(self.model).__name__} cannot be replayed: layer {index}, called again with the arguments "
+                    f"it received, gave another output (largest difference {difference:.3g}). {why}"
+                )
+
 
 class _WritesInPlace(Exception):
     """A layer wrote into the stream it was given."""
-
-
-def _entering_streams(replay: Replay, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-    """What each layer receives in the model's own forward (equal to what the one below returned, if all is well)."""
-    entering: list[torch.Tensor] = []
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entering.append(replay.anatomy.take(args, kwargs).detach().clone())
-
-    handles = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in replay.layers]
-    try:
-        replay.model(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return entering
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -361,9 +394,10 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(torch.allclose(one, other, rtol=0.0, atol=tolerance * scale, equal_nan=True))
 
 
-def _epsilon(*tensors: torch.Tensor) -> float:
-    """The coarsest rounding unit met; at least float32's, in which several families' norms compute whatever the dtype."""
-    return max(torch.finfo(torch.float32).eps, *(torch.finfo(tensor.dtype).eps for tensor in tensors))
+def _rounding(steps: int, *dtypes: torch.dtype) -> float:
+    """How far numbers computed in other shapes may lie apart, as a share of the largest: ``steps`` rounding units of
+    float32, in which several families' norms compute whatever the dtype; 8 units of the coarsest dtype that is met."""
+    return max(steps * torch.finfo(torch.float32).eps, *(8 * torch.finfo(dtype).eps for dtype in dtypes))
 
 
 def equal_streams(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor], mask: torch.Tensor) -> bool:
