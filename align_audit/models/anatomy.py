@@ -135,8 +135,7 @@ def find_anatomy(model: nn.Module, inputs: dict[str, torch.Tensor], given: Anato
 
     Args:
         inputs: at least ``input_ids`` and ``attention_mask``, a few tokens.
-        given: a hand-made description; only its open parts (sizes, and what was left at a default that does not fit) are
-            then found out.
+        given: a hand-made description; only its open parts (sizes, and defaults that do not fit) are then found out.
 
     Raises:
         AnatomyError: not a causal LM, or no such chain of layers; the message shows the module tree.

@@ -100,6 +100,14 @@ class Replay:
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device  # type: ignore[operator, union-attr, return-value]
 
+    def _forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The model's own forward, as it stands (wrapped by a trainer, say); its logits [R, T, V]."""
+        # A loss over the experts' routers is for training, and with the layers stubbed no router runs.
+        options = {"output_router_logits": False} if getattr(self.model.config, "output_router_logits", False) else {}
+        return self.model(  # type: ignore[no-any-return]
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options
+        ).logits
+
     # -- recording -------------------------------------------------------------------------------------------------
 
     def record(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, keep_logits: bool = False) -> Recording:
@@ -139,7 +147,7 @@ class Replay:
             handles.append(layer.register_forward_hook(after, with_kwargs=True))
         try:
             with torch.no_grad(), self.autocast():
-                logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+                logits = self._forward(input_ids, attention_mask)
         finally:
             for handle in handles:
                 handle.remove()
@@ -204,8 +212,8 @@ class Replay:
         """
         ids = torch.zeros((rows.shape[0], 1), dtype=torch.long, device=self.device)
         with self._stubbed(rows[:, None, :]), self.autocast():
-            logits = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        return logits[:, 0]  # type: ignore[no-any-return]
+            logits = self._forward(ids, torch.ones_like(ids))
+        return logits[:, 0]
 
     def head_blocks(self, count: int) -> Iterator[slice]:
         """Equal blocks of rows for :meth:`head`; the same for every stream, so that equal rows give equal logits."""
@@ -276,7 +284,7 @@ class Replay:
 
         handle = self.model.get_input_embeddings().register_forward_pre_hook(look)  # type: ignore[operator, union-attr]
         try:
-            self.model(**inputs, use_cache=False)
+            self._forward(**inputs)
         finally:
             handle.remove()
         self.compute_dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
@@ -322,12 +330,12 @@ class Replay:
                 f"{name} cannot be replayed: its logits from the last layer's stream differ by {difference:.3g} when "
                 "its layers are stubbed, so its norm and head depend on more than that stream"
             )
-        again = self.model(**inputs, use_cache=False).logits
+        again = self._forward(**inputs)
         if not _same(again, recording.logits):
             raise AnatomyError(f"{name} cannot be audited: replaying its layers changed what the model computes")
         changed = inputs["input_ids"].clone()
         changed[:, -1] = (changed[:, -1] + 1) % self.anatomy.vocab_size
-        ahead = self.model(input_ids=changed, attention_mask=inputs["attention_mask"], use_cache=False).logits[0, :-1]
+        ahead = self._forward(changed, inputs["attention_mask"])[0, :-1]
         behind = recording.logits[0, :-1]
         if finite and not torch.allclose(ahead, behind, rtol=0.0, atol=_rounding(1000, *dtypes) * scale):
             raise AnatomyError(

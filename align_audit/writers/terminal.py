@@ -56,6 +56,7 @@ class _Summary:
 @dataclass(frozen=True)
 class _AlertPanel:
     alert: Alert
+    advise: bool = True
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.console import Group
@@ -65,7 +66,9 @@ class _AlertPanel:
         alert, style = self.alert, _LEVEL_STYLES[self.alert.level]
         where = f", layers {span(alert.layers)}" if alert.layers else ""
         title = f"{alert.level.upper()} {alert.rule} (step {alert.step}{where})"
-        parts = [_text([(alert.message, "")], options), _text([("To do: ", "bold"), (alert.suggestion, "")], options)]
+        parts = [_text([(alert.message, "")], options)]
+        if self.advise:
+            parts.append(_text([("To do: ", "bold"), (alert.suggestion, "")], options))
         numbers = {"value": alert.value, "baseline": alert.baseline, "threshold": alert.threshold}
         known = [f"{name} {value:.3g}" for name, value in numbers.items() if not is_unknown(value)]
         if known:
@@ -87,13 +90,16 @@ def summary_table(record: AuditRecord) -> _Summary:
     return _Summary(title, tuple(_rows(record)))
 
 
-def alert_panel(alert: Alert) -> _AlertPanel:
-    """A rich renderable: what an alert saw, and what to do."""
-    return _AlertPanel(alert)
+def alert_panel(alert: Alert, advise: bool = True) -> _AlertPanel:
+    """A rich renderable: what an alert saw, and (``advise``) what to do."""
+    return _AlertPanel(alert, advise)
 
 
 def print_record(record: AuditRecord, console: Console | None = None) -> None:
-    """Print the summary of an audit, then its alerts.
+    """Print the summary of an audit, then its warnings and errors.
+
+    What an alert of level info says (a control that failed) stands in the table already; advice that several alerts
+    share is printed with the last of them.
 
     Args:
         console: where to; None: standard output.
@@ -102,13 +108,14 @@ def print_record(record: AuditRecord, console: Console | None = None) -> None:
 
     console = console or Console(highlight=False)
     console.print(summary_table(record))
-    for alert in record.alerts:
-        console.print(alert_panel(alert))
+    loud = [alert for alert in record.alerts if alert.level != "info"]
+    for place, alert in enumerate(loud):
+        console.print(alert_panel(alert, advise=all(later.suggestion != alert.suggestion for later in loud[place + 1 :])))
 
 
 def progress_bar(total: int, description: str) -> Any:
     """A progress bar like the trainer's, gone when done: ``update(1)``, ``n``, ``close()``. Silent off a terminal."""
-    from tqdm.auto import tqdm  # type: ignore[import-untyped]
+    from tqdm.auto import tqdm
 
     return tqdm(total=total, desc=description, unit="batch", leave=False, dynamic_ncols=True, disable=None)
 
