@@ -159,9 +159,7 @@ def _measure(
         epsilon = torch.finfo(session.policy.compute_dtype).eps
         ours, why = build.trace(found.policy_rows, found.policy_transport, epsilon)
         if trace_key not in context.reference_traces:
-            context.reference_traces[trace_key] = build.trace(
-                found.reference_rows, found.reference_transport, epsilon
-            )
+            context.reference_traces[trace_key] = build.trace(found.reference_rows, found.reference_transport, epsilon)
         theirs, why_theirs = context.reference_traces[trace_key]
         build.reasons.update({f"spinal.policy.{path}": reason for path, reason in why.items()})
         build.reasons.update({f"spinal.reference.{path}": reason for path, reason in why_theirs.items()})
@@ -209,7 +207,11 @@ def _low_rank(
         layers = list(range(session.num_layers))
     elif config.layers == "auto":
         layers = sorted(
-            {layer for layer in (summary.peak_layer, _largest([gain.mean for gain in summary.layer_gain])) if layer is not None}
+            {
+                layer
+                for layer in (summary.peak_layer, _largest([gain.mean for gain in summary.layer_gain]))
+                if layer is not None
+            }
         )
         if not layers:
             build.reasons["low_rank"] = f"no layer to reconstruct: {summary.peak_reason}"
@@ -266,7 +268,7 @@ def _check_reference(
     return ReferenceCheck(
         source=reference.source,
         same_weights=same,
-        verdict=verdict,  # type: ignore[arg-type]
+        verdict=verdict,
         reason=reason,
         last_sync_step=context.last_sync_step,
         precomputed_margin_difference=difference,

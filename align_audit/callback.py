@@ -122,7 +122,9 @@ class AlignmentAuditCallback(TrainerCallback):
         if self._probes is not None:
             return
         trainer, config = self._attached(), self.config
-        data, source, held_out = self._given_probes, None, None
+        data: Any = self._given_probes
+        source: str | None = None
+        held_out: bool | None = None
         if data is None:
             evaluation = trainer.eval_dataset if trainer is not None else None
             if isinstance(evaluation, dict):
@@ -145,7 +147,7 @@ class AlignmentAuditCallback(TrainerCallback):
                 tokenizer,
                 max_pairs=config.max_pairs,
                 max_length=config.max_length or getattr(args, "max_length", 1024),
-                truncation_mode=config.truncation_mode or getattr(args, "truncation_mode", "keep_start"),
+                truncation_mode=str(config.truncation_mode or getattr(args, "truncation_mode", "keep_start")),
                 seed=config.seed,
                 source=source,
                 held_out=held_out,
@@ -170,8 +172,10 @@ class AlignmentAuditCallback(TrainerCallback):
     def _check_setup(self, args: Any, model: nn.Module) -> None:
         """Find out now what would otherwise break every audit."""
         trainer = self._attached()
-        if getattr(args, "sync_ref_model", False) and trainer is None and not isinstance(
-            self._given_reference, nn.Module
+        if (
+            getattr(args, "sync_ref_model", False)
+            and trainer is None
+            and not isinstance(self._given_reference, nn.Module)
         ):
             raise ConfigurationError(
                 "sync_ref_model=True moves the trainer's reference during training, and only the trainer holds it. "
@@ -222,7 +226,7 @@ class AlignmentAuditCallback(TrainerCallback):
         """The context the trainer computes in: accelerate puts it around the model's forward, out of our reach."""
         trainer = self._attached()
         if trainer is not None:
-            return trainer.accelerator.autocast  # type: ignore[no-any-return]
+            return trainer.accelerator.autocast
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
         if dtype is None:
             return contextlib.nullcontext
@@ -295,12 +299,16 @@ class AlignmentAuditCallback(TrainerCallback):
             self._pending = True
         self._run_pending(args, state, control, kwargs["model"], just_saved=True)
 
-    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.config.schedule.on_last_step and control.should_training_stop:
             self._pending = True
         self._run_pending(args, state, control, kwargs["model"])
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         # With the best checkpoint loaded back the weights are not those of the last step.
         swapped = getattr(args, "load_best_model_at_end", False) and state.best_model_checkpoint is not None
         model = kwargs["model"]

@@ -49,7 +49,9 @@ def demo(
 @app.command()
 def run(
     checkpoint: Annotated[Path, typer.Argument(help="A saved model or adapter, or a folder of checkpoint-N folders.")],
-    probes: Annotated[Path, typer.Option(help="Preference pairs: .jsonl, .json (also .gz), .parquet, or a data set folder.")],
+    probes: Annotated[
+        Path, typer.Option(help="Preference pairs: .jsonl, .json (also .gz), .parquet, or a data set folder.")
+    ],
     reference: Annotated[
         str | None,
         typer.Option(help="The model training started from: a folder or a hub name. Left out: an adapter's base."),
@@ -65,13 +67,15 @@ def run(
 
     Example: align-audit run runs/dpo/checkpoint-500 --reference base-model --probes held-out.jsonl
     """
-    from align_audit.saved import audit_saved
-
     folders = find_checkpoints(checkpoint)
     if step is not None and len(folders) > 1:
-        raise ConfigurationError(f"--step names one step, and {checkpoint} holds {len(folders)} checkpoints; leave it out")
+        raise ConfigurationError(
+            f"--step names one step, and {checkpoint} holds {len(folders)} checkpoints; leave it out"
+        )
     steps = {folder: step if step is not None else step_of(folder) for folder in folders}
     settings = _settings(config, max_pairs, max_length)
+    from align_audit.saved import audit_saved  # loads torch: after what can be refused without it
+
     began = time.perf_counter()
     records = audit_saved(steps, reference, probes, settings, output, _device(device))
     _conclude(records, output, time.perf_counter() - began)
@@ -84,7 +88,9 @@ def find_checkpoints(path: Path) -> list[Path]:
         ConfigurationError: neither is there.
     """
     if not path.is_dir():
-        raise ConfigurationError(f"no checkpoint at {path}: expected a folder with a saved model, or of checkpoint-N folders")
+        raise ConfigurationError(
+            f"no checkpoint at {path}: expected a folder with a saved model, or of checkpoint-N folders"
+        )
     if any((path / name).is_file() for name in ("config.json", "adapter_config.json")) and not _numbered(path):
         return [path]
     inside = _numbered(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,16 +11,18 @@ from typing import Any
 from torch import nn
 
 from align_audit.alerts import evaluate
-from align_audit.auditing import Context, run_audit
+from align_audit.auditing import Context, run_audit, subspaces_from
 from align_audit.config import AuditConfig
-from align_audit.errors import ConfigurationError, ReferenceUnavailableError
+from align_audit.errors import ConfigurationError, RecordError, ReferenceUnavailableError
 from align_audit.models.anatomy import is_peft
 from align_audit.models.loading import load_model
-from align_audit.models.reference import policy_fingerprint, resolve_reference
+from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
 from align_audit.probes import ProbeSet
 from align_audit.record import AuditRecord
 from align_audit.runlog import RunLog
 from align_audit.writers.terminal import print_record, progress_bar
+
+_ARRAYS = "arrays"
 
 
 def audit_saved(
@@ -35,22 +39,26 @@ def audit_saved(
     those before it.
 
     Raises:
+        ConfigurationError: the log in ``output`` is another run's.
         ConfigurationError, ProbeError, ReferenceUnavailableError, AnatomyError: as :func:`align_audit.audit`.
     """
     log = RunLog(output)
+    bases = [base for folder in checkpoints if (base := _base_of(folder)) is not None]
     pairs = ProbeSet.from_dataset(
         probes,
-        load_tokenizer([*checkpoints, *([reference] if reference else [])]),
+        load_tokenizer([*checkpoints, *([reference] if reference is not None else []), *bases]),
         max_pairs=config.max_pairs,
         max_length=config.max_length or 1024,
         truncation_mode=config.truncation_mode or "keep_start",
         seed=config.seed,
     )
     context = Context(progress=progress_bar if config.progress else None)
-    shared = load_model(reference, device=device) if reference is not None else None
+    shared = None
+    if reference is not None:
+        shared = Reference(f"loaded from {Path(reference).name}", model=load_model(reference, device=device))
     found = []
     for folder, step in checkpoints.items():
-        policy = load_model(folder, device=device)
+        policy = load_policy(folder, device=device)
         record = _one(policy, shared, pairs, config, step, context, log, folder)
         found.append(record)
         print_record(record)
@@ -59,7 +67,7 @@ def audit_saved(
 
 def _one(
     policy: nn.Module,
-    shared: nn.Module | None,
+    shared: Reference | None,
     pairs: ProbeSet,
     config: AuditConfig,
     step: int,
@@ -73,22 +81,59 @@ def _one(
             f"{folder.name} is a full model and does not say what it was trained from; pass --reference with the model "
             "that training started from"
         )
-    resolved = resolve_reference(policy, shared)
-    known = {(record.step, record.provenance.policy_hash): record for record in log.records}
-    key = (step, policy_fingerprint(policy))
-    if key in known and known[key].provenance.reference_hash == resolved.fingerprint():
-        same_probes = known[key].provenance.probe_hash == pairs.content_hash
-        if same_probes:
-            return known[key]
-        raise ConfigurationError(
-            f"{log.directory} holds an audit of {folder.name} on other probe pairs; choose another --output"
-        )
-    record, arrays = run_audit(policy, resolved, pairs, config, step, context)
+    resolved = shared if shared is not None else resolve_reference(policy)
+    key = (step, policy_fingerprint(policy), resolved.fingerprint())
+    known = _known(key, pairs, config, log, one_reference=shared is not None)
+    if known is not None:
+        return known
     before = [earlier for earlier in log.records if earlier.step < step]
+    context.subspaces = {}
+    if before:
+        with contextlib.suppress(RecordError):
+            context.subspaces = subspaces_from(log.load_arrays(before[-1].step, _ARRAYS))
+    record, arrays = run_audit(policy, resolved, pairs, config, step, context)
     record = record.model_copy(update={"alerts": evaluate(record, before, config.alerts)})
-    log.save_arrays(step, "arrays", arrays)
+    log.save_arrays(step, _ARRAYS, arrays)
     log.append(record)
     return record
+
+
+def _known(
+    key: tuple[int, str, str], pairs: ProbeSet, config: AuditConfig, log: RunLog, *, one_reference: bool
+) -> AuditRecord | None:
+    """The record of this very audit, where the log holds it.
+
+    Raises:
+        ConfigurationError: the log holds audits that this one cannot stand beside.
+    """
+    step, policy, reference = key
+    found = None
+    for record in log.records:
+        there, odd = record.provenance, None
+        if there.probe_hash != pairs.content_hash:
+            odd = "on other probe pairs"
+        elif there.reference_hash != reference and (one_reference or record.step == step):
+            odd = "against another reference"
+        elif record.step == step and there.policy_hash != policy:
+            odd = "of another model"
+        elif record.step == step and there.config != config.to_dict():
+            odd = "with other options"
+        elif record.step == step:
+            found = record
+        if odd is not None:
+            raise ConfigurationError(
+                f"{log.directory} holds an audit of step {record.step} {odd}. One log is one run; choose another --output"
+            )
+    return found
+
+
+def _base_of(folder: Path) -> str | None:
+    """What an adapter's folder names as its base model."""
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None  # no adapter, or a damaged one: loading it says so
+    return base or None
 
 
 def load_tokenizer(places: list[Any]) -> Any:

@@ -98,7 +98,9 @@ def main() -> None:
     names = ("--width", "--layers", "--length", "--max-rows")
     arguments = [text for name, value in zip(names, shape, strict=True) for text in (name, str(value))]
     rows = []
-    print(f"{platform.processor() or platform.machine()}, {options.layers} layers of {options.width}, {options.length} tokens")
+    print(
+        f"{platform.processor() or platform.machine()}, {options.layers} layers of {options.width}, {options.length} tokens"
+    )
     print(f"{'pairs':>6} {'peak above the models':>22} {'seconds':>8}")
     for pairs in options.pairs:
         command = [sys.executable, __file__, "--one", str(pairs), *arguments]

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tests.probe_tokenizer import make_tokenizer
-from tests.tiny import tiny_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
+
+from tests.probe_tokenizer import make_tokenizer
+from tests.tiny import tiny_model
 
 MODES = (
     "ref_model passed", "ref_model made", "new adapter", "pretrained adapter", "precompute", "sync", "bf16", "dropout",

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.dpo import Trained, build
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import align_audit.callback
@@ -23,6 +22,7 @@ from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
 from align_audit.errors import ConfigurationError
 from align_audit.models.fingerprint import fingerprint
 from align_audit.writers.tensorboard import TensorBoardWriter
+from tests.dpo import Trained, build
 
 CREATED = "ref_model made"
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.dpo import MODES, train
 
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
+from tests.dpo import MODES, train
 
 
 def small(**changes: Any) -> AuditConfig:
@@ -69,7 +69,13 @@ def test_the_models_are_left_as_they_were(tmp_path: Path) -> None:
 
     def state() -> Any:
         modules = [
-            (name, module.training, len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
+            (
+                name,
+                module.training,
+                len(module._forward_hooks),
+                len(module._forward_pre_hooks),
+                "forward" in vars(module),
+            )
             for name, module in model.named_modules()
         ]
         parameters = [

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests import oracle
-from tests.tiny import FAMILIES, perturbed, random_pairs, tiny_model
 
 from align_audit.auditing import Context, run_audit
 from align_audit.conductor.lowrank import split_halves
 from align_audit.config import AuditConfig
 from align_audit.models.reference import resolve_reference
+from tests import oracle
+from tests.tiny import FAMILIES, perturbed, random_pairs, tiny_model
 
 RANKS = (1, 2, 4, 8)
 

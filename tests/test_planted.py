@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests import oracle
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_audit.auditing import Context, run_audit
@@ -17,6 +16,7 @@ from align_audit.demo import MODEL_DIR
 from align_audit.demo.corpus import preference_pairs
 from align_audit.models.reference import resolve_reference
 from align_audit.probes import ProbeSet
+from tests import oracle
 
 LARGE, SMALL = 0.1, 0.01
 """Norm of the weight noise over the weights' own: on the planted layer, and on all others."""

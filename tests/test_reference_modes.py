@@ -13,17 +13,17 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+import align_audit.models.reference
+from align_audit import AlignmentAuditCallback, AuditRun
+from align_audit.errors import ConfigurationError, ReferenceUnavailableError
+from align_audit.models.fingerprint import fingerprint
 from tests.dpo import ROWS, build, saved_model
 from tests.probe_tokenizer import make_tokenizer
 from tests.test_callback import At, quick, run, steps
 from tests.tiny import perturbed, tiny_model
-from transformers import AutoModelForCausalLM
-from trl import DPOConfig, DPOTrainer
-
-import align_audit.models.loading
-from align_audit import AlignmentAuditCallback, AuditRun
-from align_audit.errors import ConfigurationError, ReferenceUnavailableError
-from align_audit.models.fingerprint import fingerprint
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -151,14 +151,14 @@ def test_a_reference_that_was_loaded_is_let_go_of(
     audited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[Any] = []
-    real = align_audit.models.loading.load_model
+    real = align_audit.models.reference.load_model
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         model = real(*args, **kwargs)
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(align_audit.models.loading, "load_model", watched)
+    monkeypatch.setattr(align_audit.models.reference, "load_model", watched)
     callback = AlignmentAuditCallback(config=quick(schedule={"before_training": audited}))
     begin(build(tmp_path / "out", "precompute", [callback]), callback)
     gc.collect()
@@ -295,7 +295,11 @@ def test_an_audit_on_a_synchronization_step_runs_after_it(due: str, tmp_path: Pa
     mixed: dict[int, str] = {}
     trainer: list[Any] = []
     spies = [
-        At("on_step_begin", step, lambda state, **_: mixed.update({state.global_step: fingerprint(trainer[0].ref_model)}))
+        At(
+            "on_step_begin",
+            step,
+            lambda state, **_: mixed.update({state.global_step: fingerprint(trainer[0].ref_model)}),
+        )
         for step in (1, 2, 3)
     ]
     callback = AlignmentAuditCallback(config=quick(schedule={"every_n_steps": 1 if due == "every step" else None}))

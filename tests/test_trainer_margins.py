@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.dpo import build
 
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
+from tests.dpo import build
 
 
 @pytest.mark.parametrize("mode", ["ref_model passed", "bf16", "new adapter"])

@@ -83,5 +83,10 @@ def random_pairs(count: int, seed: int = 0, longest: int = 12) -> ProbeSet:
             )
         )
     return ProbeSet(
-        pairs=tuple(pairs), source="random tokens", dropped={}, max_length=64, truncation_mode="keep_start", held_out=None
+        pairs=tuple(pairs),
+        source="random tokens",
+        dropped={},
+        max_length=64,
+        truncation_mode="keep_start",
+        held_out=None,
     )

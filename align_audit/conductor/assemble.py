@@ -108,7 +108,9 @@ class Assembler:
         if summary.peak_reason is not None:
             self.reasons["patching.peak_layer"] = summary.peak_reason
         if any(math.isnan(p) for p in summary.effect_p_adjusted):
-            self.reasons["patching.effect_p_adjusted"] = "an effect is not finite, or there are too few pairs for a test"
+            self.reasons["patching.effect_p_adjusted"] = (
+                "an effect is not finite, or there are too few pairs for a test"
+            )
         part = Patching(
             positions=self.config.patching.positions,
             effect=[estimate(interval) for interval in summary.effect],
@@ -191,9 +193,7 @@ class Assembler:
             if (basis, layer) in previous:
                 now, before = findings.bases[basis, layer], previous[basis, layer]
                 width = min(now.shape[1], before.shape[1])
-                angles = floats(
-                    principal_angles(torch.from_numpy(now[:, :width]), torch.from_numpy(before[:, :width]))
-                )
+                angles = floats(principal_angles(torch.from_numpy(now[:, :width]), torch.from_numpy(before[:, :width])))
             curves.setdefault(basis, {})[layer] = LowRankCurve(
                 ranks=findings.ranks,
                 effect_fraction=fractions,
@@ -375,9 +375,7 @@ class Assembler:
             if why is not None:
                 self.reasons[f"spinal.{name}"] = why
         if config.gradient_concentration:
-            concentration = self.mean(
-                spinal_measures.gradient_share(self.found.per_pair["gradient_norm"], terminal)
-            )
+            concentration = self.mean(spinal_measures.gradient_share(self.found.per_pair["gradient_norm"], terminal))
         else:
             concentration = Estimate.unknown("switched off (spinal.gradient_concentration)")
         score, why = spinal_measures.spinal_score(delta, coherence, concentration.mean, config.weights)

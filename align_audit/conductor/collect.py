@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +46,7 @@ class Collected:
 
     def put(self, name: str, batch: PairBatch, values: torch.Tensor | np.ndarray, *where: int) -> None:
         """Store one value a pair of the batch; ``where`` indexes the trailing axes of the array."""
-        index = batch.pair_index.cpu().numpy()
+        index: Any = batch.pair_index.cpu().numpy()
         self.per_pair[name][(index, *where)] = np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values)
 
 
@@ -231,7 +232,7 @@ class Collector:
             whole = batch.position_mask("all")
             streams.append(Stream(("transplant", -1), -1, _patch_with(reference, policy, whole, -1)))
             for layer in range(layers):
-                streams.append(Stream(("transplant", layer), layer, lambda layer=layer: moved[layer]))
+                streams.append(Stream(("transplant", layer), layer, _constant(moved[layer])))
                 for draw in range(self.found.noise_draws):
                     streams.append(
                         Stream(("noise", draw, layer), layer, self._noise(batch, policy, reference, mask, layer, draw))
@@ -271,9 +272,7 @@ class Collector:
         if identity:
             for layer in range(layers):
                 self.found.put("identity", batch, torch.zeros_like(base), layer)
-            streams = streams + [
-                Stream(("identity", layer), layer, lambda layer=layer: own.after(layer)) for layer in strays
-            ]
+            streams = streams + [Stream(("identity", layer), layer, _constant(own.after(layer))) for layer in strays]
         limit = session.max_streams(stream)
         for key, top in replay.walk(own, streams, limit, same_as=None if strays else own):
             effect = session.margins(replay, top, batch) - base if top is not None else torch.zeros_like(base)
@@ -287,5 +286,9 @@ class Collector:
         self.found.put(name, batch, effect, *where)
 
 
-def _patch_with(base: Recording, source: Recording, mask: torch.Tensor, layer: int) -> Any:
+def _constant(stream: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: stream
+
+
+def _patch_with(base: Recording, source: Recording, mask: torch.Tensor, layer: int) -> Callable[[], torch.Tensor]:
     return lambda: patched(base.after(layer), source.after(layer), mask)

@@ -60,7 +60,7 @@ def reconstruct(session: Session, layers: list[int], tick: Callable[[], None] = 
                 np.array(explained_variance_ratio(held, basis, ranks)) * float(held.matrix.trace())
                 for held, basis in zip((one, other), fits[key], strict=True)
             ]
-            found.explained[key] = list(sum(captured) / float((one + other).matrix.trace()))
+            found.explained[key] = list(np.sum(captured, axis=0) / float((one + other).matrix.trace()))
             found.bases[key] = top_basis(one + other, ranks[-1]).cpu().numpy()
     count = len(session.pairs)
     for key in fits:
@@ -69,7 +69,9 @@ def reconstruct(session: Session, layers: list[int], tick: Callable[[], None] = 
     spans = {}
     for layer in {layer for _, layer in fits} if draws else set():
         found.random[layer] = np.zeros((count, len(ranks)))
-        spans[layer] = [random_basis(width, ranks[-1], _seed(session.config.seed, layer, draw)) for draw in range(draws)]
+        spans[layer] = [
+            random_basis(width, ranks[-1], _seed(session.config.seed, layer, draw)) for draw in range(draws)
+        ]
     if fits:
         _patch(session, found, fits, spans, halves, tick)
     return found
@@ -187,8 +189,10 @@ def _reconstruction(
             columns = span[:, :rank].to(rows.device, torch.float64)
             return (rows @ columns) @ columns.T
 
-        inside = torch.where(member[:, None, None], project(second), project(first)) if first is not second else (
-            project(first)
+        inside = (
+            torch.where(member[:, None, None], project(second), project(first))
+            if first is not second
+            else (project(first))
         )
         whole = inside if basis == "activation" else theirs.double() + inside
         return patched(theirs, whole, mask)

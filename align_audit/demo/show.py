@@ -97,7 +97,12 @@ def _train(settings: DemoRun, output: Path, console: Any) -> Outcome:
 
     callback = AlignmentAuditCallback(
         config=AuditConfig.from_dict(
-            {"max_pairs": AUDITED_PAIRS, "schedule": {"every_n_steps": settings.audit_every}, "progress": False}
+            {
+                "max_pairs": AUDITED_PAIRS,
+                "schedule": {"every_n_steps": settings.audit_every},
+                "low_rank": {"ranks": [1, 2, 4, 8, 16, 32]},
+                "progress": False,
+            }
         )
     )
     trainer = DPOTrainer(
@@ -131,7 +136,7 @@ def _train(settings: DemoRun, output: Path, console: Any) -> Outcome:
     return Outcome(settings, log.last, run, save_all(run.records, output / settings.name / "pictures"))
 
 
-def _TrainingLog(console: Any) -> Any:  # noqa: N802
+def _TrainingLog(console: Any) -> Any:
     """A callback that prints what everybody watches; made here so that transformers loads only when needed."""
     from transformers import TrainerCallback
 

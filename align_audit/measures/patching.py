@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 import torch
 
 from align_audit.measures.statistics import (
     Interval,
+    Method,
     benjamini_hochberg,
     bootstrap_p_values,
     mean_interval,
@@ -47,6 +49,15 @@ def noised(base: torch.Tensor, source: torch.Tensor, mask: torch.Tensor, directi
     return patched(base, base + directions.to(base.dtype) * distance, mask)
 
 
+class Options(TypedDict):
+    """How intervals are made; see ``statistics.mean_intervals``."""
+
+    resamples: int
+    confidence: float
+    method: Method
+    seed: int
+
+
 @dataclass(frozen=True)
 class PatchSummary:
     """Intervals of everything METHODS §1 reports; effects and transplants in nats, the rest shares."""
@@ -72,7 +83,7 @@ def summarize_patching(
     *,
     resamples: int,
     confidence: float,
-    method: str,
+    method: Method,
     seed: int,
 ) -> PatchSummary:
     """From per-pair numbers to recovery, gains, additivity and the peak layer.
@@ -91,7 +102,7 @@ def summarize_patching(
             f"expected effects [N, L+1], transplants [N, L+2], shift [N]; found {effects.shape}, {transplants.shape}, "
             f"{shift.shape}"
         )
-    options = {"resamples": resamples, "confidence": confidence, "method": method, "seed": seed}
+    options: Options = {"resamples": resamples, "confidence": confidence, "method": method, "seed": seed}
     means = mean_intervals(effects[:, 1:], **options)
     moved = mean_intervals(transplants, **options)
     shares = _shares(effects, transplants, shift, options)
@@ -113,13 +124,11 @@ def summarize_patching(
     )
 
 
-def _shares(
-    effects: np.ndarray, transplants: np.ndarray, shift: np.ndarray, options: dict[str, object]
-) -> list[Interval]:
+def _shares(effects: np.ndarray, transplants: np.ndarray, shift: np.ndarray, options: Options) -> list[Interval]:
     """Intervals of: recovery_{−1 … L−1}, layer_gain_{0 … L−1}, head_gain, additivity; 2L + 3 of them."""
     layers = effects.shape[1] - 1
     count = 2 * layers + 3
-    whole = mean_interval(shift, **options)  # type: ignore[arg-type]
+    whole = mean_interval(shift, **options)
     if np.isnan(whole.mean) or np.isnan(whole.low):
         return [Interval.unknown(f"the mean margin shift is not known: {whole.reason}")] * count
     if whole.low <= 0.0 <= whole.high:
@@ -139,7 +148,7 @@ def _shares(
     return statistic_intervals(
         np.concatenate([effects, transplants, shift[:, None]], axis=1),
         shares,
-        **options,  # type: ignore[arg-type]
+        **options,
     )
 
 

@@ -90,8 +90,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         else:
             break
     if is_peft(model):
-        if any(config.is_prompt_learning for config in model.peft_config.values()):  # type: ignore[union-attr]
-            kinds = sorted({str(config.peft_type) for config in model.peft_config.values()})  # type: ignore[union-attr]
+        configs: Any = model.peft_config
+        if any(config.is_prompt_learning for config in configs.values()):
+            kinds = sorted({str(config.peft_type) for config in configs.values()})
             raise AnatomyError(
                 f"the policy uses prompt learning ({', '.join(kinds)}): its learned tokens are no layer's activations, "
                 "so policy and reference streams have different lengths and cannot be patched into each other. "
@@ -125,9 +126,11 @@ def check_kind(model: nn.Module) -> None:
 
 @dataclass
 class _Call:
+    """What a module was given and returned; residual streams as copies, since layers may write into theirs."""
+
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    output: Any
+    output: Any = None
 
 
 def find_anatomy(model: nn.Module, inputs: dict[str, torch.Tensor], given: Anatomy | None = None) -> Anatomy:
@@ -148,12 +151,18 @@ def find_anatomy(model: nn.Module, inputs: dict[str, torch.Tensor], given: Anato
         lists = {given.layers: nn.ModuleList(container)}
     calls: dict[nn.Module, list[_Call]] = {}
 
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.setdefault(module, []).append(_Call(args, kwargs, output))
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = _Call(tuple(map(_copied, args)), {key: _copied(value) for key, value in kwargs.items()})
+        calls.setdefault(module, []).append(call)
 
-    handles = [
-        member.register_forward_hook(watch, with_kwargs=True) for members in lists.values() for member in members
-    ]
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls[module][-1].output = tuple(map(_copied, output)) if isinstance(output, tuple | list) else _copied(output)
+
+    handles = []
+    for members in lists.values():
+        for member in members:
+            handles.append(member.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(member.register_forward_hook(after))
     try:
         with torch.no_grad():
             logits = getattr(model(**inputs, use_cache=False), "logits", None)
@@ -166,10 +175,10 @@ def find_anatomy(model: nn.Module, inputs: dict[str, torch.Tensor], given: Anato
             "causal language model, loaded for instance with AutoModelForCausalLM"
         )
 
-    found: list[tuple[int, int, Anatomy]] = []
+    found: list[tuple[bool, int, Anatomy]] = []
     for name, members in lists.items():
-        for joints, anatomy in _chains(list(members), calls, given):
-            found.append((joints, anatomy.num_layers, replace(anatomy, layers=name)))
+        for changes, joints, anatomy in _chains(list(members), calls, given):
+            found.append((changes, joints, replace(anatomy, layers=name)))
     if not found:
         looked = f"the ModuleList {given.layers!r}" if given is not None else f"{len(lists)} module lists"
         raise AnatomyError(
@@ -181,15 +190,18 @@ def find_anatomy(model: nn.Module, inputs: dict[str, torch.Tensor], given: Anato
             "output_index=...)`."
         )
     # A list of norms may be longer than the list of layers, but no norm receives what the one before it returned.
-    best = max(found, key=lambda item: item[:2])[-1]
+    *_, best = max(found, key=lambda item: (*item[:2], item[2].num_layers))
     return replace(best, vocab_size=int(logits.shape[-1]))
 
 
 def _chains(
     members: list[nn.Module], calls: dict[nn.Module, list[_Call]], given: Anatomy | None
-) -> Iterator[tuple[int, Anatomy]]:
-    """Every way in which ``members`` may pass a residual stream along, likelier ones first, each with its number of
-    joints: members that received just what the one before returned."""
+) -> Iterator[tuple[bool, int, Anatomy]]:
+    """Every way in which ``members`` may pass a residual stream along, likelier ones first.
+
+    With each: whether they change the tensor at all, and the number of joints, where a member received just what the
+    one before returned.
+    """
     if any(len(calls.get(member, [])) != 1 for member in members):
         return
     run = [calls[member][0] for member in members]
@@ -199,7 +211,7 @@ def _chains(
     # By convention the stream comes first; ``hidden_states`` where a layer is called by keyword.
     places = sorted(positions + names, key=lambda place: place != "hidden_states")
     indices: list[int | None] = [None]
-    if isinstance(first.output, tuple | list):
+    if isinstance(first.output, tuple):
         indices = [i for i, value in enumerate(first.output) if _is_stream(value)]
     if given is not None:
         # The defaults leave open what they do not fit.
@@ -218,11 +230,15 @@ def _chains(
             if not _is_stream(leaving[0]) or len({value.shape for value in entering + leaving}) > 1:
                 continue
             joints = sum(map(_equal, leaving, entering[1:]))
-            yield joints, replace(anatomy, hidden_size=int(leaving[-1].shape[-1]))
+            yield not _equal(entering[0], leaving[-1]), joints, replace(anatomy, hidden_size=int(leaving[-1].shape[-1]))
 
 
 def _is_stream(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 3 and value.is_floating_point()
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if _is_stream(value) else value
 
 
 def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:

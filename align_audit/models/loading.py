@@ -56,4 +56,4 @@ def load_model(
         ) from error
     if device is not None:
         model = model.to(device)
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()

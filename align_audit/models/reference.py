@@ -14,9 +14,10 @@ from torch import nn
 from align_audit.errors import ReferenceUnavailableError
 from align_audit.models.anatomy import is_peft
 from align_audit.models.fingerprint import fingerprint
+from align_audit.models.loading import load_model
 
 REFERENCE_ADAPTER = "ref"
-"""The name under which DPOTrainer keeps a frozen copy of a pretrained adapter."""
+"""The name under which DPOTrainer keeps a frozen copy of a pretrained adapter, in memory and in its checkpoints."""
 
 
 class Reference:
@@ -99,6 +100,20 @@ def policy_fingerprint(policy: nn.Module) -> str:
     return fingerprint(policy)
 
 
+def load_policy(path: str | Path, *, device: torch.device | str | None = None) -> nn.Module:
+    """A saved policy; the frozen reference adapter of a trainer's checkpoint comes with it, inactive.
+
+    Raises:
+        ReferenceUnavailableError: as :func:`~align_audit.models.loading.load_model`.
+    """
+    policy: Any = load_model(path, device=device)
+    frozen = Path(path) / REFERENCE_ADAPTER
+    if is_peft(policy) and (frozen / "adapter_config.json").is_file():
+        policy.load_adapter(frozen, adapter_name=REFERENCE_ADAPTER)
+        policy.eval()
+    return policy
+
+
 def resolve_reference(
     policy: nn.Module,
     given: nn.Module | str | Path | None = None,
@@ -113,7 +128,6 @@ def resolve_reference(
     Raises:
         ReferenceUnavailableError: none of these can be had.
     """
-    from align_audit.models.loading import load_model
 
     def like_policy(path: str | Path) -> Callable[[], nn.Module]:
         # PEFT's wrapper hides the model's own attributes; the embedding says dtype and device for both.

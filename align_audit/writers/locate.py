@@ -35,7 +35,7 @@ def _writer_of(trainer: Any) -> SummaryWriter | None:
 
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            return callback.tb_writer  # type: ignore[no-any-return]
+            return callback.tb_writer
     return None
 
 

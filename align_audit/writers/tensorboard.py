@@ -14,7 +14,8 @@ Tags are ``align_audit/<group>/<name>``, named after the fields of the record:
 - ``spinal/<policy or reference>/<contraction, contraction_r2 or transport>/layer_07``;
 - ``alerts/<level>``: how many.
 
-An estimate stands under its name, the ends of its interval beside it (``shift``, ``shift_low``, ``shift_high``).
+An estimate stands under its name, the ends of its interval beside it (``shift``, ``shift_low``, ``shift_high``); by layer
+or rank only its mean does, and the pictures show the intervals.
 TensorBoard cannot draw NaN: what is not known is left out and listed, with its reason, in the text
 ``align_audit/not_known``. Other texts are ``align_audit/alerts`` and ``align_audit/controls``; the pictures of
 :mod:`align_audit.writers.plots` stand under ``align_audit/<group>/<function>``.
@@ -157,7 +158,7 @@ def _numbers(record: AuditRecord) -> Iterator[_Number]:
             yield _Number(f"controls/{name}/passed", float(control.verdict == "passed"), f"controls.{name}.verdict")
         if control.value is not None:
             yield _Number(f"controls/{name}/value", control.value, f"controls.{name}.value", reason=control.reason)
-        if control.effect is not None:
+        if control.effect is not None and name != "identity":  # exactly 0 wherever it passed
             places, unit, width = list(range(len(control.effect))), "layer", _width(layers - 1)
             if name == "random_subspace":
                 places, unit = _ranks(record, len(control.effect)), "rank"
@@ -226,8 +227,11 @@ def _low_rank(tag: str, curve: LowRankCurve, path: str) -> Iterator[_Number]:
 
 
 def _estimate(tag: str, estimate: Estimate, path: str, index: int | None = None) -> Iterator[_Number]:
-    for suffix, value in (("", estimate.mean), ("_low", estimate.low), ("_high", estimate.high)):
-        yield _Number(f"{tag}{suffix}", value, path, index, estimate.reason)
+    yield _Number(tag, estimate.mean, path, index, estimate.reason)
+    if index is None:
+        # One of a row of layers or ranks shows its interval in the pictures: three curves each would bury the rest.
+        yield _Number(f"{tag}_low", estimate.low, path, index, estimate.reason)
+        yield _Number(f"{tag}_high", estimate.high, path, index, estimate.reason)
 
 
 def _by_layer(tag: str, values: Sequence[float], path: str, layers: int) -> Iterator[_Number]:

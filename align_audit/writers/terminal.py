@@ -110,7 +110,9 @@ def print_record(record: AuditRecord, console: Console | None = None) -> None:
     console.print(summary_table(record))
     loud = [alert for alert in record.alerts if alert.level != "info"]
     for place, alert in enumerate(loud):
-        console.print(alert_panel(alert, advise=all(later.suggestion != alert.suggestion for later in loud[place + 1 :])))
+        console.print(
+            alert_panel(alert, advise=all(later.suggestion != alert.suggestion for later in loud[place + 1 :]))
+        )
 
 
 def progress_bar(total: int, description: str) -> Any:

@@ -1,8 +1,7 @@
-"""Decoder layers are found by watching a forward; what has none, or passes its stream otherwise, is refused with advice."""
+"""Decoder layers are found by watching a forward; what has none that pass a stream along is refused, with advice."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -63,7 +62,7 @@ def test_prompt_learning_is_refused(kind: Any) -> None:
     assert "LoRA" in str(caught.value)
 
 
-# -- not a causal language model -----------------------------------------------------------------------------------------
+# -- not a causal language model ---------------------------------------------------------------------------------------
 
 
 def test_encoder_decoders_are_refused_before_they_run() -> None:
@@ -97,11 +96,11 @@ def test_bert_as_a_decoder_is_a_causal_language_model() -> None:
 
 
 def test_other_modules_are_refused() -> None:
-    with pytest.raises(AnatomyError, match="Linear is not a transformers model.*AutoModelForCausalLM"):
+    with pytest.raises(AnatomyError, match=r"Linear is not a transformers model.*AutoModelForCausalLM"):
         Replay(nn.Linear(2, 2))
 
 
-# -- found ---------------------------------------------------------------------------------------------------------------
+# -- found -------------------------------------------------------------------------------------------------------------
 
 
 class Plain(Toy):
@@ -180,7 +179,7 @@ def test_take_and_put_agree() -> None:
     assert boxed.wrap((7, one, None), two)[::2] == (7, None)
 
 
-# -- given by hand -------------------------------------------------------------------------------------------------------
+# -- given by hand -----------------------------------------------------------------------------------------------------
 
 
 def test_a_given_path_is_enough() -> None:
@@ -226,7 +225,7 @@ def test_what_is_given_is_not_found_otherwise() -> None:
 
 def test_a_wrong_path_shows_what_there_is() -> None:
     model = tiny_model("llama")
-    with pytest.raises(AnatomyError, match="no submodule 'model.blocks'") as caught:
+    with pytest.raises(AnatomyError, match=r"no submodule 'model\.blocks'") as caught:
         Replay(model, Anatomy("model.blocks"))
     message = str(caught.value)
     assert describe(model) in message
@@ -266,7 +265,7 @@ def test_the_module_tree_folds_equal_neighbours_only() -> None:
     ]
 
 
-# -- inert ---------------------------------------------------------------------------------------------------------------
+# -- inert -------------------------------------------------------------------------------------------------------------
 
 
 def test_no_hook_stays_behind_even_when_the_model_breaks() -> None:
@@ -289,9 +288,3 @@ def test_logits_of_another_shape_are_refused() -> None:
 
     with pytest.raises(AnatomyError, match=r"Scorer returned no next-token logits of shape \[batch, tokens, vocab"):
         Replay(Scorer())
-
-
-def test_peft_is_not_needed_to_tell_that_there_is_none() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert unwrap(Plain()).decks
