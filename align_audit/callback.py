@@ -241,8 +241,8 @@ class AlignmentAuditCallback(TrainerCallback):
         if state.global_step == 0 and not all(self._begins_with(record, model) for record in records):
             aside = self._log.set_aside()
             warnings.warn(
-                f"{args.output_dir} holds the audits of an earlier run, and training starts again from step 0: they were "
-                f"moved to {aside.name}",
+                f"{args.output_dir} holds the audits of an earlier run, and training starts again from step 0: they "
+                f"were moved to {aside.name}",
                 stacklevel=2,
             )
             records = []
@@ -356,7 +356,8 @@ class AlignmentAuditCallback(TrainerCallback):
         self._act(control, state, alerts, just_saved)
 
     def _audit_once(self, args: Any, state: TrainerState, model: nn.Module, at_start: bool) -> list[Alert]:
-        assert self._probes is not None and self._reference is not None
+        assert self._probes is not None
+        assert self._reference is not None
         key = (state.global_step, policy_fingerprint(model))
         if key in self._seen:
             return []

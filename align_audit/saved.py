@@ -122,7 +122,7 @@ def _known(
             found = record
         if odd is not None:
             raise ConfigurationError(
-                f"{log.directory} holds an audit of step {record.step} {odd}. One log is one run; choose another --output"
+                f"{log.directory} holds an audit of step {record.step} {odd}; one log is one run: choose another --output"
             )
     return found
 

@@ -106,7 +106,7 @@ def out_of_memory(**_: Any) -> None:
     raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
 
 
-# -- without attach: the trainer's folder, saves and the last step -------------------------------------------------------
+# -- without attach: the trainer's folder, saves and the last step -----------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -177,12 +177,12 @@ def test_the_trainers_own_metrics_are_not_disturbed(plain: Any, attached: Any) -
             assert {"logps/chosen", "logps/rejected", "grad_norm", "learning_rate"} <= log.keys()
 
 
-# -- attached: the trainer's own writer, every event ---------------------------------------------------------------------
+# -- attached: the trainer's own writer, every event -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def attached(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Every event falls due: n = 2 and saves at 2 and 4 together, evaluations at 3, the last step 5 with all of them."""
+    """Every event falls due: n = 2 and saves at 2 and 4 together, an evaluation at 3, the last step 5 with all."""
     output = tmp_path_factory.mktemp("attached") / "out"
     calls: list[int] = []
     real = align_audit.callback.run_audit
@@ -231,7 +231,7 @@ def test_attached_it_takes_the_trainers_eval_set_beta_and_truncation(attached: A
     assert provenance.truncation_mode == trainer.args.truncation_mode
 
 
-# -- stops, the best model, beginning again ------------------------------------------------------------------------------
+# -- stops, the best model, beginning again ----------------------------------------------------------------------------
 
 
 def test_a_stop_by_a_later_callback_still_audits_the_last_step(tmp_path: Path) -> None:
@@ -319,12 +319,12 @@ def test_beginning_again_after_some_steps_sets_them_aside(tmp_path: Path) -> Non
     assert steps(tmp_path / "out") == [0, 1, 2]
 
 
-# -- resuming ------------------------------------------------------------------------------------------------------------
+# -- resuming ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Two steps with a checkpoint, then a new trainer and callback resume up to step 4; later tests go on from there."""
+    """Two steps with a checkpoint; then a new trainer and callback resume up to step 4. Later tests go on from there."""
     output = tmp_path_factory.mktemp("resumed") / "out"
     every = quick(schedule={"every_n_steps": 1})
     run(output, every, max_steps=2, lr_scheduler_type="constant")
@@ -398,7 +398,7 @@ def test_an_audit_of_the_same_start_is_kept_and_of_another_is_set_aside(tmp_path
     assert record.provenance.pairs == 3
 
 
-# -- audits that break, weights that break -------------------------------------------------------------------------------
+# -- audits that break, weights that break -----------------------------------------------------------------------------
 
 
 def breaking(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
@@ -522,7 +522,7 @@ def test_a_healthy_run_is_not_stopped_or_saved(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
-# -- setting up ----------------------------------------------------------------------------------------------------------
+# -- setting up --------------------------------------------------------------------------------------------------------
 
 
 def test_attach_to_a_trainer_that_lacks_the_callback_is_refused(tmp_path: Path) -> None:

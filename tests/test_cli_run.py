@@ -1,4 +1,4 @@
-"""``align-audit run`` on what a ``DPOTrainer`` saved: full models, adapters, folders of checkpoints, and bad arguments."""
+"""``align-audit run`` on what a ``DPOTrainer`` saved: full models, adapters, folders of checkpoints; bad arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PICTURES = {
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """``align-audit`` with these arguments, as the installed command runs it; drawing takes longest, so only on demand."""
+    """``align-audit`` with these arguments, as the installed command runs it; drawing is slow, so only on demand."""
 
     def call(*arguments: Any, pictures: bool = False) -> SimpleNamespace:
         monkeypatch.setattr("align_audit.writers.plots.save_all", save_all if pictures else lambda *_: {})
@@ -79,7 +79,7 @@ def arguments(place: SimpleNamespace, checkpoint: Path, output: Path, *more: Any
     return ["run", checkpoint, "--probes", place.probes, "--config", place.options, "--output", output, *more]
 
 
-# -- full models ---------------------------------------------------------------------------------------------------------
+# -- full models -------------------------------------------------------------------------------------------------------
 
 
 def test_one_checkpoint_is_audited_as_the_callback_did(command: Any, place: SimpleNamespace, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_the_step_is_given_or_read_from_the_folder(command: Any, place: SimpleNa
     assert "--step names one step" in refused.err
 
 
-# -- adapters ------------------------------------------------------------------------------------------------------------
+# -- adapters ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["new adapter", "pretrained adapter"])
@@ -192,7 +192,7 @@ def test_an_adapter_saved_without_tokenizer_takes_its_bases(
     assert record.provenance.probe_hash == AuditRun.load(adapters["new adapter"]).records[0].provenance.probe_hash
 
 
-# -- bad arguments: one clear message, exit code 2, no traceback ---------------------------------------------------------
+# -- bad arguments: one clear message, exit code 2, no traceback -------------------------------------------------------
 
 
 def refused(done: SimpleNamespace, *words: str) -> None:

@@ -66,7 +66,7 @@ def mismatches(run: AuditRun) -> list[Any]:
     return [alert for alert in run.alerts if alert.rule == "reference_mismatch"]
 
 
-# -- precomputed reference log-probabilities: no reference in memory -----------------------------------------------------
+# -- precomputed reference log-probabilities: no reference in memory ---------------------------------------------------
 
 
 @pytest.mark.parametrize("given", ["own source", "path", "model"])
@@ -166,7 +166,7 @@ def test_a_reference_that_was_loaded_is_let_go_of(
     assert [model() for model in loaded] == [None] * len(loaded)
 
 
-# -- a reference beside the policy ---------------------------------------------------------------------------------------
+# -- a reference beside the policy -------------------------------------------------------------------------------------
 
 
 def test_attached_the_trainers_own_reference_is_taken_and_a_wrong_one_reported(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_a_reference_that_is_not_there_is_refused_before_training(tmp_path: Path
         begin(trained, callback)
 
 
-# -- adapters whose base is not the starting point -----------------------------------------------------------------------
+# -- adapters whose base is not the starting point ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -286,7 +286,7 @@ def test_trained_biases_change_the_reference_under_us(tmp_path: Path) -> None:
     assert first.provenance.reference_hash in alert.message
 
 
-# -- a reference that is synchronized ------------------------------------------------------------------------------------
+# -- a reference that is synchronized ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("due", ["every step", "at saves"])

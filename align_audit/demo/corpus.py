@@ -204,7 +204,7 @@ _ENDINGS = (
 
 
 def stories(n: int, seed: int) -> list[str]:
-    """``n`` whole stories of 40 to 110 words, of either mood with equal chance; the same ``seed``, the same stories.
+    """``n`` whole stories of 40 to 100 words, of either mood with equal chance; the same ``seed``, the same stories.
 
     Example:
         >>> len(stories(3, seed=1))

@@ -146,7 +146,7 @@ def test_another_process_finds_the_same() -> None:
     assert done.stdout.strip() == fingerprint(tiny_model("llama"))
 
 
-# -- adapters --------------------------------------------------------------------------------------------------------------
+# -- adapters ------------------------------------------------------------------------------------------------------------
 
 
 def adapted(*names: str, **options: Any) -> PeftModel:
