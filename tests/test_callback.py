@@ -102,6 +102,11 @@ def poison(model: Any, **_: Any) -> None:
         model.model.layers[1].mlp.down_proj.weight[0, 0] = math.nan
 
 
+def shift_weight(model: Any, **_: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] += 1.0
+
+
 def out_of_memory(**_: Any) -> None:
     raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
 
@@ -234,22 +239,29 @@ def test_attached_it_takes_the_trainers_eval_set_beta_and_truncation(attached: A
 # -- stops, the best model, beginning again ----------------------------------------------------------------------------
 
 
-def test_a_stop_by_a_later_callback_still_audits_the_last_step(tmp_path: Path) -> None:
-    """It stops after our ``on_step_end``; with no trainer log, the curves go to their own folder."""
+@pytest.mark.parametrize("event", ["on_step_end", "on_epoch_end"])
+def test_a_stop_by_a_later_callback_still_audits_the_last_step(event: str, tmp_path: Path) -> None:
+    """It stops after our own event. Where no event of ours follows but the end, the trainer's writer is closed by then."""
     trained = run(
         tmp_path / "out",
         quick(tensorboard="auto", tensorboard_images=False),
-        after=[At("on_step_end", 1, stop)],
+        after=[At(event, 1, stop)],
+        max_steps=-1,
+        num_train_epochs=2,
+        gradient_accumulation_steps=4,  # one step an epoch
         save_strategy="no",
-        report_to=[],
+        report_to=["tensorboard"],
     )
     assert trained.trainer.state.global_step == 1
+    assert trained.trainer.state.max_steps == 2
     records = AuditRun.load(tmp_path / "out").records
     assert [record.step for record in records] == [0, 1]
     assert records[-1].provenance.policy_hash == fingerprint(trained.model)
-    folder = tmp_path / "out" / "align_audit" / "tensorboard"
-    assert {file.parent for file in event_files(tmp_path)} == {folder}
+    files = event_files(tmp_path)
+    assert len(files) == (1 if event == "on_step_end" else 2)
+    (folder,) = {file.parent for file in files}
     assert [event.step for event in events(folder).Scalars("align_audit/margins/shift")] == [0, 1]
+    assert [event.step for event in events(folder).Scalars("train/loss")] == [1]
 
 
 def test_a_stop_by_an_earlier_callback_audits_once_and_tensorboard_off_writes_none(tmp_path: Path) -> None:
@@ -271,12 +283,15 @@ def test_only_what_the_schedule_names(tmp_path: Path) -> None:
 
 
 def test_epochs_end_with_one_record(tmp_path: Path) -> None:
-    """Saved by epoch, the last step is the epoch's end: ``on_step_end`` and ``on_save`` meet there."""
+    """Saved by epoch, the last step is the epoch's end; with no trainer log, the curves go to their own folder."""
     epochs = {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch", "gradient_accumulation_steps": 2}
-    trained = run(tmp_path / "out", **epochs)
+    trained = run(tmp_path / "out", quick(tensorboard="auto", tensorboard_images=False), report_to=[], **epochs)
     assert trained.trainer.state.global_step == 2
     assert (tmp_path / "out" / "checkpoint-2").exists()
     assert steps(tmp_path / "out") == [0, 2]
+    folder = tmp_path / "out" / "align_audit" / "tensorboard"
+    assert {file.parent for file in event_files(tmp_path)} == {folder}
+    assert [event.step for event in events(folder).Scalars("align_audit/margins/shift")] == [0, 2]
 
 
 def test_loading_the_best_model_makes_no_record(tmp_path: Path) -> None:
@@ -396,6 +411,10 @@ def test_an_audit_of_the_same_start_is_kept_and_of_another_is_set_aside(tmp_path
     assert (log / "previous-1" / "records.jsonl").read_bytes() == earlier
     (record,) = AuditRun.load(tmp_path / "out").records
     assert record.provenance.pairs == 3
+    moved = [At("on_train_begin", 0, shift_weight)]
+    with pytest.warns(UserWarning, match="previous-2"):  # the same, from other weights
+        run(tmp_path / "out", quick(**first, max_pairs=3), others=moved, max_steps=1, save_strategy="no")
+    assert len(AuditRun.load(tmp_path / "out").records) == 1
 
 
 # -- audits that break, weights that break -----------------------------------------------------------------------------

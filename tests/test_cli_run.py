@@ -178,6 +178,12 @@ def test_an_adapter_knows_its_reference(
     assert record.key == ours.key
     assert record.margins.shift.mean == pytest.approx(ours.margins.shift.mean, rel=1e-5)
     assert record.margins.reference.mean == pytest.approx(ours.margins.reference.mean, rel=1e-6)
+    if mode == "new adapter":  # the base, loaded on its own, is the same reference
+        alone = arguments(place, adapters[mode] / "checkpoint-1", tmp_path / "alone", "--reference", place.base)
+        assert command(*alone).code == 0
+        (other,) = AuditRun.load(tmp_path / "alone").records
+        assert other.margins.reference.mean == pytest.approx(record.margins.reference.mean, rel=1e-6)
+        assert other.margins.shift.mean == pytest.approx(record.margins.shift.mean, rel=1e-4)
 
 
 def test_an_adapter_saved_without_tokenizer_takes_its_bases(

@@ -147,7 +147,10 @@ class Assembler:
             seed=self.seed,
         )
         if fit.reason is not None:
-            for name in ("lasso_coefficients", "lasso_lambda", "cv_r2", "selection_frequency"):
+            for name in (
+                "lasso_coefficients", "lasso_lambda", "cv_r2", "selection_frequency", "null_selection_frequency",
+                "null_cv_r2",
+            ):  # fmt: skip
                 self.reasons[f"localization.{name}"] = fit.reason
         blocks = np.array([interval.mean for interval in summary.block_transplant]) if summary is not None else None
         center = spread = math.nan
@@ -342,10 +345,13 @@ class Assembler:
             spectrum = singular_values(pooled[:, layer])
             fit = contraction(spectrum, pooled.shape[0], pooled.shape[2], window=self.config.spinal.window)
             if fit.reason is not None:
-                why[f"contraction.{layer}"] = fit.reason
+                for name in ("contraction", "contraction_r2", "contraction_stderr"):
+                    why[f"{name}.{layer}"] = fit.reason
             floor.append(below_rounding_floor(spectrum, epsilon))
             fits.append(fit)
         distances = np.concatenate(transport)
+        for layer in np.flatnonzero(~np.isfinite(distances).all(axis=0)):
+            why[f"transport.{layer}"] = f"the logit lens at layer {layer} or {layer + 1} is not finite on some rows"
         return (
             DepthTrace(
                 contraction=[fit.alpha for fit in fits],

@@ -17,7 +17,7 @@ class DemoRun:
     audit_every: int
 
 
-HEALTHY = DemoRun("healthy", "a run that works", learning_rate=5e-5, beta=0.1, steps=60, audit_every=20)
+HEALTHY = DemoRun("healthy", "a run that works", learning_rate=1e-4, beta=0.1, steps=60, audit_every=20)
 RUINED = DemoRun("ruined", "a run that ruins its model", learning_rate=3e-3, beta=0.02, steps=40, audit_every=10)
 
 TRAINING_PAIRS = 480

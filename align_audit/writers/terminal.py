@@ -180,12 +180,15 @@ def _low_rank_rows(record: AuditRecord) -> Iterator[_Row]:
     if not curves:
         yield _unknown("rank_95", why_unknown(record, "low_rank"))
         return
+    # The shift basis is the alignment subspace proper. A few directions of the activations throw most of the stream away,
+    # so that the margin may overshoot and a tiny rank look sufficient: the record and the pictures have that curve.
+    curves = [curve for curve in curves if curve[0] == "shift"] or curves
     # Some lines at most: with every layer measured, the figures of the deepest reading are in the record.
     shown = curves if len(curves) <= 4 else [c for c in curves if c[1] == _peak(record, c[1])][:4] or curves[:4]
     said = []
     for basis, layer, curve in shown:
         rank = f"> {max(curve.ranks)}" if _unreached(curve) else _number(curve.rank_95)
-        said.append(f"{rank} (layer {layer}, {basis})")
+        said.append(f"{rank} (layer {layer}, {basis} basis)")
     more = f", {len(curves) - len(shown)} more in the record" if len(shown) < len(curves) else ""
     yield _Row.of("rank_95", ", ".join(said) + more)
 

@@ -54,10 +54,10 @@ def test_the_summary_gives_the_records_numbers() -> None:
     transplant = patching.block_transplant[peak]
     assert row(text, "peak layer").startswith(f"{peak}, block transplant {transplant.mean:+.2f} [")
     assert row(text, "additivity").startswith(f"{patching.additivity.mean:.2f} [")
-    for basis, by_layer in record.low_rank.items():
-        for layer, curve in by_layer.items():
-            rank = "> 16" if math.isnan(curve.rank_95) else f"{curve.rank_95:.0f}"
-            assert f"{rank} (layer {layer}, {basis})" in row(text, "rank_95")
+    for layer, curve in record.low_rank["shift"].items():
+        rank = "> 16" if math.isnan(curve.rank_95) else f"{curve.rank_95:.0f}"
+        assert f"{rank} (layer {layer}, shift basis)" in row(text, "rank_95")
+    assert "activation" not in row(text, "rank_95")
     assert row(text, "delta_align") == f"{spinal.delta_align:+.3g}"
     assert row(text, "coherence") == f"{spinal.coherence:.3g} (reference {spinal.reference_coherence:.3g})"
     assert row(text, "controls") == "passed: noise, reverse, identity, random subspace, split half"
