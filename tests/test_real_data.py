@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests import oracle
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_audit.auditing import Context, run_audit
 from align_audit.config import AuditConfig
 from align_audit.models.reference import resolve_reference
 from align_audit.probes import ProbeSet
+from tests import oracle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 from ruined_runs import DATA, Case, run

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from pydantic import BaseModel
-from tests.tiny import perturbed, random_pairs, tiny_model
 
 from align_audit import AuditConfig, AuditRecord, audit
 from align_audit.record import Estimate
+from tests.tiny import perturbed, random_pairs, tiny_model
 
 
 def unexplained(record: AuditRecord) -> list[str]:

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.dpo import ROWS, saved_model
 
 from align_audit import AuditRun
+from tests.dpo import ROWS, saved_model
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "dpo.py"
 
