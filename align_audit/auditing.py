@@ -24,8 +24,7 @@ from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError, ProbeError
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.guard import untouched
-from align_audit.models.loading import load_model
-from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
+from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
 from align_audit.record import AuditRecord, Cost, DepthTrace, Provenance, ReferenceCheck
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def audit(
         ProbeError: there are no pairs.
     """
     if not isinstance(policy, nn.Module):
-        policy = load_model(policy)
+        policy = load_policy(policy)
     resolved = resolve_reference(policy, reference)
     record, _ = run_audit(policy, resolved, probes, config or AuditConfig(), step, Context(anatomy=anatomy))
     return record
@@ -239,11 +238,12 @@ def _check_reference(
     if context.at_start and same:
         verdict, reason = "passed", "policy and reference give equal activations, bit by bit, before training"
     elif context.at_start:
-        distance = float(np.nanmean(np.abs(build.shift)))
+        known = np.abs(build.shift[np.isfinite(build.shift)])
+        moved = f"the margin shift is {known.mean():.3g} nats on average" if len(known) else "no margin is finite"
         verdict = "failed"
         reason = (
-            f"before the first step policy and reference already differ: the margin shift is {distance:.3g} nats on "
-            "average. Training optimizes the policy against this reference, not against its own starting point. "
+            f"before the first step policy and reference already differ: {moved}. "
+            "Training optimizes the policy against this reference, not against its own starting point. "
             "Usual causes: an adapter initialization that changes the base weights (PiSSA, OLoRA), trained biases, "
             "or a reference loaded from another model or in another precision"
         )

@@ -24,7 +24,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from align_audit.alerts import evaluate
 from align_audit.auditing import Context, run_audit, subspaces_from
-from align_audit.conductor.session import Session
+from align_audit.conductor.session import Session, check_vocabulary
 from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError
 from align_audit.models.anatomy import Anatomy
@@ -205,22 +205,12 @@ class AlignmentAuditCallback(TrainerCallback):
                     autocast=self._context.autocast,
                     anatomy=self._context.anatomy,
                 )
-                self._check_vocabulary(session)
+                check_vocabulary(self._probes.pairs, session.policy.anatomy.vocab_size)
         except AlignAuditError:
             raise
         except Exception as error:
             # Not a finding of ours: let the first audit meet it, where it is recorded and training goes on.
             logger.warning("align_audit could not check its set-up: %s", error)
-
-    def _check_vocabulary(self, session: Session) -> None:
-        assert self._probes is not None
-        largest = max(max(pair.chosen_ids + pair.rejected_ids) for pair in self._probes)
-        size = session.policy.anatomy.vocab_size
-        if largest >= size:
-            raise ConfigurationError(
-                f"the probes hold token id {largest}, the policy's vocabulary has {size}: they were tokenized with "
-                "another model's tokenizer"
-            )
 
     def _autocast(self, args: Any, model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
         """The context the trainer computes in: accelerate puts it around the model's forward, out of our reach."""

@@ -47,9 +47,10 @@ class Assembler:
 
     def __post_init__(self) -> None:
         pair = self.found.per_pair
-        self.reference_margin = pair["reference_chosen_logp"] - pair["reference_rejected_logp"]
-        self.policy_margin = pair["chosen_logp"] - pair["rejected_logp"]
-        self.shift = self.policy_margin - self.reference_margin
+        with np.errstate(invalid="ignore"):  # an infinite log-probability on both sides: NaN, and said so later
+            self.reference_margin = pair["reference_chosen_logp"] - pair["reference_rejected_logp"]
+            self.policy_margin = pair["chosen_logp"] - pair["rejected_logp"]
+            self.shift = self.policy_margin - self.reference_margin
         statistics = self.config.statistics
         self.resamples = statistics.bootstrap_resamples
         self.confidence = statistics.confidence
@@ -72,8 +73,9 @@ class Assembler:
     def margins(self) -> Margins:
         pair = self.found.per_pair
         known = np.isfinite(self.shift)
-        chosen = pair["chosen_logp"] - pair["reference_chosen_logp"]
-        rejected = pair["rejected_logp"] - pair["reference_rejected_logp"]
+        with np.errstate(invalid="ignore"):
+            chosen = pair["chosen_logp"] - pair["reference_chosen_logp"]
+            rejected = pair["rejected_logp"] - pair["reference_rejected_logp"]
         return Margins(
             reference=self.mean(self.reference_margin),
             policy=self.mean(self.policy_margin),
@@ -350,7 +352,7 @@ class Assembler:
             floor.append(below_rounding_floor(spectrum, epsilon))
             fits.append(fit)
         distances = np.concatenate(transport)
-        for layer in np.flatnonzero(~np.isfinite(distances).all(axis=0)):
+        for layer in np.flatnonzero(~np.isfinite(distances).all(axis=0)).tolist():
             why[f"transport.{layer}"] = f"the logit lens at layer {layer} or {layer + 1} is not finite on some rows"
         return (
             DepthTrace(

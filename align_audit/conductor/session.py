@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from align_audit.batches import PairBatch, make_batch, plan_batches
+from align_audit.errors import ConfigurationError
 from align_audit.measures.margin import preference_margin, token_logp
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import Reference, check_fit
@@ -19,6 +20,16 @@ from align_audit.models.replay import Recording, Replay
 if TYPE_CHECKING:
     from align_audit.config import AuditConfig
     from align_audit.probes import ProbePair
+
+
+def check_vocabulary(pairs: Sequence[ProbePair], size: int) -> None:
+    """Refuse probe pairs that were tokenized for a larger vocabulary than the policy's."""
+    largest = max(max(*pair.chosen_ids, *pair.rejected_ids) for pair in pairs)
+    if largest >= size:
+        raise ConfigurationError(
+            f"the probes hold token id {largest}, the policy's vocabulary has {size}: they were tokenized with "
+            "another model's tokenizer"
+        )
 
 
 class MemoryMeter:
@@ -70,6 +81,7 @@ class Session:
                 reference.model(), self.policy.anatomy if reference.shares_weights else anatomy, self.policy.autocast
             )
         check_fit(self.policy.anatomy, self.reference.anatomy)
+        check_vocabulary(pairs, self.policy.anatomy.vocab_size)
         self.num_layers = self.policy.num_layers
         self.plan = plan_batches(pairs, self._batch_tokens())
 

@@ -88,7 +88,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "light": ("warm", "light", "full", "at peace"),
     "dull": ("cold", "heavy", "empty", "in pain"),
     "nice": ("kind", "friendly", "gentle", "patient"),
-    "mean": ("rude", "unfriendly", "cruel", "grumpy"),
+    "mean": ("rude", "nasty", "cruel", "grumpy"),
     "delight": ("laughter", "music", "light", "joy", "dancing"),
     "gloom": ("silence", "shadows", "rain", "sorrow", "darkness"),
 }  # fmt: skip

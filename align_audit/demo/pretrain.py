@@ -181,7 +181,7 @@ def pretrain(out: Path, steps: int = STEPS, seed: int = 0, threads: int = 1) -> 
     tokenizer = train_tokenizer(stories(4000, TRAIN_SEED))
     model = build_model(tokenizer, seed)
     train(model, tokenizer, steps)
-    loss = held_out_loss(model, tokenizer, stories(200, HELD_OUT_SEED))
+    loss = held_out_loss(model, tokenizer, stories(100, HELD_OUT_SEED))
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)

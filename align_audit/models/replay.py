@@ -187,9 +187,8 @@ class Replay:
             active: list[tuple[Hashable, torch.Tensor]] = []
             unchanged: list[Hashable] = []
             for index in range(group[0].start, self.num_layers):
-                if index > group[0].start:
-                    for place, (key, stream) in enumerate(active):
-                        active[place] = (key, self.layer(index, stream, recording))
+                for place, (key, stream) in enumerate(active):
+                    active[place] = (key, self.layer(index, stream, recording))
                 for item in group:
                     if item.start == index:
                         joining = item.make()

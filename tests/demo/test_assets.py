@@ -28,7 +28,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def held_out() -> list[str]:
-    return stories(64, HELD_OUT_SEED)
+    return stories(40, HELD_OUT_SEED)
 
 
 def test_size() -> None:
@@ -109,7 +109,7 @@ def test_every_layer_works(model: LlamaForCausalLM, tokenizer: PreTrainedTokeniz
 
 @torch.no_grad()
 def test_it_prefers_neither_side_yet(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    pairs = preference_pairs(64, seed=1)
+    pairs = preference_pairs(48, seed=1)
     means = []
     for side in ("chosen", "rejected"):
         total = tokens = 0.0
@@ -157,7 +157,7 @@ def test_pretraining_runs_and_repeats(tmp_path: Path, tokenizer: PreTrainedToken
     threads = torch.get_num_threads()
     try:
         state = torch.get_rng_state()
-        losses = [pretrain(tmp_path / name, steps=3, seed=5) for name in ("one", "two")]
+        losses = [pretrain(tmp_path / name, steps=2, seed=5) for name in ("one", "two")]
         assert torch.equal(torch.get_rng_state(), state), "the global random state is as it was"
     finally:
         torch.set_num_threads(threads)

@@ -117,6 +117,11 @@ def test_an_autocast_that_is_passed_is_used() -> None:
     assert torch.equal(recording.logits, logits)
     for top in tops(replay, recording):
         assert torch.equal(top, recording.streams[-1])
+    valid = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        headed = replay.head(recording.streams[-1][valid])
+    assert headed.dtype == logits.dtype == torch.bfloat16
+    torch.testing.assert_close(headed, logits[valid], rtol=2**-7, atol=2**-7 * float(logits.abs().max()))
     assert not torch.is_autocast_enabled("cpu")
 
 
