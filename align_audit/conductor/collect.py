@@ -144,7 +144,9 @@ class Collector:
             ):
                 read = np.arange(max(start, 1) - 1, len(ids) - 1)
                 # A prefix common to both completions counts once: equal rows would make singular values of 0.
-                read = read if side == 0 else read[read >= pair.common_prefix]
+                if side == 1:
+                    counted = (read < pair.common_prefix) & np.isin(read, pair.chosen_predictions)
+                    read = read[~counted]
                 pairs.append(np.full(len(read), index))
                 sides.append(np.full(len(read), side))
                 positions.append(read)

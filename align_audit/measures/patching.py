@@ -156,6 +156,8 @@ def peak_layer(block_transplants: np.ndarray) -> tuple[int | None, str | None]:
     """argmax of mean block transplants [L]; None and the reason where no layer stands out at all."""
     if not np.isfinite(block_transplants).all():
         return None, "a block transplant is not finite"
-    if np.all(block_transplants == block_transplants[0]):
+    if not block_transplants.any() or (
+        len(block_transplants) > 1 and np.all(block_transplants == block_transplants[0])
+    ):
         return None, f"every block transplant is {block_transplants[0]:.3g}: no layer stands out"
     return int(np.argmax(block_transplants)), None
