@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from threadpoolctl import threadpool_limits
+
 from align_audit.demo import MODEL_DIR
 from align_audit.demo.corpus import preference_pairs
 from align_audit.demo.settings import (
@@ -51,8 +53,10 @@ def run_demo(output: Path) -> tuple[Outcome, Outcome]:
     _prepare(output)
     console = _console()
     console.print("[bold]align_audit demo[/]: the same small model is preference-trained twice, with the audit on.\n")
-    healthy = _train(HEALTHY, output, console)
-    ruined = _train(RUINED, output, console)
+    # A model this small gains nothing from more threads, and loses much where other programs want the cores too.
+    with threadpool_limits(limits=1):
+        healthy = _train(HEALTHY, output, console)
+        ruined = _train(RUINED, output, console)
     _conclude(healthy, ruined, output, time.perf_counter() - began, console)
     return healthy, ruined
 
@@ -90,6 +94,7 @@ def _train(settings: DemoRun, output: Path, console: Any) -> Outcome:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    torch.set_num_threads(1)
     torch.manual_seed(SEED)
     console.rule(f"[bold]{settings.title}[/]: learning rate {settings.learning_rate:g}, beta {settings.beta:g}")
     pairs = preference_pairs(TRAINING_PAIRS + HELD_OUT_PAIRS, seed=SEED)
