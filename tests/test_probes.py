@@ -363,7 +363,7 @@ def many_turns(i: int) -> list[dict[str, str]]:
         ("a.jsonl", b"\n\n", "no records"),
         ("a.jsonl", b"\xff\xfe", "UTF-8"),
         ("a.jsonl.gz", b'{"chosen": "a"}', "gzipped"),
-        ("a.jsonl.gz", gzip.compress(b"{}" * 100)[:-12], "gzipped"),
+        ("a.jsonl.gz", gzip.compress(b"{}" * 100, mtime=0)[:-12], "gzipped"),
         ("a.json", b'[{"chosen": "a",]', "line 1, column 17"),
         ("a.json", b'{"train": [], "test": []}', "splits train, test"),
         ("a.json", b'{"chosen": ["a"], "rejected": ["b"]}', "one record per pair"),
