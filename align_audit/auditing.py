@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from align_audit.batches import PairBatch
 from align_audit.conductor.assemble import Assembler
 from align_audit.conductor.collect import Collected, Collector
-from align_audit.conductor.lowrank import LowRankFindings, reconstruct
+from align_audit.conductor.lowrank import LowRankFindings, Reconstruction
+from align_audit.conductor.second import Look, MoreNoise, second_pass
 from align_audit.conductor.session import Session
 from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError, ProbeError
@@ -119,6 +121,7 @@ def run_audit(
             autocast=context.autocast,
             anatomy=context.anatomy,
             pad_token_id=0,
+            truncation_mode=probes.truncation_mode,
         )
         hashes = (policy_fingerprint(policy), reference.fingerprint())
         return _measure(session, reference, probes, step, context, hashes, began)
@@ -140,15 +143,25 @@ def _measure(
     low_rank = config.low_rank.enabled and config.patching.enabled
     tick = _ticker(context, len(session.plan) * (3 if low_rank else 1))
     collector = Collector(session, reference_rows=trace_key not in context.reference_traces)
-    for batch in session.batches():
+
+    def update(batch: PairBatch) -> None:
         collector.update(batch)
         tick()
+
+    session.each_batch(update)
     found = collector.found
     build = Assembler(found, config)
     margins = build.margins()
     patching, summary = build.patching()
     localization = build.localization(summary)
-    findings = _low_rank(session, build, patching, summary, tick)
+    looks: list[Look] = []
+    reconstruction = _low_rank(session, build, patching, summary, tick)
+    if reconstruction is not None:
+        looks.append(reconstruction)
+    if summary is not None:
+        looks.append(MoreNoise(session, found, summary.peak_layer))
+    second_pass(session, looks, tick)
+    findings = reconstruction.found if reconstruction is not None else None
     curves = build.low_rank(findings, context.subspaces) if findings is not None else {}
     if not curves and "low_rank" not in build.reasons and findings is None:
         build.reasons["low_rank"] = "switched off (low_rank.enabled, patching.enabled)"
@@ -194,8 +207,8 @@ def _low_rank(
     patching: Patching | None,
     summary: PatchSummary | None,
     tick: Callable[[], None],
-) -> LowRankFindings | None:
-    """Reconstruct at the layers asked for; None, with a reason, where there is nothing to reconstruct."""
+) -> Reconstruction | None:
+    """Subspaces fitted at the layers asked for; None, with a reason, where there is nothing to reconstruct."""
     config = session.config.low_rank
     if not config.enabled or patching is None or summary is None:
         return None
@@ -222,7 +235,7 @@ def _low_rank(
             raise ConfigurationError(
                 f"low_rank.layers names {outside}; the model has layers 0 to {session.num_layers - 1}"
             )
-    return reconstruct(session, layers, tick)
+    return Reconstruction(session, layers, tick)
 
 
 def _largest(values: list[float]) -> int | None:
@@ -298,6 +311,8 @@ def _provenance(session: Session, probes: ProbeSet, hashes: tuple[str, str], con
         compute_dtype=str(session.policy.compute_dtype).removeprefix("torch."),
         max_length=probes.max_length,
         truncation_mode=probes.truncation_mode,
+        shared_prompts=session.shared,
+        layout_reason=session.layout_reason,
         beta=context.beta,
         config=session.config.to_dict(),
     )
@@ -318,7 +333,7 @@ def _arrays(found: Collected, findings: LowRankFindings | None) -> dict[str, np.
         for (basis, layer), values in findings.fitted.items():
             arrays[f"per_pair.low_rank.{basis}.{layer}"] = values
         for layer, values in findings.random.items():
-            arrays[f"per_pair.low_rank.random.{layer}"] = values
+            arrays[f"per_pair.low_rank.random.{layer}"] = values.mean(axis=-1)
     return arrays
 
 

@@ -32,6 +32,10 @@ class PatchingConfig(_Part):
 
     enabled: bool = True
     positions: Positions = "all"
+    embedding: bool = True
+    """Also patch what enters layer 0, which recovery's first gain is measured from."""
+    transplants: bool = True
+    """Block transplants: each block's own update alone, in the reference."""
     reverse: bool = True
     noise_draws: int = Field(3, ge=0)
     split_half_repeats: int = Field(100, ge=1)
@@ -129,7 +133,9 @@ class AuditConfig(_Part):
 
     Args:
         max_pairs: probe pairs drawn from the dataset; more pairs narrow the intervals and cost time in proportion.
-        batch_tokens: padded tokens (both completions counted) in one batch; bounds the working memory.
+        batch_tokens: padded tokens in one batch; None: what keeps this device busy. Halves when memory runs out.
+        share_prompts: compute a pair's prompt once for both completions, in models where a check on two pairs shows
+            that it changes nothing; the record says whether that was so.
         working_memory_mb: memory the patched streams of one batch may take together; streams are walked in groups.
         seed: of every random draw of an audit (subsample, bootstrap, noise, splits). No global random state is touched.
         strict: raise when an audit breaks, instead of recording it and letting training go on.
@@ -146,7 +152,8 @@ class AuditConfig(_Part):
     """
 
     max_pairs: int = Field(64, ge=1)
-    batch_tokens: int = Field(8192, ge=1)
+    batch_tokens: int | None = Field(None, ge=1)
+    share_prompts: bool = True
     working_memory_mb: int = Field(1024, ge=1)
     seed: int = Field(0, ge=0)
     strict: bool = False

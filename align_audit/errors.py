@@ -23,5 +23,9 @@ class ConfigurationError(AlignAuditError, ValueError):
     """Something about the set-up (not about one audit) cannot work; raised before training starts."""
 
 
+class AuditMemoryError(AlignAuditError, MemoryError):
+    """An audit ran out of memory although it had gone down to one pair and one stream at a time."""
+
+
 class RecordError(AlignAuditError, ValueError):
     """A stored record or run log cannot be read: not a record, or written by a newer align_audit."""

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from align_audit.errors import RecordError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the fields of a record. Older records are migrated on load; newer ones are refused."""
 
 METHODS_VERSION = 1
@@ -223,6 +223,10 @@ class Provenance(_Part):
     compute_dtype: str
     max_length: int | None
     truncation_mode: str
+    shared_prompts: bool = False
+    """Whether each pair's prompt was computed once for both completions (same numbers, less work)."""
+    layout_reason: str | None = None
+    """Why it was not."""
     beta: float | None = None
     config: dict[str, Any]
 

@@ -187,7 +187,11 @@ def test_equal_weights_give_exactly_zero(family: str) -> None:
     policy = perturbed(reference, scale=0.0)
     record, arrays = run(policy, reference, random_pairs(5), config(low_rank={"layers": (0, 1)}))
     for name in ("effect", "reverse", "identity", "noise", "transplant", "features"):
-        assert not np.any(arrays[f"per_pair.{name}"]), name
+        values = arrays[f"per_pair.{name}"]
+        measured = ~np.isnan(values)
+        if name not in ("identity", "noise"):  # identity: the first batch only; noise: further draws at the peak only
+            assert measured.all(), name
+        assert measured.any() and not np.any(values[measured]), name
     for estimate in (record.margins.shift, record.margins.kl, *record.patching.effect):
         assert (estimate.mean, estimate.low, estimate.high) == (0.0, 0.0, 0.0)
     assert record.spinal.delta_align == 0.0

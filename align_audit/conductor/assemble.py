@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -107,6 +107,7 @@ class Assembler:
             method=self.method,
             seed=self.seed,
         )
+        summary = self._without_what_was_switched_off(summary)
         if summary.peak_reason is not None:
             self.reasons["patching.peak_layer"] = summary.peak_reason
         if any(math.isnan(p) for p in summary.effect_p_adjusted):
@@ -128,6 +129,30 @@ class Assembler:
             peak_layer=summary.peak_layer,
         )
         return part, summary
+
+    def _without_what_was_switched_off(self, summary: PatchSummary) -> PatchSummary:
+        """The true reason where a number is missing because nobody asked for it."""
+        config = self.config.patching
+        if not config.embedding:
+            off = Interval.unknown("switched off (patching.embedding)")
+            summary = replace(
+                summary,
+                embedding_gain=off,
+                layer_gain=[off, *summary.layer_gain[1:]],
+                embedding_transplant=off,
+                additivity=off,
+            )
+        if not config.transplants:
+            off = Interval.unknown("switched off (patching.transplants)")
+            summary = replace(
+                summary,
+                block_transplant=[off] * len(summary.block_transplant),
+                embedding_transplant=off,
+                head_transplant=off,
+                additivity=off,
+                peak_reason=off.reason,
+            )
+        return summary
 
     def localization(self, summary: PatchSummary | None) -> Localization | None:
         config = self.config.localization
@@ -158,6 +183,8 @@ class Assembler:
         center = spread = math.nan
         if blocks is None:
             reason: str | None = "patching is switched off, so there are no block transplants"
+        elif not self.config.patching.transplants:
+            reason = "block transplants are switched off (patching.transplants)"
         elif not np.isfinite(blocks).all():
             reason = "a block transplant is not finite"
         else:
@@ -238,10 +265,12 @@ class Assembler:
         return None
 
     def _noise(self, summary: PatchSummary) -> Control:
-        draws = self.found.per_pair["noise"]
+        draws, counts = self.found.per_pair["noise"], self.found.noise_draws
         if draws.shape[1] == 0:
             return Control(verdict="not_run", reason="no noise draws were asked for (patching.noise_draws)")
-        effect = self.means(draws.mean(axis=1))
+        effect = self.means(
+            np.stack([draws[:, :count, layer].mean(axis=1) for layer, count in enumerate(counts)], axis=1)
+        )
         reason = self._no_shift()
         if reason is not None:
             return Control(verdict="not_run", reason=reason, effect=effect)
@@ -274,7 +303,7 @@ class Assembler:
         return Control(verdict="passed", reason=reason, effect=effect)
 
     def _identity(self) -> Control:
-        values = self.found.per_pair["identity"]
+        values = self.found.per_pair["identity"][sorted(self.found.identity_pairs)]
         effect = self.means(values)
         off = [layer for layer in range(values.shape[1]) if np.any(values[:, layer] != 0.0)]
         if not np.isfinite(values).all():
@@ -287,7 +316,10 @@ class Assembler:
                 effect=effect,
             )
         return Control(
-            verdict="passed", reason="the reference patched with its own stream moves by exactly 0", effect=effect
+            verdict="passed",
+            reason=f"the reference patched with its own stream moves by exactly 0 (on {len(values)} pairs at every layer, "
+            "on each other batch at one)",
+            effect=effect,
         )
 
     def _random_subspace(self, summary: PatchSummary, findings: LowRankFindings | None) -> Control:
@@ -296,7 +328,7 @@ class Assembler:
         peak = summary.peak_layer if summary.peak_layer in findings.random else next(iter(findings.random))
         if ("shift", peak) not in findings.fitted:
             return Control(verdict="not_run", reason="the shift basis was not fitted (low_rank.bases)")
-        effect = self.means(findings.random[peak])
+        effect = self.means(findings.random[peak].mean(axis=-1))
         reason = self._no_shift()
         if reason is not None:
             return Control(verdict="not_run", reason=reason, effect=effect)
@@ -321,6 +353,8 @@ class Assembler:
         reason = self._no_shift()
         if reason is not None:
             return Control(verdict="not_run", reason=reason)
+        if not config.transplants:
+            return Control(verdict="not_run", reason="block transplants are switched off (patching.transplants)")
         agreement, why = split_half_agreement(
             self.found.per_pair["transplant"][:, 1:-1], config.split_half_repeats, self.seed
         )

@@ -11,7 +11,7 @@ import torch
 
 from align_audit.batches import PairBatch
 from align_audit.conductor.session import Session
-from align_audit.measures.margin import kl_divergence, preference_margin, sum_by_pair, token_logp, token_readout
+from align_audit.measures.margin import compare_readouts, sum_by_pair
 from align_audit.measures.patching import noise_directions, noised, patched
 from align_audit.measures.spectrum import keep_rows, row_keys
 from align_audit.measures.transport import fisher_rao_distance
@@ -27,10 +27,13 @@ class Collected:
 
     num_pairs: int
     num_layers: int
-    noise_draws: int
+    noise_draws: np.ndarray
+    """[L] random directions that were patched at each layer."""
     per_pair: dict[str, np.ndarray] = field(default_factory=dict)
     identical: bool = True
     """Policy and reference gave the same residual streams, bit by bit, on every probe token."""
+    identity_pairs: list[int] = field(default_factory=list)
+    """Places of the pairs on which the identity control was measured."""
     rows_available: int = 0
     row_keys: list[np.ndarray] = field(default_factory=list)
     policy_rows: list[torch.Tensor] = field(default_factory=list)
@@ -51,15 +54,21 @@ class Collected:
 
 
 class Collector:
-    """Gathers from batches, one ``update`` each, then freezes into :class:`Collected`."""
+    """Gathers from batches, one ``update`` each, then freezes into :class:`Collected`.
+
+    An ``update`` that raises leaves nothing behind that a second one on the same pairs would not overwrite.
+    """
 
     def __init__(self, session: Session, *, reference_rows: bool = True) -> None:
         config = session.config
         self.session = session
         self.config = config
         self._reference_rows = reference_rows
+        self._replayed: dict[bool, int] = {}
+        """Batches whose recordings were replayed as a check, by whether the model is the reference."""
+        self._strays: dict[bool, bool] = {}
         layers = session.num_layers
-        found = Collected(len(session.pairs), layers, config.patching.noise_draws)
+        found = Collected(len(session.pairs), layers, np.zeros(layers, dtype=int))
         for name in (
             "chosen_logp", "rejected_logp", "reference_chosen_logp", "reference_rejected_logp", "chosen_tokens",
             "rejected_tokens", "kl", "entropy", "reference_entropy", "token_accuracy", "reference_token_accuracy",
@@ -73,6 +82,8 @@ class Collector:
             found.array("identity", layers)
             found.array("noise", config.patching.noise_draws, layers)
             found.array("transplant", layers + 2)
+            if config.patching.noise_draws:
+                found.noise_draws[:] = 1
         self.found = found
         self._kept = self._sample_rows() if config.spinal.enabled else {}
 
@@ -84,11 +95,11 @@ class Collector:
         if not equal_streams(policy.streams, reference.streams, valid):
             self.found.identical = False
         self._distances(batch, policy, reference)
-        self._behaviour(batch, policy, reference)
+        ours, theirs = self._behaviour(batch, policy, reference)
+        if self.config.patching.enabled:
+            self._patch(batch, policy, reference, ours, theirs)
         if self.config.spinal.enabled:
             self._spinal(batch, policy, reference)
-        if self.config.patching.enabled:
-            self._patch(batch, policy, reference)
 
     def _distances(self, batch: PairBatch, policy: Recording, reference: Recording) -> None:
         """RMS over a pair's prediction positions of ‖h_l(π) − h_l(ρ)‖₂ (METHODS §3)."""
@@ -100,8 +111,14 @@ class Collector:
             pooled = sum_by_pair(squares, batch.pair, batch.side, batch.num_pairs).sum(0)
             self.found.put("features", batch, (pooled / tokens).sqrt(), layer)
 
-    def _behaviour(self, batch: PairBatch, policy: Recording, reference: Recording) -> None:
-        """Log-probabilities, KL, entropies and next-token accuracy at the prediction positions (METHODS §6)."""
+    def _behaviour(
+        self, batch: PairBatch, policy: Recording, reference: Recording
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities, KL, entropies and next-token accuracy at the prediction positions (METHODS §6).
+
+        Returns:
+            preference margins [B] of policy and reference, float64 on the CPU.
+        """
         session, top = self.session, self.session.num_layers - 1
         parts: dict[str, list[torch.Tensor]] = {}
         for block in session.policy.head_blocks(batch.row.numel()):
@@ -111,12 +128,12 @@ class Collector:
             with session.as_reference() as replay:
                 theirs = replay.head(reference.after(top)[at])
             session.meter.sample()
-            for prefix, logits in (("", ours), ("reference_", theirs)):
-                readout = token_readout(logits, batch.target[block])
+            own, other, kl = compare_readouts(ours, theirs, batch.target[block])
+            for prefix, readout in (("", own), ("reference_", other)):
                 parts.setdefault(prefix + "logp", []).append(readout.logp)
                 parts.setdefault(prefix + "entropy", []).append(readout.entropy)
                 parts.setdefault(prefix + "token_accuracy", []).append(readout.correct)
-            parts.setdefault("kl", []).append(kl_divergence(ours, theirs))
+            parts.setdefault("kl", []).append(kl)
         values = {name: torch.cat(pieces) for name, pieces in parts.items()}
 
         def sums(name: str) -> torch.Tensor:
@@ -125,13 +142,16 @@ class Collector:
         tokens = sum_by_pair(torch.ones_like(values["kl"]), batch.pair, batch.side, batch.num_pairs)
         self.found.put("chosen_tokens", batch, tokens[0])
         self.found.put("rejected_tokens", batch, tokens[1])
+        margins = []
         for prefix in ("", "reference_"):
             chosen, rejected = sums(prefix + "logp")
+            margins.append((chosen - rejected).cpu())
             self.found.put(f"{prefix}chosen_logp", batch, chosen)
             self.found.put(f"{prefix}rejected_logp", batch, rejected)
             self.found.put(f"{prefix}entropy", batch, sums(prefix + "entropy").sum(0) / tokens.sum(0))
             self.found.put(f"{prefix}token_accuracy", batch, sums(prefix + "token_accuracy")[0] / tokens[0])
         self.found.put("kl", batch, sums("kl").sum(0) / tokens.sum(0))
+        return margins[0], margins[1]
 
     # -- SPINAL --------------------------------------------------------------------------------------------------------
 
@@ -159,23 +179,27 @@ class Collector:
     def _spinal(self, batch: PairBatch, policy: Recording, reference: Recording) -> None:
         session = self.session
         owner = batch.pair_index[batch.pair].cpu().numpy()
-        keys = row_keys(owner, batch.side.cpu().numpy(), batch.position.cpu().numpy(), self.config.seed)
+        place = batch.place[batch.row, batch.position].cpu().numpy()
+        keys = row_keys(owner, batch.side.cpu().numpy(), place, self.config.seed)
         wanted = np.concatenate([self._kept.get(int(i), np.empty(0, keys.dtype)) for i in batch.pair_index.cpu()])
         chosen = np.flatnonzero(np.isin(keys, wanted) & batch.distinct.cpu().numpy())
         picked = torch.from_numpy(chosen).to(batch.row.device)
         at = (batch.row[picked], batch.position[picked])
-        self.found.row_keys.append(keys[chosen])
         with session.as_policy() as replay:
             rows, transport = self._trace(replay, policy, at)
             if self.config.spinal.gradient_concentration:
                 self._gradients(replay, batch, policy)
-        self.found.policy_rows.append(rows)
-        self.found.policy_transport.append(transport)
+        theirs = None
         if self._reference_rows:
             with session.as_reference() as replay:
-                rows, transport = self._trace(replay, reference, at)
-            self.found.reference_rows.append(rows)
-            self.found.reference_transport.append(transport)
+                theirs = self._trace(replay, reference, at)
+        # Kept last, and together: a batch that runs out of memory comes again.
+        self.found.row_keys.append(keys[chosen])
+        self.found.policy_rows.append(rows)
+        self.found.policy_transport.append(transport)
+        if theirs is not None:
+            self.found.reference_rows.append(theirs[0])
+            self.found.reference_transport.append(theirs[1])
 
     def _trace(
         self, replay: Replay, recording: Recording, at: tuple[torch.Tensor, torch.Tensor]
@@ -195,91 +219,128 @@ class Collector:
         return rows.cpu(), distances
 
     def _gradients(self, replay: Replay, batch: PairBatch, policy: Recording) -> None:
-        """g_il = ‖∂m_i(π)/∂h_l‖_F over all positions of both sequences of pair i (METHODS §5)."""
-        owner = torch.arange(2 * batch.num_pairs, device=batch.row.device) % batch.num_pairs
+        """g_il = ‖∂m_i(π)/∂h_l‖_F over all positions of both sequences of pair i (METHODS §5).
 
-        def total_margin(top: torch.Tensor) -> torch.Tensor:
+        Where both sequences share the row of their prompt, each one's log-probability is differentiated for itself: the
+        norm is over the positions of two sequences, in which the prompt stands twice.
+        """
+
+        def log_probabilities(top: torch.Tensor) -> list[torch.Tensor]:
             # Pairs do not touch each other, so the gradient of the sum holds each pair's own gradient in its rows.
-            pieces = [
-                token_logp(replay.head(top[batch.row[block], batch.position[block]]), batch.target[block])
-                for block in replay.head_blocks(batch.row.numel())
-            ]
-            return preference_margin(torch.cat(pieces), batch.pair, batch.side, batch.num_pairs).sum()
+            logp = self.session.token_logp(replay, top, batch)
+            chosen, rejected = sum_by_pair(logp, batch.pair, batch.side, batch.num_pairs).sum(1)
+            return [chosen, rejected] if batch.shared else [chosen - rejected]
 
-        for layer, gradient in replay.stream_gradients(policy, total_margin):
-            squares = gradient.double().square().sum(dim=(1, 2))
-            norms = torch.zeros(batch.num_pairs, dtype=torch.float64, device=squares.device)
-            self.found.put("gradient_norm", batch, norms.index_add_(0, owner, squares).sqrt(), layer)
+        owner = batch.row_pair
+        for layer, gradients in replay.stream_gradients(policy, log_probabilities):
+            norms = torch.zeros(batch.num_pairs, dtype=torch.float64, device=owner.device)
+            for gradient in gradients:
+                norms.index_add_(0, owner, gradient.double().square().sum(dim=(1, 2)))
+            self.found.put("gradient_norm", batch, norms.sqrt(), layer)
         self.session.meter.sample()
 
     # -- patching ------------------------------------------------------------------------------------------------------
 
-    def _patch(self, batch: PairBatch, policy: Recording, reference: Recording) -> None:
-        session, layers = self.session, self.session.num_layers
-        mask = batch.position_mask(self.config.patching.positions)
+    def _patch(
+        self,
+        batch: PairBatch,
+        policy: Recording,
+        reference: Recording,
+        policy_margin: torch.Tensor,
+        reference_margin: torch.Tensor,
+    ) -> None:
+        session, layers, config = self.session, self.session.num_layers, self.config.patching
+        mask = batch.position_mask(config.positions)
+        begin = -1 if config.embedding else 0
+        moved: list[torch.Tensor] = []
+        head = None
         with session.as_policy() as replay:
-            # π's block l on ρ's own stream; ρ continues from there below.
-            moved = [replay.layer(layer, reference.after(layer - 1), policy) for layer in range(layers)]
-            head = session.margins(replay, reference.after(layers - 1), batch)
-            if self.config.patching.reverse:
+            if config.transplants:
+                # π's block l on ρ's own stream; ρ continues from there below.
+                moved = [replay.layer(layer, reference.after(layer - 1), policy) for layer in range(layers)]
+                head = session.margins(replay, reference.after(layers - 1), batch)
+            if config.reverse:
                 streams = [
-                    Stream(("reverse", layer), layer, _patch_with(policy, reference, mask, layer))
-                    for layer in range(-1, layers)
+                    Stream(("reverse", layer), layer, patch_with(policy, reference, mask, layer))
+                    for layer in range(begin, layers)
                 ]
-                self._walk(replay, batch, policy, streams)
+                self._walk(replay, batch, policy, streams, policy_margin, is_reference=False)
         with session.as_reference() as replay:
             streams = []
-            for layer in range(-1, layers):
-                streams.append(Stream(("effect", layer), layer, _patch_with(reference, policy, mask, layer)))
+            for layer in range(begin, layers):
+                streams.append(Stream(("effect", layer), layer, patch_with(reference, policy, mask, layer)))
+                if layer >= 0 and config.noise_draws:
+                    make = noise_with(session, batch, policy, reference, mask, layer, 0)
+                    streams.append(Stream(("noise", 0, layer), layer, make))
+                if layer >= 0 and config.transplants:
+                    streams.append(Stream(("transplant", layer), layer, _constant(moved[layer])))
             whole = batch.position_mask("all")
-            streams.append(Stream(("transplant", -1), -1, _patch_with(reference, policy, whole, -1)))
-            for layer in range(layers):
-                streams.append(Stream(("transplant", layer), layer, _constant(moved[layer])))
-                for draw in range(self.found.noise_draws):
-                    streams.append(
-                        Stream(("noise", draw, layer), layer, self._noise(batch, policy, reference, mask, layer, draw))
-                    )
-            base = self._walk(replay, batch, reference, streams, identity=True)
-        self.found.put("transplant", batch, head - base, layers + 1)
-
-    def _noise(
-        self, batch: PairBatch, policy: Recording, reference: Recording, mask: torch.Tensor, layer: int, draw: int
-    ) -> Any:
-        def make() -> torch.Tensor:
-            base = reference.after(layer)
-            pairs = [self.session.pairs[int(i)].index for i in batch.pair_index]
-            directions = noise_directions(self.config.seed, pairs, layer, draw, base.shape[1], base.shape[2])
-            return noised(base, policy.after(layer), mask, directions.to(base.device).repeat(2, 1, 1))
-
-        return make
+            # At all positions the patch of the embedding is its transplant, and is not walked twice.
+            same = bool(torch.equal(mask, whole))
+            if config.transplants and config.embedding and not same:
+                streams.append(Stream(("transplant", -1), -1, patch_with(reference, policy, whole, -1)))
+            base = self._walk(replay, batch, reference, streams, reference_margin, is_reference=True)
+        if head is not None:
+            self.found.put("transplant", batch, head - base, layers + 1)
+            if same and config.embedding:
+                index = batch.pair_index.cpu().numpy()
+                self.found.per_pair["transplant"][index, 0] = self.found.per_pair["effect"][index, 0]
 
     def _walk(
-        self, replay: Replay, batch: PairBatch, own: Recording, streams: list[Stream], *, identity: bool = False
+        self,
+        replay: Replay,
+        batch: PairBatch,
+        own: Recording,
+        streams: list[Stream],
+        base: torch.Tensor,
+        *,
+        is_reference: bool,
     ) -> torch.Tensor:
         """Carry streams through the receiving model and store their effects; returns the unpatched margins [B].
 
-        The unpatched run is walked in the same calls, layer by layer. Where it meets its own recording bit by bit at
-        every layer, patching a layer with itself cannot change anything: the identity effect is exactly 0. Where it
-        does not (kernels that are not deterministic), the identity patch is carried to the top and its effect kept.
-        A stream that equals the unpatched one where it joins stays equal and is not walked.
+        The unpatched run is the recording, computed in the same shapes as the walked streams; that replaying it gives
+        it back bit by bit is checked at every layer on the first batch, and at one layer, another each time, on each
+        that follows. Then patching a layer with itself cannot change anything: the identity effect is exactly 0. Where
+        it is not so (kernels that are not deterministic), the unpatched run and the identity patches are walked too, and
+        their effect is kept. A stream that equals the unpatched one where it joins stays equal and is not walked.
         """
         session, layers = self.session, self.session.num_layers
-        strays: list[int] = []
-        stream = own.after(-1)
-        for layer in range(layers):
-            stream = replay.layer(layer, stream, own)
-            if not torch.equal(stream, own.after(layer)):
-                strays.append(layer)
-        base = session.margins(replay, stream, batch)
-        if identity:
+        strays = self._replay_check(replay, own, is_reference)
+        if strays is not None:
+            stream = own.after(-1)
+            for layer in range(layers):
+                stream = replay.layer(layer, stream, own)
+            base = session.margins(replay, stream, batch)
+        if is_reference and (strays is not None or self._replayed[True] == 1):
+            self.found.identity_pairs += [int(i) for i in batch.pair_index if int(i) not in self.found.identity_pairs]
             for layer in range(layers):
                 self.found.put("identity", batch, torch.zeros_like(base), layer)
-            streams = streams + [Stream(("identity", layer), layer, _constant(own.after(layer))) for layer in strays]
-        limit = session.max_streams(stream)
-        for key, top in replay.walk(own, streams, limit, same_as=None if strays else own):
+            streams = streams + [
+                Stream(("identity", layer), layer, _constant(own.after(layer))) for layer in strays or []
+            ]
+        limit = session.max_streams(own.after(-1))
+        same_as = None if strays is not None else own
+        for key, top in replay.walk(own, streams, limit, same_as=same_as, read=batch.read):
             effect = session.margins(replay, top, batch) - base if top is not None else torch.zeros_like(base)
             self._store(batch, key, effect)
         return base
+
+    def _replay_check(self, replay: Replay, own: Recording, is_reference: bool) -> list[int] | None:
+        """Layers at which a replay strays from the recording; None where it does not stray at all."""
+        layers = self.session.num_layers
+        seen = self._replayed.get(is_reference, 0)
+        self._replayed[is_reference] = seen + 1
+        every = range(layers)
+        checked = every if seen == 0 or self._strays.get(is_reference) else [seen % layers]
+
+        def stray(layer: int) -> bool:
+            return not torch.equal(replay.layer(layer, own.after(layer - 1), own), own.after(layer))
+
+        strays = [layer for layer in checked if stray(layer)]
+        if strays and len(checked) < layers:
+            strays = [layer for layer in every if stray(layer)]
+        self._strays[is_reference] = bool(strays)
+        return strays or None
 
     def _store(self, batch: PairBatch, key: Any, effect: torch.Tensor) -> None:
         name, *where = key
@@ -292,5 +353,27 @@ def _constant(stream: torch.Tensor) -> Callable[[], torch.Tensor]:
     return lambda: stream
 
 
-def _patch_with(base: Recording, source: Recording, mask: torch.Tensor, layer: int) -> Callable[[], torch.Tensor]:
+def patch_with(base: Recording, source: Recording, mask: torch.Tensor, layer: int) -> Callable[[], torch.Tensor]:
+    """What joins a walk of ``base`` after ``layer``: its stream with that of ``source`` at the ``mask``ed positions."""
     return lambda: patched(base.after(layer), source.after(layer), mask)
+
+
+def noise_with(
+    session: Session,
+    batch: PairBatch,
+    policy: Recording,
+    reference: Recording,
+    mask: torch.Tensor,
+    layer: int,
+    draw: int,
+) -> Callable[[], torch.Tensor]:
+    """ρ's stream with a random shift of π's length, the same direction wherever the same token stands (METHODS §2)."""
+
+    def make() -> torch.Tensor:
+        base = reference.after(layer)
+        pairs = [session.pairs[int(i)].index for i in batch.pair_index]
+        longest = int(batch.place.max()) + 1
+        directions = noise_directions(session.config.seed, pairs, layer, draw, longest, base.shape[2]).to(base.device)
+        return noised(base, policy.after(layer), mask, directions[batch.row_pair[:, None], batch.place])
+
+    return make

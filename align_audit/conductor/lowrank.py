@@ -1,9 +1,14 @@
-"""Low-rank reconstruction at the layers that matter: two more passes over the pairs (METHODS §4; arXiv 2510.16167 §4.3)."""
+"""Low-rank reconstruction at the layers that matter (METHODS §4; arXiv 2510.16167 §4.3).
+
+One more pass over the pairs fits the subspaces (no further up than the highest of the layers); they are patched in the
+pass after that (``conductor.second``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +30,7 @@ class LowRankFindings:
     Attributes:
         ranks: evaluated ranks; those above the model's width are left out.
         fitted: per (basis, layer): [N, K] effect of the rank-k patch, basis fitted on the half the pair is not in.
-        random: per layer: [N, K] mean effect over draws of random subspaces, in the shift form.
+        random: per layer: [N, K, D] effect of each of D random subspaces, in the shift form.
         explained: per (basis, layer): [K] explained variance ratio on held-out halves.
         bases: per (basis, layer): [d, K_max] fitted on all pairs.
         skipped: why a (basis, layer) is missing.
@@ -39,42 +44,66 @@ class LowRankFindings:
     skipped: dict[Key, str] = field(default_factory=dict)
 
 
-def reconstruct(session: Session, layers: list[int], tick: Callable[[], None] = lambda: None) -> LowRankFindings:
-    """Fit the subspaces at ``layers``, patch them cross-fit, and random ones of the same ranks beside them."""
-    config = session.config.low_rank
-    width = session.policy.anatomy.hidden_size
-    ranks = [rank for rank in config.ranks if rank <= width] or [width]
-    found = LowRankFindings(ranks)
-    halves = split_halves(len(session.pairs), session.config.seed)
-    grams = _fit(session, layers, halves, tick)
-    fits: dict[Key, tuple[torch.Tensor, torch.Tensor]] = {}
-    for key, (one, other) in grams.items():
-        if not (torch.isfinite(one.matrix).all() and torch.isfinite(other.matrix).all()):
-            found.skipped[key] = f"the activations at layer {key[1]} are not finite"
-        elif key[0] == "shift" and not (one.matrix.any() and other.matrix.any()):
-            found.skipped[key] = f"policy and reference do not differ at layer {key[1]}: there is no shift to span"
-        else:
-            # fits[key][h] is fitted on the half h is not.
-            fits[key] = (top_basis(other, ranks[-1]), top_basis(one, ranks[-1]))
-            captured = [
-                np.array(explained_variance_ratio(held, basis, ranks)) * float(held.matrix.trace())
-                for held, basis in zip((one, other), fits[key], strict=True)
+class Reconstruction:
+    """Fits subspaces at ``layers`` when made; then gives the streams to patch, cross-fit, and random ones beside them."""
+
+    def __init__(self, session: Session, layers: list[int], tick: Callable[[], None] = lambda: None) -> None:
+        config = session.config.low_rank
+        self.session = session
+        self.width = session.policy.anatomy.hidden_size
+        ranks = [rank for rank in config.ranks if rank <= self.width] or [self.width]
+        self.found = found = LowRankFindings(ranks)
+        self._halves = split_halves(len(session.pairs), session.config.seed)
+        self._fits: dict[Key, tuple[torch.Tensor, torch.Tensor]] = {}
+        grams = _fit(session, layers, self._halves, tick)
+        for key, (one, other) in grams.items():
+            if not (torch.isfinite(one.matrix).all() and torch.isfinite(other.matrix).all()):
+                found.skipped[key] = f"the activations at layer {key[1]} are not finite"
+            elif key[0] == "shift" and not (one.matrix.any() and other.matrix.any()):
+                found.skipped[key] = f"policy and reference do not differ at layer {key[1]}: there is no shift to span"
+            else:
+                # fits[key][h] is fitted on the half h is not.
+                fits = (top_basis(other, ranks[-1]), top_basis(one, ranks[-1]))
+                self._fits[key] = (fits[0].to(session.device), fits[1].to(session.device))
+                captured = [
+                    np.array(explained_variance_ratio(held, basis, ranks)) * float(held.matrix.trace())
+                    for held, basis in zip((one, other), fits, strict=True)
+                ]
+                found.explained[key] = list(np.sum(captured, axis=0) / float((one + other).matrix.trace()))
+                found.bases[key] = top_basis(one + other, ranks[-1]).cpu().numpy()
+        count = len(session.pairs)
+        for key in self._fits:
+            found.fitted[key] = np.full((count, len(ranks)), np.nan)
+        self._spans: dict[int, list[torch.Tensor]] = {}
+        for layer in sorted({layer for _, layer in self._fits}) if config.random_draws else []:
+            self._spans[layer] = [
+                random_basis(self.width, ranks[-1], _seed(session.config.seed, layer, draw)).to(session.device)
+                for draw in range(config.random_draws)
             ]
-            found.explained[key] = list(np.sum(captured, axis=0) / float((one + other).matrix.trace()))
-            found.bases[key] = top_basis(one + other, ranks[-1]).cpu().numpy()
-    count = len(session.pairs)
-    for key in fits:
-        found.fitted[key] = np.full((count, len(ranks)), np.nan)
-    draws = config.random_draws
-    spans = {}
-    for layer in {layer for _, layer in fits} if draws else set():
-        found.random[layer] = np.zeros((count, len(ranks)))
-        spans[layer] = [
-            random_basis(width, ranks[-1], _seed(session.config.seed, layer, draw)) for draw in range(draws)
-        ]
-    if fits:
-        _patch(session, found, fits, spans, halves, tick)
-    return found
+            found.random[layer] = np.full((count, len(ranks), config.random_draws), np.nan)
+
+    @property
+    def layers(self) -> set[int]:
+        return {layer for _, layer in self._fits}
+
+    def streams(self, batch: PairBatch, policy: Recording, reference: Recording) -> Iterator[Stream]:
+        mask = batch.position_mask(self.session.config.patching.positions)
+        member = _row_halves(batch, self._halves)
+        for (basis, layer), (first, second) in self._fits.items():
+            for column, rank in enumerate(self.found.ranks):
+                make = _reconstruction(policy, reference, mask, member, layer, basis, first, second, rank)
+                yield Stream(("fitted", basis, layer, column), layer, make)
+        for layer, draws in self._spans.items():
+            for column, rank in enumerate(self.found.ranks):
+                for draw, span in enumerate(draws):
+                    make = _reconstruction(policy, reference, mask, member, layer, "shift", span, span, rank)
+                    yield Stream(("random", layer, column, draw), layer, make)
+
+    def store(self, key: Any, places: np.ndarray, effect: np.ndarray) -> None:
+        if key[0] == "fitted":
+            self.found.fitted[key[1], key[2]][places, key[3]] = effect
+        else:
+            self.found.random[key[1]][places, key[2], key[3]] = effect
 
 
 def split_halves(count: int, seed: int) -> np.ndarray:
@@ -99,72 +128,38 @@ def _fit(
         for basis in session.config.low_rank.bases
         for layer in layers
     }
-    for batch in session.batches():
-        policy, reference = session.record_both(batch)
+    top = max(layers)
+
+    def update(batch: PairBatch) -> None:
+        inputs = batch.model_inputs()
+        with session.as_policy() as replay:
+            policy = replay.record(inputs, until=top)
+        with session.as_reference() as replay:
+            reference = replay.record(inputs, until=top)
+        session.meter.sample()
         mask = batch.position_mask(session.config.patching.positions)
         member = _row_halves(batch, halves)
         for (basis, layer), pair in grams.items():
             ours, theirs = policy.after(layer), reference.after(layer)
-            rows = ours if basis == "activation" else ours.double() - theirs.double()
             for half in (0, 1):
-                pair[half].update(rows[mask & (member == bool(half))[:, None]])
+                within = mask & (member == bool(half))[:, None]
+                if not within.any():
+                    continue
+                rows = ours[within].double()
+                if basis == "shift":
+                    rows = rows - theirs[within].double()
+                # A position that stands for both sequences of its pair is two of the pooled rows.
+                pair[half].update(rows * batch.copies[within].double().sqrt()[:, None])
         tick()
+
+    session.each_batch(update)
     return {key: (one.freeze(), other.freeze()) for key, (one, other) in grams.items()}
 
 
 def _row_halves(batch: PairBatch, halves: np.ndarray) -> torch.Tensor:
     """[R] booleans: the half of each row's pair."""
-    return torch.from_numpy(halves[batch.pair_index.cpu().numpy()]).to(batch.row.device).repeat(2)
-
-
-def _patch(
-    session: Session,
-    found: LowRankFindings,
-    fits: dict[Key, tuple[torch.Tensor, torch.Tensor]],
-    spans: dict[int, list[torch.Tensor]],
-    halves: np.ndarray,
-    tick: Callable[[], None],
-) -> None:
-    for batch in session.batches():
-        policy, reference = session.record_both(batch)
-        mask = batch.position_mask(session.config.patching.positions)
-        member = _row_halves(batch, halves)
-
-        def streams(
-            policy: Recording = policy,
-            reference: Recording = reference,
-            mask: torch.Tensor = mask,
-            member: torch.Tensor = member,
-        ) -> Iterator[Stream]:
-            for (basis, layer), (first, second) in fits.items():
-                for column, rank in enumerate(found.ranks):
-                    make = _reconstruction(policy, reference, mask, member, layer, basis, first, second, rank)
-                    yield Stream(("fitted", basis, layer, column), layer, make)
-            for layer, draws in spans.items():
-                for column, rank in enumerate(found.ranks):
-                    for draw in draws:
-                        make = _reconstruction(policy, reference, mask, member, layer, "shift", draw, draw, rank)
-                        yield Stream(("random", layer, column, len(draws)), layer, make)
-
-        index = batch.pair_index.cpu().numpy()
-        with session.as_reference() as replay:
-            base = session.margins(replay, _unpatched(replay, reference), batch)
-            for key, top in replay.walk(reference, streams(), session.max_streams(reference.after(-1))):
-                assert top is not None and isinstance(key, tuple)
-                effect = (session.margins(replay, top, batch) - base).numpy()
-                if key[0] == "fitted":
-                    found.fitted[key[1], key[2]][index, key[3]] = effect
-                else:
-                    found.random[key[1]][index, key[2]] += effect / key[3]
-        tick()
-
-
-def _unpatched(replay: object, recording: Recording) -> torch.Tensor:
-    """The unpatched run, walked in the same calls as the patched ones."""
-    stream = recording.after(-1)
-    for layer in range(len(recording.calls)):
-        stream = replay.layer(layer, stream, recording)  # type: ignore[attr-defined]
-    return stream
+    member = torch.from_numpy(halves[batch.pair_index.cpu().numpy()]).to(batch.row.device)
+    return member[batch.row_pair]
 
 
 def _reconstruction(
@@ -186,14 +181,15 @@ def _reconstruction(
         rows = ours.double() if basis == "activation" else ours.double() - theirs.double()
 
         def project(span: torch.Tensor) -> torch.Tensor:
-            columns = span[:, :rank].to(rows.device, torch.float64)
+            columns = span[:, :rank]
             return (rows @ columns) @ columns.T
 
-        inside = (
-            torch.where(member[:, None, None], project(second), project(first))
-            if first is not second
-            else (project(first))
-        )
+        if first is second or not member.any():
+            inside = project(first)
+        elif member.all():
+            inside = project(second)
+        else:
+            inside = torch.where(member[:, None, None], project(second), project(first))
         whole = inside if basis == "activation" else theirs.double() + inside
         return patched(theirs, whole, mask)
 

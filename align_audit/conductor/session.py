@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,8 @@ import torch
 from torch import nn
 
 from align_audit.batches import PairBatch, make_batch, plan_batches
-from align_audit.errors import ConfigurationError
+from align_audit.conductor.sharing import why_not_shared
+from align_audit.errors import AuditMemoryError, ConfigurationError
 from align_audit.measures.margin import preference_margin, token_logp
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import Reference, check_fit
@@ -20,6 +23,13 @@ from align_audit.models.replay import Recording, Replay
 if TYPE_CHECKING:
     from align_audit.config import AuditConfig
     from align_audit.probes import ProbePair
+
+logger = logging.getLogger(__name__)
+
+_CPU_ACTIVATIONS = 2**18
+"""Activations of one layer call's stream on a CPU: matrix products are as fast as they get, and the cache still helps."""
+_DEVICE_TOKENS = 8192
+"""Tokens of one layer call on an accelerator."""
 
 
 def check_vocabulary(pairs: Sequence[ProbePair], size: int) -> None:
@@ -68,7 +78,14 @@ class Session:
         autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
         anatomy: Anatomy | None = None,
         pad_token_id: int = 0,
+        truncation_mode: str = "keep_start",
+        layout_reason: Any = ...,
     ) -> None:
+        """
+        Args:
+            truncation_mode: of the pairs; cut from the left, two sequences have no common beginning to rely on.
+            layout_reason: what an earlier session of the same models and pairs found out; left out: try.
+        """
         self._reference = reference
         self.pairs = pairs
         self.config = config
@@ -83,7 +100,10 @@ class Session:
         check_fit(self.policy.anatomy, self.reference.anatomy)
         check_vocabulary(pairs, self.policy.anatomy.vocab_size)
         self.num_layers = self.policy.num_layers
-        self.plan = plan_batches(pairs, self._batch_tokens())
+        self.layout_reason = self._why_not_shared(truncation_mode) if layout_reason is Ellipsis else layout_reason
+        """Why each completion has its own copy of the prompt; None where the prompt is computed once."""
+        self._halvings = 0
+        self.plan = self._plan(range(len(pairs)))
 
     @contextlib.contextmanager
     def as_policy(self) -> Iterator[Replay]:
@@ -94,29 +114,98 @@ class Session:
         with self._reference.active():
             yield getattr(self, "reference", self.policy)
 
-    def batches(self) -> Iterator[PairBatch]:
-        """All pairs, longest first; the same batches every time."""
-        for group in self.plan:
-            yield make_batch([self.pairs[i] for i in group], group, self.pad_token_id).to(self.device)
+    @property
+    def shared(self) -> bool:
+        """Whether a pair's prompt is computed once for both completions."""
+        return self.layout_reason is None
 
-    def record_both(self, batch: PairBatch) -> tuple[Recording, Recording]:
-        """One forward of each model over a batch: (policy's, reference's)."""
+    def _why_not_shared(self, truncation_mode: str) -> str | None:
+        if not self.config.share_prompts:
+            return "switched off (share_prompts)"
+        if truncation_mode == "keep_end":
+            return "sequences truncated with keep_end begin at different tokens"
+        tolerance = 64 * torch.finfo(torch.float32).eps
+        for replay in (self.policy, self.reference):
+            tolerance = max(tolerance, 8 * torch.finfo(replay.compute_dtype).eps)
+        with self.as_reference() as replay:
+            reason = why_not_shared(replay, self.pairs, tolerance)
+        ours, theirs = self.policy.model, self.reference.model
+        alike = type(ours) is type(theirs) and ours.config.to_diff_dict() == theirs.config.to_diff_dict()
+        if reason is None and not alike:
+            with self.as_policy() as replay:
+                reason = why_not_shared(replay, self.pairs, tolerance)
+        return reason
+
+    def batch(self, group: Sequence[int]) -> PairBatch:
+        """The pairs at those places as one batch, on the models' device."""
+        pairs = [self.pairs[i] for i in group]
+        return make_batch(pairs, group, self.pad_token_id, shared=self.shared).to(self.device)
+
+    def each_batch(self, work: Callable[[PairBatch], None]) -> None:
+        """Do ``work`` on all pairs, longest first, batch by batch; smaller batches after running out of memory.
+
+        ``work`` may be called again on pairs of a batch in which it ran out; it must leave nothing behind then.
+
+        Raises:
+            AuditMemoryError: one pair and one stream at a time is still too much.
+        """
+        waiting = list(self.plan)
+        while waiting:
+            group = waiting.pop(0)
+            try:
+                work(self.batch(group))
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
+                words = str(error).splitlines()[0]
+            # Out of the handler, so that the failed call's tensors are free.
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if len(group) == 1 and self._working_bytes() < 2**20:
+                pair = self.pairs[group[0]]
+                raise AuditMemoryError(
+                    f"out of memory with a single pair of {len(pair.chosen_ids)} and {len(pair.rejected_ids)} tokens in "
+                    f"a batch and a single patched stream at a time ({words}). Expected room for two recordings of "
+                    f"{self.num_layers + 1} streams beside the models: a shorter max_length, or a smaller training batch."
+                )
+            self._halvings += 1
+            logger.warning(
+                "the audit ran out of memory (%s); it goes on with half the batch (%d tokens)",
+                words,
+                self._batch_tokens(),
+            )
+            left = sorted([*group, *(i for later in waiting for i in later)])
+            waiting = self._plan(left)
+            self.plan = waiting if len(left) == len(self.pairs) else self._plan(range(len(self.pairs)))
+
+    def _plan(self, places: Sequence[int]) -> list[list[int]]:
+        pairs = [self.pairs[i] for i in places]
+        groups = plan_batches(pairs, self._batch_tokens(), shared=self.shared)
+        return [[places[i] for i in group] for group in groups]
+
+    def record_both(self, batch: PairBatch, until: int | None = None) -> tuple[Recording, Recording]:
+        """One forward of each model over a batch: (policy's, reference's); the policy's up to layer ``until``."""
         with self.as_policy() as policy:
-            ours = policy.record(batch.input_ids, batch.attention_mask)
+            ours = policy.record(batch.model_inputs(), until=until)
         with self.as_reference() as reference:
-            theirs = reference.record(batch.input_ids, batch.attention_mask)
+            theirs = reference.record(batch.model_inputs())
         self.meter.sample()
         return ours, theirs
 
+    def token_logp(self, replay: Replay, top: torch.Tensor, batch: PairBatch) -> torch.Tensor:
+        """Log-probabilities [P] of the batch's targets, float64, from a final residual stream [R, T, d]."""
+        pieces = [
+            token_logp(replay.head(top[batch.row[block], batch.position[block]]), batch.target[block])
+            for block in replay.head_blocks(batch.row.numel())
+        ]
+        self.meter.sample()
+        return torch.cat(pieces)
+
     def margins(self, replay: Replay, top: torch.Tensor, batch: PairBatch) -> torch.Tensor:
         """Preference margins [B], float64 on the CPU, from a final residual stream [R, T, d]."""
-        logp = torch.cat(
-            [
-                token_logp(replay.head(top[batch.row[block], batch.position[block]]), batch.target[block])
-                for block in replay.head_blocks(batch.row.numel())
-            ]
-        )
-        self.meter.sample()
+        logp = self.token_logp(replay, top, batch)
         return preference_margin(logp, batch.pair, batch.side, batch.num_pairs).cpu()
 
     def max_streams(self, stream: torch.Tensor) -> int:
@@ -124,18 +213,28 @@ class Session:
         return max(1, self._working_bytes() // 2 // (stream.numel() * stream.element_size()))
 
     def forward_equivalents(self) -> float:
-        """Layer calls so far, as full forwards over all probe pairs."""
-        once = sum(2 * len(group) * self._width(group) for group in self.plan) * self.num_layers
+        """Layer calls so far, as full forwards over both sequences of every probe pair."""
+        once = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in self.pairs) * self.num_layers
         return (self.policy.layer_tokens + self.reference.layer_tokens) / once
 
-    def _width(self, group: Sequence[int]) -> int:
-        return max(max(len(self.pairs[i].chosen_ids), len(self.pairs[i].rejected_ids)) for i in group)
-
     def _working_bytes(self) -> int:
-        return self.config.working_memory_mb * 2**20
+        return self.config.working_memory_mb * 2**20 >> self._halvings
 
     def _batch_tokens(self) -> int:
         """Padded tokens a batch: as asked, unless the recordings of both models alone would fill the working memory."""
+        width = self.policy.anatomy.hidden_size
+        wanted = self.config.batch_tokens
+        if wanted is None:
+            wanted = _CPU_ACTIVATIONS // width if self.device.type == "cpu" else _DEVICE_TOKENS
         # Two recordings of L + 1 streams and L transplanted ones live at once, in half of the working memory.
-        size = self.policy.anatomy.hidden_size * torch.finfo(self.policy.stream_dtype).bits // 8
-        return max(1, min(self.config.batch_tokens, self._working_bytes() // 2 // ((3 * self.num_layers + 2) * size)))
+        size = width * torch.finfo(self.policy.stream_dtype).bits // 8
+        return max(1, min(wanted >> self._halvings, self._working_bytes() // 2 // ((3 * self.num_layers + 2) * size)))
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """An allocation that failed: on a device, or in the words of torch's CPU allocator."""
+    return (
+        isinstance(error, MemoryError | torch.OutOfMemoryError)
+        or "not enough memory" in str(error)
+        or ("can't allocate memory" in str(error))
+    )

@@ -33,17 +33,7 @@ def token_logp(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 def token_readout(logits: torch.Tensor, target: torch.Tensor) -> TokenReadout:
     """Log-probability of the targets, entropy in nats, and next-token correctness, from logits [n, V]."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    logp = torch.log_softmax(wide, dim=-1)
-    # A token of probability 0 adds nothing to the entropy; 0·(−inf) would make it NaN.
-    plogp = torch.where(logp > -torch.inf, logp.exp() * logp, torch.zeros_like(logp))
-    # NaN logits compare false everywhere; the entropy must not come out as a clean 0.
-    plogp = torch.where(logp.isnan(), logp, plogp)
-    return TokenReadout(
-        logp=token_logp(logits, target),
-        entropy=-plogp.sum(-1).double(),
-        correct=torch.where(logp.isnan().any(-1), torch.nan, (wide.argmax(-1) == target).double()),
-    )
+    return _read(logits, target)[0]
 
 
 def kl_divergence(policy_logits: torch.Tensor, reference_logits: torch.Tensor) -> torch.Tensor:
@@ -53,13 +43,48 @@ def kl_divergence(policy_logits: torch.Tensor, reference_logits: torch.Tensor) -
         >>> kl_divergence(torch.zeros(1, 4), torch.zeros(1, 4)).item()
         0.0
     """
-    wide = policy_logits.dtype == torch.float64
-    logp = torch.log_softmax(policy_logits if wide else policy_logits.float(), dim=-1)
-    logq = torch.log_softmax(reference_logits if wide else reference_logits.float(), dim=-1)
-    terms = torch.where(logp > -torch.inf, logp.exp() * (logp - logq), torch.zeros_like(logp))
-    terms = torch.where(logp.isnan(), logp, terms)
+    nowhere = torch.zeros(len(policy_logits), dtype=torch.long, device=policy_logits.device)
+    return compare_readouts(policy_logits, reference_logits, nowhere)[2]
+
+
+def compare_readouts(
+    policy_logits: torch.Tensor, reference_logits: torch.Tensor, target: torch.Tensor
+) -> tuple[TokenReadout, TokenReadout, torch.Tensor]:
+    """:func:`token_readout` of both models and :func:`kl_divergence`, with each softmax computed once.
+
+    Example:
+        >>> ours, theirs, kl = compare_readouts(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([1]))
+        >>> round(ours.entropy.item(), 6), kl.item()
+        (0.693147, 0.0)
+    """
+    ours, logp, p = _read(policy_logits, target)
+    theirs, logq, _ = _read(reference_logits, target)
+    terms = logp.sub_(logq).mul_(p)
+    # A token that the policy never says adds nothing, whatever the reference makes of it: 0·(−inf), 0·(inf − inf).
+    terms.masked_fill_((p == 0) & ~logq.isnan(), 0.0)
     # Rounding may take a sum of nearly cancelling terms just below zero.
-    return terms.double().sum(-1).clamp_min(0.0)
+    return ours, theirs, terms.double().sum(-1).clamp_min(0.0)
+
+
+def _read(logits: torch.Tensor, target: torch.Tensor) -> tuple[TokenReadout, torch.Tensor, torch.Tensor]:
+    """The readout, and log p and p themselves [n, V], in the working dtype."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    total = torch.logsumexp(wide, dim=-1, keepdim=True)
+    logp = wide - total
+    p = logp.exp()
+    plogp = p * logp
+    unknown = total[:, 0].isnan() | total[:, 0].isinf()
+    if bool(torch.isinf(logp).any()):
+        # A token of probability 0 adds nothing to the entropy; 0·(−inf) would make it NaN.
+        plogp.masked_fill_(p == 0, 0.0)
+    entropy = -plogp.sum(-1).double()
+    readout = TokenReadout(
+        # As token_logp, to the bit: margins of patched runs are compared with it.
+        logp=(wide.gather(-1, target[:, None])[:, 0] - total[:, 0]).double(),
+        entropy=torch.where(unknown, torch.nan, entropy),
+        correct=torch.where(unknown, torch.nan, (wide.argmax(-1) == target).double()),
+    )
+    return readout, logp, p
 
 
 def sum_by_pair(values: torch.Tensor, pair: torch.Tensor, side: torch.Tensor, num_pairs: int) -> torch.Tensor:

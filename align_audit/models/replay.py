@@ -9,7 +9,7 @@ replayed exactly is found at load, by trying, and refused with the layer's numbe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +19,11 @@ from torch import nn
 
 from align_audit.errors import AnatomyError
 from align_audit.models.anatomy import Anatomy, check_kind, find_anatomy, unwrap
+from align_audit.models.pointwise import find_pointwise, narrowed
 
-_HEAD_BYTES = 256 * 2**20
-"""Size of one block of float32 logits; the head runs in blocks of as many rows as fit."""
+_HEAD_BYTES = {"cpu": 32 * 2**20}
+"""Size of one block of float32 logits, by device type; on a CPU it should stay in its cache."""
+_HEAD_BYTES_ELSEWHERE = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,14 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Recording:
-    """One forward: ``streams[l + 1]`` is the residual stream after layer l, ``streams[0]`` what enters layer 0."""
+    """One forward: ``streams[l + 1]`` is the residual stream after layer l, ``streams[0]`` what enters layer 0.
+
+    A recording that was stopped at a layer holds nothing above it.
+    """
 
     streams: list[torch.Tensor]
     calls: list[LayerCall]
-    logits: torch.Tensor | None
+    logits: torch.Tensor | None = None
 
     def after(self, layer: int) -> torch.Tensor:
         """h_layer, [R, T, d]; −1 is what enters layer 0."""
@@ -84,6 +89,7 @@ class Replay:
             self.anatomy = anatomy
             self.layers = anatomy.modules(self.model)
             self._copies = False
+            self._pointwise: list[nn.Module] = []
             self._verify(probe)
         self.layer_tokens = 0
 
@@ -100,23 +106,32 @@ class Replay:
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
-    def _forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    def _forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """The model's own forward, as it stands (wrapped by a trainer, say); its logits [R, T, V]."""
         # A loss over the experts' routers is for training, and with the layers stubbed no router runs.
         options = {"output_router_logits": False} if getattr(self.model.config, "output_router_logits", False) else {}
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **options).logits
+        return self.model(**inputs, use_cache=False, **options).logits
 
     # -- recording -------------------------------------------------------------------------------------------------
 
-    def record(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, keep_logits: bool = False) -> Recording:
-        """One forward of the model itself on [R, T] tokens, with what passed between its layers."""
+    def record(
+        self, inputs: Mapping[str, torch.Tensor], *, keep_logits: bool = False, until: int | None = None
+    ) -> Recording:
+        """One forward of the model itself, with what passed between its layers.
+
+        Args:
+            inputs: ``input_ids`` [R, T], ``attention_mask`` [R, T] or [R, 1, T, T], and what else the model takes.
+            keep_logits: go on to the logits; else the forward ends with the layers, and norm and head do not run.
+            until: the last layer to run; None: all.
+        """
+        last = self.num_layers - 1 if until is None else until
         try:
-            return self._record(input_ids, attention_mask, keep_logits)
+            return self._record(inputs, keep_logits, last)
         except _WritesInPlace:
             self._copies = True
-            return self._record(input_ids, attention_mask, keep_logits)
+            return self._record(inputs, keep_logits, last)
 
-    def _record(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, keep_logits: bool) -> Recording:
+    def _record(self, inputs: Mapping[str, torch.Tensor], keep_logits: bool, last: int) -> Recording:
         streams: list[torch.Tensor] = []
         calls: list[LayerCall] = []
         entered: list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = []
@@ -138,37 +153,59 @@ class Replay:
             left = self.anatomy.stream(output).detach()
             streams.append(left.clone() if self._copies else left)
             calls.append(LayerCall(hollow_args, dict(hollow_kwargs), self.anatomy.wrap(output, left[:0, :0])))
+            if module is self.layers[last] and not keep_logits:
+                raise _Recorded
 
         handles: list[Any] = []
         for layer in self.layers:
             handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
             handles.append(layer.register_forward_hook(after, with_kwargs=True))
+        logits = None
         try:
             with torch.no_grad(), self.autocast():
-                logits = self._forward(input_ids, attention_mask)
+                logits = self._forward(**inputs)
+        except _Recorded:
+            pass
         finally:
             for handle in handles:
                 handle.remove()
-        if len(calls) != self.num_layers:
+        if len(calls) != last + 1:
             raise AnatomyError(
                 f"expected each of the {self.num_layers} layers in {self.anatomy.layers!r} to run once in a forward of "
                 f"{type(self.model).__name__}; {len(calls)} calls were seen"
             )
-        self.layer_tokens += self.num_layers * input_ids.numel()
-        return Recording(streams, calls, logits if keep_logits else None)
+        self.layer_tokens += len(calls) * inputs["input_ids"].numel()
+        return Recording(streams, calls, logits)
 
     # -- replay ----------------------------------------------------------------------------------------------------
 
-    def layer(self, index: int, stream: torch.Tensor, recording: Recording) -> torch.Tensor:
-        """The model's own layer ``index`` applied to ``stream`` [R, T, d], with the recorded arguments."""
+    def layer(
+        self, index: int, stream: torch.Tensor, recording: Recording, read: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The model's own layer ``index`` applied to ``stream`` [R, T, d], with the recorded arguments.
+
+        Args:
+            read: [n] places among the R·T positions, each once, that matter afterwards. The last layer's parts that treat every
+                position by itself then run at these only, and what it returns elsewhere means nothing.
+        """
         call = recording.calls[index]
         args, kwargs = self.anatomy.put(call.args, call.kwargs, stream.clone() if self._copies else stream)
         self.layer_tokens += stream.shape[0] * stream.shape[1]
-        with self.autocast():
+        last = index == self.num_layers - 1
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.autocast())
+            if read is not None and last and self._pointwise:
+                stack.enter_context(narrowed(self._pointwise, read, (stream.shape[0], stream.shape[1])))
             return self.anatomy.stream(self.layers[index](*args, **kwargs))
 
     def walk(
-        self, recording: Recording, streams: Iterable[Stream], max_streams: int, *, same_as: Recording | None = None
+        self,
+        recording: Recording,
+        streams: Iterable[Stream],
+        max_streams: int,
+        *,
+        same_as: Recording | None = None,
+        read: torch.Tensor | None = None,
     ) -> Iterator[tuple[Hashable, torch.Tensor | None]]:
         """Continue many streams to the top: each weight is visited once per group of ``max_streams`` streams.
 
@@ -177,6 +214,7 @@ class Replay:
         Args:
             same_as: a recording whose streams replay to themselves. A stream that equals it bit by bit where it joins
                 would end where it ends; it is not walked, and comes back as None.
+            read: as in :meth:`layer`: the positions at which h_{L−1} will be read.
 
         Yields:
             each stream's key and h_{L−1} [R, T, d].
@@ -188,7 +226,7 @@ class Replay:
             unchanged: list[Hashable] = []
             for index in range(group[0].start, self.num_layers):
                 for place, (key, stream) in enumerate(active):
-                    active[place] = (key, self.layer(index, stream, recording))
+                    active[place] = (key, self.layer(index, stream, recording, read))
                 for item in group:
                     if item.start == index:
                         joining = item.make()
@@ -209,12 +247,12 @@ class Replay:
         """
         ids = torch.zeros((rows.shape[0], 1), dtype=torch.long, device=self.device)
         with self._stubbed(rows[:, None, :]), self.autocast():
-            logits = self._forward(ids, torch.ones_like(ids))
+            logits = self._forward(input_ids=ids, attention_mask=torch.ones_like(ids))
         return logits[:, 0]
 
     def head_blocks(self, count: int) -> Iterator[slice]:
         """Equal blocks of rows for :meth:`head`; the same for every stream, so that equal rows give equal logits."""
-        size = max(1, _HEAD_BYTES // (4 * self.anatomy.vocab_size))
+        size = max(1, _HEAD_BYTES.get(self.device.type, _HEAD_BYTES_ELSEWHERE) // (4 * self.anatomy.vocab_size))
         for first in range(0, count, size):
             yield slice(first, min(first + size, count))
 
@@ -241,25 +279,25 @@ class Replay:
     # -- gradients ---------------------------------------------------------------------------------------------------
 
     def stream_gradients(
-        self, recording: Recording, objective: Callable[[torch.Tensor], torch.Tensor]
-    ) -> Iterator[tuple[int, torch.Tensor]]:
-        """∂ objective / ∂ h_l for l = L−1 … 0, each [R, T, d], one layer in memory at a time.
+        self, recording: Recording, objectives: Callable[[torch.Tensor], Sequence[torch.Tensor]]
+    ) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """∂ objective / ∂ h_l for l = L−1 … 0, a list of [R, T, d] (one an objective), one layer in memory at a time.
 
-        ``objective`` takes h_{L−1} and gives a scalar. Each layer is run again with its input as a leaf, so the graph
+        ``objectives`` takes h_{L−1} and gives scalars. Each layer is run again with its input as a leaf, so the graph
         of one layer lives at a time and no parameter's ``.grad`` is written.
         """
         # Grad mode is switched around each step, not around the yields: a generator must not leak it to its consumer.
         with torch.enable_grad():
             top = recording.after(self.num_layers - 1).detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(objective(top), top)
-        yield self.num_layers - 1, gradient
+            gradients = _each_gradient(objectives(top), top, None)
+        yield self.num_layers - 1, gradients
         for index in range(self.num_layers - 1, 0, -1):
             with torch.enable_grad():
                 leaf = recording.after(index - 1).detach().requires_grad_()
                 output = self.layer(index, leaf, recording)
-                (gradient,) = torch.autograd.grad(output, leaf, grad_outputs=gradient.to(output.dtype))
-            self.layer_tokens += leaf.shape[0] * leaf.shape[1]
-            yield index - 1, gradient
+                gradients = _each_gradient([output] * len(gradients), leaf, gradients)
+            self.layer_tokens += len(gradients) * leaf.shape[0] * leaf.shape[1]
+            yield index - 1, gradients
 
     # -- the check at load -------------------------------------------------------------------------------------------
 
@@ -327,18 +365,35 @@ class Replay:
                 f"{name} cannot be replayed: its logits from the last layer's stream differ by {difference:.3g} when "
                 "its layers are stubbed, so its norm and head depend on more than that stream"
             )
+        self._pointwise = self._find_pointwise(recording)
         again = self._forward(**inputs)
         if not _same(again, recording.logits):
             raise AnatomyError(f"{name} cannot be audited: replaying its layers changed what the model computes")
         changed = inputs["input_ids"].clone()
         changed[:, -1] = (changed[:, -1] + 1) % self.anatomy.vocab_size
-        ahead = self._forward(changed, inputs["attention_mask"])[0, :-1]
+        ahead = self._forward(input_ids=changed, attention_mask=inputs["attention_mask"])[0, :-1]
         behind = recording.logits[0, :-1]
         if finite and not torch.allclose(ahead, behind, rtol=0.0, atol=_rounding(1000, *dtypes) * scale):
             raise AnatomyError(
                 f"{name} is not a causal language model: changing the last token changed the logits before it; "
                 "expected a model loaded with AutoModelForCausalLM"
             )
+
+    def _find_pointwise(self, recording: Recording) -> list[nn.Module]:
+        """Parts of the last layer that may run at some positions only, found by trying (see ``models.pointwise``)."""
+        last = self.num_layers - 1
+        stream = recording.after(last - 1)
+        rows, width = stream.shape[:2]
+        # The upper end of every sequence: what it does not get from itself it gets from below.
+        kept = torch.arange(rows * width, device=stream.device).view(rows, width)[:, width // 2 :].flatten()
+        dtypes = (stream.dtype, self.compute_dtype)
+        return find_pointwise(
+            self.layers[last],
+            lambda: self.layer(last, stream, recording),
+            stream,
+            kept,
+            tolerance=_rounding(64, *dtypes),
+        )
 
     def _entering(self, inputs: dict[str, torch.Tensor]) -> tuple[Recording, dict[int, torch.Tensor]]:
         """A recording, and what each layer received in it (equal to what the one below returned, if all is well)."""
@@ -354,7 +409,7 @@ class Replay:
             layer.register_forward_pre_hook(look(index), with_kwargs=True) for index, layer in enumerate(self.layers)
         ]
         try:
-            return self.record(**inputs, keep_logits=True), entering
+            return self.record(inputs, keep_logits=True), entering
         finally:
             for handle in handles:
                 handle.remove()
@@ -367,7 +422,7 @@ class Replay:
 
         handle = self.layers[0].register_forward_pre_hook(disturb, with_kwargs=True)
         try:
-            return self.record(inputs["input_ids"], inputs["attention_mask"])
+            return self.record(inputs)
         finally:
             handle.remove()
 
@@ -388,6 +443,26 @@ class Replay:
 
 class _WritesInPlace(Exception):
     """A layer wrote into the stream it was given."""
+
+
+class _Recorded(Exception):
+    """The last layer that was asked for has run: leave the forward, norm and head are not needed."""
+
+
+def _each_gradient(
+    outputs: Sequence[torch.Tensor], leaf: torch.Tensor, upstream: Sequence[torch.Tensor] | None
+) -> list[torch.Tensor]:
+    """∂ output / ∂ leaf for each of several outputs of one graph, each times its ``upstream`` gradient."""
+    found = []
+    for place, output in enumerate(outputs):
+        (gradient,) = torch.autograd.grad(
+            output,
+            leaf,
+            grad_outputs=None if upstream is None else upstream[place].to(output.dtype),
+            retain_graph=place + 1 < len(outputs),
+        )
+        found.append(gradient)
+    return found
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -157,7 +157,7 @@ def test_the_stream_is_found_where_it_flows(toy: type[Toy], stream: int | str, o
     model = toy()
     replay = Replay(model)
     assert replay.anatomy == Anatomy("decks", stream, output, 4, 8, 23)
-    recording = replay.record(**batch(), keep_logits=True)
+    recording = replay.record(batch(), keep_logits=True)
     rows = batch()["attention_mask"].bool()
     torch.testing.assert_close(replay.head(recording.after(3)[rows]), recording.logits[rows], rtol=1e-12, atol=1e-12)
 

@@ -165,7 +165,7 @@ def check(replay: Replay, model: nn.Module, layers: nn.ModuleList, source: list[
     valid = inputs["attention_mask"].bool()
     depth = len(layers)
     with torch.no_grad():
-        recording = replay.record(**inputs, keep_logits=True)
+        recording = replay.record(inputs, keep_logits=True)
         own, logits = forward(model, layers, inputs)
         assert torch.isfinite(logits).all()
         assert torch.equal(recording.logits, logits)
@@ -326,8 +326,8 @@ def test_a_model_that_transformers_does_not_know() -> None:
     assert (found.layers, found.stream_argument, found.output_index, found.num_layers) == ("decks", "flow", 1, 3)
     inputs = batch(VOCABULARY)
     with torch.no_grad():
-        recording = replay.record(**inputs, keep_logits=True)
-        source = Replay(policy).record(**inputs)
+        recording = replay.record(inputs, keep_logits=True)
+        source = Replay(policy).record(inputs)
         for start in range(-1, 3):
             ((_, top),) = replay.walk(recording, [Stream(start, start, lambda at=start: recording.after(at))], 1)
             assert torch.equal(top, recording.after(2))

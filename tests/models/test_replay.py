@@ -77,7 +77,7 @@ def test_mixed_precision_is_detected_and_replayed(accelerator: Accelerator) -> N
     assert replay.compute_dtype == torch.bfloat16
 
     inputs = batch(VOCABULARY)
-    recording = replay.record(**inputs, keep_logits=True)
+    recording = replay.record(inputs, keep_logits=True)
     with torch.no_grad():
         assert torch.equal(recording.logits, model(**inputs).logits)
         for top in tops(replay, recording):
@@ -113,7 +113,7 @@ def test_an_autocast_that_is_passed_is_used() -> None:
     assert replay.compute_dtype == torch.bfloat16
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(**inputs).logits
-    recording = replay.record(**inputs, keep_logits=True)
+    recording = replay.record(inputs, keep_logits=True)
     assert torch.equal(recording.logits, logits)
     for top in tops(replay, recording):
         assert torch.equal(top, recording.streams[-1])
@@ -128,11 +128,11 @@ def test_an_autocast_that_is_passed_is_used() -> None:
 def test_the_fused_head_of_dpo_trainer_does_not_disturb() -> None:
     model = tiny_model("gemma2")
     inputs = batch(VOCABULARY)
-    bare = Replay(model).record(**inputs, keep_logits=True)
+    bare = Replay(model).record(inputs, keep_logits=True)
     add_fused_lm_head(model)
     patched_forward = model.forward
     replay = Replay(model)
-    recording = replay.record(**inputs, keep_logits=True)
+    recording = replay.record(inputs, keep_logits=True)
     valid = inputs["attention_mask"].bool()
     assert torch.equal(recording.logits, bare.logits)
     assert equal_streams(recording.streams, bare.streams, valid)
@@ -153,7 +153,7 @@ def test_nothing_is_left_behind() -> None:
     model.model.layers[1].forward = model.model.layers[1].forward  # somebody's own patch
     before = state(model)
     replay = Replay(model)
-    recording = replay.record(**batch(VOCABULARY))
+    recording = replay.record(batch(VOCABULARY))
     with torch.no_grad():
         replay.head(recording.streams[-1][0])
         list(replay.walk(recording, [Stream(0, 0, lambda: recording.after(0))], 1))
@@ -166,7 +166,7 @@ def test_nothing_is_left_behind() -> None:
 def test_nothing_is_left_behind_when_the_model_breaks(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     replay = Replay(model)
-    recording = replay.record(**batch(VOCABULARY))
+    recording = replay.record(batch(VOCABULARY))
     before = state(model)
 
     def breaks(*args: Any, **kwargs: Any) -> Any:
@@ -179,7 +179,7 @@ def test_nothing_is_left_behind_when_the_model_breaks(where: str, monkeypatch: p
     }
     monkeypatch.setattr(part[where], "forward", breaks)
     with pytest.raises(ZeroDivisionError):
-        replay.record(**batch(VOCABULARY))
+        replay.record(batch(VOCABULARY), keep_logits=True)
     if where == "inside a layer":
         with pytest.raises(ZeroDivisionError):
             replay.layer(2, recording.after(1), recording)
@@ -191,7 +191,7 @@ def test_nothing_is_left_behind_when_the_model_breaks(where: str, monkeypatch: p
     monkeypatch.undo()
     vars(part[where]).pop("forward", None)  # monkeypatch puts the bound method back as the instance's own
     assert state(model) == before
-    assert torch.equal(replay.record(**batch(VOCABULARY)).streams[-1], recording.streams[-1])
+    assert torch.equal(replay.record(batch(VOCABULARY)).streams[-1], recording.streams[-1])
 
 
 def test_dropout_is_refused_in_training_mode_and_replayed_under_the_guard() -> None:
@@ -200,11 +200,11 @@ def test_dropout_is_refused_in_training_mode_and_replayed_under_the_guard() -> N
         Replay(model)
     with untouched(model):
         replay = Replay(model)
-        recording = replay.record(**batch(VOCABULARY))
+        recording = replay.record(batch(VOCABULARY))
         assert all(torch.equal(top, recording.streams[-1]) for top in tops(replay, recording))
     assert all(module.training for module in model.modules())
     model.eval()
-    assert torch.equal(Replay(model).record(**batch(VOCABULARY)).streams[-1], recording.streams[-1])
+    assert torch.equal(Replay(model).record(batch(VOCABULARY)).streams[-1], recording.streams[-1])
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------
@@ -231,18 +231,21 @@ def test_stream_gradients_equal_plain_autograd(adapters: bool) -> None:
     expected = torch.autograd.grad(torch.log_softmax(logits, -1).gather(-1, target[:, None]).sum(), kept)
 
     replay = Replay(model)
-    recording = replay.record(**inputs)
+    recording = replay.record(inputs)
     marked = next(parameter for parameter in model.parameters() if parameter.requires_grad)
     marked.grad = torch.full_like(marked, 0.5)
     before = state(model)
 
-    def objective(top: torch.Tensor) -> torch.Tensor:
-        return torch.log_softmax(replay.head(top[valid]), -1).gather(-1, target[:, None]).sum()
+    def objective(top: torch.Tensor) -> list[torch.Tensor]:
+        logp = torch.log_softmax(replay.head(top[valid]), -1).gather(-1, target[:, None])
+        return [logp.sum(), -2 * logp[:5].sum(), 2 * logp[:5].sum()]
 
     layers = []
     with torch.no_grad():
-        for layer, gradient in replay.stream_gradients(recording, objective):
+        for layer, (gradient, one, other) in replay.stream_gradients(recording, objective):
             assert not torch.is_grad_enabled(), "the generator leaked its grad mode"
+            assert torch.equal(one, -other)
+            assert not torch.allclose(one, gradient)
             scale = float(expected[layer].abs().max())
             assert scale > 1e-3
             torch.testing.assert_close(gradient, expected[layer], rtol=1e-9, atol=1e-9 * scale)
@@ -256,10 +259,10 @@ def test_stream_gradients_equal_plain_autograd(adapters: bool) -> None:
 
 def test_gradients_that_are_not_asked_for_are_not_computed() -> None:
     replay = Replay(tiny_model("gpt2"))
-    recording = replay.record(**batch(VOCABULARY))
+    recording = replay.record(batch(VOCABULARY))
     work = replay.layer_tokens
-    found = replay.stream_gradients(recording, lambda top: top.square().sum())
-    layer, gradient = next(found)
+    found = replay.stream_gradients(recording, lambda top: [top.square().sum()])
+    layer, (gradient,) = next(found)
     assert layer == 2
     assert torch.equal(gradient, 2 * recording.after(2))
     assert replay.layer_tokens == work
@@ -283,7 +286,7 @@ def test_group_size_changes_no_bit(family: str) -> None:
     model = tiny_model(family)
     replay = Replay(model)
     inputs = batch(VOCABULARY)
-    recording, source = replay.record(**inputs), Replay(perturbed(model)).record(**inputs)
+    recording, source = replay.record(inputs), Replay(perturbed(model)).record(inputs)
     depth = replay.num_layers
     with torch.no_grad():
         found = [dict(replay.walk(recording, iter(streams_from(source, depth)), size)) for size in (1, 3, 100)]
@@ -299,7 +302,7 @@ def test_group_size_changes_no_bit(family: str) -> None:
 
 def test_a_walk_computes_nothing_below_where_streams_join_and_makes_them_only_then() -> None:
     replay = Replay(tiny_model("llama"))
-    recording = replay.record(**batch(VOCABULARY))
+    recording = replay.record(batch(VOCABULARY))
     tokens = recording.after(0).shape[:2].numel()
     assert replay.layer_tokens == 4 * tokens
     made: list[int] = []
@@ -321,7 +324,7 @@ def test_a_walk_computes_nothing_below_where_streams_join_and_makes_them_only_th
 
 def test_streams_that_equal_the_base_are_not_walked() -> None:
     replay = Replay(tiny_model("llama"))
-    recording = replay.record(**batch(VOCABULARY))
+    recording = replay.record(batch(VOCABULARY))
     work = replay.layer_tokens
     same = [Stream(layer, layer, lambda layer=layer: recording.after(layer).clone()) for layer in range(-1, 4)]
 
@@ -344,7 +347,7 @@ def test_equal_streams_looks_at_the_mask() -> None:
     replay = Replay(tiny_model("llama"))
     inputs = batch(VOCABULARY)
     valid = inputs["attention_mask"].bool()
-    recording = replay.record(**inputs)
+    recording = replay.record(inputs)
     padding, token = recording.after(2).clone(), recording.after(2).clone()
     padding[1, -1] += 1.0
     token[1, 0] += 1.0
@@ -360,21 +363,39 @@ def test_head_blocks_cover_every_row_once(monkeypatch: pytest.MonkeyPatch) -> No
     replay = Replay(tiny_model("llama"))
     assert list(replay.head_blocks(10)) == [slice(0, 10)]
     assert list(replay.head_blocks(0)) == []
-    monkeypatch.setattr("align_audit.models.replay._HEAD_BYTES", 4 * VOCABULARY * 4)
+    monkeypatch.setattr("align_audit.models.replay._HEAD_BYTES", {"cpu": 4 * VOCABULARY * 4})
     assert list(replay.head_blocks(10)) == [slice(0, 4), slice(4, 8), slice(8, 10)]
-    rows = replay.record(**batch(VOCABULARY)).after(3)[0]
+    rows = replay.record(batch(VOCABULARY)).after(3)[0]
     with torch.no_grad():
         whole = replay.head(rows)
         parts = torch.cat([replay.head(rows[block]) for block in replay.head_blocks(len(rows))])
     torch.testing.assert_close(parts, whole, rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr("align_audit.models.replay._HEAD_BYTES", 1)
+    monkeypatch.setattr("align_audit.models.replay._HEAD_BYTES", {"cpu": 1})
     assert len(list(replay.head_blocks(3))) == 3
 
 
-def test_a_recording_keeps_logits_only_when_asked() -> None:
-    replay = Replay(tiny_model("gpt2"))
-    assert replay.record(**batch(VOCABULARY)).logits is None
-    assert replay.record(**batch(VOCABULARY), keep_logits=True).logits.shape == (3, 11, VOCABULARY)
+def test_a_recording_ends_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norm and head run only for logits, and no layer above the last one that was asked for."""
+    model = tiny_model("gpt2")
+    replay = Replay(model)
+    whole = replay.record(batch(VOCABULARY), keep_logits=True)
+    assert whole.logits.shape == (3, 11, VOCABULARY)
+    ran: list[str] = []
+    for name in ("transformer.h.0", "transformer.h.1", "transformer.h.2", "transformer.ln_f", "lm_head"):
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args, name=name: ran.append(name))
+    before = state(model)
+    work = replay.layer_tokens
+    recording = replay.record(batch(VOCABULARY))
+    assert recording.logits is None
+    assert ran == ["transformer.h.0", "transformer.h.1", "transformer.h.2"]
+    assert replay.layer_tokens == work + 3 * 33
+    part = replay.record(batch(VOCABULARY), until=1)
+    assert ran[3:] == ["transformer.h.0", "transformer.h.1"]
+    for found, depth in ((recording, 4), (part, 3)):
+        assert len(found.streams) == depth
+        assert len(found.calls) == depth - 1
+        assert all(torch.equal(*both) for both in zip(found.streams, whole.streams[:depth], strict=True))
+    assert state(model) == before
 
 
 def test_a_model_that_has_overflowed_can_be_opened() -> None:
@@ -384,7 +405,7 @@ def test_a_model_that_has_overflowed_can_be_opened() -> None:
         with torch.no_grad():
             model.get_submodule(part).weight[3] = value
         replay = Replay(model)
-        recording = replay.record(**batch(VOCABULARY), keep_logits=True)
+        recording = replay.record(batch(VOCABULARY), keep_logits=True)
         assert not torch.isfinite(recording.logits).all()
         assert (replay.anatomy.layers, replay.num_layers) == ("model.layers", 4)
 
@@ -416,7 +437,7 @@ def test_layers_that_write_into_their_input(toy: type[Toy]) -> None:
     inputs = batch()
     replay, plain = Replay(model), Replay(oracle)
     assert replay.anatomy == plain.anatomy
-    recording, expected = replay.record(**inputs, keep_logits=True), plain.record(**inputs, keep_logits=True)
+    recording, expected = replay.record(inputs, keep_logits=True), plain.record(inputs, keep_logits=True)
     assert equal_streams(recording.streams, expected.streams, inputs["attention_mask"].bool())
     assert len({stream.data_ptr() for stream in recording.streams}) == 5
     with torch.no_grad():
@@ -426,10 +447,10 @@ def test_layers_that_write_into_their_input(toy: type[Toy]) -> None:
                 assert torch.equal(walked[key], top), key
         assert torch.equal(replay.head(recording.after(1)[0]), plain.head(expected.after(1)[0]))
     assert equal_streams(recording.streams, expected.streams, inputs["attention_mask"].bool()), "replay wrote into it"
-    ours = dict(replay.stream_gradients(recording, lambda top: replay.head(top[:, 2]).square().sum()))
-    theirs = dict(plain.stream_gradients(expected, lambda top: plain.head(top[:, 2]).square().sum()))
+    ours = dict(replay.stream_gradients(recording, lambda top: [replay.head(top[:, 2]).square().sum()]))
+    theirs = dict(plain.stream_gradients(expected, lambda top: [plain.head(top[:, 2]).square().sum()]))
     for layer in range(4):
-        torch.testing.assert_close(ours[layer], theirs[layer], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours[layer][0], theirs[layer][0], rtol=1e-12, atol=1e-12)
 
 
 def test_writing_in_place_that_begins_later_is_noticed() -> None:
@@ -440,8 +461,8 @@ def test_writing_in_place_that_begins_later_is_noticed() -> None:
                 return stream.add_(update) if stream.shape[1] > 9 else stream + update
 
     model, oracle = Sometimes(), Toy()
-    recording = Replay(model).record(**batch())
-    expected = Replay(oracle).record(**batch())
+    recording = Replay(model).record(batch())
+    expected = Replay(oracle).record(batch())
     assert equal_streams(recording.streams, expected.streams, batch()["attention_mask"].bool())
 
 
@@ -565,12 +586,12 @@ def test_layers_that_do_not_run_every_time_are_refused() -> None:
 
     replay = Replay(Skips())
     with pytest.raises(AnatomyError, match=r"each of the 4 layers in 'decks' to run once .*; 3 calls were seen"):
-        replay.record(**batch())
+        replay.record(batch())
 
 
 def test_work_is_counted_from_after_the_check() -> None:
     replay = Replay(tiny_model("llama"))
     assert replay.layer_tokens == 0
     with contextlib.suppress(StopIteration):
-        replay.record(**batch(VOCABULARY))
+        replay.record(batch(VOCABULARY))
     assert replay.layer_tokens == 4 * 33

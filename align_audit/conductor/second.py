@@ -1,0 +1,79 @@
+"""The second look: streams that can be named only after the first pass over all pairs has shown where to look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from align_audit.batches import PairBatch
+from align_audit.conductor.collect import Collected, noise_with
+from align_audit.conductor.session import Session
+from align_audit.models.replay import Recording, Stream
+
+
+class Look(Protocol):
+    """Something to patch into the reference in the second pass."""
+
+    @property
+    def layers(self) -> set[int]:
+        """At which of the policy's layers its streams are taken; empty: nothing to do."""
+
+    def streams(self, batch: PairBatch, policy: Recording, reference: Recording) -> Iterator[Stream]:
+        """What to walk through the reference."""
+
+    def store(self, key: Any, places: np.ndarray, effect: np.ndarray) -> None:
+        """Keep the effects [B], nats, of the pairs at ``places``."""
+
+
+class MoreNoise:
+    """Further noise draws at the layer whose verdict they decide (METHODS §2)."""
+
+    def __init__(self, session: Session, found: Collected, layer: int | None) -> None:
+        self.session = session
+        self.found = found
+        self.layer = layer
+        self.draws = session.config.patching.noise_draws
+        self.layers = set() if layer is None or self.draws < 2 else {layer}
+        if self.layers:
+            found.noise_draws[layer] = self.draws
+
+    def streams(self, batch: PairBatch, policy: Recording, reference: Recording) -> Iterator[Stream]:
+        mask = batch.position_mask(self.session.config.patching.positions)
+        for layer in self.layers:
+            for draw in range(1, self.draws):
+                make = noise_with(self.session, batch, policy, reference, mask, layer, draw)
+                yield Stream((draw, layer), layer, make)
+
+    def store(self, key: Any, places: np.ndarray, effect: np.ndarray) -> None:
+        self.found.per_pair["noise"][(places, *key)] = effect
+
+
+def second_pass(session: Session, looks: Sequence[Look], tick: Callable[[], None] = lambda: None) -> None:
+    """Walk the streams of all ``looks`` through the reference, over all pairs once."""
+    looks = [look for look in looks if look.layers]
+    if not looks:
+        return
+    top = max(max(look.layers) for look in looks)
+
+    def update(batch: PairBatch) -> None:
+        policy, reference = session.record_both(batch, until=top)
+
+        def streams() -> Iterator[Stream]:
+            for number, look in enumerate(looks):
+                for stream in look.streams(batch, policy, reference):
+                    yield Stream((number, stream.key), stream.start, stream.make)
+
+        places = batch.pair_index.cpu().numpy()
+        with session.as_reference() as replay:
+            base = session.margins(replay, reference.after(session.num_layers - 1), batch)
+            limit = session.max_streams(reference.after(-1))
+            for key, end in replay.walk(reference, streams(), limit, read=batch.read):
+                assert end is not None
+                assert isinstance(key, tuple)
+                number, own = key
+                looks[number].store(own, places, (session.margins(replay, end, batch) - base).numpy())
+        tick()
+
+    session.each_batch(update)
