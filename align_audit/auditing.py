@@ -27,7 +27,8 @@ from align_audit.errors import ConfigurationError, ProbeError
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
-from align_audit.record import AuditRecord, Cost, DepthTrace, Provenance, ReferenceCheck
+from align_audit.record import AuditRecord, Cost, Provenance, ReferenceCheck
+from align_audit.refcache import ReferenceCache
 
 if TYPE_CHECKING:
     from align_audit.measures.patching import PatchSummary
@@ -48,7 +49,7 @@ class Context:
         autocast: makes the context the trainer computes in.
         at_start: training has not begun, so policy and reference should compute the same.
         subspaces: of the audit before, for principal angles; replaced by each audit.
-        reference_traces: depth traces of references already measured, by what they depend on.
+        reference_cache: depth traces of references already measured, by what they depend on.
     """
 
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
@@ -58,7 +59,7 @@ class Context:
     last_sync_step: int | None = None
     compare_precomputed: bool = True
     subspaces: Subspaces = field(default_factory=dict)
-    reference_traces: dict[tuple[str, ...], tuple[DepthTrace, dict[str, str]]] = field(default_factory=dict)
+    reference_cache: ReferenceCache = field(default_factory=ReferenceCache)
     progress: Callable[[int, str], Any] | None = None
 
 
@@ -142,7 +143,8 @@ def _measure(
     )  # fmt: skip
     low_rank = config.low_rank.enabled and config.patching.enabled
     tick = _ticker(context, len(session.plan) * (3 if low_rank else 1))
-    collector = Collector(session, reference_rows=trace_key not in context.reference_traces)
+    known = context.reference_cache.get(trace_key) if config.spinal.enabled else None
+    collector = Collector(session, reference_rows=known is None)
 
     def update(batch: PairBatch) -> None:
         collector.update(batch)
@@ -170,12 +172,12 @@ def _measure(
     if config.spinal.enabled:
         epsilon = torch.finfo(session.policy.compute_dtype).eps
         ours, why = build.trace(found.policy_rows, found.policy_transport, epsilon)
-        if trace_key not in context.reference_traces:
-            context.reference_traces[trace_key] = build.trace(found.reference_rows, found.reference_transport, epsilon)
-        theirs, why_theirs = context.reference_traces[trace_key]
+        if known is None:
+            measured = build.trace(found.reference_rows, found.reference_transport, epsilon)
+            known = context.reference_cache.put(trace_key, *measured)
         build.reasons.update({f"spinal.policy.{path}": reason for path, reason in why.items()})
-        build.reasons.update({f"spinal.reference.{path}": reason for path, reason in why_theirs.items()})
-        spinal = build.spinal(ours, theirs)
+        build.reasons.update({f"spinal.reference.{path}": reason for path, reason in known.reasons.items()})
+        spinal = build.spinal(ours, known.trace)
     else:
         build.reasons["spinal"] = "switched off (spinal.enabled)"
     session.meter.sample()

@@ -32,6 +32,7 @@ from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
 from align_audit.probes import ProbeSet
 from align_audit.record import Alert, AuditRecord
+from align_audit.refcache import ReferenceCache
 from align_audit.runlog import RunLog
 from align_audit.writers.locate import open_tensorboard
 from align_audit.writers.tensorboard import TensorBoardWriter
@@ -227,6 +228,7 @@ class AlignmentAuditCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._log = RunLog(args.output_dir)
+        self._context.reference_cache = ReferenceCache(self._log.directory / "cache")
         records = self._log.records
         if state.global_step == 0 and not all(self._begins_with(record, model) for record in records):
             aside = self._log.set_aside()

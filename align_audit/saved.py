@@ -19,6 +19,7 @@ from align_audit.models.loading import load_model
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
 from align_audit.probes import ProbeSet
 from align_audit.record import AuditRecord
+from align_audit.refcache import ReferenceCache
 from align_audit.runlog import RunLog
 from align_audit.writers.terminal import print_record, progress_bar
 
@@ -52,7 +53,9 @@ def audit_saved(
         truncation_mode=config.truncation_mode or "keep_start",
         seed=config.seed,
     )
-    context = Context(progress=progress_bar if config.progress else None)
+    context = Context(
+        progress=progress_bar if config.progress else None, reference_cache=ReferenceCache(log.directory / "cache")
+    )
     shared = None
     if reference is not None:
         shared = Reference(f"loaded from {Path(reference).name}", model=load_model(reference, device=device))
