@@ -15,7 +15,6 @@ class Entry:
     class_name: str
     needs: tuple[str, ...] = ()
     peer: bool = False
-    rank_sweep: bool = True
 
     def load(self) -> Any:
         return getattr(import_module(f"engine.contenders.{self.module}"), self.class_name)
@@ -24,11 +23,11 @@ class Entry:
 CONTENDERS = {
     "hooks": Entry("hooks", "Hooks"),
     "restart": Entry("hooks", "Restart"),
+    "restart-sorted": Entry("hooks", "RestartSorted"),
     "nnsight": Entry("nnsight_peer", "NNsightPeer", ("nnsight",), peer=True),
     "nnsight-skip": Entry("nnsight_peer", "NNsightSkip", ("nnsight",), peer=True),
     "nnterp": Entry("nnterp_peer", "NNterpPeer", ("nnterp", "nnsight"), peer=True),
     "transformer-lens": Entry("transformer_lens_peer", "TransformerLensPeer", ("transformer-lens",), peer=True),
-    "transformer-bridge": Entry("transformer_lens_peer", "TransformerBridgePeer", ("transformer-lens",), peer=True),
     "pyvene": Entry("pyvene_peer", "PyvenePeer", ("pyvene",), peer=True),
     "align_audit": Entry("ours", "AlignAudit", ("align-audit",)),
 }

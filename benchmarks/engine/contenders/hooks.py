@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.contenders.common import Batch, Contender
+from engine.contenders.common import PAIRS_PER_BATCH, Batch, Contender, Pair
 
 
 def stream_of(output: Any) -> Tensor:
@@ -77,6 +78,15 @@ class Restart(Hooks):
     def _watched(self) -> _Watch:
         self._kwargs = []
         return _Watch(self.reference.model.layers, self._kwargs)
+
+
+class RestartSorted(Restart):
+    """The same with pairs batched by length: the most that is still written in an afternoon."""
+
+    def batches(self, pairs: Sequence[Pair], size: int = PAIRS_PER_BATCH) -> list[Batch]:
+        order = sorted(range(len(pairs)), key=lambda i: max(map(len, pairs[i].sides)))
+        batches = super().batches([pairs[i] for i in order], size)
+        return [replace(batch, index=[order[place] for place in batch.index]) for batch in batches]
 
 
 class _Watch:
