@@ -134,8 +134,7 @@ def _pair(shape: Shape, pair: Pair, full: int, trimmed: int, heads: int) -> Flop
     meetings = _triangle(0, prompt) + sum(_triangle(prompt, count) for count in completions)
     read = prompt + sum(_triangle(prompt, count) for count in completions)
     return Flops(
-        layers=full * shape.layer * tokens
-        + trimmed * (shape.keys_values * tokens + shape.rest_of_layer * predictions),
+        layers=full * shape.layer * tokens + trimmed * (shape.keys_values * tokens + shape.rest_of_layer * predictions),
         attention=full * shape.attention(meetings) + trimmed * shape.attention(read),
         head=heads * shape.head * predictions,
     )

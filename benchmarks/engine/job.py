@@ -99,10 +99,10 @@ class Job:
         (folder / "job.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-def make_job(spec: JobSpec, *, with_bases: bool = False) -> Job:
+def make_job(spec: JobSpec, *, with_bases: bool = False, random_tokens: bool = False) -> Job:
     """Build models and pairs; with ``with_bases`` also what the rank sweep projects on."""
     reference, policy = make_models(spec)
-    pairs, source = make_pairs(spec)
+    pairs, source = (_random_pairs(spec), "random tokens") if random_tokens else make_pairs(spec)
     halves = split_halves(len(pairs), seed=0)
     job = Job(spec, reference, policy, pairs, halves, source)
     if with_bases:
@@ -124,7 +124,10 @@ def load_job(folder: Path) -> Job:
         spec,
         models[0],
         models[1],
-        [Pair(**{**pair, **{k: tuple(pair[k]) for k in ("prompt", "chosen", "rejected")}}) for pair in content["pairs"]],
+        [
+            Pair(**{**pair, **{k: tuple(pair[k]) for k in ("prompt", "chosen", "rejected")}})
+            for pair in content["pairs"]
+        ],
         np.array(content["halves"], dtype=bool),
         content["pair_source"],
         load_file(str(stored))["bases"] if stored.exists() else None,

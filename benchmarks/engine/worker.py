@@ -11,14 +11,12 @@ import contextlib
 import ctypes
 import gc
 import importlib.metadata
-import io
 import json
 import os
 import resource
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +64,7 @@ def run(entry: Any, folder: Path, sweep: str, out: Path, threads: int, profile: 
     """Measure; write ``effects`` and ``logps`` to ``out``."""
     import numpy as np
     import torch
+
     from engine.job import load_job
 
     torch.set_num_threads(threads)
@@ -155,14 +154,6 @@ def _status(name: str) -> int:
             if line.startswith(name + ":"):
                 return int(line.split()[1]) * 1024
     return 0
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[Callable[[], str]]:
-    """Keep what a library prints."""
-    kept = io.StringIO()
-    with contextlib.redirect_stdout(kept):
-        yield kept.getvalue
 
 
 if __name__ == "__main__":
