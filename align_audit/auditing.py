@@ -21,9 +21,9 @@ from align_audit.conductor.assemble import Assembler
 from align_audit.conductor.collect import Collected, Collector
 from align_audit.conductor.lowrank import LowRankFindings, Reconstruction
 from align_audit.conductor.second import Look, MoreNoise, second_pass
-from align_audit.conductor.session import Session
+from align_audit.conductor.session import Session, out_of_memory
 from align_audit.config import AuditConfig
-from align_audit.errors import ConfigurationError, ProbeError
+from align_audit.errors import AuditMemoryError, ConfigurationError, ProbeError
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
@@ -101,6 +101,23 @@ def run_audit(
     policy: nn.Module, reference: Reference, probes: ProbeSet, config: AuditConfig, step: int, context: Context
 ) -> tuple[AuditRecord, dict[str, np.ndarray]]:
     """The audit itself; also returns what is too large for a record: per-pair numbers, and each subspace basis."""
+    try:
+        return _run(policy, reference, probes, config, step, context)
+    except AuditMemoryError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise AuditMemoryError(
+            f"the audit ran out of memory outside its batches ({str(error).splitlines()[0]}): while opening the models, or "
+            "in what it keeps for all pairs. Expected room for the reference's weights, for spinal.max_rows token rows of "
+            "every layer, and for two matrices of the model's width squared; lower spinal.max_rows, or free memory."
+        ) from error
+
+
+def _run(
+    policy: nn.Module, reference: Reference, probes: ProbeSet, config: AuditConfig, step: int, context: Context
+) -> tuple[AuditRecord, dict[str, np.ndarray]]:
     if len(probes) == 0:
         raise ProbeError("the probe set is empty; expected at least one preference pair")
     began = time.perf_counter()

@@ -374,12 +374,13 @@ class Assembler:
         self, rows: list[torch.Tensor], transport: list[np.ndarray], epsilon: float
     ) -> tuple[DepthTrace, dict[str, str]]:
         """One model's depth trace, and why a layer's contraction is NaN (layer → reason)."""
-        order = np.argsort(np.concatenate(self.found.row_keys), kind="stable")
-        pooled = torch.cat(rows)[torch.from_numpy(order)]
+        order = torch.from_numpy(np.argsort(np.concatenate(self.found.row_keys), kind="stable"))
         fits, floor, why = [], [], {}
         for layer in range(self.found.num_layers):
-            spectrum = singular_values(pooled[:, layer])
-            fit = contraction(spectrum, pooled.shape[0], pooled.shape[2], window=self.config.spinal.window)
+            # One layer at a time, in the order of the keys: no second copy of all rows, and batches cannot matter.
+            pooled = torch.cat([part[:, layer] for part in rows])[order]
+            spectrum = singular_values(pooled)
+            fit = contraction(spectrum, pooled.shape[0], pooled.shape[1], window=self.config.spinal.window)
             if fit.reason is not None:
                 for name in ("contraction", "contraction_r2", "contraction_stderr"):
                     why[f"{name}.{layer}"] = fit.reason

@@ -14,7 +14,7 @@ from align_audit.conductor.session import Session
 from align_audit.measures.margin import compare_readouts, sum_by_pair
 from align_audit.measures.patching import noise_directions, noised, patched
 from align_audit.measures.spectrum import keep_rows, row_keys
-from align_audit.measures.transport import fisher_rao_distance
+from align_audit.measures.transport import TransportAccumulator
 from align_audit.models.replay import Recording, Replay, Stream, equal_streams
 
 
@@ -207,16 +207,16 @@ class Collector:
         """Rows of every layer [n, L, d] and the distance each row's logit lens travels to the next layer [n, L − 1]."""
         layers = replay.num_layers
         rows = torch.stack([recording.after(layer)[at] for layer in range(layers)], dim=1)
-        distances = np.empty((rows.shape[0], layers - 1))
+        walks = TransportAccumulator()
+        # Blocks of rows walk up the layers, so that two layers' logits of a block are held, never of all tokens.
         for block in replay.head_blocks(rows.shape[0]):
-            before: torch.Tensor | None = None
-            for layer in range(layers):
-                logits = replay.head(rows[block, layer])
-                if before is not None:
-                    distances[block, layer - 1] = fisher_rao_distance(before, logits).cpu().numpy()
-                before = logits
-        self.session.meter.sample()
+            walks.update(self._sampled(replay.head(rows[block, layer])) for layer in range(layers))
+        distances = walks.freeze().cpu().numpy() if rows.shape[0] else np.empty((0, layers - 1))
         return rows.cpu(), distances
+
+    def _sampled(self, logits: torch.Tensor) -> torch.Tensor:
+        self.session.meter.sample()
+        return logits
 
     def _gradients(self, replay: Replay, batch: PairBatch, policy: Recording) -> None:
         """g_il = ‖∂m_i(π)/∂h_l‖_F over all positions of both sequences of pair i (METHODS §5).

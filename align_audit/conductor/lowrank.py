@@ -139,6 +139,7 @@ def _fit(
         session.meter.sample()
         mask = batch.position_mask(session.config.patching.positions)
         member = _row_halves(batch, halves)
+        pieces = []
         for (basis, layer), pair in grams.items():
             ours, theirs = policy.after(layer), reference.after(layer)
             for half in (0, 1):
@@ -149,7 +150,10 @@ def _fit(
                 if basis == "shift":
                     rows = rows - theirs[within].double()
                 # A position that stands for both sequences of its pair is two of the pooled rows.
-                pair[half].update(rows * batch.copies[within].double().sqrt()[:, None])
+                pieces.append((pair[half], rows * batch.copies[within].double().sqrt()[:, None]))
+        # Added only when all are there: a batch that runs out of memory comes again, and must not count twice.
+        for accumulator, rows in pieces:
+            accumulator.update(rows)
         tick()
 
     session.each_batch(update)

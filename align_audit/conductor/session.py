@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from align_audit.batches import PairBatch, make_batch, plan_batches
+from align_audit.batches import PairBatch, make_batch, pair_tokens, plan_batches
 from align_audit.conductor.sharing import why_not_shared
 from align_audit.errors import AuditMemoryError, ConfigurationError
 from align_audit.measures.margin import preference_margin, token_logp
@@ -102,7 +102,8 @@ class Session:
         self.num_layers = self.policy.num_layers
         self.layout_reason = self._why_not_shared(truncation_mode) if layout_reason is Ellipsis else layout_reason
         """Why each completion has its own copy of the prompt; None where the prompt is computed once."""
-        self._halvings = 0
+        self._most_tokens = self._most_bytes = 2**62
+        """What running out of memory has taught: bounds of a batch and of the streams walked together."""
         self.plan = self._plan(range(len(pairs)))
 
     @contextlib.contextmanager
@@ -156,29 +157,40 @@ class Session:
                 work(self.batch(group))
                 continue
             except (MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 words = str(error).splitlines()[0]
             # Out of the handler, so that the failed call's tensors are free.
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            if len(group) == 1 and self._working_bytes() < 2**20:
-                pair = self.pairs[group[0]]
-                raise AuditMemoryError(
-                    f"out of memory with a single pair of {len(pair.chosen_ids)} and {len(pair.rejected_ids)} tokens in "
-                    f"a batch and a single patched stream at a time ({words}). Expected room for two recordings of "
-                    f"{self.num_layers + 1} streams beside the models: a shorter max_length, or a smaller training batch."
-                )
-            self._halvings += 1
-            logger.warning(
-                "the audit ran out of memory (%s); it goes on with half the batch (%d tokens)",
-                words,
-                self._batch_tokens(),
+            waiting = self._halved(group, waiting, words)
+
+    def _halved(self, group: list[int], waiting: list[list[int]], words: str) -> list[list[int]]:
+        """What is left to do after ``group`` ran out of memory, in batches and groups of streams half as large."""
+        longest = max(pair_tokens(self.pairs[i], self.shared) for i in group)
+        tokens = longest * len(group) * (1 if self.shared else 2)
+        if len(group) == 1 and self._working_bytes() // 2 < tokens * self._stream_bytes():
+            pair = self.pairs[group[0]]
+            raise AuditMemoryError(
+                f"out of memory with a single pair of {len(pair.chosen_ids)} and {len(pair.rejected_ids)} tokens in a "
+                f"batch and a single patched stream at a time ({words}). Expected room for two recordings of "
+                f"{self.num_layers + 1} streams beside the models: a shorter max_length, or a smaller training batch."
             )
-            left = sorted([*group, *(i for later in waiting for i in later)])
-            waiting = self._plan(left)
-            self.plan = waiting if len(left) == len(self.pairs) else self._plan(range(len(self.pairs)))
+        # A budget far above what is used would take many halvings to matter: half of what this batch was.
+        self._most_tokens = max(1, tokens // 2)
+        # A batch's streams: recordings, transplants, and several walked together for each layer.
+        used = 8 * self.num_layers * tokens * self._stream_bytes()
+        self._most_bytes = max(1, min(self._working_bytes(), used) // 2)
+        logger.warning(
+            "the audit ran out of memory (%s); it goes on with half the batch (at most %d tokens)",
+            words,
+            self._most_tokens,
+        )
+        everything = range(len(self.pairs))
+        left = sorted([*group, *(i for later in waiting for i in later)])
+        self.plan = self._plan(everything)
+        return list(self.plan) if len(left) == len(everything) else self._plan(left)
 
     def _plan(self, places: Sequence[int]) -> list[list[int]]:
         pairs = [self.pairs[i] for i in places]
@@ -218,20 +230,24 @@ class Session:
         return (self.policy.layer_tokens + self.reference.layer_tokens) / once
 
     def _working_bytes(self) -> int:
-        return self.config.working_memory_mb * 2**20 >> self._halvings
+        return min(self.config.working_memory_mb * 2**20, self._most_bytes)
+
+    def _stream_bytes(self) -> int:
+        """Of one token's residual stream."""
+        return self.policy.anatomy.hidden_size * torch.finfo(self.policy.stream_dtype).bits // 8
 
     def _batch_tokens(self) -> int:
         """Padded tokens a batch: as asked, unless the recordings of both models alone would fill the working memory."""
-        width = self.policy.anatomy.hidden_size
         wanted = self.config.batch_tokens
         if wanted is None:
-            wanted = _CPU_ACTIVATIONS // width if self.device.type == "cpu" else _DEVICE_TOKENS
+            cached = _CPU_ACTIVATIONS // self.policy.anatomy.hidden_size
+            wanted = cached if self.device.type == "cpu" else _DEVICE_TOKENS
         # Two recordings of L + 1 streams and L transplanted ones live at once, in half of the working memory.
-        size = width * torch.finfo(self.policy.stream_dtype).bits // 8
-        return max(1, min(wanted >> self._halvings, self._working_bytes() // 2 // ((3 * self.num_layers + 2) * size)))
+        recorded = self._working_bytes() // 2 // ((3 * self.num_layers + 2) * self._stream_bytes())
+        return max(1, min(wanted, self._most_tokens, recorded))
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     """An allocation that failed: on a device, or in the words of torch's CPU allocator."""
     return (
         isinstance(error, MemoryError | torch.OutOfMemoryError)

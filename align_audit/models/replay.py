@@ -24,6 +24,8 @@ from align_audit.models.pointwise import find_pointwise, narrowed
 _HEAD_BYTES = {"cpu": 32 * 2**20}
 """Size of one block of float32 logits, by device type; on a CPU it should stay in its cache."""
 _HEAD_BYTES_ELSEWHERE = 256 * 2**20
+_HEAD_ROWS = 128
+"""The fewest rows of a block: with fewer, reading the unembedding takes longer than multiplying by it."""
 
 
 @dataclass(frozen=True)
@@ -252,7 +254,8 @@ class Replay:
 
     def head_blocks(self, count: int) -> Iterator[slice]:
         """Equal blocks of rows for :meth:`head`; the same for every stream, so that equal rows give equal logits."""
-        size = max(1, _HEAD_BYTES.get(self.device.type, _HEAD_BYTES_ELSEWHERE) // (4 * self.anatomy.vocab_size))
+        size = _HEAD_BYTES.get(self.device.type, _HEAD_BYTES_ELSEWHERE) // (4 * self.anatomy.vocab_size)
+        size = max(size, _HEAD_ROWS)
         for first in range(0, count, size):
             yield slice(first, min(first + size, count))
 

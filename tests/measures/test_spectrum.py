@@ -127,6 +127,20 @@ def test_singular_values_are_accurate_in_the_tail() -> None:
     np.testing.assert_allclose(double, np.linalg.svd(H.float().double().numpy(), compute_uv=False), rtol=1e-7)
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(900, 128), (128, 900), (200, 200)])
+def test_window_is_right_at_condition_1e8_in_any_order_of_rows(rows: int, columns: int) -> None:
+    n = min(rows, columns)
+    H = with_spectrum(np.geomspace(1.0, 1e-8, n), rows, columns)
+    exact = np.linalg.svd(H.numpy(), compute_uv=False)
+    window = slice(math.ceil(0.1 * n) - 1, math.floor(0.9 * n))
+    ours = sp.singular_values(H)
+    np.testing.assert_allclose(ours[window], exact[window], rtol=1e-8)
+    shuffled = sp.singular_values(H[torch.randperm(rows, generator=torch.Generator().manual_seed(0))])
+    # The order of rows changes rounding: 1e-14 of the largest σ, which at σ_1·1e-8 is 1e-6 relative. So the conductor
+    # sorts rows by key: then batches cannot change a bit of the rows' order.
+    np.testing.assert_allclose(shuffled, ours, rtol=0.0, atol=1e-14)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_singular_values_take_any_float_and_are_not_centred(dtype: torch.dtype) -> None:
     H = (torch.randn(30, 7, generator=torch.Generator().manual_seed(0)) + 3).to(dtype)

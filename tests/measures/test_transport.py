@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import weakref
+from collections.abc import Callable, Iterator
 
 import mpmath
 import numpy as np
@@ -13,7 +16,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from align_audit.measures import transport
-from align_audit.measures.transport import fisher_rao_distance
+from align_audit.measures.transport import (
+    TransportAccumulator,
+    fisher_rao_distance,
+    lens_distance,
+    lens_state,
+    transport_distances,
+)
 
 LOGITS = hnp.arrays(np.float64, (3, 7), elements=st.floats(-40, 40))
 
@@ -120,16 +129,136 @@ def test_rows_that_are_no_distribution_are_unknown_and_alone() -> None:
     assert fisher_rao_distance(p[2:3], p[2:3]).isnan().all()
 
 
-def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
-    p, q = torch.randn(11, 9, generator=generator), torch.randn(11, 9, generator=generator)
-    whole = fisher_rao_distance(p, q)
+    q = torch.randn(11, 9, generator=generator, dtype=dtype)
+    p = q + torch.tensor([2.0, 1e-2] * 5 + [2.0])[:, None] * torch.randn(11, 9, generator=generator, dtype=dtype)
+    whole, walk = fisher_rao_distance(p, q), transport_distances([p, q])
     sizes = []
-    real = transport._distance
-    monkeypatch.setattr(transport, "_CHUNK", 40)
-    monkeypatch.setattr(transport, "_distance", lambda a, b: (sizes.append(len(a)), real(a, b))[1])
+    real = transport._norm
+    monkeypatch.setattr(transport, "_CHUNK_BYTES", 4 * 9 * dtype.itemsize)
+    monkeypatch.setattr(transport, "_norm", lambda a, b: (sizes.append(len(a)), real(a, b))[1])
+    torch.testing.assert_close(
+        transport_distances([p, q]), walk, rtol=1e-7 if dtype == torch.float32 else 1e-14, atol=0
+    )
+    assert sizes == [4, 4, 3] * 3  # either layer's roots, and their difference
     torch.testing.assert_close(fisher_rao_distance(p, q), whole, rtol=1e-14, atol=0.0)
-    assert sizes == [4, 4, 3]
+
+
+def plain(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """The defining formula in float64; good to 1e-15/d²."""
+    return 2 * torch.acos((p.double().softmax(-1) * q.double().softmax(-1)).sqrt().sum(-1).clamp(max=1.0))
+
+
+def tiny(q: torch.Tensor, direction: torch.Tensor, size: float) -> torch.Tensor:
+    """d(q, q + size·direction) to second order in the size: size·std, corrected by the third central moment.
+
+    With K the cumulant generating function of the direction under q, BC = exp(K(½s) − ½K(s)) and BC = cos(½d), so
+    d² = s²κ₂ + ½s³κ₃ + O(s⁴).
+    """
+    weights = q.double().softmax(-1)
+    centred = direction.double() - (weights * direction.double()).sum(-1, keepdim=True)
+    second, third = (weights * centred**2).sum(-1), (weights * centred**3).sum(-1)
+    return (size**2 * second + size**3 * third / 2).sqrt()
+
+
+@pytest.mark.parametrize("vocabulary", [2, 5, 50, 3000])
+@pytest.mark.parametrize("spread", [0.5, 3.0, 8.0])
+def test_float32_walk_meets_one_millionth(vocabulary: int, spread: float) -> None:
+    """Against float64 on the same float32 logits: every size of step, shifts common to all tokens, peaked rows."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    worst = 0.0
+    for scale in (1e-6, 1e-4, 1e-3, 1e-2, 0.05, 0.1, 0.2, 0.5, 1.0, 3.0, 8.0):
+        for shift in (0.0, 0.5, 8.0, -60.0):
+            p = spread * torch.randn(40, vocabulary, generator=generator)
+            q = p + scale * torch.randn(40, vocabulary, generator=generator) + shift
+            walked, exact = transport_distances([p, q])[:, 0], fisher_rao_distance(p, q)
+            real = exact > 1e-25  # below is the rounding of float64 itself: the rows differ by a shift
+            assert (walked[~real] < 1e-25).all()
+            if real.any():
+                worst = max(worst, float(((walked - exact).abs() / exact)[real].max()))
+    assert 1e-9 < worst < 1e-6
+
+
+def test_walk_equals_the_defining_formula_at_moderate_distances() -> None:
+    generator = torch.Generator().manual_seed(5)
+    layers = [2 * torch.randn(6, 700, generator=generator, dtype=torch.float64) for _ in range(4)]
+    expected = torch.stack([plain(a, b) for a, b in itertools.pairwise(layers)], dim=1)
+    assert (expected > 1.0).all()
+    torch.testing.assert_close(transport_distances(iter(layers)), expected, rtol=1e-12, atol=0.0)
+    narrow = [logits.float() for logits in layers]
+    expected = torch.stack([plain(a, b) for a, b in itertools.pairwise(narrow)], dim=1)
+    torch.testing.assert_close(transport_distances(narrow), expected, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-6, 1e-9])
+def test_walk_equals_the_series_at_tiny_distances(size: float) -> None:
+    generator = torch.Generator().manual_seed(6)
+    q = torch.randn(5, 300, generator=generator, dtype=torch.float64)
+    direction = torch.randn(5, 300, generator=generator, dtype=torch.float64)
+    p = q + size * direction
+    found = transport_distances([q, p])[:, 0]
+    torch.testing.assert_close(found, tiny(q, (p - q) / size, size), rtol=max(1e-9, 2 * size**2), atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_walk_of_what_is_special(dtype: torch.dtype) -> None:
+    """Identical, disjoint, masked on both sides, and broken rows, all beside an ordinary one."""
+    inf, nan = math.inf, math.nan
+    p = torch.tensor(
+        [[1, 2, 3, 4], [0, 1, -inf, -inf], [1, 2, 3, -inf], [1, 2, 3, -inf], [nan, 0, 0, 0], [inf, 0, 0, 0],
+         [-inf] * 4, [0, 1, 2, 3]], dtype=dtype
+    )  # fmt: skip
+    q = torch.tensor(
+        [[1, 2, 3, 4], [-inf, -inf, 0, 1], [1, 2, 3, -inf], [1, 2, 3.0625, -inf], [0, 0, 0, 0], [0, 0, 0, 0],
+         [0, 0, 0, 0], [3, 2, 1, 0]], dtype=dtype
+    )  # fmt: skip
+    found = transport_distances([p, q, q])
+    assert found[[0, 2], 0].tolist() == [0.0, 0.0]
+    assert found[1, 0].item() == pytest.approx(math.pi, rel=1e-6) and found[1, 0] <= math.pi
+    assert found[3, 0].item() == pytest.approx(reference(p[3], q[3]), rel=1e-6)
+    assert found[4:7, 0].isnan().all()
+    assert found[7, 0].item() == pytest.approx(reference(p[7], q[7]), rel=1e-6)
+    assert found[:, 1].tolist() == [0.0] * 8
+
+
+def test_walk_holds_two_layers_and_blocks_do_not_matter() -> None:
+    generator = torch.Generator().manual_seed(7)
+    layers = [torch.randn(7, 40, generator=generator) for _ in range(5)]
+    held: list[weakref.ref] = []
+
+    def made(rows: slice) -> Iterator[torch.Tensor]:
+        for logits in layers:
+            assert sum(reference() is not None for reference in held) <= 2
+            block = logits[rows].clone()
+            held.append(weakref.ref(block))
+            yield block
+            del block
+
+    gathered = TransportAccumulator()
+    for rows in (slice(0, 3), slice(3, 4), slice(4, 7)):
+        gathered.update(made(rows))
+    assert len(held) == 15
+    assert gathered.freeze().shape == (7, 4)
+    torch.testing.assert_close(gathered.freeze(), transport_distances(layers), rtol=1e-6, atol=0.0)
+    assert transport_distances(layers[:1]).shape == (7, 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "found"),
+    [
+        (lambda: transport_distances([]), "found none"),
+        (lambda: transport_distances([torch.zeros(2, 3), torch.zeros(2, 4)]), r"found \[2, 4\]"),
+        (lambda: transport_distances([torch.zeros(2, 3, dtype=torch.long)]), "int64"),
+        (lambda: lens_state(torch.zeros(3)), r"found \[3\]"),
+        (lambda: lens_distance(lens_state(torch.zeros(2, 3)), lens_state(torch.zeros(2, 3).double())), "float64"),
+        (lambda: TransportAccumulator().freeze(), "found none"),
+    ],
+)
+def test_wrong_walks_are_refused(call: Callable[[], object], found: str) -> None:
+    with pytest.raises(ValueError, match=found):
+        call()
 
 
 def test_no_rows_and_no_gradient() -> None:

@@ -363,6 +363,7 @@ def test_head_blocks_cover_every_row_once(monkeypatch: pytest.MonkeyPatch) -> No
     replay = Replay(tiny_model("llama"))
     assert list(replay.head_blocks(10)) == [slice(0, 10)]
     assert list(replay.head_blocks(0)) == []
+    monkeypatch.setattr("align_audit.models.replay._HEAD_ROWS", 1)
     monkeypatch.setattr("align_audit.models.replay._HEAD_BYTES", {"cpu": 4 * VOCABULARY * 4})
     assert list(replay.head_blocks(10)) == [slice(0, 4), slice(4, 8), slice(8, 10)]
     rows = replay.record(batch(VOCABULARY)).after(3)[0]
