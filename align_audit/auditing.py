@@ -25,6 +25,7 @@ from align_audit.errors import ConfigurationError, ProbeError
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
+from align_audit.models.streaming import placed
 from align_audit.record import AuditRecord, Cost, DepthTrace, Provenance, ReferenceCheck
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def run_audit(
         with untouched(policy):  # loading a reference draws random numbers
             other = reference.model()
         if other is not policy:
-            stack.enter_context(_placed(other, policy))
+            stack.enter_context(placed(other, next(policy.parameters()).device))
             models.append(other)
         stack.enter_context(untouched(*models))
         stack.enter_context(torch.no_grad())
@@ -330,21 +331,6 @@ def subspaces_from(arrays: dict[str, np.ndarray]) -> Subspaces:
             _, basis, layer = name.split(".")
             found[basis, int(layer)] = values
     return found
-
-
-@contextlib.contextmanager
-def _placed(reference: nn.Module, policy: nn.Module) -> Any:
-    """The reference on the policy's device for the audit, and back where it was."""
-    here = next(reference.parameters()).device
-    there = next(policy.parameters()).device
-    if here == there:
-        yield
-        return
-    reference.to(there)
-    try:
-        yield
-    finally:
-        reference.to(here)
 
 
 def _ticker(context: Context, total: int) -> Callable[[], None]:

@@ -415,7 +415,7 @@ class _Entry:
                         raise _Stopped
                     part = flat[first : first + piece]
                     target = part if room is None else room[: part.numel()]
-                    self._fill(file, memoryview(target.view(torch.uint8).numpy()))
+                    self._fill(file, memoryview(target.view(torch.uint8).numpy().data))
                     if room is not None:
                         part.copy_(target)
         except OSError as error:
@@ -523,7 +523,7 @@ def _checkpoint(folder: Path) -> dict[str, _Entry]:
 class _Hollow(torch.Tensor):
     """A tensor without data that knows which checkpoint key it stands for, until something is computed with it."""
 
-    key: str | None
+    key: str | None = None
     _touched: set[str]
 
     @staticmethod
@@ -537,16 +537,14 @@ class _Hollow(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
-        source = args[0] if args and isinstance(args[0], _Hollow) else None
-        if name == "detach" and source is not None and isinstance(result, torch.Tensor):
-            result = result.as_subclass(_Hollow)  # how nn.Parameter wraps it
-            result.key, result._touched = getattr(source, "key", None), getattr(source, "_touched", set())
-        elif (
-            isinstance(getattr(source, "key", None), str)
-            and (name == "__set__" or (name.endswith("_") and not name.endswith("__")))
-            and name != "requires_grad_"
-        ):
-            source._touched.add(str(source.key))  # written to: it is no longer what is stored
+        source = args[0] if args else None
+        if not isinstance(source, _Hollow) or source.key is None:
+            return result
+        if name == "detach":  # how nn.Parameter wraps a tensor
+            result = result.as_subclass(_Hollow)
+            result.key, result._touched = source.key, source._touched
+        elif name == "__set__" or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_"):
+            source._touched.add(source.key)  # written to: it is no longer what is stored
         return result
 
 
@@ -620,7 +618,7 @@ def open_streamed(
             with torch.device("meta"):
                 kind: Any = type(AutoModelForCausalLM.from_config(copy.deepcopy(config), **options))
             own = config if isinstance(config, kind.config_class) else config.get_text_config()
-            return kind.from_pretrained(None, config=own, state_dict=values, dtype=dtype, **options)  # type: ignore[no-any-return]
+            return kind.from_pretrained(None, config=own, state_dict=values, dtype=dtype, **options)
         except ReferenceUnavailableError:
             raise
         except Exception as error:
@@ -634,7 +632,7 @@ def open_streamed(
     name, members = find_layers(outline, layers)
     keys = {_key(outline, entries, touched, *place) for part in _own_tensors(outline, members) for place in part}
     del outline, members
-    model = lay_out(keys, touched)
+    model: Any = lay_out(keys, touched)
     _, members = find_layers(model, name)
     weights = [
         [
@@ -652,14 +650,12 @@ def open_streamed(
     there = torch.device(device) if device is not None else torch.device("cpu")
     for module in model.modules():
         for parameter in module._parameters.values():
-            if parameter is not None:
-                parameter.requires_grad_(False)
-                if not parameter.is_meta:
-                    parameter.data = parameter.data.to(there)
+            if parameter is not None and not parameter.is_meta:
+                parameter.data = parameter.data.to(there)
         for own, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 module._buffers[own] = buffer.to(there)
-    model.config.name_or_path = str(path)  # type: ignore[union-attr]
+    model.config.name_or_path = str(path)
     model.eval()
     _streams[model] = LayerStream(members, weights, _copy_to(there), pinned=there.type == "cuda")
     _stored[model] = stored
@@ -679,18 +675,18 @@ def _key(
     Raises:
         NotStreamable: there is none.
     """
-    key = getattr(tensor, "key", None) if isinstance(tensor, _Hollow) else None
+    key = tensor.key if isinstance(tensor, _Hollow) else None
     if key is not None and key not in touched and entries[key].shape == tuple(tensor.shape):
-        return str(key)
+        return key
     prefix = next(full for full, other in model.named_modules() if other is module)
     why = "is put together from stored tensors when it is loaded" if tensor.is_meta else "is not in its files"
     raise NotStreamable(f"{prefix}.{name} {why}")
 
 
 def _at_rest(tensor: torch.Tensor) -> torch.Tensor:
-    """What stands for a weight that is not held; nothing of a reference trains."""
+    """What stands for a weight that is not held. It asks for gradients as a loaded one does: some kernels differ."""
     hollow = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    return nn.Parameter(hollow, False) if isinstance(tensor, nn.Parameter) else hollow
+    return nn.Parameter(hollow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else hollow
 
 
 def _try(model: Any, device: torch.device) -> None:
