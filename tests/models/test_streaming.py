@@ -157,7 +157,7 @@ def test_an_audit_is_the_same_number_for_number(tmp_path: Path) -> None:
     policy = perturbed(load_model(folder, dtype=torch.float32))
     policy.config.name_or_path = ""
     settings = AuditConfig.from_dict(
-        {"batch_tokens": 120, "low_rank": {"ranks": [1, 4], "layers": [1]}, "statistics": {"bootstrap_resamples": 50}}
+        {"batch_tokens": 120, "low_rank": {"ranks": [1, 4], "layers": [1]}, "statistics": {"bootstrap_resamples": 100}}
     )
     found = []
     for stream in (True, False):
