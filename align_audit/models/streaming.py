@@ -336,7 +336,7 @@ def find_layers(model: nn.Module, path: str | None = None) -> tuple[str, list[nn
     """
     if path is not None:
         try:
-            return path, list(model.get_submodule(path).children())
+            return path, _members(model.get_submodule(path))
         except AttributeError:
             raise NotStreamable(f"{type(model).__name__} has no submodule {path!r}") from None
     lists = [
@@ -347,7 +347,12 @@ def find_layers(model: nn.Module, path: str | None = None) -> tuple[str, list[nn
     if not lists:
         raise NotStreamable(f"{type(model).__name__} keeps no layers in a ModuleList")
     _, _, name, module = max(lists, key=lambda item: item[:2])
-    return name, list(module.children())
+    return name, _members(module)
+
+
+def _members(container: nn.Module) -> list[nn.Module]:
+    """All of them: ``children`` names a module that stands in two places once."""
+    return [module for module in container._modules.values() if module is not None]
 
 
 def _own_tensors(model: nn.Module, layers: list[nn.Module]) -> list[list[tuple[nn.Module, str, torch.Tensor]]]:
