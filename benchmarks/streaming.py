@@ -7,9 +7,10 @@ processes of their own: `streamed`, `whole` (``stream=False``), and `in memory`,
 measurement begins, so that its peak is what the audit itself works with. All three find the same numbers, which is
 checked on the reference's hash and the effects.
 
-Peaks are of anonymous resident memory (``RssAnon`` of ``/proc/self/status``, sampled every 2 ms; Linux only) above what
-is resident when the policy stands. Anonymous, because pages of a mapped file count as resident too, though the kernel
-may drop them at will; streaming maps nothing, it reads. The reference's share of a peak is the peak less that of
+Peaks are of resident memory (``VmRSS`` of ``/proc/self/status``, sampled every 2 ms; Linux only) above what is resident
+when the policy stands. The part that no file backs (``RssAnon``) stands beside it: where the dtype on disk is the policy's,
+transformers leaves a whole reference mapped from its file, and the kernel may drop those pages at will, at the price of
+reading them again. Streaming maps nothing, it reads. The reference's share of a peak is the peak less that of
 `in memory`. Bounds: two layers plus embeddings (and head where it is not tied), and 1.5 times the seconds of `whole`.
 Prints a table; --json FILE writes it too.
 """
@@ -46,10 +47,11 @@ def build(options: argparse.Namespace, folder: Path) -> None:
     LlamaForCausalLM(config).to(getattr(torch, options.stored)).save_pretrained(folder, max_shard_size=options.shard)
 
 
-def anonymous() -> int:
-    """Bytes of this process's resident memory that no file backs."""
+def resident() -> tuple[int, int]:
+    """Bytes of this process's resident memory: all, and what no file backs."""
     with open("/proc/self/status", encoding="ascii") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+        fields = dict(line.split(":", 1) for line in file)
+    return int(fields["VmRSS"].split()[0]) * 1024, int(fields["RssAnon"].split()[0]) * 1024
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -103,12 +105,15 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     gc.collect()
     reference = resolve_reference(policy, given, stream=options.one == "streamed")
-    start, peak, done = anonymous(), 0, threading.Event()
+    start, start_anonymous = resident()
+    peak = peak_anonymous = 0
+    done = threading.Event()
 
     def watch() -> None:
-        nonlocal peak
+        nonlocal peak, peak_anonymous
         while not done.is_set():
-            peak = max(peak, anonymous() - start)
+            now, now_anonymous = resident()
+            peak, peak_anonymous = max(peak, now - start), max(peak_anonymous, now_anonymous - start_anonymous)
             time.sleep(0.002)
 
     watcher = threading.Thread(target=watch)
@@ -127,7 +132,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "seconds": seconds,
         "cpu_seconds": busy,
         "peak": peak,
-        "left": anonymous() - start,
+        "peak_anonymous": peak_anonymous,
         "layer": layer,
         "outside": everything - layer * len(layers),
         "model": everything,
@@ -195,7 +200,7 @@ def main() -> None:
         f"model {one['model'] / mib:.1f} MiB"
     )
     print(
-        f"{'reference':>10} {'seconds':>8} {'CPU s':>7} {'peak MiB':>9} {'its share':>10} {'/ bound':>8} {'/ whole s':>10}"
+        f"{'reference':>10} {'seconds':>8} {'CPU s':>7} {'peak MiB':>9} {'anonymous':>10} {'its share':>10} {'/ bound':>8} {'/ whole s':>10}"
     )
     for way, row in rows.items():
         row["share"] = row["peak"] - rows["in memory"]["peak"]
@@ -203,6 +208,7 @@ def main() -> None:
         row["seconds_over_whole"] = row["seconds"] / rows["whole"]["seconds"]
         print(
             f"{way:>10} {row['seconds']:>8.1f} {row['cpu_seconds']:>7.1f} {row['peak'] / mib:>9.1f} "
+            f"{row['peak_anonymous'] / mib:>10.1f} "
             f"{row['share'] / mib:>10.1f} {row['share_over_bound']:>8.2f} {row['seconds_over_whole']:>10.2f}"
         )
     print(
