@@ -121,7 +121,8 @@ def run_audit(
             anatomy=context.anatomy,
             pad_token_id=0,
         )
-        hashes = (policy_fingerprint(policy), reference.fingerprint())
+        theirs = reference.fingerprint()  # first: a streamed reference then holds no layer while the policy is read
+        hashes = (policy_fingerprint(policy), theirs)
         return _measure(session, reference, probes, step, context, hashes, began)
 
 

@@ -199,9 +199,9 @@ def main() -> None:
         f"one layer {one['layer'] / mib:.1f} MiB, embeddings and head {one['outside'] / mib:.1f} MiB, "
         f"model {one['model'] / mib:.1f} MiB"
     )
-    print(
-        f"{'reference':>10} {'seconds':>8} {'CPU s':>7} {'peak MiB':>9} {'anonymous':>10} {'its share':>10} {'/ bound':>8} {'/ whole s':>10}"
-    )
+    heads = ("reference", "seconds", "CPU s", "peak MiB", "anonymous", "its share", "/ bound", "/ whole s")
+    widths = (10, 8, 7, 9, 10, 10, 8, 10)
+    print(" ".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True)))
     for way, row in rows.items():
         row["share"] = row["peak"] - rows["in memory"]["peak"]
         row["share_over_bound"] = row["share"] / bound

@@ -99,7 +99,7 @@ class _Recipe:
         for shape, dtype, _ in self.parts:
             offsets.append(size)
             size += -(-shape.numel() * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-        host = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+        host = _block(size, self.pinned)
         for tensor, (_, _, fill) in zip(self._views(host, offsets), self.parts, strict=True):
             fill(tensor, stopped)
         there, ready = self.copy(host)
@@ -110,6 +110,10 @@ class _Recipe:
             block[offset : offset + shape.numel() * dtype.itemsize].view(dtype).view(shape)
             for offset, (shape, dtype, _) in zip(offsets, self.parts, strict=True)
         ]
+
+
+def _block(size: int, pinned: bool) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
 
 
 class _Prefetch:
@@ -313,19 +317,20 @@ def close(model: nn.Module) -> None:
 
 def stored_parameters(model: nn.Module) -> Mapping[str, Callable[[], torch.Tensor]]:
     """For a model streamed from disk: by name, how to read each parameter that is not in memory, one at a time."""
+    stored = _stored.get(model, {})
     stream = _streams.get(model)
+    if stream is not None and stored:
+        stream.rest()  # what is read here would come on top of the layers that are held
 
     def reader(weight: _Weight) -> Callable[[], torch.Tensor]:
         def read() -> torch.Tensor:
-            assert stream is not None
-            stream.rest()
             value = torch.empty(weight.resting.shape, dtype=weight.resting.dtype)
             weight.fill(value, lambda: False)
             return value
 
         return read
 
-    return {name: reader(weight) for name, weight in _stored.get(model, {}).items()}
+    return {name: reader(weight) for name, weight in stored.items()}
 
 
 def find_layers(model: nn.Module, path: str | None = None) -> tuple[str, list[nn.Module]]:
@@ -662,10 +667,11 @@ def open_streamed(
                 module._buffers[own] = buffer.to(there)
     model.config.name_or_path = str(path)
     model.eval()
-    _streams[model] = LayerStream(members, weights, _copy_to(there), pinned=there.type == "cuda")
-    _stored[model] = stored
+    stream = LayerStream(members, weights, _copy_to(there), pinned=there.type == "cuda")
+    _streams[model], _stored[model] = stream, stored
     try:
         _try(model, there)
+        stream.rest()
     except BaseException:
         close(model)
         raise

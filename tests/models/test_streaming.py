@@ -10,6 +10,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -200,23 +201,24 @@ def test_fingerprint_is_that_of_the_loaded_model(family: str, tmp_path: Path) ->
 
 def test_at_most_two_layers_are_held_and_many_calls_load_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted in the module itself, and by the blocks of memory that are alive."""
-    blocks: list[weakref.ref[Any]] = []
-    most = 0
-    real = streaming._Recipe.make
+    alive, most = 0, 0
 
-    def watched(self: Any, *args: Any) -> Any:
-        made, ready = real(self, *args)
-        blocks.append(weakref.ref(made[0].untyped_storage()))
-        alive()
-        return made, ready
+    class Block(np.ndarray[Any, Any]):
+        """Memory that tells when the last tensor in it is gone."""
 
-    def alive() -> int:
-        nonlocal most
-        count = sum(1 for block in blocks if (storage := block()) is not None and storage.nbytes() > 0)
-        most = max(most, count)
-        return count
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
 
-    monkeypatch.setattr(streaming._Recipe, "make", watched)
+    def block(size: int, pinned: bool) -> torch.Tensor:
+        nonlocal alive, most
+        memory = np.zeros(size, dtype=np.uint8).view(Block)
+        weakref.finalize(memory, gone)
+        alive += 1
+        most = max(most, alive)
+        return torch.from_numpy(memory)
+
+    monkeypatch.setattr(streaming, "_block", block)
     model = open_streamed(save(tmp_path, num_hidden_layers=6), dtype=torch.float32)
     stream = stream_of(model)
     assert stream is not None
@@ -244,8 +246,12 @@ def test_at_most_two_layers_are_held_and_many_calls_load_once(tmp_path: Path, mo
     assert 3 * 6 - 1 <= stream.loads - before <= 3 * 6 + 1
     for handle in handles:
         handle.remove()
+    with untouched(model):  # keeps what it restores, but no weights
+        logits(model)
+    assert (most, alive) == (2, 2)
     close(model)
     assert held_layers(model) == set()
+    assert alive == 0
 
 
 @pytest.mark.parametrize(
