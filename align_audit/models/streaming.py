@@ -151,7 +151,7 @@ class _Prefetch:
         """Stop, wait until nothing is held any more. What went wrong with a layer nobody called is nobody's concern."""
         self._stop.set()
         self._thread.join()
-        self._made = None
+        self._made = self._error = None  # an error's traceback would keep what had been read until then
 
 
 class LayerStream:
