@@ -27,6 +27,7 @@ from align_audit.errors import AuditMemoryError, ConfigurationError, ProbeError
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
+from align_audit.models.streaming import placed
 from align_audit.record import AuditRecord, Cost, Provenance, ReferenceCheck
 from align_audit.refcache import ReferenceCache
 
@@ -127,7 +128,7 @@ def _run(
         with untouched(policy):  # loading a reference draws random numbers
             other = reference.model()
         if other is not policy:
-            stack.enter_context(_placed(other, policy))
+            stack.enter_context(placed(other, next(policy.parameters()).device))
             models.append(other)
         stack.enter_context(untouched(*models))
         stack.enter_context(torch.no_grad())
@@ -141,7 +142,8 @@ def _run(
             pad_token_id=0,
             truncation_mode=probes.truncation_mode,
         )
-        hashes = (policy_fingerprint(policy), reference.fingerprint())
+        theirs = reference.fingerprint()  # first: a streamed reference then holds no layer while the policy is read
+        hashes = (policy_fingerprint(policy), theirs)
         return _measure(session, reference, probes, step, context, hashes, began)
 
 
@@ -364,21 +366,6 @@ def subspaces_from(arrays: dict[str, np.ndarray]) -> Subspaces:
             _, basis, layer = name.split(".")
             found[basis, int(layer)] = values
     return found
-
-
-@contextlib.contextmanager
-def _placed(reference: nn.Module, policy: nn.Module) -> Any:
-    """The reference on the policy's device for the audit, and back where it was."""
-    here = next(reference.parameters()).device
-    there = next(policy.parameters()).device
-    if here == there:
-        yield
-        return
-    reference.to(there)
-    try:
-        yield
-    finally:
-        reference.to(here)
 
 
 def _ticker(context: Context, total: int) -> Callable[[], None]:

@@ -80,8 +80,8 @@ def test_precomputed_the_reference_is_found_and_compared(given: str, tmp_path: P
     stored = begin(build(tmp_path / "out", "precompute", [callback]), callback)
     (record,) = stored.records
     words = {
-        "own source": "loaded from the policy's own source, base",
-        "path": "loaded from base",
+        "own source": "streamed from the policy's own source, base",
+        "path": "streamed from base",
         "model": "a model that was passed",
     }
     check = record.reference_check
@@ -151,14 +151,14 @@ def test_a_reference_that_was_loaded_is_let_go_of(
     audited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[Any] = []
-    real = align_audit.models.reference.load_model
+    real = align_audit.models.reference.open_streamed
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         model = real(*args, **kwargs)
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(align_audit.models.reference, "load_model", watched)
+    monkeypatch.setattr(align_audit.models.reference, "open_streamed", watched)
     callback = AlignmentAuditCallback(config=quick(schedule={"before_training": audited}))
     begin(build(tmp_path / "out", "precompute", [callback]), callback)
     gc.collect()
@@ -196,7 +196,7 @@ def test_attached_the_trainers_own_reference_is_taken_and_a_wrong_one_reported(t
 
     with pytest.warns(UserWarning, match="from the training set"):
         alone = begun("alone", False)
-    assert alone.records[0].reference_check.source == "loaded from the policy's own source, base"
+    assert alone.records[0].reference_check.source == "streamed from the policy's own source, base"
     assert alone.records[0].reference_check.verdict == "passed"
 
 

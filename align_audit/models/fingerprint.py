@@ -7,7 +7,9 @@ import hashlib
 import torch
 from torch import nn
 
-_CHUNK = 2**24
+from align_audit.models.streaming import stored_parameters
+
+_CHUNK = 2**20
 _MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # odd, as a signed 64-bit integer
 
 
@@ -15,16 +17,18 @@ def fingerprint(model: nn.Module, *, without_adapters: tuple[str, ...] = ()) -> 
     """16 hexadecimal digits that depend on every bit of every parameter, its name, shape and dtype.
 
     Integer sums (plain and position-weighted, modulo 2⁶⁴) are taken where the weights live and only those are hashed,
-    so nothing is copied and the result does not depend on the device or the order of summation.
+    so nothing is copied and the result does not depend on the device or the order of summation. What a streamed model
+    has left on disk is read one parameter at a time: it has the hash that it would have if it were loaded.
 
     Args:
         without_adapters: names of PEFT adapters whose parameters do not count.
     """
     digest = hashlib.blake2b(digest_size=8)
+    stored = stored_parameters(model)
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
         if _belongs_to(model, name, without_adapters):
             continue
-        plain, weighted = _sums(parameter.detach())
+        plain, weighted = _sums(stored[name]() if name in stored else parameter.detach())
         digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}|{plain}|{weighted};".encode())
     return digest.hexdigest()
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from align_audit.models.anatomy import is_peft
+from align_audit.models.streaming import stream_of
 
 
 @contextlib.contextmanager
@@ -21,6 +22,9 @@ def untouched(*models: nn.Module) -> Iterator[None]:
     Restored: train/eval mode of every module, ``requires_grad`` of every parameter (switching PEFT adapters sets it),
     the active adapters, and the random state of Python, NumPy, torch and every CUDA device.
     """
+    for model in models:
+        if (stream := stream_of(model)) is not None:
+            stream.rest()  # the flags kept below would keep the layer that is held now, beside the two that come
     modes = [(module, module.training) for model in models for module in model.modules()]
     wrapped: list[Any] = [module for model in models for module in model.modules() if is_peft(module)]
     adapters = [(peft, peft.active_adapter, list(peft.active_adapters)) for peft in wrapped]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from align_audit.errors import ReferenceUnavailableError
 from align_audit.models.anatomy import is_peft
 from align_audit.models.fingerprint import fingerprint
 from align_audit.models.loading import load_model
+from align_audit.models.streaming import NotStreamable, close, open_streamed
+
+logger = logging.getLogger(__name__)
 
 REFERENCE_ADAPTER = "ref"
 """The name under which DPOTrainer keeps a frozen copy of a pretrained adapter, in memory and in its checkpoints."""
@@ -23,8 +27,12 @@ REFERENCE_ADAPTER = "ref"
 class Reference:
     """Where the reference is and how to reach it.
 
+    Args:
+        stream: opens the model with its layers left on disk; ``load`` is for when that cannot be.
+        whole: the source in words where ``load`` had to be taken.
+
     Attributes:
-        source: in words, for the record.
+        source: in words, for the record; says why, where a reference could not be streamed.
         shares_weights: True when it is the policy's own module in another adapter state.
     """
 
@@ -34,8 +42,12 @@ class Reference:
         model: nn.Module | None = None,
         load: Callable[[], nn.Module] | None = None,
         adapter_of: nn.Module | None = None,
+        stream: Callable[[], nn.Module] | None = None,
+        whole: str | None = None,
     ) -> None:
         self.source = source
+        self._stream = stream
+        self._whole = whole
         self._model = model
         self._load = load
         self._policy = adapter_of
@@ -45,13 +57,26 @@ class Reference:
         return self._policy is not None
 
     def model(self) -> nn.Module:
-        """The module; loaded from disk now if it is not in memory (see :meth:`release`)."""
+        """The module; opened or loaded from disk now if it is not in memory (see :meth:`release`)."""
         if self._policy is not None:
             return self._policy
         if self._model is None:
-            assert self._load is not None
-            self._model = self._load()
+            self._model = self._open()
         return self._model
+
+    def _open(self) -> nn.Module:
+        assert self._load is not None
+        if self._stream is None:
+            return self._load()
+        try:
+            return self._stream()
+        except NotStreamable as error:
+            reason = str(error)
+        model = self._load()
+        self._stream = None
+        self.source = f"{self._whole} (whole, not layer by layer: {reason})"
+        logger.warning("align_audit holds the whole reference in memory instead of streaming its layers: %s", reason)
+        return model
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -84,8 +109,9 @@ class Reference:
         return fingerprint(model, without_adapters=skipped)
 
     def release(self) -> None:
-        """Let go of a model that was loaded for one audit."""
+        """Let go of a model that was loaded or streamed for one audit; no thread of it is left."""
         if self._load is not None and self._model is not None:
+            close(self._model)
             self._model = None
             gc.collect()
             if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -119,23 +145,40 @@ def resolve_reference(
     given: nn.Module | str | Path | None = None,
     trainer_reference: nn.Module | None = None,
     trust_remote_code: bool = False,
+    *,
+    stream: bool = True,
 ) -> Reference:
     """Find the reference of ``policy`` (DESIGN, "Which reference").
 
     The order: ``given``; the trainer's ``ref_model``; the policy's ``"ref"`` adapter; its adapters switched off; the
     path or hub name the policy itself came from.
 
+    Args:
+        stream: a reference on disk leaves its decoder layers there and reads them as they are called, where that can
+            be done exactly; else it is loaded whole, and its ``source`` says why. False: always loaded whole.
+
     Raises:
         ReferenceUnavailableError: none of these can be had.
     """
 
-    def like_policy(path: str | Path) -> Callable[[], nn.Module]:
+    def saved(path: str | Path, where: str) -> Reference:
         # PEFT's wrapper hides the model's own attributes; the embedding says dtype and device for both.
         core = policy.get_base_model() if is_peft(policy) else policy  # type: ignore[operator]
         weight = next(parameter for parameter in core.parameters() if parameter.is_floating_point())
-        attention = getattr(core.config, "_attn_implementation", None)
-        return lambda: load_model(
-            path, dtype=weight.dtype, device=weight.device, attention=attention, trust_remote_code=trust_remote_code
+        options: dict[str, Any] = {
+            "dtype": weight.dtype,
+            "device": weight.device,
+            "attention": getattr(core.config, "_attn_implementation", None),
+            "trust_remote_code": trust_remote_code,
+        }
+        whole = f"loaded from {where}"
+        if not stream or (Path(path) / "adapter_config.json").is_file():
+            return Reference(whole, load=lambda: load_model(path, **options))
+        return Reference(
+            f"streamed from {where}",
+            load=lambda: load_model(path, **options),
+            stream=lambda: open_streamed(path, **options),
+            whole=whole,
         )
 
     if isinstance(given, nn.Module):
@@ -145,7 +188,7 @@ def resolve_reference(
             )
         return Reference("a model that was passed", model=given)
     if given is not None:
-        return Reference(f"loaded from {Path(given).name}", load=like_policy(given))
+        return saved(given, Path(given).name)
     if trainer_reference is not None:
         return Reference("the trainer's ref_model", model=trainer_reference)
     if is_peft(policy):
@@ -154,7 +197,7 @@ def resolve_reference(
         return Reference("the policy with its adapters off", adapter_of=policy)
     path = getattr(getattr(policy, "config", None), "_name_or_path", "")
     if path:
-        return Reference(f"loaded from the policy's own source, {Path(path).name}", load=like_policy(path))
+        return saved(path, f"the policy's own source, {Path(path).name}")
     raise ReferenceUnavailableError(
         "no reference model can be had: none was passed, the trainer holds none, the policy has no adapters, and it "
         "was not loaded from a path. Pass `reference=` (a model, a directory or a hub name) to AlignmentAuditCallback "
