@@ -70,9 +70,9 @@ def control_variate_means(
 
     With one fixed slope this is the usual mean_S E − b (mean_S A − mean_all A). *Unbiased exactly*, whatever the relation
     of E and A: given the other exact pairs, pair i is as likely any one pair of U ∪ {i}, so Aᵢ − mean_U A has mean 0
-    and b₋ᵢ does not depend on it. Averaged over all subsets of n of the N pairs the estimate is the mean of all N exact values. (The slope of
-    all n pairs instead is biased where the relation bends: −0.3 standard errors at n = 8 in
-    ``benchmarks/control_variate.py``.)
+    and b₋ᵢ does not depend on it. Averaged over all subsets of n of the N pairs the estimate is the mean of all N exact
+    values. (The slope of all n pairs instead is biased where the relation bends: by a third of a standard error at
+    n = 8 in ``benchmarks/control_variate.py``.)
 
     Interval: estimate ± t_ν √V, with
 
@@ -209,8 +209,8 @@ def exact_pairs_needed(correlation: float, pairs: int, equivalent: float) -> int
     """Least number of exact pairs whose combined estimate has the variance of ``equivalent`` plain exact pairs.
 
     n = (1 − ρ²) / (1/equivalent − ρ²/pairs), rounded up, from :data:`MINIMUM_EXACT` to ``pairs``. It takes the slope as
-    known: with n fitted pairs the variance of a normal effect is about (n − 2)/(n − 4) times that at low ρ (1.2 in the
-    standard error at n = 8), so ask for a little more when n is small.
+    known; fitting it costs up to (n − 2)/(n − 3) in variance with normal effects (a tenth of the standard error at
+    n = 8), more where the relation bends, so ask for a little more when n is small.
 
     Args:
         correlation: ρ of exact and proxy, in [−1, 1]; NaN counts as 0 (no gain known).
@@ -247,8 +247,9 @@ def exact_pairs_needed_safely(correlation: float, pilot: int, pairs: int, equiva
 
     ρ_low = max(0, tanh(artanh|r| − z / √(pilot − 3))), z the ``level`` quantile of the normal distribution: a one-sided bound
     by Fisher's z (1921), right for roughly normal pairs. With probability ``level`` the returned n suffices; the price is
-    more exact pairs than needed on average. Fewer than 4 pilot pairs tell nothing: ρ_low = 0. A pilot that chooses
-    n and then counts among the n pairs makes the estimate unbiased only approximately; ``benchmarks/control_variate.py`` measures it.
+    more exact pairs than needed on average. Fewer than 4 pilot pairs tell nothing: ρ_low = 0. Where a pilot chooses n and
+    then counts among the n pairs, the estimate is unbiased only approximately: ``benchmarks/control_variate.py``
+    measures by how much.
 
     Raises:
         ValueError: as :func:`exact_pairs_needed`, or ``level`` outside (0, 1), or a negative ``pilot``.
@@ -282,9 +283,9 @@ def subset_order(pair_ids: Sequence[int] | Sequence[str], seed: int = 0) -> Arra
 
     Example:
         >>> subset_order([10, 11, 12, 13, 14], seed=0).tolist()
-        [2, 0, 4, 3, 1]
+        [1, 3, 2, 4, 0]
         >>> subset_order([14, 12, 10], seed=0).tolist()
-        [1, 2, 0]
+        [1, 0, 2]
     """
     keys = [hashlib.blake2b(f"{seed}:{identity}".encode(), digest_size=16).digest() for identity in pair_ids]
     return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
