@@ -158,6 +158,17 @@ def test_a_proxy_that_varies_only_where_nothing_is_exact_or_in_one_pair() -> Non
     assert corrected.interval.mean == pytest.approx(exact[:10, 1].mean() + 0.5 * sum(slopes) * (5 / 10) / 10)
 
 
+@pytest.mark.parametrize("n", range(8, 20))
+def test_rounding_is_not_a_slope(n: int) -> None:
+    """Without the one pair that differs nothing varies but the last bits, which must not be divided by."""
+    exact, _ = population(20, 1)
+    proxy = np.full((20, 1), 1 / 3)
+    proxy[2] = 5.0
+    proxy[12:] += 1e-15
+    (result,) = cv.control_variate_means(first(exact, n), proxy)
+    assert result.interval.mean == pytest.approx(exact[:n].mean(), rel=1e-9)
+
+
 def test_zeros_are_exactly_zero() -> None:
     _, proxy = population(20, 1)
     for proxies in (proxy, np.zeros((20, 1))):
