@@ -1,0 +1,386 @@
+"""The control-variate estimate against all subsets, plain loops, closed forms and planted populations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from align_audit.measures import control_variate as cv
+from align_audit.measures.statistics import mean_interval, mean_intervals
+
+
+def population(pairs: int, columns: int, seed: int = 0, noise: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
+    """Exact effects and proxies: the proxies are skewed and the relation bends."""
+    generator = np.random.default_rng(seed)
+    proxy = generator.exponential(size=(pairs, columns))
+    return 0.5 * (proxy + 0.2 * proxy**2) + noise * generator.standard_normal((pairs, columns)), proxy
+
+
+def first(exact: np.ndarray, n: int) -> np.ndarray:
+    """Only the first n pairs measured."""
+    return np.where(np.arange(len(exact))[:, None] < n, exact, np.nan)
+
+
+def numbers(result: cv.ControlVariate) -> tuple[float, float, float]:
+    return result.interval.mean, result.interval.low, result.interval.high
+
+
+def test_mean_over_all_subsets_is_the_mean_of_all_pairs() -> None:
+    """Unbiased exactly, not about: a curved relation, an outlier, and all 165 subsets of 8 of 11 pairs."""
+    exact, proxy = population(11, 1, seed=4)
+    exact[3], proxy[3] = 40.0, 12.0
+    subsets = list(itertools.combinations(range(11), 8))
+    measured = np.full((11, len(subsets)), np.nan)
+    for column, subset in enumerate(subsets):
+        measured[list(subset), column] = exact[list(subset), 0]
+    results = cv.control_variate_means(measured, np.repeat(proxy, len(subsets), axis=1))
+    assert np.mean([r.interval.mean for r in results]) == pytest.approx(exact.mean(), rel=1e-12)
+    # With the slope of all eight pairs instead, the same average is far off.
+    naive = [
+        exact[list(s)].mean() - r.coefficient * (proxy[list(s)].mean() - proxy.mean())
+        for r, s in zip(results, subsets, strict=True)
+    ]
+    assert abs(np.mean(naive) - exact.mean()) > 0.01 * exact.mean()
+
+
+def test_estimate_and_interval_equal_a_plain_loop() -> None:
+    exact, proxy = population(20, 3, seed=1)
+    sizes = [9, 12, 15]
+    generator = np.random.default_rng(2)
+    for column, n in enumerate(sizes):
+        exact[generator.permutation(20)[n:], column] = np.nan
+    for column, result in enumerate(cv.control_variate_means(exact, proxy, confidence=0.9)):
+        inside = [i for i in range(20) if not math.isnan(exact[i, column])]
+        outside = [i for i in range(20) if i not in inside]
+        n, e, a = len(inside), exact[:, column], proxy[:, column]
+        others = np.mean(a[outside])
+        slopes = {
+            i: stats.linregress([a[j] for j in inside if j != i], [e[j] for j in inside if j != i]).slope
+            for i in inside
+        }
+        corrected = [e[i] - (1 - n / 20) * slopes[i] * (a[i] - others) for i in inside]
+        fit = stats.linregress(a[inside], e[inside])
+        residual = sum((e[i] - np.mean(e[inside]) - slopes[i] * (a[i] - np.mean(a[inside]))) ** 2 for i in inside) / (
+            n - 2
+        )
+        x = fit.slope**2 * np.var(a, ddof=1) / 20
+        kurtosis = stats.kurtosis(a, fisher=False)
+        spread = 2 * (residual / n) ** 2 / (n - 2) + x**2 * (2 / 19 + max(kurtosis - 3, 0) / 20)
+        spread += 4 * x * residual / (n * 20)
+        nu = max(2 * (residual / n + x) ** 2 / spread, n - 2)
+        half = stats.t.ppf(0.95, nu) * math.sqrt(residual / n + x)
+        mean = np.mean(corrected)
+        np.testing.assert_allclose(numbers(result), (mean, mean - half, mean + half), rtol=1e-10)
+        explained = 1 - residual / np.var(e[inside], ddof=1)
+        assert result.coefficient == pytest.approx(fit.slope)
+        assert result.correlation == pytest.approx(fit.rvalue)
+        assert result.explained == pytest.approx(explained)
+        assert result.explained < fit.rvalue**2
+        assert result.equivalent_pairs == pytest.approx(1 / ((1 - explained) / n + explained / 20))
+        assert (result.exact_pairs, result.pairs, result.reason) == (n, 20, None)
+
+
+def test_exact_relation_gives_the_mean_of_all_pairs() -> None:
+    _, proxy = population(30, 1)
+    exact = 3.0 - 0.25 * proxy
+    (result,) = cv.control_variate_means(first(exact, 8), proxy)
+    assert result.interval.mean == pytest.approx(exact.mean(), rel=1e-12)
+    assert result.correlation == pytest.approx(-1.0)
+    assert result.equivalent_pairs == pytest.approx(30)
+    # What is left is what 30 pairs leave unknown.
+    half = (result.interval.high - result.interval.low) / 2
+    assert 1.0 < half / (1.96 * exact.std(ddof=1) / math.sqrt(30)) < 1.2
+
+
+def test_all_pairs_measured_is_the_plain_interval() -> None:
+    exact, proxy = population(16, 2)
+    results = cv.control_variate_means(exact, proxy, resamples=200, confidence=0.9, seed=3)
+    assert [r.interval for r in results] == mean_intervals(exact, 200, 0.9, seed=3)
+    assert [(r.exact_pairs, r.equivalent_pairs, r.reason) for r in results] == [(16, 16.0, None)] * 2
+    # Also next to a layer of which only some are.
+    exact[10:, 0] = np.nan
+    mixed = cv.control_variate_means(exact, proxy, resamples=200, confidence=0.9, seed=3)
+    assert mixed[1] == results[1]
+
+
+def test_units_and_origins() -> None:
+    exact, proxy = population(20, 1)
+    (result,) = cv.control_variate_means(first(exact, 10), proxy)
+    (moved,) = cv.control_variate_means(first(1e-9 * exact + 1.0, 10), -1e200 * proxy + 7.0)
+    np.testing.assert_allclose((np.array(numbers(moved)) - 1.0) * 1e9, numbers(result), rtol=1e-5)
+    assert moved.coefficient == pytest.approx(-result.coefficient * 1e-209, rel=1e-5)
+    assert moved.equivalent_pairs == pytest.approx(result.equivalent_pairs, rel=1e-5)
+
+
+@pytest.fixture(autouse=True)
+def _no_warnings() -> object:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def plain_t(values: np.ndarray) -> tuple[float, float, float]:
+    half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+    return values.mean(), values.mean() - half, values.mean() + half
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, -3e8])
+def test_proxies_that_do_not_vary_give_the_plain_mean(value: float) -> None:
+    exact, _ = population(20, 1)
+    (result,) = cv.control_variate_means(first(exact, 10), np.full((20, 1), value))
+    np.testing.assert_allclose(numbers(result), plain_t(exact[:10, 0]), rtol=1e-12)
+    assert math.isnan(result.correlation)
+    assert (result.coefficient, result.explained) == (0.0, 0.0)
+    assert result.equivalent_pairs == pytest.approx(10)
+    assert result.reason == "proxy not used: it does not vary over the 10 exact pairs"
+
+
+def test_a_proxy_that_varies_only_where_nothing_is_exact_or_in_one_pair() -> None:
+    exact, proxy = population(20, 2)
+    proxy[:10, 0] = 1.0
+    proxy[:, 1] = 0.0
+    proxy[2, 1] = 5.0
+    unseen, single = cv.control_variate_means(first(exact, 10), proxy)
+    np.testing.assert_allclose(numbers(unseen), plain_t(exact[:10, 0]), rtol=1e-12)
+    # Without pair 2 there is no slope; with it there is, but pair 2 must not be corrected by itself.
+    slope = exact[2, 1] / 5 - np.delete(exact[:10, 1], 2).mean() / 5
+    assert single.coefficient == pytest.approx(slope)
+    # Only the slopes for the other pairs see it. Their own proxies equal those of the unmeasured pairs: no correction.
+    np.testing.assert_allclose(single.interval.mean, exact[:10, 1].mean(), rtol=1e-12)
+    proxy[12, 1] = 5.0
+    slopes = [(exact[2, 1] - np.delete(exact[:10, 1], [2, i]).mean()) / 5 for i in range(10) if i != 2]
+    (corrected,) = cv.control_variate_means(first(exact, 10)[:, 1:], proxy[:, 1:])
+    assert corrected.interval.mean == pytest.approx(exact[:10, 1].mean() + 0.5 * sum(slopes) * (5 / 10) / 10)
+
+
+@pytest.mark.parametrize("n", range(8, 20))
+def test_rounding_is_not_a_slope(n: int) -> None:
+    """Without the one pair that differs nothing varies but the last bits, which must not be divided by."""
+    exact, _ = population(20, 1)
+    proxy = np.full((20, 1), 1 / 3)
+    proxy[2] = 5.0
+    proxy[12:] += 1e-15
+    (result,) = cv.control_variate_means(first(exact, n), proxy)
+    assert result.interval.mean == pytest.approx(exact[:n].mean(), rel=1e-9)
+
+
+def test_zeros_are_exactly_zero() -> None:
+    _, proxy = population(20, 1)
+    for proxies in (proxy, np.zeros((20, 1))):
+        for n in (2, 8, 12, 20):
+            (result,) = cv.control_variate_means(first(np.zeros((20, 1)), n), proxies)
+            assert numbers(result) == (0.0, 0.0, 0.0)
+    (equal,) = cv.control_variate_means(first(np.full((20, 1), 0.1), 12), proxy)
+    assert numbers(equal) == (0.1, 0.1, 0.1)
+
+
+def test_too_few_exact_pairs() -> None:
+    exact, proxy = population(20, 3)
+    exact[0:, 0] = np.nan
+    exact[1:, 1] = np.nan
+    exact[7:, 2] = np.nan
+    none, one, seven = cv.control_variate_means(exact, proxy)
+    assert math.isnan(none.interval.mean)
+    assert none.interval.reason == "an interval needs at least 2 exact pairs, found 0"
+    assert none.equivalent_pairs == 0.0
+    assert one.interval.mean == exact[0, 1]
+    assert math.isnan(one.interval.low)
+    np.testing.assert_allclose(numbers(seven), plain_t(exact[:7, 2]), rtol=1e-12)
+    assert seven.interval.reason is None
+    assert seven.reason == "proxy not used: a slope needs at least 8 exact pairs, found 7"
+    assert seven.correlation == pytest.approx(np.corrcoef(exact[:7, 2], proxy[:7, 2])[0, 1])
+
+
+def test_values_that_are_not_finite() -> None:
+    exact, proxy = population(20, 4)
+    exact = first(exact, 10)
+    proxy[15, 0], proxy[2, 1] = np.nan, np.inf
+    exact[4, 2] = np.inf
+    unseen, seen, infinite, fine = cv.control_variate_means(exact, proxy)
+    for column, result in enumerate((unseen, seen)):
+        np.testing.assert_allclose(numbers(result), plain_t(exact[:10, column]), rtol=1e-12)
+        assert result.reason == "proxy not used: 1 of 20 proxies are not finite"
+    assert math.isnan(infinite.interval.mean)
+    assert infinite.interval.reason == "1 of 10 exact values are infinite"
+    assert fine == cv.control_variate_means(exact[:, 3:], proxy[:, 3:])[0]
+
+
+@pytest.mark.parametrize(
+    ("exact", "proxy", "options", "found"),
+    [
+        (np.ones((3, 2)), np.ones((3, 1)), {}, r"\[3, 2\] and \[3, 1\]"),
+        (np.ones(3), np.ones(3), {}, r"\[3\] and \[3\]"),
+        (np.ones((0, 2)), np.ones((0, 2)), {}, r"\[0, 2\] and \[0, 2\]"),
+        (np.ones((3, 1)), np.ones((3, 1)), {"confidence": 1.0}, r"found 1\.0"),
+        (np.ones((3, 1)), np.ones((3, 1)), {"resamples": 0}, "found 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(exact: np.ndarray, proxy: np.ndarray, options: dict, found: str) -> None:
+    with pytest.raises(ValueError, match=found):
+        cv.control_variate_means(exact, proxy, **options)
+
+
+def simulate(family: str, rho: float, n: int, pairs: int, repetitions: int = 3000) -> tuple[np.ndarray, np.ndarray]:
+    """Exact effects of mean 0 and variance 1, and proxies, correlated by ρ."""
+    generator = np.random.default_rng([n, pairs, round(1000 * rho)])
+    if family == "normal":
+        draws = generator.standard_normal((2, pairs, repetitions))
+    elif family == "t5":
+        draws = generator.standard_t(5, (2, pairs, repetitions)) / math.sqrt(5 / 3)
+    else:
+        draws = np.exp(0.5 * generator.standard_normal((2, pairs, repetitions)))
+        draws = (draws - math.exp(0.125)) / (math.exp(0.125) * math.sqrt(math.expm1(0.25)))
+    return rho * draws[0] + math.sqrt(1 - rho**2) * draws[1], draws[0]
+
+
+@pytest.mark.parametrize("family", ["normal", "t5", "lognormal"])
+@pytest.mark.parametrize(("n", "pairs", "rho"), [(8, 64, 0.5), (8, 128, 0.95), (16, 96, 0.9), (24, 64, 0.999)])
+def test_coverage_and_gain(family: str, n: int, pairs: int, rho: float) -> None:
+    exact, proxy = simulate(family, rho, n, pairs)
+    results = cv.control_variate_means(first(exact, n), proxy)
+    mean, low, high = np.array([numbers(r) for r in results]).T
+    # 3,000 repetitions: two standard deviations of a covering share are 0.008 here, of the bias 0.037.
+    assert 0.92 <= ((low <= 0) & (high >= 0)).mean() <= 0.98
+    assert abs(mean.mean() / mean.std()) < 0.055
+    equivalent = 1 / ((1 - rho**2) / n + rho**2 / pairs)
+    # Fitting the slope on 8 pairs costs; where the correlation is low, all of the gain.
+    assert (0.65 if n == 8 else 0.85) * equivalent < 1 / mean.var() < 1.1 * equivalent
+    assert (high - low).mean() < 1.5 * 2 * 1.96 / math.sqrt(equivalent)
+    # Intervals that ignored what the subset leaves unknown would fail here, where that is most of it.
+    if rho < 0.9:
+        half = 1.96 / math.sqrt(pairs)
+        assert (abs(mean) <= half).mean() < 0.8
+
+
+def test_curved_relation_is_unbiased_where_the_usual_slope_is_not() -> None:
+    generator = np.random.default_rng(0)
+    proxy = generator.standard_normal((64, 6000))
+    exact = proxy + 0.5 * (proxy**2 - 1)
+    results = cv.control_variate_means(first(exact, 8), proxy)
+    mean = np.array([r.interval.mean for r in results])
+    usual = exact[:8].mean(axis=0) - np.array([r.coefficient for r in results]) * (
+        proxy[:8].mean(axis=0) - proxy.mean(axis=0)
+    )
+    assert abs(mean.mean() / mean.std()) < 0.04
+    assert usual.mean() / usual.std() < -0.2
+
+
+def test_narrower_than_the_exact_pairs_alone() -> None:
+    exact, proxy = simulate("normal", 0.95, 12, 96, repetitions=300)
+    results = cv.control_variate_means(first(exact, 12), proxy)
+    combined = np.mean([r.interval.high - r.interval.low for r in results])
+    plain = np.mean([i.high - i.low for i in mean_intervals(exact[:12], resamples=200)])
+    assert combined < 0.6 * plain
+    median = np.median([r.equivalent_pairs for r in results])
+    assert median == pytest.approx(1 / (0.0975 / 12 + 0.9025 / 96), rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("correlation", "pairs", "equivalent", "needed"),
+    [
+        (0.0, 96, 48, 48),
+        (0.9, 96, 48, 16),  # 0.19 / (1/48 - 0.81/96) = 15.3
+        (-0.9, 96, 48, 16),
+        (0.6, 100, 20, 14),  # 0.64 / (0.05 - 0.0036) = 13.8
+        (math.nan, 96, 48, 48),
+        (0.999, 96, 48, 8),  # 0.2 by the formula, but a slope needs 8
+        (1.0, 96, 48, 8),
+        (1.0, 96, 96, 96),
+        (0.9, 96, 96, 96),
+        (0.9, 96, 200, 96),  # impossible: 96 <= 200 · 0.81
+        (0.5, 96, 120, 96),  # possible by the formula only with more pairs than there are
+        (0.9, 5, 3, 5),
+    ],
+)
+def test_exact_pairs_needed(correlation: float, pairs: int, equivalent: float, needed: int) -> None:
+    assert cv.exact_pairs_needed(correlation, pairs, equivalent) == needed
+
+
+@pytest.mark.parametrize("rho", [0.3, 0.8, 0.95])
+def test_exact_pairs_needed_is_the_least(rho: float) -> None:
+    for equivalent in (20, 40, 60):
+        n = cv.exact_pairs_needed(rho, 96, equivalent)
+
+        def variance(m: int) -> float:
+            return (1 - rho**2) / m + rho**2 / 96
+
+        assert variance(n) <= 1 / equivalent
+        assert n == 8 or variance(n - 1) > 1 / equivalent
+
+
+def test_safe_number_of_pairs() -> None:
+    low = math.tanh(math.atanh(0.9) - stats.norm.ppf(0.95) / 3)
+    safe = cv.exact_pairs_needed_safely(0.9, pilot=12, pairs=96, equivalent=48, level=0.95)
+    assert safe == cv.exact_pairs_needed(low, 96, 48) > cv.exact_pairs_needed(0.9, 96, 48)
+    assert cv.exact_pairs_needed_safely(-0.9, 12, 96, 48, level=0.95) == safe
+    assert cv.exact_pairs_needed_safely(0.9, 100_000_000, 96, 48) == cv.exact_pairs_needed(0.9, 96, 48)
+    assert cv.exact_pairs_needed_safely(0.99, 3, 96, 48) == 48
+    assert cv.exact_pairs_needed_safely(0.2, 8, 96, 48) == 48
+    assert cv.exact_pairs_needed_safely(math.nan, 50, 96, 48) == 48
+    assert cv.exact_pairs_needed_safely(1.0, 8, 96, 48) == 8
+
+
+def test_safe_number_of_pairs_suffices_as_often_as_it_says() -> None:
+    exact, proxy = simulate("normal", 0.9, 12, 96)
+    pilots = [np.corrcoef(exact[:12, i], proxy[:12, i])[0, 1] for i in range(3000)]
+    enough = np.mean([cv.exact_pairs_needed_safely(r, 12, 96, 48) >= 16 for r in pilots])
+    assert 0.88 <= enough <= 0.94
+    assert np.mean([cv.exact_pairs_needed(r, 96, 48) >= 16 for r in pilots]) < 0.65
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: cv.exact_pairs_needed(1.1, 96, 48),
+        lambda: cv.exact_pairs_needed(0.5, 0, 48),
+        lambda: cv.exact_pairs_needed(0.5, 96, 0),
+        lambda: cv.exact_pairs_needed(0.5, 96, math.nan),
+        lambda: cv.exact_pairs_needed_safely(-1.1, 8, 96, 48),
+        lambda: cv.exact_pairs_needed_safely(0.5, -1, 96, 48),
+        lambda: cv.exact_pairs_needed_safely(0.5, 8, 96, 48, level=1.0),
+    ],
+)
+def test_impossible_requests_are_refused(call: object) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        call()  # type: ignore[operator]
+
+
+def test_order_depends_on_identities_only_and_nests() -> None:
+    ids = [f"pair-{i}" for i in range(50)]
+    order = cv.subset_order(ids, seed=1)
+    assert sorted(order.tolist()) == list(range(50))
+    np.testing.assert_array_equal(order, cv.subset_order(ids, seed=1))
+    assert not np.array_equal(order, cv.subset_order(ids, seed=2))
+    ranked = [ids[i] for i in order]
+    backwards = ids[::-1]
+    assert [backwards[i] for i in cv.subset_order(backwards, seed=1)] == ranked
+    some = ids[::3]
+    assert [some[i] for i in cv.subset_order(some, seed=1)] == [i for i in ranked if i in set(some)]
+    assert cv.subset_order(["a", "b", "a"]).tolist() in ([0, 2, 1], [1, 0, 2])
+    assert cv.subset_order([]).shape == (0,)
+
+
+def test_every_pair_is_as_likely_to_be_exact() -> None:
+    counts = np.zeros(20)
+    together = 0
+    for seed in range(4000):
+        prefix = cv.subset_order(range(100, 120), seed)[:5]
+        counts[prefix] += 1
+        together += {0, 1} <= set(prefix.tolist())
+    assert stats.chisquare(counts).pvalue > 1e-4
+    assert together / 4000 == pytest.approx(5 * 4 / (20 * 19), abs=0.015)
+
+
+def test_mean_interval_is_what_the_percentile_bootstrap_lacks_at_eight_pairs() -> None:
+    """Why the interval is not a bootstrap: 88 % at n = 8, on the same normal effects that the t interval covers."""
+    values = np.random.default_rng(5).standard_normal((8, 1000))
+    plain = [mean_interval(values[:, i], resamples=300) for i in range(1000)]
+    assert np.mean([p.low <= 0 <= p.high for p in plain]) < 0.91
+    padded = np.vstack([values, np.full((56, 1000), np.nan)])
+    ours = cv.control_variate_means(padded, np.zeros((64, 1000)))
+    assert 0.93 <= np.mean([r.interval.low <= 0 <= r.interval.high for r in ours]) <= 0.97
