@@ -117,12 +117,39 @@ def test_training_state_does_not_count() -> None:
     assert fingerprint(tiny_model("llama", seed=1)) != expected
 
 
-def test_sums_do_not_depend_on_how_weights_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("gpt2")
-    expected = fingerprint(model)
-    for size in (7, 64, 1001):
-        monkeypatch.setattr(module, "_CHUNK", size)
-        assert fingerprint(model) == expected
+def test_sums_do_not_depend_on_how_many_blocks_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = holder(w=torch.randn(5, 70_001, generator=torch.Generator().manual_seed(0)))
+    expected = fingerprint(weights)
+    for blocks in (2, 3, 256):
+        monkeypatch.setattr(module, "_BLOCKS", {"cpu": blocks})
+        assert fingerprint(weights) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_changes_that_sums_could_miss(dtype: torch.dtype) -> None:
+    """Signs flipped everywhere, in pairs or in rectangles; rows, columns, blocks or single weights exchanged."""
+    weights = torch.randn(192, 1024, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = {"as it is": fingerprint(holder(w=weights))}
+
+    def changed(name: str, change: Any) -> None:
+        other = weights.clone()
+        change(other)
+        assert not torch.equal(other, weights)
+        found[name] = fingerprint(holder(w=other))
+
+    changed("all signs", lambda w: w.neg_())
+    changed("two signs of a row", lambda w: w[3, 10:12].neg_())
+    changed("two signs of a column", lambda w: w[3:5, 10].neg_())
+    changed("a rectangle of signs", lambda w: w[4:6, 20:22].neg_())
+    changed("the same rectangle elsewhere", lambda w: w[6:8, 20:22].neg_())
+    changed("rows", lambda w: w.__setitem__([0, 1], w[[1, 0]]))
+    changed("rows of two blocks", lambda w: w.__setitem__([0, 64], w[[64, 0]]))
+    changed("whole blocks", lambda w: w.copy_(w.roll(64, 0)))
+    changed("all rows by one", lambda w: w.copy_(w.roll(1, 0)))
+    changed("all columns by one", lambda w: w.copy_(w.roll(1, 1)))
+    changed("two weights of a row", lambda w: w.__setitem__((7, [1, 2]), w[7, [2, 1]]))
+    changed("two weights of a column", lambda w: w.__setitem__(([7, 8], 1), w[[8, 7], 1]))
+    assert len(set(found.values())) == len(found), found
 
 
 def test_empty_and_single_parameters() -> None:
