@@ -99,6 +99,20 @@ class PairBatch:
             return valid & self.in_completion
         return valid & self.last_prompt
 
+    def only_row(self, row: int) -> PairBatch:
+        """That row of a separate batch by itself, with its prediction entries and no padding."""
+        width = int(self.attention_mask[row].sum())
+        mine = self.row == row
+        whole = {
+            name: getattr(self, name)[row : row + 1, :width]
+            for name in ("input_ids", "attention_mask", "place", "segment", "copies", "in_completion", "last_prompt")
+        }
+        entries = {name: getattr(self, name)[mine] for name in ("position", "target", "pair", "side", "distinct")}
+        # Two rows a pair, of which this is one: told apart from a shared row by the pair it does not make whole.
+        return PairBatch(
+            pair_index=self.pair_index.new_empty(0), row=torch.zeros_like(entries["side"]), **whole, **entries
+        )
+
     def to(self, device: torch.device) -> PairBatch:
         return PairBatch(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
 

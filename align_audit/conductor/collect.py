@@ -94,7 +94,8 @@ class Collector:
         valid = batch.position_mask("all")
         if not equal_streams(policy.streams, reference.streams, valid):
             self.found.identical = False
-        self._distances(batch, policy, reference)
+        if self.config.localization.enabled:
+            self._distances(batch, policy, reference)
         ours, theirs = self._behaviour(batch, policy, reference)
         if self.config.patching.enabled:
             self._patch(batch, policy, reference, ours, theirs)
@@ -320,9 +321,9 @@ class Collector:
             ]
         limit = session.max_streams(own.after(-1))
         same_as = None if strays is not None else own
-        for key, top in replay.walk(own, streams, limit, same_as=same_as, read=batch.read):
-            effect = session.margins(replay, top, batch) - base if top is not None else torch.zeros_like(base)
-            self._store(batch, key, effect)
+        walked = replay.walk(own, streams, limit, same_as=same_as, read=batch.read)
+        for key, margin in session.each_margin(replay, walked, batch):
+            self._store(batch, key, margin - base if margin is not None else torch.zeros_like(base))
         return base
 
     def _replay_check(self, replay: Replay, own: Recording, is_reference: bool) -> list[int] | None:

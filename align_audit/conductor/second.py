@@ -69,11 +69,12 @@ def second_pass(session: Session, looks: Sequence[Look], tick: Callable[[], None
         with session.as_reference() as replay:
             base = session.margins(replay, reference.after(session.num_layers - 1), batch)
             limit = session.max_streams(reference.after(-1))
-            for key, end in replay.walk(reference, streams(), limit, read=batch.read):
-                assert end is not None
+            walked = replay.walk(reference, streams(), limit, read=batch.read)
+            for key, margin in session.each_margin(replay, walked, batch):
+                assert margin is not None
                 assert isinstance(key, tuple)
                 number, own = key
-                looks[number].store(own, places, (session.margins(replay, end, batch) - base).numpy())
+                looks[number].store(own, places, (margin - base).numpy())
         tick()
 
     session.each_batch(update)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from align_audit.batches import PairBatch, make_batch, pair_tokens, plan_batches
 from align_audit.conductor.sharing import why_not_shared
 from align_audit.errors import AuditMemoryError, ConfigurationError
 from align_audit.measures.margin import preference_margin, token_logp
-from align_audit.models.anatomy import Anatomy
+from align_audit.models.anatomy import Anatomy, unwrap
 from align_audit.models.reference import Reference, check_fit
 from align_audit.models.replay import Recording, Replay
 
@@ -95,7 +95,10 @@ class Session:
         self.meter = MemoryMeter(self.device)
         with self.as_reference():
             self.reference = Replay(
-                reference.model(), self.policy.anatomy if reference.shares_weights else anatomy, self.policy.autocast
+                reference.model(),
+                self.policy.anatomy if reference.shares_weights else anatomy,
+                self.policy.autocast,
+                self.policy if self._alike(reference.model()) and not reference.shares_weights else None,
             )
         check_fit(self.policy.anatomy, self.reference.anatomy)
         check_vocabulary(pairs, self.policy.anatomy.vocab_size)
@@ -115,6 +118,21 @@ class Session:
         with self._reference.active():
             yield getattr(self, "reference", self.policy)
 
+    def _alike(self, reference: nn.Module) -> bool:
+        """Whether the reference is built just as the policy is: what holds for how one computes holds for the other."""
+        ours, theirs = self.policy.model, unwrap(reference)
+
+        def build(model: Any) -> tuple[Any, ...]:
+            config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
+            elsewhere = ("_name_or_path", "dtype", "transformers_version", "use_cache")
+            return (
+                [(name, type(module)) for name, module in model.named_modules()],
+                {name: value for name, value in config.items() if name not in elsewhere},
+                getattr(model.config, "_attn_implementation", None),
+            )
+
+        return build(ours) == build(theirs)
+
     @property
     def shared(self) -> bool:
         """Whether a pair's prompt is computed once for both completions."""
@@ -130,9 +148,7 @@ class Session:
             tolerance = max(tolerance, 8 * torch.finfo(replay.compute_dtype).eps)
         with self.as_reference() as replay:
             reason = why_not_shared(replay, self.pairs, tolerance)
-        ours, theirs = self.policy.model, self.reference.model
-        alike = type(ours) is type(theirs) and ours.config.to_diff_dict() == theirs.config.to_diff_dict()
-        if reason is None and not alike:
+        if reason is None and not self._alike(self.reference.model):
             with self.as_policy() as replay:
                 reason = why_not_shared(replay, self.pairs, tolerance)
         return reason
@@ -219,6 +235,37 @@ class Session:
         """Preference margins [B], float64 on the CPU, from a final residual stream [R, T, d]."""
         logp = self.token_logp(replay, top, batch)
         return preference_margin(logp, batch.pair, batch.side, batch.num_pairs).cpu()
+
+    def each_margin(
+        self, replay: Replay, walked: Iterator[tuple[Hashable, torch.Tensor | None]], batch: PairBatch
+    ) -> Iterator[tuple[Hashable, torch.Tensor | None]]:
+        """:meth:`margins` of every walked stream; None for one that was not walked.
+
+        Streams go through the head together, as many rows at once as keep it busy; only those rows are kept of each.
+        """
+        waiting: list[tuple[Hashable, torch.Tensor]] = []
+        block = next(replay.head_blocks(2**62)).stop
+        for key, top in walked:
+            if top is None:
+                yield key, None
+                continue
+            waiting.append((key, top[batch.row, batch.position]))
+            if (len(waiting) + 1) * batch.row.numel() > block:
+                yield from self._read(replay, waiting, batch)
+                waiting = []
+        yield from self._read(replay, waiting, batch)
+
+    def _read(
+        self, replay: Replay, waiting: list[tuple[Hashable, torch.Tensor]], batch: PairBatch
+    ) -> Iterator[tuple[Hashable, torch.Tensor]]:
+        if not waiting:
+            return
+        rows = torch.cat([part for _, part in waiting])
+        target = batch.target.repeat(len(waiting))
+        logp = [token_logp(replay.head(rows[block]), target[block]) for block in replay.head_blocks(len(rows))]
+        self.meter.sample()
+        for (key, _), own in zip(waiting, torch.cat(logp).split(batch.row.numel()), strict=True):
+            yield key, preference_margin(own, batch.pair, batch.side, batch.num_pairs).cpu()
 
     def max_streams(self, stream: torch.Tensor) -> int:
         """How many streams like this one may be walked together within the working memory."""

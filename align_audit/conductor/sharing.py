@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from align_audit.batches import common_prompt, make_batch, pair_tokens
+from align_audit.batches import PairBatch, common_prompt, make_batch, pair_tokens
 from align_audit.models.replay import Replay
 
 if TYPE_CHECKING:
@@ -18,8 +18,9 @@ def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float)
     """None where rows that hold the prompt once give the logits of separate rows; else the reason, in words.
 
     Two pairs are tried: the longest, since what a window or a schedule of positions does shows only beyond some length,
-    and the shortest of those with a common prompt. Position biases that count rows (ALiBi), recurrent states and masks
-    that ignore the one they are given all show here.
+    and the shortest of those with a common prompt. Of the longest only the rejected side is computed for itself: behind the
+    chosen one in its row, it is the side that position biases that count columns (ALiBi), recurrent states and models that
+    ignore the mask they are given would change.
 
     Args:
         tolerance: largest difference of a logit, as a share of the largest logit.
@@ -29,26 +30,30 @@ def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float)
     )
     if not order:
         return "no pair has a prompt token that both sequences begin with"
-    for index in sorted({order[0], order[-1]}):
-        found = []
-        for shared in (False, True):
-            batch = make_batch([pairs[index]], [index], 0, shared=shared).to(replay.device)
-            try:
-                recording = replay.record(batch.model_inputs())
-                top = recording.after(replay.num_layers - 1)
-                found.append(replay.head(top[batch.row, batch.position]).double())
-            except Exception as error:
-                if not shared:
-                    raise
-                return f"the model does not take rows with a mask of their own ({type(error).__name__}: {error})"
-        own, packed = found
-        if not bool(torch.isfinite(own).all()):
-            return "the model's logits are not finite, so the two layouts cannot be compared"
-        difference = float((own - packed).abs().max() / own.abs().max())
-        if not difference <= tolerance:
-            return (
-                f"with the prompt computed once the logits of pair {pairs[index].index} differ by {difference:.2g} of "
-                f"the largest one ({tolerance:.2g} is rounding): tokens of one completion reach the other, or "
-                "positions are not what they were"
-            )
+    for index, sides in ((order[-1], (1,)), (order[0], (0, 1))):
+        pair = pairs[index]
+        batch = make_batch([pair], [index], 0, shared=True).to(replay.device)
+        try:
+            packed = _logits(replay, batch)
+        except Exception as error:
+            return f"the model does not take rows with a mask of their own ({type(error).__name__}: {error})"
+        whole = make_batch([pair], [index], 0).to(replay.device)
+        for side in sides:
+            own = _logits(replay, whole.only_row(side))
+            if not bool(torch.isfinite(own).all()):
+                return "the model's logits are not finite, so the two layouts cannot be compared"
+            difference = float((own - packed[batch.side == side]).abs().max() / own.abs().max())
+            if not difference <= tolerance:
+                return (
+                    f"with the prompt computed once the logits of pair {pair.index} differ by {difference:.2g} of the "
+                    f"largest one ({tolerance:.2g} is rounding): tokens of one completion reach the other, or positions "
+                    "are not what they were"
+                )
     return None
+
+
+@torch.no_grad()
+def _logits(replay: Replay, batch: PairBatch) -> torch.Tensor:
+    """Next-token logits [P, V] at the batch's prediction entries, float64."""
+    top = replay.record(batch.model_inputs()).after(replay.num_layers - 1)
+    return replay.head(top[batch.row, batch.position]).double()

@@ -11,7 +11,7 @@ from align_audit.models.streaming import stored_parameters
 
 _ROWS, _COLUMNS = 64, 1024
 """Of one block: as 64-bit integers it stays in a core's cache."""
-_BLOCKS = {"cpu": 1}
+_BLOCKS = {"cpu": 4}
 _BLOCKS_ELSEWHERE = 256
 """Blocks taken at once, by device type."""
 _MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # odd, as a signed 64-bit integer
@@ -57,20 +57,23 @@ def _sums(tensor: torch.Tensor) -> tuple[int, int]:
     flat = tensor.contiguous().view(-1).view(width)
     block = _ROWS * _COLUMNS
     step = block * _BLOCKS.get(tensor.device.type, _BLOCKS_ELSEWHERE)
-    columns = _weights(torch.arange(_COLUMNS, device=flat.device))
-    plain = weighted = 0
+    by_row, by_column = [], []
     for first in range(0, flat.numel(), step):
         part = flat[first : first + step].to(torch.int64)
         if part.numel() % block:
             part = torch.cat([part, part.new_zeros(-part.numel() % block)])
         part = part.view(-1, _ROWS, _COLUMNS)
-        number = torch.arange(part.shape[0], device=part.device) + first // block
-        by_row, by_column = part.sum(2), part.sum(1)
-        rows = _weights(number[:, None] * _ROWS + torch.arange(_ROWS, device=part.device))
-        plain += int(by_row.sum())
-        weighted += int((by_row * rows).sum())
-        weighted += int(((by_column * columns).sum(1) * _weights(number + 2**40)).sum())
-    return plain % 2**64, weighted % 2**64
+        by_row.append(part.sum(2))
+        by_column.append(part.sum(1))
+    if not by_row:
+        return 0, 0
+    rows, columns = torch.cat(by_row).flatten(), torch.cat(by_column)
+    place = torch.arange(len(rows), device=flat.device)
+    within = _weights(torch.arange(_COLUMNS, device=flat.device))
+    weighted = (rows * _weights(place)).sum() + (
+        (columns * within).sum(1) * _weights(place[: len(columns)] + 2**40)
+    ).sum()
+    return int(rows.sum()) % 2**64, int(weighted) % 2**64
 
 
 def _weights(places: torch.Tensor) -> torch.Tensor:

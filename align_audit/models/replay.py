@@ -69,13 +69,23 @@ class Replay:
         model: the policy or the reference, wrapped or not.
         anatomy: where the stream passes; found (and checked) when None or incomplete.
         autocast: makes the context the trainer computes in; recording, replay and head all run inside it.
+        like: a replay, checked already, of a model that is built just as this one is; what is a matter of how a model
+            computes, and not of its weights, is then taken from it.
     """
+
+    anatomy: Anatomy
+    layers: list[nn.Module]
+    _copies: bool
+    """Layers write into their argument, so each gets its own."""
+    _pointwise: list[nn.Module]
+    """Modules of the last layer that may run at some positions only."""
 
     def __init__(
         self,
         model: nn.Module,
         anatomy: Anatomy | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+        like: Replay | None = None,
     ) -> None:
         self.model: Any = unwrap(model)
         check_kind(self.model)
@@ -86,13 +96,15 @@ class Replay:
         with torch.no_grad(), autocast():
             self._adopt_autocast(probe)
         with torch.no_grad(), self.autocast():
-            if anatomy is None or not anatomy.num_layers:
+            if like is not None:
+                anatomy = like.anatomy
+            elif anatomy is None or not anatomy.num_layers:
                 anatomy = find_anatomy(self.model, probe, anatomy)
             self.anatomy = anatomy
             self.layers = anatomy.modules(self.model)
-            self._copies = False
-            self._pointwise: list[nn.Module] = []
-            self._verify(probe)
+            self._copies = like is not None and like._copies
+            self._pointwise = []
+            self._verify(probe, like)
         self.layer_tokens = 0
 
     @property
@@ -319,10 +331,13 @@ class Replay:
 
         def look(module: nn.Module, args: tuple[Any, ...]) -> None:
             seen.append((torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)))
+            raise _Recorded
 
         handle = self.model.get_input_embeddings().register_forward_pre_hook(look)
         try:
             self.model(**inputs, use_cache=False)
+        except _Recorded:
+            pass
         finally:
             handle.remove()
         self.compute_dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
@@ -330,7 +345,7 @@ class Replay:
             self.compute_dtype = dtype = seen[0][1]
             self.autocast = lambda: torch.autocast(device, dtype=dtype)
 
-    def _verify(self, inputs: dict[str, torch.Tensor]) -> None:
+    def _verify(self, inputs: dict[str, torch.Tensor], like: Replay | None) -> None:
         """Replay from every layer must give the model's own streams and logits, and must leave the model as it was."""
         name = type(self.model).__name__
         recording, entering = self._entering(inputs)
@@ -343,18 +358,19 @@ class Replay:
                     "differ from the model's own forward. Nothing falls back silently; this architecture is refused."
                 )
         self._expect(recording, recording, "Dropout or other state inside the layer?")
-        self._expect(
-            self._disturbed(inputs),
-            recording,
-            "The stream below it was another one than when they were recorded, so a layer gets more from those below "
-            "it than the residual stream, and a patched stream cannot be continued.",
-        )
-        self._expect(
-            recording,
-            recording,
-            "Another stream went through the layers in between: they hand something on beside the residual stream "
-            "(keys and values, say), so a patched stream cannot be continued.",
-        )
+        if like is None:
+            self._expect(
+                self._disturbed(inputs),
+                recording,
+                "The stream below it was another one than when they were recorded, so a layer gets more from those "
+                "below it than the residual stream, and a patched stream cannot be continued.",
+            )
+            self._expect(
+                recording,
+                recording,
+                "Another stream went through the layers in between: they hand something on beside the residual stream "
+                "(keys and values, say), so a patched stream cannot be continued.",
+            )
         assert recording.logits is not None
         valid = inputs["attention_mask"].bool()
         own = recording.logits[valid].double()
@@ -368,17 +384,23 @@ class Replay:
                 f"{name} cannot be replayed: its logits from the last layer's stream differ by {difference:.3g} when "
                 "its layers are stubbed, so its norm and head depend on more than that stream"
             )
+        if like is not None:
+            last = self.layers[-1]
+            names = {module: name for name, module in like.layers[-1].named_modules()}
+            self._pointwise = [last.get_submodule(names[module]) for module in like._pointwise]
+            return
         self._pointwise = self._find_pointwise(recording)
-        again = self._forward(**inputs)
-        if not _same(again, recording.logits):
+        again = self.record(inputs)
+        if not all(map(_same, again.streams, recording.streams)):
             raise AnatomyError(f"{name} cannot be audited: replaying its layers changed what the model computes")
         changed = inputs["input_ids"].clone()
         changed[:, -1] = (changed[:, -1] + 1) % self.anatomy.vocab_size
-        ahead = self._forward(input_ids=changed, attention_mask=inputs["attention_mask"])[0, :-1]
-        behind = recording.logits[0, :-1]
-        if finite and not torch.allclose(ahead, behind, rtol=0.0, atol=_rounding(1000, *dtypes) * scale):
+        ahead = self.record({**inputs, "input_ids": changed}).streams[-1][0, :-1]
+        behind = recording.streams[-1][0, :-1]
+        atol = _rounding(1000, *dtypes) * float(behind.abs().max())
+        if finite and not torch.allclose(ahead, behind, rtol=0.0, atol=atol):
             raise AnatomyError(
-                f"{name} is not a causal language model: changing the last token changed the logits before it; "
+                f"{name} is not a causal language model: changing the last token changed the stream before it; "
                 "expected a model loaded with AutoModelForCausalLM"
             )
 

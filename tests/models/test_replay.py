@@ -561,7 +561,7 @@ class Learns(Toy):
         (SharedState, r"layer 3, called again .* more from those below it than the residual stream"),
         (HiddenState, r"layer 3, called again .* hand something on beside the residual stream"),
         (WideHead, "its norm and head depend on more than that stream"),
-        (LooksAhead, "is not a causal language model: changing the last token changed the logits before it"),
+        (LooksAhead, "is not a causal language model: changing the last token changed the stream before it"),
         (Learns, "replaying its layers changed what the model computes"),
     ],
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.contenders.common import Pair, Result
 
 ONLY_THE_SWEEP: dict[str, Any] = {
-    "patching": {"reverse": False, "noise_draws": 0, "transplants": False},
+    "patching": {"reverse": False, "noise_draws": 0, "transplants": False, "embedding": False},
     "low_rank": {"enabled": False},
     "spinal": {"enabled": False, "gradient_concentration": False},
     "localization": {"enabled": False},
