@@ -31,6 +31,7 @@ from tests.tiny import perturbed, random_pairs, tiny_model
 FAMILIES = ("llama", "gpt2", "gemma2", "qwen3")
 IDS = torch.arange(3, 21).view(2, 9)
 MASK = torch.ones_like(IDS)
+INPUTS = {"input_ids": IDS, "attention_mask": MASK}
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,7 @@ def test_logits_and_streams_are_bit_identical(family: str, kind: str, tmp_path: 
     one, other = Replay(whole), Replay(streamed)
     assert one.anatomy == other.anatomy
     assert one.compute_dtype == other.compute_dtype == wanted
-    ours, theirs = one.record(IDS, MASK, keep_logits=True), other.record(IDS, MASK, keep_logits=True)
+    ours, theirs = one.record(INPUTS, keep_logits=True), other.record(INPUTS, keep_logits=True)
     assert len(ours.streams) == one.num_layers + 1
     assert all(torch.equal(a, b) for a, b in zip(ours.streams, theirs.streams, strict=True))
     assert not torch.equal(ours.streams[0], ours.streams[-1])
@@ -123,7 +124,7 @@ def test_walks_heads_and_gradients_are_equal(tmp_path: Path) -> None:
     results = []
     for model in (whole, streamed):
         replay = Replay(model)
-        recording = replay.record(IDS, MASK)
+        recording = replay.record(INPUTS)
         starts = (-1, 0, 0, 2)
         moved = [
             Stream(i, start, lambda start=start, recording=recording: recording.after(start) * 1.5)
@@ -133,9 +134,9 @@ def test_walks_heads_and_gradients_are_equal(tmp_path: Path) -> None:
         assert len(walked) == len(starts)
         rows = recording.after(replay.num_layers - 1)[0]
         gradients = dict(
-            replay.stream_gradients(recording, lambda top, replay=replay: replay.head(top[:, -1]).square().sum())
+            replay.stream_gradients(recording, lambda top, replay=replay: [replay.head(top[:, -1]).square().sum()])
         )
-        results.append([replay.head(rows), *walked.values(), *(gradients[i] for i in range(replay.num_layers))])
+        results.append([replay.head(rows), *walked.values(), *(gradients[i][0] for i in range(replay.num_layers))])
     assert len(results[0]) == 1 + 4 + 4
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     assert all(float(value.abs().max()) > 0 for value in results[0])
@@ -236,7 +237,7 @@ def test_at_most_two_layers_are_held_and_many_calls_load_once(tmp_path: Path, mo
     ]  # type: ignore[union-attr]
     replay = Replay(model)
     assert seen == set(range(6))
-    recording = replay.record(IDS, MASK)
+    recording = replay.record(INPUTS)
     before = stream.loads
     for _ in range(3):
         for index in range(6):
@@ -300,14 +301,14 @@ def test_the_next_layer_is_foreseen(order: Any, loads: int, tmp_path: Path) -> N
 def test_stubbed_layers_bring_nothing_in(tmp_path: Path) -> None:
     model = open_streamed(save(tmp_path), dtype=torch.float32)
     replay = Replay(model)
-    rows = replay.record(IDS, MASK).after(3)[0]
+    rows = replay.record(INPUTS).after(3)[0]
     stream = stream_of(model)
     assert stream is not None
     stream.rest()
     loads = stream.loads
     replay.head(rows)
     assert (stream.loads, held_layers(model), stream.held) == (loads, set(), set())
-    replay.record(IDS, MASK)
+    replay.record(INPUTS)
     assert stream.loads > loads, "after the stubs the layers stream again"
 
 
