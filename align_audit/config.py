@@ -38,6 +38,14 @@ class PatchingConfig(_Part):
     """Block transplants: each block's own update alone, in the reference."""
     reverse: bool = True
     noise_draws: int = Field(3, ge=0)
+    """Random directions at the peak layer, whose verdict they decide; one at every other layer."""
+    exact_pairs: int | None = Field(None, ge=8)
+    """None: every pair is patched. Else this many, drawn by hash; the others' effects are estimated by attribution, which
+    the patched ones correct (a control variate): unbiased, wider or narrower as the two correlate, which the record
+    says. Whatever else is patched is then measured on the patched pairs only."""
+    control_pairs: int = Field(24, ge=2)
+    """Pairs, at most, on which noise, reverse and random subspaces are patched: a control needs fewer than an estimate.
+    Which ones is drawn by hash, before anything is measured."""
     split_half_repeats: int = Field(100, ge=1)
     split_half_agreement: Fraction = 0.8
     """The control passes when at least this share of random half splits agree on the peak layer."""

@@ -71,10 +71,26 @@ class Margins(_Part):
     reference_token_accuracy: Estimate
 
 
+class Attribution(_Part):
+    """Attribution patching (first order) beside the exact effects, where only some pairs were patched; L values each."""
+
+    exact_pairs: int
+    pairs: int
+    correlation: list[float]
+    """Between a pair's exact effect and its attribution, over the patched pairs."""
+    equivalent_pairs: list[float]
+    """Patched pairs that would have given the effect's interval without attribution."""
+    mean: list[Estimate]
+    """Of the attribution itself, over all pairs: what it would have said alone."""
+
+
 class Patching(_Part):
     """Layer-wise activation patching (METHODS §1). Effects and transplants in nats; recovery and gains are shares."""
 
     positions: str
+    estimator: Literal["exact", "control_variate"] = "exact"
+    """How ``effect`` was estimated: every pair patched, or some, the others by attribution. The rest is always exact."""
+    attribution: Attribution | None = None
     effect: list[Estimate]
     effect_p_adjusted: list[float]
     """Two-sided bootstrap p-values of effect ≠ 0, Benjamini–Hochberg adjusted over layers."""
@@ -98,6 +114,8 @@ class Control(_Part):
     """L values for ``noise``, ``reverse`` and ``identity``; for ``random_subspace`` one per evaluated rank."""
     value: float | None = None
     """Agreement over half splits for ``split_half``."""
+    pairs: int | None = None
+    """Probe pairs it was measured on."""
 
 
 class Controls(_Part):

@@ -12,6 +12,7 @@ from align_audit.conductor.collect import Collected
 from align_audit.conductor.lowrank import LowRankFindings
 from align_audit.config import AuditConfig
 from align_audit.measures import spinal as spinal_measures
+from align_audit.measures.control_variate import control_variate_means
 from align_audit.measures.localization import center_of_mass, lasso_localization, normalized_entropy
 from align_audit.measures.patching import PatchSummary, summarize_patching
 from align_audit.measures.spectrum import below_rounding_floor, contraction, singular_values
@@ -25,6 +26,7 @@ from align_audit.measures.statistics import (
 )
 from align_audit.measures.subspace import principal_angles, rank_95
 from align_audit.record import (
+    Attribution,
     Control,
     Controls,
     DepthTrace,
@@ -97,11 +99,11 @@ class Assembler:
         if not self.config.patching.enabled:
             self.reasons["patching"] = "switched off (patching.enabled)"
             return None, None
-        pair = self.found.per_pair
+        pair, exact = self.found.per_pair, self.found.exact_pairs
         summary = summarize_patching(
-            pair["effect"],
-            pair["transplant"],
-            self.shift,
+            pair["effect"][exact],
+            pair["transplant"][exact],
+            self.shift[exact],
             resamples=self.resamples,
             confidence=self.confidence,
             method=self.method,
@@ -114,9 +116,27 @@ class Assembler:
             self.reasons["patching.effect_p_adjusted"] = (
                 "an effect is not finite, or there are too few pairs for a test"
             )
+        effect, attribution = summary.effect, None
+        if "attribution" in pair:
+            combined = control_variate_means(
+                pair["effect"][:, 1:], pair["attribution"][:, 1:], self.resamples, self.confidence, self.seed
+            )
+            effect = [one.interval for one in combined]
+            attribution = Attribution(
+                exact_pairs=len(exact),
+                pairs=self.found.num_pairs,
+                correlation=floats([one.correlation for one in combined]),
+                equivalent_pairs=floats([one.equivalent_pairs for one in combined]),
+                mean=self.means(pair["attribution"][:, 1:]),
+            )
+            for layer, one in enumerate(combined):
+                if one.reason is not None:
+                    self.reasons[f"patching.attribution.correlation.{layer}"] = one.reason
         part = Patching(
             positions=self.config.patching.positions,
-            effect=[estimate(interval) for interval in summary.effect],
+            estimator="exact" if attribution is None else "control_variate",
+            attribution=attribution,
+            effect=[estimate(interval) for interval in effect],
             effect_p_adjusted=summary.effect_p_adjusted,
             recovery=[estimate(interval) for interval in summary.recovery],
             layer_gain=[estimate(interval) for interval in summary.layer_gain],
@@ -165,9 +185,10 @@ class Assembler:
                 self.reasons["localization"] = "target 'effect' needs a peak layer, and there is none"
                 return None
             target = self.found.per_pair["effect"][:, summary.peak_layer + 1]
+        known = self.found.exact_pairs if config.target == "effect" else np.arange(self.found.num_pairs)
         fit = lasso_localization(
-            self.found.per_pair["features"],
-            target,
+            self.found.per_pair["features"][known],
+            target[known],
             folds=config.folds,
             resamples=config.selection_resamples,
             permutations=config.permutations,
@@ -216,7 +237,9 @@ class Assembler:
         for (basis, layer), reason in findings.skipped.items():
             self.reasons[f"low_rank.{basis}.{layer}"] = reason
         for (basis, layer), fitted in findings.fitted.items():
-            full = self.found.per_pair["effect"][:, layer + 1]
+            full, fitted = (
+                values[self.found.exact_pairs] for values in (self.found.per_pair["effect"][:, layer + 1], fitted)
+            )
             fractions = [estimate(interval) for interval in self._fractions(fitted, full)]
             least, why = rank_95(findings.ranks, [fraction.mean for fraction in fractions])
             if why is not None:
@@ -247,12 +270,13 @@ class Assembler:
         if summary is None:
             off = Control(verdict="not_run", reason="patching is switched off (patching.enabled)")
             return Controls(noise=off, reverse=off, identity=off, random_subspace=off, split_half=off)
+        fewer = {"pairs": len(self.found.control_pairs)}
         return Controls(
-            noise=self._noise(summary),
-            reverse=self._reverse(summary),
-            identity=self._identity(),
-            random_subspace=self._random_subspace(summary, findings),
-            split_half=self._split_half(),
+            noise=self._noise(summary).model_copy(update=fewer),
+            reverse=self._reverse(summary).model_copy(update=fewer),
+            identity=self._identity().model_copy(update={"pairs": len(self.found.identity_pairs)}),
+            random_subspace=self._random_subspace(summary, findings).model_copy(update=fewer),
+            split_half=self._split_half().model_copy(update={"pairs": len(self.found.exact_pairs)}),
         )
 
     def _no_shift(self) -> str | None:
@@ -265,7 +289,7 @@ class Assembler:
         return None
 
     def _noise(self, summary: PatchSummary) -> Control:
-        draws, counts = self.found.per_pair["noise"], self.found.noise_draws
+        draws, counts = self.found.per_pair["noise"][self.found.control_pairs], self.found.noise_draws
         if draws.shape[1] == 0:
             return Control(verdict="not_run", reason="no noise draws were asked for (patching.noise_draws)")
         effect = self.means(
@@ -289,7 +313,7 @@ class Assembler:
     def _reverse(self, summary: PatchSummary) -> Control:
         if not self.config.patching.reverse:
             return Control(verdict="not_run", reason="switched off (patching.reverse)")
-        effect = self.means(self.found.per_pair["reverse"][:, 1:])
+        effect = self.means(self.found.per_pair["reverse"][self.found.control_pairs, 1:])
         raised = [layer for layer, real in enumerate(summary.effect) if real.low > 0.0]
         if not raised:
             return Control(
@@ -328,11 +352,11 @@ class Assembler:
         peak = summary.peak_layer if summary.peak_layer in findings.random else next(iter(findings.random))
         if ("shift", peak) not in findings.fitted:
             return Control(verdict="not_run", reason="the shift basis was not fitted (low_rank.bases)")
-        effect = self.means(findings.random[peak].mean(axis=-1))
+        effect = self.means(findings.random[peak][self.found.control_pairs].mean(axis=-1))
         reason = self._no_shift()
         if reason is not None:
             return Control(verdict="not_run", reason=reason, effect=effect)
-        fitted = self.means(findings.fitted["shift", peak])
+        fitted = self.means(findings.fitted["shift", peak][self.found.exact_pairs])
         sign = math.copysign(1.0, summary.effect[peak].mean)
         losing = [
             rank
@@ -356,7 +380,7 @@ class Assembler:
         if not config.transplants:
             return Control(verdict="not_run", reason="block transplants are switched off (patching.transplants)")
         agreement, why = split_half_agreement(
-            self.found.per_pair["transplant"][:, 1:-1], config.split_half_repeats, self.seed
+            self.found.per_pair["transplant"][self.found.exact_pairs, 1:-1], config.split_half_repeats, self.seed
         )
         if why is not None:
             return Control(verdict="not_run", reason=why)

@@ -29,6 +29,10 @@ class Collected:
     num_layers: int
     noise_draws: np.ndarray
     """[L] random directions that were patched at each layer."""
+    exact_pairs: np.ndarray
+    """Places of the pairs that were patched; NaN elsewhere."""
+    control_pairs: np.ndarray
+    """Places of the pairs on which noise, reverse and random subspaces were patched; NaN elsewhere."""
     per_pair: dict[str, np.ndarray] = field(default_factory=dict)
     identical: bool = True
     """Policy and reference gave the same residual streams, bit by bit, on every probe token."""
@@ -68,7 +72,13 @@ class Collector:
         """Batches whose recordings were replayed as a check, by whether the model is the reference."""
         self._strays: dict[bool, bool] = {}
         layers = session.num_layers
-        found = Collected(len(session.pairs), layers, np.zeros(layers, dtype=int))
+        found = Collected(
+            len(session.pairs),
+            layers,
+            np.zeros(layers, dtype=int),
+            exact_pairs=session.exact_pairs,
+            control_pairs=session.control_pairs,
+        )
         for name in (
             "chosen_logp", "rejected_logp", "reference_chosen_logp", "reference_rejected_logp", "chosen_tokens",
             "rejected_tokens", "kl", "entropy", "reference_entropy", "token_accuracy", "reference_token_accuracy",
@@ -82,6 +92,8 @@ class Collector:
             found.array("identity", layers)
             found.array("noise", config.patching.noise_draws, layers)
             found.array("transplant", layers + 2)
+            if config.patching.exact_pairs is not None:
+                found.array("attribution", layers + 1)
             if config.patching.noise_draws:
                 found.noise_draws[:] = 1
         self.found = found
@@ -98,7 +110,10 @@ class Collector:
             self._distances(batch, policy, reference)
         ours, theirs = self._behaviour(batch, policy, reference)
         if self.config.patching.enabled:
-            self._patch(batch, policy, reference, ours, theirs)
+            if self.config.patching.exact_pairs is not None:
+                self._attribute(batch, policy, reference)
+            if self.session.is_exact(batch):
+                self._patch(batch, policy, reference, ours, theirs)
         if self.config.spinal.enabled:
             self._spinal(batch, policy, reference)
 
@@ -240,6 +255,31 @@ class Collector:
             self.found.put("gradient_norm", batch, norms.sqrt(), layer)
         self.session.meter.sample()
 
+    def _attribute(self, batch: PairBatch, policy: Recording, reference: Recording) -> None:
+        """Attribution patching: ⟨∂m_i(ρ)/∂h_l, h_l(π) − h_l(ρ)⟩ over the patched positions, the effect to first order.
+
+        One backward pass through the reference, all layers at once (Nanda 2023; METHODS §7: an estimator of its own).
+        """
+        mask = batch.position_mask(self.config.patching.positions)
+        begin = -1 if self.config.patching.embedding else 0
+
+        def margin(replay: Replay) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+            def total(top: torch.Tensor) -> list[torch.Tensor]:
+                logp = self.session.token_logp(replay, top, batch)
+                chosen, rejected = sum_by_pair(logp, batch.pair, batch.side, batch.num_pairs).sum(1)
+                return [chosen - rejected]
+
+            return total
+
+        owner = batch.row_pair
+        with self.session.as_reference() as replay:
+            for layer, (gradient,) in replay.stream_gradients(reference, margin(replay), down_to=begin):
+                moved = policy.after(layer).double() - reference.after(layer).double()
+                along = (gradient.double() * moved).sum(-1).masked_fill(~mask, 0.0).sum(-1)
+                total = torch.zeros(batch.num_pairs, dtype=torch.float64, device=owner.device)
+                self.found.put("attribution", batch, total.index_add_(0, owner, along), layer + 1)
+        self.session.meter.sample()
+
     # -- patching ------------------------------------------------------------------------------------------------------
 
     def _patch(
@@ -253,6 +293,7 @@ class Collector:
         session, layers, config = self.session, self.session.num_layers, self.config.patching
         mask = batch.position_mask(config.positions)
         begin = -1 if config.embedding else 0
+        controls = session.is_control(batch)
         moved: list[torch.Tensor] = []
         head = None
         with session.as_policy() as replay:
@@ -260,7 +301,7 @@ class Collector:
                 # π's block l on ρ's own stream; ρ continues from there below.
                 moved = [replay.layer(layer, reference.after(layer - 1), policy) for layer in range(layers)]
                 head = session.margins(replay, reference.after(layers - 1), batch)
-            if config.reverse:
+            if config.reverse and controls:
                 streams = [
                     Stream(("reverse", layer), layer, patch_with(policy, reference, mask, layer))
                     for layer in range(begin, layers)
@@ -270,7 +311,7 @@ class Collector:
             streams = []
             for layer in range(begin, layers):
                 streams.append(Stream(("effect", layer), layer, patch_with(reference, policy, mask, layer)))
-                if layer >= 0 and config.noise_draws:
+                if layer >= 0 and config.noise_draws and controls:
                     make = noise_with(session, batch, policy, reference, mask, layer, 0)
                     streams.append(Stream(("noise", 0, layer), layer, make))
                 if layer >= 0 and config.transplants:

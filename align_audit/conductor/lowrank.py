@@ -30,7 +30,7 @@ class LowRankFindings:
     Attributes:
         ranks: evaluated ranks; those above the model's width are left out.
         fitted: per (basis, layer): [N, K] effect of the rank-k patch, basis fitted on the half the pair is not in.
-        random: per layer: [N, K, D] effect of each of D random subspaces, in the shift form.
+        random: per layer: [N, K, D] effect of each of D random subspaces, in the shift form; NaN but on control pairs.
         explained: per (basis, layer): [K] explained variance ratio on held-out halves.
         bases: per (basis, layer): [d, K_max] fitted on all pairs.
         skipped: why a (basis, layer) is missing.
@@ -87,12 +87,16 @@ class Reconstruction:
         return {layer for _, layer in self._fits}
 
     def streams(self, batch: PairBatch, policy: Recording, reference: Recording) -> Iterator[Stream]:
+        if not self.session.is_exact(batch):
+            return
         mask = batch.position_mask(self.session.config.patching.positions)
         member = _row_halves(batch, self._halves)
         for (basis, layer), (first, second) in self._fits.items():
             for column, rank in enumerate(self.found.ranks):
                 make = _reconstruction(policy, reference, mask, member, layer, basis, first, second, rank)
                 yield Stream(("fitted", basis, layer, column), layer, make)
+        if not self.session.is_control(batch):
+            return
         for layer, draws in self._spans.items():
             for column, rank in enumerate(self.found.ranks):
                 for draw, span in enumerate(draws):

@@ -40,6 +40,8 @@ class MoreNoise:
             found.noise_draws[layer] = self.draws
 
     def streams(self, batch: PairBatch, policy: Recording, reference: Recording) -> Iterator[Stream]:
+        if not self.session.is_control(batch):
+            return
         mask = batch.position_mask(self.session.config.patching.positions)
         for layer in self.layers:
             for draw in range(1, self.draws):
@@ -58,6 +60,9 @@ def second_pass(session: Session, looks: Sequence[Look], tick: Callable[[], None
     top = max(max(look.layers) for look in looks)
 
     def update(batch: PairBatch) -> None:
+        if not session.is_exact(batch):
+            tick()
+            return
         policy, reference = session.record_both(batch, until=top)
 
         def streams() -> Iterator[Stream]:

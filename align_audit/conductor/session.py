@@ -9,12 +9,14 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from align_audit.batches import PairBatch, make_batch, pair_tokens, plan_batches
 from align_audit.conductor.sharing import why_not_shared
 from align_audit.errors import AuditMemoryError, ConfigurationError
+from align_audit.measures.control_variate import subset_order
 from align_audit.measures.margin import preference_margin, token_logp
 from align_audit.models.anatomy import Anatomy, unwrap
 from align_audit.models.reference import Reference, check_fit
@@ -103,6 +105,13 @@ class Session:
         check_fit(self.policy.anatomy, self.reference.anatomy)
         check_vocabulary(pairs, self.policy.anatomy.vocab_size)
         self.num_layers = self.policy.num_layers
+        order = subset_order([pair.index for pair in pairs], config.seed)
+        exact = config.patching.exact_pairs or len(pairs)
+        self.exact_pairs = np.sort(order[:exact])
+        """Places of the pairs that are patched; the others are only attributed."""
+        self.control_pairs = np.sort(order[: min(exact, config.patching.control_pairs)])
+        """Places of the pairs that controls are measured on, some of those that are patched."""
+        self._exact, self._controls = frozenset(self.exact_pairs.tolist()), frozenset(self.control_pairs.tolist())
         self.layout_reason = self._why_not_shared(truncation_mode) if layout_reason is Ellipsis else layout_reason
         """Why each completion has its own copy of the prompt; None where the prompt is computed once."""
         self._most_tokens = self._most_bytes = 2**62
@@ -152,6 +161,14 @@ class Session:
             with self.as_policy() as replay:
                 reason = why_not_shared(replay, self.pairs, tolerance)
         return reason
+
+    def is_exact(self, batch: PairBatch) -> bool:
+        """Whether this batch's pairs are patched: all of them, or none."""
+        return int(batch.pair_index[0]) in self._exact
+
+    def is_control(self, batch: PairBatch) -> bool:
+        """Whether controls are measured on this batch: on all of its pairs, or on none."""
+        return int(batch.pair_index[0]) in self._controls
 
     def batch(self, group: Sequence[int]) -> PairBatch:
         """The pairs at those places as one batch, on the models' device."""
@@ -209,9 +226,13 @@ class Session:
         return list(self.plan) if len(left) == len(everything) else self._plan(left)
 
     def _plan(self, places: Sequence[int]) -> list[list[int]]:
-        pairs = [self.pairs[i] for i in places]
-        groups = plan_batches(pairs, self._batch_tokens(), shared=self.shared)
-        return [[places[i] for i in group] for group in groups]
+        """Batches of pairs that controls are measured on, of those that are patched, and of the others."""
+        plan = []
+        for role in ((True, True), (True, False), (False, False)):
+            own = [i for i in places if (i in self._exact, i in self._controls) == role]
+            groups = plan_batches([self.pairs[i] for i in own], self._batch_tokens(), shared=self.shared)
+            plan += [[own[i] for i in group] for group in groups]
+        return plan
 
     def record_both(self, batch: PairBatch, until: int | None = None) -> tuple[Recording, Recording]:
         """One forward of each model over a batch: (policy's, reference's); the policy's up to layer ``until``."""

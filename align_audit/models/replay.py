@@ -294,9 +294,13 @@ class Replay:
     # -- gradients ---------------------------------------------------------------------------------------------------
 
     def stream_gradients(
-        self, recording: Recording, objectives: Callable[[torch.Tensor], Sequence[torch.Tensor]]
+        self,
+        recording: Recording,
+        objectives: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+        *,
+        down_to: int = 0,
     ) -> Iterator[tuple[int, list[torch.Tensor]]]:
-        """∂ objective / ∂ h_l for l = L−1 … 0, a list of [R, T, d] (one an objective), one layer in memory at a time.
+        """∂ objective / ∂ h_l, a list of [R, T, d] (one an objective), for l = L−1 … ``down_to``, one layer at a time.
 
         ``objectives`` takes h_{L−1} and gives scalars. Each layer is run again with its input as a leaf, so the graph
         of one layer lives at a time and no parameter's ``.grad`` is written.
@@ -306,7 +310,7 @@ class Replay:
             top = recording.after(self.num_layers - 1).detach().requires_grad_()
             gradients = _each_gradient(objectives(top), top, None)
         yield self.num_layers - 1, gradients
-        for index in range(self.num_layers - 1, 0, -1):
+        for index in range(self.num_layers - 1, down_to, -1):
             with torch.enable_grad():
                 leaf = recording.after(index - 1).detach().requires_grad_()
                 output = self.layer(index, leaf, recording)

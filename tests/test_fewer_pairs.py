@@ -1,0 +1,151 @@
+"""Audits that patch some pairs only: controls on fewer pairs, and effects of the others by attribution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from align_audit.auditing import Context, run_audit
+from align_audit.batches import make_batch
+from align_audit.config import AuditConfig
+from align_audit.errors import ConfigurationError
+from align_audit.measures.control_variate import subset_order
+from align_audit.models.reference import resolve_reference
+from align_audit.record import AuditRecord
+from tests.tiny import perturbed, random_pairs, tiny_model
+
+LOW_RANK = {"layers": (1,), "ranks": (1, 4)}
+
+
+def run(policy: Any, reference: Any, pairs: int, **changes: Any) -> tuple[AuditRecord, dict[str, np.ndarray]]:
+    config = AuditConfig.from_dict(
+        {"low_rank": LOW_RANK, "statistics": {"bootstrap_resamples": 200}, "batch_tokens": 100, **changes}
+    )
+    return run_audit(policy, resolve_reference(policy, reference), random_pairs(pairs), config, 0, Context())
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Any, Any]:
+    reference = tiny_model("llama")
+    return perturbed(reference), reference
+
+
+def test_controls_on_fewer_pairs_are_those_of_the_whole(models: tuple[Any, Any]) -> None:
+    whole, all_pairs = run(*models, 14, patching={"control_pairs": 14})
+    part, some_pairs = run(*models, 14, patching={"control_pairs": 5})
+    chosen = np.zeros(14, dtype=bool)
+    chosen[subset_order(range(14), 0)[:5]] = True
+    scale = 1e-7 * float(np.abs(all_pairs["per_pair.chosen_logp"]).max())
+    peak = part.patching.peak_layer
+    for name in ("reverse", "noise", "low_rank.random.1"):
+        found, expected = some_pairs[f"per_pair.{name}"], all_pairs[f"per_pair.{name}"]
+        if name == "noise":  # further draws at the peak only
+            found, expected = found[:, :, peak], expected[:, :, peak]
+        assert np.isnan(found[~chosen]).all(), name
+        np.testing.assert_allclose(found[chosen], expected[chosen], atol=scale, rtol=1e-6, err_msg=name)
+    for name in ("effect", "transplant", "gradient_norm", "low_rank.shift.1"):
+        np.testing.assert_allclose(some_pairs[f"per_pair.{name}"], all_pairs[f"per_pair.{name}"], atol=scale, rtol=1e-6)
+    controls = part.controls
+    assert [controls.noise.pairs, controls.reverse.pairs, controls.random_subspace.pairs] == [5, 5, 5]
+    assert (controls.split_half.pairs, whole.controls.noise.pairs) == (14, 14)
+    expected = all_pairs["per_pair.noise"][chosen, 0].mean(0)
+    others = [layer for layer in range(4) if layer != peak]
+    np.testing.assert_allclose([controls.noise.effect[layer].mean for layer in others], expected[others], rtol=1e-6)
+
+
+def plain_attribution(policy: Any, reference: Any, pairs: Any) -> np.ndarray:
+    """⟨∂m/∂h_l, Δh_l⟩ by one whole graph per sequence and hooks: [N, L + 1], column 0 what enters layer 0."""
+    found = np.zeros((len(pairs), 5))
+    for row, pair in enumerate(pairs):
+        for sign, ids, start in (
+            (1, pair.chosen_ids, pair.chosen_start),
+            (-1, pair.rejected_ids, pair.rejected_start),
+        ):
+            runs = []
+            for model in (policy, reference):
+                kept: list[torch.Tensor] = []
+                layers = model.model.layers
+                handles = [layers[0].register_forward_pre_hook(lambda module, args, kept=kept: kept.append(args[0]))]
+                handles += [
+                    layer.register_forward_hook(lambda module, args, output, kept=kept: kept.append(output))
+                    for layer in layers
+                ]
+                logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+                for handle in handles:
+                    handle.remove()
+                logp = torch.log_softmax(logits, -1)[torch.arange(start - 1, len(ids) - 1), list(ids[start:])].sum()
+                runs.append((kept, logp))
+            (ours, _), (theirs, logp) = runs
+            gradients = torch.autograd.grad(logp, theirs)
+            for layer, gradient in enumerate(gradients):
+                found[row, layer] += sign * float((gradient * (ours[layer] - theirs[layer]).detach()).sum())
+    return found
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_attribution_equals_plain_autograd(models: tuple[Any, Any], shared: bool) -> None:
+    record, arrays = run(*models, 10, patching={"exact_pairs": 8}, share_prompts=shared)
+    assert record.provenance.shared_prompts == shared
+    expected = plain_attribution(*models, random_pairs(10).pairs)
+    assert np.abs(expected).max() > 1e-2
+    np.testing.assert_allclose(arrays["per_pair.attribution"], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_only_the_exact_pairs_are_patched(models: tuple[Any, Any]) -> None:
+    whole, all_pairs = run(*models, 14)
+    assert (whole.patching.estimator, whole.patching.attribution) == ("exact", None)
+    part, some_pairs = run(*models, 14, patching={"exact_pairs": 9})
+    chosen = np.zeros(14, dtype=bool)
+    chosen[subset_order(range(14), 0)[:9]] = True
+    for name in ("effect", "transplant", "low_rank.shift.1", "low_rank.activation.1"):
+        assert np.isnan(some_pairs[f"per_pair.{name}"][~chosen]).all(), name
+        assert np.isfinite(some_pairs[f"per_pair.{name}"][chosen]).all(), name
+    np.testing.assert_allclose(some_pairs["per_pair.effect"][chosen], all_pairs["per_pair.effect"][chosen], rtol=1e-6)
+    np.testing.assert_allclose(some_pairs["per_pair.chosen_logp"], all_pairs["per_pair.chosen_logp"], rtol=1e-9)
+    assert part.patching.estimator == "control_variate"
+    attribution = part.patching.attribution
+    assert attribution is not None
+    assert (attribution.exact_pairs, attribution.pairs) == (9, 14)
+    assert part.cost.forward_equivalents < whole.cost.forward_equivalents
+    transplants = [block.mean for block in part.patching.block_transplant]
+    np.testing.assert_allclose(transplants, all_pairs["per_pair.transplant"][chosen, 1:-1].mean(0), rtol=1e-6)
+    # Whatever can be known is: every NaN in the record would have its reason.
+    assert AuditRecord.from_json(part.to_json()).to_json() == part.to_json()
+
+
+def test_attribution_is_exact_to_first_order_and_then_narrows_the_interval() -> None:
+    """A tiny step: the proxy is the effect, and 8 exact pairs of 40 give almost what all 40 do."""
+    reference = tiny_model("llama")
+    policy = perturbed(reference, scale=1e-4)
+    off: dict[str, Any] = {"low_rank": {"enabled": False}, "spinal": {"enabled": False}}
+    whole, _ = run(policy, reference, 40, **off)
+    part, _ = run(policy, reference, 40, patching={"exact_pairs": 8}, **off)
+    assert part.patching.attribution is not None
+    assert min(part.patching.attribution.correlation) > 0.999
+    assert min(part.patching.attribution.equivalent_pairs) > 35
+    for ours, theirs in zip(part.patching.effect, whole.patching.effect, strict=True):
+        width = theirs.high - theirs.low
+        assert abs(ours.mean - theirs.mean) < 0.05 * width
+        assert (ours.high - ours.low) < 1.4 * width
+
+
+def test_too_few_exact_pairs_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="exact_pairs"):
+        AuditConfig.from_dict({"patching": {"exact_pairs": 3}})
+
+
+def test_batches_do_not_mix_roles(models: tuple[Any, Any]) -> None:
+    from align_audit.conductor.session import Session
+
+    policy, reference = models
+    config = AuditConfig.from_dict({"patching": {"exact_pairs": 9, "control_pairs": 4}, "batch_tokens": 400})
+    session = Session(policy, resolve_reference(policy, reference), random_pairs(14).pairs, config)
+    roles = []
+    for group in session.plan:
+        batch = make_batch([session.pairs[i] for i in group], group, 0)
+        roles.append((session.is_exact(batch), session.is_control(batch)))
+        assert {(i in session.exact_pairs, i in session.control_pairs) for i in group} == {roles[-1]}
+    assert set(roles) == {(True, True), (True, False), (False, False)}
