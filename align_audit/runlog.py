@@ -471,6 +471,9 @@ def _layer_rows(record: AuditRecord) -> list[dict[str, Any]]:
         put_estimates("recovery", patching.recovery)
         put_estimates("layer_gain", patching.layer_gain)
         put_estimates("block_transplant", patching.block_transplant)
+        if patching.attribution is not None:
+            columns["attribution_correlation"] = patching.attribution.correlation
+            columns["equivalent_pairs"] = patching.attribution.equivalent_pairs
     controls: Iterable[tuple[str, Control]] = (
         ("noise", record.controls.noise),
         ("reverse", record.controls.reverse),

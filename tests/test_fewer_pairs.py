@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from align_audit.auditing import Context, run_audit
 from align_audit.batches import make_batch
@@ -15,6 +17,8 @@ from align_audit.errors import ConfigurationError
 from align_audit.measures.control_variate import subset_order
 from align_audit.models.reference import resolve_reference
 from align_audit.record import AuditRecord
+from align_audit.writers.tensorboard import not_known, scalars
+from align_audit.writers.terminal import summary_table
 from tests.tiny import perturbed, random_pairs, tiny_model
 
 LOW_RANK = {"layers": (1,), "ranks": (1, 4)}
@@ -112,7 +116,12 @@ def test_only_the_exact_pairs_are_patched(models: tuple[Any, Any]) -> None:
     assert part.cost.forward_equivalents < whole.cost.forward_equivalents
     transplants = [block.mean for block in part.patching.block_transplant]
     np.testing.assert_allclose(transplants, all_pairs["per_pair.transplant"][chosen, 1:-1].mean(0), rtol=1e-6)
-    # Whatever can be known is: every NaN in the record would have its reason.
+    shown = scalars(part)
+    assert shown["align_audit/patching/attribution/correlation/layer_2"] == attribution.correlation[2]
+    assert all(reason for _, reason in not_known(part))
+    console = Console(file=io.StringIO(), width=100)
+    console.print(summary_table(part))
+    assert "14 pairs (9 patched)" in console.file.getvalue()
     assert AuditRecord.from_json(part.to_json()).to_json() == part.to_json()
 
 

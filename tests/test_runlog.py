@@ -224,6 +224,23 @@ def test_a_corrupt_line_in_the_middle_is_skipped_and_kept(tmp_path: Path) -> Non
     assert path.read_bytes() == b"".join(lines) + records[1].to_json().encode() + b"\n"
 
 
+def test_a_record_of_the_first_schema_is_still_read() -> None:
+    """Version 1 knew neither layouts, nor pairs per control, nor estimators."""
+    new = make_record(2)
+    old = json.loads(new.to_json()) | {"schema_version": 1}
+    for name in ("shared_prompts", "layout_reason"):
+        del old["provenance"][name]
+    for control in old["controls"].values():
+        del control["pairs"]
+    for name in ("estimator", "attribution"):
+        del old["patching"][name]
+    record = AuditRecord.from_json(json.dumps(old))
+    assert (record.schema_version, record.provenance.shared_prompts) == (1, False)
+    assert record.patching is not None
+    assert record.patching.estimator == "exact"
+    assert record.margins == new.margins
+
+
 def test_a_newer_schema_is_refused_by_reader_and_writer(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
     log.append(small(1))

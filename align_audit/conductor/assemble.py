@@ -131,7 +131,8 @@ class Assembler:
             )
             for layer, one in enumerate(combined):
                 if one.reason is not None:
-                    self.reasons[f"patching.attribution.correlation.{layer}"] = one.reason
+                    for name in ("correlation", "equivalent_pairs"):
+                        self.reasons[f"patching.attribution.{name}.{layer}"] = one.reason
         part = Patching(
             positions=self.config.patching.positions,
             estimator="exact" if attribution is None else "control_variate",

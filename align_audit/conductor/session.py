@@ -81,12 +81,10 @@ class Session:
         anatomy: Anatomy | None = None,
         pad_token_id: int = 0,
         truncation_mode: str = "keep_start",
-        layout_reason: Any = ...,
     ) -> None:
         """
         Args:
             truncation_mode: of the pairs; cut from the left, two sequences have no common beginning to rely on.
-            layout_reason: what an earlier session of the same models and pairs found out; left out: try.
         """
         self._reference = reference
         self.pairs = pairs
@@ -112,7 +110,7 @@ class Session:
         self.control_pairs = np.sort(order[: min(exact, config.patching.control_pairs)])
         """Places of the pairs that controls are measured on, some of those that are patched."""
         self._exact, self._controls = frozenset(self.exact_pairs.tolist()), frozenset(self.control_pairs.tolist())
-        self.layout_reason = self._why_not_shared(truncation_mode) if layout_reason is Ellipsis else layout_reason
+        self.layout_reason = self._why_not_shared(truncation_mode)
         """Why each completion has its own copy of the prompt; None where the prompt is computed once."""
         self._most_tokens = self._most_bytes = 2**62
         """What running out of memory has taught: bounds of a batch and of the streams walked together."""

@@ -4,7 +4,8 @@ Tags are ``align_audit/<group>/<name>``, named after the fields of the record:
 
 - ``margins/<name>``, ``spinal/<name>``, ``cost/<name>``, ``localization/<name>``: single numbers;
 - ``patching/<name>``, and by layer ``patching/<name>/layer_07`` (``effect``, ``recovery``, ``layer_gain``,
-  ``block_transplant``, ``effect_p_adjusted``);
+  ``block_transplant``, ``effect_p_adjusted``, and where only some pairs were patched ``attribution/correlation`` and
+  ``attribution/equivalent_pairs``);
 - ``controls/<name>/passed`` (1 or 0; nothing where the control was not run), ``controls/<name>/effect/layer_07``
   (``…/rank_08`` for ``random_subspace``), ``controls/split_half/value``;
 - ``localization/<name>/layer_07`` (``lasso_coefficients``, ``selection_frequency``, ``null_selection_frequency``),
@@ -204,6 +205,10 @@ def _patching(record: AuditRecord, layers: int) -> Iterator[_Number]:
         yield from _estimate(f"patching/{name}", getattr(patching, name), f"patching.{name}")
     peak = math.nan if patching.peak_layer is None else float(patching.peak_layer)
     yield _Number("patching/peak_layer", peak, "patching.peak_layer")
+    if (attribution := patching.attribution) is not None:
+        for name in ("correlation", "equivalent_pairs"):
+            path = f"patching.attribution.{name}"
+            yield from _by_layer(f"patching/attribution/{name}", getattr(attribution, name), path, layers)
     for name in ("effect", "recovery", "layer_gain", "block_transplant"):
         for layer, estimate in enumerate(getattr(patching, name)):
             tag = f"patching/{name}/layer_{layer:0{_width(layers - 1)}d}"

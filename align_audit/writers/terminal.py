@@ -83,8 +83,10 @@ class _AlertPanel:
 def summary_table(record: AuditRecord) -> _Summary:
     """A rich renderable: what one audit found, in some fifteen lines of 80 columns."""
     provenance = record.provenance
+    attribution = record.patching.attribution if record.patching is not None else None
+    patched = f" ({attribution.exact_pairs} patched)" if attribution is not None else ""
     title = (
-        f"align_audit, step {record.step}: {provenance.pairs} pairs, "
+        f"align_audit, step {record.step}: {provenance.pairs} pairs{patched}, "
         f"{provenance.model_type} with {provenance.num_layers} layers"
     )
     return _Summary(title, tuple(_rows(record)))
