@@ -117,7 +117,7 @@ def test_only_the_exact_pairs_are_patched(models: tuple[Any, Any]) -> None:
     transplants = [block.mean for block in part.patching.block_transplant]
     np.testing.assert_allclose(transplants, all_pairs["per_pair.transplant"][chosen, 1:-1].mean(0), rtol=1e-6)
     shown = scalars(part)
-    assert shown["align_audit/patching/attribution/correlation/layer_2"] == attribution.correlation[2]
+    assert shown["align_audit/patching/attribution/correlation/layer_02"] == attribution.correlation[2]
     assert all(reason for _, reason in not_known(part))
     console = Console(file=io.StringIO(), width=100)
     console.print(summary_table(part))
