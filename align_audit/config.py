@@ -44,8 +44,8 @@ class PatchingConfig(_Part):
     the patched ones correct (a control variate): unbiased, wider or narrower as the two correlate, which the record
     says. Whatever else is patched is then measured on the patched pairs only."""
     control_pairs: int = Field(24, ge=2)
-    """Pairs, at most, on which noise, reverse and random subspaces are patched: a control needs fewer than an estimate.
-    Which ones is drawn by hash, before anything is measured."""
+    """Pairs, at most, on which noise, reverse and random subspaces are patched and gradients are taken: these need fewer
+    than an estimate. Which ones is drawn by hash, before anything is measured."""
     split_half_repeats: int = Field(100, ge=1)
     split_half_agreement: Fraction = 0.8
     """The control passes when at least this share of random half splits agree on the peak layer."""
@@ -69,7 +69,8 @@ class LowRankConfig(_Part):
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16)
     layers: Literal["auto", "all"] | tuple[int, ...] = "auto"
     """``auto``: the peak layer of the block transplants and the layer of the largest gain in recovery."""
-    random_draws: int = Field(2, ge=0)
+    random_draws: int = Field(1, ge=0)
+    """Random subspaces of every rank for each of the control pairs, each pair its own."""
 
     @field_validator("ranks")
     @classmethod

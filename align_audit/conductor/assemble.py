@@ -443,7 +443,8 @@ class Assembler:
             if why is not None:
                 self.reasons[f"spinal.{name}"] = why
         if config.gradient_concentration:
-            concentration = self.mean(spinal_measures.gradient_share(self.found.per_pair["gradient_norm"], terminal))
+            norms = self.found.per_pair["gradient_norm"][self.found.control_pairs]
+            concentration = self.mean(spinal_measures.gradient_share(norms, terminal))
         else:
             concentration = Estimate.unknown("switched off (spinal.gradient_concentration)")
         score, why = spinal_measures.spinal_score(delta, coherence, concentration.mean, config.weights)

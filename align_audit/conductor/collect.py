@@ -32,7 +32,7 @@ class Collected:
     exact_pairs: np.ndarray
     """Places of the pairs that were patched; NaN elsewhere."""
     control_pairs: np.ndarray
-    """Places of the pairs on which noise, reverse and random subspaces were patched; NaN elsewhere."""
+    """Places of the pairs on which noise, reverse, random subspaces and gradients were measured; NaN elsewhere."""
     per_pair: dict[str, np.ndarray] = field(default_factory=dict)
     identical: bool = True
     """Policy and reference gave the same residual streams, bit by bit, on every probe token."""
@@ -203,7 +203,7 @@ class Collector:
         at = (batch.row[picked], batch.position[picked])
         with session.as_policy() as replay:
             rows, transport = self._trace(replay, policy, at)
-            if self.config.spinal.gradient_concentration:
+            if self.config.spinal.gradient_concentration and session.is_control(batch):
                 self._gradients(replay, batch, policy)
         theirs = None
         if self._reference_rows:

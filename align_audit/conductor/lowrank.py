@@ -30,7 +30,8 @@ class LowRankFindings:
     Attributes:
         ranks: evaluated ranks; those above the model's width are left out.
         fitted: per (basis, layer): [N, K] effect of the rank-k patch, basis fitted on the half the pair is not in.
-        random: per layer: [N, K, D] effect of each of D random subspaces, in the shift form; NaN but on control pairs.
+        random: per layer: [N, K, D] effects of D random subspaces of each pair's own, in the shift form; NaN for pairs
+            that no control is measured on.
         explained: per (basis, layer): [K] explained variance ratio on held-out halves.
         bases: per (basis, layer): [d, K_max] fitted on all pairs.
         skipped: why a (basis, layer) is missing.
@@ -74,12 +75,7 @@ class Reconstruction:
         count = len(session.pairs)
         for key in self._fits:
             found.fitted[key] = np.full((count, len(ranks)), np.nan)
-        self._spans: dict[int, list[torch.Tensor]] = {}
         for layer in sorted({layer for _, layer in self._fits}) if config.random_draws else []:
-            self._spans[layer] = [
-                random_basis(self.width, ranks[-1], _seed(session.config.seed, layer, draw)).to(session.device)
-                for draw in range(config.random_draws)
-            ]
             found.random[layer] = np.full((count, len(ranks), config.random_draws), np.nan)
 
     @property
@@ -97,11 +93,24 @@ class Reconstruction:
                 yield Stream(("fitted", basis, layer, column), layer, make)
         if not self.session.is_control(batch):
             return
-        for layer, draws in self._spans.items():
-            for column, rank in enumerate(self.found.ranks):
-                for draw, span in enumerate(draws):
+        for layer in self.found.random:
+            for draw in range(self.session.config.low_rank.random_draws):
+                span = self._random_spans(batch, layer, draw)
+                for column, rank in enumerate(self.found.ranks):
                     make = _reconstruction(policy, reference, mask, member, layer, "shift", span, span, rank)
                     yield Stream(("random", layer, column, draw), layer, make)
+
+    def _random_spans(self, batch: PairBatch, layer: int, draw: int) -> torch.Tensor:
+        """[R, d, K] a random subspace for each row's pair: as many subspaces as pairs average better than a few for all."""
+        spans = [
+            random_basis(
+                self.width,
+                self.found.ranks[-1],
+                _seed(self.session.config.seed, layer, draw, self.session.pairs[int(place)].index),
+            )
+            for place in batch.pair_index.cpu()
+        ]
+        return torch.stack(spans).to(self.session.device)[batch.row_pair]
 
     def store(self, key: Any, places: np.ndarray, effect: np.ndarray) -> None:
         if key[0] == "fitted":
@@ -189,8 +198,8 @@ def _reconstruction(
         rows = ours.double() if basis == "activation" else ours.double() - theirs.double()
 
         def project(span: torch.Tensor) -> torch.Tensor:
-            columns = span[:, :rank]
-            return (rows @ columns) @ columns.T
+            columns = span[..., :rank]
+            return (rows @ columns) @ columns.mT
 
         if first is second or not member.any():
             inside = project(first)
