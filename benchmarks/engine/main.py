@@ -178,6 +178,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--no-baseline", action="store_true", help="with the audit: do not run the layer sweep with hooks beside it"
+    )
     parser.add_argument("--scaling", action="store_true", help="cost against layers, pairs, length and ranks")
     parser.add_argument(
         "--profile", action="store_true", help="where align_audit's time goes, at the first of --sweeps"
@@ -209,7 +212,7 @@ def _compare(bench: Bench, spec: JobSpec, options: argparse.Namespace) -> dict[s
             for name in options.contenders
             if sweep != "audit" or name == "align_audit"
         ]
-        if "audit" in options.sweeps and ("hooks", "layers") not in plan:
+        if "audit" in options.sweeps and ("hooks", "layers") not in plan and not options.no_baseline:
             plan.insert(0, ("hooks", "layers"))
         timings = bench.measure(folder, plan, options.repeats)
         rates = flops.matmul_rates(flops.Shape.of(spec), spec.dtype, options.threads)
