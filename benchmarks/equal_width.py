@@ -52,7 +52,7 @@ def train(rows: list[dict[str, str]], steps: list[int]) -> tuple[Any, Any, list[
         options = DPOConfig(
             folder, learning_rate=1e-4, beta=0.1, max_steps=max(steps), seed=0, per_device_train_batch_size=8,
             lr_scheduler_type="constant", bf16=False, use_cpu=True, report_to=[], gradient_checkpointing=False,
-            save_strategy="no", disable_tqdm=True, max_length=512,
+            save_strategy="no", disable_tqdm=True, max_length=512, logging_strategy="no",
         )  # fmt: skip
         trainer = DPOTrainer(
             model=model,

@@ -123,13 +123,13 @@ def plain_trace(models: list[Any], probes: Any, settings: Any, masked: bool, dou
     """Per model: singular values of every layer [L, min(rows, d)] and mean transport [L − 1]."""
     import torch
 
-    from align_audit.batches import iterate_batches
+    from align_audit.batches import make_batch, plan_batches
 
     traces = []
     for model in models:
         rows: list[list[Any]] = []
         steps: list[list[Any]] = []
-        for batch in iterate_batches(probes.pairs, settings.batch_tokens, 0):
+        for batch in (make_batch([probes.pairs[i] for i in g], g, 0) for g in plan_batches(probes.pairs, 8192)):
             # transformers applies the final norm to the last of its hidden states; the stream itself enters the norm.
             entered: list[Any] = []
             handle = model.model.norm.register_forward_pre_hook(lambda module, args, kept=entered: kept.append(args[0]))
@@ -249,9 +249,9 @@ def accuracy(
 
 
 def _batches(probes: Any, settings: Any) -> Any:
-    from align_audit.batches import iterate_batches
+    from align_audit.batches import make_batch, plan_batches
 
-    return iterate_batches(probes.pairs, settings.batch_tokens, 0)
+    return (make_batch([probes.pairs[i] for i in g], g, 0) for g in plan_batches(probes.pairs, 8192))
 
 
 def main() -> None:
