@@ -12,7 +12,7 @@ from align_audit.conductor.sharing import why_not_shared
 from align_audit.config import AuditConfig
 from align_audit.models.reference import resolve_reference
 from align_audit.models.replay import Replay
-from align_audit.probes import ProbeSet
+from align_audit.probes import ProbePair, ProbeSet
 from tests.models.test_families import build
 from tests.tiny import VOCABULARY, perturbed, random_pairs, tiny_model
 
@@ -102,6 +102,22 @@ def test_a_window_that_only_the_longest_pair_fills_is_noticed() -> None:
     assert max(lengths) > 14
     assert why_not_shared(Replay(model), short, TOLERANCE) is None
     assert why_not_shared(Replay(model), (*short, longest), TOLERANCE) is not None
+
+
+def test_a_window_that_only_a_chosen_completion_fills_is_noticed() -> None:
+    """Another pair takes more tokens in its row, but none of its sequences is as long; here only the chosen one is."""
+    model = build("mistral", sliding_window=14)
+
+    def pair(index: int, prompt: int, chosen: int, rejected: int) -> ProbePair:
+        one, other = range(20, 20 + chosen), range(40, 40 + rejected)
+        start = tuple(range(3, 3 + prompt))
+        return ProbePair(index, (*start, *one), (*start, *other), prompt, prompt)
+
+    bulky, long_chosen = pair(0, 2, 12, 12), pair(1, 2, 18, 2)
+    assert why_not_shared(Replay(model), [bulky], TOLERANCE) is None
+    assert why_not_shared(Replay(model), [bulky, long_chosen], TOLERANCE) is not None
+    no_prompt = ProbePair(2, tuple(range(20, 38)), tuple(range(40, 45)), 0, 0)
+    assert why_not_shared(Replay(model), [bulky, no_prompt], TOLERANCE) is not None, "it would be a shared row too"
 
 
 def test_sequences_cut_from_the_left_are_not_shared() -> None:

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float) -> str | None:
     """None where rows that hold the prompt once give the logits of separate rows; else the reason, in words.
 
-    Two pairs are tried: the longest, since what a window or a schedule of positions does shows only beyond some length,
-    and the shortest of those with a common prompt. Of the longest only the rejected side is computed for itself: behind the
-    chosen one in its row, it is the side that position biases that count columns (ALiBi), recurrent states and models that
-    ignore the mask they are given would change.
+    Two pairs are tried: the one with the longest sequence, since what a window or a schedule of positions does shows only
+    beyond some length, and the shortest of those with a common prompt. Of the first, the longer sequence and the rejected
+    one are computed for themselves: behind the chosen one in its row, the rejected is the side that position biases that
+    count columns (ALiBi), recurrent states and models that ignore the mask they are given would change.
 
     Args:
         tolerance: largest difference of a logit, as a share of the largest logit.
@@ -30,7 +30,9 @@ def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float)
     )
     if not order:
         return "no pair has a prompt token that both sequences begin with"
-    for index, sides in ((order[-1], (1,)), (order[0], (0, 1))):
+    longest = max(range(len(pairs)), key=lambda i: pair_tokens(pairs[i], False))  # its longer sequence counts
+    chosen_is_longer = len(pairs[longest].chosen_ids) > len(pairs[longest].rejected_ids)
+    for index, sides in ((longest, (0, 1) if chosen_is_longer else (1,)), (order[0], (0, 1))):
         pair = pairs[index]
         batch = make_batch([pair], [index], 0, shared=True).to(replay.device)
         try:
