@@ -161,7 +161,8 @@ def _measure(
         hashes[1], probes.content_hash, config.spinal.model_dump_json(), str(config.seed), str(session.reference.compute_dtype)
     )  # fmt: skip
     low_rank = config.low_rank.enabled and config.patching.enabled
-    tick = _ticker(context, len(session.plan) * (3 if low_rank else 1))
+    again = config.patching.enabled and config.patching.noise_draws > 1
+    tick = _ticker(context, len(session.plan) * (3 if low_rank else 2 if again else 1))
     known = context.reference_cache.get(trace_key) if config.spinal.enabled else None
     collector = Collector(session, reference_rows=known is None)
 

@@ -328,6 +328,8 @@ class Assembler:
         return Control(verdict="passed", reason=reason, effect=effect)
 
     def _identity(self) -> Control:
+        if not self.found.identity_pairs:
+            return Control(verdict="not_run", reason="no batch was replayed at every layer")
         values = self.found.per_pair["identity"][sorted(self.found.identity_pairs)]
         effect = self.means(values)
         off = [layer for layer in range(values.shape[1]) if np.any(values[:, layer] != 0.0)]

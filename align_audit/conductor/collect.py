@@ -371,7 +371,6 @@ class Collector:
         """Layers at which a replay strays from the recording; None where it does not stray at all."""
         layers = self.session.num_layers
         seen = self._replayed.get(is_reference, 0)
-        self._replayed[is_reference] = seen + 1
         every = range(layers)
         checked = every if seen == 0 or self._strays.get(is_reference) else [seen % layers]
 
@@ -381,6 +380,8 @@ class Collector:
         strays = [layer for layer in checked if stray(layer)]
         if strays and len(checked) < layers:
             strays = [layer for layer in every if stray(layer)]
+        # Counted only now: a check that ran out of memory has shown nothing, and the next batch is the first again.
+        self._replayed[is_reference] = seen + 1
         self._strays[is_reference] = bool(strays)
         return strays or None
 
