@@ -9,14 +9,13 @@ lies beside the log in ``step-N/*.safetensors``.
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from align_audit.errors import RecordError
+from align_audit.files import write_atomically
 
 SCHEMA_VERSION = 2
 """Version of the fields of a record. Older records are migrated on load; newer ones are refused."""
@@ -308,16 +307,7 @@ class AuditRecord(_Part):
         """Write the record as JSON, atomically: a reader sees the old file or the new one, never a part."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self.model_dump_json(indent=1))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomically(path, self.model_dump_json(indent=1).encode())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
+from align_audit.files import write_atomically
 from align_audit.record import METHODS_VERSION, DepthTrace
 
 logger = logging.getLogger(__name__)
@@ -59,7 +58,8 @@ class ReferenceCache:
         self._known[key] = kept
         if self.directory is not None:
             try:
-                self._write(self._path(self.directory, key), kept)
+                self.directory.mkdir(parents=True, exist_ok=True)
+                write_atomically(self._path(self.directory, key), kept.model_dump_json().encode())
             except OSError as error:
                 logger.warning("align_audit could not keep the reference's trace in %s: %s", self.directory, error)
         return kept
@@ -68,15 +68,3 @@ class ReferenceCache:
     def _path(directory: Path, key: tuple[str, ...]) -> Path:
         digest = hashlib.blake2b(json.dumps([METHODS_VERSION, *key]).encode(), digest_size=8).hexdigest()
         return directory / f"reference-{digest}.json"
-
-    @staticmethod
-    def _write(path: Path, kept: ReferenceTrace) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(kept.model_dump_json())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from align_audit.errors import ConfigurationError, RecordError
+from align_audit.files import write_atomically
 from align_audit.record import SCHEMA_VERSION, Alert, AuditRecord, Control, DepthTrace, Estimate
 
 if TYPE_CHECKING:
@@ -151,16 +152,7 @@ class RunLog:
         path = _arrays_path(self.step_dir(step), name)
         # order="C" and not ascontiguousarray, which makes 0-d arrays 1-d.
         data = save({key: numpy.asarray(value, order="C") for key, value in arrays.items()})
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomically(path, data)
         return path
 
     def load_arrays(self, step: int, name: str) -> dict[str, np.ndarray]:
