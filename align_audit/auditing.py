@@ -182,7 +182,7 @@ def _measure(
         looks.append(reconstruction)
     if summary is not None:
         looks.append(MoreNoise(session, found, summary.peak_layer))
-    second_pass(session, looks, tick)
+    second_pass(session, looks, tick, walk_base=found.strays)
     findings = reconstruction.found if reconstruction is not None else None
     curves = build.low_rank(findings, context.subspaces) if findings is not None else {}
     if not curves and "low_rank" not in build.reasons and findings is None:

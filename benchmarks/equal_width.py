@@ -21,14 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from engine.contenders.ours import ONLY_THE_SWEEP
 
 DATA = Path(os.environ.get("ALIGN_AUDIT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
-SWEEP = {
-    "patching": {"reverse": False, "noise_draws": 0, "transplants": False, "embedding": False},
-    "low_rank": {"enabled": False},
-    "spinal": {"enabled": False, "gradient_concentration": False},
-    "localization": {"enabled": False},
-}
+SWEEP = {name: part for name, part in ONLY_THE_SWEEP.items() if name != "statistics"}
 
 
 def train(rows: list[dict[str, str]], steps: list[int]) -> tuple[Any, Any, list[dict[str, Any]]]:

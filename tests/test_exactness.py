@@ -12,6 +12,7 @@ from align_audit.auditing import Context, run_audit
 from align_audit.conductor.lowrank import split_halves
 from align_audit.config import AuditConfig
 from align_audit.models.reference import resolve_reference
+from align_audit.models.replay import Replay
 from tests import oracle
 from tests.tiny import FAMILIES, perturbed, random_pairs, tiny_model
 
@@ -208,3 +209,36 @@ def test_memory_budget_does_not_change_numbers() -> None:
     for name, values in wide.items():
         if name.startswith("per_pair."):
             np.testing.assert_allclose(narrow[name], values, atol=1e-5, rtol=1e-5, err_msg=name)
+
+
+# -- a device on which replay is not bit-exact -------------------------------------------------------------------------
+
+
+def test_where_replay_strays_the_unpatched_run_is_walked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that are not deterministic, as a layer whose second call in the same forward differs by rounding."""
+    reference = tiny_model("llama")
+    policy = perturbed(reference)
+    settings = config(low_rank={"layers": (1,), "ranks": (1, 4)})
+    exact, ours = run(policy, reference, random_pairs(6), settings)
+    real = Replay.layer
+
+    def drifting(self: Replay, index: int, stream: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        return real(self, index, stream, *rest, **options) * (1 + 1e-12 if self.ready else 1)
+
+    opened = Replay.__init__
+
+    def opening(self: Any, *args: Any, **options: Any) -> None:
+        self.ready = False
+        opened(self, *args, **options)
+        self.ready = True
+
+    monkeypatch.setattr(Replay, "__init__", opening)
+    monkeypatch.setattr(Replay, "layer", drifting)
+    unsteady, theirs = run(policy, reference, random_pairs(6), settings)
+    assert exact.controls.identity.verdict == "passed"
+    assert exact.controls.identity.pairs < 6
+    assert unsteady.controls.identity.verdict == "failed"
+    assert unsteady.controls.identity.pairs == 6
+    for name in ("effect", "low_rank.shift.1"):
+        np.testing.assert_allclose(theirs[f"per_pair.{name}"], ours[f"per_pair.{name}"], atol=1e-6, rtol=0)
+        assert not np.array_equal(theirs[f"per_pair.{name}"], ours[f"per_pair.{name}"])

@@ -36,6 +36,8 @@ class Collected:
     per_pair: dict[str, np.ndarray] = field(default_factory=dict)
     identical: bool = True
     """Policy and reference gave the same residual streams, bit by bit, on every probe token."""
+    strays: bool = False
+    """Replaying a recording of the reference did not give it back bit by bit."""
     identity_pairs: list[int] = field(default_factory=list)
     """Places of the pairs on which the identity control was measured."""
     rows_available: int = 0
@@ -349,10 +351,8 @@ class Collector:
         session, layers = self.session, self.session.num_layers
         strays = self._replay_check(replay, own, is_reference)
         if strays is not None:
-            stream = own.after(-1)
-            for layer in range(layers):
-                stream = replay.layer(layer, stream, own)
-            base = session.margins(replay, stream, batch)
+            base = session.margins(replay, replay.unpatched(own), batch)
+            self.found.strays |= is_reference
         if is_reference and (strays is not None or self._replayed[True] == 1):
             self.found.identity_pairs += [int(i) for i in batch.pair_index if int(i) not in self.found.identity_pairs]
             for layer in range(layers):

@@ -80,9 +80,11 @@ class Reconstruction:
 
     @property
     def layers(self) -> set[int]:
+        """Where there is a subspace to patch."""
         return {layer for _, layer in self._fits}
 
     def streams(self, batch: PairBatch, policy: Recording, reference: Recording) -> Iterator[Stream]:
+        """Every rank of every fitted subspace on pairs that are patched, random ones on those of the controls."""
         if not self.session.is_exact(batch):
             return
         mask = batch.position_mask(self.session.config.patching.positions)
@@ -113,6 +115,7 @@ class Reconstruction:
         return torch.stack(spans).to(self.session.device)[batch.row_pair]
 
     def store(self, key: Any, places: np.ndarray, effect: np.ndarray) -> None:
+        """Keep the effects [B], nats, of the pairs at ``places``."""
         if key[0] == "fitted":
             self.found.fitted[key[1], key[2]][places, key[3]] = effect
         else:

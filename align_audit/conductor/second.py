@@ -52,8 +52,14 @@ class MoreNoise:
         self.found.per_pair["noise"][(places, *key)] = effect
 
 
-def second_pass(session: Session, looks: Sequence[Look], tick: Callable[[], None] = lambda: None) -> None:
-    """Walk the streams of all ``looks`` through the reference, over all pairs once."""
+def second_pass(
+    session: Session, looks: Sequence[Look], tick: Callable[[], None] = lambda: None, *, walk_base: bool = False
+) -> None:
+    """Walk the streams of all ``looks`` through the reference, over all pairs once.
+
+    Args:
+        walk_base: also walk the unpatched run, where replaying it does not give the recording back bit by bit.
+    """
     looks = [look for look in looks if look.layers]
     if not looks:
         return
@@ -72,14 +78,15 @@ def second_pass(session: Session, looks: Sequence[Look], tick: Callable[[], None
 
         places = batch.pair_index.cpu().numpy()
         with session.as_reference() as replay:
-            base = session.margins(replay, reference.after(session.num_layers - 1), batch)
+            own = replay.unpatched(reference) if walk_base else reference.after(session.num_layers - 1)
+            base = session.margins(replay, own, batch)
             limit = session.max_streams(reference.after(-1))
             walked = replay.walk(reference, streams(), limit, read=batch.read)
             for key, margin in session.each_margin(replay, walked, batch):
                 assert margin is not None
                 assert isinstance(key, tuple)
-                number, own = key
-                looks[number].store(own, places, (margin - base).numpy())
+                number, within = key
+                looks[number].store(within, places, (margin - base).numpy())
         tick()
 
     session.each_batch(update)

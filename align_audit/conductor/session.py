@@ -98,7 +98,7 @@ class Session:
                 reference.model(),
                 self.policy.anatomy if reference.shares_weights else anatomy,
                 self.policy.autocast,
-                self.policy if self._alike(reference.model()) and not reference.shares_weights else None,
+                self.policy if not reference.shares_weights and self._alike(reference.model()) else None,
             )
         check_fit(self.policy.anatomy, self.reference.anatomy)
         check_vocabulary(pairs, self.policy.anatomy.vocab_size)

@@ -212,6 +212,13 @@ class Replay:
                 stack.enter_context(narrowed(self._pointwise, read, (stream.shape[0], stream.shape[1])))
             return self.anatomy.stream(self.layers[index](*args, **kwargs))
 
+    def unpatched(self, recording: Recording) -> torch.Tensor:
+        """h_{L−1} [R, T, d] of the recorded run, walked layer by layer as patched streams are."""
+        stream = recording.after(-1)
+        for index in range(self.num_layers):
+            stream = self.layer(index, stream, recording)
+        return stream
+
     def walk(
         self,
         recording: Recording,
