@@ -329,6 +329,7 @@ def control_failed(history: History) -> list[Alert]:
         "identity": "any patching number of this record",
         "random_subspace": "the low-rank reconstruction",
         "split_half": "the peak layer",
+        "permuted_targets": "the layers that the LASSO selects",
     }
     failed = {
         name: control for name in guarded if (control := getattr(history.record.controls, name)).verdict == "failed"

@@ -30,6 +30,7 @@ from align_audit.models.reference import Reference, load_policy, policy_fingerpr
 from align_audit.models.streaming import placed
 from align_audit.record import AuditRecord, Cost, Provenance, ReferenceCheck
 from align_audit.refcache import ReferenceCache
+from align_audit.verdict import find
 
 if TYPE_CHECKING:
     from align_audit.measures.patching import PatchSummary
@@ -187,7 +188,7 @@ def _measure(
     curves = build.low_rank(findings, context.subspaces) if findings is not None else {}
     if not curves and "low_rank" not in build.reasons and findings is None:
         build.reasons["low_rank"] = "switched off (low_rank.enabled, patching.enabled)"
-    controls = build.controls(summary, findings)
+    controls = build.controls(summary, findings, localization)
     spinal = None
     if config.spinal.enabled:
         epsilon = torch.finfo(session.policy.compute_dtype).eps
@@ -218,6 +219,7 @@ def _measure(
         ),
         reasons=build.reasons,
     )
+    record = record.model_copy(update={"finding": find(record)})
     if findings is not None:
         context.subspaces = dict(findings.bases)
     return record, _arrays(found, findings)

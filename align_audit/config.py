@@ -43,12 +43,23 @@ class PatchingConfig(_Part):
     """None: every pair is patched. Else this many, drawn by hash; the others' effects are estimated by attribution, which
     the patched ones correct (a control variate): unbiased, wider or narrower as the two correlate, which the record
     says. Whatever else is patched is then measured on the patched pairs only."""
+    attribution_points: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] = (0.0, 0.5)
+    """Where on the straight line from the reference's streams (0) to the policy's (1) attribution takes its gradients.
+    (0.0,) is plain attribution patching, first order; each point costs one backward pass, and late in training a second
+    one is worth it."""
     control_pairs: int = Field(24, ge=2)
     """Pairs, at most, on which noise, reverse and random subspaces are patched and gradients are taken: these need fewer
     than an estimate. Which ones is drawn by hash, before anything is measured."""
     split_half_repeats: int = Field(100, ge=1)
     split_half_agreement: Fraction = 0.8
     """The control passes when at least this share of random half splits agree on the peak layer."""
+
+    @field_validator("attribution_points")
+    @classmethod
+    def _points_ascend(cls, points: tuple[float, ...]) -> tuple[float, ...]:
+        if not points or list(points) != sorted(set(points)):
+            raise ValueError(f"expected ascending points in [0, 1], such as (0.0, 0.5); found {points}")
+        return points
 
 
 class LocalizationConfig(_Part):

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from align_audit.errors import RecordError
 from align_audit.files import write_atomically
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the fields of a record. Older records are migrated on load; newer ones are refused."""
 
 METHODS_VERSION = 1
@@ -71,16 +71,32 @@ class Margins(_Part):
 
 
 class Attribution(_Part):
-    """Attribution patching (first order) beside the exact effects, where only some pairs were patched; L values each."""
+    """Attribution patching beside the exact effects, where only some pairs were patched; L values each."""
 
     exact_pairs: int
     pairs: int
+    points: list[float] = Field(default_factory=lambda: [0.0])
+    """Where its gradients were taken, from the reference's streams (0: first order) to the policy's (1)."""
     correlation: list[float]
-    """Between a pair's exact effect and its attribution, over the patched pairs."""
+    """Between a pair's exact effect and its attribution, over the patched pairs (multiple, with several points)."""
     equivalent_pairs: list[float]
     """Patched pairs that would have given the effect's interval without attribution."""
     mean: list[Estimate]
-    """Of the attribution itself, over all pairs: what it would have said alone."""
+    """Of the attribution itself (averaged over the points), over all pairs: what it would have said alone."""
+
+
+class LayerSet(_Part):
+    """The layers above the widest gap of the mean block transplants (METHODS §1, §3; ours). Empty with a reason."""
+
+    layers: list[int]
+    gain: Estimate
+    """Share of the margin shift gained at these layers: the sum of their ``layer_gain``."""
+    separation: Estimate
+    """Nats by which the least of their block transplants lies above the largest of the others."""
+    stability: float
+    """Share of bootstrap resamples of the pairs that give the same set."""
+    selection_frequency: list[float]
+    """Share of resamples in which each layer belongs to the set; L values."""
 
 
 class Patching(_Part):
@@ -102,6 +118,7 @@ class Patching(_Part):
     head_transplant: Estimate
     additivity: Estimate
     peak_layer: int | None
+    standing_out: LayerSet | None = None
 
 
 class Control(_Part):
@@ -112,7 +129,7 @@ class Control(_Part):
     effect: list[Estimate] | None = None
     """L values for ``noise``, ``reverse`` and ``identity``; for ``random_subspace`` one per evaluated rank."""
     value: float | None = None
-    """Agreement over half splits for ``split_half``."""
+    """Agreement over half splits for ``split_half``; p-value for ``permuted_targets``."""
     pairs: int | None = None
     """Probe pairs it was measured on."""
 
@@ -123,6 +140,7 @@ class Controls(_Part):
     identity: Control
     random_subspace: Control
     split_half: Control
+    permuted_targets: Control = Control(verdict="not_run", reason="not measured by the version that wrote this record")
 
 
 class Localization(_Part):
@@ -149,6 +167,9 @@ class LowRankCurve(_Part):
     effect_fraction: list[Estimate]
     explained_variance_ratio: list[float]
     rank_95: float
+    rank_95_low: float = math.nan
+    rank_95_high: float = math.nan
+    """Its bootstrap interval over pairs; infinite where no evaluated rank is enough."""
     full_effect: Estimate
     principal_angles: list[float] | None = None
     """Radians, ascending, to the previous audit's subspace of the same layer and basis; None at a run's first."""
@@ -248,9 +269,20 @@ class Provenance(_Part):
     config: dict[str, Any]
 
 
+class Finding(_Part):
+    """What an audit says about where the preference sits, in words and made only from the record (``verdict.find``)."""
+
+    words: str
+    localized: bool
+    layers: list[int] = Field(default_factory=list)
+    """Of the claim; empty where none is made."""
+
+
 class AuditRecord(_Part):
     """Everything one audit found. Alerts, plots and reports can be made from it again with no model at hand."""
 
+    finding: Finding | None = None
+    """None in records of versions before it."""
     step: int
     schema_version: int = SCHEMA_VERSION
     methods_version: int = METHODS_VERSION

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from align_audit.config import AuditConfig
+from align_audit.measures.layer_set import widest_gap
 from align_audit.record import (
     Alert,
     AuditRecord,
@@ -22,6 +23,7 @@ from align_audit.record import (
     Cost,
     DepthTrace,
     Estimate,
+    LayerSet,
     Localization,
     LowRankCurve,
     Margins,
@@ -30,6 +32,7 @@ from align_audit.record import (
     ReferenceCheck,
     Spinal,
 )
+from align_audit.verdict import find
 
 Kind = Literal["healthy", "destabilizing"]
 
@@ -104,7 +107,8 @@ def make_record(
     for name, part in parts:
         if not part:
             made.reasons[name] = "switched off in the configuration"
-    return AuditRecord(**(values | overrides))
+    record = AuditRecord(**(values | overrides))
+    return record if "finding" in overrides else record.model_copy(update={"finding": find(record)})
 
 
 def _estimate(mean: float, deviation: float) -> Estimate:
@@ -204,6 +208,19 @@ class _Maker:
             head_transplant=_estimate(0.04 * mean, 0.4),
             additivity=_estimate(additivity, 0.3),
             peak_layer=int(np.argmax(transplants)),
+            standing_out=self._standing_out(transplants, gains),
+        )
+
+    def _standing_out(self, transplants: np.ndarray, gains: np.ndarray) -> LayerSet:
+        layers = list(widest_gap(transplants))
+        others = np.delete(transplants, layers)
+        apart = float(transplants[layers].min() - others.max()) if layers and len(others) else math.nan
+        return LayerSet(
+            layers=layers,
+            gain=_estimate(float(gains[layers].sum()), 0.1),
+            separation=_estimate(apart, 0.2 * abs(apart)),
+            stability=0.9 - 0.4 * self.harm,
+            selection_frequency=[0.95 if layer in layers else 0.05 for layer in range(self.layers)],
         )
 
     def _no_peak(self) -> None:
@@ -223,6 +240,7 @@ class _Maker:
                 identity=identity if patched else not_run,
                 random_subspace=not_run,
                 split_half=not_run,
+                permuted_targets=not_run,
             )
         depth = np.arange(count) / max(count - 1, 1)
         noise = shift.mean * (0.03 * depth + 0.75 * self.harm * depth**2)
@@ -253,6 +271,11 @@ class _Maker:
                 verdict="passed" if agreement >= 0.8 else "failed",
                 reason=f"{agreement:.0%} of 100 random half splits agree on the peak layer",
                 value=agreement,
+            ),
+            permuted_targets=Control(
+                verdict="passed",
+                reason="cross-validated R² 0.41 against at most 0.05 of 20 permutations (p = 0.048)",
+                value=1 / 21,
             ),
         )
 

@@ -60,32 +60,51 @@ def test_controls_on_fewer_pairs_are_those_of_the_whole(models: tuple[Any, Any])
     np.testing.assert_allclose([controls.noise.effect[layer].mean for layer in others], expected[others], rtol=1e-6)
 
 
-def plain_attribution(policy: Any, reference: Any, pairs: Any) -> np.ndarray:
-    """⟨∂m/∂h_l, Δh_l⟩ by one whole graph per sequence and hooks: [N, L + 1], column 0 what enters layer 0."""
+def hidden_states(model: Any, ids: tuple[int, ...]) -> list[torch.Tensor]:
+    """What enters layer 0, then what every layer returns."""
+    kept: list[torch.Tensor] = []
+    layers = model.model.layers
+    handles = [layers[0].register_forward_pre_hook(lambda module, args: kept.append(args[0]))]
+    handles += [layer.register_forward_hook(lambda module, args, output: kept.append(output)) for layer in layers]
+    with torch.no_grad():
+        model(torch.tensor([ids]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return kept
+
+
+def plain_attribution(policy: Any, reference: Any, pairs: Any, point: float) -> np.ndarray:
+    """⟨∂m/∂h_l, Δh_l⟩ by one graph per sequence, in which every layer is given its own leaf on the line between both
+    models' streams; [N, L + 1], column 0 what enters layer 0."""
     found = np.zeros((len(pairs), 5))
     for row, pair in enumerate(pairs):
         for sign, ids, start in (
             (1, pair.chosen_ids, pair.chosen_start),
             (-1, pair.rejected_ids, pair.rejected_start),
         ):
-            runs = []
-            for model in (policy, reference):
-                kept: list[torch.Tensor] = []
-                layers = model.model.layers
-                handles = [layers[0].register_forward_pre_hook(lambda module, args, kept=kept: kept.append(args[0]))]
-                handles += [
-                    layer.register_forward_hook(lambda module, args, output, kept=kept: kept.append(output))
-                    for layer in layers
-                ]
-                logits = model(torch.tensor([ids]), use_cache=False).logits[0]
-                for handle in handles:
-                    handle.remove()
-                logp = torch.log_softmax(logits, -1)[torch.arange(start - 1, len(ids) - 1), list(ids[start:])].sum()
-                runs.append((kept, logp))
-            (ours, _), (theirs, logp) = runs
-            gradients = torch.autograd.grad(logp, theirs)
-            for layer, gradient in enumerate(gradients):
-                found[row, layer] += sign * float((gradient * (ours[layer] - theirs[layer]).detach()).sum())
+            ours, theirs = hidden_states(policy, ids), hidden_states(reference, ids)
+            leaves = [(a + point * (b - a)).requires_grad_() for a, b in zip(theirs, ours, strict=True)]
+            outputs: list[torch.Tensor] = []
+            handles = []
+            for index, layer in enumerate(reference.model.layers):
+                handles.append(
+                    layer.register_forward_pre_hook(lambda module, args, leaf=leaves[index]: (leaf, *args[1:]))
+                )
+
+                def swap(module: Any, args: Any, output: Any, leaf: Any = leaves[index + 1]) -> Any:
+                    outputs.append(output)  # noqa: B023
+                    return leaf
+
+                handles.append(layer.register_forward_hook(swap))
+            logits = reference(torch.tensor([ids]), use_cache=False).logits[0]
+            for handle in handles:
+                handle.remove()
+            logp = torch.log_softmax(logits, -1)[torch.arange(start - 1, len(ids) - 1), list(ids[start:])].sum()
+            (gradient,) = torch.autograd.grad(logp, leaves[-1])
+            for layer in range(len(outputs), -1, -1):
+                found[row, layer] += sign * float((gradient * (ours[layer] - theirs[layer])).sum())
+                if layer:
+                    (gradient,) = torch.autograd.grad(outputs[layer - 1], leaves[layer - 1], gradient)
     return found
 
 
@@ -93,9 +112,11 @@ def plain_attribution(policy: Any, reference: Any, pairs: Any) -> np.ndarray:
 def test_attribution_equals_plain_autograd(models: tuple[Any, Any], shared: bool) -> None:
     record, arrays = run(*models, 10, patching={"exact_pairs": 8}, share_prompts=shared)
     assert record.provenance.shared_prompts == shared
-    expected = plain_attribution(*models, random_pairs(10).pairs)
-    assert np.abs(expected).max() > 1e-2
-    np.testing.assert_allclose(arrays["per_pair.attribution"], expected, rtol=1e-6, atol=1e-7)
+    assert record.patching.attribution.points == [0.0, 0.5]
+    for place, point in enumerate((0.0, 0.5)):
+        expected = plain_attribution(*models, random_pairs(10).pairs, point)
+        assert np.abs(expected).max() > 1e-2
+        np.testing.assert_allclose(arrays["per_pair.attribution"][:, :, place], expected, rtol=1e-6, atol=1e-7)
 
 
 def test_only_the_exact_pairs_are_patched(models: tuple[Any, Any]) -> None:

@@ -13,8 +13,9 @@ from align_audit.conductor.lowrank import LowRankFindings
 from align_audit.config import AuditConfig
 from align_audit.measures import spinal as spinal_measures
 from align_audit.measures.control_variate import control_variate_means
+from align_audit.measures.layer_set import layer_set
 from align_audit.measures.localization import center_of_mass, lasso_localization, normalized_entropy
-from align_audit.measures.patching import PatchSummary, summarize_patching
+from align_audit.measures.patching import Options, PatchSummary, gain_of, summarize_patching
 from align_audit.measures.spectrum import below_rounding_floor, contraction, singular_values
 from align_audit.measures.statistics import (
     Interval,
@@ -24,13 +25,14 @@ from align_audit.measures.statistics import (
     ratio_intervals,
     split_half_agreement,
 )
-from align_audit.measures.subspace import principal_angles, rank_95
+from align_audit.measures.subspace import principal_angles, rank_95, rank_95_interval
 from align_audit.record import (
     Attribution,
     Control,
     Controls,
     DepthTrace,
     Estimate,
+    LayerSet,
     Localization,
     LowRankCurve,
     Margins,
@@ -127,12 +129,14 @@ class Assembler:
                 pairs=self.found.num_pairs,
                 correlation=floats([one.correlation for one in combined]),
                 equivalent_pairs=floats([one.equivalent_pairs for one in combined]),
-                mean=self.means(pair["attribution"][:, 1:]),
+                points=list(self.config.patching.attribution_points),
+                mean=self.means(pair["attribution"][:, 1:].mean(axis=2)),
             )
             for layer, one in enumerate(combined):
                 if one.reason is not None:
                     for name in ("correlation", "equivalent_pairs"):
                         self.reasons[f"patching.attribution.{name}.{layer}"] = one.reason
+        standing = self._standing_out(pair["effect"][exact], pair["transplant"][exact])
         part = Patching(
             positions=self.config.patching.positions,
             estimator="exact" if attribution is None else "control_variate",
@@ -148,8 +152,33 @@ class Assembler:
             head_transplant=estimate(summary.head_transplant),
             additivity=estimate(summary.additivity),
             peak_layer=summary.peak_layer,
+            standing_out=standing,
         )
         return part, summary
+
+    def _standing_out(self, effects: np.ndarray, transplants: np.ndarray) -> LayerSet | None:
+        if not self.config.patching.transplants:
+            self.reasons["patching.standing_out"] = "block transplants are switched off (patching.transplants)"
+            return None
+        found = layer_set(transplants[:, 1:-1], self.resamples, self.confidence, self.seed)
+        if found.reason is not None:
+            for name in ("stability", "selection_frequency"):
+                self.reasons[f"patching.standing_out.{name}"] = found.reason
+            gain = Interval.unknown(found.reason)
+        elif 0 in found.layers and not self.config.patching.embedding:
+            gain = Interval.unknown("the gain of layer 0 is switched off (patching.embedding)")
+        else:
+            options: Options = {
+                "resamples": self.resamples, "confidence": self.confidence, "method": self.method, "seed": self.seed,
+            }  # fmt: skip
+            gain = gain_of(effects, self.shift[self.found.exact_pairs], found.layers, options)
+        return LayerSet(
+            layers=list(found.layers),
+            gain=estimate(gain),
+            separation=estimate(found.separation),
+            stability=found.stability,
+            selection_frequency=floats(found.selection_frequency),
+        )
 
     def _without_what_was_switched_off(self, summary: PatchSummary) -> PatchSummary:
         """The true reason where a number is missing because nobody asked for it."""
@@ -245,6 +274,14 @@ class Assembler:
             least, why = rank_95(findings.ranks, [fraction.mean for fraction in fractions])
             if why is not None:
                 self.reasons[f"low_rank.{basis}.{layer}.rank_95"] = fractions[-1].reason or why
+            low, high = math.nan, math.nan
+            if not math.isnan(fractions[-1].mean):
+                low, high = rank_95_interval(findings.ranks, fitted, full, self.resamples, self.confidence, self.seed)
+            for bound, value in (("low", low), ("high", high)):
+                if math.isnan(value):
+                    self.reasons[f"low_rank.{basis}.{layer}.rank_95_{bound}"] = (
+                        fractions[-1].reason or "an effect is not finite, or there are fewer than 2 pairs"
+                    )
             angles = None
             if (basis, layer) in previous:
                 now, before = findings.bases[basis, layer], previous[basis, layer]
@@ -255,6 +292,8 @@ class Assembler:
                 effect_fraction=fractions,
                 explained_variance_ratio=floats(findings.explained[basis, layer]),
                 rank_95=least,
+                rank_95_low=low,
+                rank_95_high=high,
                 full_effect=self.mean(full),
                 principal_angles=angles,
             )
@@ -267,10 +306,15 @@ class Assembler:
 
     # -- controls ----------------------------------------------------------------------------------------------------
 
-    def controls(self, summary: PatchSummary | None, findings: LowRankFindings | None) -> Controls:
+    def controls(
+        self, summary: PatchSummary | None, findings: LowRankFindings | None, localization: Localization | None
+    ) -> Controls:
+        permuted = self._permuted_targets(localization)
         if summary is None:
             off = Control(verdict="not_run", reason="patching is switched off (patching.enabled)")
-            return Controls(noise=off, reverse=off, identity=off, random_subspace=off, split_half=off)
+            return Controls(
+                noise=off, reverse=off, identity=off, random_subspace=off, split_half=off, permuted_targets=permuted
+            )
         fewer = {"pairs": len(self.found.control_pairs)}
         return Controls(
             noise=self._noise(summary).model_copy(update=fewer),
@@ -278,6 +322,7 @@ class Assembler:
             identity=self._identity().model_copy(update={"pairs": len(self.found.identity_pairs)}),
             random_subspace=self._random_subspace(summary, findings).model_copy(update=fewer),
             split_half=self._split_half().model_copy(update={"pairs": len(self.found.exact_pairs)}),
+            permuted_targets=permuted,
         )
 
     def _no_shift(self) -> str | None:
@@ -394,6 +439,28 @@ class Assembler:
             f"({config.split_half_agreement:.0%} wanted)",
             value=agreement,
         )
+
+    def _permuted_targets(self, localization: Localization | None) -> Control:
+        """The LASSO of the true targets against that of permuted ones (METHODS §3): a permutation test of its CV score."""
+        if localization is None:
+            why = self.reasons.get("localization", "switched off (localization.enabled)")
+            return Control(verdict="not_run", reason=why)
+        null = np.array(localization.null_cv_r2)
+        if not (math.isfinite(localization.cv_r2) and np.isfinite(null).all()):
+            return Control(verdict="not_run", reason=self.reasons.get("localization.cv_r2", "the fit is not known"))
+        p = (1 + int((null >= localization.cv_r2).sum())) / (1 + len(null))
+        words = (
+            f"cross-validated R² {localization.cv_r2:.2f} against at most {null.max():.2f} of {len(null)} permutations "
+            f"(p = {p:.2g})"
+        )
+        level = 1 - self.confidence
+        if 1 / (1 + len(null)) > level:
+            reason = f"{len(null)} permutations cannot show p ≤ {level:.2g} (localization.permutations): {words}"
+            return Control(verdict="not_run", reason=reason, value=p)
+        if p <= level:
+            return Control(verdict="passed", reason=f"the layers' shifts predict the target: {words}", value=p)
+        reason = f"the layers' shifts predict the target no better than a permuted one: {words}"
+        return Control(verdict="failed", reason=reason, value=p)
 
     # -- SPINAL ------------------------------------------------------------------------------------------------------
 

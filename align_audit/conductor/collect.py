@@ -95,7 +95,7 @@ class Collector:
             found.array("noise", config.patching.noise_draws, layers)
             found.array("transplant", layers + 2)
             if config.patching.exact_pairs is not None:
-                found.array("attribution", layers + 1)
+                found.array("attribution", layers + 1, len(config.patching.attribution_points))
             if config.patching.noise_draws:
                 found.noise_draws[:] = 1
         self.found = found
@@ -258,9 +258,11 @@ class Collector:
         self.session.meter.sample()
 
     def _attribute(self, batch: PairBatch, policy: Recording, reference: Recording) -> None:
-        """Attribution patching: ⟨∂m_i(ρ)/∂h_l, h_l(π) − h_l(ρ)⟩ over the patched positions, the effect to first order.
+        """Attribution patching: ⟨∂m_i/∂h_l, h_l(π) − h_l(ρ)⟩ over the patched positions, all layers in one backward pass.
 
-        One backward pass through the reference, all layers at once (Nanda 2023; METHODS §7: an estimator of its own).
+        The gradient is ρ's, its layers linearized where ``attribution_points`` says on the line between both models'
+        streams: at ρ's own (0) it is the effect to first order (Nanda 2023); further on it sees how the effect bends.
+        METHODS §7: an estimator of its own.
         """
         mask = batch.position_mask(self.config.patching.positions)
         begin = -1 if self.config.patching.embedding else 0
@@ -275,11 +277,13 @@ class Collector:
 
         owner = batch.row_pair
         with self.session.as_reference() as replay:
-            for layer, (gradient,) in replay.stream_gradients(reference, margin(replay), down_to=begin):
-                moved = policy.after(layer).double() - reference.after(layer).double()
-                along = (gradient.double() * moved).sum(-1).masked_fill(~mask, 0.0).sum(-1)
-                total = torch.zeros(batch.num_pairs, dtype=torch.float64, device=owner.device)
-                self.found.put("attribution", batch, total.index_add_(0, owner, along), layer + 1)
+            for place, point in enumerate(self.config.patching.attribution_points):
+                at = _between(reference, policy, point)
+                for layer, (gradient,) in replay.stream_gradients(at, margin(replay), down_to=begin):
+                    moved = policy.after(layer).double() - reference.after(layer).double()
+                    along = (gradient.double() * moved).sum(-1).masked_fill(~mask, 0.0).sum(-1)
+                    total = torch.zeros(batch.num_pairs, dtype=torch.float64, device=owner.device)
+                    self.found.put("attribution", batch, total.index_add_(0, owner, along), layer + 1, place)
         self.session.meter.sample()
 
     # -- patching ------------------------------------------------------------------------------------------------------
@@ -390,6 +394,15 @@ class Collector:
         if name in ("effect", "reverse", "transplant"):  # these arrays begin with the embedding, layer −1
             where = [where[0] + 1]
         self.found.put(name, batch, effect, *where)
+
+
+def _between(one: Recording, other: Recording, point: float) -> Recording:
+    """The run of ``one`` with its streams moved by ``point`` of the way to those of ``other``."""
+    if point == 0.0:
+        return one
+    return Recording(
+        [torch.lerp(a, b.to(a.dtype), point) for a, b in zip(one.streams, other.streams, strict=True)], one.calls
+    )
 
 
 def _constant(stream: torch.Tensor) -> Callable[[], torch.Tensor]:

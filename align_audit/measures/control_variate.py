@@ -39,12 +39,13 @@ class ControlVariate:
 
     interval: Interval
     correlation: float
-    """Pearson correlation of exact and proxy over the exact pairs; NaN where either does not vary."""
+    """Of exact and proxy over the exact pairs (Pearson; with several proxies the multiple correlation, ≥ 0); NaN where
+    either does not vary."""
     explained: float
     """Share of the variance of the exact effect that the proxy predicts out of sample: 1 − s²ᵣ / s²ₑ. Below
     correlation², and below 0 where the proxy only adds noise."""
     coefficient: float
-    """Least-squares slope of exact on proxy over the exact pairs; 0 where the proxy is not used."""
+    """Least-squares slope of exact on proxy over the exact pairs (of several: on the first); 0 where none is used."""
     exact_pairs: int
     pairs: int
     equivalent_pairs: float
@@ -68,20 +69,23 @@ def control_variate_means(
         b₋ᵢ = (Sxy − c dᵢ yᵢ) / (Sxx − c dᵢ²),  c = n/(n − 1),  d = A − mean_S A,  y = E − mean_S E,
         Sxy = Σ d y,  Sxx = Σ d².
 
-    With one fixed slope this is the usual mean_S E − b (mean_S A − mean_all A). *Unbiased exactly*, whatever the relation
-    of E and A: given the other exact pairs, pair i is as likely any one pair of U ∪ {i}, so Aᵢ − mean_U A has mean 0
-    and b₋ᵢ does not depend on it. Averaged over all subsets of n of the N pairs the estimate is the mean of all N exact
-    values. (The slope of all n pairs instead is biased where the relation bends: by a third of a standard error at
-    n = 8 in ``benchmarks/control_variate.py``.)
+    With K proxies b and d are vectors, Sxx a matrix, and products inner ones. With one fixed slope this is the usual
+    mean_S E − b (mean_S A − mean_all A). *Unbiased exactly*, whatever the relation of E and A: given the other exact
+    pairs, pair i is as likely any one pair of U ∪ {i}, so Aᵢ − mean_U A has mean 0 and b₋ᵢ does not depend on it.
+    Averaged over all subsets of n of the N pairs the estimate is the mean of all N exact values. (The slope of all n
+    pairs instead is biased where the relation bends: by a third of a standard error at n = 8 in
+    ``benchmarks/control_variate.py``.)
 
     Interval: estimate ± t_ν √V, with
 
-        V = s²ᵣ/n + b² s²_A/N,   s²ᵣ = Σ_{i∈S} (yᵢ − b₋ᵢ dᵢ)² / (n − 2),   s²_A the variance of all N proxies,
+        V = s²ᵣ/n + s²_bA/N,   s²ᵣ = Σ_{i∈S} (yᵢ − b₋ᵢ dᵢ)² / (n − 1 − K),   s²_bA the variance of b·A over all N pairs,
 
     b the slope of all exact pairs. The first term is what n pairs leave unknown, cross-fitted so that it pays for the
-    slope; the second what N pairs do. ν is Satterthwaite's: 2V² over the variances of the two terms, 2(s²ᵣ/n)²/(n − 2) and,
-    with x the second term and κ the kurtosis of the proxies, x² (2/(N − 1) + max(κ − 3, 0)/N) + 4 x s²ᵣ/(nN); at
-    least n − 2.
+    slope; the second what N pairs do. ν is Satterthwaite's: 2V² over the variances of the two terms, 2(s²ᵣ/n)²/(n − 1 − K)
+    and, with x the second term and κ the kurtosis of b·A, x² (2/(N − 1) + max(κ − 3, 0)/N) + 4 x s²ᵣ/(nN); at
+    least n − 1 − K.
+
+    Every slope costs exact pairs: with fewer than 8 + 2(K − 1) of them the K proxies are averaged into one.
 
     A percentile bootstrap of 8 normal values covers 88 % where it says 95 %. This covers 92–98 % in the
     benchmark's grid (n = 8 … 32, N = 64 … 128, ρ = 0.5 … 0.999; normal, t₅ and lognormal effects of skewness 1.75), except
@@ -95,7 +99,7 @@ def control_variate_means(
     Args:
         exact: ``[N, L]``, NaN where not measured; the subset may differ between layers, in size too. A simple random
             subset of the pairs, chosen without looking at ``exact``.
-        proxy: ``[N, L]``, any unit: it is only used through the slope.
+        proxy: ``[N, L]``, or ``[N, L, K]`` for K of them; any unit: they are only used through their slopes.
         resamples, seed: of the bootstrap, where all pairs are exact.
         confidence: of the interval, in (0, 1).
 
@@ -117,56 +121,72 @@ def control_variate_means(
         >>> [round(x, 3) for x in (result.interval.mean, result.coefficient, result.equivalent_pairs)]
         [3.25, 0.5, 12.0]
     """
-    exact, proxy = np.asarray(exact, dtype=np.float64), np.asarray(proxy, dtype=np.float64)
-    if exact.ndim != 2 or exact.shape != proxy.shape or not len(exact):
+    exact, proxies = np.asarray(exact, dtype=np.float64), np.asarray(proxy, dtype=np.float64)
+    if exact.ndim != 2 or proxies.ndim not in (2, 3) or exact.shape != proxies.shape[:2] or not exact.shape[0]:
         raise ValueError(
-            "expected exact and proxy values of the same shape [N, L] with N at least 1; "
-            f"found {list(exact.shape)} and {list(proxy.shape)}"
+            "expected exact values [N, L] with N at least 1, and proxies of the same shape or [N, L, K]; "
+            f"found {list(exact.shape)} and {list(proxies.shape)}"
         )
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"expected a confidence between 0 and 1, such as 0.95; found {confidence}")
     if resamples < 1:
         raise ValueError(f"expected at least 1 resample, found {resamples}")
     pairs, layers = exact.shape
+    proxies = proxies.reshape(pairs, layers, -1)
     measured = ~np.isnan(exact)
     n = measured.sum(axis=0)
     infinite = np.isinf(exact).sum(axis=0)
-    unknown_proxies = (~np.isfinite(proxy)).sum(axis=0)
+    unknown_proxies = (~np.isfinite(proxies)).any(axis=2).sum(axis=0)
+    width = np.where(n >= MINIMUM_EXACT + 2 * (proxies.shape[2] - 1), proxies.shape[2], 1)
+    """Slopes that are fitted at each layer."""
 
     # Working units: values of order 1, around the first one, so that nothing overflows and equal values are exactly 0.
     e, e_origin, e_scale = _standardized(exact, measured & (infinite == 0))
-    a, _, a_scale = _standardized(proxy, np.broadcast_to(unknown_proxies == 0, proxy.shape))
+    a, _, a_scale = _standardized(proxies, np.broadcast_to((unknown_proxies == 0)[:, None], proxies.shape))
+    if proxies.shape[2] > 1:
+        # Averaged in their own unit, each by its share of the largest scale.
+        share = a_scale / a_scale.max(axis=1, keepdims=True)
+        one = (a * share).mean(axis=2) / np.maximum(share.mean(axis=1), _ROUNDING)
+        a = np.where((width == 1)[:, None], 0.0, a)
+        a[:, :, 0] = np.where(width == 1, one, a[:, :, 0])
 
     count = np.maximum(n, 1)
-    e_mean, a_mean = e.sum(axis=0) / count, (a * measured).sum(axis=0) / count
-    y, d = np.where(measured, e - e_mean, 0.0), np.where(measured, a - a_mean, 0.0)
-    sxx, sxy, syy = (d * d).sum(axis=0), (d * y).sum(axis=0), (y * y).sum(axis=0)
-    usable = (n >= MINIMUM_EXACT) & (sxx > _ROUNDING) & (unknown_proxies == 0) & (infinite == 0)
-    slope = _ratio(sxy, sxx, usable)
-    correction = count / np.maximum(n - 1, 1)
-    remaining = sxx - correction * d * d
-    slopes = _ratio(sxy - correction * d * y, remaining, measured & usable & (remaining > _ROUNDING * sxx))
+    inside = measured[:, :, None]
+    e_mean, a_mean = e.sum(axis=0) / count, (a * inside).sum(axis=0) / count[:, None]
+    y, d = np.where(measured, e - e_mean, 0.0), np.where(inside, a - a_mean, 0.0)
+    # Sums and not products of matrices, whose last bits depend on how many layers there are.
+    sxx, sxy = (d[:, :, :, None] * d[:, :, None, :]).sum(axis=0), (d * y[:, :, None]).sum(axis=0)
+    syy, spread_of_proxies = (y * y).sum(axis=0), np.trace(sxx, axis1=1, axis2=2)
+    usable = (n >= MINIMUM_EXACT) & (spread_of_proxies > _ROUNDING) & (unknown_proxies == 0) & (infinite == 0)
+    fitted = _solve(sxx, sxy, np.full(layers, _ROUNDING))
+    slope = fitted * usable[:, None]
+    correction = (count / np.maximum(n - 1, 1))[:, None]
+    without = sxx - correction[:, :, None] * d[:, :, :, None] * d[:, :, None, :]
+    slopes = _solve(without, sxy - correction * d * y[:, :, None], _ROUNDING * spread_of_proxies)
+    slopes = slopes * (measured & usable)[:, :, None]
 
-    others = (a * ~measured).sum(axis=0) / np.maximum(pairs - n, 1)
-    shifts = (slopes * np.where(measured, a - others, 0.0)).sum(axis=0) / count
+    others = (a * ~inside).sum(axis=0) / np.maximum(pairs - n, 1)[:, None]
+    shifts = (slopes * np.where(inside, a - others, 0.0)).sum(axis=(0, 2)) / count
     estimates = e_origin + e_scale * (e_mean - (1 - n / pairs) * shifts)
 
-    residual = ((y - slopes * d) ** 2).sum(axis=0) / np.maximum(n - 1 - usable, 1)
+    freedom = np.maximum(n - 1 - np.where(usable, width, 0), 1)
+    residual = ((y - (slopes * d).sum(axis=2)) ** 2).sum(axis=0) / freedom
     total = syy / np.maximum(n - 1, 1)
-    centred = a - a.mean(axis=0)
-    square = (centred**2).sum(axis=0)
-    kurtosis = _ratio(pairs * (centred**4).sum(axis=0), square**2, square > _ROUNDING)
-    first, second = residual / count, slope**2 * square / max(pairs - 1, 1) / pairs
+    predicted = ((a - a.mean(axis=0)) * slope).sum(axis=2)
+    square = (predicted**2).sum(axis=0)
+    kurtosis = _ratio(pairs * (predicted**4).sum(axis=0), square**2, square > _ROUNDING)
+    first, second = residual / count, square / max(pairs - 1, 1) / pairs
     variance = first + second
-    freedom = np.maximum(n - 1 - usable, 1)
     spread = 2 * first**2 / freedom
     spread = spread + second**2 * (2 / max(pairs - 1, 1) + np.maximum(kurtosis - 3, 0) / pairs)
     spread = spread + 4 * second * first / pairs
     nu = np.maximum(_ratio(2 * variance**2, spread, spread > 0.0), freedom)
     half = e_scale * np.sqrt(variance) * stdtrit(nu, (1 + confidence) / 2)
 
-    varies = (n >= 2) & (sxx > _ROUNDING) & (syy > 0.0) & (unknown_proxies == 0) & (infinite == 0)
-    correlation = np.where(varies, np.clip(_ratio(sxy, np.sqrt(sxx * syy), varies), -1.0, 1.0), np.nan)
+    varies = (n >= 2) & (spread_of_proxies > _ROUNDING) & (syy > 0.0) & (unknown_proxies == 0) & (infinite == 0)
+    multiple = np.sqrt(np.maximum(_ratio((fitted * sxy).sum(axis=1), syy, varies), 0.0))
+    sign = np.where(width == 1, np.sign(sxy[:, 0]), 1.0)
+    correlation = np.where(varies, np.clip(sign * multiple, -1.0, 1.0), np.nan)
     explained = np.where(usable, 1 - _ratio(residual, total, total > 0.0), 0.0)
     explained = np.where(total > 0.0, explained, 0.0)
     equivalent = _ratio(np.ones(layers), (1 - explained) / count + explained / pairs, n > 0)
@@ -192,14 +212,14 @@ def control_variate_means(
             reason = f"proxy not used: {unknown_proxies[layer]} of {pairs} proxies are not finite"
         elif found < min(MINIMUM_EXACT, pairs):
             reason = f"proxy not used: a slope needs at least {MINIMUM_EXACT} exact pairs, found {found}"
-        elif sxx[layer] <= _ROUNDING:
+        elif spread_of_proxies[layer] <= _ROUNDING:
             reason = f"proxy not used: it does not vary over the {found} exact pairs"
         results.append(
             ControlVariate(
                 interval=interval,
                 correlation=float(correlation[layer]),
                 explained=float(explained[layer]),
-                coefficient=float(slope[layer] * e_scale[layer] / a_scale[layer]),
+                coefficient=float(slope[layer, 0] * e_scale[layer] / a_scale[layer, 0]),
                 exact_pairs=found,
                 pairs=pairs,
                 equivalent_pairs=float(pairs if found == pairs else equivalent[layer]),
@@ -307,6 +327,17 @@ def _standardized(values: Array, known: Array) -> tuple[Array, Array, Array]:
     varies = scale > _ROUNDING * np.abs(origin)
     scale = np.where(varies, scale, 1.0)
     return np.where(varies, moved / scale, 0.0), origin, scale
+
+
+def _solve(matrix: Array, vector: Array, floor: Array) -> Array:
+    """matrix⁻¹ vector for symmetric ``[..., K, K]`` and ``[..., K]``; directions whose eigenvalue is no more than ``floor``
+    ``[...]`` are left out."""
+    if matrix.shape[-1] == 1:
+        return _ratio(vector, matrix[..., 0], matrix[..., 0] > np.broadcast_to(floor, matrix.shape[:-2])[..., None])
+    values, vectors = np.linalg.eigh(matrix)
+    along = np.einsum("...kj,...k->...j", vectors, vector)
+    kept = values > np.broadcast_to(floor, matrix.shape[:-2])[..., None]
+    return np.einsum("...kj,...j->...k", vectors, _ratio(along, values, kept))
 
 
 def _ratio(numerator: Array, denominator: Array, where: Array) -> Array:

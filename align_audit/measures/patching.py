@@ -19,6 +19,7 @@ from align_audit.measures.statistics import (
     bootstrap_p_values,
     mean_interval,
     mean_intervals,
+    ratio_interval,
     statistic_intervals,
 )
 
@@ -150,6 +151,17 @@ def _shares(effects: np.ndarray, transplants: np.ndarray, shift: np.ndarray, opt
         shares,
         **options,
     )
+
+
+def gain_of(effects: np.ndarray, shift: np.ndarray, layers: Sequence[int], options: Options) -> Interval:
+    """Share of the margin shift gained at ``layers``: Σ_{l ∈ layers} layer_gain_l, a ratio of sums with its interval.
+
+    Args:
+        effects: [N, L + 1]; column 0 patches h_{−1}.
+        shift: [N] margin shifts Δ_i, whose mean is known not to be 0.
+    """
+    gained = sum(effects[:, layer + 1] - effects[:, layer] for layer in layers)
+    return ratio_interval(gained, shift, **options, denominator_name="margin shift")
 
 
 def peak_layer(block_transplants: np.ndarray) -> tuple[int | None, str | None]:

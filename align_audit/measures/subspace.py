@@ -17,7 +17,7 @@ import torch
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
-from align_audit.measures.statistics import Value
+from align_audit.measures.statistics import Value, resample_indices
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,6 +251,50 @@ def rank_95(ranks: Sequence[int], fractions: Sequence[float], threshold: float =
     if math.isnan(least):
         return Value.unknown(f"at the largest rank, {ranks[-1]}, the fraction is {fractions[-1]:.4g} < {threshold:g}")
     return Value(least)
+
+
+def rank_95_interval(
+    ranks: Sequence[int],
+    fitted: np.ndarray,
+    full: np.ndarray,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    threshold: float = 0.95,
+) -> tuple[float, float]:
+    """Bootstrap interval of :func:`rank_95` over pairs: percentiles of the rank that every resample of the pairs gives.
+
+    Args:
+        fitted: ``[N, K]`` effects of the rank-k patches, per pair.
+        full: ``[N]`` effects of the full patch.
+
+    Returns:
+        (low, high), each one of ``ranks``, or infinity where that share of the resamples finds no evaluated rank enough.
+        NaN twice with fewer than 2 pairs or a value that is not finite.
+
+    Raises:
+        ValueError: shapes do not fit the ranks.
+
+    Example:
+        >>> full = np.array([1.0, 2.0, 3.0, 2.0])
+        >>> rank_95_interval([1, 2], np.column_stack([0.5 * full, full]), full, resamples=20)
+        (2.0, 2.0)
+    """
+    fitted, full = np.asarray(fitted, dtype=np.float64), np.asarray(full, dtype=np.float64)
+    if fitted.ndim != 2 or fitted.shape != (len(full), len(ranks)):
+        raise ValueError(
+            f"expected effects [N, {len(ranks)}] and [N]; found {list(fitted.shape)} and {list(full.shape)}"
+        )
+    if len(full) < 2 or not (np.isfinite(fitted).all() and np.isfinite(full).all()):
+        return math.nan, math.nan
+    rows = resample_indices(len(full), resamples, seed)
+    with np.errstate(all="ignore"):
+        fractions = fitted[rows].mean(axis=1) / full[rows].mean(axis=1)[:, None]
+    # From the largest rank downwards, how many in a row are enough (NaN is not).
+    enough = np.cumprod((fractions >= threshold)[:, ::-1], axis=1).sum(axis=1)
+    least = np.concatenate([[math.inf], np.asarray(ranks, dtype=np.float64)[::-1]])[enough]
+    low, high = np.quantile(least, [(1 - confidence) / 2, (1 + confidence) / 2], method="inverted_cdf")
+    return float(low), float(high)
 
 
 def _check_rank(k: int, d: int) -> None:

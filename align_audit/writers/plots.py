@@ -644,7 +644,7 @@ def _verdict_strip(axes: Axes, records: Sequence[AuditRecord]) -> None:
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    shown = [name for name, _ in control_items(records[-1]) if name != "random_subspace"]
+    shown = [name for name, _ in control_items(records[-1]) if name not in ("random_subspace", "permuted_targets")]
     order = list(VERDICT_COLOURS)
     cells = [[order.index(getattr(record.controls, name).verdict) for record in records] for name in shown]
     axes.imshow(

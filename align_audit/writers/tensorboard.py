@@ -273,11 +273,12 @@ def alert_text(alert: Alert) -> str:
 
 
 def controls_table(record: AuditRecord) -> str:
-    """Verdict and reason of every control, and of the check of the reference, as a Markdown table."""
+    """What was found, in words; then verdict and reason of every control and of the check of the reference, in Markdown."""
     rows = [(name.replace("_", " "), control.verdict, control.reason) for name, control in control_items(record)]
+    said = f"**Finding:** {record.finding.words}\n\n" if record.finding is not None else ""
     check = record.reference_check
     rows.append((f"reference ({check.source})", check.verdict, check.reason))
-    return _table(
+    return said + _table(
         ("control", "verdict", "why"),
         [
             (name, f"**{verdict.upper()}**" if verdict == "failed" else verdict.replace("_", " "), why)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _LEVEL_STYLES = {"info": "cyan", "warning": "yellow", "error": "bold red"}
 _VERDICT_STYLES = {"passed": "green", "failed": "bold red", "not_run": "dim"}
-_PLAIN = str.maketrans({"–": "-", "—": "-", "−": "-", "…": "...", "’": "'", "‖": "||", "²": "2"})
+_PLAIN = str.maketrans({"≤": "<=", "–": "-", "—": "-", "−": "-", "…": "...", "’": "'", "‖": "||", "²": "2"})
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,8 @@ def _rows(record: AuditRecord) -> Iterator[_Row]:
             return _unknown(label, why_unknown(record, path, value))
         return _Row.of(label, _estimate(value, signed) + (f" {unit}" if unit else ""))
 
+    if record.finding is not None:
+        yield _Row.of("finding", record.finding.words, "bold" if record.finding.localized else "")
     yield estimate("margin shift", "margins.shift", margins.shift, "nats", signed=True)
     yield estimate("accuracy", "margins.accuracy", margins.accuracy)
     change = margins.chosen_logp_change_per_token

@@ -85,6 +85,87 @@ def test_estimate_and_interval_equal_a_plain_loop() -> None:
         assert (result.exact_pairs, result.pairs, result.reason) == (n, 20, None)
 
 
+def two_proxies(pairs: int, columns: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Exact effects that need both proxies, [N, L] and [N, L, 2]."""
+    generator = np.random.default_rng(seed)
+    shape = (pairs, columns)
+    common = generator.exponential(size=shape)
+    proxies = np.stack(
+        [common + 0.5 * generator.standard_normal(shape), 3 * common + generator.exponential(size=shape)]
+    )
+    exact = 1.5 * proxies[0] - 0.5 * proxies[1] + 0.02 * proxies[0] ** 2 + 0.2 * generator.standard_normal(shape)
+    return exact, np.moveaxis(proxies, 0, 2)
+
+
+def test_mean_over_all_subsets_with_two_proxies() -> None:
+    exact, proxies = two_proxies(13, 1, seed=4)
+    exact[3], proxies[3] = 40.0, 12.0
+    subsets = list(itertools.combinations(range(13), 10))
+    measured = np.full((13, len(subsets)), np.nan)
+    for column, subset in enumerate(subsets):
+        measured[list(subset), column] = exact[list(subset), 0]
+    results = cv.control_variate_means(measured, np.repeat(proxies, len(subsets), axis=1))
+    assert np.mean([r.interval.mean for r in results]) == pytest.approx(exact.mean(), rel=1e-12)
+
+
+def test_two_proxies_equal_a_plain_loop_and_beat_one() -> None:
+    exact, proxies = two_proxies(40, 2, seed=1)
+    measured, n = first(exact, 14), 14
+    for column, result in enumerate(cv.control_variate_means(measured, proxies)):
+        e, A = exact[:, column], proxies[:, column]
+
+        def fit(rows: list[int], e: np.ndarray = e, A: np.ndarray = A) -> np.ndarray:
+            return np.linalg.lstsq(np.column_stack([np.ones(len(rows)), A[rows]]), e[rows], rcond=None)[0][1:]
+
+        inside = list(range(n))
+        slopes = np.array([fit([j for j in inside if j != i]) for i in inside])
+        others = A[n:].mean(axis=0)
+        mean = np.mean([e[i] - (1 - n / 40) * slopes[i] @ (A[i] - others) for i in inside])
+        assert result.interval.mean == pytest.approx(mean, rel=1e-9)
+        assert result.coefficient == pytest.approx(fit(inside)[0], rel=1e-9)
+        centred, low = A[:n] - A[:n].mean(axis=0), e[:n] - e[:n].mean()
+        residual = sum((low[i] - slopes[i] @ centred[i]) ** 2 for i in inside) / (n - 3)
+        assert result.explained == pytest.approx(1 - residual / np.var(e[:n], ddof=1), rel=1e-9)
+        assert result.correlation == pytest.approx(np.corrcoef(A[:n] @ fit(inside), e[:n])[0, 1], rel=1e-9)
+        x = np.var(A @ fit(inside), ddof=1) / 40
+        kurtosis = stats.kurtosis(A @ fit(inside), fisher=False)
+        spread = 2 * (residual / n) ** 2 / (n - 3) + x**2 * (2 / 39 + max(kurtosis - 3, 0) / 40)
+        spread += 4 * x * residual / (n * 40)
+        nu = max(2 * (residual / n + x) ** 2 / spread, n - 3)
+        half = stats.t.ppf(0.975, nu) * math.sqrt(residual / n + x)
+        np.testing.assert_allclose(numbers(result), (mean, mean - half, mean + half), rtol=1e-9)
+        for one in (0, 1):
+            (alone,) = cv.control_variate_means(measured[:, [column]], proxies[:, [column], one])
+            assert alone.equivalent_pairs < 0.8 * result.equivalent_pairs
+
+
+def test_one_proxy_in_a_third_axis_is_one_proxy_and_with_few_pairs_two_are_their_mean() -> None:
+    exact, proxies = two_proxies(30, 3)
+    plain = cv.control_variate_means(first(exact, 12), proxies[:, :, 0])
+    assert cv.control_variate_means(first(exact, 12), proxies[:, :, :1]) == plain
+    few = cv.control_variate_means(first(exact, 9), proxies)
+    mean = cv.control_variate_means(first(exact, 9), proxies.mean(axis=2))
+    for one, other in zip(few, mean, strict=True):
+        np.testing.assert_allclose(numbers(one), numbers(other), rtol=1e-9)
+        assert one.correlation == pytest.approx(other.correlation)
+
+
+def test_coverage_with_two_proxies() -> None:
+    generator = np.random.default_rng(3)
+    shape = (96, 3000)
+    for family in ("normal", "lognormal"):
+        draws = generator.standard_normal((3, *shape))
+        if family == "lognormal":
+            draws = (np.exp(0.5 * draws) - math.exp(0.125)) / (math.exp(0.125) * math.sqrt(math.expm1(0.25)))
+        proxies = np.stack([draws[0] + 0.1 * draws[1], draws[0] - 0.3 * draws[1]], axis=2)
+        exact = draws[0] + 0.5 * draws[1] + 0.2 * draws[2]
+        for n in (10, 16):
+            results = cv.control_variate_means(first(exact, n), proxies)
+            mean, low, high = np.array([numbers(r) for r in results]).T
+            assert 0.92 <= ((low <= 0) & (high >= 0)).mean() <= 0.98
+            assert abs(mean.mean() / mean.std()) < 0.055
+
+
 def test_exact_relation_gives_the_mean_of_all_pairs() -> None:
     _, proxy = population(30, 1)
     exact = 3.0 - 0.25 * proxy

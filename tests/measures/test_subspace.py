@@ -224,3 +224,30 @@ def test_rank_95_none_reaches_it() -> None:
 def test_wrong_arguments_are_refused(call: object, found: str) -> None:
     with pytest.raises(ValueError, match=found):
         call()  # type: ignore[operator]
+
+
+def test_rank_95_interval_is_the_percentile_of_resampled_ranks() -> None:
+    generator = np.random.default_rng(0)
+    full = generator.normal(3.0, 1.0, size=24)
+    # Rank 2 is about enough: some resamples of the pairs say so and some do not.
+    fitted = np.column_stack([0.5 * full, 0.95 * full + generator.normal(0.0, 0.4, size=24), full])
+    low, high = sub.rank_95_interval([1, 2, 4], fitted, full, resamples=300, seed=3)
+    found = []
+    for rows in np.random.default_rng(3).integers(0, 24, size=(300, 24)):
+        shares = fitted[rows].sum(axis=0) / full[rows].sum()
+        found.append(sub.rank_95([1, 2, 4], shares.tolist()).value)
+    assert set(found) == {2.0, 4.0}
+    assert (low, high) == (
+        np.percentile(found, 2.5, method="inverted_cdf"),
+        np.percentile(found, 97.5, method="inverted_cdf"),
+    )
+
+
+def test_rank_95_interval_is_open_where_no_rank_is_enough_and_unknown_where_an_effect_is() -> None:
+    full = np.arange(1.0, 9.0)
+    assert sub.rank_95_interval([1, 2], np.column_stack([full, 0.5 * full]), full) == (math.inf, math.inf)
+    assert sub.rank_95_interval([1, 2], np.column_stack([0.9 * full, full]), full) == (2.0, 2.0)
+    for fitted, whole in ((full[:1], full[:1]), (np.where(full > 2, full, np.nan), full)):
+        assert all(map(math.isnan, sub.rank_95_interval([1], fitted[:, None], whole)))
+    with pytest.raises(ValueError, match=r"\[N, 2\] and \[N\]; found \[8, 1\]"):
+        sub.rank_95_interval([1, 2], full[:, None], full)

@@ -60,7 +60,7 @@ def test_the_summary_gives_the_records_numbers() -> None:
     assert "activation" not in row(text, "rank_95")
     assert row(text, "delta_align") == f"{spinal.delta_align:+.3g}"
     assert row(text, "coherence") == f"{spinal.coherence:.3g} (reference {spinal.reference_coherence:.3g})"
-    assert row(text, "controls") == "passed: noise, reverse, identity, random subspace, split half"
+    assert row(text, "controls") == "passed: noise, reverse, identity, random subspace, split half, permuted targets"
     assert row(text, "cost") == "15.6 s, 540 MiB at the peak, 42 forwards"
 
 
@@ -86,7 +86,7 @@ def test_plain_when_not_a_terminal_and_coloured_when_one() -> None:
     record = make_record(200, kind="destabilizing", progress=1.0)
     plain, coloured = render(record), render(record, terminal=True)
     assert "\x1b" not in plain
-    assert plain.isascii()
+    assert not set(plain) & set("─│╭╮╰╯┃━═")
     assert "\x1b[1;31m" in coloured
     assert "╭" in coloured
 
@@ -109,7 +109,10 @@ def test_failed_controls_stand_out_with_their_reason() -> None:
     noise = Control(verdict="failed", reason="at the peak layer 7 the intervals overlap: [1, 2] against [0.5, 3]")
     record = record.model_copy(update={"controls": record.controls.model_copy(update={"noise": noise})})
     text = render(record)
-    assert row(text, "controls") == "passed: reverse, identity, random subspace, split half; failed: noise"
+    assert (
+        row(text, "controls")
+        == "passed: reverse, identity, random subspace, split half, permuted targets; failed: noise"
+    )
     assert row(text, "  not evidence").endswith(noise.reason)
     check = record.reference_check.model_copy(update={"verdict": "failed", "reason": "weights differ"})
     assert row(render(record.model_copy(update={"reference_check": check})), "reference") == (
