@@ -23,6 +23,7 @@ from align_audit.measures.statistics import (
     mean_interval,
     mean_intervals,
     ratio_intervals,
+    share_interval,
     split_half_agreement,
 )
 from align_audit.measures.subspace import principal_angles, rank_95, rank_95_interval
@@ -72,6 +73,11 @@ class Assembler:
             for interval in mean_intervals(values, self.resamples, self.confidence, self.method, self.seed)
         ]
 
+    def share(self, hits: np.ndarray) -> Estimate:
+        if self.found.identical and not hits.any():
+            return self.mean(hits)  # equal models: exactly 0, and no sample of anything
+        return estimate(share_interval(hits, self.confidence))
+
     # -- parts -------------------------------------------------------------------------------------------------------
 
     def margins(self) -> Margins:
@@ -84,8 +90,8 @@ class Assembler:
             reference=self.mean(self.reference_margin),
             policy=self.mean(self.policy_margin),
             shift=self.mean(self.shift),
-            accuracy=self.mean(np.where(known, self.shift > 0, np.nan)),
-            ranking_accuracy=self.mean(np.where(known, self.policy_margin > 0, np.nan)),
+            accuracy=self.share(np.where(known, self.shift > 0, np.nan)),
+            ranking_accuracy=self.share(np.where(known, self.policy_margin > 0, np.nan)),
             chosen_logp_change=self.mean(chosen),
             rejected_logp_change=self.mean(rejected),
             chosen_logp_change_per_token=self.mean(chosen / pair["chosen_tokens"]),

@@ -369,3 +369,30 @@ def test_split_half_says_why_it_is_unknown(values: np.ndarray, reason: str) -> N
     result = s.split_half_agreement(values)
     assert math.isnan(result.value)
     assert result.reason == reason
+
+
+def test_share_interval_is_wilsons() -> None:
+    for hits in (0, 1, 40, 63, 64):
+        values = (np.arange(64) < hits).astype(float)
+        found = s.share_interval(values, 0.9)
+        expected = stats.binomtest(hits, 64).proportion_ci(0.9, method="wilson")
+        np.testing.assert_allclose(
+            (found.mean, found.low, found.high), (hits / 64, expected.low, expected.high), atol=1e-12
+        )
+
+
+def test_share_interval_covers_near_one_where_the_bootstrap_does_not() -> None:
+    draws = np.random.default_rng(0).random((1000, 64)) < 0.98
+    found = [s.share_interval(draw) for draw in draws]
+    assert 0.92 <= np.mean([one.low <= 0.98 <= one.high for one in found]) <= 0.99
+    plain = [s.mean_interval(draw, resamples=200) for draw in draws[:300]]
+    assert np.mean([one.low <= 0.98 <= one.high for one in plain]) < 0.8
+
+
+def test_share_interval_of_what_is_not_known() -> None:
+    assert s.share_interval(np.array([1.0, np.nan])).reason == "1 of 2 values are not finite"
+    assert s.share_interval(np.array([])).reason == "an interval needs at least 2 pairs, found 0"
+    one = s.share_interval(np.array([1.0]))
+    assert (one.mean, math.isnan(one.low)) == (1.0, True)
+    with pytest.raises(ValueError, match="expected 0, 1 or NaN"):
+        s.share_interval(np.array([0.5]))
