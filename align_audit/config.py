@@ -54,6 +54,11 @@ class PatchingConfig(_Part):
     split_half_agreement: Fraction = 0.8
     """The control passes when at least this share of random half splits agree on the peak layer."""
 
+    attribution_path: Literal["joint", "layer"] = "joint"
+    """``joint``: all streams move along that line together, and one backward pass serves every layer. ``layer``: only the
+    patched layer's does and the reference goes on from there, as in the patched run: integrated gradients proper, as
+    exact alone as there are points, at more than the price of patching."""
+
     @field_validator("attribution_points")
     @classmethod
     def _points_ascend(cls, points: tuple[float, ...]) -> tuple[float, ...]:

@@ -77,6 +77,8 @@ class Attribution(_Part):
     pairs: int
     points: list[float] = Field(default_factory=lambda: [0.0])
     """Where its gradients were taken, from the reference's streams (0: first order) to the policy's (1)."""
+    path: Literal["joint", "layer"] = "joint"
+    """All streams together, or the patched layer's alone (integrated gradients); see ``PatchingConfig``."""
     correlation: list[float]
     """Between a pair's exact effect and its attribution, over the patched pairs (multiple, with several points)."""
     equivalent_pairs: list[float]

@@ -34,6 +34,7 @@ def main() -> None:
         "--settings", nargs="+", default=["96:8", "96:12", "96:16", "96:24", "128:21"], metavar="PAIRS:PATCHED"
     )
     parser.add_argument("--points", type=float, nargs="+", default=[0.0, 0.5], help="patching.attribution_points")
+    parser.add_argument("--path", choices=("joint", "layer"), default="joint", help="patching.attribution_path")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--models", nargs="+", default=list(trained.NAMES), choices=trained.NAMES)
     options = parser.parse_args()
@@ -53,6 +54,7 @@ def main() -> None:
 
             def sweep(pairs: int, exact: int | None, policy: Any = policy, run: Any = run, probes: Any = probes) -> Any:
                 patching = {**SWEEP["patching"], "exact_pairs": exact, "attribution_points": options.points}
+                patching["attribution_path"] = options.path
                 config = AuditConfig.from_dict({**SWEEP, "patching": patching})
                 began = time.process_time()
                 record = audit(policy, run.reference, probes.subsample(pairs, 0), config)

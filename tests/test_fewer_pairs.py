@@ -119,6 +119,24 @@ def test_attribution_equals_plain_autograd(models: tuple[Any, Any], shared: bool
         np.testing.assert_allclose(arrays["per_pair.attribution"][:, :, place], expected, rtol=1e-6, atol=1e-7)
 
 
+def test_integrated_gradients_are_the_effect(models: tuple[Any, Any]) -> None:
+    """Along each layer's own path, Gauss points add up to the exact effect: of every pair, also where it is far from linear."""
+    points = tuple(((np.polynomial.legendre.leggauss(5)[0] + 1) / 2).tolist())
+    weights = np.polynomial.legendre.leggauss(5)[1] / 2
+    patching = {"exact_pairs": 10, "attribution_points": points, "attribution_path": "layer"}
+    record, arrays = run(*models, 10, patching=patching)
+    assert record.patching.attribution.path == "layer"
+    exact, integrated = arrays["per_pair.effect"], arrays["per_pair.attribution"] @ weights
+    scale = np.abs(exact).max(axis=0)
+    assert (np.abs(integrated - exact).max(axis=0) < 1e-3 * scale).all()
+    first, _ = run(*models, 10, patching={"exact_pairs": 10, "attribution_points": (0.0,)})
+    far = [
+        abs(one.mean - real.mean)
+        for one, real in zip(first.patching.attribution.mean, first.patching.effect, strict=True)
+    ]
+    assert max(far) > 20 * max(np.abs((integrated - exact).mean(axis=0)))
+
+
 def test_only_the_exact_pairs_are_patched(models: tuple[Any, Any]) -> None:
     whole, all_pairs = run(*models, 14)
     assert (whole.patching.estimator, whole.patching.attribution) == ("exact", None)

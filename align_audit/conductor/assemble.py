@@ -136,6 +136,7 @@ class Assembler:
                 correlation=floats([one.correlation for one in combined]),
                 equivalent_pairs=floats([one.equivalent_pairs for one in combined]),
                 points=list(self.config.patching.attribution_points),
+                path=self.config.patching.attribution_path,
                 mean=self.means(pair["attribution"][:, 1:].mean(axis=2)),
             )
             for layer, one in enumerate(combined):

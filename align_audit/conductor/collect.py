@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -275,16 +275,37 @@ class Collector:
 
             return total
 
+        def gradients(replay: Replay, point: float) -> Iterator[tuple[int, torch.Tensor]]:
+            if self.config.patching.attribution_path == "joint":
+                at = _between(reference, policy, point)
+                for layer, (gradient,) in replay.stream_gradients(at, margin(replay), down_to=begin):
+                    yield layer, gradient
+                return
+            for start in range(begin, self.session.num_layers):
+                at = self._patched_partly(replay, reference, policy, mask, start, point)
+                for layer, (gradient,) in replay.stream_gradients(at, margin(replay), down_to=start):
+                    if layer == start:
+                        yield layer, gradient
+
         owner = batch.row_pair
         with self.session.as_reference() as replay:
             for place, point in enumerate(self.config.patching.attribution_points):
-                at = _between(reference, policy, point)
-                for layer, (gradient,) in replay.stream_gradients(at, margin(replay), down_to=begin):
+                for layer, gradient in gradients(replay, point):
                     moved = policy.after(layer).double() - reference.after(layer).double()
                     along = (gradient.double() * moved).sum(-1).masked_fill(~mask, 0.0).sum(-1)
                     total = torch.zeros(batch.num_pairs, dtype=torch.float64, device=owner.device)
                     self.found.put("attribution", batch, total.index_add_(0, owner, along), layer + 1, place)
         self.session.meter.sample()
+
+    def _patched_partly(
+        self, replay: Replay, base: Recording, source: Recording, mask: torch.Tensor, start: int, point: float
+    ) -> Recording:
+        """The run of ``base`` whose stream after layer ``start`` moves by ``point`` of the way to that of ``source``."""
+        way = _between(base, source, point).after(start)
+        streams = [*base.streams[: start + 1], patched(base.after(start), way, mask)]
+        for layer in range(start + 1, self.session.num_layers):
+            streams.append(replay.layer(layer, streams[-1], base))
+        return Recording(streams, base.calls)
 
     # -- patching ------------------------------------------------------------------------------------------------------
 
