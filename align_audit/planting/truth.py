@@ -7,6 +7,7 @@ both are plain forwards of whole models.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -96,27 +97,38 @@ def restored(policy: nn.Module, base: nn.Module, units: Sequence[Part], probes: 
     )
 
 
-def measure_truth(planted: Planted, base: nn.Module, probes: Iterable[ProbePair]) -> MeasuredTruth:
-    """Necessity and sufficiency of the planted parts and of every decoder layer: 2L + 4 forwards of all pairs at most."""
+def measure_truth(
+    planted: Planted, base: nn.Module, probes: Iterable[ProbePair], *, sufficiency: bool = True
+) -> MeasuredTruth:
+    """Necessity and sufficiency of the planted parts and of every decoder layer: 2L + 4 forwards of all pairs at most.
+
+    ``sufficiency=False`` leaves it NaN, for half the time.
+    """
     pairs = list(probes)
     policy, truth = planted.policy, planted.truth
     new, old = float(margins(policy, pairs).mean()), float(margins(base, pairs).mean())
     parts = layer_parts(base)
-    layers = [_restored(policy, base, [part], pairs, new, old) for part in parts]
+    layers = [_restored(policy, base, [part], pairs, new, old, sufficiency) for part in parts]
     if not truth.units:
         own = Restored(0.0, 0.0)
     elif len(truth.units) == 1 and truth.units[0] in parts:
         own = layers[truth.units[0].layer]
     else:
-        own = _restored(policy, base, truth.units, pairs, new, old)
+        own = _restored(policy, base, truth.units, pairs, new, old, sufficiency)
     return MeasuredTruth(new - old, own, layers, truth.layers)
 
 
 def _restored(
-    policy: nn.Module, base: nn.Module, units: Sequence[Part], pairs: list[ProbePair], new: float, old: float
+    policy: nn.Module,
+    base: nn.Module,
+    units: Sequence[Part],
+    pairs: list[ProbePair],
+    new: float,
+    old: float,
+    sufficiency: bool = True,
 ) -> Restored:
     without = float(margins(policy, pairs, mixed(policy, base, units)).mean())
-    alone = float(margins(base, pairs, mixed(base, policy, units)).mean())
+    alone = float(margins(base, pairs, mixed(base, policy, units)).mean()) if sufficiency else math.nan
     return Restored(necessity=new - without, sufficiency=alone - old)
 
 
