@@ -133,7 +133,12 @@ def held_out_loss(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, t
 
 
 def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, batch: int = BATCH, log_every: int = 100
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    steps: int,
+    batch: int = BATCH,
+    log_every: int = 100,
+    learning_rate: float = LEARNING_RATE,
 ) -> None:
     """Next-token prediction in place: ``steps`` of AdamW, warm-up then a cosine to a tenth; each story is seen once."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
@@ -151,7 +156,7 @@ def train(
     model.train()
     started = time.perf_counter()
     for step, (ids, labels) in enumerate(batches(tokenizer, texts, batch)):
-        rate = LEARNING_RATE * _schedule(step, steps)
+        rate = learning_rate * _schedule(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
         loss = model(input_ids=ids, labels=labels, use_cache=False).loss
