@@ -72,19 +72,22 @@ def _against(record: AuditRecord) -> Iterator[str]:
 
 
 def _weak(record: AuditRecord, patching: Patching, found: LayerSet) -> Iterator[str]:
-    who = _layers(found.layers)
+    who, one = _layers(found.layers), len(found.layers) == 1
     wanted = float(record.provenance.config.get("patching", {}).get("split_half_agreement", 0.8))
     if math.isnan(found.gain.low):
-        yield f"what {who} carry of the gain is not known ({found.gain.reason})"
+        yield f"what {who} {'carries' if one else 'carry'} of the gain is not known ({found.gain.reason})"
     elif not found.gain.low > MOST:
         only = "" if found.gain.mean > MOST else "only "
-        yield f"{who} stand out most and carry {only}{_gain(found.gain, record)}"
+        yield (
+            f"{who} {'stands' if one else 'stand'} out most and {'carries' if one else 'carry'} "
+            f"{only}{_gain(found.gain, record)}"
+        )
     no_effect = [layer for layer in found.layers if not patching.block_transplant[layer].low > 0.0]
     if no_effect:
         yield f"the interval of the block transplant includes 0 at {_layers(no_effect)}"
     elif not found.separation.low > 0.0:
         yield (
-            f"{who} do not stand clear of the others (by {found.separation.mean:.3g} nats, {_confidence(record)} CI "
+            f"{who} {'does' if one else 'do'} not stand clear of the others (by {found.separation.mean:.3g} nats, {_confidence(record)} CI "
             f"{found.separation.low:.3g} to {found.separation.high:.3g})"
         )
     elif not found.stability >= wanted:
