@@ -86,10 +86,8 @@ def _weak(record: AuditRecord, patching: Patching, found: LayerSet) -> Iterator[
     if no_effect:
         yield f"the interval of the block transplant includes 0 at {_layers(no_effect)}"
     elif not found.separation.low > 0.0:
-        yield (
-            f"{who} {'does' if one else 'do'} not stand clear of the others (by {found.separation.mean:.3g} nats, {_confidence(record)} CI "
-            f"{found.separation.low:.3g} to {found.separation.high:.3g})"
-        )
+        apart, clear = found.separation, f"{'does' if one else 'do'} not stand clear of the others"
+        yield f"{who} {clear} (by {apart.mean:.3g} nats, {_confidence(record)} CI {apart.low:.3g} to {apart.high:.3g})"
     elif not found.stability >= wanted:
         yield f"which layers stand out depends on the pairs: {found.stability:.0%} of resamples agree on {who}"
 
