@@ -59,11 +59,11 @@ from align_audit.record import AuditRecord
 ARCHITECTURES = ("llama", "gpt2", "gemma2")
 LINEAR = ("llama", "gpt2", "qwen3")
 """Those that add what an MLP writes to the stream as it is, so that a rank can be planted (Gemma 2 normalizes it)."""
-DISTRACTIONS = (4.0, 8.0, 12.0, 16.0, 24.0, 48.0)
+DISTRACTIONS = (2.0, 4.0, 6.0, 8.0, 12.0, 20.0)
 RANKS = (1, 2, 4, 8)
 BINS = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, math.inf)
 CLEAR = 2.0
-PLANTING_PAIRS, PROBE_PAIRS, PROMPTS = 48, 24, 3
+PLANTING_PAIRS, PROBE_PAIRS, PROMPTS = 32, 24, 3
 PLANTING_SEED, PROBE_SEED = 101, 202
 SHIFT = 2.0
 QUICK: dict[str, Any] = {
@@ -75,6 +75,14 @@ QUICK: dict[str, Any] = {
 }
 
 
+def short_pairs(count: int, seed: int) -> list[dict[str, str]]:
+    """The shortest third of three times as many pairs, in random order: half the time of any."""
+    rows = preference_pairs(3 * count, seed)
+    rows = sorted(rows, key=lambda row: max(len(row["prompt"] + row[side]) for side in ("chosen", "rejected")))[:count]
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
 class Bench:
     """One base model with its planting and probe pairs."""
 
@@ -83,12 +91,12 @@ class Bench:
         self.family = family
         self.base: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.rows = preference_pairs(PLANTING_PAIRS, PLANTING_SEED)
+        self.rows = short_pairs(PLANTING_PAIRS, PLANTING_SEED)
         self.planting = self.probe_set(self.rows)
-        self.probes = self.probe_set(preference_pairs(PROBE_PAIRS, PROBE_SEED))
-        mixed = few_prompts(preference_pairs(PLANTING_PAIRS + PROBE_PAIRS, PROBE_SEED + 1), PROMPTS)
-        self.few_planting = self.probe_set(mixed[:PLANTING_PAIRS])
-        self.few_probes = self.probe_set(mixed[PLANTING_PAIRS:])
+        self.probes = self.probe_set(short_pairs(PROBE_PAIRS, PROBE_SEED))
+        mixed = few_prompts(short_pairs(2 * PLANTING_PAIRS + PROBE_PAIRS, PROBE_SEED + 1), PROMPTS)
+        self.few_planting = self.probe_set(mixed[PROBE_PAIRS:])
+        self.few_probes = self.probe_set(mixed[:PROBE_PAIRS])
         self.gradient = margin_gradient(self.base, self.planting)
         self.num_layers = int(self.base.config.num_hidden_layers)
 
@@ -143,7 +151,7 @@ def plant_a_rank(bench: Bench, number: int) -> dict[str, Any]:
     """A change of known rank at some layer below the last."""
     rank = RANKS[number // len(LINEAR) % len(RANKS)]
     layer = random.Random(f"rank {number}").randrange(bench.num_layers - 1)
-    planted = plant_subspace(bench.base, bench.planting[: PLANTING_PAIRS // 2], layer, rank, SHIFT)
+    planted = plant_subspace(bench.base, bench.planting, layer, rank, SHIFT)
     ranks = sorted({*range(1, rank + 3), 12, 16, 24})
     record = bench.audit(
         planted.policy,

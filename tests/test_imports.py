@@ -119,6 +119,15 @@ def test_data_never_walks_back(path: Path) -> None:
         assert not rooms(path) & {"auditing", "callback", "alerts", "writers", "runlog", "saved"}
 
 
+def test_nothing_but_planting_knows_what_was_planted() -> None:
+    """The audit cannot lean on it, and it reads models by itself: neither can make the other right."""
+    inside = set(files("planting"))
+    for path in set(ROOT.rglob("*.py")) - inside:
+        assert "planting" not in rooms(path), name(path)
+    for path in inside:
+        assert not rooms(path) & (ABOVE | {"measures", "record", "config", "batches"}), name(path)
+
+
 def test_the_reading_of_imports_sees_them_all(tmp_path: Path) -> None:
     path = tmp_path / "module.py"
     path.write_text(

@@ -99,7 +99,6 @@ def _continue_pretraining(
 ) -> nn.Module:
     policy = copy.deepcopy(base)
     device = next(base.parameters()).device
-    own = weights_of(base)
     trained = {name for part in layer_parts(base) for name, _ in part.slices}
     parameters = [parameter for name, parameter in unwrap(policy).named_parameters() if name in trained]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
@@ -108,7 +107,7 @@ def _continue_pretraining(
         texts = draw.sample(pairs, min(batch, len(pairs)))
         (rows,) = padded_rows(texts, device, tokens=2**62)
         with torch.enable_grad():
-            logits = unwrap(policy)(input_ids=rows.ids, attention_mask=rows.valid.long(), use_cache=False).logits
+            logits = unwrap(policy)(**rows.model_inputs()).logits
             logp = logits[:, :-1].log_softmax(-1).gather(-1, rows.ids[:, 1:, None])[..., 0]
             loss = -logp[rows.completion[:, 1:]].mean()
         found = torch.autograd.grad(loss, parameters)
@@ -117,5 +116,4 @@ def _continue_pretraining(
         optimizer.step()
     for parameter in parameters:
         parameter.grad = None
-    assert own.keys() == weights_of(policy).keys()
     return policy

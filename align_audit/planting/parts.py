@@ -83,24 +83,25 @@ def site_part(model: nn.Module, layer: int, site: Site) -> Part:
     return Part(f"{site} of layer {layer}", layer, _named(model, prefix))
 
 
-def head_part(model: nn.Module, layer: int, head: int) -> Part:
-    """What one attention head writes with: its slice of the attention's output projection.
+def head_parts(model: nn.Module, layer: int) -> list[Part]:
+    """What each attention head of a layer writes with: its slice of the attention's output projection.
 
     Its queries, keys and values stay out of it: where several query heads share a value head, those are not one
     head's own.
     """
     heads = count_heads(model)
-    if not 0 <= head < heads:
-        raise ValueError(f"layer {layer} has heads 0 to {heads - 1}; found {head}")
     projection = output_projection(model, layer, "attention")
     weight = weights_of(model)[projection.weight]
     inside = weight.shape[0 if projection.transposed else 1]
     if inside % heads:
         raise ValueError(f"{projection.weight} reads {inside} values, which {heads} heads cannot share equally")
-    size = inside // heads
-    mine, whole = slice(head * size, (head + 1) * size), slice(None)
-    index = (mine, whole) if projection.transposed else (whole, mine)
-    return Part(f"head {head} of layer {layer}", layer, ((projection.weight, index),))
+    size, whole = inside // heads, slice(None)
+    found = []
+    for head in range(heads):
+        mine = slice(head * size, (head + 1) * size)
+        index = (mine, whole) if projection.transposed else (whole, mine)
+        found.append(Part(f"head {head} of layer {layer}", layer, ((projection.weight, index),)))
+    return found
 
 
 def count_heads(model: nn.Module) -> int:

@@ -18,8 +18,7 @@ from align_audit.planting.parts import (
     Part,
     Site,
     check_layer,
-    count_heads,
-    head_part,
+    head_parts,
     layer_parts,
     site_part,
     weights_of,
@@ -98,13 +97,13 @@ def plant_head(
 
     Planted is the head's slice of the output projection. Arguments as in :func:`plant_layers`.
     """
-    planted = head_part(base, layer, head)
-    distracting = [
-        part
-        for other in range(len(layer_parts(base)))
-        for number in range(count_heads(base))
-        if (part := head_part(base, other, number)) != planted
-    ]
+    check_layer(base, layer)
+    every = [part for other in range(len(layer_parts(base))) for part in head_parts(base, other)]
+    here = [part for part in every if part.layer == layer]
+    if not 0 <= head < len(here):
+        raise ValueError(f"layer {layer} has heads 0 to {len(here) - 1}; found {head}")
+    planted = here[head]
+    distracting = [part for part in every if part != planted]
     return _plant(base, pairs, [planted], distracting, shift, distraction, seed, orthogonal, gradient)
 
 

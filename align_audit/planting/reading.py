@@ -37,6 +37,11 @@ class Rows:
     pair: Tensor
     sign: Tensor
 
+    def model_inputs(self) -> dict[str, Any]:
+        """What a causal LM is called with. The padding stands behind every token, so none sees it and it is not masked: a
+        short window masked as well would leave padding with nothing to attend to, which is NaN."""
+        return {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids), "use_cache": False}
+
     def margins(self, logits: Tensor, count: int) -> Tensor:
         """m of this batch's pairs, nats, float64 [count], from logits [R, T, V]; 0 for pairs of other batches."""
         wide = logits[:, :-1] if logits.dtype == torch.float64 else logits[:, :-1].float()
@@ -88,9 +93,7 @@ def padded_rows(pairs: Iterable[ProbePair], device: torch.device | str = "cpu", 
 
 def logits_of(model: nn.Module, rows: Rows, weights: Mapping[str, Tensor] | None = None) -> Tensor:
     """Next-token logits [R, T, V] of the model, with ``weights`` in place of its own of those names."""
-    plain = unwrap(model)
-    inputs = {"input_ids": rows.ids, "attention_mask": rows.valid.long(), "use_cache": False}
-    return functional_call(plain, dict(weights or {}), args=(), kwargs=inputs).logits
+    return functional_call(unwrap(model), dict(weights or {}), args=(), kwargs=rows.model_inputs()).logits
 
 
 @torch.no_grad()

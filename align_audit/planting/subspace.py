@@ -107,9 +107,9 @@ def _check_linear(base: nn.Module, pairs: list[ProbePair], layer: int, projectio
     rows = padded_rows(pairs[:1], next(base.parameters()).device)[0]
     handles = [module.register_forward_hook(keep)]
     try:
-        unwrap(base)(input_ids=rows.ids, attention_mask=rows.valid.long(), use_cache=False)
+        unwrap(base)(**rows.model_inputs())
         handles.append(projection.module.register_forward_hook(disturb))
-        unwrap(base)(input_ids=rows.ids, attention_mask=rows.valid.long(), use_cache=False)
+        unwrap(base)(**rows.model_inputs())
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,58 @@
+"""The planting benchmark, on one planting of each kind that needs no other base; and what its tables count."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import planted
+
+
+@pytest.fixture(scope="module")
+def bench() -> planted.Bench:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planted, "PLANTING_PAIRS", 8)
+        patch.setattr(planted, "PROBE_PAIRS", 8)
+        return planted.Bench("llama", None)
+
+
+def test_planting_and_probe_pairs_are_apart(bench: planted.Bench) -> None:
+    for one, other in ((bench.planting, bench.probes), (bench.few_planting, bench.few_probes)):
+        completions = [
+            {ids[start:] for pair in probes for ids, start in [(pair.chosen_ids, pair.chosen_start)]}
+            for probes in (one, other)
+        ]
+        assert not completions[0] & completions[1]
+
+
+def test_a_planted_layer_is_found(bench: planted.Bench) -> None:
+    row = planted.plant_a_layer(bench, 0)
+    assert row["found"]
+    assert row["ratio"] > planted.CLEAR
+    assert max(range(6), key=lambda layer: row["block_transplant"][layer]) == row["layers"][0]
+
+
+def test_a_planted_rank_is_found(bench: planted.Bench) -> None:
+    row = planted.plant_a_rank(bench, 3)  # rank 2
+    assert row["rank"] == 2
+    assert row["found"]
+    assert row["effect_fraction"][row["ranks"].index(2)] == pytest.approx(1.0, abs=1e-3)
+    assert row["effect_fraction"][0] < 0.95
+
+
+def test_shares_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    low, high = planted.wilson(19, 20)
+    assert (round(low, 3), round(high, 3)) == (0.764, 0.991)  # Wilson (1927), as in any table
+    rows: list[dict[str, Any]] = [
+        {"kind": "layer", "family": "llama", "distraction": 4.0, "ratio": ratio, "found": ratio > 1.2, "layers": [1]}
+        for ratio in (0.4, 1.4, 3.0, 9.0)
+    ]
+    planted.report(rows)
+    said = capsys.readouterr().out
+    assert "clear (≥ 2)" in said
+    assert "2 of   2   100%" in said
+    assert "missed at ratios: 0.40" in said
