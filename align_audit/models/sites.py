@@ -84,7 +84,7 @@ class Sites:
 
     def __init__(self, replay: Replay, like: Sites | None = None) -> None:
         self.replay = replay
-        self.layers = find_sites(replay, None if like is None else like.layers)
+        self.layers: list[LayerSites] = find_sites(replay, None if like is None else like.layers)
 
     def check(self, kind: Kind, layer: int, head: int | None = None) -> None:
         """Raise unless the layer has the site.
@@ -144,9 +144,7 @@ class Sites:
             return self.replay.layer(layer, recording.after(layer - 1), recording)
 
     @contextlib.contextmanager
-    def tapped(
-        self, layer: int, recording: Recording, kinds: Collection[Kind]
-    ) -> Iterator[dict[Kind, torch.Tensor]]:
+    def tapped(self, layer: int, recording: Recording, kinds: Collection[Kind]) -> Iterator[dict[Kind, torch.Tensor]]:
         """Inside, a call of the layer under autograd leaves behind the tensors at its sites, to be differentiated by.
 
         Yields:
@@ -231,9 +229,7 @@ class _Call:
 
 
 @contextlib.contextmanager
-def _met(
-    layer: nn.Module, path: str, shape: torch.Size, act: Callable[[_Call], torch.Tensor | None]
-) -> Iterator[None]:
+def _met(layer: nn.Module, path: str, shape: torch.Size, act: Callable[[_Call], torch.Tensor | None]) -> Iterator[None]:
     """Inside, ``act`` sees the output of the module at ``path`` and may give another [R, T, d] in its place.
 
     Raises:
@@ -385,9 +381,7 @@ class _Trial:
 
             return after
 
-        handles = [
-            module.register_forward_hook(look(name), with_kwargs=True) for name, module in self.names.items()
-        ]
+        handles = [module.register_forward_hook(look(name), with_kwargs=True) for name, module in self.names.items()]
         try:
             self.run()
         finally:
@@ -412,12 +406,15 @@ class _Trial:
         """
         handles: list[Any] = []
         try:
-            for hook in (*(_Hook(name, lambda _, name=name: self.outputs[name].clone()) for name in held), *hooks):
+            for hook in (*map(self._hold, held), *hooks):
                 handles.append(hook.register(self.names[hook.name]))
             return self.replay.layer(self.index, self.entering if stream is None else stream, self.recording).detach()
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _hold(self, name: str) -> _Hook:
+        return _Hook(name, lambda _: self.outputs[name].clone())
 
     def _last_position(self, tensor: torch.Tensor) -> tuple[int, ...] | None:
         """Where, in a module's output, the vector of the first row's last position begins; None if it has no such."""
