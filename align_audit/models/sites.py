@@ -136,7 +136,7 @@ class Sites:
 
         def exchange(call: _Call) -> torch.Tensor:
             if place.head is None:
-                return swap(call.output.clone())
+                return swap(call.output.clone()).clone()  # some layers write into what their modules return (Falcon)
             own = self._part(layer, call, place.head, call.bias())
             return call.output + (swap(own) - own)
 
@@ -610,25 +610,28 @@ class _Trial:
         return float((both + zero - first - second).abs().max()) <= 4 * self.tolerance * scale
 
     def _has_heads(self, name: str, before: Sequence[str], heads: int) -> bool:
-        """Whether some number computed on the way (a query's, say) moves most of one head's slice and nothing else."""
+        """Whether some number computed on the way (a query's, say) moves most of one head's slice and nothing else, and
+        none a smaller part of a slice: then the slices are heads, and not several each. A value's moves one number."""
         own = self.inputs[name]
         place = self._last_position(own)
         assert place is not None
-        width = own.shape[-1] // heads
-        room = self.tolerance * own[place].double().abs().max()
+
+        def moved_by(*nudge: _Hook) -> torch.Tensor:
+            seen = _Seen()
+            self.run((), *nudge, _Hook(name, seen, on_input=True))
+            return (seen.value - own)[place].double().abs()
+
+        room = moved_by()  # 0, but for kernels that are not deterministic
+        width, found = own.shape[-1] // heads, False
         for other in before:
-            if any(True for _ in self.names[other].children()):
-                continue
-            size = self._coordinates(other)
-            if size is None:
-                continue
-            for coordinate in dict.fromkeys((0, size // 2, size - 1)):
-                seen = _Seen()
-                self.run((), _Hook(other, self._nudge(coordinate)), _Hook(name, seen, on_input=True))
-                moved = ((seen.value - own)[place].double().abs() > room).view(heads, width).sum(-1)
-                if int((moved > 0).sum()) == 1 and 2 * int(moved.max()) > width:
-                    return True
-        return False
+            size = self._coordinates(other) if not any(True for _ in self.names[other].children()) else None
+            for coordinate in dict.fromkeys((0, size // 2, size - 1)) if size is not None else ():
+                moved = (moved_by(_Hook(other, self._nudge(coordinate))) > room).view(heads, width).sum(-1)
+                if int((moved > 0).sum()) == 1 and int(moved.max()) > 1:
+                    if 2 * int(moved.max()) <= width:
+                        return False
+                    found = True
+        return found
 
     def _nudge(self, coordinate: int) -> Callable[[torch.Tensor], torch.Tensor]:
         def far(tensor: torch.Tensor) -> torch.Tensor:
