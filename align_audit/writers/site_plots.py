@@ -60,7 +60,7 @@ def head_map(record: AuditRecord, number: int) -> Figure:
     layers = sorted({unit.layer for unit in curve.units})
     heads = sorted({unit.head for unit in curve.units if unit.head is not None})
     values = np.full((len(layers), len(heads)), np.nan)
-    chance: list[tuple[int, int]] = []
+    told: list[tuple[int, int]] = []
     notes = Notes()
     for place, unit in enumerate(curve.units):
         assert unit.head is not None
@@ -70,16 +70,16 @@ def head_map(record: AuditRecord, number: int) -> Figure:
         if is_unknown(estimate):
             path = f"sites.{number}.sufficiency.{place}"
             notes.unknown(f"layer {unit.layer}", None, why_unknown(record, path, estimate))
-        elif not p < _SIGNIFICANT:
-            chance.append((row, column))
+        elif p < _SIGNIFICANT:
+            told.append((row, column))
     reason = record.reasons.get(f"sites.{number}.units")
     body, figure = frame(
         9.0,
         min(max(1.6 + 0.27 * len(layers), 3.0), 10.0),
         f"Single heads at step {record.step}: margin moved by one policy head alone inside the reference",
-        "Red heads raise the margin of chosen over rejected, blue ones lower it. A head carries on what reached it in the "
-        f"policy's own run, so look for the lowest layer of a column of colour. Crossed: not told from 0 (p ≥ "
-        f"{_SIGNIFICANT:g}, adjusted over heads). {_how(curve)}",
+        "Red heads raise the margin of chosen over rejected, blue ones lower it; a dot: told from 0 (p < "
+        f"{_SIGNIFICANT:g}, adjusted over heads). A head carries on what reached it in the policy's own run, so a change "
+        f"shows in heads above it too: read the lowest strong layer first. {_how(curve)}",
         footers=[*notes.lines("layer"), *([f"Left out: {reason}."] if reason else [])],
     )
     axes = body.subplots()
@@ -98,28 +98,23 @@ def head_map(record: AuditRecord, number: int) -> Figure:
     bar = body.colorbar(image, ax=axes, pad=0.01, aspect=30)
     bar.set_label("sufficiency (nats)")
     bar.outline.set_visible(False)
-    if chance and values.size <= 1024:
-        axes.scatter(
-            [column for _, column in chance],
-            [row for row, _ in chance],
-            s=16,
-            marker="x",
-            color=GREY,
-            linewidths=0.7,
-            zorder=3,
-        )
+    if told and values.size <= 2048:
+        rows, columns = zip(*told, strict=True)
+        axes.scatter(columns, rows, s=16, color=INK, edgecolors="white", linewidths=0.6, zorder=3)
     if curve.peak is not None:
         unit = curve.units[curve.peak]
         assert unit.head is not None
-        axes.scatter(
-            [heads.index(unit.head)],
-            [layers.index(unit.layer)],
-            s=60,
-            facecolors="none",
-            edgecolors=INK,
-            linewidths=1.4,
-            zorder=4,
-        )
+        # White below black: seen on the darkest cells too.
+        for colour, width in (("white", 3.2), (INK, 1.4)):
+            axes.scatter(
+                [heads.index(unit.head)],
+                [layers.index(unit.layer)],
+                s=110,
+                facecolors="none",
+                edgecolors=colour,
+                linewidths=width,
+                zorder=4,
+            )
     for which, names in (("x", heads), ("y", layers)):
         every = max(1, math.ceil(len(names) / 16))
         ticks = list(range(0, len(names), every))
