@@ -22,6 +22,7 @@ from align_audit.models.fingerprint import fingerprint
 from align_audit.models.reference import resolve_reference
 from align_audit.probes import ProbePair, ProbeSet
 from tests.models.test_families import build
+from tests.test_bad_input import unexplained
 from tests.tiny import VOCABULARY, perturbed, random_pairs
 
 # -- the oracle: shares nothing with align_audit ----------------------------------------------------------------------
@@ -413,6 +414,26 @@ def test_identical_models_give_exactly_nothing_and_nothing_is_left_behind() -> N
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
         assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
         assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_what_is_not_known_has_a_reason() -> None:
+    """One pair: no interval, no test, no correlation."""
+    reference = build("llama")
+    settings = config(*({"site": site, "estimator": "attribution"} for site in SITES), {"site": "block", "width": 3})
+    record, _ = audit(perturbed(reference), reference, random_pairs(1), settings)
+    assert [path for path in unexplained(record) if path.startswith("sites")] == []
+    assert np.isnan(record.sites[0].correlation).all()
+    assert record.sites[0].sufficiency[0].reason is not None
+    assert (record.sites[4].peak, len(record.sites[4].units)) == (0, 1)
+
+
+def test_in_bfloat16_under_autocast_identical_models_still_give_exactly_nothing() -> None:
+    reference = build("llama").float()
+    context = Context(autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    settings = config(*({"site": site} for site in SITES))
+    policy = resolve_reference(copy.deepcopy(reference), reference)
+    _, arrays = run_audit(copy.deepcopy(reference), policy, random_pairs(3), settings, 0, context)
+    assert not any(values.any() for name, values in arrays.items() if ".sites." in name)
 
 
 def test_running_out_of_memory_halves_the_batch_and_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:

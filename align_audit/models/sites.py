@@ -512,13 +512,18 @@ class _Trial:
 
     def _moved_stream(self) -> torch.Tensor:
         self._generator.manual_seed(1)
-        return self.entering + self._noise(self.entering)
+        return self.entering + self._large_noise()
+
+    def _large_noise(self) -> torch.Tensor:
+        """[R, T, d], of the size of the larger of the streams before and behind the layer: rounding cannot hide it."""
+        sizes = [float(stream.double().square().mean()) for stream in (self.entering, self.leaving)]
+        return self._noise(self.entering if sizes[0] > sizes[1] else self.leaving)
 
     def _adds(self, name: str, held: Collection[str]) -> bool:
         """Whether, with ``held`` fixed, something added to the module's output is added to the layer's, times a number."""
         if not bool(torch.isfinite(self.outputs[name]).all()):
             return False
-        added = self._noise(self.entering)
+        added = self._large_noise()
         moved = self.run(held, self._shift(name, added)).double() - self.leaving.double()
         return self._is_multiple(moved, added.double(), self.leaving.double().abs() + self.outputs[name].double().abs())
 
@@ -589,7 +594,7 @@ class _Trial:
         self.run([*others, name], _Hook(attention, seen), stream=self._moved_stream())
         if not torch.equal(seen.value.view(own.shape), own):
             return False
-        self.run(others, self._shift(name, self._noise(own)), _Hook(attention, seen))
+        self.run(others, self._shift(name, self._large_noise()), _Hook(attention, seen))
         return not torch.equal(seen.value.view(own.shape), own)
 
     def _shift(self, name: str, added: torch.Tensor) -> _Hook:
@@ -626,18 +631,20 @@ class _Trial:
         for other in before:
             size = self._coordinates(other) if not any(True for _ in self.names[other].children()) else None
             for coordinate in dict.fromkeys((0, size // 2, size - 1)) if size is not None else ():
-                moved = (moved_by(_Hook(other, self._nudge(coordinate))) > room).view(heads, width).sum(-1)
+                # Both ways: where a softmax is saturated, one of them may change nothing.
+                ways = [moved_by(_Hook(other, self._nudge(coordinate, way))) > room for way in (1.0, -1.0)]
+                moved = (ways[0] | ways[1]).view(heads, width).sum(-1)
                 if int((moved > 0).sum()) == 1 and int(moved.max()) > 1:
                     if 2 * int(moved.max()) <= width:
                         return False
                     found = True
         return found
 
-    def _nudge(self, coordinate: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    def _nudge(self, coordinate: int, way: float) -> Callable[[torch.Tensor], torch.Tensor]:
         def far(tensor: torch.Tensor) -> torch.Tensor:
             moved, place = tensor.clone(), self._last_position(tensor)
             assert place is not None
-            moved[place][coordinate] += 8 * float(tensor.double().square().mean().sqrt()) + 0.1
+            moved[place][coordinate] += way * (8 * float(tensor.double().square().mean().sqrt()) + 0.1)
             return moved
 
         return far

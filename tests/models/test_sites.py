@@ -261,8 +261,10 @@ def test_a_site_that_is_not_met_is_an_error_and_leaves_no_hook() -> None:
     assert hooks(model) == 0
 
 
-def test_in_half_precision() -> None:
-    """bfloat16 rounds what float64 tells apart; the sites are the same."""
-    for name in ("llama", "gemma2", "bloom"):
-        model = build(name).to(torch.bfloat16)
-        assert Sites(Replay(model)).layers == [WHERE[name]] * 3
+@pytest.mark.parametrize("name", ["llama", "gemma2", "bloom", "olmo3", "mamba", "recurrent_gemma", "rwkv"])
+def test_in_half_precision(name: str) -> None:
+    """bfloat16, of the model or of the trainer's autocast, rounds what float64 tells apart; the sites are the same."""
+    expected = Sites(Replay(build(name))).layers
+    assert Sites(Replay(build(name).to(torch.bfloat16))).layers == expected
+    wrapped = Replay(build(name).float(), autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    assert Sites(wrapped).layers == expected
