@@ -22,6 +22,8 @@ from align_audit.conductor.collect import Collected, Collector
 from align_audit.conductor.lowrank import LowRankFindings, Reconstruction
 from align_audit.conductor.second import Look, MoreNoise, second_pass
 from align_audit.conductor.session import Session, out_of_memory
+from align_audit.conductor.site_curves import site_arrays, site_curves
+from align_audit.conductor.sites import SiteCollector, SiteFindings
 from align_audit.config import AuditConfig
 from align_audit.errors import AuditMemoryError, ConfigurationError, ProbeError
 from align_audit.models.anatomy import Anatomy
@@ -163,7 +165,9 @@ def _measure(
     )  # fmt: skip
     low_rank = config.low_rank.enabled and config.patching.enabled
     again = config.patching.enabled and config.patching.noise_draws > 1
-    tick = _ticker(context, len(session.plan) * (3 if low_rank else 2 if again else 1))
+    sites = SiteCollector(session) if config.sites else None
+    batches = len(session.plan) * (3 if low_rank else 2 if again else 1)
+    tick = _ticker(context, batches + (sites.batches if sites is not None else 0))
     known = context.reference_cache.get(trace_key) if config.spinal.enabled else None
     collector = Collector(session, reference_rows=known is None)
 
@@ -184,6 +188,7 @@ def _measure(
     if summary is not None:
         looks.append(MoreNoise(session, found, summary.peak_layer))
     second_pass(session, looks, tick, walk_base=found.strays)
+    finer = sites.measure(tick) if sites is not None else []
     findings = reconstruction.found if reconstruction is not None else None
     curves = build.low_rank(findings, context.subspaces) if findings is not None else {}
     if not curves and "low_rank" not in build.reasons and findings is None:
@@ -211,6 +216,7 @@ def _measure(
         controls=controls,
         localization=localization,
         low_rank=curves,
+        sites=site_curves(build, finer),
         spinal=spinal,
         cost=Cost(
             seconds=time.perf_counter() - began,
@@ -222,7 +228,7 @@ def _measure(
     record = record.model_copy(update={"finding": find(record)})
     if findings is not None:
         context.subspaces = dict(findings.bases)
-    return record, _arrays(found, findings)
+    return record, _arrays(found, findings, finer)
 
 
 def _low_rank(
@@ -349,8 +355,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _arrays(found: Collected, findings: LowRankFindings | None) -> dict[str, np.ndarray]:
-    arrays = {f"per_pair.{name}": values for name, values in found.per_pair.items()}
+def _arrays(found: Collected, findings: LowRankFindings | None, sites: list[SiteFindings]) -> dict[str, np.ndarray]:
+    arrays = {f"per_pair.{name}": values for name, values in found.per_pair.items()} | site_arrays(sites)
     if findings is not None:
         for (basis, layer), values in findings.bases.items():
             arrays[f"subspace.{basis}.{layer}"] = values

@@ -25,6 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from align_audit.alerts import evaluate
 from align_audit.auditing import Context, run_audit, subspaces_from
 from align_audit.conductor.session import Session, check_vocabulary
+from align_audit.conductor.sites import SiteCollector
 from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError
 from align_audit.models.anatomy import Anatomy
@@ -207,6 +208,7 @@ class AlignmentAuditCallback(TrainerCallback):
                     anatomy=self._context.anatomy,
                 )
                 check_vocabulary(self._probes.pairs, session.policy.anatomy.vocab_size)
+                SiteCollector(session)  # a site that the model does not have
         except AlignAuditError:
             raise
         except Exception as error:

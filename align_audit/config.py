@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -94,6 +94,42 @@ class LowRankConfig(_Part):
         if not ranks or any(k < 1 for k in ranks) or list(ranks) != sorted(set(ranks)):
             raise ValueError(f"expected ascending ranks of at least 1, such as (1, 2, 4, 8); found {ranks}")
         return ranks
+
+
+class SiteConfig(_Part):
+    """Patching of one kind of site below the whole stream, at every layer or some (METHODS §1, "Sites")."""
+
+    site: Literal["attention_output", "mlp_output", "head", "block"]
+    """``block``: ``width`` adjacent layers as a whole; ``head``: what one attention head adds to its layer's attention."""
+    layers: Literal["all"] | tuple[int, ...] = "all"
+    """``all``: every layer that has the site. For ``block`` the layers at which windows start."""
+    heads: Literal["all"] | tuple[int, ...] = "all"
+    width: int = Field(1, ge=1)
+    positions: Positions = "all"
+    estimator: Literal["exact", "attribution", "control_variate"] = "exact"
+    """``exact``: each unit of each pair is patched. ``attribution``: to first order, all units from one backward pass, with
+    its correlation to exact effects on some pairs. ``control_variate``: those pairs' exact effects, corrected by it."""
+    pairs: int | None = Field(None, ge=1)
+    """Pairs patched exactly, drawn by hash. None: for ``exact`` all that patching patches, else 16."""
+
+    @field_validator("layers", "heads")
+    @classmethod
+    def _named_once(cls, named: str | tuple[int, ...]) -> str | tuple[int, ...]:
+        if isinstance(named, tuple) and (not named or min(named) < 0 or len(set(named)) < len(named)):
+            raise ValueError(f'expected "all" or some indices from 0, each once, such as (0, 3); found {named}')
+        return named
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> Self:
+        if self.heads != "all" and self.site != "head":
+            raise ValueError(f'heads are for site "head" only; found heads={self.heads} with site={self.site!r}')
+        if self.width != 1 and self.site != "block":
+            raise ValueError(
+                f'a window of layers (width={self.width}) is for site "block" only; found site={self.site!r}'
+            )
+        if self.estimator == "control_variate" and self.pairs is not None and self.pairs < 8:
+            raise ValueError(f"a control variate fits a slope on at least 8 patched pairs; found pairs={self.pairs}")
+        return self
 
 
 class SpinalConfig(_Part):
@@ -191,6 +227,8 @@ class AuditConfig(_Part):
     patching: PatchingConfig = PatchingConfig()
     localization: LocalizationConfig = LocalizationConfig()
     low_rank: LowRankConfig = LowRankConfig()
+    sites: tuple[SiteConfig, ...] = ()
+    """Finer sites to patch beside the residual stream; none by default, since each takes a walk of its own."""
     spinal: SpinalConfig = SpinalConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     alerts: AlertConfig = AlertConfig()
@@ -235,7 +273,8 @@ def _explain(error: ValidationError) -> str:
         if problem["type"] == "extra_forbidden":
             part: Any = AuditConfig
             for name in problem["loc"][:-1]:
-                part = part.model_fields[name].annotation
+                # A place in a tuple of parts: what it holds.
+                part = get_args(part)[0] if isinstance(name, int) else part.model_fields[name].annotation
             lines.append(f"unknown option {where!r}; the options there are {', '.join(part.model_fields)}")
         else:
             lines.append(f"{where}: {problem['msg']} (found {problem['input']!r})")

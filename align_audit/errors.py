@@ -23,6 +23,10 @@ class ConfigurationError(AlignAuditError, ValueError):
     """Something about the set-up (not about one audit) cannot work; raised before training starts."""
 
 
+class SiteError(ConfigurationError):
+    """A site to patch that the model, or one of its layers, does not have; the message lists what there is."""
+
+
 class AuditMemoryError(AlignAuditError, MemoryError):
     """An audit ran out of memory although it had gone down to one pair and one stream at a time."""
 

@@ -123,6 +123,40 @@ class Patching(_Part):
     standing_out: LayerSet | None = None
 
 
+class SiteUnit(_Part):
+    """What was swapped at once: layers ``layer`` to ``last_layer`` (one, but for windows), or one head of a layer."""
+
+    layer: int
+    last_layer: int
+    head: int | None = None
+
+
+class SiteCurve(_Part):
+    """Patching of one kind of finer site (METHODS §1, "Sites"); sequences run along ``units``, effects in nats."""
+
+    site: Literal["attention_output", "mlp_output", "head", "block"]
+    positions: str
+    width: int = 1
+    """Adjacent layers in a unit of site ``block``."""
+    estimator: Literal["exact", "attribution", "control_variate"] = "exact"
+    pairs: int
+    """That the estimates speak of."""
+    exact_pairs: int
+    """That were patched; beside an attribution the others were not."""
+    units: list[SiteUnit]
+    sufficiency: list[Estimate]
+    """The policy's site put into the reference: change of the reference's margin."""
+    necessity: list[Estimate]
+    """The reference's site put into the policy: change of the policy's margin."""
+    sufficiency_p_adjusted: list[float]
+    """Two-sided bootstrap p-values of sufficiency ≠ 0, Benjamini–Hochberg adjusted over units."""
+    correlation: list[float] | None = None
+    """Between attribution and exact sufficiency of a pair, over the patched pairs; None where all is exact."""
+    necessity_correlation: list[float] | None = None
+    peak: int | None = None
+    """Index of the unit with the largest mean sufficiency; None, with a reason, where one is not known."""
+
+
 class Control(_Part):
     """One control (METHODS §2): does the number it guards count as evidence? ``reason`` always says why."""
 
@@ -296,6 +330,8 @@ class AuditRecord(_Part):
     localization: Localization | None
     low_rank: dict[str, dict[int, LowRankCurve]]
     """``low_rank[basis][layer]``; layer −1 does not occur."""
+    sites: list[SiteCurve] = Field(default_factory=list)
+    """In the order of the configuration."""
     spinal: Spinal | None
     alerts: list[Alert] = Field(default_factory=list)
     cost: Cost

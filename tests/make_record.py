@@ -30,6 +30,8 @@ from align_audit.record import (
     Patching,
     Provenance,
     ReferenceCheck,
+    SiteCurve,
+    SiteUnit,
     Spinal,
 )
 from align_audit.verdict import find
@@ -122,6 +124,39 @@ def _share(mean: float) -> Estimate:
 
 
 ZERO = Estimate(mean=0.0, low=0.0, high=0.0)
+
+
+def make_sites(layers: int = 12, heads: int = 8, peak: int = 5, seed: int = 0) -> list[SiteCurve]:
+    """Curves of all finer sites, largest at layer ``peak`` (head 2); the heads' by attribution, with one unknown head.
+
+    For ``make_record(sites=make_sites())``.
+    """
+    rng = np.random.default_rng([seed, layers, heads])
+
+    def curve(site: Any, units: list[SiteUnit], **more: Any) -> SiteCurve:
+        means = rng.normal(0.0, 0.05, len(units))
+        best = next(i for i, unit in enumerate(units) if unit.layer == peak and unit.head in (None, 2))
+        means[best] = 1.2
+        half = 0.1 + 0.05 * rng.random(len(units))
+        low = [Estimate(mean=m, low=m - h, high=m + h) for m, h in zip(means, half, strict=True)]
+        back = [Estimate(mean=-0.9 * m, low=-0.9 * m - h, high=-0.9 * m + h) for m, h in zip(means, half, strict=True)]
+        return SiteCurve(
+            site=site, **{"positions": "all", "pairs": PAIRS, "exact_pairs": PAIRS, **more}, units=units,
+            sufficiency=low, necessity=back,
+            sufficiency_p_adjusted=[0.001 if abs(m) > h else 0.4 for m, h in zip(means, half, strict=True)], peak=best,
+        )  # fmt: skip
+
+    alone = [SiteUnit(layer=layer, last_layer=layer) for layer in range(layers)]
+    single = [SiteUnit(layer=unit.layer, last_layer=unit.layer, head=head) for unit in alone for head in range(heads)]
+    found = curve("head", single, estimator="attribution", exact_pairs=16)
+    unknown = [Estimate.unknown("1 of 64 values are not finite"), *found.sufficiency[1:]]
+    correlation = [float("nan"), *np.clip(0.9 + 0.1 * rng.random(len(single) - 1), 0, 1).tolist()]
+    return [
+        curve("attention_output", alone),
+        curve("mlp_output", alone, positions="completion"),
+        found.model_copy(update={"sufficiency": unknown, "correlation": correlation}),
+        curve("block", [SiteUnit(layer=at, last_layer=at + 1) for at in range(layers - 1)], width=2),
+    ]
 
 
 class _Maker:

@@ -122,6 +122,15 @@ def test_probes_of_another_tokenizer_are_refused_before_training(tmp_path: Path)
     assert trained.trainer.state.global_step == 0
 
 
+def test_a_site_that_the_model_does_not_have_is_refused_before_training(tmp_path: Path) -> None:
+    callback = AlignmentAuditCallback(config=quick(strict=False, sites=[{"site": "head", "layers": (9,)}]))
+    trained = build(tmp_path / "out", "precompute", [callback])
+    callback.attach(trained.trainer)
+    with pytest.raises(ConfigurationError, match=r"sites.0.layers names \[9\]; the model has layers 0 to"):
+        trained.trainer.train()
+    assert trained.trainer.state.global_step == 0
+
+
 def test_an_audit_of_probes_of_another_tokenizer_is_refused() -> None:
     model = tiny_model("llama", vocab_size=20)
     with pytest.raises(AlignAuditError, match=r"token id \d+.*vocabulary has 20"):

@@ -225,7 +225,7 @@ def test_a_corrupt_line_in_the_middle_is_skipped_and_kept(tmp_path: Path) -> Non
 
 
 def test_a_record_of_the_first_schema_is_still_read() -> None:
-    """Version 1 knew neither layouts, nor pairs per control, nor estimators."""
+    """Version 1 knew neither layouts, nor pairs per control, nor estimators, nor finer sites."""
     new = make_record(2)
     old = json.loads(new.to_json()) | {"schema_version": 1}
     for name in ("shared_prompts", "layout_reason"):
@@ -234,6 +234,7 @@ def test_a_record_of_the_first_schema_is_still_read() -> None:
         del control["pairs"]
     for name in ("estimator", "attribution"):
         del old["patching"][name]
+    del old["sites"]
     record = AuditRecord.from_json(json.dumps(old))
     assert (record.schema_version, record.provenance.shared_prompts) == (1, False)
     assert record.patching is not None

@@ -94,11 +94,13 @@ class Session:
         self.device = self.policy.device
         self.meter = MemoryMeter(self.device)
         with self.as_reference():
+            self.alike = reference.shares_weights or self._alike(reference.model())
+            """Both models are built the same: what holds for how one computes holds for the other."""
             self.reference = Replay(
                 reference.model(),
                 self.policy.anatomy if reference.shares_weights else anatomy,
                 self.policy.autocast,
-                self.policy if not reference.shares_weights and self._alike(reference.model()) else None,
+                self.policy if self.alike and not reference.shares_weights else None,
             )
         check_fit(self.policy.anatomy, self.reference.anatomy)
         check_vocabulary(pairs, self.policy.anatomy.vocab_size)
@@ -173,15 +175,20 @@ class Session:
         pairs = [self.pairs[i] for i in group]
         return make_batch(pairs, group, self.pad_token_id, shared=self.shared).to(self.device)
 
-    def each_batch(self, work: Callable[[PairBatch], None]) -> None:
-        """Do ``work`` on all pairs, longest first, batch by batch; smaller batches after running out of memory.
+    def batches(self, places: Sequence[int]) -> list[list[int]]:
+        """The pairs at ``places`` in batches as large as memory is known to allow."""
+        return self._plan(places)
+
+    def each_batch(self, work: Callable[[PairBatch], None], places: Sequence[int] | None = None) -> None:
+        """Do ``work`` on all pairs (or those at ``places``), longest first, batch by batch; smaller batches after running
+        out of memory.
 
         ``work`` may be called again on pairs of a batch in which it ran out; it must leave nothing behind then.
 
         Raises:
             AuditMemoryError: one pair and one stream at a time is still too much.
         """
-        waiting = list(self.plan)
+        waiting = list(self.plan) if places is None else self.batches(places)
         while waiting:
             group = waiting.pop(0)
             try:

@@ -53,6 +53,10 @@ class Recording:
         return self.streams[layer + 1]
 
 
+def _no_taps(layer: int) -> AbstractContextManager[Mapping[Any, torch.Tensor]]:
+    return contextlib.nullcontext({})
+
+
 @dataclass(frozen=True)
 class Stream:
     """A residual stream that joins a walk after layer ``start``; ``make`` builds it only then."""
@@ -92,7 +96,7 @@ class Replay:
         self.autocast = autocast
         self.layer_tokens = 0
         """Layer calls × tokens so far: the work done, for the record's cost."""
-        probe = self._probe_inputs()
+        probe = self.probe_inputs()
         with torch.no_grad(), autocast():
             self._adopt_autocast(probe)
         with torch.no_grad(), self.autocast():
@@ -312,22 +316,47 @@ class Replay:
         ``objectives`` takes h_{L−1} and gives scalars. Each layer is run again with its input as a leaf, so the graph
         of one layer lives at a time and no parameter's ``.grad`` is written.
         """
+        for layer, gradients, _ in self.inner_gradients(recording, objectives, down_to=down_to):
+            yield layer, gradients
+
+    def inner_gradients(
+        self,
+        recording: Recording,
+        objectives: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+        tap: Callable[[int], AbstractContextManager[Mapping[Any, torch.Tensor]]] = _no_taps,
+        *,
+        down_to: int = 0,
+    ) -> Iterator[tuple[int, list[torch.Tensor], dict[Any, list[torch.Tensor]]]]:
+        """:meth:`stream_gradients`, and on the way the gradients at tensors inside the layers.
+
+        Args:
+            tap: for a layer, a context in which a call of it leaves tensors of its graph in the mapping it yields.
+
+        Yields:
+            l, ∂ objective / ∂ h_l, and for layer l + 1 (empty at the top) the gradients by what its tap left: by key, one
+            an objective.
+        """
         # Grad mode is switched around each step, not around the yields: a generator must not leak it to its consumer.
         with torch.enable_grad():
             top = recording.after(self.num_layers - 1).detach().requires_grad_()
-            gradients = _each_gradient(objectives(top), top, None)
-        yield self.num_layers - 1, gradients
+            gradients = [found[0] for found in _each_gradient(objectives(top), [top], None)]
+        yield self.num_layers - 1, gradients, {}
         for index in range(self.num_layers - 1, down_to, -1):
             with torch.enable_grad():
                 leaf = recording.after(index - 1).detach().requires_grad_()
-                output = self.layer(index, leaf, recording)
-                gradients = _each_gradient([output] * len(gradients), leaf, gradients)
+                with tap(index) as inside:
+                    output = self.layer(index, leaf, recording)
+                each = _each_gradient([output] * len(gradients), [leaf, *inside.values()], gradients)
+            gradients = [found[0] for found in each]
+            inner = {key: [found[place + 1] for found in each] for place, key in enumerate(inside)}
+            del output, inside, each
             self.layer_tokens += len(gradients) * leaf.shape[0] * leaf.shape[1]
-            yield index - 1, gradients
+            yield index - 1, gradients, inner
 
     # -- the check at load -------------------------------------------------------------------------------------------
 
-    def _probe_inputs(self) -> dict[str, torch.Tensor]:
+    def probe_inputs(self) -> dict[str, torch.Tensor]:
+        """A few tokens to try things on: two rows, the second of them padded."""
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         ids = torch.arange(3, 3 + 14, device=self.device).remainder(vocabulary).view(2, 7)
         mask = torch.ones_like(ids)
@@ -390,7 +419,7 @@ class Replay:
         difference = float((headed - own).abs().max()) if headed.shape == own.shape else float("inf")
         dtypes = (recording.logits.dtype, recording.streams[-1].dtype, self.compute_dtype)
         scale = float(own.abs().max())
-        if finite and not difference <= _rounding(64, *dtypes) * scale:
+        if finite and not difference <= rounding(64, *dtypes) * scale:
             raise AnatomyError(
                 f"{name} cannot be replayed: its logits from the last layer's stream differ by {difference:.3g} when "
                 "its layers are stubbed, so its norm and head depend on more than that stream"
@@ -408,7 +437,7 @@ class Replay:
         changed[:, -1] = (changed[:, -1] + 1) % self.anatomy.vocab_size
         ahead = self.record({**inputs, "input_ids": changed}).streams[-1][0, :-1]
         behind = recording.streams[-1][0, :-1]
-        atol = _rounding(1000, *dtypes) * float(behind.abs().max())
+        atol = rounding(1000, *dtypes) * float(behind.abs().max())
         if finite and not torch.allclose(ahead, behind, rtol=0.0, atol=atol):
             raise AnatomyError(
                 f"{name} is not a causal language model: changing the last token changed the stream before it; "
@@ -428,7 +457,7 @@ class Replay:
             lambda: self.layer(last, stream, recording),
             stream,
             kept,
-            tolerance=_rounding(64, *dtypes),
+            tolerance=rounding(64, *dtypes),
         )
 
     def _entering(self, inputs: dict[str, torch.Tensor]) -> tuple[Recording, dict[int, torch.Tensor]]:
@@ -486,18 +515,19 @@ class _Recorded(Exception):
 
 
 def _each_gradient(
-    outputs: Sequence[torch.Tensor], leaf: torch.Tensor, upstream: Sequence[torch.Tensor] | None
-) -> list[torch.Tensor]:
-    """∂ output / ∂ leaf for each of several outputs of one graph, each times its ``upstream`` gradient."""
+    outputs: Sequence[torch.Tensor], by: Sequence[torch.Tensor], upstream: Sequence[torch.Tensor] | None
+) -> list[tuple[torch.Tensor, ...]]:
+    """∂ output / ∂ each of ``by`` for each of several outputs of one graph, each times its ``upstream`` gradient."""
     found = []
     for place, output in enumerate(outputs):
-        (gradient,) = torch.autograd.grad(
-            output,
-            leaf,
-            grad_outputs=None if upstream is None else upstream[place].to(output.dtype),
-            retain_graph=place + 1 < len(outputs),
+        found.append(
+            torch.autograd.grad(
+                output,
+                by,
+                grad_outputs=None if upstream is None else upstream[place].to(output.dtype),
+                retain_graph=place + 1 < len(outputs),
+            )
         )
-        found.append(gradient)
     return found
 
 
@@ -510,7 +540,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(torch.allclose(one, other, rtol=0.0, atol=tolerance * scale, equal_nan=True))
 
 
-def _rounding(steps: int, *dtypes: torch.dtype) -> float:
+def rounding(steps: int, *dtypes: torch.dtype) -> float:
     """How far numbers computed in other shapes may lie apart, as a share of the largest: ``steps`` rounding units of
     float32, in which several families' norms compute whatever the dtype; 8 units of the coarsest dtype that is met."""
     return max(steps * torch.finfo(torch.float32).eps, *(8 * torch.finfo(dtype).eps for dtype in dtypes))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from align_audit.record import AuditRecord, Control, Controls, Estimate
+from align_audit.record import AuditRecord, Control, Controls, Estimate, SiteCurve
 
 CONTROL_NAMES = tuple(Controls.model_fields)
 
@@ -25,6 +25,33 @@ def control_items(record: AuditRecord) -> Iterator[tuple[str, Control]]:
     """Name and result of each control."""
     for name in CONTROL_NAMES:
         yield name, getattr(record.controls, name)
+
+
+def site_name(curve: SiteCurve) -> str:
+    """A curve of finer sites in words: what was swapped, and where."""
+    names = {"attention_output": "attention output", "mlp_output": "MLP output", "head": "heads", "block": "blocks"}
+    name = names[curve.site] if curve.width == 1 else f"windows of {curve.width} layers"
+    return name if curve.positions == "all" else f"{name}, {curve.positions.replace('_', ' ')}"
+
+
+def site_names(curves: Sequence[SiteCurve]) -> list[str]:
+    """A short name for each curve, for tags and files: its site, with what sets it apart from the usual and the others.
+
+    Example:
+        ``["head", "block_width_2", "head_prompt_attribution", "head_again_2"]``
+    """
+    found: list[str] = []
+    for curve in curves:
+        name: str = curve.site
+        if curve.width != 1:
+            name += f"_width_{curve.width}"
+        if curve.positions != "all":
+            name += f"_{curve.positions}"
+        if curve.estimator != "exact":
+            name += f"_{curve.estimator}"
+        same = sum(other == name or other.startswith(f"{name}_again_") for other in found)
+        found.append(f"{name}_again_{same + 1}" if same else name)
+    return found
 
 
 def why_unknown(record: AuditRecord, path: str, value: Estimate | float | None = None) -> str:

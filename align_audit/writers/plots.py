@@ -39,6 +39,7 @@ from align_audit.writers.canvas import (
     number,
     styled,
 )
+from align_audit.writers.site_plots import site_figures
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -498,6 +499,10 @@ def draw_all(records: Sequence[AuditRecord]) -> dict[str, Figure]:
         "block_transplants": block_transplants(records),
         "low_rank_curve": low_rank_curve(next((r for r in reversed(records) if r.low_rank), records[-1])),
         "depth_trace": depth_trace(next((r for r in reversed(records) if r.spinal is not None), records[-1])),
+        **{
+            name: draw()
+            for name, draw in site_figures(next((r for r in reversed(records) if r.sites), records[-1])).items()
+        },
     }
 
 

@@ -12,6 +12,9 @@ Tags are ``align_audit/<group>/<name>``, named after the fields of the record:
   ``localization/selected_layers`` (how many) and ``localization/null_cv_r2_max``;
 - ``low_rank/<basis>/layer_07/<name>`` (``rank_95``, ``full_effect``, ``largest_principal_angle``) and
   ``…/effect_fraction/rank_08``, ``…/explained_variance_ratio/rank_08``;
+- ``sites/<site>/layer_07``, of single heads ``sites/head/layer_07_head_03`` (sufficiency), the same below
+  ``sites/<site>/necessity`` and, beside an attribution, ``sites/<site>/correlation``; a site that was patched at other
+  positions, in windows or by another estimator says so (``sites/block_width_2``, ``sites/head_prompt_attribution``);
 - ``spinal/<policy or reference>/<contraction, contraction_r2 or transport>/layer_07``;
 - ``alerts/<level>``: how many.
 
@@ -29,8 +32,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from align_audit.record import Alert, AuditRecord, Estimate, LowRankCurve, Margins
-from align_audit.writers import control_items, is_unknown, one_per_step, span, why_unknown
+from align_audit.record import Alert, AuditRecord, Estimate, LowRankCurve, Margins, SiteCurve
+from align_audit.writers import control_items, is_unknown, one_per_step, site_names, span, why_unknown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,7 +69,7 @@ class TensorBoardWriter:
         step = record.step
         try:
             if not self._layout_written:
-                self._writer.add_custom_scalars(custom_scalars_layout())
+                self._writer.add_custom_scalars(custom_scalars_layout(record.sites))
                 self._layout_written = True
             for tag, value in scalars(record).items():
                 self._writer.add_scalar(tag, value, step)
@@ -84,6 +87,7 @@ class TensorBoardWriter:
     def _write_images(self, record: AuditRecord, records: Sequence[AuditRecord]) -> None:
         from align_audit.writers import plots
         from align_audit.writers.canvas import pixels
+        from align_audit.writers.site_plots import site_figures
 
         # Later audits may be in the log when an earlier step is written again; a picture at a step shows none of them.
         records = [other for other in one_per_step(records) if other.step <= record.step]
@@ -101,6 +105,7 @@ class TensorBoardWriter:
             "low_rank/low_rank_curve": (bool(record.low_rank), lambda: plots.low_rank_curve(record)),
             "spinal/depth_trace": (record.spinal is not None, lambda: plots.depth_trace(record)),
         }
+        figures |= {f"sites/{name}": (True, draw) for name, draw in site_figures(record).items()}
         for tag, (measured, draw) in figures.items():
             if measured:
                 # add_figure would go through pyplot, and its global state.
@@ -181,6 +186,7 @@ def _numbers(record: AuditRecord) -> Iterator[_Number]:
         for layer, curve in by_layer.items():
             tag = f"low_rank/{basis}/layer_{layer:0{_width(layers - 1)}d}"
             yield from _low_rank(tag, curve, f"low_rank.{basis}.{layer}")
+    yield from _sites(record, layers)
     if (spinal := record.spinal) is not None:
         for name in ("delta_align", "coherence", "reference_coherence", "score"):
             yield _Number(f"spinal/{name}", getattr(spinal, name), f"spinal.{name}")
@@ -215,6 +221,19 @@ def _patching(record: AuditRecord, layers: int) -> Iterator[_Number]:
             yield from _estimate(tag, estimate, f"patching.{name}", layer)
     name = "effect_p_adjusted"
     yield from _by_layer(f"patching/{name}", patching.effect_p_adjusted, f"patching.{name}", layers)
+
+
+def _sites(record: AuditRecord, layers: int) -> Iterator[_Number]:
+    for number, (name, curve) in enumerate(zip(site_names(record.sites), record.sites, strict=True)):
+        path, tag = f"sites.{number}", f"sites/{name}"
+        width = _width(max((unit.head or 0 for unit in curve.units), default=0))
+        for place, unit in enumerate(curve.units):
+            where = f"layer_{unit.layer:0{_width(layers - 1)}d}"
+            where += "" if unit.head is None else f"_head_{unit.head:0{width}d}"
+            yield from _estimate(f"{tag}/{where}", curve.sufficiency[place], f"{path}.sufficiency", place)
+            yield from _estimate(f"{tag}/necessity/{where}", curve.necessity[place], f"{path}.necessity", place)
+            if curve.correlation is not None:
+                yield _Number(f"{tag}/correlation/{where}", curve.correlation[place], f"{path}.correlation", place)
 
 
 def _low_rank(tag: str, curve: LowRankCurve, path: str) -> Iterator[_Number]:
@@ -291,7 +310,9 @@ def not_known_table(record: AuditRecord) -> str:
     """Everything that is not known, where, and why, as a Markdown table."""
     rows = []
     for (path, reason), places in not_known(record).items():
-        unit = "ranks" if "effect_fraction" in path or "random_subspace" in path or "explained" in path else "layers"
+        ranks = any(part in path for part in ("effect_fraction", "random_subspace", "explained"))
+        unit = "units" if path.startswith("sites.") else "ranks" if ranks else "layers"
+
         rows.append((f"`{path}`", f"{unit} {span(places)}" if places else "", reason))
     return _table(("not known", "where", "why"), rows)
 
@@ -306,8 +327,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # --- layout -----------------------------------------------------------------------------------------------------------
 
 
-def custom_scalars_layout() -> dict[str, dict[str, list[Any]]]:
-    """Charts for TensorBoard's custom-scalars page: intervals as bands, all layers of a quantity in one chart."""
+def custom_scalars_layout(sites: Sequence[SiteCurve] = ()) -> dict[str, dict[str, list[Any]]]:
+    """Charts for TensorBoard's custom-scalars page: intervals as bands, all layers of a quantity in one chart.
+
+    Args:
+        sites: the curves of finer sites that will be written, each a chart of its own.
+    """
 
     def band(path: str) -> list[Any]:
         return ["Margin", [f"{ROOT}/{path}{suffix}" for suffix in ("", "_low", "_high")]]
@@ -316,6 +341,12 @@ def custom_scalars_layout() -> dict[str, dict[str, list[Any]]]:
         return ["Multiline", [f"{ROOT}/{pattern}$" for pattern in patterns]]
 
     each = r"layer_\d+"
+    finer = {
+        f"{name.replace('_', ' ')} (nats)": lines(
+            f"sites/{name}/{each}" + (r"_head_\d+" if curve.site == "head" else "")
+        )
+        for name, curve in zip(site_names(sites), sites, strict=True)
+    }
     return {
         f"{ROOT}: margins": {
             "margin shift (nats)": band("margins/shift"),
@@ -342,6 +373,7 @@ def custom_scalars_layout() -> dict[str, dict[str, list[Any]]]:
             "rank 95, activation basis": lines(f"low_rank/activation/{each}/rank_95"),
             "share of the effect by rank, shift basis": lines(rf"low_rank/shift/{each}/effect_fraction/rank_\d+"),
         },
+        **({f"{ROOT}: finer sites": finer} if finer else {}),
         f"{ROOT}: SPINAL": {
             "delta_align": lines("spinal/delta_align"),
             "coherence, policy and reference": lines("spinal/coherence", "spinal/reference_coherence"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from align_audit.record import Alert, AuditRecord, Estimate
-from align_audit.writers import control_items, is_unknown, span, why_unknown
+from align_audit.writers import control_items, is_unknown, site_name, span, why_unknown
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -144,6 +144,7 @@ def _rows(record: AuditRecord) -> Iterator[_Row]:
     yield estimate("KL to reference", "margins.kl", margins.kl, "nats per token")
     yield from _patching_rows(record, estimate)
     yield from _low_rank_rows(record)
+    yield from _site_rows(record)
     if (spinal := record.spinal) is None:
         yield _unknown("SPINAL", why_unknown(record, "spinal"))
     else:
@@ -195,6 +196,23 @@ def _low_rank_rows(record: AuditRecord) -> Iterator[_Row]:
         said.append(f"{rank} (layer {layer}, {basis} basis)")
     more = f", {len(curves) - len(shown)} more in the record" if len(shown) < len(curves) else ""
     yield _Row.of("rank_95", ", ".join(said) + more)
+
+
+def _site_rows(record: AuditRecord) -> Iterator[_Row]:
+    for number, curve in enumerate(record.sites):
+        label = site_name(curve)
+        if curve.peak is None:
+            yield _unknown(label, why_unknown(record, f"sites.{number}.peak"))
+            continue
+        unit = curve.units[curve.peak]
+        where = f"layer {unit.layer}" if unit.layer == unit.last_layer else f"layers {unit.layer}–{unit.last_layer}"
+        where += "" if unit.head is None else f", head {unit.head}"
+        text = f"peak {where}: {_estimate(curve.sufficiency[curve.peak], signed=True)} nats"
+        if not curve.sufficiency_p_adjusted[curve.peak] < 0.05:
+            text += ", not told from 0"
+        if curve.correlation is not None:
+            text += f" ({curve.estimator.replace('_', ' ')}, correlation {_number(curve.correlation[curve.peak])})"
+        yield _Row.of(label, text)
 
 
 def _peak(record: AuditRecord, default: int) -> int:
