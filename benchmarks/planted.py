@@ -8,6 +8,10 @@ the cache (``--bases DIR`` for another folder; those that are missing are traine
 
     layer       one layer carries the preference, all others move by noise; found: it is ``patching.peak_layer``
     pair        two layers carry it; found: both are the top two of the mean block transplants
+    window      two adjacent layers carry it; found: of all windows of two layers theirs has the largest sufficiency
+    site        the attention or the MLP of one layer carries it; found: of all attention and MLP outputs it has the largest
+                sufficiency
+    head        one attention head carries it; found: of all heads of all layers it has the largest sufficiency
     rank        a change of rank 1, 2, 4, 8 of one layer's output; found: ``rank_95`` of the shift basis within 1 of it
     prompt      the margin moves through prompt positions only; found: patching the planted layer there recovers at least
                 three quarters of it, patching the completion at most one quarter
@@ -15,8 +19,8 @@ the cache (``--bases DIR`` for another folder; those that are missing are traine
     nothing     no preference was learned; right: the planted shift's tenth is not reached
 
 How hard a planting is, is measured and not set: the *effect ratio* is |effect of restoring what was planted| over the
-largest |effect of restoring any other layer|, both as plain forwards of the policy with the base's weights put back. (For
-a pair, the weaker of the two layers counts.) Intervals are Wilson's, 95 %.
+largest |effect of restoring any other of its kind| (layer, site, head), both as plain forwards of the policy with the
+base's weights put back. (For a pair and a window, the weaker of the two layers counts.) Intervals are Wilson's, 95 %.
 """
 
 from __future__ import annotations
@@ -42,17 +46,24 @@ from align_audit.config import AuditConfig
 from align_audit.demo.corpus import preference_pairs
 from align_audit.models.reference import resolve_reference
 from align_audit.planting import (
+    Planted,
     few_prompts,
     margin_gradient,
+    margins,
     measure_truth,
     patched_shift,
+    plant_attention,
     plant_completion_only,
+    plant_head,
     plant_layers,
+    plant_mlp,
     plant_nothing,
     plant_prompt_only,
     plant_subspace,
 )
 from align_audit.planting.bases import base_dir
+from align_audit.planting.parts import Part, count_heads, head_parts, site_part
+from align_audit.planting.truth import mixed
 from align_audit.probes import ProbeSet
 from align_audit.record import AuditRecord
 
@@ -60,6 +71,8 @@ ARCHITECTURES = ("llama", "gpt2", "gemma2")
 LINEAR = ("llama", "gpt2", "qwen3")
 """Those that add what an MLP writes to the stream as it is, so that a rank can be planted (Gemma 2 normalizes it)."""
 DISTRACTIONS = (2.0, 4.0, 6.0, 8.0, 12.0, 20.0)
+HEAD_DISTRACTIONS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.5)
+"""There are many more heads than layers, and each other one moves by this."""
 RANKS = (1, 2, 4, 8)
 BINS = (0.0, 0.5, 1.0, 1.5, 2.0, 4.0, math.inf)
 CLEAR = 2.0
@@ -103,8 +116,9 @@ class Bench:
     def probe_set(self, rows: list[dict[str, str]]) -> ProbeSet:
         return ProbeSet.from_dataset(rows, self.tokenizer, max_pairs=len(rows))
 
-    def audit(self, policy: Any, probes: ProbeSet, **changes: dict[str, Any]) -> AuditRecord:
+    def audit(self, policy: Any, probes: ProbeSet, sites: Any = (), **changes: dict[str, Any]) -> AuditRecord:
         settings = {**QUICK, **{part: {**QUICK.get(part, {}), **values} for part, values in changes.items()}}
+        settings["sites"] = sites
         config = AuditConfig.from_dict(settings)
         return run_audit(policy, resolve_reference(policy, self.base), probes, config, 0, Context())[0]
 
@@ -136,6 +150,7 @@ def _plant_layers(bench: Bench, number: int, layers: tuple[int, ...], shift: flo
     found = top == list(layers)
     if len(layers) == 1:
         assert (record.patching.peak_layer == layers[0]) == found
+    standing = record.patching.standing_out
     return {
         "layers": list(layers),
         "distraction": distraction,
@@ -143,7 +158,91 @@ def _plant_layers(bench: Bench, number: int, layers: tuple[int, ...], shift: flo
         "shift": truth.shift,
         "necessity": necessity,
         "block_transplant": transplants,
+        "standing_out": standing.layers if standing is not None else [],
         "found": found,
+    }
+
+
+def plant_a_window(bench: Bench, number: int) -> dict[str, Any]:
+    """Two adjacent layers, at the next distraction."""
+    first = random.Random(f"window {number}").randrange(bench.num_layers - 1)
+    distraction = DISTRACTIONS[number // len(ARCHITECTURES) % len(DISTRACTIONS)]
+    layers = (first, first + 1)
+    planted = plant_layers(bench.base, bench.planting, layers, 2 * SHIFT, distraction, number, gradient=bench.gradient)
+    necessity = [one.necessity for one in measure_truth(planted, bench.base, bench.probes, sufficiency=False).layers]
+    other = max(abs(value) for layer, value in enumerate(necessity) if layer not in layers)
+    record = bench.audit(planted.policy, bench.probes, [{"site": "block", "width": 2}])
+    return {
+        "layers": list(layers),
+        "distraction": distraction,
+        "ratio": min(abs(necessity[layer]) for layer in layers) / other,
+        **_largest(record, (first, None), "block"),
+    }
+
+
+def plant_a_site(bench: Bench, number: int) -> dict[str, Any]:
+    """The attention or the MLP of one layer, in turn, at the next distraction."""
+    layer = random.Random(f"site {number}").randrange(bench.num_layers)
+    kind = ("attention", "mlp")[number // len(ARCHITECTURES) % 2]
+    distraction = DISTRACTIONS[number // len(ARCHITECTURES) // 2 % len(DISTRACTIONS)]
+    plant: Any = plant_attention if kind == "attention" else plant_mlp
+    planted = plant(bench.base, bench.planting, layer, SHIFT / 2, distraction, number, gradient=bench.gradient)
+    every: Any = [
+        site_part(bench.base, other, site) for other in range(bench.num_layers) for site in ("attention", "mlp")
+    ]
+    record = bench.audit(planted.policy, bench.probes, [{"site": "attention_output"}, {"site": "mlp_output"}])
+    return {
+        "layers": [layer],
+        "distraction": distraction,
+        "ratio": _ratio(bench, planted, every),
+        "site": kind,
+        **_largest(record, (layer, None), f"{kind}_output"),
+    }
+
+
+def plant_a_head(bench: Bench, number: int) -> dict[str, Any]:
+    """One attention head, at the next distraction."""
+    draw = random.Random(f"head {number}")
+    layer, head = draw.randrange(bench.num_layers), draw.randrange(count_heads(bench.base))
+    distraction = HEAD_DISTRACTIONS[number // len(ARCHITECTURES) % len(HEAD_DISTRACTIONS)]
+    planted = plant_head(
+        bench.base, bench.planting, layer, head, SHIFT / 4, distraction, number, gradient=bench.gradient
+    )
+    every = [part for other in range(bench.num_layers) for part in head_parts(bench.base, other)]
+    record = bench.audit(planted.policy, bench.probes, [{"site": "head"}])
+    return {
+        "layers": [layer],
+        "head": head,
+        "distraction": distraction,
+        "ratio": _ratio(bench, planted, every),
+        **_largest(record, (layer, head), "head"),
+    }
+
+
+def _ratio(bench: Bench, planted: Planted, every: list[Part]) -> float:
+    """|effect of restoring what was planted| over the largest of any other of its kind."""
+    new = float(margins(planted.policy, bench.probes).mean())
+
+    def necessity(part: Part) -> float:
+        return new - float(margins(planted.policy, bench.probes, mixed(planted.policy, bench.base, [part])).mean())
+
+    own = abs(necessity(planted.truth.units[0]))
+    return own / max(abs(necessity(part)) for part in every if part not in planted.truth.units)
+
+
+def _largest(record: AuditRecord, unit: tuple[int, int | None], site: str) -> dict[str, Any]:
+    """Whether that unit has the largest mean sufficiency of all units of all curves."""
+    units = [
+        (estimate.mean, curve.site, (place.layer, place.head))
+        for curve in record.sites
+        for place, estimate in zip(curve.units, curve.sufficiency, strict=True)
+    ]
+    mean, where, largest = max(units, key=lambda one: one[0])
+    return {
+        "shift": record.margins.shift.mean,
+        "largest": [where, *largest],
+        "sufficiency": mean,
+        "found": (where, largest) == (site, unit),
     }
 
 
@@ -235,7 +334,10 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "layer": Kind(plant_a_layer, ARCHITECTURES, lambda n: n),
-    "pair": Kind(plant_a_pair, ARCHITECTURES, lambda n: max(n // 4, 1)),
+    "pair": Kind(plant_a_pair, ARCHITECTURES, lambda n: max(n // 2, 1)),
+    "window": Kind(plant_a_window, ARCHITECTURES, lambda n: max(n // 2, 1)),
+    "site": Kind(plant_a_site, ARCHITECTURES, lambda n: max(n // 2, 1)),
+    "head": Kind(plant_a_head, ARCHITECTURES, lambda n: max(n // 2, 1)),
     "rank": Kind(plant_a_rank, LINEAR, lambda n: min(max(n // 4, 1), len(RANKS) * len(LINEAR))),
     "prompt": Kind(plant_at_prompt, ARCHITECTURES, lambda n: min(max(n // 8, 1), 6)),
     "completion": Kind(plant_at_completion, ARCHITECTURES, lambda n: min(max(n // 8, 1), 6)),
@@ -269,7 +371,13 @@ def counted(rows: list[dict[str, Any]]) -> str:
 def report(results: list[dict[str, Any]]) -> None:
     """The tables, on standard output."""
     of = {kind: [row for row in results if row["kind"] == kind] for kind in KINDS}
-    for kind, what in (("layer", "the planted layer is the peak"), ("pair", "both layers are the top two")):
+    for kind, what in (
+        ("layer", "the planted layer is the peak"),
+        ("pair", "both layers are the top two"),
+        ("window", "theirs is the largest of all windows of two layers"),
+        ("site", "it is the largest of all attention and MLP outputs"),
+        ("head", "it is the largest of all heads"),
+    ):
         if not of[kind]:
             continue
         print(f"\n{kind}: {what}, by the measured ratio of planted to distracting effect")
@@ -280,11 +388,14 @@ def report(results: list[dict[str, Any]]) -> None:
         print(f"  clear (≥ {CLEAR:g})        {counted(clear)}")
         for family in ARCHITECTURES:
             print(f"    {family:<16}  {counted([row for row in clear if row['family'] == family])}")
-        for distraction in DISTRACTIONS:
+        if kind in ("layer", "pair"):
+            exactly = [{"found": row["standing_out"] == row["layers"]} for row in clear]
+            print(f"  clear, and no other stands out with it   {counted(exactly)}")
+        for distraction in HEAD_DISTRACTIONS if kind == "head" else DISTRACTIONS:
             rows = [row for row in of[kind] if row["distraction"] == distraction]
             if rows:
                 middle = float(np.median([row["ratio"] for row in rows]))
-                print(f"  distraction {distraction:4.0f}      {counted(rows)}  median ratio {middle:.2f}")
+                print(f"  distraction {distraction:4g}      {counted(rows)}  median ratio {middle:.2f}")
         missed = sorted((row["ratio"] for row in of[kind] if not row["found"]), reverse=True)
         print(f"  missed at ratios: {', '.join(f'{ratio:.2f}' for ratio in missed) or 'none'}")
     if of["rank"]:

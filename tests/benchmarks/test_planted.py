@@ -56,3 +56,14 @@ def test_shares_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert "clear (≥ 2)" in said
     assert "2 of   2   100%" in said
     assert "missed at ratios: 0.40" in said
+
+
+@pytest.mark.parametrize(
+    ("plant", "number"),
+    [(planted.plant_a_window, 0), (planted.plant_a_site, 0), (planted.plant_a_site, 3), (planted.plant_a_head, 0)],
+)
+def test_planted_windows_sites_and_heads_are_measured(bench: planted.Bench, plant: Any, number: int) -> None:
+    row = plant(bench, number)
+    assert row["ratio"] > 0
+    assert row["largest"][0] in {"block", "attention_output", "mlp_output", "head"}
+    assert row["found"] or row["ratio"] < planted.CLEAR
