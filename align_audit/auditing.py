@@ -6,11 +6,11 @@ import contextlib
 import datetime
 import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from align_audit.models.anatomy import Anatomy
 from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
 from align_audit.models.streaming import placed
+from align_audit.probe_names import check_names
 from align_audit.record import AuditRecord, Cost, Provenance, ReferenceCheck
 from align_audit.refcache import ReferenceCache
 
@@ -51,6 +52,8 @@ class Context:
         at_start: training has not begun, so policy and reference should compute the same.
         subspaces: of the audit before, for principal angles; replaced by each audit.
         reference_cache: depth traces of references already measured, by what they depend on.
+        probe_name: what the run calls the probe set; None where it has only one, without a name.
+        models: opened already, for several probe sets in turn; None: each audit opens them for itself.
     """
 
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
@@ -62,8 +65,73 @@ class Context:
     subspaces: Subspaces = field(default_factory=dict)
     reference_cache: ReferenceCache = field(default_factory=ReferenceCache)
     progress: Callable[[int, str], Any] | None = None
+    probe_name: str | None = None
+    models: OpenModels | None = None
 
 
+class OpenModels:
+    """Policy and reference, opened by the first audit inside and kept open for those of other probe sets.
+
+    Everything is let go of, and given back as it was, on leaving.
+    """
+
+    def __init__(self, policy: nn.Module, reference: Reference) -> None:
+        self.policy = policy
+        self.reference = reference
+        self.hashes = ("", "")
+        """Of policy and reference, once opened."""
+        self._stack = contextlib.ExitStack()
+        self._entered = False
+        self._session: Session | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.close()
+
+    def session(self, probes: ProbeSet, config: AuditConfig, context: Context) -> Session:
+        """Both models between their layers, over these pairs.
+
+        Raises:
+            ProbeError: there are no pairs.
+        """
+        if len(probes) == 0:
+            raise ProbeError("the probe set is empty; expected at least one preference pair")
+        if self._session is not None:
+            return self._session.over(probes.pairs, probes.truncation_mode)
+        if not self._entered:
+            self._enter()
+        session = Session(
+            self.policy,
+            self.reference,
+            probes.pairs,
+            config,
+            autocast=context.autocast,
+            anatomy=context.anatomy,
+            pad_token_id=0,
+            truncation_mode=probes.truncation_mode,
+        )
+        theirs = self.reference.fingerprint()  # first: a streamed reference holds no layer while the policy is read
+        self.hashes = (policy_fingerprint(self.policy), theirs)
+        self._session = session
+        return session
+
+    def _enter(self) -> None:
+        stack = self._stack
+        stack.callback(self.reference.release)
+        models = [self.policy]
+        with untouched(self.policy):  # loading a reference draws random numbers
+            other = self.reference.model()
+        if other is not self.policy:
+            stack.enter_context(placed(other, next(self.policy.parameters()).device))
+            models.append(other)
+        stack.enter_context(untouched(*models))
+        stack.enter_context(torch.no_grad())
+        self._entered = True
+
+
+@overload
 def audit(
     policy: nn.Module | str | Path,
     reference: nn.Module | str | Path | None,
@@ -72,30 +140,59 @@ def audit(
     step: int = 0,
     *,
     anatomy: Anatomy | None = None,
-) -> AuditRecord:
+) -> AuditRecord: ...
+@overload
+def audit(
+    policy: nn.Module | str | Path,
+    reference: nn.Module | str | Path | None,
+    probes: Mapping[str, ProbeSet],
+    config: AuditConfig | None = None,
+    step: int = 0,
+    *,
+    anatomy: Anatomy | None = None,
+) -> dict[str, AuditRecord]: ...
+def audit(
+    policy: nn.Module | str | Path,
+    reference: nn.Module | str | Path | None,
+    probes: ProbeSet | Mapping[str, ProbeSet],
+    config: AuditConfig | None = None,
+    step: int = 0,
+    *,
+    anatomy: Anatomy | None = None,
+) -> AuditRecord | dict[str, AuditRecord]:
     """Audit one policy against its reference (METHODS §1–6).
 
     Args:
         policy: a causal LM, a PEFT model, or the path of either.
         reference: the same; None: the policy's ``"ref"`` adapter, else its adapters off, else its own source path.
-        probes: preference pairs, tokenized as the trainer does.
+        probes: preference pairs, tokenized as the trainer does; or several such sets by name, all audited with the
+            models opened once.
         config: what to measure; defaults to all of it.
         step: the training step the record names.
         anatomy: where the decoder layers are, for a model in which they cannot be found.
 
     Returns:
-        The record. Neither model, nor any random state, is changed.
+        The record, or the records by name. Neither model, nor any random state, is changed.
 
     Raises:
+        ConfigurationError: a name that cannot be one (see :mod:`align_audit.probe_names`).
         ReferenceUnavailableError: no reference can be had, or it does not fit the policy.
         AnatomyError: the model cannot be opened between its layers.
         ProbeError: there are no pairs.
     """
+    if isinstance(probes, Mapping):
+        check_names(probes)
     if not isinstance(policy, nn.Module):
         policy = load_policy(policy)
     resolved = resolve_reference(policy, reference)
-    record, _ = run_audit(policy, resolved, probes, config or AuditConfig(), step, Context(anatomy=anatomy))
-    return record
+    config, context = config or AuditConfig(), Context(anatomy=anatomy)
+    if not isinstance(probes, Mapping):
+        return run_audit(policy, resolved, probes, config, step, context)[0]
+    with OpenModels(policy, resolved) as models:
+        return {
+            name: run_audit(policy, resolved, own, config, step, replace(context, probe_name=name, models=models))[0]
+            for name, own in probes.items()
+        }
 
 
 def run_audit(
@@ -119,32 +216,11 @@ def run_audit(
 def _run(
     policy: nn.Module, reference: Reference, probes: ProbeSet, config: AuditConfig, step: int, context: Context
 ) -> tuple[AuditRecord, dict[str, np.ndarray]]:
-    if len(probes) == 0:
-        raise ProbeError("the probe set is empty; expected at least one preference pair")
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        stack.callback(reference.release)
-        models = [policy]
-        with untouched(policy):  # loading a reference draws random numbers
-            other = reference.model()
-        if other is not policy:
-            stack.enter_context(placed(other, next(policy.parameters()).device))
-            models.append(other)
-        stack.enter_context(untouched(*models))
-        stack.enter_context(torch.no_grad())
-        session = Session(
-            policy,
-            reference,
-            probes.pairs,
-            config,
-            autocast=context.autocast,
-            anatomy=context.anatomy,
-            pad_token_id=0,
-            truncation_mode=probes.truncation_mode,
-        )
-        theirs = reference.fingerprint()  # first: a streamed reference then holds no layer while the policy is read
-        hashes = (policy_fingerprint(policy), theirs)
-        return _measure(session, reference, probes, step, context, hashes, began)
+        models = context.models or stack.enter_context(OpenModels(policy, reference))
+        session = models.session(probes, config, context)
+        return _measure(session, reference, probes, step, context, models.hashes, began)
 
 
 def _measure(
@@ -323,6 +399,7 @@ def _provenance(session: Session, probes: ProbeSet, hashes: tuple[str, str], con
         policy_hash=hashes[0],
         reference_hash=hashes[1],
         probe_hash=probes.content_hash,
+        probe_name=context.probe_name,
         probe_source=probes.source,
         probe_held_out=probes.held_out,
         pairs=len(probes),

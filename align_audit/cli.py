@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from align_audit.errors import AlignAuditError, ConfigurationError
+from align_audit.probe_names import read_arguments
 
 if TYPE_CHECKING:
     from align_audit.config import AuditConfig
@@ -50,7 +51,11 @@ def demo(
 def run(
     checkpoint: Annotated[Path, typer.Argument(help="A saved model or adapter, or a folder of checkpoint-N folders.")],
     probes: Annotated[
-        Path, typer.Option(help="Preference pairs: .jsonl, .json (also .gz), .parquet, or a data set folder.")
+        list[str],
+        typer.Option(
+            help="Preference pairs: .jsonl, .json (also .gz), .parquet, or a data set folder. As NAME=PATH, several times: "
+            "probe sets that are audited side by side."
+        ),
     ],
     reference: Annotated[
         str | None,
@@ -73,11 +78,12 @@ def run(
             f"--step names one step, and {checkpoint} holds {len(folders)} checkpoints; leave it out"
         )
     steps = {folder: step if step is not None else step_of(folder) for folder in folders}
+    sets = read_arguments(probes)
     settings = _settings(config, max_pairs, max_length)
     from align_audit.saved import audit_saved  # loads torch: after what can be refused without it
 
     began = time.perf_counter()
-    records = audit_saved(steps, reference, probes, settings, output, _device(device))
+    records = audit_saved(steps, reference, sets, settings, output, _device(device))
     _conclude(records, output, time.perf_counter() - began)
 
 
