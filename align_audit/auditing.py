@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import nn
 from align_audit.batches import PairBatch
 from align_audit.conductor.assemble import Assembler
 from align_audit.conductor.collect import Collected, Collector
-from align_audit.conductor.lowrank import LowRankFindings, Reconstruction
+from align_audit.conductor.lowrank import Fit, LowRankFindings, Reconstruction
 from align_audit.conductor.second import Look, MoreNoise, second_pass
 from align_audit.conductor.session import Session, out_of_memory
 from align_audit.config import AuditConfig
@@ -199,8 +199,15 @@ def run_audit(
     policy: nn.Module, reference: Reference, probes: ProbeSet, config: AuditConfig, step: int, context: Context
 ) -> tuple[AuditRecord, dict[str, np.ndarray]]:
     """The audit itself; also returns what is too large for a record: per-pair numbers, and each subspace basis."""
-    try:
+    with memory_explained():
         return _run(policy, reference, probes, config, step, context)
+
+
+@contextlib.contextmanager
+def memory_explained() -> Iterator[None]:
+    """Running out of memory inside is an ``AuditMemoryError`` that says what there has to be room for."""
+    try:
+        yield
     except AuditMemoryError:
         raise
     except (MemoryError, RuntimeError) as error:
@@ -238,7 +245,7 @@ def _measure(
     )  # fmt: skip
     low_rank = config.low_rank.enabled and config.patching.enabled
     again = config.patching.enabled and config.patching.noise_draws > 1
-    tick = _ticker(context, len(session.plan) * (3 if low_rank else 2 if again else 1))
+    tick = ticker(context, len(session.plan) * (3 if low_rank else 2 if again else 1))
     known = context.reference_cache.get(trace_key) if config.spinal.enabled else None
     collector = Collector(session, reference_rows=known is None)
 
@@ -279,7 +286,7 @@ def _measure(
     session.meter.sample()
     record = AuditRecord(
         step=step,
-        provenance=_provenance(session, probes, hashes, context),
+        provenance=provenance_of(session, probes, hashes, context),
         reference_check=_check_reference(session, reference, build, probes, context),
         margins=margins,
         patching=patching,
@@ -313,27 +320,29 @@ def _low_rank(
     if len(session.pairs) < 2:
         build.reasons["low_rank"] = "cross-fitting needs two halves: at least 2 pairs, found 1"
         return None
-    if config.layers == "all":
-        layers = list(range(session.num_layers))
-    elif config.layers == "auto":
-        layers = sorted(
-            {
-                layer
-                for layer in (summary.peak_layer, _largest([gain.mean for gain in summary.layer_gain]))
-                if layer is not None
-            }
-        )
-        if not layers:
-            build.reasons["low_rank"] = f"no layer to reconstruct: {summary.peak_reason}"
-            return None
-    else:
-        layers = sorted(set(config.layers))
-        outside = [layer for layer in layers if not 0 <= layer < session.num_layers]
-        if outside:
-            raise ConfigurationError(
-                f"low_rank.layers names {outside}; the model has layers 0 to {session.num_layers - 1}"
-            )
-    return Reconstruction(session, layers, tick)
+    layers = layers_to_reconstruct(session, summary)
+    if not layers:
+        build.reasons["low_rank"] = f"no layer to reconstruct: {summary.peak_reason}"
+        return None
+    return Reconstruction(session, Fit(session, layers, tick))
+
+
+def layers_to_reconstruct(session: Session, summary: PatchSummary) -> list[int]:
+    """The layers asked for (``low_rank.layers``), ascending; none where ``auto`` finds none that stands out.
+
+    Raises:
+        ConfigurationError: the model has no such layer.
+    """
+    layers = session.config.low_rank.layers
+    if layers == "all":
+        return list(range(session.num_layers))
+    if layers == "auto":
+        found = (summary.peak_layer, _largest([gain.mean for gain in summary.layer_gain]))
+        return sorted({layer for layer in found if layer is not None})
+    outside = [layer for layer in sorted(set(layers)) if not 0 <= layer < session.num_layers]
+    if outside:
+        raise ConfigurationError(f"low_rank.layers names {outside}; the model has layers 0 to {session.num_layers - 1}")
+    return sorted(set(layers))
 
 
 def _largest(values: list[float]) -> int | None:
@@ -386,7 +395,7 @@ def _check_reference(
     )
 
 
-def _provenance(session: Session, probes: ProbeSet, hashes: tuple[str, str], context: Context) -> Provenance:
+def provenance_of(session: Session, probes: ProbeSet, hashes: tuple[str, str], context: Context) -> Provenance:
     anatomy = session.policy.anatomy
     weight = next(parameter for parameter in session.policy.model.parameters() if parameter.is_floating_point())
     return Provenance(
@@ -431,7 +440,7 @@ def _arrays(found: Collected, findings: LowRankFindings | None) -> dict[str, np.
             arrays[f"subspace.{basis}.{layer}"] = values
         for (basis, layer), values in findings.fitted.items():
             arrays[f"per_pair.low_rank.{basis}.{layer}"] = values
-        for layer, values in findings.random.items():
+        for (_, layer), values in findings.random.items():
             arrays[f"per_pair.low_rank.random.{layer}"] = values.mean(axis=-1)
     return arrays
 
@@ -446,7 +455,7 @@ def subspaces_from(arrays: dict[str, np.ndarray]) -> Subspaces:
     return found
 
 
-def _ticker(context: Context, total: int) -> Callable[[], None]:
+def ticker(context: Context, total: int) -> Callable[[], None]:
     if context.progress is None:
         return lambda: None
     bar = context.progress(total, "align_audit")

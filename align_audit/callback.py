@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 import torch
 from torch import nn
@@ -27,12 +27,11 @@ from align_audit.alerts import evaluate
 from align_audit.auditing import Context, OpenModels, Subspaces, run_audit, subspaces_from
 from align_audit.conductor.session import Session, check_vocabulary
 from align_audit.config import AuditConfig
-from align_audit.errors import AlignAuditError, ConfigurationError, ProbeError
+from align_audit.errors import AlignAuditError, ConfigurationError
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
 from align_audit.probe_names import arrays_name, as_name, check_names
-from align_audit.probe_sources import explain_mapping
 from align_audit.probes import ProbeSet
 from align_audit.record import Alert, AuditRecord
 from align_audit.refcache import ReferenceCache
@@ -92,9 +91,7 @@ class AlignmentAuditCallback(TrainerCallback):
                 f"expected config to be an AuditConfig, found {type(config).__name__}; build one with "
                 "AuditConfig(...), AuditConfig.from_dict or AuditConfig.from_yaml"
             )
-        if isinstance(probes, Mapping):
-            if {"chosen", "chosen_ids"} & set(probes) or not probes:  # one record, or a dict of columns
-                raise ProbeError(explain_mapping(probes))
+        if _by_name(probes):
             check_names(probes)
         self._given_probes = probes
         self._given_reference = reference
@@ -141,7 +138,7 @@ class AlignmentAuditCallback(TrainerCallback):
         given: Any = self._given_probes
         if given is None:
             self._probes = self._found_probes(args, tokenizer, train_dataloader)
-        elif isinstance(given, Mapping):
+        elif _by_name(given):
             self._probes = {name: self._probe_set(data, args, tokenizer) for name, data in given.items()}
         else:
             self._probes = {None: self._probe_set(given, args, tokenizer)}
@@ -494,6 +491,11 @@ class AlignmentAuditCallback(TrainerCallback):
                 "" if probe_name is None else f" on the probes {probe_name!r}",
                 kind,
             )
+
+
+def _by_name(probes: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Several sets by name; a mapping with the columns of pairs is one record or a table, which is refused as data."""
+    return isinstance(probes, Mapping) and not {"chosen", "chosen_ids"} & set(probes)
 
 
 __all__ = ["AlignmentAuditCallback"]

@@ -1,4 +1,4 @@
-"""Audit saved checkpoints, one after the other, into one run log."""
+"""Saved checkpoints: audited one after the other into one run log, or looked at for what transfers."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from align_audit.probes import ProbeSet
 from align_audit.record import AuditRecord
 from align_audit.refcache import ReferenceCache
 from align_audit.runlog import RunLog
+from align_audit.transfer_record import TransferRecord
+from align_audit.transferring import run_transfer
 from align_audit.writers.terminal import print_record, progress_bar
 
 
@@ -66,6 +68,29 @@ def audit_saved(
                 found.append(record)
                 print_record(record)
     return found
+
+
+def transfer_saved(
+    policy: Path,
+    reference: str | None,
+    probes: Mapping[str, str | Path],
+    config: AuditConfig,
+    step: int = 0,
+    device: str = "cpu",
+) -> TransferRecord:
+    """The transfer matrix of one saved policy over several probe sets (name → path).
+
+    Raises:
+        ConfigurationError, ProbeError, ReferenceUnavailableError, AnatomyError: as :func:`align_audit.transfer`.
+    """
+    sets = read_probes(probes, [policy], reference, config)
+    shared = None
+    if reference is not None:
+        shared = Reference(f"loaded from {Path(reference).name}", model=load_model(reference, device=device))
+    model = load_policy(policy, device=device)
+    context = Context(progress=progress_bar if config.progress else None)
+    named = {name: pairs for name, pairs in sets.items() if name is not None}
+    return run_transfer(model, _reference(model, shared, policy), named, config, step, context)
 
 
 def read_probes(

@@ -305,9 +305,10 @@ class Session:
         """How many streams like this one may be walked together within the working memory."""
         return max(1, self._working_bytes() // 2 // (stream.numel() * stream.element_size()))
 
-    def forward_equivalents(self) -> float:
-        """Layer calls so far, as full forwards over both sequences of every probe pair."""
-        once = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in self.pairs) * self.num_layers
+    def forward_equivalents(self, pairs: Sequence[ProbePair] | None = None) -> float:
+        """Layer calls so far, as full forwards over both sequences of every probe pair (or of these ``pairs``)."""
+        over = self.pairs if pairs is None else pairs
+        once = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in over) * self.num_layers
         return (self.policy.layer_tokens + self.reference.layer_tokens - self._work_before) / once
 
     def _working_bytes(self) -> int:
