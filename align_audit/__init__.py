@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from align_audit.probes import ProbeSet
     from align_audit.record import Alert, AuditRecord
     from align_audit.runlog import AuditRun
-    from align_audit.transferring import transfer
     from align_audit.transfer_record import TransferRecord
+    from align_audit.transferring import transfer
 
 _WHERE = {
     "Alert": "align_audit.record",

@@ -263,7 +263,7 @@ class Assembler:
     def fractions(self, fitted: np.ndarray, full: np.ndarray) -> list[Interval]:
         """Effects of the rank-k patches [N, K] over the full patch's [N]: ratios of sums."""
         return ratio_intervals(
-            fitted, full, self.resamples, self.confidence, self.method, self.seed, "the mean effect of the full patch"
+            fitted, full, self.resamples, self.confidence, self.method, self.seed, "effect of the full patch"
         )
 
     # -- controls ----------------------------------------------------------------------------------------------------

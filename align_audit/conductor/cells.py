@@ -172,7 +172,7 @@ class Cells:
         one, other = patched.fitted.grams[key]
         if shared:
             self.reasons[f"{path}.explained_variance_ratio"] = (
-                f"{shared} of the {len(which)} pairs of {patched.name!r} are in {fitted.name!r} too, and their rows not held out"
+                f"{shared} of {len(which)} pairs of {patched.name!r} are in {fitted.name!r} too: those rows are not held out"
             )
             return [math.nan] * len(ranks)
         found = explained_variance_ratio(one + other, fitted.fitted.spans[key][HELD_OUT], ranks)

@@ -61,10 +61,12 @@ def transfer_matrix(record: TransferRecord, basis: str, layer: int) -> Figure:
                 values[place, row, column] = share.mean
                 words[place, row, column] = share, beats
                 if is_unknown(share) and share.reason:
-                    reasons.append(f"{patched}: {share.reason}")
-    across = min(len(ranks), 5, max(1, 12 // (len(names) + 1)))
-    down = math.ceil(len(ranks) / across)
-    cell = (1.02, 0.56)
+                    what = "column" if row < len(names) else "random subspaces on"
+                    reasons.append(f"{what} {patched}: {share.reason}")
+    cell = (0.95, 0.56)
+    most = max(1, int(12.5 / (cell[0] * len(names) + 0.3)))
+    down = math.ceil(len(ranks) / most)
+    across = math.ceil(len(ranks) / down)  # rows of panels of about the same length
     longest = max(len(name) for name in rows)
     width = max(7.5, across * (cell[0] * len(names) + 0.3) + 0.085 * longest + 1.3)
     height = down * (cell[1] * len(rows) + 0.62) + 0.15
@@ -76,7 +78,7 @@ def transfer_matrix(record: TransferRecord, basis: str, layer: int) -> Figure:
         height,
         f"Transfer at layer {layer}, {basis} basis, step {record.step}: does one set's subspace carry another's effect?",
         "Each cell: share of the full patch's effect on the column's pairs that the row's subspace carries, and its "
-        "interval. Off the diagonal dark red is transfer and white is none. Grey italics: random subspaces of that rank do "
+        "interval. Off the diagonal dark red is transfer and white is none. Italics: random subspaces of that rank do "
         "as well, so it shows nothing.",
         footers=notes,
     )
@@ -136,7 +138,8 @@ def _annotate(
                 continue
             dark = abs(share.mean) > 0.6 * limit
             quiet = beats is False
-            colour = "white" if dark else GREY if quiet else INK
+            pale = abs(share.mean) < 0.2 * limit  # on a stronger colour grey could not be read
+            colour = "white" if dark else GREY if quiet and pale else INK
             style = "italic" if quiet else "normal"
             axes.text(
                 column, row - 0.12, f"{share.mean:.2f}", ha="center", va="center", fontsize=9.5, color=colour,
@@ -144,7 +147,7 @@ def _annotate(
             )  # fmt: skip
             if not math.isnan(share.low):
                 axes.text(
-                    column, row + 0.24, f"{share.low:.2f} – {share.high:.2f}", ha="center", va="center", fontsize=6.5,
+                    column, row + 0.24, f"[{share.low:.2f}, {share.high:.2f}]", ha="center", va="center", fontsize=6.5,
                     color=colour, fontstyle=style,
                 )  # fmt: skip
             if row == column:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_WIDEST = len("(-10.00 [-10.00, -10.00])")
+
+
 @dataclass(frozen=True)
 class _Cell:
     text: str
@@ -44,9 +47,10 @@ def print_transfer(record: TransferRecord, console: Console | None = None) -> No
     )
     for note in overlap_notes(record):
         console.print(Text(note))
-    for basis, by_layer in record.cells.items():
-        for layer in by_layer:
-            console.print(matrix_table(record, basis, layer))
+    # The shift basis is the one to read first: the activation basis is dominated by what both models share.
+    for basis in sorted(record.cells, reverse=True):
+        for layer in record.cells[basis]:
+            console.print(matrix_table(record, basis, layer, console.width))
     for name in names:
         shift = record.shift[name]
         if is_unknown(shift) or shift.low <= 0.0 <= shift.high:
@@ -57,8 +61,11 @@ def print_transfer(record: TransferRecord, console: Console | None = None) -> No
         console.print(Text(line, style="dim"))
 
 
-def matrix_table(record: TransferRecord, basis: str, layer: int) -> Table:
-    """A rich table: one row per fitted set and rank, one column per patched set, random subspaces last."""
+def matrix_table(record: TransferRecord, basis: str, layer: int, width: int = 120) -> Table:
+    """A rich table: one row per fitted set and rank, one column per patched set, random subspaces last.
+
+    Where ``width`` characters are too few, intervals stand below their values.
+    """
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -74,7 +81,11 @@ def matrix_table(record: TransferRecord, basis: str, layer: int) -> Table:
     table.add_column("rank", justify="right", no_wrap=True)
     for name in record.probe_names:
         table.add_column(f"on {name}", no_wrap=True)
-    for label, place, cells in _rows(record, basis, layer):
+    wide = max(len(name) for name in ("fitted on", *record.probe_names)) + 9
+    for name in record.probe_names:
+        wide += max(_WIDEST, len(name) + 3) + 3
+    between = " " if wide <= width else "\n"
+    for label, place, cells in _rows(record, basis, layer, between):
         last = place == len(record.ranks) - 1
         table.add_row(
             label if place == 0 else "",
@@ -85,14 +96,14 @@ def matrix_table(record: TransferRecord, basis: str, layer: int) -> Table:
     return table
 
 
-def _rows(record: TransferRecord, basis: str, layer: int) -> Iterator[tuple[str, int, list[_Cell]]]:
+def _rows(record: TransferRecord, basis: str, layer: int, between: str) -> Iterator[tuple[str, int, list[_Cell]]]:
     matrix = record.cells[basis][layer]
     for fitted in record.probe_names:
         for place in range(len(record.ranks)):
             cells = []
             for patched in record.probe_names:
                 cell = matrix[fitted][patched]
-                text = _estimate(cell.effect_fraction[place])
+                text = _estimate(cell.effect_fraction[place], between)
                 beaten = cell.beats_random[place] is False
                 own = fitted == patched
                 cells.append(_Cell(f"({text})" if beaten else text, "dim" if beaten else "" if own else "bold"))
@@ -103,7 +114,7 @@ def _rows(record: TransferRecord, basis: str, layer: int) -> Iterator[tuple[str,
             "random",
             place,
             [
-                _Cell(_estimate(random[name].effect_fraction[place]) if name in random else "-", "dim")
+                _Cell(_estimate(random[name].effect_fraction[place], between) if name in random else "-", "dim")
                 for name in record.probe_names
             ],
         )
@@ -140,7 +151,7 @@ def unknown_notes(record: TransferRecord) -> list[str]:
     ]
 
 
-def _estimate(value: Estimate) -> str:
+def _estimate(value: Estimate, between: str) -> str:
     if is_unknown(value):
         return "not known"
-    return f"{value.mean:.2f} [{value.low:.2f}, {value.high:.2f}]"
+    return f"{value.mean:.2f}{between}[{value.low:.2f}, {value.high:.2f}]"
