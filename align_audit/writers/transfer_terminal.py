@@ -41,7 +41,7 @@ def print_transfer(record: TransferRecord, console: Console | None = None) -> No
     console.print(
         Text(
             "Share of the full patch's effect on the pairs of a column that the subspace of a row carries, with its "
-            "interval. In brackets what random subspaces do as well as; that is no transfer.",
+            "interval. In round brackets: random subspaces of that rank do as well, so it shows nothing.",
             style="dim",
         )
     )
@@ -51,6 +51,8 @@ def print_transfer(record: TransferRecord, console: Console | None = None) -> No
     for basis in sorted(record.cells, reverse=True):
         for layer in record.cells[basis]:
             console.print(matrix_table(record, basis, layer, console.width))
+            for line in angle_notes(record, basis, layer):
+                console.print(Text(line, style="dim"))
     for name in names:
         shift = record.shift[name]
         if is_unknown(shift) or shift.low <= 0.0 <= shift.high:
@@ -133,6 +135,20 @@ def overlap_notes(record: TransferRecord) -> list[str]:
                     f"{cell.cross_fitted} patched with the half of {fitted} they are not in, {cell.excluded} left out"
                 )
     return notes
+
+
+def angle_notes(record: TransferRecord, basis: str, layer: int) -> list[str]:
+    """For each two sets the largest principal angle between their subspaces, in degrees, by rank."""
+    lines = []
+    for one in record.angles.get(basis, {}).get(layer, []):
+        known = [
+            f"{math.degrees(angles[-1]):.0f}° (rank {rank})"
+            for rank, angles in zip(record.ranks, one.angles, strict=True)
+            if not math.isnan(angles[-1])
+        ]
+        if known:
+            lines.append(f"largest angle between {one.between[0]} and {one.between[1]}: {', '.join(known)}")
+    return lines
 
 
 def unknown_notes(record: TransferRecord) -> list[str]:
