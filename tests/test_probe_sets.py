@@ -187,6 +187,13 @@ def test_sets_are_not_mixed_into_one_picture() -> None:
             draw(records)
 
 
+def test_pictures_of_a_named_set_have_its_folder(tmp_path: Path) -> None:
+    paths = plots.save_all(named(make_run("healthy", 1, 2), "a"), tmp_path)
+    assert set(paths) == {f"a/{name.removesuffix('.png')}" for name in PICTURES}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == PICTURES
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 # -- during training ---------------------------------------------------------------------------------------------------
 
 
@@ -392,7 +399,7 @@ def test_saved_checkpoints_are_audited_on_every_named_set(
     tmp_path: Path,
 ) -> None:
     arguments = ["run", trained.output, *asked(files, trained, tmp_path / "out")]
-    done = command(*arguments, pictures=True)
+    done = command(*arguments)
     assert done.code == 0, done.err
     run = AuditRun.load(tmp_path / "out")
     during = AuditRun.load(trained.output)
@@ -401,7 +408,6 @@ def test_saved_checkpoints_are_audited_on_every_named_set(
         view = run.select(name)
         assert [record.step for record in view.records] == [1, 2]
         assert [r.key for r in view.records] == [r.key for r in during.select(name).records[1:]]
-        assert {path.name for path in (tmp_path / "out" / "pictures" / name).iterdir()} == PICTURES
         assert view.records[1].low_rank["activation"][1].principal_angles is not None
     log = tmp_path / "out" / "align_audit" / "records.jsonl"
     before = log.read_bytes()

@@ -36,7 +36,8 @@ def print_transfer(record: TransferRecord, console: Console | None = None) -> No
 
     console = console or Console(highlight=False)
     names = record.probe_names
-    sizes = ", ".join(f"{name} {record.provenance[name].pairs} pairs" for name in names)
+    counts = {name: record.provenance[name].pairs for name in names}
+    sizes = ", ".join(f"{name} {count} pair{'' if count == 1 else 's'}" for name, count in counts.items())
     console.print(Text(f"align_audit transfer, step {record.step}: {sizes}", style="bold"))
     console.print(
         Text(
