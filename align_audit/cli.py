@@ -128,6 +128,10 @@ def transfer(
         name: value for name, value in (("layers", _layers(layer)), ("bases", _bases(basis))) if value is not None
     }
     settings = _settings(config, max_pairs, max_length, low_rank=low_rank)
+    try:
+        output.mkdir(parents=True, exist_ok=True)  # not found out after minutes of work
+    except OSError as error:
+        raise ConfigurationError(f"cannot write to {output}: {error}; choose another --output") from None
     from align_audit.saved import transfer_saved  # loads torch: after what can be refused without it
     from align_audit.writers.transfer_plots import save_transfer
     from align_audit.writers.transfer_terminal import print_transfer

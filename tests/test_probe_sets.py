@@ -446,9 +446,12 @@ def test_transfer_from_the_command_line(
         assert picture.read_bytes().startswith(b"\x89PNG")
     assert "transfer in" in done.out
 
+    (tmp_path / "file").touch()
+    blocked = asked(files, trained, tmp_path / "file" / "out")
     one = ["transfer", trained.output / "checkpoint-2", "--probes", f"harmless={files['harmless']}"]
     for arguments, words in (
         (one, "a transfer is between at least two probe sets"),
+        (["transfer", trained.output / "checkpoint-2", *blocked], "choose another --output"),
         (["transfer", trained.output, *common], "holds 2 checkpoints, and a transfer is of one policy"),
         (
             ["transfer", trained.output / "checkpoint-2", *common, "--layer", "top"],
