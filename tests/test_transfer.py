@@ -114,6 +114,7 @@ def test_beyond_the_dimensions_a_set_spans_nothing_is_known(planted: tuple[bool,
     assert "span 1 dimensions" in (cell.effect_fraction[1].reason or "")
     assert math.isnan(cell.explained_variance_ratio[1])
     assert cell.beats_random[1] is None
+    assert cell.rank_95 == pytest.approx(1.0 if planted[0] else math.nan, nan_ok=True), "among the ranks that are known"
     assert np.isnan(record.angles["shift"][0][0].angles[1]).all()
     assert unexplained(record) == []  # type: ignore[arg-type]
 

@@ -122,7 +122,7 @@ class Cells:
         if itself and len(fitted.session.pairs) < 2:
             why = "cross-fitting needs two halves: at least 2 pairs, found 1"
         elif not len(places):
-            why = f"every pair of {patched.name!r} is in both halves of {fitted.name!r}: no subspace is held out"
+            why = f"every pair of {patched.name!r} occurs in {fitted.name!r}, and no half of that is free of it"
         if why is not None or look is None:
             why = why or "nothing was patched"
             self.reasons[path] = why
@@ -142,7 +142,8 @@ class Cells:
             explained = floats(look.found.explained[key])
         else:
             one, other = fitted.fitted.grams[key]
-            spanned = gram_rank(one + other)
+            made_of = {0: other, 1: one, HELD_OUT: one + other}
+            spanned = min(gram_rank(made_of[span]) for span in np.unique(which[places]).tolist())
             known = sum(rank <= spanned for rank in ranks)
             beyond = f"the rows of {fitted.name!r} span {spanned} dimensions, so what lies beyond is arbitrary"
             fractions = [*fractions[:known], *[Estimate.unknown(beyond)] * (len(ranks) - known)]
@@ -150,9 +151,12 @@ class Cells:
             explained = [*explained[:known], *[math.nan] * (len(ranks) - known)]
             if known < len(ranks):
                 self.reasons.setdefault(f"{path}.explained_variance_ratio", beyond)
-        least, reason = rank_95(ranks, [fraction.mean for fraction in fractions])
+        least, reason = math.nan, fractions[0].reason
+        if known:
+            least, why = rank_95(ranks[:known], [fraction.mean for fraction in fractions[:known]])
+            reason = None if why is None else fractions[known - 1].reason or why
         if reason is not None:
-            self.reasons[f"{path}.rank_95"] = fractions[-1].reason or reason
+            self.reasons[f"{path}.rank_95"] = reason
         whole = patched.build.mean(full)
         beats, control = self._control(fitted, patched, ranks[:known], effects, whole, random)
         return TransferCell(
