@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from align_audit.probes import ProbeSet
     from align_audit.record import Alert, AuditRecord
     from align_audit.runlog import AuditRun
+    from align_audit.transfer_record import TransferRecord
+    from align_audit.transferring import transfer
 
 _WHERE = {
     "Alert": "align_audit.record",
@@ -28,7 +30,9 @@ _WHERE = {
     "AuditRecord": "align_audit.record",
     "AuditRun": "align_audit.runlog",
     "ProbeSet": "align_audit.probes",
+    "TransferRecord": "align_audit.transfer_record",
     "audit": "align_audit.auditing",
+    "transfer": "align_audit.transferring",
 }
 
 __all__ = [
@@ -39,7 +43,9 @@ __all__ = [
     "AuditRecord",
     "AuditRun",
     "ProbeSet",
+    "TransferRecord",
     "audit",
+    "transfer",
 ]
 
 

@@ -68,12 +68,19 @@ def evaluate(record: AuditRecord, before: Sequence[AuditRecord], config: AlertCo
     """All alerts that ``record`` raises, given the records before it; worst first.
 
     Args:
-        before: earlier records of the same run, oldest first, with their own alerts.
+        before: earlier records of the same run, oldest first, with their own alerts; those of other probe sets are left
+            out, since their numbers are of other pairs.
     """
     if not config.enabled:
         return []
-    history = History(record, before, config)
+    name = record.provenance.probe_name
+    history = History(record, [earlier for earlier in before if earlier.provenance.probe_name == name], config)
     alerts = [alert for rule in RULES for alert in rule(history)]
+    if name is not None:
+        alerts = [
+            alert.model_copy(update={"probe_name": name, "message": f"On the probes {name!r}: {alert.message}"})
+            for alert in alerts
+        ]
     order = {"error": 0, "warning": 1, "info": 2}
     return sorted(alerts, key=lambda alert: order[alert.level])
 

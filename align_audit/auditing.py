@@ -6,11 +6,11 @@ import contextlib
 import datetime
 import importlib.metadata
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from align_audit.batches import PairBatch
 from align_audit.conductor.assemble import Assembler
 from align_audit.conductor.collect import Collected, Collector
-from align_audit.conductor.lowrank import LowRankFindings, Reconstruction
+from align_audit.conductor.lowrank import Fit, LowRankFindings, Reconstruction
 from align_audit.conductor.second import Look, MoreNoise, second_pass
 from align_audit.conductor.session import Session, out_of_memory
 from align_audit.conductor.site_curves import site_arrays, site_curves
@@ -30,6 +30,7 @@ from align_audit.models.anatomy import Anatomy
 from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
 from align_audit.models.streaming import placed
+from align_audit.probe_names import check_names
 from align_audit.record import AuditRecord, Cost, Provenance, ReferenceCheck
 from align_audit.refcache import ReferenceCache
 from align_audit.verdict import find
@@ -54,6 +55,8 @@ class Context:
         at_start: training has not begun, so policy and reference should compute the same.
         subspaces: of the audit before, for principal angles; replaced by each audit.
         reference_cache: depth traces of references already measured, by what they depend on.
+        probe_name: what the run calls the probe set; None where it has only one, without a name.
+        models: opened already, for several probe sets in turn; None: each audit opens them for itself.
     """
 
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
@@ -65,8 +68,73 @@ class Context:
     subspaces: Subspaces = field(default_factory=dict)
     reference_cache: ReferenceCache = field(default_factory=ReferenceCache)
     progress: Callable[[int, str], Any] | None = None
+    probe_name: str | None = None
+    models: OpenModels | None = None
 
 
+class OpenModels:
+    """Policy and reference, opened by the first audit inside and kept open for those of other probe sets.
+
+    Everything is let go of, and given back as it was, on leaving.
+    """
+
+    def __init__(self, policy: nn.Module, reference: Reference) -> None:
+        self.policy = policy
+        self.reference = reference
+        self.hashes = ("", "")
+        """Of policy and reference, once opened."""
+        self._stack = contextlib.ExitStack()
+        self._entered = False
+        self._session: Session | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.close()
+
+    def session(self, probes: ProbeSet, config: AuditConfig, context: Context) -> Session:
+        """Both models between their layers, over these pairs.
+
+        Raises:
+            ProbeError: there are no pairs.
+        """
+        if len(probes) == 0:
+            raise ProbeError("the probe set is empty; expected at least one preference pair")
+        if self._session is not None:
+            return self._session.over(probes.pairs, probes.truncation_mode)
+        if not self._entered:
+            self._enter()
+        session = Session(
+            self.policy,
+            self.reference,
+            probes.pairs,
+            config,
+            autocast=context.autocast,
+            anatomy=context.anatomy,
+            pad_token_id=0,
+            truncation_mode=probes.truncation_mode,
+        )
+        theirs = self.reference.fingerprint()  # first: a streamed reference holds no layer while the policy is read
+        self.hashes = (policy_fingerprint(self.policy), theirs)
+        self._session = session
+        return session
+
+    def _enter(self) -> None:
+        stack = self._stack
+        stack.callback(self.reference.release)
+        models = [self.policy]
+        with untouched(self.policy):  # loading a reference draws random numbers
+            other = self.reference.model()
+        if other is not self.policy:
+            stack.enter_context(placed(other, next(self.policy.parameters()).device))
+            models.append(other)
+        stack.enter_context(untouched(*models))
+        stack.enter_context(torch.no_grad())
+        self._entered = True
+
+
+@overload
 def audit(
     policy: nn.Module | str | Path,
     reference: nn.Module | str | Path | None,
@@ -75,38 +143,74 @@ def audit(
     step: int = 0,
     *,
     anatomy: Anatomy | None = None,
-) -> AuditRecord:
+) -> AuditRecord: ...
+@overload
+def audit(
+    policy: nn.Module | str | Path,
+    reference: nn.Module | str | Path | None,
+    probes: Mapping[str, ProbeSet],
+    config: AuditConfig | None = None,
+    step: int = 0,
+    *,
+    anatomy: Anatomy | None = None,
+) -> dict[str, AuditRecord]: ...
+def audit(
+    policy: nn.Module | str | Path,
+    reference: nn.Module | str | Path | None,
+    probes: ProbeSet | Mapping[str, ProbeSet],
+    config: AuditConfig | None = None,
+    step: int = 0,
+    *,
+    anatomy: Anatomy | None = None,
+) -> AuditRecord | dict[str, AuditRecord]:
     """Audit one policy against its reference (METHODS §1–6).
 
     Args:
         policy: a causal LM, a PEFT model, or the path of either.
         reference: the same; None: the policy's ``"ref"`` adapter, else its adapters off, else its own source path.
-        probes: preference pairs, tokenized as the trainer does.
+        probes: preference pairs, tokenized as the trainer does; or several such sets by name, all audited with the
+            models opened once.
         config: what to measure; defaults to all of it.
         step: the training step the record names.
         anatomy: where the decoder layers are, for a model in which they cannot be found.
 
     Returns:
-        The record. Neither model, nor any random state, is changed.
+        The record, or the records by name. Neither model, nor any random state, is changed.
 
     Raises:
+        ConfigurationError: a name that cannot be one (see :mod:`align_audit.probe_names`).
         ReferenceUnavailableError: no reference can be had, or it does not fit the policy.
         AnatomyError: the model cannot be opened between its layers.
         ProbeError: there are no pairs.
     """
+    if isinstance(probes, Mapping):
+        check_names(probes)
     if not isinstance(policy, nn.Module):
         policy = load_policy(policy)
     resolved = resolve_reference(policy, reference)
-    record, _ = run_audit(policy, resolved, probes, config or AuditConfig(), step, Context(anatomy=anatomy))
-    return record
+    config, context = config or AuditConfig(), Context(anatomy=anatomy)
+    if not isinstance(probes, Mapping):
+        return run_audit(policy, resolved, probes, config, step, context)[0]
+    with OpenModels(policy, resolved) as models:
+        return {
+            name: run_audit(policy, resolved, own, config, step, replace(context, probe_name=name, models=models))[0]
+            for name, own in probes.items()
+        }
 
 
 def run_audit(
     policy: nn.Module, reference: Reference, probes: ProbeSet, config: AuditConfig, step: int, context: Context
 ) -> tuple[AuditRecord, dict[str, np.ndarray]]:
     """The audit itself; also returns what is too large for a record: per-pair numbers, and each subspace basis."""
-    try:
+    with memory_explained():
         return _run(policy, reference, probes, config, step, context)
+
+
+@contextlib.contextmanager
+def memory_explained() -> Iterator[None]:
+    """Running out of memory inside is an ``AuditMemoryError`` that says what there has to be room for."""
+    try:
+        yield
     except AuditMemoryError:
         raise
     except (MemoryError, RuntimeError) as error:
@@ -122,32 +226,11 @@ def run_audit(
 def _run(
     policy: nn.Module, reference: Reference, probes: ProbeSet, config: AuditConfig, step: int, context: Context
 ) -> tuple[AuditRecord, dict[str, np.ndarray]]:
-    if len(probes) == 0:
-        raise ProbeError("the probe set is empty; expected at least one preference pair")
     began = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        stack.callback(reference.release)
-        models = [policy]
-        with untouched(policy):  # loading a reference draws random numbers
-            other = reference.model()
-        if other is not policy:
-            stack.enter_context(placed(other, next(policy.parameters()).device))
-            models.append(other)
-        stack.enter_context(untouched(*models))
-        stack.enter_context(torch.no_grad())
-        session = Session(
-            policy,
-            reference,
-            probes.pairs,
-            config,
-            autocast=context.autocast,
-            anatomy=context.anatomy,
-            pad_token_id=0,
-            truncation_mode=probes.truncation_mode,
-        )
-        theirs = reference.fingerprint()  # first: a streamed reference then holds no layer while the policy is read
-        hashes = (policy_fingerprint(policy), theirs)
-        return _measure(session, reference, probes, step, context, hashes, began)
+        models = context.models or stack.enter_context(OpenModels(policy, reference))
+        session = models.session(probes, config, context)
+        return _measure(session, reference, probes, step, context, models.hashes, began)
 
 
 def _measure(
@@ -167,7 +250,7 @@ def _measure(
     again = config.patching.enabled and config.patching.noise_draws > 1
     sites = SiteCollector(session) if config.sites else None
     batches = len(session.plan) * (3 if low_rank else 2 if again else 1)
-    tick = _ticker(context, batches + (sites.batches if sites is not None else 0))
+    tick = ticker(context, batches + (sites.batches if sites is not None else 0))
     known = context.reference_cache.get(trace_key) if config.spinal.enabled else None
     collector = Collector(session, reference_rows=known is None)
 
@@ -209,7 +292,7 @@ def _measure(
     session.meter.sample()
     record = AuditRecord(
         step=step,
-        provenance=_provenance(session, probes, hashes, context),
+        provenance=provenance_of(session, probes, hashes, context),
         reference_check=_check_reference(session, reference, build, probes, context),
         margins=margins,
         patching=patching,
@@ -245,27 +328,29 @@ def _low_rank(
     if len(session.pairs) < 2:
         build.reasons["low_rank"] = "cross-fitting needs two halves: at least 2 pairs, found 1"
         return None
-    if config.layers == "all":
-        layers = list(range(session.num_layers))
-    elif config.layers == "auto":
-        layers = sorted(
-            {
-                layer
-                for layer in (summary.peak_layer, _largest([gain.mean for gain in summary.layer_gain]))
-                if layer is not None
-            }
-        )
-        if not layers:
-            build.reasons["low_rank"] = f"no layer to reconstruct: {summary.peak_reason}"
-            return None
-    else:
-        layers = sorted(set(config.layers))
-        outside = [layer for layer in layers if not 0 <= layer < session.num_layers]
-        if outside:
-            raise ConfigurationError(
-                f"low_rank.layers names {outside}; the model has layers 0 to {session.num_layers - 1}"
-            )
-    return Reconstruction(session, layers, tick)
+    layers = layers_to_reconstruct(session, summary)
+    if not layers:
+        build.reasons["low_rank"] = f"no layer to reconstruct: {summary.peak_reason}"
+        return None
+    return Reconstruction(session, Fit(session, layers, tick))
+
+
+def layers_to_reconstruct(session: Session, summary: PatchSummary) -> list[int]:
+    """The layers asked for (``low_rank.layers``), ascending; none where ``auto`` finds none that stands out.
+
+    Raises:
+        ConfigurationError: the model has no such layer.
+    """
+    layers = session.config.low_rank.layers
+    if layers == "all":
+        return list(range(session.num_layers))
+    if layers == "auto":
+        found = (summary.peak_layer, _largest([gain.mean for gain in summary.layer_gain]))
+        return sorted({layer for layer in found if layer is not None})
+    outside = [layer for layer in sorted(set(layers)) if not 0 <= layer < session.num_layers]
+    if outside:
+        raise ConfigurationError(f"low_rank.layers names {outside}; the model has layers 0 to {session.num_layers - 1}")
+    return sorted(set(layers))
 
 
 def _largest(values: list[float]) -> int | None:
@@ -318,7 +403,7 @@ def _check_reference(
     )
 
 
-def _provenance(session: Session, probes: ProbeSet, hashes: tuple[str, str], context: Context) -> Provenance:
+def provenance_of(session: Session, probes: ProbeSet, hashes: tuple[str, str], context: Context) -> Provenance:
     anatomy = session.policy.anatomy
     weight = next(parameter for parameter in session.policy.model.parameters() if parameter.is_floating_point())
     return Provenance(
@@ -331,6 +416,7 @@ def _provenance(session: Session, probes: ProbeSet, hashes: tuple[str, str], con
         policy_hash=hashes[0],
         reference_hash=hashes[1],
         probe_hash=probes.content_hash,
+        probe_name=context.probe_name,
         probe_source=probes.source,
         probe_held_out=probes.held_out,
         pairs=len(probes),
@@ -362,7 +448,7 @@ def _arrays(found: Collected, findings: LowRankFindings | None, sites: list[Site
             arrays[f"subspace.{basis}.{layer}"] = values
         for (basis, layer), values in findings.fitted.items():
             arrays[f"per_pair.low_rank.{basis}.{layer}"] = values
-        for layer, values in findings.random.items():
+        for (_, layer), values in findings.random.items():
             arrays[f"per_pair.low_rank.random.{layer}"] = values.mean(axis=-1)
     return arrays
 
@@ -377,7 +463,7 @@ def subspaces_from(arrays: dict[str, np.ndarray]) -> Subspaces:
     return found
 
 
-def _ticker(context: Context, total: int) -> Callable[[], None]:
+def ticker(context: Context, total: int) -> Callable[[], None]:
     if context.progress is None:
         return lambda: None
     bar = context.progress(total, "align_audit")

@@ -13,17 +13,18 @@ import logging
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align_audit.alerts import evaluate
-from align_audit.auditing import Context, run_audit, subspaces_from
+from align_audit.auditing import Context, OpenModels, Subspaces, run_audit, subspaces_from
 from align_audit.conductor.session import Session, check_vocabulary
 from align_audit.conductor.sites import SiteCollector
 from align_audit.config import AuditConfig
@@ -31,6 +32,7 @@ from align_audit.errors import AlignAuditError, ConfigurationError
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
+from align_audit.probe_names import arrays_name, as_name, check_names
 from align_audit.probes import ProbeSet
 from align_audit.record import Alert, AuditRecord
 from align_audit.refcache import ReferenceCache
@@ -45,8 +47,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ARRAYS = "arrays"
-
 
 class AlignmentAuditCallback(TrainerCallback):
     """Audits a ``DPOTrainer`` run from inside: before the first step, at checkpoints, and on the last step.
@@ -56,8 +56,9 @@ class AlignmentAuditCallback(TrainerCallback):
     What cannot work is refused before training starts.
 
     Args:
-        probes: a ``ProbeSet``, or any preference data ``ProbeSet.from_dataset`` takes; None: the trainer's eval set
-            (when attached), else pairs of the training set, with a warning.
+        probes: a ``ProbeSet``, or any preference data ``ProbeSet.from_dataset`` takes; or several of these by name, each
+            audited at every audit, with its own records, curves and alerts. None: the trainer's eval set (when
+            attached; each of them by its name where there are several), else pairs of the training set, with a warning.
         config: what to audit, when, and at which limits to speak.
         reference: a model or a path; None: see ``align_audit.models.reference``.
         anatomy: where the decoder layers are, for a model in which they cannot be found.
@@ -72,7 +73,14 @@ class AlignmentAuditCallback(TrainerCallback):
 
     def __init__(
         self,
-        probes: ProbeSet | Dataset | IterableDataset | list[dict[str, Any]] | str | Path | None = None,
+        probes: ProbeSet
+        | Dataset
+        | IterableDataset
+        | list[dict[str, Any]]
+        | str
+        | Path
+        | Mapping[str, ProbeSet | Dataset | IterableDataset | list[dict[str, Any]] | str | Path]
+        | None = None,
         config: AuditConfig | None = None,
         reference: nn.Module | str | Path | None = None,
         *,
@@ -84,18 +92,23 @@ class AlignmentAuditCallback(TrainerCallback):
                 f"expected config to be an AuditConfig, found {type(config).__name__}; build one with "
                 "AuditConfig(...), AuditConfig.from_dict or AuditConfig.from_yaml"
             )
+        if _by_name(probes):
+            check_names(probes)
         self._given_probes = probes
         self._given_reference = reference
         self._trainer: weakref.ref[DPOTrainer] | None = None
         self._context = Context(anatomy=anatomy)
-        self._probes: ProbeSet | None = probes if isinstance(probes, ProbeSet) else None
+        self._probes: dict[str | None, ProbeSet] = {}
+        """The probe sets by name; a single one without a name is called None."""
+        self._subspaces: dict[str | None, Subspaces] = {}
+        """Of each probe set's audit before."""
         self._reference: Reference | None = None
         self._log: RunLog | None = None
         self._writer: TensorBoardWriter | None = None
         self._close_writer: Callable[[], None] = lambda: None
         self._pending = False
         self._save_next = False
-        self._seen: set[tuple[int, str]] = set()
+        self._seen: set[tuple[int, str, str | None]] = set()
         self._failures_shown: set[str] = set()
 
     # -- setting up ----------------------------------------------------------------------------------------------------
@@ -121,30 +134,48 @@ class AlignmentAuditCallback(TrainerCallback):
         return self._trainer() if self._trainer is not None else None
 
     def _prepare_probes(self, args: Any, tokenizer: Any, train_dataloader: Any) -> None:
-        if self._probes is not None:
+        if self._probes:
             return
-        trainer, config = self._attached(), self.config
-        data: Any = self._given_probes
-        source: str | None = None
-        held_out: bool | None = None
-        if data is None:
-            evaluation = trainer.eval_dataset if trainer is not None else None
-            if isinstance(evaluation, dict):
-                name = next(iter(evaluation))
-                data, source, held_out = evaluation[name], f"the trainer's eval set {name!r}", True
-            elif evaluation is not None:
-                data, source, held_out = evaluation, "the trainer's eval set", True
-            else:
-                data = trainer.train_dataset if trainer is not None else train_dataloader.dataset
-                source, held_out = "the training set", False
-                warnings.warn(
-                    "align_audit found no held-out pairs and takes its probes from the training set: accuracies and "
-                    "margins will look better than they are. Pass probes=..., or give the trainer an eval_dataset"
-                    + ("" if trainer is not None else " and call callback.attach(trainer)"),
-                    stacklevel=3,
-                )
+        given: Any = self._given_probes
+        if given is None:
+            self._probes = self._found_probes(args, tokenizer, train_dataloader)
+        elif _by_name(given):
+            self._probes = {name: self._probe_set(data, args, tokenizer) for name, data in given.items()}
+        else:
+            self._probes = {None: self._probe_set(given, args, tokenizer)}
+        for name, probes in self._probes.items():
+            logger.info("align_audit probes%s: %s", "" if name is None else f" {name!r}", probes.summary())
+
+    def _found_probes(self, args: Any, tokenizer: Any, train_dataloader: Any) -> dict[str | None, ProbeSet]:
+        """The trainer's eval set, each of several by its name; else pairs of the training set."""
+        trainer = self._attached()
+        evaluation = trainer.eval_dataset if trainer is not None else None
+        if isinstance(evaluation, dict):
+            named = {as_name(name): (name, data) for name, data in evaluation.items()}
+            check_names(as_name(name) for name in evaluation)
+            return {
+                name: self._probe_set(data, args, tokenizer, f"the trainer's eval set {own!r}", True)
+                for name, (own, data) in named.items()
+            }
+        if evaluation is not None:
+            return {None: self._probe_set(evaluation, args, tokenizer, "the trainer's eval set", True)}
+        warnings.warn(
+            "align_audit found no held-out pairs and takes its probes from the training set: accuracies and "
+            "margins will look better than they are. Pass probes=..., or give the trainer an eval_dataset"
+            + ("" if trainer is not None else " and call callback.attach(trainer)"),
+            stacklevel=4,
+        )
+        data = trainer.train_dataset if trainer is not None else train_dataloader.dataset
+        return {None: self._probe_set(data, args, tokenizer, "the training set", False)}
+
+    def _probe_set(
+        self, data: Any, args: Any, tokenizer: Any, source: str | None = None, held_out: bool | None = None
+    ) -> ProbeSet:
+        if isinstance(data, ProbeSet):
+            return data
+        config = self.config
         with untouched():
-            self._probes = ProbeSet.from_dataset(
+            return ProbeSet.from_dataset(
                 data,
                 tokenizer,
                 max_pairs=config.max_pairs,
@@ -154,7 +185,6 @@ class AlignmentAuditCallback(TrainerCallback):
                 source=source,
                 held_out=held_out,
             )
-        logger.info("align_audit probes: %s", self._probes.summary())
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -192,7 +222,7 @@ class AlignmentAuditCallback(TrainerCallback):
             trainer.ref_model if trainer is not None else None,
             trust_remote_code=bool(getattr(args, "trust_remote_code", False)),
         )
-        assert self._probes is not None
+        first = next(iter(self._probes.values()))
         try:
             with contextlib.ExitStack() as stack:
                 with untouched(model):
@@ -202,12 +232,13 @@ class AlignmentAuditCallback(TrainerCallback):
                 session = Session(
                     model,
                     self._reference,
-                    self._probes.pairs[:1],
+                    first.pairs[:1],
                     self.config,
                     autocast=self._context.autocast,
                     anatomy=self._context.anatomy,
                 )
-                check_vocabulary(self._probes.pairs, session.policy.anatomy.vocab_size)
+                for probes in self._probes.values():
+                    check_vocabulary(probes.pairs, session.policy.anatomy.vocab_size)
                 SiteCollector(session)  # a site that the model does not have
         except AlignAuditError:
             raise
@@ -240,21 +271,28 @@ class AlignmentAuditCallback(TrainerCallback):
                 stacklevel=2,
             )
             records = []
-        self._seen = {(record.step, record.provenance.policy_hash) for record in records}
-        reached = [record.step for record in records if record.step <= state.global_step]
-        self._context.subspaces = {}
-        if reached:
-            with contextlib.suppress(AlignAuditError):
-                self._context.subspaces = subspaces_from(self._log.load_arrays(reached[-1], _ARRAYS))
+        self._seen = {(record.step, record.provenance.policy_hash, record.provenance.probe_name) for record in records}
+        self._subspaces = {}
+        for name in self._probes:
+            reached = [
+                record.step
+                for record in records
+                if record.step <= state.global_step and record.provenance.probe_name == name
+            ]
+            if reached:
+                with contextlib.suppress(AlignAuditError):
+                    arrays = self._log.load_arrays(reached[-1], arrays_name(name))
+                    self._subspaces[name] = subspaces_from(arrays)
 
     def _begins_with(self, record: AuditRecord, model: nn.Module) -> bool:
         """Is this what our own first audit would find: the same start, read on the same probes in the same way?"""
-        assert self._probes is not None
         provenance = record.provenance
+        probes = self._probes.get(provenance.probe_name)
         return (
             record.step == 0
             and provenance.policy_hash == policy_fingerprint(model)
-            and provenance.probe_hash == self._probes.content_hash
+            and probes is not None
+            and provenance.probe_hash == probes.content_hash
             and provenance.config == self.config.to_dict()
         )
 
@@ -263,7 +301,9 @@ class AlignmentAuditCallback(TrainerCallback):
             return
         self._close_writer()
         summary_writer, self._close_writer = open_tensorboard(self._attached(), args.output_dir)
-        self._writer = TensorBoardWriter(summary_writer, images=self.config.tensorboard_images)
+        self._writer = TensorBoardWriter(
+            summary_writer, images=self.config.tensorboard_images, probe_names=list(self._probes)
+        )
 
     # -- events --------------------------------------------------------------------------------------------------------
 
@@ -307,7 +347,7 @@ class AlignmentAuditCallback(TrainerCallback):
         swapped = getattr(args, "load_best_model_at_end", False) and state.best_model_checkpoint is not None
         model = kwargs["model"]
         if self.config.schedule.on_last_step and not swapped:
-            if self._writer is not None and (state.global_step, policy_fingerprint(model)) not in self._seen:
+            if self._writer is not None and self._due(state, model):
                 # Training ended where no earlier event could tell; the trainer's own writer is closed by now.
                 self._close_writer()
                 summary_writer, self._close_writer = open_tensorboard(None, args.output_dir)
@@ -340,31 +380,60 @@ class AlignmentAuditCallback(TrainerCallback):
         just_saved: bool = False,
     ) -> None:
         """Audit, log, speak; whatever goes wrong in it is recorded, and training goes on."""
+        alerts: list[Alert] = []
+        name = None
         try:
-            alerts = self._audit_once(args, state, model, at_start)
+            due = self._due(state, model)
+            if not due:
+                return
+            assert self._reference is not None
+            with OpenModels(model, self._reference) as models:
+                for name, key in due.items():
+                    self._seen.add(key)  # an audit that breaks would break again on the same weights
+                    try:
+                        alerts += self._audit_once(args, state, model, at_start, name, models)
+                    except Exception as error:
+                        if self.config.strict:
+                            raise
+                        self._record_failure(state, error, name)  # the other probe sets are audited all the same
         except Exception as error:
             if self.config.strict:
                 raise
-            self._record_failure(state, error)
+            self._record_failure(state, error, name)
             return
         self._act(control, state, alerts, just_saved)
 
-    def _audit_once(self, args: Any, state: TrainerState, model: nn.Module, at_start: bool) -> list[Alert]:
-        assert self._probes is not None
+    def _due(self, state: TrainerState, model: nn.Module) -> dict[str | None, tuple[int, str, str | None]]:
+        """The probe sets on which these weights were not audited yet at this step, with what marks them as such."""
+        weights = policy_fingerprint(model)
+        keys = {name: (state.global_step, weights, name) for name in self._probes}
+        return {name: key for name, key in keys.items() if key not in self._seen}
+
+    def _audit_once(
+        self,
+        args: Any,
+        state: TrainerState,
+        model: nn.Module,
+        at_start: bool,
+        name: str | None,
+        models: OpenModels,
+    ) -> list[Alert]:
         assert self._reference is not None
-        key = (state.global_step, policy_fingerprint(model))
-        if key in self._seen:
-            return []
-        self._seen.add(key)  # an audit that breaks would break again on the same weights
-        context = self._context
-        context.at_start = at_start
+        context = replace(
+            self._context,
+            at_start=at_start,
+            progress=(
+                progress_bar if self.config.progress and state.is_world_process_zero and not args.disable_tqdm else None
+            ),
+            subspaces=self._subspaces.get(name, {}),
+            probe_name=name,
+            models=models,
+        )
         if getattr(args, "sync_ref_model", False):
             period = args.ref_model_sync_steps
             context.last_sync_step = state.global_step // period * period or None
-        context.progress = (
-            progress_bar if self.config.progress and state.is_world_process_zero and not args.disable_tqdm else None
-        )
-        record, arrays = run_audit(model, self._reference, self._probes, self.config, state.global_step, context)
+        record, arrays = run_audit(model, self._reference, self._probes[name], self.config, state.global_step, context)
+        self._subspaces[name] = context.subspaces
         if self._log is None:  # not the first process
             return []
         history = self._log.records
@@ -372,10 +441,12 @@ class AlignmentAuditCallback(TrainerCallback):
         before = [
             earlier
             for earlier in history
-            if earlier.step < record.step and earlier.provenance.probe_hash == record.provenance.probe_hash
+            if earlier.step < record.step
+            and earlier.provenance.probe_hash == record.provenance.probe_hash
+            and earlier.provenance.probe_name == name
         ]
         record = record.model_copy(update={"alerts": evaluate(record, before, self.config.alerts)})
-        self._log.save_arrays(record.step, _ARRAYS, arrays)
+        self._log.save_arrays(record.step, arrays_name(name), arrays)
         self._log.append(record)
         self._tell(record, [*history, record])
         return record.alerts
@@ -405,22 +476,28 @@ class AlignmentAuditCallback(TrainerCallback):
             else:
                 control.should_save = True
 
-    def _record_failure(self, state: TrainerState, error: Exception) -> None:
+    def _record_failure(self, state: TrainerState, error: Exception, probe_name: str | None = None) -> None:
         text = "".join(traceback.format_exception(error))
         kind = f"{type(error).__name__}: {error}"
         try:
             if self._log is not None:
-                self._log.append_failure(state.global_step, text)
+                self._log.append_failure(state.global_step, text, probe_name)
         except OSError as disk:
             logger.error("align_audit could not even record a failed audit: %s", disk)
         if kind not in self._failures_shown:
             self._failures_shown.add(kind)
             logger.error(
-                "the audit at step %d broke and was recorded; training goes on. %s (shown once; the traceback is in "
+                "the audit at step %d%s broke and was recorded; training goes on. %s (shown once; the traceback is in "
                 "align_audit/failures.jsonl)",
                 state.global_step,
+                "" if probe_name is None else f" on the probes {probe_name!r}",
                 kind,
             )
+
+
+def _by_name(probes: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Several sets by name; a mapping with the columns of pairs is one record or a table, which is refused as data."""
+    return isinstance(probes, Mapping) and not {"chosen", "chosen_ids"} & set(probes)
 
 
 __all__ = ["AlignmentAuditCallback"]

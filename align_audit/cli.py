@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from align_audit.errors import AlignAuditError, ConfigurationError
+from align_audit.probe_names import read_arguments
 
 if TYPE_CHECKING:
     from align_audit.config import AuditConfig
@@ -50,7 +51,11 @@ def demo(
 def run(
     checkpoint: Annotated[Path, typer.Argument(help="A saved model or adapter, or a folder of checkpoint-N folders.")],
     probes: Annotated[
-        Path, typer.Option(help="Preference pairs: .jsonl, .json (also .gz), .parquet, or a data set folder.")
+        list[str],
+        typer.Option(
+            help="Preference pairs: .jsonl, .json (also .gz), .parquet, or a data set folder. As NAME=PATH, several times: "
+            "probe sets that are audited side by side."
+        ),
     ],
     reference: Annotated[
         str | None,
@@ -73,12 +78,88 @@ def run(
             f"--step names one step, and {checkpoint} holds {len(folders)} checkpoints; leave it out"
         )
     steps = {folder: step if step is not None else step_of(folder) for folder in folders}
+    sets = read_arguments(probes)
     settings = _settings(config, max_pairs, max_length)
     from align_audit.saved import audit_saved  # loads torch: after what can be refused without it
 
     began = time.perf_counter()
-    records = audit_saved(steps, reference, probes, settings, output, _device(device))
+    records = audit_saved(steps, reference, sets, settings, output, _device(device))
     _conclude(records, output, time.perf_counter() - began)
+
+
+@app.command()
+def transfer(
+    policy: Annotated[Path, typer.Argument(help="A saved model or adapter.")],
+    probes: Annotated[
+        list[str],
+        typer.Option(help="NAME=PATH of preference pairs, at least two times; files as in `align-audit run`."),
+    ],
+    reference: Annotated[
+        str | None,
+        typer.Option(help="The model training started from: a folder or a hub name. Left out: an adapter's base."),
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="N, several as N,M, all, or auto: those that each set would choose by itself.")
+    ] = None,
+    basis: Annotated[str | None, typer.Option(help="shift, activation or both.")] = None,
+    output: Annotated[Path, typer.Option(help="Where the record and the pictures go.")] = Path("align-audit-transfer"),
+    config: Annotated[Path | None, typer.Option(help="A YAML file of audit options.")] = None,
+    max_pairs: Annotated[int | None, typer.Option(help="Probe pairs to draw from each set.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per sequence, as in training (DPOConfig).")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "auto",
+) -> None:
+    """Patch the subspaces fitted on one probe set on the pairs of another: does what was learned on one carry the other?
+
+    Example: align-audit transfer runs/dpo/checkpoint-500 --reference base-model
+    --probes harmless=harmless.jsonl --probes helpful=helpful.jsonl --layer auto --basis shift
+    """
+    folders = find_checkpoints(policy)
+    if len(folders) > 1:
+        raise ConfigurationError(
+            f"{policy} holds {len(folders)} checkpoints, and a transfer is of one policy; choose one, such as {folders[-1]}"
+        )
+    sets = read_arguments(probes)
+    if isinstance(sets, Path) or len(sets) < 2:
+        raise ConfigurationError(
+            f"a transfer is between at least two probe sets; found {', '.join(probes)}. Expected name=path for each, such as "
+            "--probes harmless=a.jsonl --probes helpful=b.jsonl"
+        )
+    low_rank = {
+        name: value for name, value in (("layers", _layers(layer)), ("bases", _bases(basis))) if value is not None
+    }
+    settings = _settings(config, max_pairs, max_length, low_rank=low_rank)
+    try:
+        output.mkdir(parents=True, exist_ok=True)  # not found out after minutes of work
+    except OSError as error:
+        raise ConfigurationError(f"cannot write to {output}: {error}; choose another --output") from None
+    from align_audit.saved import transfer_saved  # loads torch: after what can be refused without it
+    from align_audit.writers.transfer_plots import save_transfer
+    from align_audit.writers.transfer_terminal import print_transfer
+
+    began = time.perf_counter()
+    record = transfer_saved(folders[0], reference, sets, settings, step_of(folders[0]), _device(device))
+    record.save(output / "transfer.json")
+    print_transfer(record)
+    pictures = save_transfer(record, output / "pictures")
+    typer.echo(f"transfer in {time.perf_counter() - began:.0f} s; the record is {output / 'transfer.json'}")
+    for path in pictures.values():
+        typer.echo(f"  {path}")
+
+
+def _layers(text: str | None) -> str | tuple[int, ...] | None:
+    if text is None or text in ("auto", "all"):
+        return text
+    if re.fullmatch(r"\d+(,\d+)*", text) is None:
+        raise ConfigurationError(f"--layer: expected N, N,M, all or auto; found {text!r}")
+    return tuple(int(number) for number in text.split(","))
+
+
+def _bases(name: str | None) -> tuple[str, ...] | None:
+    if name is None or name == "both":
+        return None if name is None else ("activation", "shift")
+    if name not in ("activation", "shift"):
+        raise ConfigurationError(f"--basis: expected shift, activation or both; found {name!r}")
+    return (name,)
 
 
 def find_checkpoints(path: Path) -> list[Path]:
@@ -112,13 +193,17 @@ def step_of(folder: Path) -> int:
     return int(match.group(1)) if match else 0
 
 
-def _settings(config: Path | None, max_pairs: int | None, max_length: int | None) -> AuditConfig:
+def _settings(
+    config: Path | None, max_pairs: int | None, max_length: int | None, low_rank: dict[str, Any] | None = None
+) -> AuditConfig:
     from align_audit.config import AuditConfig
 
     values: dict[str, Any] = AuditConfig.from_yaml(config).to_dict() if config is not None else {}
     for name, value in (("max_pairs", max_pairs), ("max_length", max_length)):
         if value is not None:
             values[name] = value
+    if low_rank:
+        values["low_rank"] = {**values.get("low_rank", {}), **low_rank}
     return AuditConfig.from_dict(values)
 
 

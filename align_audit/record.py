@@ -246,6 +246,8 @@ class Alert(_Part):
     rule: str
     level: AlertLevel
     step: int
+    probe_name: str | None = None
+    """The probe set it was seen on, where that has a name."""
     layers: list[int] = Field(default_factory=list)
     value: float
     baseline: float | None = None
@@ -287,6 +289,8 @@ class Provenance(_Part):
     policy_hash: str
     reference_hash: str
     probe_hash: str
+    probe_name: str | None = None
+    """What the run calls this probe set; None where it has one set, without a name."""
     probe_source: str
     probe_held_out: bool | None
     pairs: int
@@ -339,9 +343,10 @@ class AuditRecord(_Part):
     """Why a NaN or None elsewhere in the record is one: dotted path → reason."""
 
     @property
-    def key(self) -> tuple[int, str, str]:
-        """What makes two audits the same: step, policy weights, reference weights."""
-        return (self.step, self.provenance.policy_hash, self.provenance.reference_hash)
+    def key(self) -> tuple[int, str, str, str | None]:
+        """What makes two audits the same: step, policy weights, reference weights, name of the probe set."""
+        there = self.provenance
+        return (self.step, there.policy_hash, there.reference_hash, there.probe_name)
 
     def to_json(self) -> str:
         """One line of JSON; :meth:`from_json` gives an equal record back."""

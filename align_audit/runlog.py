@@ -5,7 +5,8 @@
 - ``records.jsonl``: one :class:`~align_audit.record.AuditRecord` a line;
 - ``alerts.jsonl``: the alerts of those records, one a line (a copy, for ``tail -f``; the records are the source);
 - ``failures.jsonl``: audits that broke, with their traceback;
-- ``step-<N>/*.safetensors``: what is too large for a line (per-pair values, subspace bases);
+- ``step-<N>/*.safetensors``: what is too large for a line (per-pair values, subspace bases), of a named probe set in
+  ``arrays-<name>``;
 - ``previous-<n>/``: the same of runs that began again in the same output directory.
 
 The logs only grow, and survive a kill between any two bytes: a line is whole once its newline is there, and a torn end
@@ -20,7 +21,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args
@@ -29,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from align_audit.errors import ConfigurationError, RecordError
 from align_audit.files import write_atomically
+from align_audit.probe_names import arrays_name
 from align_audit.record import SCHEMA_VERSION, Alert, AuditRecord, Control, DepthTrace, Estimate
 
 if TYPE_CHECKING:
@@ -53,6 +55,8 @@ class Failure(BaseModel):
     """When it broke: ISO 8601, UTC."""
     error: str
     """The traceback."""
+    probe_name: str | None = None
+    """The probe set it was on, where that has a name."""
 
 
 class RunLog:
@@ -94,8 +98,8 @@ class RunLog:
         """The records so far, by step, then by creation."""
         return sorted(self._records, key=_by_step)
 
-    def contains(self, key: tuple[int, str, str]) -> bool:
-        """Is an audit of this step, policy and reference (:attr:`AuditRecord.key`) in the log already?"""
+    def contains(self, key: tuple[int, str, str, str | None]) -> bool:
+        """Is an audit of this step, policy, reference and probe set (:attr:`AuditRecord.key`) in the log already?"""
         return key in self._keys
 
     def append(self, record: AuditRecord) -> bool:
@@ -112,12 +116,13 @@ class RunLog:
         self._append(ALERTS, [alert.model_dump_json() for alert in record.alerts])
         return True
 
-    def append_failure(self, step: int, error_text: str) -> None:
-        """Note that the audit of this step broke, and how."""
+    def append_failure(self, step: int, error_text: str, probe_name: str | None = None) -> None:
+        """Note that the audit of this step broke, on which probe set, and how."""
         time = datetime.now(UTC).isoformat(timespec="seconds")
         # A traceback may hold undecodable bytes of file names, which are no valid UTF-8.
         error_text = error_text.encode(errors="backslashreplace").decode()
-        self._append(FAILURES, [Failure(step=step, time=time, error=error_text).model_dump_json()])
+        failure = Failure(step=step, time=time, error=error_text, probe_name=probe_name)
+        self._append(FAILURES, [failure.model_dump_json()])
 
     def set_aside(self) -> Path:
         """Start afresh: move all that lies in the log's folder to ``previous-<n>`` in it, and go on with an empty log.
@@ -200,6 +205,7 @@ class AuditRun:
         >>> run.records[-1].margins.shift.mean                      # doctest: +SKIP
         3.2
         >>> run.to_pandas(layers=True).query("step == 100")         # doctest: +SKIP
+        >>> run.select("harmless").records                          # doctest: +SKIP
     """
 
     directory: Path
@@ -210,6 +216,31 @@ class AuditRun:
     """By step: those of the records, and any other found in ``alerts.jsonl``."""
     failures: list[Failure]
     """Audits that broke."""
+    probe_name: str | None = None
+    """The probe set that :meth:`select` has narrowed this to, where it has a name."""
+
+    @property
+    def probe_names(self) -> list[str | None]:
+        """The probe sets of the run, in the order of their first audits; None for the one without a name."""
+        return list(dict.fromkeys(record.provenance.probe_name for record in self.records))
+
+    def select(self, name: str | None) -> Self:
+        """The same run, of one probe set: its records, alerts and arrays.
+
+        Raises:
+            RecordError: the run has no such set.
+        """
+        if name not in self.probe_names:
+            raise RecordError(
+                f"no audit on the probe set {name!r} in {self.directory}; there are {', '.join(map(repr, self.probe_names))}"
+            )
+        return replace(
+            self,
+            records=[record for record in self.records if record.provenance.probe_name == name],
+            alerts=[alert for alert in self.alerts if alert.probe_name == name],
+            failures=[failure for failure in self.failures if failure.probe_name == name],
+            probe_name=name,
+        )
 
     @classmethod
     def load(cls, output_dir: str | Path) -> Self:
@@ -237,8 +268,11 @@ class AuditRun:
         return cls(directory=path.parent, records=records, alerts=alerts, failures=failures)
 
     def load_arrays(self, step: int, name: str) -> dict[str, np.ndarray]:
-        """The arrays of ``step-<N>/<name>.safetensors``; a missing or damaged file raises ``RecordError``."""
-        return _load_arrays(self.directory, step, name)
+        """The arrays of ``step-<N>/<name>.safetensors``; a missing or damaged file raises ``RecordError``.
+
+        Of a :meth:`select`-ed set with a name, those of ``<name>-<probe name>``.
+        """
+        return _load_arrays(self.directory, step, arrays_name(self.probe_name, name))
 
     def to_pandas(self, layers: bool = False) -> pd.DataFrame:
         """The run as a table.
@@ -246,10 +280,10 @@ class AuditRun:
         Args:
             layers: False: one row per record, its single numbers in columns named as in the record
                 (``margins.shift.mean``, ``margins.shift.low``, ``controls.noise.verdict``); ``alerts`` counts them.
-                True: one row per record and layer, with the columns ``step``, ``layer``, ``effect``, ``effect_low``,
-                ``effect_high``, …, ``policy_contraction``, ``reference_transport``, …
+                True: one row per record and layer, with the columns ``step``, ``probes``, ``layer``, ``effect``,
+                ``effect_low``, ``effect_high``, …, ``policy_contraction``, ``reference_transport``, …
 
-        What was not measured, or cannot be known, is NaN.
+        ``probes`` is the name of the probe set, None where it has none. What was not measured, or cannot be known, is NaN.
         """
         import pandas
 
@@ -420,7 +454,8 @@ _NOT_COLUMNS = {"versions", "config", "pairs_dropped", "reasons", "reason", "sug
 
 
 def _flatten(record: AuditRecord) -> dict[str, Any]:
-    row: dict[str, Any] = {"step": record.step, "created": record.provenance.created}
+    name = record.provenance.probe_name
+    row: dict[str, Any] = {"step": record.step, "probes": name, "created": record.provenance.created}
     for path, value in _scalars(record, ""):
         row[path] = value
     for basis, by_layer in record.low_rank.items():
@@ -430,6 +465,7 @@ def _flatten(record: AuditRecord) -> dict[str, Any]:
     row["alerts"] = len(record.alerts)
     # What the column names say twice.
     row.pop("provenance.created", None)
+    row.pop("provenance.probe_name", None)
     return row
 
 
@@ -489,7 +525,7 @@ def _layer_rows(record: AuditRecord) -> list[dict[str, Any]]:
         columns["terminal"] = [layer in spinal.terminal_layers for layer in range(count)]
     rows = []
     for layer in range(count):
-        row: dict[str, Any] = {"step": record.step, "layer": layer}
+        row: dict[str, Any] = {"step": record.step, "probes": record.provenance.probe_name, "layer": layer}
         for name, values in columns.items():
             # transport has one value less than there are layers: nothing lies above the last one
             row[name] = values[layer] if layer < len(values) else float("nan")

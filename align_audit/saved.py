@@ -1,40 +1,44 @@
-"""Audit saved checkpoints, one after the other, into one run log."""
+"""Saved checkpoints: audited one after the other into one run log, or looked at for what transfers."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from align_audit.alerts import evaluate
-from align_audit.auditing import Context, run_audit, subspaces_from
+from align_audit.auditing import Context, OpenModels, run_audit, subspaces_from
 from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError, RecordError, ReferenceUnavailableError
 from align_audit.models.anatomy import is_peft
 from align_audit.models.loading import load_model
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
+from align_audit.probe_names import arrays_name, check_names
 from align_audit.probes import ProbeSet
 from align_audit.record import AuditRecord
 from align_audit.refcache import ReferenceCache
 from align_audit.runlog import RunLog
+from align_audit.transfer_record import TransferRecord
+from align_audit.transferring import run_transfer
 from align_audit.writers.terminal import print_record, progress_bar
-
-_ARRAYS = "arrays"
 
 
 def audit_saved(
     checkpoints: Mapping[Path, int],
     reference: str | None,
-    probes: str | Path,
+    probes: str | Path | Mapping[str, str | Path],
     config: AuditConfig,
     output: str | Path,
     device: str = "cpu",
 ) -> list[AuditRecord]:
     """Audit each checkpoint (folder → step) against ``reference`` and append to the log in ``output``.
+
+    With several probe sets (name → path), each checkpoint is opened once and audited on each of them.
 
     A checkpoint whose weights are in the log already, at that step, is not audited again. Alerts compare each with
     those before it.
@@ -44,15 +48,7 @@ def audit_saved(
         ConfigurationError, ProbeError, ReferenceUnavailableError, AnatomyError: as :func:`align_audit.audit`.
     """
     log = RunLog(output)
-    bases = [base for folder in checkpoints if (base := _base_of(folder)) is not None]
-    pairs = ProbeSet.from_dataset(
-        probes,
-        load_tokenizer([*checkpoints, *([reference] if reference is not None else []), *bases]),
-        max_pairs=config.max_pairs,
-        max_length=config.max_length or 1024,
-        truncation_mode=config.truncation_mode or "keep_start",
-        seed=config.seed,
-    )
+    sets = read_probes(probes, checkpoints, reference, config)
     context = Context(
         progress=progress_bar if config.progress else None, reference_cache=ReferenceCache(log.directory / "cache")
     )
@@ -62,49 +58,112 @@ def audit_saved(
     found = []
     for folder, step in checkpoints.items():
         policy = load_policy(folder, device=device)
-        record = _one(policy, shared, pairs, config, step, context, log, folder)
-        found.append(record)
-        print_record(record)
+        resolved = _reference(policy, shared, folder)
+        key = (step, policy_fingerprint(policy), resolved.fingerprint())
+        with OpenModels(policy, resolved) as models:
+            for name, pairs in sets.items():
+                known = _known(key, name, pairs, config, log, one_reference=shared is not None)
+                one = replace(context, probe_name=name, models=models)
+                record = known or _audited(policy, resolved, pairs, config, step, one, log)
+                found.append(record)
+                print_record(record)
     return found
 
 
-def _one(
-    policy: nn.Module,
-    shared: Reference | None,
-    pairs: ProbeSet,
+def transfer_saved(
+    policy: Path,
+    reference: str | None,
+    probes: Mapping[str, str | Path],
     config: AuditConfig,
-    step: int,
-    context: Context,
-    log: RunLog,
-    folder: Path,
-) -> AuditRecord:
+    step: int = 0,
+    device: str = "cpu",
+) -> TransferRecord:
+    """The transfer matrix of one saved policy over several probe sets (name → path).
+
+    Raises:
+        ConfigurationError, ProbeError, ReferenceUnavailableError, AnatomyError: as :func:`align_audit.transfer`.
+    """
+    sets = read_probes(probes, [policy], reference, config)
+    shared = None
+    if reference is not None:
+        shared = Reference(f"loaded from {Path(reference).name}", model=load_model(reference, device=device))
+    model = load_policy(policy, device=device)
+    context = Context(progress=progress_bar if config.progress else None)
+    named = {name: pairs for name, pairs in sets.items() if name is not None}
+    return run_transfer(model, _reference(model, shared, policy), named, config, step, context)
+
+
+def read_probes(
+    probes: str | Path | Mapping[str, str | Path],
+    checkpoints: Iterable[Path],
+    reference: str | None,
+    config: AuditConfig,
+) -> dict[str | None, ProbeSet]:
+    """The probe sets at those paths, tokenized with the models' tokenizer; a single path's set is called None."""
+    paths: dict[str | None, str | Path] = {}
+    if isinstance(probes, Mapping):
+        check_names(probes)
+        paths.update(probes)
+    else:
+        paths[None] = probes
+    bases = [base for folder in checkpoints if (base := _base_of(folder)) is not None]
+    tokenizer = load_tokenizer([*checkpoints, *([reference] if reference is not None else []), *bases])
+    return {
+        name: ProbeSet.from_dataset(
+            path,
+            tokenizer,
+            max_pairs=config.max_pairs,
+            max_length=config.max_length or 1024,
+            truncation_mode=config.truncation_mode or "keep_start",
+            seed=config.seed,
+        )
+        for name, path in paths.items()
+    }
+
+
+def _reference(policy: nn.Module, shared: Reference | None, folder: Path) -> Reference:
+    """The reference that was asked for, else the one the saved policy names."""
     if shared is None and not is_peft(policy):
         # A saved full model names its own folder as its source: that is the policy again, not its reference.
         raise ReferenceUnavailableError(
             f"{folder.name} is a full model and does not say what it was trained from; pass --reference with the model "
             "that training started from"
         )
-    resolved = shared if shared is not None else resolve_reference(policy)
-    key = (step, policy_fingerprint(policy), resolved.fingerprint())
-    known = _known(key, pairs, config, log, one_reference=shared is not None)
-    if known is not None:
-        return known
-    before = [earlier for earlier in log.records if earlier.step < step]
+    return shared if shared is not None else resolve_reference(policy)
+
+
+def _audited(
+    policy: nn.Module,
+    reference: Reference,
+    pairs: ProbeSet,
+    config: AuditConfig,
+    step: int,
+    context: Context,
+    log: RunLog,
+) -> AuditRecord:
+    name = context.probe_name
+    before = [earlier for earlier in log.records if earlier.step < step and earlier.provenance.probe_name == name]
     context.subspaces = {}
     if before:
         with contextlib.suppress(RecordError):
-            context.subspaces = subspaces_from(log.load_arrays(before[-1].step, _ARRAYS))
-    record, arrays = run_audit(policy, resolved, pairs, config, step, context)
+            context.subspaces = subspaces_from(log.load_arrays(before[-1].step, arrays_name(name)))
+    record, arrays = run_audit(policy, reference, pairs, config, step, context)
     record = record.model_copy(update={"alerts": evaluate(record, before, config.alerts)})
-    log.save_arrays(step, _ARRAYS, arrays)
+    log.save_arrays(step, arrays_name(name), arrays)
     log.append(record)
     return record
 
 
 def _known(
-    key: tuple[int, str, str], pairs: ProbeSet, config: AuditConfig, log: RunLog, *, one_reference: bool
+    key: tuple[int, str, str],
+    name: str | None,
+    pairs: ProbeSet,
+    config: AuditConfig,
+    log: RunLog,
+    *,
+    one_reference: bool,
 ) -> AuditRecord | None:
-    """The record of this very audit, where the log holds it.
+    """The record of this very audit, where the log holds it. Other probe sets may stand beside it, under other names.
 
     Raises:
         ConfigurationError: the log holds audits that this one cannot stand beside.
@@ -113,15 +172,16 @@ def _known(
     found = None
     for record in log.records:
         there, odd = record.provenance, None
-        if there.probe_hash != pairs.content_hash:
-            odd = "on other probe pairs"
+        same = there.probe_name == name
+        if same and there.probe_hash != pairs.content_hash:
+            odd = "on other probe pairs" + (f" called {name!r}" if name is not None else "")
         elif there.reference_hash != reference and (one_reference or record.step == step):
             odd = "against another reference"
         elif record.step == step and there.policy_hash != policy:
             odd = "of another model"
         elif record.step == step and there.config != config.to_dict():
             odd = "with other options"
-        elif record.step == step:
+        elif record.step == step and same:
             found = record
         if odd is not None:
             raise ConfigurationError(

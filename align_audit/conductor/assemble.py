@@ -277,7 +277,7 @@ class Assembler:
             full, fitted = (
                 values[self.found.exact_pairs] for values in (self.found.per_pair["effect"][:, layer + 1], fitted)
             )
-            fractions = [estimate(interval) for interval in self._fractions(fitted, full)]
+            fractions = [estimate(interval) for interval in self.fractions(fitted, full)]
             least, why = rank_95(findings.ranks, [fraction.mean for fraction in fractions])
             if why is not None:
                 self.reasons[f"low_rank.{basis}.{layer}.rank_95"] = fractions[-1].reason or why
@@ -306,9 +306,10 @@ class Assembler:
             )
         return curves
 
-    def _fractions(self, fitted: np.ndarray, full: np.ndarray) -> list[Interval]:
+    def fractions(self, fitted: np.ndarray, full: np.ndarray) -> list[Interval]:
+        """Effects of the rank-k patches [N, K] over the full patch's [N]: ratios of sums."""
         return ratio_intervals(
-            fitted, full, self.resamples, self.confidence, self.method, self.seed, "the mean effect of the full patch"
+            fitted, full, self.resamples, self.confidence, self.method, self.seed, "effect of the full patch"
         )
 
     # -- controls ----------------------------------------------------------------------------------------------------
@@ -404,10 +405,11 @@ class Assembler:
     def _random_subspace(self, summary: PatchSummary, findings: LowRankFindings | None) -> Control:
         if findings is None or not findings.random:
             return Control(verdict="not_run", reason="no random subspaces were patched (low_rank)")
-        peak = summary.peak_layer if summary.peak_layer in findings.random else next(iter(findings.random))
+        layers = [layer for _, layer in findings.random]
+        peak = summary.peak_layer if summary.peak_layer in layers else layers[0]
         if ("shift", peak) not in findings.fitted:
             return Control(verdict="not_run", reason="the shift basis was not fitted (low_rank.bases)")
-        effect = self.means(findings.random[peak][self.found.control_pairs].mean(axis=-1))
+        effect = self.means(findings.random["shift", peak][self.found.control_pairs].mean(axis=-1))
         reason = self._no_shift()
         if reason is not None:
             return Control(verdict="not_run", reason=reason, effect=effect)

@@ -1,12 +1,12 @@
 """Low-rank reconstruction at the layers that matter (METHODS §4; arXiv 2510.16167 §4.3).
 
 One more pass over the pairs fits the subspaces (no further up than the highest of the layers); they are patched in the
-pass after that (``conductor.second``).
+pass after that (``conductor.second``), on the same pairs, cross-fit by halves, or on those of another probe set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,8 +30,8 @@ class LowRankFindings:
     Attributes:
         ranks: evaluated ranks; those above the model's width are left out.
         fitted: per (basis, layer): [N, K] effect of the rank-k patch, basis fitted on the half the pair is not in.
-        random: per layer: [N, K, D] effects of D random subspaces of each pair's own, in the shift form; NaN for pairs
-            that no control is measured on.
+        random: per (form, layer): [N, K, D] effects of D random subspaces of each pair's own, patched in the form that a
+            basis of that name is; NaN for pairs that no control is measured on.
         explained: per (basis, layer): [K] explained variance ratio on held-out halves.
         bases: per (basis, layer): [d, K_max] fitted on all pairs.
         skipped: why a (basis, layer) is missing.
@@ -39,68 +39,120 @@ class LowRankFindings:
 
     ranks: list[int]
     fitted: dict[Key, np.ndarray] = field(default_factory=dict)
-    random: dict[int, np.ndarray] = field(default_factory=dict)
+    random: dict[Key, np.ndarray] = field(default_factory=dict)
     explained: dict[Key, list[float]] = field(default_factory=dict)
     bases: dict[Key, np.ndarray] = field(default_factory=dict)
     skipped: dict[Key, str] = field(default_factory=dict)
 
 
-class Reconstruction:
-    """Fits subspaces at ``layers`` when made; then gives the streams to patch, cross-fit, and random ones beside them."""
+class Fit:
+    """Subspaces of one probe set's token rows, fitted when made: on each half of its pairs, and on all of them.
+
+    Attributes:
+        ranks: evaluated ranks; those above the model's width are left out.
+        halves: [N] booleans, the half each pair is in.
+        spans: per (basis, layer), three bases [d, K_max]: for pairs of the first half (fitted on the second), for pairs of
+            the second (fitted on the first), and for pairs that are in neither (fitted on all).
+        grams: per (basis, layer): Σ h hᵀ of each half's rows.
+        explained: per (basis, layer): [K] explained variance ratio on held-out halves.
+        skipped: why a (basis, layer) is missing.
+    """
 
     def __init__(self, session: Session, layers: list[int], tick: Callable[[], None] = lambda: None) -> None:
         config = session.config.low_rank
+        width = session.policy.anatomy.hidden_size
+        self.ranks = [rank for rank in config.ranks if rank <= width] or [width]
+        self.halves = split_halves(len(session.pairs), session.config.seed)
+        self.spans: dict[Key, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.explained: dict[Key, list[float]] = {}
+        self.skipped: dict[Key, str] = {}
+        self.grams = _fit(session, layers, self.halves, tick)
+        alone = len(session.pairs) < 2  # no halves: good for the pairs of other sets only
+        for key, (one, other) in self.grams.items():
+            halves_span = one.matrix.any() and other.matrix.any()
+            if not (torch.isfinite(one.matrix).all() and torch.isfinite(other.matrix).all()):
+                self.skipped[key] = f"the activations at layer {key[1]} are not finite"
+            elif key[0] == "shift" and not (halves_span or (alone and (one + other).matrix.any())):
+                self.skipped[key] = f"policy and reference do not differ at layer {key[1]}: there is no shift to span"
+            else:
+                # The first is for the first half, so it is fitted on the second.
+                spans = [top_basis(gram, self.ranks[-1]) for gram in (other, one, one + other)]
+                self.spans[key] = (
+                    spans[0].to(session.device),
+                    spans[1].to(session.device),
+                    spans[2].to(session.device),
+                )
+                captured = [
+                    np.array(explained_variance_ratio(held, basis, self.ranks)) * float(held.matrix.trace())
+                    for held, basis in zip((one, other), spans, strict=False)
+                ]
+                self.explained[key] = list(np.sum(captured, axis=0) / float((one + other).matrix.trace()))
+
+    @property
+    def own(self) -> np.ndarray:
+        """[N] which of the spans each of the set's own pairs is patched with."""
+        return self.halves.astype(int)
+
+    @property
+    def bases(self) -> dict[Key, np.ndarray]:
+        """Per (basis, layer): [d, K_max] fitted on all pairs."""
+        return {key: spans[2].cpu().numpy() for key, spans in self.spans.items()}
+
+
+class Reconstruction:
+    """The streams that patch a fit's subspaces on the pairs of a session, and random ones beside them.
+
+    Args:
+        session: whose pairs are patched.
+        fit: made on the same pairs, or on another set's.
+        which: [N] which of the fit's spans each pair is patched with (0 and 1: it is of that half of the fitted pairs;
+            2: it is none of them). None: the fit is of these pairs.
+        random: in which bases' form random subspaces are patched.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        fit: Fit,
+        which: np.ndarray | None = None,
+        random: Sequence[str] = ("shift",),
+    ) -> None:
         self.session = session
         self.width = session.policy.anatomy.hidden_size
-        ranks = [rank for rank in config.ranks if rank <= self.width] or [self.width]
-        self.found = found = LowRankFindings(ranks)
-        self._halves = split_halves(len(session.pairs), session.config.seed)
-        self._fits: dict[Key, tuple[torch.Tensor, torch.Tensor]] = {}
-        grams = _fit(session, layers, self._halves, tick)
-        for key, (one, other) in grams.items():
-            if not (torch.isfinite(one.matrix).all() and torch.isfinite(other.matrix).all()):
-                found.skipped[key] = f"the activations at layer {key[1]} are not finite"
-            elif key[0] == "shift" and not (one.matrix.any() and other.matrix.any()):
-                found.skipped[key] = f"policy and reference do not differ at layer {key[1]}: there is no shift to span"
-            else:
-                # fits[key][h] is fitted on the half h is not.
-                fits = (top_basis(other, ranks[-1]), top_basis(one, ranks[-1]))
-                self._fits[key] = (fits[0].to(session.device), fits[1].to(session.device))
-                captured = [
-                    np.array(explained_variance_ratio(held, basis, ranks)) * float(held.matrix.trace())
-                    for held, basis in zip((one, other), fits, strict=True)
-                ]
-                found.explained[key] = list(np.sum(captured, axis=0) / float((one + other).matrix.trace()))
-                found.bases[key] = top_basis(one + other, ranks[-1]).cpu().numpy()
-        count = len(session.pairs)
-        for key in self._fits:
-            found.fitted[key] = np.full((count, len(ranks)), np.nan)
-        for layer in sorted({layer for _, layer in self._fits}) if config.random_draws else []:
-            found.random[layer] = np.full((count, len(ranks), config.random_draws), np.nan)
+        self._fit = fit
+        self._which = fit.own if which is None else which
+        bases = fit.bases if which is None else {}
+        self.found = found = LowRankFindings(fit.ranks, explained=fit.explained, bases=bases, skipped=fit.skipped)
+        count, draws = len(session.pairs), session.config.low_rank.random_draws
+        for key in fit.spans:
+            found.fitted[key] = np.full((count, len(fit.ranks)), np.nan)
+        for form in random if draws else ():
+            for layer in sorted(self.layers):
+                found.random[form, layer] = np.full((count, len(fit.ranks), draws), np.nan)
 
     @property
     def layers(self) -> set[int]:
         """Where there is a subspace to patch."""
-        return {layer for _, layer in self._fits}
+        return {layer for _, layer in self._fit.spans}
 
     def streams(self, batch: PairBatch, policy: Recording, reference: Recording) -> Iterator[Stream]:
         """Every rank of every fitted subspace on pairs that are patched, random ones on those of the controls."""
         if not self.session.is_exact(batch):
             return
         mask = batch.position_mask(self.session.config.patching.positions)
-        member = _row_halves(batch, self._halves)
-        for (basis, layer), (first, second) in self._fits.items():
+        which = _by_row(batch, self._which)
+        for (basis, layer), spans in self._fit.spans.items():
             for column, rank in enumerate(self.found.ranks):
-                make = _reconstruction(policy, reference, mask, member, layer, basis, first, second, rank)
+                make = _reconstruction(policy, reference, mask, layer, basis, spans, which, rank)
                 yield Stream(("fitted", basis, layer, column), layer, make)
         if not self.session.is_control(batch):
             return
-        for layer in self.found.random:
+        for form, layer in self.found.random:
             for draw in range(self.session.config.low_rank.random_draws):
-                span = self._random_spans(batch, layer, draw)
+                own = (self._random_spans(batch, layer, draw),)
                 for column, rank in enumerate(self.found.ranks):
-                    make = _reconstruction(policy, reference, mask, member, layer, "shift", span, span, rank)
-                    yield Stream(("random", layer, column, draw), layer, make)
+                    make = _reconstruction(policy, reference, mask, layer, form, own, torch.zeros_like(which), rank)
+                    yield Stream(("random", form, layer, column, draw), layer, make)
 
     def _random_spans(self, batch: PairBatch, layer: int, draw: int) -> torch.Tensor:
         """[R, d, K] a random subspace for each row's pair: as many subspaces as pairs average better than a few for all."""
@@ -119,7 +171,7 @@ class Reconstruction:
         if key[0] == "fitted":
             self.found.fitted[key[1], key[2]][places, key[3]] = effect
         else:
-            self.found.random[key[1]][places, key[2], key[3]] = effect
+            self.found.random[key[1], key[2]][places, key[3], key[4]] = effect
 
 
 def split_halves(count: int, seed: int) -> np.ndarray:
@@ -154,7 +206,7 @@ def _fit(
             reference = replay.record(inputs, until=top)
         session.meter.sample()
         mask = batch.position_mask(session.config.patching.positions)
-        member = _row_halves(batch, halves)
+        member = _by_row(batch, halves)
         pieces = []
         for (basis, layer), pair in grams.items():
             ours, theirs = policy.after(layer), reference.after(layer)
@@ -176,40 +228,35 @@ def _fit(
     return {key: (one.freeze(), other.freeze()) for key, (one, other) in grams.items()}
 
 
-def _row_halves(batch: PairBatch, halves: np.ndarray) -> torch.Tensor:
-    """[R] booleans: the half of each row's pair."""
-    member = torch.from_numpy(halves[batch.pair_index.cpu().numpy()]).to(batch.row.device)
-    return member[batch.row_pair]
+def _by_row(batch: PairBatch, values: np.ndarray) -> torch.Tensor:
+    """[R] the value of each row's pair."""
+    own = torch.from_numpy(values[batch.pair_index.cpu().numpy()]).to(batch.row.device)
+    return own[batch.row_pair]
 
 
 def _reconstruction(
     policy: Recording,
     reference: Recording,
     mask: torch.Tensor,
-    member: torch.Tensor,
     layer: int,
     basis: str,
-    first: torch.Tensor,
-    second: torch.Tensor,
+    spans: Sequence[torch.Tensor],
+    which: torch.Tensor,
     rank: int,
 ) -> Callable[[], torch.Tensor]:
-    """h_l(ρ) + P_k (h_l(π) − h_l(ρ)) in the shift basis, P_k h_l(π) in the activation basis; P_k by each row's half."""
+    """h_l(ρ) + P_k (h_l(π) − h_l(ρ)) in the shift basis, P_k h_l(π) in the activation basis; P_k by each row's span."""
 
     def make() -> torch.Tensor:
         ours, theirs = policy.after(layer), reference.after(layer)
         # Projections are taken in float64: in the activation basis one direction is far larger than all others.
         rows = ours.double() if basis == "activation" else ours.double() - theirs.double()
-
-        def project(span: torch.Tensor) -> torch.Tensor:
-            columns = span[..., :rank]
-            return (rows @ columns) @ columns.mT
-
-        if first is second or not member.any():
-            inside = project(first)
-        elif member.all():
-            inside = project(second)
-        else:
-            inside = torch.where(member[:, None, None], project(second), project(first))
+        inside = None
+        for place in which.unique().tolist():
+            columns = spans[place][..., :rank]
+            projected = (rows @ columns) @ columns.mT
+            chosen = (which == place)[:, None, None]
+            inside = projected if inside is None else torch.where(chosen, projected, inside)
+        assert inside is not None
         whole = inside if basis == "activation" else theirs.double() + inside
         return patched(theirs, whole, mask)
 

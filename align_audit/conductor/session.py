@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import logging
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -87,7 +88,6 @@ class Session:
             truncation_mode: of the pairs; cut from the left, two sequences have no common beginning to rely on.
         """
         self._reference = reference
-        self.pairs = pairs
         self.config = config
         self.pad_token_id = pad_token_id
         self.policy = Replay(policy, anatomy, autocast)
@@ -103,8 +103,25 @@ class Session:
                 self.policy if self.alike and not reference.shares_weights else None,
             )
         check_fit(self.policy.anatomy, self.reference.anatomy)
-        check_vocabulary(pairs, self.policy.anatomy.vocab_size)
         self.num_layers = self.policy.num_layers
+        self._most_tokens = self._most_bytes = 2**62
+        """What running out of memory has taught: bounds of a batch and of the streams walked together."""
+        self._work_before = 0
+        self._take(pairs, truncation_mode)
+
+    def over(self, pairs: Sequence[ProbePair], truncation_mode: str = "keep_start") -> Session:
+        """The same open models on other pairs, with what running out of memory has taught."""
+        other = copy.copy(self)
+        other.meter = MemoryMeter(self.device)
+        other._work_before = self.policy.layer_tokens + self.reference.layer_tokens
+        other._take(pairs, truncation_mode)
+        return other
+
+    def _take(self, pairs: Sequence[ProbePair], truncation_mode: str) -> None:
+        """Everything that depends on the pairs."""
+        config = self.config
+        check_vocabulary(pairs, self.policy.anatomy.vocab_size)
+        self.pairs = pairs
         order = subset_order([pair.index for pair in pairs], config.seed)
         exact = config.patching.exact_pairs or len(pairs)
         self.exact_pairs = np.sort(order[:exact])
@@ -114,8 +131,6 @@ class Session:
         self._exact, self._controls = frozenset(self.exact_pairs.tolist()), frozenset(self.control_pairs.tolist())
         self.layout_reason = self._why_not_shared(truncation_mode)
         """Why each completion has its own copy of the prompt; None where the prompt is computed once."""
-        self._most_tokens = self._most_bytes = 2**62
-        """What running out of memory has taught: bounds of a batch and of the streams walked together."""
         self.plan = self._plan(range(len(pairs)))
 
     @contextlib.contextmanager
@@ -297,10 +312,11 @@ class Session:
         """How many streams like this one may be walked together within the working memory."""
         return max(1, self._working_bytes() // 2 // (stream.numel() * stream.element_size()))
 
-    def forward_equivalents(self) -> float:
-        """Layer calls so far, as full forwards over both sequences of every probe pair."""
-        once = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in self.pairs) * self.num_layers
-        return (self.policy.layer_tokens + self.reference.layer_tokens) / once
+    def forward_equivalents(self, pairs: Sequence[ProbePair] | None = None) -> float:
+        """Layer calls so far, as full forwards over both sequences of every probe pair (or of these ``pairs``)."""
+        over = self.pairs if pairs is None else pairs
+        once = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in over) * self.num_layers
+        return (self.policy.layer_tokens + self.reference.layer_tokens - self._work_before) / once
 
     def _working_bytes(self) -> int:
         return min(self.config.working_memory_mb * 2**20, self._most_bytes)

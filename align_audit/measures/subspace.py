@@ -111,6 +111,27 @@ def top_basis(gram: Gram, k: int) -> Tensor:
     return _oriented(vectors[:, d - k :].flip(1))
 
 
+def gram_rank(gram: Gram) -> int:
+    """How many dimensions the rows span: eigenvalues above the largest times d units of float64 rounding.
+
+    Basis vectors of :func:`top_basis` beyond it are arbitrary.
+
+    Returns:
+        0 … d; 0 where the Gram matrix is not finite.
+
+    Example:
+        >>> gram_rank(Gram(torch.diag(torch.tensor([4.0, 1.0, 0.0], dtype=torch.float64)), rows=5))
+        2
+    """
+    if not torch.isfinite(gram.matrix).all():
+        return 0
+    try:
+        values = torch.linalg.eigvalsh(gram.matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        return 0
+    return int((values > values[-1].clamp(min=0.0) * len(values) * torch.finfo(torch.float64).eps).sum())
+
+
 def random_basis(d: int, k: int, seed: int) -> Tensor:
     """A uniformly random k-dimensional subspace of ℝ^d: the control for :func:`top_basis`.
 

@@ -14,11 +14,39 @@ CONTROL_NAMES = tuple(Controls.model_fields)
 
 
 def one_per_step(records: Iterable[AuditRecord]) -> list[AuditRecord]:
-    """The latest record of each step, by step: a resumed run may have audited a step twice."""
+    """The latest record of each step, by step: a resumed run may have audited a step twice.
+
+    Raises:
+        ValueError: the records are of several probe sets, which are not one curve.
+    """
+    records = list(records)
+    names = list(dict.fromkeys(record.provenance.probe_name for record in records))
+    if len(names) > 1:
+        raise ValueError(
+            f"found records of the probe sets {', '.join(map(repr, names))}; expected those of one: AuditRun.select(name)"
+        )
     latest: dict[int, AuditRecord] = {}
     for record in sorted(records, key=lambda record: (record.step, record.provenance.created)):
         latest[record.step] = record
     return list(latest.values())
+
+
+def by_probe_set(records: Iterable[AuditRecord]) -> dict[str | None, list[AuditRecord]]:
+    """Records by the name of their probe set, in the order of the first of each; None for the set without a name."""
+    found: dict[str | None, list[AuditRecord]] = {}
+    for record in records:
+        found.setdefault(record.provenance.probe_name, []).append(record)
+    return found
+
+
+def on_probes(record: AuditRecord) -> str:
+    """For titles: which probe set, where that has a name.
+
+    Example:
+        ``" on 'harmless'"``, or nothing.
+    """
+    name = record.provenance.probe_name
+    return "" if name is None else f" on {name!r}"
 
 
 def control_items(record: AuditRecord) -> Iterator[tuple[str, Control]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align_audit.record import Alert, AuditRecord, DepthTrace, Estimate, LowRankCurve
-from align_audit.writers import control_items, is_unknown, one_per_step, why_unknown
+from align_audit.writers import by_probe_set, control_items, is_unknown, one_per_step, why_unknown
 from align_audit.writers.canvas import (
     BLUE,
     DIVERGING,
@@ -121,7 +121,9 @@ def depth_trace(record: AuditRecord) -> Figure:
     """Contraction and transport by layer and against each other, policy and reference, terminal block shaded."""
     import numpy as np
 
-    title = f"SPINAL depth trace at step {record.step}: how the streams of policy and reference change with depth"
+    title = _titled(
+        f"SPINAL depth trace at step {record.step}: how the streams of policy and reference change with depth", record
+    )
     spinal = record.spinal
     if spinal is None:
         return nothing(title, _not_measured(record, "spinal"))
@@ -235,7 +237,7 @@ def depth_trace(record: AuditRecord) -> Figure:
 @styled
 def low_rank_curve(record: AuditRecord) -> Figure:
     """Share of a layer's effect that its best k directions carry, by rank, for each basis and measured layer."""
-    title = f"Low-rank reconstruction at step {record.step}: how few directions carry a layer's effect"
+    title = _titled(f"Low-rank reconstruction at step {record.step}: how few directions carry a layer's effect", record)
     curves = {basis: by_layer for basis, by_layer in record.low_rank.items() if by_layer}
     if not curves:
         return nothing(title, _not_measured(record, "low_rank"))
@@ -351,7 +353,7 @@ def margins_over_steps(records: Sequence[AuditRecord]) -> Figure:
                     why = why_unknown(record, f"margins.{name}", getattr(record.margins, name))
                     notes.unknown(legend, record.step, why)
     strip = 0.25 + 0.2 * len(rules) if rules else 0.0
-    title = "Margins and behaviour on the probe pairs, against the reference"
+    title = _titled("Margins and behaviour on the probe pairs, against the reference", records[-1])
     body, figure = frame(9.0, 7.4 + strip, title, read, footers=notes.lines("step"))
     heights = [strip] * bool(rules) + [1.8, 1.8, 1.8, 1.8]
     column = list(body.subplots(len(heights), 1, sharex=True, height_ratios=heights))
@@ -445,7 +447,7 @@ def _margins_once(record: AuditRecord) -> Figure:
     body, figure = frame(
         9.0,
         0.6 * len(panels) + 0.24 * sum(len(rows) for _, _, rows in panels),
-        f"Step {record.step}. Margins and behaviour on the probe pairs, against the reference",
+        _titled(f"Step {record.step}. Margins and behaviour on the probe pairs, against the reference", record),
         "A margin that grew while the chosen log-probability fell and KL climbed was bought with damage. Points are "
         "means over pairs with their bootstrap intervals, the reference's own in orange.",
         warnings,
@@ -475,17 +477,17 @@ def _margins_once(record: AuditRecord) -> Figure:
 def save_all(records: Sequence[AuditRecord], directory: str | Path) -> dict[str, Path]:
     """Draw every picture as PNG into a folder (made when absent): name → file. No records: no pictures.
 
-    Depth trace and low-rank curve are those of the latest record that has them.
+    Depth trace and low-rank curve are those of the latest record that has them. The pictures of a named probe set lie in
+    a folder of that name inside, and are called ``<probe name>/<name>``.
     """
-    records = one_per_step(records)
-    if not records:
-        return {}
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     paths = {}
-    for name, figure in draw_all(records).items():
-        paths[name] = directory / f"{name}.png"
-        figure.savefig(paths[name], dpi=130)
+    for probe_name, own in by_probe_set(records).items():
+        folder = Path(directory) if probe_name is None else Path(directory) / probe_name
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in draw_all(own).items():
+            key = name if probe_name is None else f"{probe_name}/{name}"
+            paths[key] = folder / f"{name}.png"
+            figure.savefig(paths[key], dpi=130)
     return paths
 
 
@@ -546,7 +548,7 @@ def _by_layer_and_step(records: Sequence[AuditRecord], quantity: _Quantity) -> F
     # A folder that was used for another model before holds columns of another height.
     records = [record for record in records if record.provenance.num_layers == records[-1].provenance.num_layers]
     if all(record.patching is None for record in records):
-        return nothing(quantity.title, _not_measured(records[-1], "patching"))
+        return nothing(_titled(quantity.title, records[-1]), _not_measured(records[-1], "patching"))
     return _profile(records[0], quantity) if len(records) == 1 else _heat_map(records, quantity)
 
 
@@ -565,7 +567,7 @@ def _heat_map(records: Sequence[AuditRecord], quantity: _Quantity) -> Figure:
     body, figure = frame(
         9.0,
         min(max(2.6 + 0.17 * rows, 3.6), 9.0),
-        quantity.title,
+        _titled(quantity.title, records[-1]),
         quantity.read,
         _failed(records, quantity.controls),
         notes.lines("step"),
@@ -707,7 +709,7 @@ def _profile(record: AuditRecord, quantity: _Quantity) -> Figure:
     body, figure = frame(
         9.0,
         3.6,
-        f"Step {record.step}. {quantity.title}",
+        _titled(f"Step {record.step}. {quantity.title}", record),
         quantity.read.replace("The column of an audit sums", "The values sum")
         .replace(
             "Red adds, blue takes away; one strong row is a localized change, even rows a spread one.",
@@ -932,6 +934,12 @@ def _some(records: Sequence[AuditRecord]) -> list[AuditRecord]:
     if not found:
         raise ValueError("no records to draw; expected at least one audit")
     return found
+
+
+def _titled(title: str, record: AuditRecord) -> str:
+    """The title, with the name of the probe set where it has one."""
+    name = record.provenance.probe_name
+    return title if name is None else f"Probes {name!r}. {title}"
 
 
 def _not_measured(record: AuditRecord, part: str) -> str:

@@ -1,6 +1,7 @@
 """Records as TensorBoard curves, pictures and text.
 
-Tags are ``align_audit/<group>/<name>``, named after the fields of the record:
+Tags are ``align_audit/<group>/<name>``, named after the fields of the record, and those of a named probe set
+``align_audit/<probe name>/<group>/<name>``:
 
 - ``margins/<name>``, ``spinal/<name>``, ``cost/<name>``, ``localization/<name>``: single numbers;
 - ``patching/<name>``, and by layer ``patching/<name>/layer_07`` (``effect``, ``recovery``, ``layer_gain``,
@@ -28,6 +29,7 @@ TensorBoard cannot draw NaN: what is not known is left out and listed, with its 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,11 +50,15 @@ class TensorBoardWriter:
     Args:
         summary_writer: any ``torch.utils.tensorboard.SummaryWriter``; the trainer's own, for curves side by side.
         images: draw heat maps and traces too (a few seconds an audit).
+        probe_names: of all sets that will be written; TensorBoard reads one layout, which has to name them all.
     """
 
-    def __init__(self, summary_writer: SummaryWriter, images: bool = True) -> None:
+    def __init__(
+        self, summary_writer: SummaryWriter, images: bool = True, probe_names: Sequence[str | None] = (None,)
+    ) -> None:
         self._writer = summary_writer
         self._images = images
+        self._probe_names = tuple(probe_names)
         self._layout_written = False
 
     def redirect(self, summary_writer: SummaryWriter) -> None:
@@ -64,23 +70,26 @@ class TensorBoardWriter:
 
         Args:
             record: the audit.
-            history: the audits of the run, for the pictures over steps; ``record`` may be among them or not.
+            history: the audits of the run, for the pictures over steps; ``record`` may be among them or not, and those
+                of other probe sets are left out.
         """
-        step = record.step
+        step, name = record.step, record.provenance.probe_name
+        root = _root(name)
         try:
             if not self._layout_written:
-                self._writer.add_custom_scalars(custom_scalars_layout(record.sites))
+                self._writer.add_custom_scalars(custom_scalars_layout(self._probe_names, record.sites))
                 self._layout_written = True
             for tag, value in scalars(record).items():
                 self._writer.add_scalar(tag, value, step)
-            self._writer.add_text(f"{ROOT}/controls", controls_table(record), step)
+            self._writer.add_text(f"{root}/controls", controls_table(record), step)
             if record.alerts:
-                self._writer.add_text(f"{ROOT}/alerts", "\n\n".join(map(alert_text, record.alerts)), step)
+                self._writer.add_text(f"{root}/alerts", "\n\n".join(map(alert_text, record.alerts)), step)
             unknown = not_known(record)
             if unknown:
-                self._writer.add_text(f"{ROOT}/not_known", not_known_table(record), step)
+                self._writer.add_text(f"{root}/not_known", not_known_table(record), step)
             if self._images:
-                self._write_images(record, [*(other for other in history if other.key != record.key), record])
+                others = [other for other in history if other.key != record.key and other.provenance.probe_name == name]
+                self._write_images(record, [*others, record])
         finally:
             self._writer.flush()
 
@@ -109,7 +118,9 @@ class TensorBoardWriter:
         for tag, (measured, draw) in figures.items():
             if measured:
                 # add_figure would go through pyplot, and its global state.
-                self._writer.add_image(f"{ROOT}/{tag}", pixels(draw()), record.step, dataformats="HWC")
+                self._writer.add_image(
+                    f"{_root(record.provenance.probe_name)}/{tag}", pixels(draw()), record.step, dataformats="HWC"
+                )
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -129,7 +140,12 @@ class _Number:
 
 def scalars(record: AuditRecord) -> dict[str, float]:
     """Tag → value of everything in a record that is one finite number. See the module's docstring for the tags."""
-    return {f"{ROOT}/{number.tag}": number.value for number in _numbers(record) if math.isfinite(number.value)}
+    root = _root(record.provenance.probe_name)
+    return {f"{root}/{number.tag}": number.value for number in _numbers(record) if math.isfinite(number.value)}
+
+
+def _root(probe_name: str | None) -> str:
+    return ROOT if probe_name is None else f"{ROOT}/{probe_name}"
 
 
 def not_known(record: AuditRecord) -> dict[tuple[str, str], list[int]]:
@@ -327,18 +343,27 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # --- layout -----------------------------------------------------------------------------------------------------------
 
 
-def custom_scalars_layout(sites: Sequence[SiteCurve] = ()) -> dict[str, dict[str, list[Any]]]:
+def custom_scalars_layout(
+    probe_names: Sequence[str | None] = (None,), sites: Sequence[SiteCurve] = ()
+) -> dict[str, dict[str, list[Any]]]:
     """Charts for TensorBoard's custom-scalars page: intervals as bands, all layers of a quantity in one chart.
 
     Args:
+        probe_names: each probe set has groups of its own, and the tags in a group are those of its set alone.
         sites: the curves of finer sites that will be written, each a chart of its own.
     """
+    layout: dict[str, dict[str, list[Any]]] = {}
+    for name in probe_names:
+        layout |= _layout_of(_root(name), sites)
+    return layout
 
+
+def _layout_of(root: str, sites: Sequence[SiteCurve]) -> dict[str, dict[str, list[Any]]]:
     def band(path: str) -> list[Any]:
-        return ["Margin", [f"{ROOT}/{path}{suffix}" for suffix in ("", "_low", "_high")]]
+        return ["Margin", [f"{root}/{path}{suffix}" for suffix in ("", "_low", "_high")]]
 
     def lines(*patterns: str) -> list[Any]:
-        return ["Multiline", [f"{ROOT}/{pattern}$" for pattern in patterns]]
+        return ["Multiline", [f"{re.escape(root)}/{pattern}$" for pattern in patterns]]
 
     each = r"layer_\d+"
     finer = {
@@ -348,7 +373,7 @@ def custom_scalars_layout(sites: Sequence[SiteCurve] = ()) -> dict[str, dict[str
         for name, curve in zip(site_names(sites), sites, strict=True)
     }
     return {
-        f"{ROOT}: margins": {
+        f"{root}: margins": {
             "margin shift (nats)": band("margins/shift"),
             "chosen log-prob. change (nats per token)": band("margins/chosen_logp_change_per_token"),
             "rejected log-prob. change (nats per token)": band("margins/rejected_logp_change_per_token"),
@@ -359,7 +384,7 @@ def custom_scalars_layout(sites: Sequence[SiteCurve] = ()) -> dict[str, dict[str
                 "margins/token_accuracy", "margins/reference_token_accuracy"
             ),
         },
-        f"{ROOT}: layers": {
+        f"{root}: layers": {
             "block transplant by layer (nats)": lines(f"patching/block_transplant/{each}"),
             "layer gain": lines(f"patching/layer_gain/{each}"),
             "recovery by layer": lines(f"patching/recovery/{each}"),
@@ -368,20 +393,20 @@ def custom_scalars_layout(sites: Sequence[SiteCurve] = ()) -> dict[str, dict[str
             "peak layer": lines("patching/peak_layer"),
             "selection frequency by layer": lines(f"localization/selection_frequency/{each}"),
         },
-        f"{ROOT}: low rank": {
+        f"{root}: low rank": {
             "rank 95, shift basis": lines(f"low_rank/shift/{each}/rank_95"),
             "rank 95, activation basis": lines(f"low_rank/activation/{each}/rank_95"),
             "share of the effect by rank, shift basis": lines(rf"low_rank/shift/{each}/effect_fraction/rank_\d+"),
         },
-        **({f"{ROOT}: finer sites": finer} if finer else {}),
-        f"{ROOT}: SPINAL": {
+        **({f"{root}: finer sites": finer} if finer else {}),
+        f"{root}: SPINAL": {
             "delta_align": lines("spinal/delta_align"),
             "coherence, policy and reference": lines("spinal/coherence", "spinal/reference_coherence"),
             "gradient concentration": band("spinal/gradient_concentration"),
             "contraction of the policy by layer": lines(f"spinal/policy/contraction/{each}"),
             "transport of the policy by layer": lines(f"spinal/policy/transport/{each}"),
         },
-        f"{ROOT}: alerts and controls": {
+        f"{root}: alerts and controls": {
             "alerts": lines("alerts/warning", "alerts/error"),
             "controls passed": lines(r"controls/\w+/passed"),
         },

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from align_audit.record import Alert, AuditRecord, Estimate
-from align_audit.writers import control_items, is_unknown, site_name, span, why_unknown
+from align_audit.writers import control_items, is_unknown, on_probes, site_name, span, why_unknown
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -65,7 +65,8 @@ class _AlertPanel:
 
         alert, style = self.alert, _LEVEL_STYLES[self.alert.level]
         where = f", layers {span(alert.layers)}" if alert.layers else ""
-        title = f"{alert.level.upper()} {alert.rule} (step {alert.step}{where})"
+        probes = f", probes {alert.probe_name!r}" if alert.probe_name is not None else ""
+        title = f"{alert.level.upper()} {alert.rule} (step {alert.step}{probes}{where})"
         parts = [_text([(alert.message, "")], options)]
         if self.advise:
             parts.append(_text([("To do: ", "bold"), (alert.suggestion, "")], options))
@@ -86,7 +87,7 @@ def summary_table(record: AuditRecord) -> _Summary:
     attribution = record.patching.attribution if record.patching is not None else None
     patched = f" ({attribution.exact_pairs} patched)" if attribution is not None else ""
     title = (
-        f"align_audit, step {record.step}: {provenance.pairs} pairs{patched}, "
+        f"align_audit, step {record.step}{on_probes(record)}: {provenance.pairs} pairs{patched}, "
         f"{provenance.model_type} with {provenance.num_layers} layers"
     )
     return _Summary(title, tuple(_rows(record)))

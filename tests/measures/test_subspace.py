@@ -201,6 +201,14 @@ def test_rank_95_none_reaches_it() -> None:
     assert sub.rank_95([1, 2], [0.99, 0.94], threshold=0.9).value == 1.0
 
 
+@pytest.mark.parametrize("rank", [0, 1, 3, 6])
+def test_gram_rank_is_the_rows_own(rank: int) -> None:
+    generator = np.random.default_rng(rank)
+    rows = torch.from_numpy(generator.normal(size=(40, rank)) @ generator.normal(size=(rank, 6)))
+    assert sub.gram_rank(gram_of(rows)) == np.linalg.matrix_rank(rows.numpy()) == rank
+    assert sub.gram_rank(gram_of(torch.full((3, 6), math.nan))) == 0
+
+
 @pytest.mark.parametrize(
     ("call", "found"),
     [

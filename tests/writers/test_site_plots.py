@@ -59,7 +59,7 @@ def test_every_unit_is_a_curve(record: AuditRecord) -> None:
 
 
 def test_each_curve_has_a_chart(record: AuditRecord, tmp_path: Path) -> None:
-    charts = custom_scalars_layout(record.sites)["align_audit: finer sites"]
+    charts = custom_scalars_layout(sites=record.sites)["align_audit: finer sites"]
     assert len(charts) == 4
     assert "align_audit: finer sites" not in custom_scalars_layout()
     writer = SummaryWriter(tmp_path)
