@@ -15,8 +15,7 @@ import planted
 @pytest.fixture(scope="module")
 def bench() -> planted.Bench:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planted, "PLANTING_PAIRS", 8)
-        patch.setattr(planted, "PROBE_PAIRS", 8)
+        patch.setattr(planted, "PROBE_PAIRS", 16)
         return planted.Bench("llama", None)
 
 
