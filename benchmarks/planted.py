@@ -249,7 +249,8 @@ def _largest(record: AuditRecord, unit: tuple[int, int | None], site: str) -> di
 def plant_a_rank(bench: Bench, number: int) -> dict[str, Any]:
     """A change of known rank at some layer below the last."""
     rank = RANKS[number // len(LINEAR) % len(RANKS)]
-    layer = random.Random(f"rank {number}").randrange(bench.num_layers - 1)
+    # The same rank in the same architecture comes again at another layer.
+    layer = (number + 2 * (number // (len(LINEAR) * len(RANKS)))) % (bench.num_layers - 1)
     planted = plant_subspace(bench.base, bench.planting, layer, rank, SHIFT)
     ranks = sorted({*range(1, rank + 3), 12, 16, 24})
     record = bench.audit(
@@ -338,7 +339,7 @@ KINDS: dict[str, Kind] = {
     "window": Kind(plant_a_window, ARCHITECTURES, lambda n: max(n // 2, 1)),
     "site": Kind(plant_a_site, ARCHITECTURES, lambda n: max(n // 2, 1)),
     "head": Kind(plant_a_head, ARCHITECTURES, lambda n: max(n // 2, 1)),
-    "rank": Kind(plant_a_rank, LINEAR, lambda n: min(max(n // 4, 1), len(RANKS) * len(LINEAR))),
+    "rank": Kind(plant_a_rank, LINEAR, lambda n: max(n // 2, 1)),
     "prompt": Kind(plant_at_prompt, ARCHITECTURES, lambda n: min(max(n // 8, 1), 6)),
     "completion": Kind(plant_at_completion, ARCHITECTURES, lambda n: min(max(n // 8, 1), 6)),
     "nothing": Kind(plant_no_preference, ARCHITECTURES, lambda n: min(max(n // 4, 1), 12)),
