@@ -21,12 +21,8 @@ def bench() -> planted.Bench:
 
 
 def test_planting_and_probe_pairs_are_apart(bench: planted.Bench) -> None:
-    for one, other in ((bench.planting, bench.probes), (bench.few_planting, bench.few_probes)):
-        completions = [
-            {ids[start:] for pair in probes for ids, start in [(pair.chosen_ids, pair.chosen_start)]}
-            for probes in (one, other)
-        ]
-        assert not completions[0] & completions[1]
+    completions = [{pair.chosen_ids[pair.chosen_start :] for pair in pairs} for pairs in (bench.planting, bench.probes)]
+    assert not completions[0] & completions[1]
 
 
 def test_a_planted_layer_is_found(bench: planted.Bench) -> None:
