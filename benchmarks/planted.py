@@ -1,6 +1,6 @@
 """How often does the audit find what was planted? Policies of known truth, over three architectures and many seeds.
 
-    python benchmarks/planted.py --plantings 48 --json results.json    # about a quarter of an hour on one core
+    python benchmarks/planted.py --plantings 48 --json results.json    # about ten minutes on one core
     python benchmarks/planted.py --plantings 6 --kinds layer           # a taste
 
 Base models: the shipped Llama, and a GPT-2, a Gemma 2 and a Qwen3 that ``python -m align_audit.planting.bases`` pretrains into
@@ -15,8 +15,8 @@ the cache (``--bases DIR`` for another folder; those that are missing are traine
     rank        a change of rank 1, 2, 4, 8 of one layer's output; found: ``rank_95`` of the shift basis within 1 of it
     prompt      the margin moves through prompt positions only; found: patching the planted layer there recovers at least
                 three quarters of it, patching the completion at most one quarter
-    completion  the same with the roles swapped
-    nothing     no preference was learned; right: the planted shift's tenth is not reached
+    completion  the same with the roles swapped; both are probed on the planting pairs, all others on pairs of their own
+    nothing     no preference was learned; right: the mean shift stays below a tenth of what is planted elsewhere
 
 How hard a planting is, is measured and not set: the *effect ratio* is |effect of restoring what was planted| over the
 largest |effect of restoring any other of its kind| (layer, site, head), both as plain forwards of the policy with the
@@ -107,9 +107,9 @@ class Bench:
         self.rows = short_pairs(PLANTING_PAIRS, PLANTING_SEED)
         self.planting = self.probe_set(self.rows)
         self.probes = self.probe_set(short_pairs(PROBE_PAIRS, PROBE_SEED))
-        mixed = few_prompts(short_pairs(2 * PLANTING_PAIRS + PROBE_PAIRS, PROBE_SEED + 1), PROMPTS)
-        self.few_planting = self.probe_set(mixed[PROBE_PAIRS:])
-        self.few_probes = self.probe_set(mixed[:PROBE_PAIRS])
+        # Where in the sequence, not on which pairs: the positions' plantings are looked at on the very pairs they were
+        # planted with. On others of these few prompts they shift the margin too little to be located.
+        self.few = self.probe_set(few_prompts(short_pairs(PLANTING_PAIRS, PROBE_SEED + 1), PROMPTS))
         self.gradient = margin_gradient(self.base, self.planting)
         self.num_layers = int(self.base.config.num_hidden_layers)
 
@@ -273,25 +273,25 @@ def plant_a_rank(bench: Bench, number: int) -> dict[str, Any]:
 def plant_at_prompt(bench: Bench, number: int) -> dict[str, Any]:
     """Through the prompt, about half way up."""
     layer = bench.num_layers // 2 - number // len(ARCHITECTURES) % 2
-    planted = plant_prompt_only(bench.base, bench.few_planting, layer, SHIFT)
+    planted = plant_prompt_only(bench.base, bench.few, layer, SHIFT)
     return _patch_both(bench, planted.policy, layer, "prompt", "completion")
 
 
 def plant_at_completion(bench: Bench, number: int) -> dict[str, Any]:
     """Through the completion, about half way up."""
     layer = bench.num_layers // 2 + number // len(ARCHITECTURES) % 2
-    planted = plant_completion_only(bench.base, bench.few_planting, layer, SHIFT, prompts=bench.few_probes)
+    planted = plant_completion_only(bench.base, bench.few, layer, SHIFT)
     return _patch_both(bench, planted.policy, layer, "completion", "prompt")
 
 
 def _patch_both(bench: Bench, policy: Any, layer: int, here: Any, there: Any) -> dict[str, Any]:
     recovery, effect, truth = {}, {}, {}
     for positions in (here, there):
-        record = bench.audit(policy, bench.few_probes, patching={"positions": positions})
+        record = bench.audit(policy, bench.few, patching={"positions": positions})
         assert record.patching is not None
         recovery[positions] = record.patching.recovery[layer].mean
         effect[positions] = record.patching.effect[layer].mean
-        truth[positions] = patched_shift(policy, bench.base, layer, bench.few_probes, positions)
+        truth[positions] = patched_shift(policy, bench.base, layer, bench.few, positions)
     return {
         "layers": [layer],
         "recovery": recovery,

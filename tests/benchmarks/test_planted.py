@@ -20,12 +20,8 @@ def bench() -> planted.Bench:
 
 
 def test_planting_and_probe_pairs_are_apart(bench: planted.Bench) -> None:
-    for one, other in ((bench.planting, bench.probes), (bench.few_planting, bench.few_probes)):
-        completions = [
-            {ids[start:] for pair in probes for ids, start in [(pair.chosen_ids, pair.chosen_start)]}
-            for probes in (one, other)
-        ]
-        assert not completions[0] & completions[1]
+    completions = [{pair.chosen_ids[pair.chosen_start :] for pair in pairs} for pairs in (bench.planting, bench.probes)]
+    assert not completions[0] & completions[1]
 
 
 def test_a_planted_layer_is_found(bench: planted.Bench) -> None:
@@ -40,7 +36,7 @@ def test_a_planted_rank_is_found(bench: planted.Bench) -> None:
     assert row["rank"] == 2
     assert row["found"]
     assert row["effect_fraction"][row["ranks"].index(2)] == pytest.approx(1.0, abs=1e-3)
-    assert row["effect_fraction"][0] < 0.95
+    assert abs(row["effect_fraction"][0] - 1.0) > 0.02
 
 
 def test_shares_and_tables(capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,9 +62,11 @@ def test_language_modelling_learns_both_completions(base: Any, planting: ProbeSe
     states = null.policy.state_dict(), again.policy.state_dict()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     old, new = (oracle.margins(model, planting.pairs)[1:] for model in (base, null.policy))
-    assert (new[0] - old[0]).mean() > 1.0
-    assert (new[1] - old[1]).mean() > 1.0
-    assert abs(shift_on(null.policy, base, planting)) < 0.25 * (new[0] - old[0]).mean()
+    gains = [float((after - before).mean()) for before, after in zip(old, new, strict=True)]
+    assert min(gains) > 1.0
+    # Both are learned, if not to the same degree: the margin moves by less than half of either.
+    assert abs(null.truth.numbers["shift"]) < 0.5 * min(gains)
+    assert null.truth.numbers["shift"] == pytest.approx(gains[0] - gains[1], abs=1e-5)
     assert all(parameter.grad is None for parameter in null.policy.parameters())
 
 

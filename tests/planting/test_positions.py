@@ -52,9 +52,9 @@ def test_prompt_only_moves_the_margin_through_the_prompt(base: Any, two_prompts:
 
 
 def test_patched_shift_is_hooked_patching(base: Any, two_prompts: Sets) -> None:
-    planting, probes = two_prompts
+    planting, probes = two_prompts[0], two_prompts[1][:2]
     policy = plant_prompt_only(base, planting, 2, shift=1.0).policy
-    for positions in ("all", "prompt", "completion"):
+    for positions in ("prompt", "completion"):
         expected = by_hand(policy, base, probes, 2, positions)
         assert patched_shift(policy, base, 2, probes, positions) == pytest.approx(expected, abs=1e-5)
 
