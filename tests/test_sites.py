@@ -158,12 +158,6 @@ def effect(
     return margin
 
 
-def units(site: str, parts: Parts, depth: int = 3, width: int = 1) -> list[Unit]:
-    if site == "head":
-        return [(layer, layer, head) for layer in range(depth) for head in range(parts.heads)]
-    return [(layer, layer + width - 1, None) for layer in range(depth - width + 1)]
-
-
 def effects(policy: nn.Module, reference: nn.Module, parts: Parts, curve: Any, pairs: Any) -> dict[str, np.ndarray]:
     asked = [(unit.layer, unit.last_layer, unit.head) for unit in curve.units]
     return {
@@ -205,18 +199,21 @@ def test_every_site_both_ways_is_what_a_hooked_forward_gives(name: str) -> None:
     """At mixed lengths (padding: METHODS §7's 1e-7 of the summed |log p|), and with windows of two layers."""
     reference = build(name)
     policy, probes, parts = perturbed(reference), random_pairs(2, seed=2, longest=8), WHERE[name]
-    settings = config(*({"site": site} for site in SITES), {"site": "block", "width": 2})
+    some = {"head": {"layers": (0, 2), "heads": (0, 3)}}  # each number takes the oracle four full forwards
+    settings = config(*({"site": site, **some.get(site, {})} for site in SITES), {"site": "block", "width": 2})
     record, arrays = audit(policy, reference, probes, settings)
     pair = {key: arrays[f"per_pair.{key}"] for key in ("reference_chosen_logp", "reference_rejected_logp")}
     atol = 1e-7 * float(np.abs(list(pair.values())).sum(0).max())
     assert [curve.site for curve in record.sites] == [*SITES, "block"]
     for number, curve in enumerate(record.sites):
-        expected = units(curve.site, parts, width=curve.width)
+        expected = [(layer, layer + curve.width - 1, None) for layer in range(4 - curve.width)]
+        if curve.site == "head":
+            expected = [(layer, layer, head) for layer in (0, 2) for head in (0, 3)]
         assert [(unit.layer, unit.last_layer, unit.head) for unit in curve.units] == expected
         wanted = effects(policy, reference, parts, curve, probes.pairs)
         for direction, values in wanted.items():
             found = arrays[f"per_pair.sites.{number}.{direction}"]
-            assert np.abs(values).max() > 1e4 * atol
+            assert np.abs(values).max() > 1e3 * atol
             np.testing.assert_allclose(found, values, atol=atol, rtol=0, err_msg=f"{curve.site} {direction}")
             means = [estimate.mean for estimate in getattr(curve, direction)]
             np.testing.assert_allclose(means, values.mean(axis=0), atol=atol)
@@ -227,7 +224,7 @@ def test_every_site_both_ways_is_what_a_hooked_forward_gives(name: str) -> None:
 def test_in_equal_shapes_the_numbers_agree_to_1e_9() -> None:
     reference = build("llama")
     policy, probes = perturbed(reference), equal_pairs(1)
-    settings = config(*({"site": site} for site in SITES), batch_tokens=1, share_prompts=False)
+    settings = config(*({"site": site, "layers": (1,)} for site in SITES), batch_tokens=1, share_prompts=False)
     record, arrays = audit(policy, reference, probes, settings)
     for number, curve in enumerate(record.sites):
         for direction, values in effects(policy, reference, WHERE["llama"], curve, probes.pairs).items():
@@ -265,7 +262,7 @@ def test_lora_with_its_adapters_off() -> None:
                 parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
     merged = copy.deepcopy(model).merge_and_unload()
     probes = random_pairs(2, seed=6, longest=8)
-    sites = [{"site": site, "layers": (0, 2)} for site in SITES]
+    sites = [{"site": site, "layers": (1,)} for site in SITES]
     settings = config(*sites, *({**site, "estimator": "attribution"} for site in sites))
     record, arrays = audit(model, None, probes, settings)
     for number, curve in enumerate(record.sites[:4]):
@@ -287,7 +284,7 @@ def test_lora_with_its_adapters_off() -> None:
 def test_attribution_is_the_derivative_of_the_effect(name: str, step: float, atol: float) -> None:
     """By central differences; Gemma's norms compute in float32, whose rounding a smaller step would magnify."""
     reference = build(name)
-    policy, probes, parts = perturbed(reference), random_pairs(2, seed=2, longest=8), WHERE[name]
+    policy, probes, parts = perturbed(reference), random_pairs(1, seed=2, longest=8), WHERE[name]
     settings = config(
         *({"site": site, "layers": (1,), "estimator": "attribution"} for site in SITES),
         {"site": "head", "layers": (2,), "heads": (3,), "positions": "completion", "estimator": "attribution"},
