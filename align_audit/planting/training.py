@@ -100,12 +100,13 @@ def _run_trainer(
     batch: int,
     seed: int,
 ) -> None:
-    from datasets import Dataset
-    from transformers import PrinterCallback
-    from trl import DPOConfig, DPOTrainer
-
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     with tempfile.TemporaryDirectory() as folder, random_state_kept():
+        # Inside, since importing them draws random numbers.
+        from datasets import Dataset
+        from transformers import PrinterCallback
+        from trl import DPOConfig, DPOTrainer
+
         settings = DPOConfig(
             folder, max_steps=steps, beta=beta, per_device_train_batch_size=batch, seed=seed, report_to=[],
             save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False,
