@@ -9,13 +9,11 @@ lies beside the log in ``step-N/*.safetensors``.
 from __future__ import annotations
 
 import math
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from align_audit.errors import RecordError
-from align_audit.files import write_atomically
+from align_audit.stored import Part, Stored
 
 SCHEMA_VERSION = 3
 """Version of the fields of a record. Older records are migrated on load; newer ones are refused."""
@@ -27,12 +25,7 @@ Verdict = Literal["passed", "failed", "not_run"]
 AlertLevel = Literal["info", "warning", "error"]
 
 
-class _Part(BaseModel):
-    # NaN and infinities are not JSON numbers; as strings they survive any JSON reader.
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-
-class Estimate(_Part):
+class Estimate(Part):
     """A mean over probe pairs with its bootstrap confidence interval; NaN with a ``reason`` when it cannot be known."""
 
     mean: float
@@ -42,13 +35,14 @@ class Estimate(_Part):
 
     @classmethod
     def unknown(cls, reason: str) -> Self:
+        """NaN throughout, for that reason."""
         return cls(mean=math.nan, low=math.nan, high=math.nan, reason=reason)
 
     def __format__(self, spec: str) -> str:
         return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]" if spec else repr(self)
 
 
-class Margins(_Part):
+class Margins(Part):
     """Preference margins and the behavioural side-channel (METHODS, notation and §6). Log-probabilities in nats."""
 
     reference: Estimate
@@ -70,7 +64,7 @@ class Margins(_Part):
     reference_token_accuracy: Estimate
 
 
-class Attribution(_Part):
+class Attribution(Part):
     """Attribution patching beside the exact effects, where only some pairs were patched; L values each."""
 
     exact_pairs: int
@@ -87,7 +81,7 @@ class Attribution(_Part):
     """Of the attribution itself (averaged over the points), over all pairs: what it would have said alone."""
 
 
-class LayerSet(_Part):
+class LayerSet(Part):
     """The layers above the widest gap of the mean block transplants (METHODS §1, §3; ours). Empty with a reason."""
 
     layers: list[int]
@@ -101,7 +95,7 @@ class LayerSet(_Part):
     """Share of resamples in which each layer belongs to the set; L values."""
 
 
-class Patching(_Part):
+class Patching(Part):
     """Layer-wise activation patching (METHODS §1). Effects and transplants in nats; recovery and gains are shares."""
 
     positions: str
@@ -123,7 +117,7 @@ class Patching(_Part):
     standing_out: LayerSet | None = None
 
 
-class SiteUnit(_Part):
+class SiteUnit(Part):
     """What was swapped at once: layers ``layer`` to ``last_layer`` (one, but for windows), or one head of a layer."""
 
     layer: int
@@ -131,7 +125,7 @@ class SiteUnit(_Part):
     head: int | None = None
 
 
-class SiteCurve(_Part):
+class SiteCurve(Part):
     """Patching of one kind of finer site (METHODS §1, "Sites"); sequences run along ``units``, effects in nats."""
 
     site: Literal["attention_output", "mlp_output", "head", "block"]
@@ -157,7 +151,7 @@ class SiteCurve(_Part):
     """Index of the unit with the largest mean sufficiency; None, with a reason, where one is not known."""
 
 
-class Control(_Part):
+class Control(Part):
     """One control (METHODS §2): does the number it guards count as evidence? ``reason`` always says why."""
 
     verdict: Verdict
@@ -170,7 +164,9 @@ class Control(_Part):
     """Probe pairs it was measured on."""
 
 
-class Controls(_Part):
+class Controls(Part):
+    """What stands beside the numbers and says whether they are evidence (METHODS §2)."""
+
     noise: Control
     reverse: Control
     identity: Control
@@ -179,7 +175,7 @@ class Controls(_Part):
     permuted_targets: Control = Control(verdict="not_run", reason="not measured by the version that wrote this record")
 
 
-class Localization(_Part):
+class Localization(Part):
     """Sparse localization (METHODS §3)."""
 
     target: str
@@ -196,7 +192,7 @@ class Localization(_Part):
     entropy: float
 
 
-class LowRankCurve(_Part):
+class LowRankCurve(Part):
     """Low-rank reconstruction of one layer in one basis (METHODS §4); sequences run along ``ranks``."""
 
     ranks: list[int]
@@ -211,7 +207,7 @@ class LowRankCurve(_Part):
     """Radians, ascending, to the previous audit's subspace of the same layer and basis; None at a run's first."""
 
 
-class DepthTrace(_Part):
+class DepthTrace(Part):
     """One model's path through its layers (METHODS §5)."""
 
     contraction: list[float]
@@ -225,7 +221,7 @@ class DepthTrace(_Part):
     """Singular values per layer that the dtype of the activations cannot resolve."""
 
 
-class Spinal(_Part):
+class Spinal(Part):
     """SPINAL on policy and reference, on the same rows (METHODS §5)."""
 
     policy: DepthTrace
@@ -240,7 +236,7 @@ class Spinal(_Part):
     score: float
 
 
-class Alert(_Part):
+class Alert(Part):
     """A finding about the run: what was seen, against what, where, why it matters and what to try."""
 
     rule: str
@@ -256,7 +252,7 @@ class Alert(_Part):
     suggestion: str
 
 
-class ReferenceCheck(_Part):
+class ReferenceCheck(Part):
     """Is the reference what it should be? ``same_weights``: equal to the policy bit by bit."""
 
     source: str
@@ -269,7 +265,9 @@ class ReferenceCheck(_Part):
     """Largest absolute difference to the trainer's precomputed reference margins, in nats."""
 
 
-class Cost(_Part):
+class Cost(Part):
+    """What an audit took."""
+
     seconds: float
     peak_memory: int
     """Bytes above what was allocated when the audit began (device memory on CUDA, resident memory on a CPU)."""
@@ -277,7 +275,7 @@ class Cost(_Part):
     """Full forwards of one model over the probe pairs that the same layer calls amount to."""
 
 
-class Provenance(_Part):
+class Provenance(Part):
     """Everything needed to say which models, pairs and settings a record speaks of."""
 
     created: str
@@ -309,7 +307,7 @@ class Provenance(_Part):
     config: dict[str, Any]
 
 
-class Finding(_Part):
+class Finding(Part):
     """What an audit says about where the preference sits, in words and made only from the record (``verdict.find``)."""
 
     words: str
@@ -318,8 +316,10 @@ class Finding(_Part):
     """Of the claim; empty where none is made."""
 
 
-class AuditRecord(_Part):
+class AuditRecord(Stored):
     """Everything one audit found. Alerts, plots and reports can be made from it again with no model at hand."""
+
+    newest: ClassVar[int] = SCHEMA_VERSION
 
     finding: Finding | None = None
     """None in records of versions before it."""
@@ -347,47 +347,3 @@ class AuditRecord(_Part):
         """What makes two audits the same: step, policy weights, reference weights, name of the probe set."""
         there = self.provenance
         return (self.step, there.policy_hash, there.reference_hash, there.probe_name)
-
-    def to_json(self) -> str:
-        """One line of JSON; :meth:`from_json` gives an equal record back."""
-        return self.model_dump_json()
-
-    @classmethod
-    def from_json(cls, text: str | bytes, where: str = "the record") -> Self:
-        """Parse one record.
-
-        Raises:
-            RecordError: the text is no record, or was written by a newer align_audit.
-        """
-        import json
-
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise RecordError(f"{where} is not JSON: {error}") from None
-        if not isinstance(values, dict) or "schema_version" not in values:
-            raise RecordError(f"{where} is not an align_audit record: no schema_version in it")
-        version = values["schema_version"]
-        if not isinstance(version, int) or version > SCHEMA_VERSION:
-            raise RecordError(
-                f"{where} has schema version {version}; this align_audit reads up to {SCHEMA_VERSION}. "
-                "Upgrade with `pip install --upgrade align-audit`."
-            )
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise RecordError(f"{where} is not a valid record: {error}") from None
-
-    def save(self, path: str | Path) -> None:
-        """Write the record as JSON, atomically: a reader sees the old file or the new one, never a part."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, self.model_dump_json(indent=1).encode())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        try:
-            text = Path(path).read_bytes()
-        except OSError as error:
-            raise RecordError(f"cannot read {path}: {error}") from None
-        return cls.from_json(text, where=str(path))

@@ -6,16 +6,13 @@ its ``reason``, any other field in ``TransferRecord.reasons`` under its dotted p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from align_audit.errors import RecordError
-from align_audit.files import write_atomically
 from align_audit.record import METHODS_VERSION, Control, Cost, Estimate, Provenance
+from align_audit.stored import Part, Stored
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,12 +21,7 @@ TRANSFER_SCHEMA_VERSION = 1
 """Version of the fields of a transfer record; newer ones are refused."""
 
 
-class _Part(BaseModel):
-    # NaN and infinities are not JSON numbers; as strings they survive any JSON reader.
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
-
-
-class TransferCell(_Part):
+class TransferCell(Part):
     """The subspaces fitted on one set, patched on the pairs of one set, at one layer in one basis (METHODS §4)."""
 
     effect_fraction: list[Estimate]
@@ -50,7 +42,7 @@ class TransferCell(_Part):
     control: Control
 
 
-class RandomSubspaces(_Part):
+class RandomSubspaces(Part):
     """What random subspaces, each pair its own, do to one set's pairs at one layer, patched in the form of one basis."""
 
     effect: list[Estimate]
@@ -59,7 +51,7 @@ class RandomSubspaces(_Part):
     pairs: int
 
 
-class SubspaceAngles(_Part):
+class SubspaceAngles(Part):
     """Principal angles between the subspaces of two sets, each fitted on all of its pairs."""
 
     between: tuple[str, str]
@@ -67,8 +59,12 @@ class SubspaceAngles(_Part):
     """For each rank k its k angles, radians, ascending."""
 
 
-class TransferRecord(_Part):
+class TransferRecord(Stored):
     """The transfer matrix of a policy against its reference, over named probe sets."""
+
+    kind: ClassVar[str] = "transfer record"
+    newest: ClassVar[int] = TRANSFER_SCHEMA_VERSION
+    telling: ClassVar[tuple[str, ...]] = ("schema_version", "cells")
 
     step: int
     schema_version: int = TRANSFER_SCHEMA_VERSION
@@ -144,41 +140,3 @@ class TransferRecord(_Part):
                     }
                 )
         return pandas.DataFrame(rows)
-
-    @classmethod
-    def from_json(cls, text: str | bytes, where: str = "the transfer record") -> Self:
-        """Parse what :meth:`save` wrote.
-
-        Raises:
-            RecordError: the text is no transfer record, or was written by a newer align_audit.
-        """
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise RecordError(f"{where} is not JSON: {error}") from None
-        if not isinstance(values, dict) or "schema_version" not in values or "cells" not in values:
-            raise RecordError(f"{where} is not an align_audit transfer record: no schema_version and cells in it")
-        version = values["schema_version"]
-        if not isinstance(version, int) or version > TRANSFER_SCHEMA_VERSION:
-            raise RecordError(
-                f"{where} has schema version {version}; this align_audit reads up to {TRANSFER_SCHEMA_VERSION}. "
-                "Upgrade with `pip install --upgrade align-audit`."
-            )
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise RecordError(f"{where} is not a valid transfer record: {error}") from None
-
-    def save(self, path: str | Path) -> None:
-        """Write the record as JSON, atomically: a reader sees the old file or the new one, never a part."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, self.model_dump_json(indent=1).encode())
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        try:
-            text = Path(path).read_bytes()
-        except OSError as error:
-            raise RecordError(f"cannot read {path}: {error}") from None
-        return cls.from_json(text, where=str(path))

@@ -1,0 +1,84 @@
+"""What every kind of record on disk has in common: frozen parts that survive JSON, a schema version, atomic writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from align_audit.errors import RecordError
+from align_audit.files import write_atomically
+
+
+class Part(BaseModel):
+    """Part of a record: frozen, and nothing in it that is not declared."""
+
+    # NaN and infinities are not JSON numbers; as strings they survive any JSON reader.
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Stored(Part):
+    """A record with a ``schema_version``: older ones are read, newer ones refused.
+
+    Attributes:
+        kind: what error messages call it.
+        newest: the schema version that this align_audit writes.
+        telling: fields by which such a record is told from other JSON.
+    """
+
+    kind: ClassVar[str] = "record"
+    newest: ClassVar[int]
+    telling: ClassVar[tuple[str, ...]] = ("schema_version",)
+
+    def to_json(self) -> str:
+        """One line of JSON; :meth:`from_json` gives an equal record back."""
+        return self.model_dump_json()
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str | None = None) -> Self:
+        """Parse one record.
+
+        Args:
+            where: what error messages say it was read from.
+
+        Raises:
+            RecordError: the text is no such record, or was written by a newer align_audit.
+        """
+        where = where or f"the {cls.kind}"
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise RecordError(f"{where} is not JSON: {error}") from None
+        if not isinstance(values, dict) or not set(cls.telling) <= set(values):
+            raise RecordError(f"{where} is not an align_audit {cls.kind}: no {' and '.join(cls.telling)} in it")
+        version = values["schema_version"]
+        if not isinstance(version, int) or version > cls.newest:
+            raise RecordError(
+                f"{where} has schema version {version}; this align_audit reads up to {cls.newest}. "
+                "Upgrade with `pip install --upgrade align-audit`."
+            )
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise RecordError(f"{where} is not a valid {cls.kind}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the record as JSON, atomically: a reader sees the old file or the new one, never a part."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, self.model_dump_json(indent=1).encode())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            RecordError: the file cannot be read, or as :meth:`from_json`.
+        """
+        try:
+            text = Path(path).read_bytes()
+        except OSError as error:
+            raise RecordError(f"cannot read {path}: {error}") from None
+        return cls.from_json(text, where=str(path))
