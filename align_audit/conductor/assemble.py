@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -415,11 +416,8 @@ class Assembler:
             return Control(verdict="not_run", reason=reason, effect=effect)
         fitted = self.means(findings.fitted["shift", peak][self.found.exact_pairs])
         sign = math.copysign(1.0, summary.effect[peak].mean)
-        losing = [
-            rank
-            for rank, ours, chance in zip(findings.ranks, fitted, effect, strict=True)
-            if not min(sign * ours.low, sign * ours.high) > max(sign * chance.low, sign * chance.high)
-        ]
+        more = beyond(fitted, effect, sign)
+        losing = [rank for rank, does in zip(findings.ranks, more, strict=True) if not does]
         if losing:
             return Control(
                 verdict="failed",
@@ -546,6 +544,14 @@ def estimate(interval: Interval) -> Estimate:
     return Estimate(
         mean=float(interval.mean), low=float(interval.low), high=float(interval.high), reason=interval.reason
     )
+
+
+def beyond(ours: Sequence[Estimate], chance: Sequence[Estimate], sign: float) -> list[bool]:
+    """Whether each interval lies beyond its counterpart in the direction of ``sign``; False where a bound is unknown."""
+    return [
+        min(sign * one.low, sign * one.high) > max(sign * other.low, sign * other.high)
+        for one, other in zip(ours, chance, strict=True)
+    ]
 
 
 def floats(values: object) -> list[float]:

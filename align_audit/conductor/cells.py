@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align_audit.conductor.assemble import Assembler, estimate, floats
+from align_audit.conductor.assemble import Assembler, beyond, estimate, floats
 from align_audit.conductor.collect import Collected
 from align_audit.conductor.lowrank import Fit, Key, Reconstruction
 from align_audit.conductor.session import Session
@@ -207,10 +207,7 @@ class Cells:
             return unknown, Control(verdict="not_run", reason=reason)
         sign = math.copysign(1.0, full.mean)
         ours = patched.build.means(effects[:, : len(ranks)])
-        beats = [
-            min(sign * mine.low, sign * mine.high) > max(sign * chance.low, sign * chance.high)
-            for mine, chance in zip(ours, random.effect, strict=False)
-        ]
+        beats = beyond(ours, random.effect[: len(ranks)], sign)
         losing = [rank for rank, more in zip(ranks, beats, strict=True) if not more]
         what = f"the subspace of {fitted.name!r}"
         if losing:

@@ -243,14 +243,12 @@ class Collector:
         norm is over the positions of two sequences, in which the prompt stands twice.
         """
 
-        def log_probabilities(top: torch.Tensor) -> list[torch.Tensor]:
-            # Pairs do not touch each other, so the gradient of the sum holds each pair's own gradient in its rows.
-            logp = self.session.token_logp(replay, top, batch)
-            chosen, rejected = sum_by_pair(logp, batch.pair, batch.side, batch.num_pairs).sum(1)
-            return [chosen, rejected] if batch.shared else [chosen - rejected]
+        def each_side(top: torch.Tensor) -> list[torch.Tensor]:
+            return list(self.session.summed_logp(replay, top, batch))
 
+        objective = each_side if batch.shared else self.session.margin_objective(replay, batch)
         owner = batch.row_pair
-        for layer, gradients in replay.stream_gradients(policy, log_probabilities):
+        for layer, gradients in replay.stream_gradients(policy, objective):
             norms = torch.zeros(batch.num_pairs, dtype=torch.float64, device=owner.device)
             for gradient in gradients:
                 norms.index_add_(0, owner, gradient.double().square().sum(dim=(1, 2)))
@@ -267,23 +265,16 @@ class Collector:
         mask = batch.position_mask(self.config.patching.positions)
         begin = -1 if self.config.patching.embedding else 0
 
-        def margin(replay: Replay) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-            def total(top: torch.Tensor) -> list[torch.Tensor]:
-                logp = self.session.token_logp(replay, top, batch)
-                chosen, rejected = sum_by_pair(logp, batch.pair, batch.side, batch.num_pairs).sum(1)
-                return [chosen - rejected]
-
-            return total
-
         def gradients(replay: Replay, point: float) -> Iterator[tuple[int, torch.Tensor]]:
+            margin = self.session.margin_objective(replay, batch)
             if self.config.patching.attribution_path == "joint":
                 at = _between(reference, policy, point)
-                for layer, (gradient,) in replay.stream_gradients(at, margin(replay), down_to=begin):
+                for layer, (gradient,) in replay.stream_gradients(at, margin, down_to=begin):
                     yield layer, gradient
                 return
             for start in range(begin, self.session.num_layers):
                 at = self._patched_partly(replay, reference, policy, mask, start, point)
-                for layer, (gradient,) in replay.stream_gradients(at, margin(replay), down_to=start):
+                for layer, (gradient,) in replay.stream_gradients(at, margin, down_to=start):
                     if layer == start:
                         yield layer, gradient
 

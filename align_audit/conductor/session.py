@@ -18,7 +18,7 @@ from align_audit.batches import PairBatch, make_batch, pair_tokens, plan_batches
 from align_audit.conductor.sharing import why_not_shared
 from align_audit.errors import AuditMemoryError, ConfigurationError
 from align_audit.measures.control_variate import subset_order
-from align_audit.measures.margin import preference_margin, token_logp
+from align_audit.measures.margin import preference_margin, sum_by_pair, token_logp
 from align_audit.models.anatomy import Anatomy, unwrap
 from align_audit.models.reference import Reference, check_fit
 from align_audit.models.replay import Recording, Replay
@@ -271,6 +271,24 @@ class Session:
         ]
         self.meter.sample()
         return torch.cat(pieces)
+
+    def summed_logp(self, replay: Replay, top: torch.Tensor, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """log p of all chosen completions of a batch, and of all rejected ones: two scalars to differentiate.
+
+        Pairs do not touch each other, so the gradient of a sum holds each pair's own gradient in its rows.
+        """
+        logp = self.token_logp(replay, top, batch)
+        chosen, rejected = sum_by_pair(logp, batch.pair, batch.side, batch.num_pairs).sum(1)
+        return chosen, rejected
+
+    def margin_objective(self, replay: Replay, batch: PairBatch) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+        """Of a final stream [R, T, d] the sum of the batch's margins, as ``Replay.stream_gradients`` takes it."""
+
+        def total(top: torch.Tensor) -> list[torch.Tensor]:
+            chosen, rejected = self.summed_logp(replay, top, batch)
+            return [chosen - rejected]
+
+        return total
 
     def margins(self, replay: Replay, top: torch.Tensor, batch: PairBatch) -> torch.Tensor:
         """Preference margins [B], float64 on the CPU, from a final residual stream [R, T, d]."""

@@ -21,7 +21,6 @@ from align_audit.conductor.session import Session
 from align_audit.config import SiteConfig
 from align_audit.errors import SiteError
 from align_audit.measures.control_variate import subset_order
-from align_audit.measures.margin import sum_by_pair
 from align_audit.measures.patching import patched
 from align_audit.models.replay import Recording, Replay, Stream
 from align_audit.models.sites import Kind, Place, Sites
@@ -272,7 +271,7 @@ class SiteCollector:
         with receiver.active() as replay:
             steps = replay.inner_gradients(
                 receiver.recording,
-                self._margin(replay, batch),
+                self.session.margin_objective(replay, batch),
                 tap,
                 down_to=min([layer - 1 for layer in inside] + list(windows)),
             )
@@ -323,15 +322,6 @@ class SiteCollector:
             total = torch.zeros(batch.num_pairs, dtype=torch.float64, device=along.device)
             total.index_add_(0, batch.row_pair, along.masked_fill(~mask, 0.0).sum(-1))
             self._store("attribution", direction, batch, (number, column), total)
-
-    def _margin(self, replay: Replay, batch: PairBatch) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-        def total(top: torch.Tensor) -> list[torch.Tensor]:
-            # Pairs do not touch each other, so the gradient of the sum holds each pair's own gradient in its rows.
-            logp = self.session.token_logp(replay, top, batch)
-            chosen, rejected = sum_by_pair(logp, batch.pair, batch.side, batch.num_pairs).sum(1)
-            return [chosen - rejected]
-
-        return total
 
     def _store(self, which: str, direction: str, batch: PairBatch, key: Any, values: torch.Tensor) -> None:
         number, column = key
