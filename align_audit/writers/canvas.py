@@ -7,7 +7,7 @@ import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ParamSpec
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 from align_audit.record import Estimate
 from align_audit.writers import span
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
+    from matplotlib.image import AxesImage
 
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 INK, GREY, PALE, UNKNOWN = "#222222", "#6f6f6f", "#e9e9e9", "#dcdcdc"
@@ -52,6 +53,8 @@ _Arguments = ParamSpec("_Arguments")
 
 
 def styled(draw: Callable[_Arguments, Figure]) -> Callable[_Arguments, Figure]:
+    """Draws in our style, whatever the user's own is, and leaves that as it was."""
+
     @functools.wraps(draw)
     def wrapped(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> Figure:
         import matplotlib
@@ -127,11 +130,13 @@ class Notes:
     found: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
     def unknown(self, what: str, where: int | None, reason: str) -> None:
+        """Note that ``what`` is not known at a layer or step (None: throughout)."""
         places = self.found.setdefault((what, reason), [])
         if where is not None:
             places.append(where)
 
     def lines(self, unit: str) -> list[str]:
+        """A sentence for each, places contracted; ``unit`` is what they are, as "layer"."""
         said = []
         for (what, reason), places in self.found.items():
             number = "s" if len(set(places)) > 1 else ""
@@ -144,14 +149,17 @@ class Notes:
 
 
 def number(value: float) -> str:
+    """Three digits, or that it is not known."""
     return "not known" if math.isnan(value) else f"{value:.3g}"
 
 
 def wrap(text: str, width: int) -> str:
+    """In lines of at most ``width`` characters."""
     return "\n".join(textwrap.wrap(text, width))
 
 
 def fill_unknown(axes: Axes, text: str) -> None:
+    """Hatch all of the axes and say why."""
     axes.set_facecolor(UNKNOWN)
     axes.patch.set(hatch="////", edgecolor="#c4c4c4")
     axes.set_yticks([])
@@ -193,12 +201,40 @@ def hatch(axes: Axes, positions: Sequence[float], unknown: Sequence[int], log: b
         )
 
 
+def heat_cells(axes: Axes, values: np.ndarray, limit: float, origin: Literal["lower", "upper"] = "lower") -> AxesImage:
+    """Cells [rows, columns] in red above 0 and blue below, full at ±``limit``; hatched where a value is not known."""
+    import numpy as np
+    from matplotlib.colors import Normalize
+
+    axes.set_facecolor(UNKNOWN)
+    axes.patch.set(hatch="////", edgecolor="#a8a8a8")
+    return axes.imshow(
+        np.ma.masked_invalid(values),
+        origin=origin,
+        aspect="auto",
+        interpolation="nearest",
+        cmap=DIVERGING,
+        norm=Normalize(-limit, limit),
+    )
+
+
+def colour_bar(
+    body: SubFigure, image: AxesImage, axes: Any, label: str, clipped: bool = False, aspect: int = 30
+) -> None:
+    """The scale of :func:`heat_cells`, with open ends where values lie ``clipped`` beyond it."""
+    bar = body.colorbar(image, ax=axes, extend="both" if clipped else "neither", pad=0.01, aspect=aspect)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+
+
 def bars(estimates: Sequence[Estimate]) -> list[list[float]]:
+    """Lengths of error bars below and above each mean, as ``errorbar`` takes them."""
     # A percentile interval may leave out its own mean by a rounding error; bars must not be negative.
     return [[max(e.mean - e.low, 0.0) for e in estimates], [max(e.high - e.mean, 0.0) for e in estimates]]
 
 
 def layer_axis(axes: Axes, count: int, which: str, embedding: bool = False, head: bool = False) -> None:
+    """Ticks of ``count`` layers on the "x" or "y" axis, some left out where they would touch, and names at the ends."""
     every = max(1, math.ceil(count / 20))
     ticks: list[tuple[int, str]] = [(layer, str(layer)) for layer in range(0, count, every)]
     if embedding:
@@ -213,6 +249,7 @@ def layer_axis(axes: Axes, count: int, which: str, embedding: bool = False, head
 def draw_band(
     axes: Axes, steps: Sequence[int], estimates: Sequence[Estimate], colour: str, label: str, line: str, mark: str
 ) -> None:
+    """Means over steps; with a ``mark`` (the policy's, not a reference line) also their intervals as a band."""
     means = [estimate.mean for estimate in estimates]
     size = 4.0 if len(steps) <= 40 else 0.0
     axes.plot(

@@ -30,10 +30,12 @@ from align_audit.writers.canvas import (
     VERDICT_COLOURS,
     Notes,
     bars,
+    colour_bar,
     draw_band,
     fill_unknown,
     frame,
     hatch,
+    heat_cells,
     layer_axis,
     nothing,
     number,
@@ -554,7 +556,6 @@ def _by_layer_and_step(records: Sequence[AuditRecord], quantity: _Quantity) -> F
 
 def _heat_map(records: Sequence[AuditRecord], quantity: _Quantity) -> Figure:
     import numpy as np
-    from matplotlib.colors import Normalize
 
     count = records[-1].provenance.num_layers
     columns = [quantity.of(record) for record in records]
@@ -579,20 +580,8 @@ def _heat_map(records: Sequence[AuditRecord], quantity: _Quantity) -> Figure:
     # With many cells a single runaway must not bleach the rest.
     top = float(np.quantile(finite, 0.99) if finite.size > 100 else finite.max()) if finite.size else 0.0
     limit = max(top, quantity.least_limit)
-    axes.set_facecolor(UNKNOWN)
-    axes.patch.set(hatch="////", edgecolor="#a8a8a8")
-    image = axes.imshow(
-        np.ma.masked_invalid(values),
-        origin="lower",
-        aspect="auto",
-        interpolation="nearest",
-        cmap=DIVERGING,
-        norm=Normalize(-limit, limit),
-    )
-    clipped = bool(finite.size and finite.max() > limit * 1.0001)
-    bar = body.colorbar(image, ax=axes, extend="both" if clipped else "neither", pad=0.01, aspect=30)
-    bar.set_label(quantity.unit)
-    bar.outline.set_visible(False)
+    image = heat_cells(axes, values, limit)
+    colour_bar(body, image, axes, quantity.unit, clipped=bool(finite.size and finite.max() > limit * 1.0001))
     _row_labels(axes, count, quantity)
     if rows * len(records) <= 80 and len(records) <= 8:
         for (row, column_index), value in np.ndenumerate(values):

@@ -10,15 +10,15 @@ from align_audit.record import AuditRecord, SiteCurve
 from align_audit.writers import is_unknown, site_name, site_names, why_unknown
 from align_audit.writers.canvas import (
     BLUE,
-    DIVERGING,
     GREY,
     INK,
     ORANGE,
-    UNKNOWN,
     Notes,
     bars,
+    colour_bar,
     frame,
     hatch,
+    heat_cells,
     layer_axis,
     nothing,
     styled,
@@ -52,7 +52,6 @@ def head_map(record: AuditRecord, number: int) -> Figure:
         ValueError: that curve is not one of heads.
     """
     import numpy as np
-    from matplotlib.colors import Normalize
 
     curve = record.sites[number]
     if curve.site != "head":
@@ -85,19 +84,7 @@ def head_map(record: AuditRecord, number: int) -> Figure:
     axes = body.subplots()
     finite = np.abs(values[np.isfinite(values)])
     limit = max(float(finite.max()) if finite.size else 0.0, 1e-6)
-    axes.set_facecolor(UNKNOWN)
-    axes.patch.set(hatch="////", edgecolor="#a8a8a8")
-    image = axes.imshow(
-        np.ma.masked_invalid(values),
-        origin="lower",
-        aspect="auto",
-        interpolation="nearest",
-        cmap=DIVERGING,
-        norm=Normalize(-limit, limit),
-    )
-    bar = body.colorbar(image, ax=axes, pad=0.01, aspect=30)
-    bar.set_label("sufficiency (nats)")
-    bar.outline.set_visible(False)
+    colour_bar(body, heat_cells(axes, values, limit), axes, "sufficiency (nats)")
     if told and values.size <= 2048:
         rows, columns = zip(*told, strict=True)
         axes.scatter(columns, rows, s=16, color=INK, edgecolors="white", linewidths=0.6, zorder=3)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from align_audit.record import Estimate
 from align_audit.transfer_record import TransferRecord
 from align_audit.writers import is_unknown
-from align_audit.writers.canvas import DIVERGING, GREY, INK, UNKNOWN, frame, styled
+from align_audit.writers.canvas import GREY, INK, colour_bar, frame, heat_cells, styled
 from align_audit.writers.transfer_terminal import overlap_notes
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ def transfer_matrix(record: TransferRecord, basis: str, layer: int) -> Figure:
         KeyError: the record has no such basis or layer.
     """
     import numpy as np
-    from matplotlib.colors import Normalize
 
     names, ranks = record.probe_names, record.ranks
     matrix = record.cells[basis][layer]
@@ -90,15 +89,7 @@ def transfer_matrix(record: TransferRecord, basis: str, layer: int) -> Figure:
         if place >= len(ranks):
             axes.set_visible(False)
             continue
-        axes.set_facecolor(UNKNOWN)
-        axes.patch.set(hatch="////", edgecolor="#a8a8a8")
-        image = axes.imshow(
-            np.ma.masked_invalid(values[place]),
-            aspect="auto",
-            interpolation="nearest",
-            cmap=DIVERGING,
-            norm=Normalize(-limit, limit),
-        )
+        image = heat_cells(axes, values[place], limit, origin="upper")
         _annotate(axes, place, rows, names, words, limit)
         axes.set_title(f"rank {ranks[place]}", loc="left", fontweight="bold")
         axes.set_xticks(range(len(names)), names)
@@ -115,9 +106,7 @@ def transfer_matrix(record: TransferRecord, basis: str, layer: int) -> Figure:
             axes.tick_params(labelbottom=True)
     assert image is not None
     beyond = bool(known.size and np.abs(known).max() > limit)
-    bar = body.colorbar(image, ax=panels, pad=0.01, aspect=18, extend="both" if beyond else "neither")
-    bar.set_label("share of the effect")
-    bar.outline.set_visible(False)
+    colour_bar(body, image, panels, "share of the effect", beyond, aspect=18)
     return figure
 
 
