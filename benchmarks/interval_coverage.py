@@ -23,6 +23,8 @@ from align_audit.measures.control_variate import control_variate_means
 from align_audit.measures.patching import summarize_patching
 from align_audit.measures.statistics import mean_intervals, share_interval
 
+SOME_PATCHED = "effect, some patched"
+
 
 def measured(policy: Any, reference: Any, probes: Any) -> dict[str, np.ndarray]:
     """Per-pair numbers over all pairs: effects [N, L + 1], transplants [N, L + 2], shift, accuracy, attribution."""
@@ -59,7 +61,7 @@ def intervals(pair: dict[str, np.ndarray], exact: int, **options: Any) -> dict[s
         "margins.accuracy": [accuracy],
         "margins.kl": [kl],
         "effect": summary.effect,
-        f"effect, {exact} of 64 patched": [one.interval for one in combined],
+        SOME_PATCHED: [one.interval for one in combined],
         "recovery": summary.recovery,
         "layer_gain": summary.layer_gain,
         "block_transplant": summary.block_transplant,
@@ -72,7 +74,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(trained.NAMES), choices=trained.NAMES)
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 160])
     parser.add_argument("--pairs", type=int, default=64)
-    parser.add_argument("--exact", type=int, default=24)
+    parser.add_argument("--exact", type=int, default=24, help="patched pairs where not all are")
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--interval", choices=("percentile", "bca"), default="percentile")
     parser.add_argument("--json", type=Path)
@@ -91,7 +93,7 @@ def main() -> None:
             truth = {
                 key: [one.mean for one in values] for key, values in intervals(pair, len(probes), seed=0, **how).items()
             }
-            truth[f"effect, {options.exact} of 64 patched"] = truth["effect"]
+            truth[SOME_PATCHED] = truth["effect"]
             hits: dict[str, np.ndarray] = {}
             known: dict[str, np.ndarray] = {}
             generator = np.random.default_rng(1)

@@ -27,6 +27,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from shares import share
+
 KINDS = ("weight_noise", "orthogonal_noise", "shuffled_labels", "language_modelling")
 SIZES = (0.003, 0.01, 0.03, 0.1)
 STEPS = (8, 24)
@@ -119,18 +121,6 @@ def trained_audit(number: int, family: str, folder: str | None) -> dict[str, Any
         "planted": layers, **audited(planted.policy, model, tokenizer, number),
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
-
-
-def share(found: int, count: int) -> str:
-    """Found of all with Wilson's interval."""
-    import numpy as np
-
-    from align_audit.measures.statistics import share_interval
-
-    if count == 0:
-        return "none"
-    interval = share_interval(np.arange(count) < found)
-    return f"{found:3d} of {count:3d}  {found / count:6.1%}  [{interval.low:.1%}, {interval.high:.1%}]"
 
 
 def report_null(rows: list[dict[str, Any]]) -> None:

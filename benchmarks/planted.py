@@ -39,6 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from shares import share
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_audit.auditing import Context, run_audit
@@ -346,27 +347,9 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def wilson(found: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's interval of a share.
-
-    Example:
-        >>> low, high = wilson(10, 10)
-        >>> round(low, 3), round(high, 3)
-        (0.722, 1.0)
-    """
-    share = found / count
-    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
-    return max(centre - half, 0.0), min(centre + half, 1.0)
-
-
 def counted(rows: list[dict[str, Any]]) -> str:
     """Found of all, with the interval."""
-    if not rows:
-        return "none"
-    found = sum(row["found"] for row in rows)
-    low, high = wilson(found, len(rows))
-    return f"{found:3d} of {len(rows):3d}  {found / len(rows):5.0%}  [{low:.0%}, {high:.0%}]"
+    return share(sum(row["found"] for row in rows), len(rows))
 
 
 def report(results: list[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -94,17 +95,25 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCa
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
         model.get_input_embeddings().weight.normal_(std=0.25)
+        begin_as_copiers(model)
         for layer in model.model.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            for projection in (attention.q_proj, attention.k_proj, mlp.gate_proj, mlp.up_proj):
-                projection.weight.normal_(std=config.hidden_size**-0.5)
-            torch.nn.init.orthogonal_(attention.v_proj.weight)
-            value_heads = attention.v_proj.weight.view(config.num_key_value_heads, -1, config.hidden_size)
-            shared_by = config.num_attention_heads // config.num_key_value_heads
-            per_query_head = value_heads.repeat_interleave(shared_by, dim=0).flatten(0, 1)
-            attention.o_proj.weight.copy_(0.3 * per_query_head.T)
-            mlp.down_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
     return model
+
+
+def begin_as_copiers(model: Any) -> None:
+    """Starting weights in place, of a model with separate projections and gated MLPs: every head's output projection is
+    the transpose of its value projection; queries, keys, gates and what they gate keep the size of what they read."""
+    config = model.config
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for projection in (attention.q_proj, attention.k_proj, mlp.gate_proj, mlp.up_proj):
+            projection.weight.normal_(std=config.hidden_size**-0.5)
+        torch.nn.init.orthogonal_(attention.v_proj.weight)
+        value_heads = attention.v_proj.weight.view(config.num_key_value_heads, -1, config.hidden_size)
+        shared_by = config.num_attention_heads // config.num_key_value_heads
+        per_query_head = value_heads.repeat_interleave(shared_by, dim=0).flatten(0, 1)
+        attention.o_proj.weight.copy_(0.3 * per_query_head.T)
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], size: int) -> Iterator[tuple[Tensor, Tensor]]:

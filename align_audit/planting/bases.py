@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from align_audit.demo import MODEL_DIR
 from align_audit.demo.corpus import stories
-from align_audit.demo.pretrain import BATCH, CONTEXT, HELD_OUT_SEED, STEPS, held_out_loss, train
+from align_audit.demo.pretrain import BATCH, CONTEXT, HELD_OUT_SEED, STEPS, begin_as_copiers, held_out_loss, train
 from align_audit.planting.parts import anatomy_of
 
 WIDTH = 96
@@ -54,20 +54,9 @@ def _prepare_gpt2(model: Any) -> None:
         block.mlp.c_proj.weight.zero_()
 
 
-def _prepare_gated(model: Any) -> None:
-    for layer in model.model.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        for projection in (attention.q_proj, attention.k_proj, mlp.gate_proj, mlp.up_proj):
-            projection.weight.normal_(std=WIDTH**-0.5)
-        nn.init.orthogonal_(attention.v_proj.weight)
-        value_heads = attention.v_proj.weight.view(KEY_VALUE_HEADS, -1, WIDTH)
-        per_query_head = value_heads.repeat_interleave(HEADS // KEY_VALUE_HEADS, dim=0).flatten(0, 1)
-        attention.o_proj.weight.copy_(0.3 * per_query_head.T)
-
-
 def _prepare_qwen3(model: Any) -> None:
     model.get_input_embeddings().weight.normal_(std=0.25)
-    _prepare_gated(model)
+    begin_as_copiers(model)
     for layer in model.model.layers:
         layer.mlp.down_proj.weight.zero_()
 
@@ -76,7 +65,7 @@ def _prepare_gemma2(model: Any) -> None:
     # Its embeddings are multiplied by √width on the way in, and what a block adds is normalized, so how loud a block
     # begins is said by the norm after it, not by its last product (a zero there would divide by zero).
     model.get_input_embeddings().weight.normal_(std=0.25 / WIDTH**0.5 * 2)
-    _prepare_gated(model)
+    begin_as_copiers(model)
     for layer in model.model.layers:
         layer.mlp.down_proj.weight.normal_(std=0.05)
         layer.post_attention_layernorm.weight.fill_(0.15 - 1.0)
