@@ -400,7 +400,7 @@ class AlignmentAuditCallback(TrainerCallback):
             if self.config.strict:
                 raise
             self._record_failure(state, error, name)
-            return
+        # Also after that: an alert of a set that was audited before it is as true.
         self._act(control, state, alerts, just_saved)
 
     def _due(self, state: TrainerState, model: nn.Module) -> dict[str | None, tuple[int, str, str | None]]:

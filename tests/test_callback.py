@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import align_audit.callback
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
+from align_audit.auditing import OpenModels
 from align_audit.errors import ConfigurationError
 from align_audit.models.fingerprint import fingerprint
 from align_audit.writers.tensorboard import TensorBoardWriter
@@ -553,3 +554,22 @@ def test_attach_to_a_trainer_that_lacks_the_callback_is_refused(tmp_path: Path) 
 def test_a_config_of_another_kind_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"expected config to be an AuditConfig, found dict.*from_dict"):
         AlignmentAuditCallback(config={"max_pairs": 3})  # type: ignore[arg-type]
+
+
+def test_what_was_found_is_acted_on_although_closing_the_models_breaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = OpenModels.__exit__
+
+    def broken(self: OpenModels, *exception: Any) -> None:
+        close(self, *exception)
+        if self.hashes[0] != self.hashes[1]:
+            raise RuntimeError("the reference could not be let go of")
+
+    monkeypatch.setattr(OpenModels, "__exit__", broken)
+    config = quick(strict=False, schedule={"every_n_steps": 1}, alerts={"action": "stop"})
+    trained = run(tmp_path / "out", config, others=[At("on_step_end", 1, poison)], max_steps=3, save_strategy="no")
+    found = AuditRun.load(tmp_path / "out")
+    assert [record.step for record in found.records] == [0, 1]
+    assert "could not be let go of" in found.failures[0].error
+    assert trained.trainer.state.global_step == 1
