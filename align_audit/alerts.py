@@ -51,6 +51,7 @@ class History:
         baseline: float | None = None,
         layers: Sequence[int] = (),
     ) -> Alert:
+        """An alert of this record."""
         return Alert(
             rule=rule,
             level=level,

@@ -404,6 +404,7 @@ def _check_reference(
 
 
 def provenance_of(session: Session, probes: ProbeSet, hashes: tuple[str, str], context: Context) -> Provenance:
+    """Which models, pairs and settings a record of this session speaks of."""
     anatomy = session.policy.anatomy
     weight = next(parameter for parameter in session.policy.model.parameters() if parameter.is_floating_point())
     return Provenance(
@@ -464,6 +465,7 @@ def subspaces_from(arrays: dict[str, np.ndarray]) -> Subspaces:
 
 
 def ticker(context: Context, total: int) -> Callable[[], None]:
+    """What to call after each of ``total`` batches: it moves the progress bar, where one is wanted."""
     if context.progress is None:
         return lambda: None
     bar = context.progress(total, "align_audit")

@@ -62,6 +62,7 @@ class PairBatch:
 
     @property
     def num_pairs(self) -> int:
+        """B."""
         return int(self.pair_index.numel())
 
     @property
@@ -114,6 +115,7 @@ class PairBatch:
         )
 
     def to(self, device: torch.device) -> PairBatch:
+        """The same batch on another device."""
         return PairBatch(**{name: getattr(self, name).to(device) for name in self.__dataclass_fields__})
 
 

@@ -189,6 +189,7 @@ class AlignmentAuditCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Refuse what cannot work, open the log, and audit the start."""
         model = kwargs["model"]
         self._pending = False
         self._prepare_probes(args, kwargs.get("processing_class"), kwargs.get("train_dataloader"))
@@ -310,9 +311,11 @@ class AlignmentAuditCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Audit what the step before left due."""
         self._run_pending(args, state, control, kwargs["model"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Audit where the schedule says so, or leave it due where the reference is about to be synchronized."""
         schedule = self.config.schedule
         if self._save_next:
             control.should_save, self._save_next = True, False
@@ -324,11 +327,13 @@ class AlignmentAuditCallback(TrainerCallback):
                 self._audit(args, state, control, kwargs["model"])
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Audit after an evaluation, where asked for, and what is due."""
         if self.config.schedule.on_evaluate:
             self._pending = True
         self._run_pending(args, state, control, kwargs["model"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Audit where a checkpoint was saved, and what is due."""
         if self.config.schedule.on_save:
             self._pending = True
         self._run_pending(args, state, control, kwargs["model"], just_saved=True)
@@ -336,6 +341,7 @@ class AlignmentAuditCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Audit what is due, and the end where training stops with the epoch."""
         if self.config.schedule.on_last_step and control.should_training_stop:
             self._pending = True
         self._run_pending(args, state, control, kwargs["model"])
@@ -343,6 +349,7 @@ class AlignmentAuditCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Audit the last step where nothing before could tell that it was, and close the TensorBoard log."""
         # With the best checkpoint loaded back the weights are not those of the last step.
         swapped = getattr(args, "load_best_model_at_end", False) and state.best_model_checkpoint is not None
         model = kwargs["model"]

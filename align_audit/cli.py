@@ -155,8 +155,10 @@ def _layers(text: str | None) -> str | tuple[int, ...] | None:
 
 
 def _bases(name: str | None) -> tuple[str, ...] | None:
-    if name is None or name == "both":
-        return None if name is None else ("activation", "shift")
+    if name is None:
+        return None
+    if name == "both":
+        return ("activation", "shift")
     if name not in ("activation", "shift"):
         raise ConfigurationError(f"--basis: expected shift, activation or both; found {name!r}")
     return (name,)

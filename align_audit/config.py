@@ -47,17 +47,17 @@ class PatchingConfig(_Part):
     """Where on the straight line from the reference's streams (0) to the policy's (1) attribution takes its gradients.
     (0.0,) is plain attribution patching, first order; each point costs one backward pass, and late in training a second
     one is worth it."""
+    attribution_path: Literal["joint", "layer"] = "joint"
+    """``joint``: all streams move along that line together, and one backward pass serves every layer. ``layer``: only the
+    patched layer's does and the reference goes on from there, as in the patched run: integrated gradients proper, as
+    exact alone as there are points, at more than the price of patching."""
     control_pairs: int = Field(24, ge=2)
     """Pairs, at most, on which noise, reverse and random subspaces are patched and gradients are taken: these need fewer
     than an estimate. Which ones is drawn by hash, before anything is measured."""
     split_half_repeats: int = Field(100, ge=1)
     split_half_agreement: Fraction = 0.8
-    """The control passes when at least this share of random half splits agree on the peak layer."""
-
-    attribution_path: Literal["joint", "layer"] = "joint"
-    """``joint``: all streams move along that line together, and one backward pass serves every layer. ``layer``: only the
-    patched layer's does and the reference goes on from there, as in the patched run: integrated gradients proper, as
-    exact alone as there are points, at more than the price of patching."""
+    """The control passes when at least this share of random half splits agree on the peak layer, and a localization is
+    claimed only where at least this share of bootstrap resamples agree on its layers."""
 
     @field_validator("attribution_points")
     @classmethod
@@ -249,6 +249,7 @@ class AuditConfig(_Part):
         return cls(**values)
 
     def to_yaml(self, path: str | Path) -> None:
+        """Write all options, as :meth:`from_yaml` reads them."""
         Path(path).write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
     @classmethod

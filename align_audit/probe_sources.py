@@ -75,7 +75,7 @@ def open_source(dataset: Any, max_pairs: int, seed: int) -> Source:
         rows, description = _read_path(Path(dataset).expanduser())
         return _map_style(rows, description, seed)
     if isinstance(dataset, Mapping):
-        raise ProbeError(explain_mapping(dataset))
+        raise ProbeError(_explain_mapping(dataset))
     if isinstance(dataset, list | tuple):
         return _map_style(dataset, f"list of {len(dataset)} records", seed)
 
@@ -142,7 +142,7 @@ def _plain_rows(dataset: Any) -> Any:
     return dataset.with_format(None).select_columns([name for name in _USED_COLUMNS if name in dataset.column_names])
 
 
-def explain_mapping(dataset: Mapping[Any, Any]) -> str:
+def _explain_mapping(dataset: Mapping[Any, Any]) -> str:
     keys = [str(key) for key in dataset]
     if "chosen" in keys or "chosen_ids" in keys:
         return (
@@ -188,7 +188,7 @@ def _load_saved(path: Path) -> Any:
     except Exception as error:  # datasets raises many kinds here, some of them bare
         raise ProbeError(f"{path}: cannot be loaded as a saved data set ({error}); expected {_FILE_KINDS}") from error
     if isinstance(saved, Mapping):
-        raise ProbeError(f"{path}: {explain_mapping(saved)}; or pass the path of one split's directory")
+        raise ProbeError(f"{path}: {_explain_mapping(saved)}; or pass the path of one split's directory")
     return saved
 
 
@@ -243,7 +243,7 @@ def _parse_json(path: Path, text: str) -> list[dict[str, Any]]:
     if isinstance(value, dict):
         if "format_version" in value:
             raise ProbeError(f"{path}: this looks like a saved ProbeSet; read it with ProbeSet.load({path.name!r})")
-        raise ProbeError(f"{path}: expected a JSON list of records; {explain_mapping(value)}")
+        raise ProbeError(f"{path}: expected a JSON list of records; {_explain_mapping(value)}")
     if not isinstance(value, list):
         raise ProbeError(f"{path}: expected a JSON list of records, found {shown(value)}")
     return value

@@ -52,9 +52,7 @@ def audit_saved(
     context = Context(
         progress=progress_bar if config.progress else None, reference_cache=ReferenceCache(log.directory / "cache")
     )
-    shared = None
-    if reference is not None:
-        shared = Reference(f"loaded from {Path(reference).name}", model=load_model(reference, device=device))
+    shared = _load_reference(reference, device)
     found = []
     for folder, step in checkpoints.items():
         policy = load_policy(folder, device=device)
@@ -84,9 +82,7 @@ def transfer_saved(
         ConfigurationError, ProbeError, ReferenceUnavailableError, AnatomyError: as :func:`align_audit.transfer`.
     """
     sets = read_probes(probes, [policy], reference, config)
-    shared = None
-    if reference is not None:
-        shared = Reference(f"loaded from {Path(reference).name}", model=load_model(reference, device=device))
+    shared = _load_reference(reference, device)
     model = load_policy(policy, device=device)
     context = Context(progress=progress_bar if config.progress else None)
     named = {name: pairs for name, pairs in sets.items() if name is not None}
@@ -119,6 +115,12 @@ def read_probes(
         )
         for name, path in paths.items()
     }
+
+
+def _load_reference(reference: str | None, device: str) -> Reference | None:
+    if reference is None:
+        return None
+    return Reference(f"loaded from {Path(reference).name}", model=load_model(reference, device=device))
 
 
 def _reference(policy: nn.Module, shared: Reference | None, folder: Path) -> Reference:

@@ -66,15 +66,18 @@ class Assembler:
     # -- intervals ---------------------------------------------------------------------------------------------------
 
     def mean(self, values: np.ndarray) -> Estimate:
+        """Mean of per-pair values [N] with its interval."""
         return estimate(mean_interval(values, self.resamples, self.confidence, self.method, self.seed))
 
     def means(self, values: np.ndarray) -> list[Estimate]:
+        """Means of the columns of [N, K], all from the same resampled pairs."""
         return [
             estimate(interval)
             for interval in mean_intervals(values, self.resamples, self.confidence, self.method, self.seed)
         ]
 
     def share(self, hits: np.ndarray) -> Estimate:
+        """Share of pairs [N] for which something holds, with its interval."""
         if self.found.identical and not hits.any():
             return self.mean(hits)  # equal models: exactly 0, and no sample of anything
         return estimate(share_interval(hits, self.confidence))
@@ -82,6 +85,7 @@ class Assembler:
     # -- parts -------------------------------------------------------------------------------------------------------
 
     def margins(self) -> Margins:
+        """METHODS, notation and §6."""
         pair = self.found.per_pair
         known = np.isfinite(self.shift)
         with np.errstate(invalid="ignore"):
@@ -105,6 +109,7 @@ class Assembler:
         )
 
     def patching(self) -> tuple[Patching, PatchSummary] | tuple[None, None]:
+        """METHODS §1, with the summary that controls and low rank go on from; None twice where it is off."""
         if not self.config.patching.enabled:
             self.reasons["patching"] = "switched off (patching.enabled)"
             return None, None
@@ -213,6 +218,7 @@ class Assembler:
         return summary
 
     def localization(self, summary: PatchSummary | None) -> Localization | None:
+        """METHODS §3; None, with a reason, where it is off or has no target."""
         config = self.config.localization
         if not config.enabled:
             self.reasons["localization"] = "switched off (localization.enabled)"
@@ -271,6 +277,7 @@ class Assembler:
     def low_rank(
         self, findings: LowRankFindings, previous: dict[tuple[str, int], np.ndarray]
     ) -> dict[str, dict[int, LowRankCurve]]:
+        """METHODS §4; ``previous`` holds the subspaces of the audit before, for principal angles."""
         curves: dict[str, dict[int, LowRankCurve]] = {}
         for (basis, layer), reason in findings.skipped.items():
             self.reasons[f"low_rank.{basis}.{layer}"] = reason
@@ -318,6 +325,7 @@ class Assembler:
     def controls(
         self, summary: PatchSummary | None, findings: LowRankFindings | None, localization: Localization | None
     ) -> Controls:
+        """METHODS §2, each with verdict and reason."""
         permuted = self._permuted_targets(localization)
         if summary is None:
             off = Control(verdict="not_run", reason="patching is switched off (patching.enabled)")
@@ -503,6 +511,7 @@ class Assembler:
         )
 
     def spinal(self, policy: DepthTrace, reference: DepthTrace) -> Spinal:
+        """METHODS §5, from the depth traces of both models."""
         config = self.config.spinal
         layers = self.found.num_layers
         terminal = spinal_measures.terminal_layers(layers, config.terminal_fraction)
@@ -541,6 +550,7 @@ class Assembler:
 
 
 def estimate(interval: Interval) -> Estimate:
+    """An interval as a record keeps it."""
     return Estimate(
         mean=float(interval.mean), low=float(interval.low), high=float(interval.high), reason=interval.reason
     )

@@ -35,6 +35,7 @@ class ProbeSide:
 
     @property
     def fitted(self) -> Fit:
+        """The fit, once there is one."""
         assert self.fit is not None
         return self.fit
 

@@ -104,6 +104,7 @@ class Collector:
     # -- one batch -----------------------------------------------------------------------------------------------------
 
     def update(self, batch: PairBatch) -> None:
+        """Measure one batch."""
         policy, reference = self.session.record_both(batch)
         valid = batch.position_mask("all")
         if not equal_streams(policy.streams, reference.streams, valid):

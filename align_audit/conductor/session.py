@@ -61,6 +61,7 @@ class MemoryMeter:
         return int(psutil.Process().memory_info().rss)
 
     def sample(self) -> None:
+        """Look now."""
         self.peak = max(self.peak, self._now() - self._start)
 
 
@@ -135,10 +136,12 @@ class Session:
 
     @contextlib.contextmanager
     def as_policy(self) -> Iterator[Replay]:
+        """Inside, the policy computes."""
         yield self.policy
 
     @contextlib.contextmanager
     def as_reference(self) -> Iterator[Replay]:
+        """Inside, the reference computes."""
         with self._reference.active():
             yield getattr(self, "reference", self.policy)
 

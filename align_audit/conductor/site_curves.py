@@ -60,13 +60,9 @@ def _curve(build: Assembler, number: int, found: SiteFindings) -> SiteCurve:
         build.reasons[f"{path}.sufficiency_p_adjusted"] = (
             "an effect is not finite, or there are too few pairs for a test"
         )
-    means = np.array([one.mean for one in estimates["sufficiency"]])
-    known = bool(np.isfinite(means).all())
-    peak = int(means.argmax()) if known and means.max() != means.min() else 0 if known and len(means) == 1 else None
-    if peak is None:
-        build.reasons[f"{path}.peak"] = (
-            "every unit has the same mean sufficiency" if known else "a unit's mean sufficiency is not finite"
-        )
+    peak, why = _peak(np.array([one.mean for one in estimates["sufficiency"]]))
+    if why is not None:
+        build.reasons[f"{path}.peak"] = why
     return SiteCurve(
         site=config.site,
         positions=config.positions,
@@ -82,6 +78,15 @@ def _curve(build: Assembler, number: int, found: SiteFindings) -> SiteCurve:
         necessity_correlation=correlation["necessity"],
         peak=peak,
     )
+
+
+def _peak(means: np.ndarray) -> tuple[int | None, str | None]:
+    """The unit with the largest mean, or why there is none."""
+    if not np.isfinite(means).all():
+        return None, "a unit's mean sufficiency is not finite"
+    if len(means) > 1 and means.max() == means.min():
+        return None, "every unit has the same mean sufficiency"
+    return int(means.argmax()), None
 
 
 def _why_uncorrelated(one: ControlVariate) -> str:

@@ -26,6 +26,7 @@ class Value(NamedTuple):
 
     @classmethod
     def unknown(cls, reason: str) -> Self:
+        """NaN, for that reason."""
         return cls(math.nan, reason)
 
 
@@ -40,6 +41,7 @@ class Interval:
 
     @classmethod
     def unknown(cls, reason: str) -> Self:
+        """NaN, for that reason."""
         return cls(math.nan, math.nan, math.nan, reason)
 
 

@@ -54,6 +54,7 @@ class Reference:
 
     @property
     def shares_weights(self) -> bool:
+        """Whether policy and reference are one module in two adapter states."""
         return self._policy is not None
 
     def model(self) -> nn.Module:

@@ -113,6 +113,7 @@ class Replay:
 
     @property
     def num_layers(self) -> int:
+        """L."""
         return len(self.layers)
 
     @property
@@ -122,6 +123,7 @@ class Replay:
 
     @property
     def device(self) -> torch.device:
+        """Where the embeddings are, and so what enters the model."""
         return self.model.get_input_embeddings().weight.device
 
     def _forward(self, **inputs: torch.Tensor) -> torch.Tensor:
