@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from align_audit.config import AlertConfig
-from align_audit.record import Alert, AlertLevel, AuditRecord
+from align_audit.record import GUARDED, Alert, AlertLevel, AuditRecord
 
 
 @dataclass(frozen=True)
@@ -331,22 +331,14 @@ def coherence_collapsed(history: History) -> list[Alert]:
 
 def control_failed(history: History) -> list[Alert]:
     """A control says that a number next to it is not evidence (``value``: how many controls failed)."""
-    guarded = {
-        "noise": "the patching effects and recovery",
-        "reverse": "the patching effects as causes",
-        "identity": "any patching number of this record",
-        "random_subspace": "the low-rank reconstruction",
-        "split_half": "the peak layer",
-        "permuted_targets": "the layers that the LASSO selects",
-    }
     failed = {
-        name: control for name in guarded if (control := getattr(history.record.controls, name)).verdict == "failed"
+        name: control for name in GUARDED if (control := getattr(history.record.controls, name)).verdict == "failed"
     }
     if not failed:
         return []
     patching = history.record.patching
     named = "; ".join(f"{name.replace('_', ' ')}: {control.reason}" for name, control in failed.items())
-    doubted = ", ".join(guarded[name] for name in failed)
+    doubted = ", ".join(GUARDED[name] for name in failed)
     return [
         history.alert(
             "control_failed",

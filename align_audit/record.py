@@ -175,6 +175,17 @@ class Controls(Part):
     permuted_targets: Control = Control(verdict="not_run", reason="not measured by the version that wrote this record")
 
 
+GUARDED = {
+    "noise": "the patching effects and recovery",
+    "reverse": "the patching effects as causes",
+    "identity": "any patching number of this record",
+    "random_subspace": "the low-rank reconstruction",
+    "split_half": "the peak layer",
+    "permuted_targets": "the layers that the LASSO selects",
+}
+"""What is no evidence where a control fails."""
+
+
 class Localization(Part):
     """Sparse localization (METHODS §3)."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from align_audit.record import AuditRecord, Control, Estimate, Finding
+from align_audit.record import GUARDED, AuditRecord, Control, Controls, Estimate, Finding
 from align_audit.verdict import find
 from tests.make_record import make_record
 
@@ -128,3 +128,7 @@ def test_it_stands_at_the_top_of_the_stored_record(record: AuditRecord) -> None:
     assert stored.to_json().startswith('{"finding":{"words":"localized in layers 3–4 (92 % of the gain')
     again = AuditRecord.from_json(stored.to_json())
     assert find(again) == again.finding
+
+
+def test_every_control_says_what_it_guards() -> None:
+    assert set(GUARDED) == set(Controls.model_fields)

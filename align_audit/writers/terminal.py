@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from align_audit.record import Alert, AuditRecord, Estimate
+from align_audit.record import GUARDED, Alert, AuditRecord, Estimate
 from align_audit.writers import control_items, is_unknown, on_probes, site_name, span, why_unknown
 
 if TYPE_CHECKING:
@@ -228,18 +228,17 @@ def _unreached(curve: Any) -> bool:
 
 def _control_rows(record: AuditRecord) -> Iterator[_Row]:
     by_verdict: dict[str, list[str]] = {"passed": [], "failed": [], "not_run": []}
-    reasons = {}
     for name, control in control_items(record):
         by_verdict[control.verdict].append(name.replace("_", " "))
-        reasons[name.replace("_", " ")] = control.reason
     parts: list[tuple[str, str]] = []
     for verdict, names in by_verdict.items():
         if names:
             parts.append(("; " if parts else "", ""))
             parts.append((f"{verdict.replace('_', ' ')}: {', '.join(names)}", _VERDICT_STYLES[verdict]))
     yield _Row("controls", tuple(parts))
-    for name in by_verdict["failed"]:
-        yield _Row.of("  not evidence", f"{name}: {reasons[name]}", "red")
+    for name, control in control_items(record):
+        if control.verdict == "failed":
+            yield _Row.of("  not evidence", f"{GUARDED[name]} ({name.replace('_', ' ')}): {control.reason}", "red")
 
 
 def _unknown(label: str, reason: str) -> _Row:

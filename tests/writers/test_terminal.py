@@ -113,7 +113,7 @@ def test_failed_controls_stand_out_with_their_reason() -> None:
         row(text, "controls")
         == "passed: reverse, identity, random subspace, split half, permuted targets; failed: noise"
     )
-    assert row(text, "  not evidence").endswith(noise.reason)
+    assert f"not evidence the patching effects and recovery (noise): {noise.reason}" in words(text)
     check = record.reference_check.model_copy(update={"verdict": "failed", "reason": "weights differ"})
     assert row(render(record.model_copy(update={"reference_check": check})), "reference") == (
         "CHECK FAILED: weights differ"
