@@ -33,6 +33,7 @@ from align_audit.models.streaming import placed
 from align_audit.probe_names import check_names
 from align_audit.record import AuditRecord, Cost, Provenance, ReferenceCheck
 from align_audit.refcache import ReferenceCache
+from align_audit.refstreams import ReferenceStreams
 from align_audit.verdict import find
 
 if TYPE_CHECKING:
@@ -252,7 +253,8 @@ def _measure(
     batches = len(session.plan) * (3 if low_rank else 2 if again else 1)
     tick = ticker(context, batches + (sites.batches if sites is not None else 0))
     known = context.reference_cache.get(trace_key) if config.spinal.enabled else None
-    collector = Collector(session, reference_rows=known is None)
+    kept = _kept_streams(session, probes, hashes[1], context)
+    collector = Collector(session, reference_rows=known is None, kept=kept)
 
     def update(batch: PairBatch) -> None:
         collector.update(batch)
@@ -312,6 +314,15 @@ def _measure(
     if findings is not None:
         context.subspaces = dict(findings.bases)
     return record, _arrays(found, findings, finer)
+
+
+def _kept_streams(session: Session, probes: ProbeSet, reference: str, context: Context) -> ReferenceStreams | None:
+    """Where the reference's streams of attributed pairs are kept; None where nobody asked, or no run keeps anything."""
+    config, directory = session.config.patching, context.reference_cache.directory
+    if not config.enabled or not config.keep_reference or directory is None:
+        return None
+    made = (reference, str(session.reference.compute_dtype), str(session.shared), str(config.embedding))
+    return ReferenceStreams(directory, probes.content_hash, made, session.device)
 
 
 def _low_rank(

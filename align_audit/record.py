@@ -75,24 +75,30 @@ class Attribution(Part):
     """All streams together, or the patched layer's alone (integrated gradients); see ``PatchingConfig``."""
     correlation: list[float]
     """Between a pair's exact effect and its attribution, over the patched pairs (multiple, with several points)."""
+    joint_correlation: list[float] = Field(default_factory=list)
+    """The same with the pair's margin shift beside the attribution, which is known of every pair: what corrects
+    ``effect``. Equal to ``correlation`` where there are too few patched pairs for one more slope."""
     equivalent_pairs: list[float]
-    """Patched pairs that would have given the effect's interval without attribution."""
+    """Patched pairs that would have given the effect's interval without attribution and shift."""
     mean: list[Estimate]
     """Of the attribution itself (averaged over the points), over all pairs: what it would have said alone."""
 
 
 class LayerSet(Part):
-    """The layers above the widest gap of the mean block transplants (METHODS §1, §3; ours). Empty with a reason."""
+    """The layers that stand clear of the others by what they contribute (METHODS §1, §3; ours). Empty with a reason."""
 
     layers: list[int]
     gain: Estimate
     """Share of the margin shift gained at these layers: the sum of their ``layer_gain``."""
     separation: Estimate
-    """Nats by which the least of their block transplants lies above the largest of the others."""
+    """How many times the largest contribution of the others the least of theirs is."""
     stability: float
     """Share of bootstrap resamples of the pairs that give the same set."""
     selection_frequency: list[float]
     """Share of resamples in which each layer belongs to the set; L values."""
+    contribution: list[Estimate] = Field(default_factory=list)
+    """Of each layer's update to the margin, nats: the geometric mean of its block transplant (what it does alone) and its gain
+    (what it adds to those below), each at least its margin of error; L values."""
 
 
 class Patching(Part):

@@ -501,6 +501,8 @@ def _layer_rows(record: AuditRecord) -> list[dict[str, Any]]:
         put_estimates("block_transplant", patching.block_transplant)
         if patching.attribution is not None:
             columns["attribution_correlation"] = patching.attribution.correlation
+            if patching.attribution.joint_correlation:
+                columns["joint_correlation"] = patching.attribution.joint_correlation
             columns["equivalent_pairs"] = patching.attribution.equivalent_pairs
     controls: Iterable[tuple[str, Control]] = (
         ("noise", record.controls.noise),

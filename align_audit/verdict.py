@@ -4,9 +4,9 @@ A localization is claimed when all of this holds (thresholds below; how often a 
 ``benchmarks/null_audits.py``):
 
 1. the mean margin shift lies above 0 with its whole interval: a preference was learned;
-2. some layers stand out of the block transplants (``patching.standing_out``), every one of them with its whole interval
-   above 0, the least of them above all others with the whole interval of the difference, and the same layers in at least
-   ``patching.split_half_agreement`` of the bootstrap resamples;
+2. some layers stand out by what they contribute (``patching.standing_out``), the block transplant of every one of them with
+   its whole interval above 0, the least contribution above all others with the whole interval of their ratio, and the same
+   layers in at least ``patching.split_half_agreement`` of the bootstrap resamples;
 3. together they carry most of the gain: the interval of their share lies above one half;
 4. the controls hold: patching with itself changes nothing, noise of the same length does not do the same at any of
    these layers, and the reference's stream takes the effect away again.
@@ -85,9 +85,9 @@ def _weak(record: AuditRecord, patching: Patching, found: LayerSet) -> Iterator[
     no_effect = [layer for layer in found.layers if not patching.block_transplant[layer].low > 0.0]
     if no_effect:
         yield f"the interval of the block transplant includes 0 at {_layers(no_effect)}"
-    elif not found.separation.low > 0.0:
+    elif not found.separation.low > 1.0:
         apart, clear = found.separation, f"{'does' if one else 'do'} not stand clear of the others"
-        yield f"{who} {clear} (by {apart.mean:.3g} nats, {_confidence(record)} CI {apart.low:.3g} to {apart.high:.3g})"
+        yield f"{who} {clear} ({apart.mean:.3g} times as much, {_confidence(record)} CI {apart.low:.3g} to {apart.high:.3g})"
     elif not found.stability >= wanted:
         yield f"which layers stand out depends on the pairs: {found.stability:.0%} of resamples agree on {who}"
 

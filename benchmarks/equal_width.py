@@ -6,8 +6,8 @@
 
 The policies of ``trained.py``, early and late, are audited on held-out and training pairs with the layer sweep alone
 switched on: once with ``--pairs`` pairs all patched, and then with more pairs attributed and fewer patched
-(``patching.exact_pairs``). Per step and setting: the (multiple) correlation of attribution with the exact effect (least over
-layers), the widest interval as a share of the exact one's, the largest difference of the means in standard errors of the
+(``patching.exact_pairs``). Per step and setting: the (multiple) correlation of attribution and margin shift with the exact
+effect (least over layers), the widest interval as a share of the exact one's, the largest difference of the means in standard errors of the
 exact one, and the CPU time of both.
 """
 
@@ -70,7 +70,8 @@ def main() -> None:
                 apart = np.array([one.mean - other.mean for one, other in zip(found.effect, exact.effect, strict=True)])
                 row = {
                     "model": name, "step": step, "pairs": pairs, "patched": patched, "exact_pairs": options.pairs,
-                    "points": options.points, "correlation": found.attribution.correlation, "width": width.tolist(),
+                    "points": options.points, "correlation": found.attribution.joint_correlation,
+                    "correlation_alone": found.attribution.correlation, "width": width.tolist(),
                     "means": (np.abs(apart) / (widths / 3.92)).tolist(), "cpu": took, "cpu_exact": seconds,
                 }  # fmt: skip
                 results.append(row)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import trained
 
-from align_audit.measures.control_variate import control_variate_means
+from align_audit.measures.control_variate import beside_attribution, control_variate_means
 from align_audit.measures.patching import summarize_patching
 from align_audit.measures.statistics import mean_intervals, share_interval
 
@@ -55,7 +55,7 @@ def intervals(pair: dict[str, np.ndarray], exact: int, **options: Any) -> dict[s
     shift, kl = mean_intervals(np.column_stack([pair["shift"], pair["kl"]]), **options)
     accuracy = share_interval(pair["shift"] > 0, options["confidence"])
     some = np.where(np.arange(len(pair["shift"]))[:, None] < exact, pair["effect"][:, 1:], np.nan)
-    combined = control_variate_means(some, pair["attribution"])
+    combined = control_variate_means(some, beside_attribution(pair["attribution"], pair["shift"], exact))
     return {
         "margins.shift": [shift],
         "margins.accuracy": [accuracy],

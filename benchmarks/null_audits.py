@@ -164,6 +164,7 @@ def report_trained(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--audits", type=int, default=240)
+    parser.add_argument("--first", type=int, default=0, help="number of the first audit, which seeds everything")
     parser.add_argument("--families", nargs="+", default=["llama", "gpt2", "gemma2"])
     parser.add_argument("--bases", help="folder of the pretrained families; default: the cache")
     parser.add_argument("--trained", action="store_true", help="runs that learned a preference, instead of null models")
@@ -179,7 +180,7 @@ def main() -> None:
         # Families in blocks, so that every kind meets every family.
         jobs = [
             pool.submit(work, number, options.families[number // len(KINDS) % len(options.families)], options.bases)
-            for number in range(options.audits)
+            for number in range(options.first, options.first + options.audits)
         ]
         for done in concurrent.futures.as_completed(jobs):
             rows.append(done.result())

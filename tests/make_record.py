@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from align_audit.config import AuditConfig
-from align_audit.measures.layer_set import widest_gap
+from align_audit.measures.layer_set import contributions, standing_clear
 from align_audit.record import (
     Alert,
     AuditRecord,
@@ -243,19 +243,22 @@ class _Maker:
             head_transplant=_estimate(0.04 * mean, 0.4),
             additivity=_estimate(additivity, 0.3),
             peak_layer=int(np.argmax(transplants)),
-            standing_out=self._standing_out(transplants, gains),
+            standing_out=self._standing_out(transplants, gains, mean),
         )
 
-    def _standing_out(self, transplants: np.ndarray, gains: np.ndarray) -> LayerSet:
-        layers = list(widest_gap(transplants))
-        others = np.delete(transplants, layers)
-        apart = float(transplants[layers].min() - others.max()) if layers and len(others) else math.nan
+    def _standing_out(self, transplants: np.ndarray, gains: np.ndarray, shift: float) -> LayerSet:
+        none = np.zeros(self.layers)
+        found = contributions(transplants, gains * shift, (none, none))
+        layers = list(standing_clear(found))
+        others = np.delete(found, layers)
+        apart = float(found[layers].min() / others.max()) if layers and len(others) else math.nan
         return LayerSet(
             layers=layers,
             gain=_estimate(float(gains[layers].sum()), 0.1),
             separation=_estimate(apart, 0.2 * abs(apart)),
             stability=0.9 - 0.4 * self.harm,
             selection_frequency=[0.95 if layer in layers else 0.05 for layer in range(self.layers)],
+            contribution=[_estimate(c, 0.1 + 0.5 * abs(c)) for c in found.tolist()],
         )
 
     def _no_peak(self) -> None:

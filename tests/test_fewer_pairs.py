@@ -180,6 +180,32 @@ def test_attribution_is_exact_to_first_order_and_then_narrows_the_interval() -> 
         assert (ours.high - ours.low) < 1.4 * width
 
 
+def test_the_shift_narrows_what_attribution_alone_does_not() -> None:
+    """A large step, at which attribution fails: the last stream's effect is the margin shift, known of every pair."""
+    reference = tiny_model("llama")
+    policy = perturbed(reference, scale=1.0)
+    policy.lm_head.load_state_dict(reference.lm_head.state_dict())
+    policy.model.norm.load_state_dict(reference.model.norm.state_dict())
+    off: dict[str, Any] = {"low_rank": {"enabled": False}, "spinal": {"enabled": False}}
+    part, arrays = run(policy, reference, 60, patching={"exact_pairs": 20, "attribution_points": (0.0,)}, **off)
+    found = part.patching.attribution
+    assert found.correlation[-1] < 0.6
+    assert found.joint_correlation[-1] > 0.999
+    assert found.equivalent_pairs[-1] > 59
+    few, _ = run(policy, reference, 60, patching={"exact_pairs": 9, "attribution_points": (0.0,)}, **off)
+    assert few.patching.attribution.joint_correlation == few.patching.attribution.correlation
+    pair = {name.removeprefix("per_pair."): values for name, values in arrays.items()}
+    patched = np.isfinite(pair["effect"][:, -1])
+    shift = (
+        pair["chosen_logp"] - pair["rejected_logp"] - pair["reference_chosen_logp"] + pair["reference_rejected_logp"]
+    )
+    for layer in range(3):
+        design = np.column_stack([np.ones(20), pair["attribution"][patched, layer + 1, 0], shift[patched]])
+        effect = pair["effect"][patched, layer + 1]
+        rest = effect - design @ np.linalg.lstsq(design, effect, rcond=None)[0]
+        assert found.joint_correlation[layer] == pytest.approx(np.sqrt(1 - rest.var() / effect.var()))
+
+
 def test_too_few_exact_pairs_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="exact_pairs"):
         AuditConfig.from_dict({"patching": {"exact_pairs": 3}})

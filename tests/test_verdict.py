@@ -24,7 +24,7 @@ def record() -> AuditRecord:
     assert made.patching.standing_out is not None
     standing = made.patching.standing_out.model_copy(
         update={
-            "layers": [3, 4], "gain": Estimate(mean=0.92, low=0.854, high=0.97), "separation": estimate(2.0),
+            "layers": [3, 4], "gain": Estimate(mean=0.92, low=0.854, high=0.97), "separation": estimate(4.0),
             "stability": 0.9,
         }
     )  # fmt: skip
@@ -80,7 +80,10 @@ def test_a_claim_says_where_how_much_of_what_rank_and_what_controls(record: Audi
             "carry only 30 % of the gain, 95 % CI 20–40 %",
         ),
         ("patching.standing_out.gain", Estimate.unknown("why"), "what layers 3–4 carry of the gain is not known (why)"),
-        ("patching.standing_out.separation", Estimate(mean=1, low=-0.5, high=2), "do not stand clear of the others"),
+        (
+            "patching.standing_out.separation", Estimate(mean=3, low=0.9, high=4),
+            "layers 3–4 do not stand clear of the others (3 times as much, 95 % CI 0.9 to 4)",
+        ),
         ("patching.standing_out.stability", 0.79, "depends on the pairs: 79% of resamples agree on layers 3–4"),
         ("patching.block_transplant", [estimate(0.05)] * 6, "the block transplant includes 0 at layers 3–4"),
         ("controls.noise.effect", [estimate(0.0)] * 4 + [estimate(4.95)] * 2, "noise control failed at layer 4"),

@@ -13,7 +13,7 @@ from align_audit.conductor.collect import Collected
 from align_audit.conductor.lowrank import LowRankFindings
 from align_audit.config import AuditConfig
 from align_audit.measures import spinal as spinal_measures
-from align_audit.measures.control_variate import control_variate_means
+from align_audit.measures.control_variate import beside_attribution, control_variate_means
 from align_audit.measures.layer_set import layer_set
 from align_audit.measures.localization import center_of_mass, lasso_localization, normalized_entropy
 from align_audit.measures.patching import Options, PatchSummary, gain_of, summarize_patching
@@ -132,22 +132,24 @@ class Assembler:
             )
         effect, attribution = summary.effect, None
         if "attribution" in pair:
-            combined = control_variate_means(
-                pair["effect"][:, 1:], pair["attribution"][:, 1:], self.resamples, self.confidence, self.seed
-            )
+            options = (self.resamples, self.confidence, self.seed)
+            attributed, effects = pair["attribution"][:, 1:], pair["effect"][:, 1:]
+            alone = control_variate_means(effects, attributed, *options)
+            combined = control_variate_means(effects, beside_attribution(attributed, self.shift, len(exact)), *options)
             effect = [one.interval for one in combined]
             attribution = Attribution(
                 exact_pairs=len(exact),
                 pairs=self.found.num_pairs,
-                correlation=floats([one.correlation for one in combined]),
+                correlation=floats([one.correlation for one in alone]),
+                joint_correlation=floats([one.correlation for one in combined]),
                 equivalent_pairs=floats([one.equivalent_pairs for one in combined]),
                 points=list(self.config.patching.attribution_points),
                 path=self.config.patching.attribution_path,
-                mean=self.means(pair["attribution"][:, 1:].mean(axis=2)),
+                mean=self.means(attributed.mean(axis=2)),
             )
             for layer, one in enumerate(combined):
                 if one.reason is not None:
-                    for name in ("correlation", "equivalent_pairs"):
+                    for name in ("correlation", "joint_correlation", "equivalent_pairs"):
                         self.reasons[f"patching.attribution.{name}.{layer}"] = one.reason
         standing = self._standing_out(pair["effect"][exact], pair["transplant"][exact])
         part = Patching(
@@ -173,7 +175,8 @@ class Assembler:
         if not self.config.patching.transplants:
             self.reasons["patching.standing_out"] = "block transplants are switched off (patching.transplants)"
             return None
-        found = layer_set(transplants[:, 1:-1], self.resamples, self.confidence, self.seed)
+        gains = np.diff(effects, axis=1)
+        found = layer_set(transplants[:, 1:-1], gains, self.resamples, self.confidence, self.seed)
         if found.reason is not None:
             for name in ("stability", "selection_frequency"):
                 self.reasons[f"patching.standing_out.{name}"] = found.reason
@@ -191,6 +194,7 @@ class Assembler:
             separation=estimate(found.separation),
             stability=found.stability,
             selection_frequency=floats(found.selection_frequency),
+            contribution=[estimate(interval) for interval in found.contribution],
         )
 
     def _without_what_was_switched_off(self, summary: PatchSummary) -> PatchSummary:

@@ -16,6 +16,7 @@ from align_audit.measures.patching import noise_directions, noised, patched
 from align_audit.measures.spectrum import keep_rows, row_keys
 from align_audit.measures.transport import TransportAccumulator
 from align_audit.models.replay import Recording, Replay, Stream, equal_streams
+from align_audit.refstreams import ReferenceStreams
 
 
 @dataclass
@@ -65,11 +66,12 @@ class Collector:
     An ``update`` that raises leaves nothing behind that a second one on the same pairs would not overwrite.
     """
 
-    def __init__(self, session: Session, *, reference_rows: bool = True) -> None:
+    def __init__(self, session: Session, *, reference_rows: bool = True, kept: ReferenceStreams | None = None) -> None:
         config = session.config
         self.session = session
         self.config = config
         self._reference_rows = reference_rows
+        self._kept_streams = kept
         self._replayed: dict[bool, int] = {}
         """Batches whose recordings were replayed as a check, by whether the model is the reference."""
         self._strays: dict[bool, bool] = {}
@@ -105,7 +107,7 @@ class Collector:
 
     def update(self, batch: PairBatch) -> None:
         """Measure one batch."""
-        policy, reference = self.session.record_both(batch)
+        policy, reference, gradients = self._record(batch)
         valid = batch.position_mask("all")
         if not equal_streams(policy.streams, reference.streams, valid):
             self.found.identical = False
@@ -114,11 +116,26 @@ class Collector:
         ours, theirs = self._behaviour(batch, policy, reference)
         if self.config.patching.enabled:
             if self.config.patching.exact_pairs is not None:
-                self._attribute(batch, policy, reference)
+                self._attribute(batch, policy, reference, gradients)
+                del gradients
             if self.session.is_exact(batch):
                 self._patch(batch, policy, reference, ours, theirs)
         if self.config.spinal.enabled:
             self._spinal(batch, policy, reference)
+
+    def _record(self, batch: PairBatch) -> tuple[Recording, Recording, dict[int, torch.Tensor]]:
+        """Both models' recordings, and ρ's own gradients by layer: empty where they were not kept."""
+        found = self._kept_streams.get(batch) if self._kept_streams is not None else {}
+        layers = range(-1, self.session.num_layers)
+        gradients = {layer: found[name] for layer in reversed(layers) if (name := f"gradient.{layer}") in found}
+        streams = [found[name] for layer in layers if (name := f"stream.{layer}") in found]
+        if streams and self._only_compared(batch):
+            return self.session.record_policy(batch), Recording(streams, []), gradients
+        return *self.session.record_both(batch), gradients
+
+    def _only_compared(self, batch: PairBatch) -> bool:
+        """Whether ρ's streams of this batch are compared with π's and no run is continued from them."""
+        return not self.session.is_exact(batch) and self.config.patching.attribution_points == (0.0,)
 
     def _distances(self, batch: PairBatch, policy: Recording, reference: Recording) -> None:
         """RMS over a pair's prediction positions of ‖h_l(π) − h_l(ρ)‖₂ (METHODS §3)."""
@@ -256,12 +273,14 @@ class Collector:
             self.found.put("gradient_norm", batch, norms.sqrt(), layer)
         self.session.meter.sample()
 
-    def _attribute(self, batch: PairBatch, policy: Recording, reference: Recording) -> None:
+    def _attribute(
+        self, batch: PairBatch, policy: Recording, reference: Recording, known: dict[int, torch.Tensor]
+    ) -> None:
         """Attribution patching: ⟨∂m_i/∂h_l, h_l(π) − h_l(ρ)⟩ over the patched positions, all layers in one backward pass.
 
         The gradient is ρ's, its layers linearized where ``attribution_points`` says on the line between both models'
         streams: at ρ's own (0) it is the effect to first order (Nanda 2023); further on it sees how the effect bends.
-        METHODS §7: an estimator of its own.
+        METHODS §7: an estimator of its own. ``known`` are the gradients at ρ's own streams, by layer, where they were kept.
         """
         mask = batch.position_mask(self.config.patching.positions)
         begin = -1 if self.config.patching.embedding else 0
@@ -269,8 +288,13 @@ class Collector:
         def gradients(replay: Replay, point: float) -> Iterator[tuple[int, torch.Tensor]]:
             margin = self.session.margin_objective(replay, batch)
             if self.config.patching.attribution_path == "joint":
+                if point == 0.0 and known:
+                    yield from known.items()
+                    return
                 at = _between(reference, policy, point)
                 for layer, (gradient,) in replay.stream_gradients(at, margin, down_to=begin):
+                    if point == 0.0 and self._kept_streams is not None:
+                        fresh[layer] = gradient
                     yield layer, gradient
                 return
             for start in range(begin, self.session.num_layers):
@@ -280,6 +304,7 @@ class Collector:
                         yield layer, gradient
 
         owner = batch.row_pair
+        fresh: dict[int, torch.Tensor] = {}
         with self.session.as_reference() as replay:
             for place, point in enumerate(self.config.patching.attribution_points):
                 for layer, gradient in gradients(replay, point):
@@ -288,6 +313,11 @@ class Collector:
                     total = torch.zeros(batch.num_pairs, dtype=torch.float64, device=owner.device)
                     self.found.put("attribution", batch, total.index_add_(0, owner, along), layer + 1, place)
         self.session.meter.sample()
+        if self._kept_streams is not None and fresh:
+            kept = {f"gradient.{layer}": gradient for layer, gradient in fresh.items()}
+            if self._only_compared(batch):
+                kept |= {f"stream.{layer}": reference.after(layer) for layer in range(-1, self.session.num_layers)}
+            self._kept_streams.put(batch, kept)
 
     def _patched_partly(
         self, replay: Replay, base: Recording, source: Recording, mask: torch.Tensor, start: int, point: float

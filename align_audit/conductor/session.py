@@ -259,12 +259,18 @@ class Session:
 
     def record_both(self, batch: PairBatch, until: int | None = None) -> tuple[Recording, Recording]:
         """One forward of each model over a batch: (policy's, reference's); the policy's up to layer ``until``."""
-        with self.as_policy() as policy:
-            ours = policy.record(batch.model_inputs(), until=until)
+        ours = self.record_policy(batch, until)
         with self.as_reference() as reference:
             theirs = reference.record(batch.model_inputs())
         self.meter.sample()
         return ours, theirs
+
+    def record_policy(self, batch: PairBatch, until: int | None = None) -> Recording:
+        """One forward of the policy over a batch, up to layer ``until``."""
+        with self.as_policy() as policy:
+            recording = policy.record(batch.model_inputs(), until=until)
+        self.meter.sample()
+        return recording
 
     def token_logp(self, replay: Replay, top: torch.Tensor, batch: PairBatch) -> torch.Tensor:
         """Log-probabilities [P] of the batch's targets, float64, from a final residual stream [R, T, d]."""

@@ -229,6 +229,32 @@ def control_variate_means(
     return results
 
 
+def beside_attribution(attribution: Array, known: Array, exact_pairs: int) -> Array:
+    """Proxies of patched effects: attribution, and beside it what is known of every pair anyway, as the margin shift.
+
+    The effect of the last layers' streams is nearly the whole shift, however far the attribution strays; its slope is
+    fitted as the others are, so it costs one exact pair's worth of freedom. Left out where there are too few exact pairs to fit
+    one more slope.
+
+    Args:
+        attribution: ``[N, L, K]``.
+        known: ``[N]``, finite.
+
+    Returns:
+        ``[N, L, K + 1]``, or ``attribution``.
+
+    Example:
+        >>> beside_attribution(np.zeros((96, 5, 2)), np.ones(96), 24).shape
+        (96, 5, 3)
+        >>> beside_attribution(np.zeros((96, 5, 2)), np.ones(96), 10).shape
+        (96, 5, 2)
+    """
+    pairs, layers, points = attribution.shape
+    if exact_pairs < MINIMUM_EXACT + 2 * points:
+        return attribution
+    return np.concatenate([attribution, np.broadcast_to(known[:, None, None], (pairs, layers, 1))], axis=2)
+
+
 def exact_pairs_needed(correlation: float, pairs: int, equivalent: float) -> int:
     """Least number of exact pairs whose combined estimate has the variance of ``equivalent`` plain exact pairs.
 

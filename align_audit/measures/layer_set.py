@@ -1,4 +1,4 @@
-"""Which layers stand out of a profile of block transplants, and how surely (METHODS §1, §3; ours)."""
+"""Which layers stand out by what they contribute to the margin shift, and how surely (METHODS §1, §3; ours)."""
 
 from __future__ import annotations
 
@@ -11,105 +11,152 @@ from align_audit.measures.statistics import Interval, resample_indices
 
 Array = np.ndarray
 
-FLOOR = 0.05
-"""Layers below this share of the largest mean count as this much: how small a small layer is does not matter."""
+CLEAR = math.e
+"""A layer that stands out contributes at least so many times what each of the others does: one unit of a natural logarithm."""
+MARGIN = 2.0
+"""Standard errors of a mean that it counts as at least: a smaller one is not told from nothing."""
+FLOOR = 0.01
+"""A layer counts as at least this share of the largest: how small a small one is does not matter."""
 
 
 @dataclass(frozen=True, eq=False)
 class LayerSet:
-    """The layers above the widest gap of a profile; ``layers`` is empty, with a ``reason``, where there is none."""
+    """The layers that stand clear of the others; ``layers`` is empty, with a ``reason``, where there are none."""
 
     layers: tuple[int, ...]
     """Ascending."""
     separation: Interval
-    """Nats by which the least of them lies above the largest of the others, with its interval."""
+    """How many times the largest of the others the least of them contributes, with its interval."""
     stability: float
     """In [0, 1]: share of bootstrap resamples of the pairs that give the same set."""
     selection_frequency: Array
     """``[L]``, in [0, 1]: share of resamples in which the layer belongs to the set."""
+    contribution: list[Interval]
+    """L, nats, at least the margin of error."""
     reason: str | None = None
 
 
-def widest_gap(profile: Array) -> tuple[int, ...]:
-    """The layers above the widest gap of a profile, at most half of them.
+def standing_clear(contribution: Array) -> tuple[int, ...]:
+    """The layers each of which contributes at least ``CLEAR`` times what any other layer does, at most half of them.
 
-    With w sorted, largest first, and w₊ = max(w, ``FLOOR`` · w₁), the set is the k largest layers, k = 1 … ⌊L/2⌋ maximizing
-    w₊ₖ / w₊ₖ₊₁. A ratio, not a difference: two layers of which one does a third of the other's work belong together when
-    all others do a tenth of that. The smaller set where two gaps are equal.
+    With w sorted, largest first, the k largest for the largest k ≤ ⌊L/2⌋ with w_k ≥ ``CLEAR`` · w_{k+1}. The last such step
+    and not the widest one: where one layer does ten times the work of a second, and that three times the work of all others,
+    both stand out.
 
     Args:
-        profile: ``[L]``, means of block transplants in nats.
+        contribution: ``[L]``, positive.
 
     Returns:
-        layers, ascending; empty where no layer is positive, one is not finite, there is one layer, or there is no gap.
+        layers, ascending; empty where there is no such step.
 
     Example:
-        >>> widest_gap(np.array([0.1, 1.0, 0.08, 0.4, 0.05, -0.2]))
+        >>> standing_clear(np.array([0.1, 1.0, 0.08, 0.3, 0.05, 0.05]))
         (1, 3)
-        >>> widest_gap(np.array([0.5, 0.5, 0.5]))
+        >>> standing_clear(np.array([0.5, 0.5, 0.4]))
         ()
     """
-    profile = np.asarray(profile, dtype=np.float64)
-    if len(profile) < 2 or not np.isfinite(profile).all() or not profile.max() > 0.0:
-        return ()
-    order = np.argsort(-profile, kind="stable")
-    height = np.maximum(profile[order] / profile.max(), FLOOR)
-    gaps = (height[:-1] / height[1:])[: len(profile) // 2]
-    if not gaps.max() > 1.0:
-        return ()
-    return tuple(sorted(order[: int(np.argmax(gaps)) + 1].tolist()))
+    order = np.argsort(-contribution, kind="stable")
+    height = contribution[order]
+    steps = np.flatnonzero(height[:-1] >= CLEAR * height[1:])
+    steps = steps[steps < len(height) // 2]
+    return tuple(sorted(order[: steps[-1] + 1].tolist())) if len(steps) else ()
 
 
-def layer_set(transplants: Array, resamples: int = 1000, confidence: float = 0.95, seed: int = 0) -> LayerSet:
-    """The layers that stand out of the block transplants: those above the widest gap of the means.
+def contributions(transplants: Array, gains: Array, margins: tuple[Array, Array]) -> Array:
+    """What each layer's update contributes: the geometric mean of what it does alone and what it adds to those below.
+
+    w_ℓ = √(t_ℓ · g_ℓ), t and g the mean block transplant and mean gain, each at least its margin of error and ``FLOOR`` of
+    the largest. Alone, a layer that needs what another has learned looks small; on top of those below, one that repeats
+    them does. Where updates act separately both are the same.
+
+    Args:
+        transplants, gains: ``[..., L]``, means over pairs, nats.
+        margins: of both, ``[L]``, nats, ≥ 0.
+
+    Returns:
+        ``[..., L]``, nats.
+
+    Example:
+        >>> none = np.zeros(2)
+        >>> contributions(np.array([4.0, 1.0]), np.array([4.0, 0.0]), (none, none)).round(9).tolist()
+        [4.0, 0.2]
+    """
+    parts = []
+    for values, margin in zip((transplants, gains), margins, strict=True):
+        least = np.maximum(margin, FLOOR * np.maximum(values.max(axis=-1, keepdims=True), 0.0))
+        parts.append(np.maximum(values, least))
+    return np.sqrt(parts[0] * parts[1])
+
+
+def layer_set(
+    transplants: Array, gains: Array, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+) -> LayerSet:
+    """The layers that stand out of the contributions to the margin shift.
 
     Every bootstrap resample of the pairs finds its own set; ``stability`` is the share that finds the same one. The
-    separation, min over the set − max over the others, is resampled for the set of all pairs, and its interval is the
+    separation, min over the set / max over the others, is resampled for the set of all pairs, and its interval is the
     percentile one. Choosing the set by the same pairs makes the separation look too good where resamples disagree on
     it, which is what the stability shows.
 
     Args:
-        transplants: ``[N, L]``, block transplants per pair, nats.
+        transplants: ``[N, L]``, block transplants, nats.
+        gains: ``[N, L]``, effect_ℓ − effect_{ℓ−1}, nats; a column of NaN where it was not measured, for which the
+            transplant stands (layer 0, where what enters it was not patched).
 
     Raises:
         ValueError: wrong shape.
 
     Example:
         >>> pairs = np.tile([0.0, 2.0, 0.1, 0.1], (8, 1))
-        >>> found = layer_set(pairs, resamples=50)
-        >>> found.layers, found.stability, found.separation.low
-        ((1,), 1.0, 1.9)
+        >>> found = layer_set(pairs, pairs, resamples=50)
+        >>> found.layers, found.stability, round(found.separation.low, 6)
+        ((1,), 1.0, 20.0)
     """
-    values = np.asarray(transplants, dtype=np.float64)
-    if values.ndim != 2 or not values.shape[0] or not values.shape[1]:
-        raise ValueError(f"expected block transplants [N, L]; found shape {list(values.shape)}")
-    pairs, layers = values.shape
+    alone, added = np.asarray(transplants, dtype=np.float64), np.asarray(gains, dtype=np.float64)
+    if alone.ndim != 2 or alone.shape != added.shape or not alone.size:
+        raise ValueError(
+            f"expected transplants and gains [N, L] of one shape; found {list(alone.shape)} and {list(added.shape)}"
+        )
+    added = np.where(np.isnan(added).all(axis=0), alone, added)
+    pairs, layers = alone.shape
 
-    def nothing(reason: str) -> LayerSet:
-        return LayerSet((), Interval.unknown(reason), math.nan, np.full(layers, math.nan), reason)
+    def nothing(reason: str, contribution: list[Interval] | None = None) -> LayerSet:
+        unknown = Interval.unknown(reason)
+        return LayerSet((), unknown, math.nan, np.full(layers, math.nan), contribution or [unknown] * layers, reason)
 
-    if layers < 2:
-        return nothing("one layer cannot stand out of others")
-    if not np.isfinite(values).all():
-        return nothing("a block transplant is not finite")
+    if not (np.isfinite(alone).all() and np.isfinite(added).all()):
+        return nothing("a block transplant or a gain is not finite")
     if pairs < 2:
         return nothing("an interval needs at least 2 pairs, found 1")
-    means = values.mean(axis=0)
-    chosen = widest_gap(means)
+    margins = tuple(MARGIN * values.std(axis=0, ddof=1) / math.sqrt(pairs) for values in (alone, added))
+    draws = resample_indices(pairs, resamples, seed)
+    quantiles = [(1 - confidence) / 2, (1 + confidence) / 2]
+    found = contributions(alone.mean(axis=0), added.mean(axis=0), margins)
+    resampled = contributions(alone[draws].mean(axis=1), added[draws].mean(axis=1), margins)
+    bounds = np.quantile(resampled, quantiles, axis=0)
+    each = [Interval(float(mean), float(low), float(high)) for mean, low, high in zip(found, *bounds, strict=True)]
+    if layers < 2:
+        return nothing("one layer cannot stand out of others", each)
+    if not (alone.mean(axis=0).max() > 0.0 and added.mean(axis=0).max() > 0.0):
+        return nothing("no layer raises the margin", each)
+    chosen = standing_clear(found)
     if not chosen:
-        return nothing("no block transplant is positive" if not means.max() > 0 else "all block transplants are equal")
+        return nothing(
+            f"no layer stands out: none, and no half of them or fewer, contribute {CLEAR:.1f} times what each other layer does",
+            each,
+        )
     inside = np.zeros(layers, dtype=bool)
     inside[list(chosen)] = True
-    resampled = values[resample_indices(pairs, resamples, seed)].mean(axis=1)
-    apart = resampled[:, inside].min(axis=1) - resampled[:, ~inside].max(axis=1)
-    low, high = np.quantile(apart, [(1 - confidence) / 2, (1 + confidence) / 2])
-    sets = [widest_gap(row) for row in resampled]
+    apart = resampled[:, inside].min(axis=1) / resampled[:, ~inside].max(axis=1)
+    low, high = np.quantile(apart, quantiles)
+    sets = [standing_clear(row) for row in resampled]
     frequency = np.zeros(layers)
-    for found in sets:
-        frequency[list(found)] += 1
+    for one in sets:
+        frequency[list(one)] += 1
     return LayerSet(
         chosen,
-        Interval(float(means[inside].min() - means[~inside].max()), float(low), float(high)),
-        sum(found == chosen for found in sets) / resamples,
+        Interval(float(found[inside].min() / found[~inside].max()), float(low), float(high)),
+        sum(one == chosen for one in sets) / resamples,
         frequency / resamples,
+        each,
     )

@@ -1,4 +1,4 @@
-"""The layers that stand out of a profile, against a search over all subsets and planted profiles."""
+"""The layers that stand out by what they contribute: the rule itself, planted profiles, and noise."""
 
 from __future__ import annotations
 
@@ -8,85 +8,125 @@ import math
 import numpy as np
 import pytest
 
-from align_audit.measures.layer_set import FLOOR, layer_set, widest_gap
+from align_audit.measures.layer_set import CLEAR, FLOOR, MARGIN, contributions, layer_set, standing_clear
+
+NONE = np.zeros(4)
 
 
 @pytest.mark.parametrize(
     ("profile", "layers"),
     [
-        ([0.0, 1.0, 0.0, 0.0], (1,)),
+        ([0.1, 1.0, 0.1, 0.1], (1,)),
         ([1.0, 0.1, 0.1, 1.0], (0, 3)),
-        ([1.0, 0.3, 0.08, 0.06, 0.05], (0, 1)),  # the second does a third of the first, the others a tenth of that
+        ([1.0, 0.3, 0.08, 0.06, 0.05], (0, 1)),
+        ([20.0, 2.6, 0.9, 0.4, 0.3, 0.3], (0, 1)),  # the widest step is above the second, the last clear one below it
         ([1.0, 0.2, 0.1, 0.1, 0.1], (0,)),
-        ([1.0, 0.9, 1e-9, -3.0, 0.01], (0, 1)),  # how small a small layer is does not matter
-        ([1.0, 1.0, 1.0, 0.0], ()),  # three of four are no small set, and among them there is no gap
-        ([-1.0, -2.0], ()),
-        ([0.0, 0.0], ()),
+        ([1.0, 0.4, 0.3, 0.2, 0.1], ()),
+        ([2.4, 0.41, 0.3, 0.26, 0.19, 0.15], (0,)),
+        ([1.0, 1.0, 1.0, 0.1], ()),  # three of four are no small set, and among them there is no step
         ([2.0, 2.0, 2.0], ()),
+        ([1.0, 1.0 / CLEAR], (0,)),
         ([1.0], ()),
-        ([1.0, math.nan, 0.0], ()),
     ],
 )
-def test_widest_gap(profile: list[float], layers: tuple[int, ...]) -> None:
-    assert widest_gap(np.array(profile)) == layers
+def test_standing_clear(profile: list[float], layers: tuple[int, ...]) -> None:
+    assert standing_clear(np.array(profile)) == layers
 
 
-def test_widest_gap_is_the_best_of_all_subsets() -> None:
+def test_standing_clear_is_the_largest_such_subset() -> None:
     generator = np.random.default_rng(0)
-    for _ in range(50):
-        profile = generator.normal(size=6) ** 3
-        if profile.max() <= 0:
-            continue
-        height = np.maximum(profile / profile.max(), FLOOR)
-        best: tuple[float, tuple[int, ...]] = (1.0, ())
+    sizes = set()
+    for _ in range(300):
+        profile = np.exp(1.5 * generator.normal(size=6))
+        largest: tuple[int, ...] = ()
         for size in (1, 2, 3):
             for subset in itertools.combinations(range(6), size):
-                gap = height[list(subset)].min() / np.delete(height, subset).max()
-                if gap > best[0]:
-                    best = (gap, subset)
-        assert widest_gap(profile) == best[1]
+                if profile[list(subset)].min() >= CLEAR * np.delete(profile, subset).max():
+                    largest = subset
+        assert standing_clear(profile) == largest
+        sizes.add(len(largest))
+    assert sizes == {0, 1, 2, 3}
+
+
+def test_contributions_are_geometric_means_above_a_floor() -> None:
+    found = contributions(np.array([8.0, 1.0, -1.0, 0.01]), np.array([2.0, 1.0, 4.0, 0.0]), (NONE, NONE + 0.5))
+    np.testing.assert_allclose(found, [4.0, 1.0, math.sqrt(8 * FLOOR * 4), math.sqrt(8 * FLOOR * 0.5)])
+    many = contributions(np.ones((7, 4)), np.full((7, 4), 4.0), (NONE, NONE))
+    np.testing.assert_array_equal(many, np.full((7, 4), 2.0))
+
+
+def pairs_around(profile: list[float], spread: float, seed: int, count: int = 64) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(count, len(profile))) * spread + np.array(profile)
 
 
 def test_a_planted_set_is_found_with_its_separation() -> None:
-    generator = np.random.default_rng(1)
-    pairs = generator.normal(size=(64, 8)) + np.array([0, 0, 5.0, 4.0, 0, 0, 0.5, 0])
-    found = layer_set(pairs, resamples=400)
-    means = pairs.mean(axis=0)
+    profile = [0, 0, 5.0, 4.0, 0, 0, 0.3, 0]
+    alone, added = pairs_around(profile, 1.0, 1), pairs_around(profile, 1.0, 2)
+    found = layer_set(alone, added, resamples=400)
     assert (found.layers, found.reason) == ((2, 3), None)
-    assert found.separation.mean == pytest.approx(means[3] - means[6])
-    assert 0 < found.separation.low < found.separation.mean < found.separation.high
-    assert found.stability > 0.99
+    means = [interval.mean for interval in found.contribution]
+    least = [MARGIN * values.std(axis=0, ddof=1) / 8 for values in (alone, added)]
+    for layer in (2, 3, 6):
+        parts = [max(v[:, layer].mean(), m[layer]) for v, m in zip((alone, added), least, strict=True)]
+        assert means[layer] == pytest.approx(math.sqrt(parts[0] * parts[1]))
+    assert found.separation.mean == pytest.approx(means[3] / max(means[:2] + means[4:]))
+    assert CLEAR < found.separation.low < found.separation.mean < found.separation.high
+    assert found.stability > 0.98
     assert found.selection_frequency[2] == found.selection_frequency[3] == 1.0
-    assert found.selection_frequency[0] < 0.01
+    assert found.selection_frequency[0] < 0.02
+    assert all(interval.low < interval.mean < interval.high for interval in found.contribution[2:4])
 
 
-def test_a_profile_without_a_set_is_not_stable() -> None:
-    """Every layer the same: some set is the widest gap's, but resamples do not agree on it, and it is not clear of them."""
-    generator = np.random.default_rng(2)
-    stable = clear = 0
-    for seed in range(60):
-        found = layer_set(generator.normal(1.0, 1.0, size=(32, 6)), resamples=200, seed=seed)
-        stable += found.stability >= 0.8
-        clear += found.separation.low > 0
-    assert stable <= 3
-    assert clear <= 6
+def test_a_layer_that_works_only_on_top_of_another_is_found() -> None:
+    """Alone the second does a twentieth of the first, on top of it as much: both did what the others did not."""
+    alone = pairs_around([20.0, 0.2, 1.0, 0.2, 0.2, 0.2], 0.1, 3)
+    added = pairs_around([20.0, 0.5, 20.0, 0.5, 0.5, 0.5], 0.1, 4)
+    assert layer_set(alone, added, resamples=100).layers == (0, 2)
+
+
+def test_a_layer_without_a_gain_has_its_transplant() -> None:
+    alone, added = pairs_around([3.0, 0.1, 0.1], 0.05, 5), pairs_around([9.0, 0.1, 0.1], 0.05, 6)
+    added[:, 0] = np.nan
+    found = layer_set(alone, added, resamples=50)
+    assert found.layers == (0,)
+    assert found.contribution[0].mean == pytest.approx(alone[:, 0].mean())
+
+
+def test_noise_has_no_layer_that_stands_out() -> None:
+    """Nothing learned, or all layers the same: hardly ever a set, and then not one that resamples agree on."""
+    for level in (0.0, 1.0):
+        found_any = stable = 0
+        for seed in range(60):
+            alone, added = (pairs_around([level] * 6, 1.0, 100 * seed + part, 32) for part in (0, 1))
+            found = layer_set(alone, added, resamples=200, seed=seed)
+            found_any += bool(found.layers)
+            stable += found.stability >= 0.8 and found.separation.low > 1.0
+        assert found_any <= 3
+        assert stable == 0
 
 
 def test_what_cannot_be_known_says_why() -> None:
+    flat = np.ones((4, 4))
     cases = [
         (np.ones((4, 1)), "one layer cannot stand out of others"),
-        (np.array([[1.0, np.nan], [1.0, 2.0]]), "a block transplant is not finite"),
+        (np.array([[1.0, np.nan], [1.0, 2.0]]), "a block transplant or a gain is not finite"),
         (np.array([[1.0, 2.0]]), "an interval needs at least 2 pairs, found 1"),
-        (-np.ones((4, 3)), "no block transplant is positive"),
-        (np.ones((4, 3)), "all block transplants are equal"),
+        (-flat, "no layer raises the margin"),
+        (
+            flat,
+            "no layer stands out: none, and no half of them or fewer, contribute 2.7 times what each other layer does",
+        ),
     ]
     for values, reason in cases:
-        found = layer_set(values)
+        found = layer_set(values, values)
         assert (found.layers, found.reason, found.separation.reason) == ((), reason, reason)
         assert math.isnan(found.stability)
         assert np.isnan(found.selection_frequency).all()
+        assert len(found.contribution) == values.shape[1]
 
 
 def test_wrong_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\[N, L\]; found shape \[3\]"):
-        layer_set(np.ones(3))
+    with pytest.raises(ValueError, match=r"\[N, L\] of one shape; found \[3\] and \[3\]"):
+        layer_set(np.ones(3), np.ones(3))
+    with pytest.raises(ValueError, match=r"found \[3, 2\] and \[3, 3\]"):
+        layer_set(np.ones((3, 2)), np.ones((3, 3)))

@@ -278,7 +278,7 @@ def test_pictures_show_the_history_up_to_the_record_once(monkeypatch: pytest.Mon
 
 
 def test_tables_survive_bars_and_line_breaks() -> None:
-    record = make_record(100, layers=2)
+    record = make_record(100, layers=6)
     noise = Control(verdict="failed", reason="log p(y|x)\nbroke")
     record = record.model_copy(update={"controls": record.controls.model_copy(update={"noise": noise})})
     table = tensorboard.controls_table(record)

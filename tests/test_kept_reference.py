@@ -1,0 +1,179 @@
+"""``patching.keep_reference``: what is read from disk is what would have been computed; damage costs time only."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from align_audit.auditing import Context, run_audit
+from align_audit.batches import make_batch
+from align_audit.config import AuditConfig
+from align_audit.errors import ConfigurationError
+from align_audit.models.reference import resolve_reference
+from align_audit.models.replay import Replay
+from align_audit.refcache import ReferenceCache
+from align_audit.refstreams import ReferenceStreams
+from tests.tiny import perturbed, random_pairs, tiny_model
+
+
+def run(reference: Any, folder: Path | None, policy_seed: int = 1, pairs: int = 14, **patching: Any) -> Any:
+    """Arrays and record of an audit by attribution, nine pairs of them patched."""
+    policy = perturbed(reference, seed=policy_seed)
+    how = {"exact_pairs": 9, "attribution_points": (0.0,), "keep_reference": folder is not None, **patching}
+    config = AuditConfig.from_dict(
+        {
+            "patching": how, "low_rank": {"layers": (1,), "ranks": (1,)}, "batch_tokens": 100,
+            "statistics": {"bootstrap_resamples": 100},
+        }
+    )  # fmt: skip
+    context = Context(reference_cache=ReferenceCache(folder))
+    record, arrays = run_audit(policy, resolve_reference(policy, reference), random_pairs(pairs), config, 0, context)
+    return arrays, record
+
+
+def same(one: Any, other: Any) -> bool:
+    """Every number of both audits, bit by bit, but for what they cost."""
+    arrays, record = one
+    assert set(arrays) == set(other[0])
+    for name, values in arrays.items():
+        np.testing.assert_array_equal(values, other[0][name], err_msg=name)
+    left = {"cost", "provenance"}
+    return record.model_dump_json(exclude=left) == other[1].model_dump_json(exclude=left)
+
+
+@pytest.fixture
+def backward(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Backward passes through a model so far."""
+    calls: list[int] = []
+    real = Replay.stream_gradients
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Replay, "stream_gradients", counted)
+    return calls
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("points", [(0.0,), (0.0, 0.5)])
+def test_read_is_computed_bit_by_bit(tmp_path: Path, family: str, points: tuple[float, ...]) -> None:
+    reference = tiny_model(family)
+    plain = run(reference, None, attribution_points=points)
+    first = run(reference, tmp_path, attribution_points=points)
+    second = run(reference, tmp_path, attribution_points=points)
+    assert same(first, plain)
+    assert same(second, plain)
+    assert list(tmp_path.glob("streams-*.safetensors"))
+    other = run(reference, tmp_path, policy_seed=2, attribution_points=points)
+    assert same(other, run(reference, None, policy_seed=2, attribution_points=points))
+    assert not same_effects(other, plain)
+
+
+def same_effects(one: Any, other: Any) -> bool:
+    return np.array_equal(one[0]["per_pair.attribution"], other[0]["per_pair.attribution"])
+
+
+def test_attributed_pairs_cost_a_forward_of_the_policy(tmp_path: Path, backward: list[int]) -> None:
+    reference = tiny_model("llama")
+    first = run(reference, tmp_path)
+    passes = len(backward)
+    second = run(reference, tmp_path)
+    assert len(backward) - passes < passes, "gradient concentration of the policy only"
+    attributed = 5 / 14
+    saved = first[1].cost.forward_equivalents - second[1].cost.forward_equivalents
+    assert saved > 2.5 * attributed, "reference: forward, forward again for the graph, backward"
+
+
+def test_another_reference_is_computed_and_the_old_files_go(tmp_path: Path, backward: list[int]) -> None:
+    run(tiny_model("llama"), tmp_path)
+    old = set(tmp_path.glob("streams-*"))
+    passes = len(backward)
+    moved = tiny_model("llama", seed=5)
+    found = run(moved, tmp_path)
+    assert len(backward) - passes == passes
+    assert same(found, run(moved, None))
+    new = set(tmp_path.glob("streams-*"))
+    assert new
+    assert not new & old
+
+
+def test_other_probes_keep_their_own(tmp_path: Path) -> None:
+    reference = tiny_model("llama")
+    run(reference, tmp_path)
+    first = set(tmp_path.glob("streams-*"))
+    run(reference, tmp_path, pairs=13)
+    assert first < set(tmp_path.glob("streams-*"))
+
+
+def test_pairs_that_are_patched_now_are_recorded(tmp_path: Path) -> None:
+    """Streams from disk cannot be continued: a batch of pairs that were attributed may be patched by the next audit."""
+    reference = tiny_model("llama")
+    for changes in ({"exact_pairs": 14}, {"attribution_points": (0.0, 0.5)}):
+        run(reference, tmp_path)
+        (trace,) = tmp_path.glob("reference-*")
+        trace.unlink()  # its rows came in other batches, so its last bits are others
+        assert same(run(reference, tmp_path, **changes), run(reference, None, **changes))
+
+
+def test_damage_costs_time_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    reference = tiny_model("llama")
+    plain = run(reference, None)
+    run(reference, tmp_path)
+    whole = {path: path.read_bytes() for path in tmp_path.glob("streams-*")}
+    for damage in (lambda data: b"", lambda data: data[:40], lambda data: data[:-9], lambda data: b"{}" + data[2:]):
+        for path, data in whole.items():
+            path.write_bytes(damage(data))
+        assert same(run(reference, tmp_path), plain)
+        assert "the reference is computed again" in caplog.text
+        caplog.clear()
+    assert {path: path.read_bytes() for path in tmp_path.glob("streams-*")} == whole, "written anew"
+
+
+def test_a_full_disk_costs_time_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    reference = tiny_model("llama")
+    plain = run(reference, None)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert same(run(reference, tmp_path), plain)
+    assert caplog.text.count("more than half of what is free") == 1
+    assert not list(tmp_path.glob("streams-*"))
+    (tmp_path / "file").write_text("")
+    monkeypatch.undo()
+    assert same(run(reference, tmp_path / "file" / "cache"), plain)
+    assert caplog.text.count("computes them at every audit") == 2
+
+
+def test_a_store_knows_its_key(tmp_path: Path) -> None:
+    pairs = random_pairs(2).pairs
+    batch = make_batch(pairs, [0, 1], 0)
+    tensors = {"stream.0": torch.randn(4, 3, 2), "gradient.0": torch.randn(4, 3, 2).bfloat16()}
+    cpu = torch.device("cpu")
+    store = ReferenceStreams(tmp_path, "probes", ("weights",), cpu)
+    assert store.get(batch) == {}
+    store.put(batch, tensors)
+    found = ReferenceStreams(tmp_path, "probes", ("weights",), cpu).get(batch)
+    assert all(torch.equal(found[name], tensors[name]) and found[name].dtype == tensors[name].dtype for name in tensors)
+    assert store.get(make_batch(pairs, [1, 0], 0)) == {}, "other places"
+    assert store.get(make_batch(pairs, [0, 1], 0, shared=True)) == {}, "another layout"
+    assert ReferenceStreams(tmp_path, "other probes", ("weights",), cpu).get(batch) == {}
+    assert store.get(batch), "other probes leave it alone"
+    assert ReferenceStreams(tmp_path, "probes", ("moved",), cpu).get(batch) == {}
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_to_keep_is_an_error() -> None:
+    for patching, words in (
+        ({}, "set exact_pairs"),
+        ({"exact_pairs": 8, "attribution_path": "layer"}, "attribution_path='joint'"),
+        ({"exact_pairs": 8, "attribution_points": (0.5,)}, r"0\.0 among"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            AuditConfig.from_dict({"patching": {"keep_reference": True, **patching}})
