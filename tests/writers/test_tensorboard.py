@@ -283,7 +283,7 @@ def test_tables_survive_bars_and_line_breaks() -> None:
     record = record.model_copy(update={"controls": record.controls.model_copy(update={"noise": noise})})
     table = tensorboard.controls_table(record)
     assert "| noise | **FAILED** | log p(y\\|x) broke |" in table.splitlines()
-    assert table.startswith("**Finding:** localized in layer 1 (")
+    assert table.startswith("**Finding:** localized in layers 2–4 (")
     assert len(table.splitlines()) == 11  # the finding, an empty line, head, rule, six controls, the reference
 
 
