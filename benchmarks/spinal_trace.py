@@ -6,7 +6,7 @@ The job: a random Llama and a policy that is the reference plus small weight noi
 real ones (HH, from $ALIGN_AUDIT_DATA or ../shared/data, 192 to 320 words each, hashed into the vocabulary) where they
 are found, else random tokens with a shared prompt.
 
-Three ways, each in a process of its own, repeats interleaved, medians printed:
+Four ways, each in a process of its own, repeats interleaved, medians printed:
 
 - ``plain``: what a competent user writes from the formulas. Per model and batch (the audit's batches, chosen and rejected
   padded together) one forward with ``output_hidden_states=True``; after every layer the model's own norm and head on the
@@ -16,11 +16,13 @@ Three ways, each in a process of its own, repeats interleaved, medians printed:
 - ``masked``: the same, but norm, head and softmax only on the rows that count: less work and memory, the same numbers.
 - ``audit``: ``align_audit.audit`` with SPINAL alone switched on. It does more: it verifies the replay of both models, hashes
   their weights, and measures margins, KL and entropies of both. Its singular values are of a float64 SVD.
+- ``again``: the same of a run's next checkpoint: the reference's trace is known, as it is from the second audit on.
 
 Seconds and memory come from separate runs. Memory is resident memory above the models, sampled by a thread every 2 ms,
-with freed blocks going back to the system at once (that slows allocation, so no seconds are taken there). The accuracy
-columns are the largest relative differences from a float64 evaluation of the same formulas on the same float32 hidden
-states and logits: of σ in the window of ranks, and of the mean transport of a layer.
+with freed blocks going back to the system at once (that slows allocation, so no seconds are taken there). Accuracy, each
+the largest relative difference: of σ in the window of ranks from a float64 SVD of the very rows it is of; of σ from the
+same models in float64, which also counts what the float32 forward rounds; and of the mean transport of a layer from
+float64 models. (Two float32 forwards in different shapes differ in their last bits, and the tail of a spectrum shows it.)
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-WAYS = ("plain", "masked", "audit")
+WAYS = ("plain", "masked", "audit", "again")
 
 
 def find_pairs() -> Path | None:
@@ -119,13 +121,17 @@ def build(options: argparse.Namespace) -> tuple[Any, Any, Any, Any]:
     return policy, reference, probes, settings
 
 
-def plain_trace(models: list[Any], probes: Any, settings: Any, masked: bool, double: bool = False) -> list[Any]:
-    """Per model: singular values of every layer [L, min(rows, d)] and mean transport [L − 1]."""
+def plain_trace(models: list[Any], probes: Any, settings: Any, masked: bool, double: bool = False) -> Any:
+    """Per model singular values of every layer [L, min(rows, d)] and mean transport [L − 1]; and the rows of every layer.
+
+    Args:
+        double: softmax, distance and SVD in float64.
+    """
     import torch
 
     from align_audit.batches import make_batch, plan_batches
 
-    traces = []
+    traces, every = [], []
     for model in models:
         rows: list[list[Any]] = []
         steps: list[list[Any]] = []
@@ -159,15 +165,14 @@ def plain_trace(models: list[Any], probes: Any, settings: Any, masked: bool, dou
                     moved.append(step if masked else step[at])
                 below = root
             steps.append(moved)
-        spectra = []
-        for layer in range(len(rows[0])):
-            pooled = torch.cat([part[layer] for part in rows])
-            spectra.append(torch.linalg.svdvals(pooled.double() if double else pooled).double())
+        pooled = [torch.cat([part[layer] for part in rows]) for layer in range(len(rows[0]))]
+        spectra = [torch.linalg.svdvals(part.double() if double else part).double() for part in pooled]
         transport = torch.stack(
             [torch.cat([part[layer] for part in steps]).double().mean() for layer in range(len(steps[0]))]
         )
         traces.append((torch.stack(spectra), transport))
-    return traces
+        every.append(pooled)
+    return traces, every
 
 
 def run(options: argparse.Namespace) -> dict[str, float]:
@@ -176,17 +181,24 @@ def run(options: argparse.Namespace) -> dict[str, float]:
 
     torch.set_grad_enabled(False)
     from align_audit import audit
+    from align_audit.auditing import Context, run_audit
+    from align_audit.models.reference import resolve_reference
 
     policy, reference, probes, settings = build(options)
+    context = Context()
 
     def work(pairs: Any) -> Any:
         if options.one == "audit":
             return audit(policy, reference, pairs, settings)
-        return plain_trace([policy, reference], pairs, settings, options.one == "masked")
+        if options.one == "again":
+            return run_audit(policy, resolve_reference(policy, reference), pairs, settings, 0, context)[0]
+        return plain_trace([policy, reference], pairs, settings, options.one == "masked")[0]
 
     work(probes.subsample(1, 0))  # what libraries load and allocate once is not the trace's
+    if options.one == "again":
+        work(probes)
     if options.what == "accuracy":
-        return accuracy(options, work, policy, reference, probes, settings)
+        return accuracy(options, policy, reference, probes, settings)
     import psutil
 
     process = psutil.Process()
@@ -211,36 +223,42 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     return {"cpu_s": cpu, "wall_s": wall}
 
 
-def accuracy(
-    options: argparse.Namespace, work: Any, policy: Any, reference: Any, probes: Any, settings: Any
-) -> dict[str, float]:
+def accuracy(options: argparse.Namespace, policy: Any, reference: Any, probes: Any, settings: Any) -> dict[str, float]:
     import torch
 
-    exact = plain_trace([policy, reference], probes, settings, masked=True, double=True)
-    n = exact[0][0].shape[1]
-    window = slice(math.ceil(0.1 * n) - 1, math.floor(0.9 * n))
-    spectra: list[Any] = []
+    from align_audit import audit
+
     if options.one == "audit":
         from align_audit.conductor import assemble
 
-        plain = assemble.singular_values
+        plain, spectra, rows = assemble.singular_values, [], []
 
-        def kept(*arguments: Any) -> Any:
-            spectra.append(plain(*arguments))
-            return spectra[-1]
+        def kept(pooled: Any) -> Any:
+            rows.append(pooled)
+            spectra.append(torch.from_numpy(plain(pooled)))
+            return spectra[-1].numpy()
 
         assemble.singular_values = kept
-        record = work(probes)
+        record = audit(policy, reference, probes, settings)
         transports = [torch.tensor(side.transport) for side in (record.spinal.policy, record.spinal.reference)]
-        size = len(spectra) // 2
-        sigmas = [torch.stack([torch.from_numpy(s) for s in spectra[i * size : (i + 1) * size]]) for i in range(2)]
     else:
-        sigmas, transports = zip(*work(probes), strict=True)
-    off = [(s[:, window] / e[:, window] - 1).abs().max().item() for s, (e, _) in zip(sigmas, exact, strict=True)]
-    moved = [(t / e - 1).abs().max().item() for t, (_, e) in zip(transports, exact, strict=True)]
+        found, every = plain_trace([policy, reference], probes, settings, options.one == "masked")
+        rows = [part for model in every for part in model]
+        spectra = [sigma for sigmas, _ in found for sigma in sigmas]
+        transports = [transport for _, transport in found]
+    exact, _ = plain_trace([policy.double(), reference.double()], probes, settings, masked=True, double=True)
+    true = [sigma for sigmas, _ in exact for sigma in sigmas]
+    n = len(true[0])
+    window = slice(math.ceil(0.1 * n) - 1, math.floor(0.9 * n))
+
+    def off(one: Any, other: Any) -> float:
+        return (one[window] / other[window] - 1).abs().max().item()
+
+    own = [torch.linalg.svdvals(part.double()) for part in rows]
     return {
-        "sigma_error": max(off),
-        "transport_error": max(moved),
+        "svd_error": max(map(off, spectra, own)),
+        "sigma_error": max(map(off, spectra, true)),
+        "transport_error": max((t / e - 1).abs().max().item() for t, (_, e) in zip(transports, exact, strict=True)),
         "rows": sum(int(batch.distinct.sum()) for batch in _batches(probes, settings)),
         "tokens": sum(batch.input_ids.numel() for batch in _batches(probes, settings)),
         "transport_low": min(e.min().item() for _, e in exact),
@@ -287,7 +305,8 @@ def main() -> None:
 
     found: dict[str, dict[str, Any]] = {way: {"cpu_s": [], "wall_s": []} for way in WAYS}
     for way in WAYS:
-        found[way] |= once(way, "memory") | once(way, "accuracy")
+        # What the next checkpoint's audit finds is what an audit finds.
+        found[way] |= once(way, "memory") | (once(way, "accuracy") if way != "again" else {})
     for _ in range(options.repeats):
         for way in WAYS:
             for name, seconds in once(way, "time").items():
@@ -299,19 +318,24 @@ def main() -> None:
         f"{options.vocab}; {options.pairs} pairs ({source}), {facts['tokens']} padded tokens, {facts['rows']} rows; "
         f"transport {facts['transport_low']:.2g} to {facts['transport_high']:.2g}"
     )
-    print(f"{'':>8} {'CPU s':>8} {'wall s':>8} {'peak above the models':>22} {'σ in the window':>16} {'transport':>10}")
+    print(
+        f"{'':>8} {'CPU s':>8} {'wall s':>8} {'peak above the models':>22} {'σ of its rows':>14} {'σ, float64':>11} "
+        f"{'transport':>10}"
+    )
     for way in WAYS:
         row = found[way]
         cpu, wall = statistics.median(row["cpu_s"]), statistics.median(row["wall_s"])
+        errors = [row.get(name, math.nan) for name in ("svd_error", "sigma_error", "transport_error")]
         print(
-            f"{way:>8} {cpu:>8.1f} {wall:>8.1f} {row['peak_mib']:>18.0f} MiB {row['sigma_error']:>16.1e} "
-            f"{row['transport_error']:>10.1e}"
+            f"{way:>8} {cpu:>8.1f} {wall:>8.1f} {row['peak_mib']:>18.0f} MiB {errors[0]:>14.1e} {errors[1]:>11.1e} "
+            f"{errors[2]:>10.1e}"
         )
-    for way in WAYS[:2]:
-        cpu = [statistics.median(found[name]["cpu_s"]) for name in (way, "audit")]
+    for way in WAYS[2:]:
+        cpu = [statistics.median(found[name]["cpu_s"]) for name in ("plain", "masked", way)]
         print(
-            f"audit against {way}: {cpu[0] / cpu[1]:.1f} times faster (CPU), "
-            f"{found['audit']['peak_mib'] / found[way]['peak_mib']:.2f} of its memory"
+            f"{way} against plain: {cpu[0] / cpu[2]:.1f} times faster (CPU), against masked {cpu[1] / cpu[2]:.1f}; "
+            f"{found[way]['peak_mib'] / found['plain']['peak_mib']:.2f} of plain's memory, "
+            f"{found[way]['peak_mib'] / found['masked']['peak_mib']:.2f} of masked's"
         )
     if options.json:
         Path(options.json).write_text(
