@@ -499,6 +499,8 @@ def _layer_rows(record: AuditRecord) -> list[dict[str, Any]]:
         put_estimates("recovery", patching.recovery)
         put_estimates("layer_gain", patching.layer_gain)
         put_estimates("block_transplant", patching.block_transplant)
+        if patching.standing_out is not None:
+            put_estimates("contribution", patching.standing_out.contribution)
         if patching.attribution is not None:
             columns["attribution_correlation"] = patching.attribution.correlation
             if patching.attribution.joint_correlation:

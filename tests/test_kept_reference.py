@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from align_audit import AlignmentAuditCallback, AuditRun
 from align_audit.auditing import Context, run_audit
 from align_audit.batches import make_batch
 from align_audit.config import AuditConfig
@@ -18,6 +19,7 @@ from align_audit.models.reference import resolve_reference
 from align_audit.models.replay import Replay
 from align_audit.refcache import ReferenceCache
 from align_audit.refstreams import ReferenceStreams
+from tests.dpo import build
 from tests.tiny import perturbed, random_pairs, tiny_model
 
 
@@ -168,6 +170,27 @@ def test_a_store_knows_its_key(tmp_path: Path) -> None:
     assert store.get(batch), "other probes leave it alone"
     assert ReferenceStreams(tmp_path, "probes", ("moved",), cpu).get(batch) == {}
     assert not list(tmp_path.iterdir())
+
+
+def test_a_training_keeps_it_in_its_run_and_finds_the_same(tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "max_pairs": 12, "low_rank": {"enabled": False}, "localization": {"enabled": False}, "spinal": {"enabled": False},
+        "tensorboard": "off", "progress": False, "strict": True,
+    }  # fmt: skip
+    curves = []
+    for keep in (True, False):
+        patching = {"exact_pairs": 8, "attribution_points": (0.0,), "keep_reference": keep}
+        callback = AlignmentAuditCallback(config=AuditConfig.from_dict({**values, "patching": patching}))
+        trained = build(tmp_path / str(keep) / "run", "new adapter", [callback])
+        callback.attach(trained.trainer)
+        trained.trainer.train()
+        audits = AuditRun.load(tmp_path / str(keep) / "run" / "align_audit")
+        curves.append([(record.step, record.patching.model_dump_json()) for record in audits.records])
+    assert len(curves[0]) >= 3
+    assert curves[0] == curves[1]
+    kept = list((tmp_path / "True" / "run" / "align_audit").rglob("streams-*.safetensors"))
+    assert kept
+    assert not list((tmp_path / "False").rglob("streams-*"))
 
 
 def test_nothing_to_keep_is_an_error() -> None:
