@@ -40,8 +40,8 @@ class PatchingConfig(_Part):
     noise_draws: int = Field(3, ge=0)
     """Random directions at the peak layer, whose verdict they decide; one at every other layer."""
     exact_pairs: int | None = Field(None, ge=8)
-    """None: every pair is patched. Else this many, drawn by hash; the others' effects are estimated by attribution, which
-    the patched ones correct (a control variate): unbiased, wider or narrower as the two correlate, which the record
+    """None: every pair is patched. Else this many, drawn by hash; the others' effects are estimated by attribution, which,
+    with their margin shift, the patched ones correct (control variates): unbiased, wider or narrower as the two correlate, which the record
     says. Whatever else is patched is then measured on the patched pairs only."""
     attribution_points: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] = (0.0, 0.5)
     """Where on the straight line from the reference's streams (0) to the policy's (1) attribution takes its gradients.

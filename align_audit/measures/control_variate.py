@@ -234,11 +234,11 @@ def beside_attribution(attribution: Array, known: Array, exact_pairs: int) -> Ar
 
     The effect of the last layers' streams is nearly the whole shift, however far the attribution strays; its slope is
     fitted as the others are, so it costs one exact pair's worth of freedom. Left out where there are too few exact pairs to fit
-    one more slope.
+    one more slope, or where it is not finite.
 
     Args:
         attribution: ``[N, L, K]``.
-        known: ``[N]``, finite.
+        known: ``[N]``, any unit.
 
     Returns:
         ``[N, L, K + 1]``, or ``attribution``.
@@ -250,7 +250,7 @@ def beside_attribution(attribution: Array, known: Array, exact_pairs: int) -> Ar
         (96, 5, 2)
     """
     pairs, layers, points = attribution.shape
-    if exact_pairs < MINIMUM_EXACT + 2 * points:
+    if exact_pairs < MINIMUM_EXACT + 2 * points or not np.isfinite(known).all():
         return attribution
     return np.concatenate([attribution, np.broadcast_to(known[:, None, None], (pairs, layers, 1))], axis=2)
 

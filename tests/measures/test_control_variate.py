@@ -465,3 +465,19 @@ def test_mean_interval_is_what_the_percentile_bootstrap_lacks_at_eight_pairs() -
     padded = np.vstack([values, np.full((56, 1000), np.nan)])
     ours = cv.control_variate_means(padded, np.zeros((64, 1000)))
     assert 0.93 <= np.mean([r.interval.low <= 0 <= r.interval.high for r in ours]) <= 0.97
+
+
+def test_what_is_known_of_every_pair_stands_beside_attribution() -> None:
+    """Effects that attribution hardly sees and the shift nearly is: worth nearly all pairs, and only then."""
+    generator = np.random.default_rng(3)
+    shift = generator.normal(size=96)
+    effect = np.where(np.arange(96) < 16, shift + 0.1 * generator.normal(size=96), np.nan)[:, None]
+    attribution = generator.normal(size=(96, 1, 1))
+    (alone,) = control_variate_means(effect, attribution)
+    (joint,) = control_variate_means(effect, beside_attribution(attribution, shift, 16))
+    assert alone.equivalent_pairs < 20
+    assert joint.equivalent_pairs > 80
+    assert joint.interval.high - joint.interval.low < 0.6 * (alone.interval.high - alone.interval.low)
+    assert beside_attribution(attribution, shift, 9) is attribution
+    shift[50] = np.inf
+    assert beside_attribution(attribution, shift, 16) is attribution
