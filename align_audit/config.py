@@ -40,9 +40,9 @@ class PatchingConfig(_Part):
     noise_draws: int = Field(3, ge=0)
     """Random directions at the peak layer, whose verdict they decide; one at every other layer."""
     exact_pairs: int | None = Field(None, ge=8)
-    """None: every pair is patched. Else this many, drawn by hash; the others' effects are estimated by attribution, which,
-    with their margin shift, the patched ones correct (control variates): unbiased, wider or narrower as the two correlate, which the record
-    says. Whatever else is patched is then measured on the patched pairs only."""
+    """None: every pair is patched. Else this many, drawn by hash; the others' effects are estimated by attribution, which
+    the patched ones correct, with the margin shift beside it (control variates): unbiased, wider or narrower as these
+    correlate, which the record says. Whatever else is patched is then measured on the patched pairs only."""
     attribution_points: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] = (0.0, 0.5)
     """Where on the straight line from the reference's streams (0) to the policy's (1) attribution takes its gradients.
     (0.0,) is plain attribution patching, first order; each point costs one backward pass, and late in training a second

@@ -473,11 +473,11 @@ def test_what_is_known_of_every_pair_stands_beside_attribution() -> None:
     shift = generator.normal(size=96)
     effect = np.where(np.arange(96) < 16, shift + 0.1 * generator.normal(size=96), np.nan)[:, None]
     attribution = generator.normal(size=(96, 1, 1))
-    (alone,) = control_variate_means(effect, attribution)
-    (joint,) = control_variate_means(effect, beside_attribution(attribution, shift, 16))
+    (alone,) = cv.control_variate_means(effect, attribution)
+    (joint,) = cv.control_variate_means(effect, cv.beside_attribution(attribution, shift, 16))
     assert alone.equivalent_pairs < 20
     assert joint.equivalent_pairs > 80
     assert joint.interval.high - joint.interval.low < 0.6 * (alone.interval.high - alone.interval.low)
-    assert beside_attribution(attribution, shift, 9) is attribution
+    assert cv.beside_attribution(attribution, shift, 9) is attribution
     shift[50] = np.inf
-    assert beside_attribution(attribution, shift, 16) is attribution
+    assert cv.beside_attribution(attribution, shift, 16) is attribution
