@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -27,6 +28,7 @@ from align_audit.conductor.sites import SiteCollector, SiteFindings
 from align_audit.config import AuditConfig
 from align_audit.errors import AuditMemoryError, ConfigurationError, ProbeError
 from align_audit.models.anatomy import Anatomy
+from align_audit.models.fingerprint import build_fingerprint
 from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
 from align_audit.models.streaming import placed
@@ -244,8 +246,11 @@ def _measure(
     began: float,
 ) -> tuple[AuditRecord, dict[str, np.ndarray]]:
     config = session.config
+    with session.as_reference() as replay:
+        built = build_fingerprint(replay.model)
     trace_key = (
-        hashes[1], probes.content_hash, config.spinal.model_dump_json(), str(config.seed), str(session.reference.compute_dtype)
+        hashes[1], built, probes.content_hash, config.spinal.model_dump_json(), str(config.seed),
+        str(session.reference.compute_dtype),
     )  # fmt: skip
     low_rank = config.low_rank.enabled and config.patching.enabled
     again = config.patching.enabled and config.patching.noise_draws > 1
@@ -253,7 +258,7 @@ def _measure(
     batches = len(session.plan) * (3 if low_rank else 2 if again else 1)
     tick = ticker(context, batches + (sites.batches if sites is not None else 0))
     known = context.reference_cache.get(trace_key) if config.spinal.enabled else None
-    kept = _kept_streams(session, probes, hashes[1], context)
+    kept = _kept_streams(session, probes, hashes[1], built, context)
     collector = Collector(session, reference_rows=known is None, kept=kept)
 
     def update(batch: PairBatch) -> None:
@@ -261,6 +266,8 @@ def _measure(
         tick()
 
     session.each_batch(update)
+    if kept is not None:
+        kept.forget_the_rest()
     found = collector.found
     build = Assembler(found, config)
     margins = build.margins()
@@ -316,13 +323,30 @@ def _measure(
     return record, _arrays(found, findings, finer)
 
 
-def _kept_streams(session: Session, probes: ProbeSet, reference: str, context: Context) -> ReferenceStreams | None:
+def _kept_streams(
+    session: Session, probes: ProbeSet, weights: str, built: str, context: Context
+) -> ReferenceStreams | None:
     """Where the reference's streams of attributed pairs are kept; None where nobody asked, or no run keeps anything."""
     config, directory = session.config.patching, context.reference_cache.directory
     if not config.enabled or not config.keep_reference or directory is None:
         return None
-    made = (reference, str(session.reference.compute_dtype), str(session.shared), str(config.embedding))
-    return ReferenceStreams(directory, probes.content_hash, made, session.device)
+    # Whatever may change a last bit: kept streams are compared with those of a policy that may be the same model.
+    computed = {
+        "build": built,
+        "anatomy": repr(session.reference.anatomy),
+        "dtype": str(session.reference.compute_dtype),
+        "shared": session.shared,
+        "embedding": config.embedding,
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "device": torch.cuda.get_device_name(session.device) if session.device.type == "cuda" else session.device.type,
+        "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+    }
+    # Before training policy and reference must agree to the bit, so there nothing is taken on trust.
+    return ReferenceStreams(
+        directory, probes.content_hash, weights, json.dumps(computed), session.device, read=not context.at_start
+    )
 
 
 def _low_rank(

@@ -15,7 +15,7 @@ from pydantic import Field
 
 from align_audit.stored import Part, Stored
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 """Version of the fields of a record. Older records are migrated on load; newer ones are refused."""
 
 METHODS_VERSION = 1

@@ -247,7 +247,7 @@ class _Maker:
         )
 
     def _standing_out(self, transplants: np.ndarray, gains: np.ndarray, shift: float) -> LayerSet:
-        none = np.zeros(self.layers)
+        none = np.full(self.layers, 1e-9)
         found = contributions(transplants, gains * shift, (none, none))
         layers = list(standing_clear(found))
         others = np.delete(found, layers)

@@ -147,10 +147,15 @@ class Assembler:
                 path=self.config.patching.attribution_path,
                 mean=self.means(attributed.mean(axis=2)),
             )
-            for layer, one in enumerate(combined):
-                if one.reason is not None:
-                    for name in ("correlation", "joint_correlation", "equivalent_pairs"):
-                        self.reasons[f"patching.attribution.{name}.{layer}"] = one.reason
+            for layer, (own, joint) in enumerate(zip(alone, combined, strict=True)):
+                flat = f"neither effect nor attribution varies over the {joint.exact_pairs} patched pairs"
+                if math.isnan(own.correlation) or own.reason is not None:
+                    self.reasons[f"patching.attribution.correlation.{layer}"] = own.reason or flat
+                for name, value in (
+                    ("joint_correlation", joint.correlation), ("equivalent_pairs", joint.equivalent_pairs),
+                ):  # fmt: skip
+                    if math.isnan(value) or joint.reason is not None:
+                        self.reasons[f"patching.attribution.{name}.{layer}"] = joint.reason or flat
         standing = self._standing_out(pair["effect"][exact], pair["transplant"][exact])
         part = Patching(
             positions=self.config.patching.positions,
@@ -175,7 +180,10 @@ class Assembler:
         if not self.config.patching.transplants:
             self.reasons["patching.standing_out"] = "block transplants are switched off (patching.transplants)"
             return None
-        gains = np.diff(effects, axis=1)
+        # At chosen positions a stream's effect may fall with depth, and its steps are no layer's work.
+        gains = np.diff(effects, axis=1) if self.config.patching.positions == "all" else transplants[:, 1:-1].copy()
+        if not self.config.patching.embedding:
+            gains[:, 0] = transplants[:, 1]
         found = layer_set(transplants[:, 1:-1], gains, self.resamples, self.confidence, self.seed)
         if found.reason is not None:
             for name in ("stability", "selection_frequency"):

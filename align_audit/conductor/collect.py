@@ -129,8 +129,10 @@ class Collector:
         layers = range(-1, self.session.num_layers)
         gradients = {layer: found[name] for layer in reversed(layers) if (name := f"gradient.{layer}") in found}
         streams = [found[name] for layer in layers if (name := f"stream.{layer}") in found]
-        if streams and self._only_compared(batch):
-            return self.session.record_policy(batch), Recording(streams, []), gradients
+        if self._only_compared(batch):
+            if streams and gradients:
+                return self.session.record_policy(batch), Recording(streams, []), gradients
+            gradients = {}  # kept without streams by an audit that had to record them: kept whole this time
         return *self.session.record_both(batch), gradients
 
     def _only_compared(self, batch: PairBatch) -> bool:

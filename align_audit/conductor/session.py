@@ -358,8 +358,10 @@ class Session:
         if wanted is None:
             cached = _CPU_ACTIVATIONS // self.policy.anatomy.hidden_size
             wanted = cached if self.device.type == "cpu" else _DEVICE_TOKENS
-        # Two recordings of L + 1 streams and L transplanted ones live at once, in half of the working memory.
-        recorded = self._working_bytes() // 2 // ((3 * self.num_layers + 2) * self._stream_bytes())
+        # Two recordings of L + 1 streams and L transplanted ones live at once, in half of the working memory; and before
+        # anything is transplanted two recordings, one between them, and gradients on their way to disk.
+        streams = (4 if self.config.patching.keep_reference else 3) * self.num_layers + 4
+        recorded = self._working_bytes() // 2 // (streams * self._stream_bytes())
         return max(1, min(wanted, self._most_tokens, recorded))
 
 

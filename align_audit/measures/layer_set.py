@@ -62,30 +62,42 @@ def standing_clear(contribution: Array) -> tuple[int, ...]:
     return tuple(sorted(order[: steps[-1] + 1].tolist())) if len(steps) else ()
 
 
-def contributions(transplants: Array, gains: Array, margins: tuple[Array, Array]) -> Array:
+def contributions(transplants: Array, gains: Array, least: tuple[Array, Array]) -> Array:
     """What each layer's update contributes: the geometric mean of what it does alone and what it adds to those below.
 
     w_ℓ = √(t_ℓ · g_ℓ), t and g the mean block transplant and mean gain, each at least its margin of error and ``FLOOR`` of
-    the largest. Alone, a layer that needs what another has learned looks small; on top of those below, one that repeats
-    them does. Where updates act separately both are the same.
+    the largest (:func:`least_means`). Alone, a layer that needs what another has learned looks small; on top of those below,
+    one that repeats them does. Where updates act separately both are the same.
 
     Args:
         transplants, gains: ``[..., L]``, means over pairs, nats.
-        margins: of both, ``[L]``, nats, ≥ 0.
+        least: what these count as at least, ``[L]`` each, nats.
 
     Returns:
         ``[..., L]``, nats.
 
     Example:
-        >>> none = np.zeros(2)
-        >>> contributions(np.array([4.0, 1.0]), np.array([4.0, 0.0]), (none, none)).round(9).tolist()
+        >>> contributions(np.array([4.0, 1.0]), np.array([4.0, 0.0]), (np.zeros(2), np.full(2, 0.04))).tolist()
         [4.0, 0.2]
     """
-    parts = []
-    for values, margin in zip((transplants, gains), margins, strict=True):
-        least = np.maximum(margin, FLOOR * np.maximum(values.max(axis=-1, keepdims=True), 0.0))
-        parts.append(np.maximum(values, least))
-    return np.sqrt(parts[0] * parts[1])
+    return np.sqrt(np.maximum(transplants, least[0]) * np.maximum(gains, least[1]))
+
+
+def least_means(values: Array) -> Array:
+    """What the mean of each layer counts as at least: ``MARGIN`` standard errors, and ``FLOOR`` of the largest mean.
+
+    Args:
+        values: ``[N, L]``, N ≥ 2, nats.
+
+    Returns:
+        ``[L]``, nats, ≥ 0.
+
+    Example:
+        >>> least_means(np.array([[3.0, 0.0], [5.0, 0.0]])).tolist()
+        [2.0, 0.04]
+    """
+    error = values.std(axis=0, ddof=1) / math.sqrt(len(values))
+    return np.maximum(MARGIN * error, FLOOR * max(values.mean(axis=0).max(), 0.0))
 
 
 def layer_set(
@@ -100,8 +112,7 @@ def layer_set(
 
     Args:
         transplants: ``[N, L]``, block transplants, nats.
-        gains: ``[N, L]``, effect_ℓ − effect_{ℓ−1}, nats; a column of NaN where it was not measured, for which the
-            transplant stands (layer 0, where what enters it was not patched).
+        gains: ``[N, L]``, effect_ℓ − effect_{ℓ−1}, nats; the transplant where a gain was not measured.
 
     Raises:
         ValueError: wrong shape.
@@ -117,7 +128,6 @@ def layer_set(
         raise ValueError(
             f"expected transplants and gains [N, L] of one shape; found {list(alone.shape)} and {list(added.shape)}"
         )
-    added = np.where(np.isnan(added).all(axis=0), alone, added)
     pairs, layers = alone.shape
 
     def nothing(reason: str, contribution: list[Interval] | None = None) -> LayerSet:
@@ -128,11 +138,11 @@ def layer_set(
         return nothing("a block transplant or a gain is not finite")
     if pairs < 2:
         return nothing("an interval needs at least 2 pairs, found 1")
-    margins = tuple(MARGIN * values.std(axis=0, ddof=1) / math.sqrt(pairs) for values in (alone, added))
+    least = (least_means(alone), least_means(added))
     draws = resample_indices(pairs, resamples, seed)
     quantiles = [(1 - confidence) / 2, (1 + confidence) / 2]
-    found = contributions(alone.mean(axis=0), added.mean(axis=0), margins)
-    resampled = contributions(alone[draws].mean(axis=1), added[draws].mean(axis=1), margins)
+    found = contributions(alone.mean(axis=0), added.mean(axis=0), least)
+    resampled = contributions(alone[draws].mean(axis=1), added[draws].mean(axis=1), least)
     bounds = np.quantile(resampled, quantiles, axis=0)
     each = [Interval(float(mean), float(low), float(high)) for mean, low, high in zip(found, *bounds, strict=True)]
     if layers < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import torch
 from torch import nn
@@ -35,6 +36,25 @@ def fingerprint(model: nn.Module, *, without_adapters: tuple[str, ...] = ()) -> 
             continue
         plain, weighted = _sums(stored[name]() if name in stored else parameter.detach())
         digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}|{plain}|{weighted};".encode())
+    return digest.hexdigest()
+
+
+def build_fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits of what a model computes with beside its parameters: configuration, buffers, kernels.
+
+    Two models of equal :func:`fingerprint` and equal ``build_fingerprint`` compute the same function, and the same bits where
+    library versions, device and number of threads are the same too.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_dict"):
+        elsewhere = ("_name_or_path", "transformers_version", "use_cache")
+        values = {name: value for name, value in config.to_dict().items() if name not in elsewhere}
+        digest.update(json.dumps(values, sort_keys=True, default=str).encode())
+    digest.update(str(getattr(config, "_attn_implementation", None)).encode())
+    for name, buffer in sorted(model.named_buffers(), key=lambda item: item[0]):
+        sums = None if buffer.is_meta or not buffer.numel() else _sums(buffer.detach())
+        digest.update(f"{name}|{tuple(buffer.shape)}|{buffer.dtype}|{sums};".encode())
     return digest.hexdigest()
 
 

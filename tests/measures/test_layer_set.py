@@ -8,9 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from align_audit.measures.layer_set import CLEAR, FLOOR, MARGIN, contributions, layer_set, standing_clear
-
-NONE = np.zeros(4)
+from align_audit.measures.layer_set import CLEAR, FLOOR, MARGIN, contributions, layer_set, least_means, standing_clear
 
 
 @pytest.mark.parametrize(
@@ -49,10 +47,19 @@ def test_standing_clear_is_the_largest_such_subset() -> None:
 
 
 def test_contributions_are_geometric_means_above_a_floor() -> None:
-    found = contributions(np.array([8.0, 1.0, -1.0, 0.01]), np.array([2.0, 1.0, 4.0, 0.0]), (NONE, NONE + 0.5))
-    np.testing.assert_allclose(found, [4.0, 1.0, math.sqrt(8 * FLOOR * 4), math.sqrt(8 * FLOOR * 0.5)])
-    many = contributions(np.ones((7, 4)), np.full((7, 4), 4.0), (NONE, NONE))
+    least = (np.full(4, 0.08), np.array([0.04, 0.04, 0.04, 0.5]))
+    found = contributions(np.array([8.0, 1.0, -1.0, 0.01]), np.array([2.0, 1.0, 4.0, 0.0]), least)
+    np.testing.assert_allclose(found, [4.0, 1.0, math.sqrt(0.08 * 4), math.sqrt(0.08 * 0.5)])
+    many = contributions(np.ones((7, 4)), np.full((7, 4), 4.0), least)
     np.testing.assert_array_equal(many, np.full((7, 4), 2.0))
+
+
+def test_a_mean_counts_as_its_margin_of_error_or_a_share_of_the_largest() -> None:
+    values = pairs_around([8.0, 0.0, 0.0], 1.0, 9)
+    values[:, 2] = 0.0
+    error = values[:, 1].std(ddof=1) / 8
+    np.testing.assert_allclose(least_means(values)[1:], [MARGIN * error, FLOOR * values[:, 0].mean()])
+    assert (least_means(-np.ones((4, 3))) == 0).all()
 
 
 def pairs_around(profile: list[float], spread: float, seed: int, count: int = 64) -> np.ndarray:
@@ -84,12 +91,13 @@ def test_a_layer_that_works_only_on_top_of_another_is_found() -> None:
     assert layer_set(alone, added, resamples=100).layers == (0, 2)
 
 
-def test_a_layer_without_a_gain_has_its_transplant() -> None:
-    alone, added = pairs_around([3.0, 0.1, 0.1], 0.05, 5), pairs_around([9.0, 0.1, 0.1], 0.05, 6)
-    added[:, 0] = np.nan
-    found = layer_set(alone, added, resamples=50)
-    assert found.layers == (0,)
-    assert found.contribution[0].mean == pytest.approx(alone[:, 0].mean())
+def test_layers_that_do_nothing_do_not_stand_out_in_any_resample() -> None:
+    """Few pairs, one of which does it all: a resample without it is all zeros."""
+    pairs = np.zeros((12, 6))
+    pairs[0, 0] = 100.0
+    found = layer_set(pairs, pairs, resamples=200)
+    assert (found.selection_frequency[1:] == 0).all()
+    assert all(math.isfinite(value) for value in (found.separation.low, found.separation.mean, found.separation.high))
 
 
 def test_noise_has_no_layer_that_stands_out() -> None:
@@ -110,6 +118,7 @@ def test_what_cannot_be_known_says_why() -> None:
     cases = [
         (np.ones((4, 1)), "one layer cannot stand out of others"),
         (np.array([[1.0, np.nan], [1.0, 2.0]]), "a block transplant or a gain is not finite"),
+        (np.array([[np.nan, 1.0], [np.nan, 2.0]]), "a block transplant or a gain is not finite"),
         (np.array([[1.0, 2.0]]), "an interval needs at least 2 pairs, found 1"),
         (-flat, "no layer raises the margin"),
         (
