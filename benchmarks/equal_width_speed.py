@@ -8,7 +8,8 @@ by ``--steps`` steps of DPO on pairs that are not probed. 64 pairs are patched a
 ways (``--contenders``; on ``--peer-pairs`` of them, which is scaled: they take as long for every pair). Then ``--settings``
 PAIRS:PATCHED are audited by attribution to first order (``patching.exact_pairs``, ``keep_reference``): once to fill the
 cache, and again, with the next checkpoint, for the figures: widest interval of a layer as a share of the 64 pairs', least
-correlation, CPU seconds, and how many times faster that is than each other way.
+correlation, CPU seconds, and how many times faster that is than each other way. The files are read right after they were
+written, so from memory where there is enough: CPU seconds do not count what a disk takes.
 """
 
 from __future__ import annotations
@@ -153,7 +154,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as cache:
                 _, first, _ = audited(early, count, patching, cache)
                 record, cpu, wall = audited(late, count, patching, cache)
-                size = sum(path.stat().st_size for path in Path(cache).iterdir())
+                size = sum(path.stat().st_size for path in Path(cache).rglob("*") if path.is_file())
             found = record.patching
             ratio = np.array([one.high - one.low for one in found.effect]) / widths
             row = {
