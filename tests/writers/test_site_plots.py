@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
-from align_audit.record import AuditRecord
+from align_audit.record import SCHEMA_VERSION, AuditRecord
 from align_audit.writers import plots, site_name, site_names
 from align_audit.writers.canvas import pixels
 from align_audit.writers.site_plots import head_map, site_curves, site_figures
@@ -105,4 +105,4 @@ def test_records_with_sites_survive_storing(record: AuditRecord, tmp_path: Path)
     assert again.sites[0] == record.sites[0]
     assert again.sites[2].units == record.sites[2].units
     assert math.isnan(again.sites[2].sufficiency[0].mean)
-    assert again.schema_version == 3
+    assert again.schema_version == SCHEMA_VERSION
