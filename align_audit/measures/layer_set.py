@@ -151,10 +151,7 @@ def layer_set(
         return nothing("no layer raises the margin", each)
     chosen = standing_clear(found)
     if not chosen:
-        return nothing(
-            f"no layer stands out: none, and no half of them or fewer, contribute {CLEAR:.1f} times what each other layer does",
-            each,
-        )
+        return nothing(f"no layer stands out by contributing at least {CLEAR:.1f} times what any other does", each)
     inside = np.zeros(layers, dtype=bool)
     inside[list(chosen)] = True
     apart = resampled[:, inside].min(axis=1) / resampled[:, ~inside].max(axis=1)

@@ -123,7 +123,7 @@ def test_what_cannot_be_known_says_why() -> None:
         (-flat, "no layer raises the margin"),
         (
             flat,
-            "no layer stands out: none, and no half of them or fewer, contribute 2.7 times what each other layer does",
+            "no layer stands out by contributing at least 2.7 times what any other does",
         ),
     ]
     for values, reason in cases:
