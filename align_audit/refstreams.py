@@ -71,8 +71,8 @@ class ReferenceStreams:
                 if (file.metadata() or {}).get("key") == self._key:
                     self._used.add(path.name)
                     return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except FileNotFoundError:
-            pass
+        except FileNotFoundError:  # nothing was put yet
+            return {}
         except (OSError, SafetensorError) as error:
             logger.warning("%s cannot be used (%s); the reference is computed again", path, error)
         return {}
