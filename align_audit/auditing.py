@@ -41,7 +41,7 @@ from align_audit.verdict import find
 if TYPE_CHECKING:
     from align_audit.measures.patching import PatchSummary
     from align_audit.probes import ProbeSet
-    from align_audit.record import Patching
+    from align_audit.record import Attribution, Patching
 
 _PACKAGES = ("align-audit", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "scipy")
 
@@ -57,6 +57,7 @@ class Context:
         autocast: makes the context the trainer computes in.
         at_start: training has not begun, so policy and reference should compute the same.
         subspaces: of the audit before, for principal angles; replaced by each audit.
+        attribution: of the audit before, by which pairs are chosen (``exact_pairs`` "auto"); replaced by each audit.
         reference_cache: depth traces of references already measured, by what they depend on.
         probe_name: what the run calls the probe set; None where it has only one, without a name.
         models: opened already, for several probe sets in turn; None: each audit opens them for itself.
@@ -69,6 +70,7 @@ class Context:
     last_sync_step: int | None = None
     compare_precomputed: bool = True
     subspaces: Subspaces = field(default_factory=dict)
+    attribution: Attribution | None = None
     reference_cache: ReferenceCache = field(default_factory=ReferenceCache)
     progress: Callable[[int, str], Any] | None = None
     probe_name: str | None = None
@@ -105,7 +107,7 @@ class OpenModels:
         if len(probes) == 0:
             raise ProbeError("the probe set is empty; expected at least one preference pair")
         if self._session is not None:
-            return self._session.over(probes.pairs, probes.truncation_mode)
+            return self._session.over(probes.pairs, probes.truncation_mode, context.attribution)
         if not self._entered:
             self._enter()
         session = Session(
@@ -117,6 +119,7 @@ class OpenModels:
             anatomy=context.anatomy,
             pad_token_id=0,
             truncation_mode=probes.truncation_mode,
+            before=context.attribution,
         )
         theirs = self.reference.fingerprint()  # first: a streamed reference holds no layer while the policy is read
         self.hashes = (policy_fingerprint(self.policy), theirs)
@@ -266,6 +269,7 @@ def _measure(
         tick()
 
     session.each_batch(update)
+    collector.trace()
     if kept is not None:
         kept.forget_the_rest()
     found = collector.found
@@ -320,6 +324,7 @@ def _measure(
     record = record.model_copy(update={"finding": find(record)})
     if findings is not None:
         context.subspaces = dict(findings.bases)
+    context.attribution = attribution_of(record)
     return record, _arrays(found, findings, finer)
 
 
@@ -487,6 +492,11 @@ def _arrays(found: Collected, findings: LowRankFindings | None, sites: list[Site
         for (_, layer), values in findings.random.items():
             arrays[f"per_pair.low_rank.random.{layer}"] = values.mean(axis=-1)
     return arrays
+
+
+def attribution_of(record: AuditRecord) -> Attribution | None:
+    """What a record says of attribution, as a later audit chooses its pairs by."""
+    return record.patching.attribution if record.patching is not None else None
 
 
 def subspaces_from(arrays: dict[str, np.ndarray]) -> Subspaces:

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align_audit.alerts import evaluate
-from align_audit.auditing import Context, OpenModels, Subspaces, run_audit, subspaces_from
+from align_audit.auditing import Context, OpenModels, Subspaces, attribution_of, run_audit, subspaces_from
 from align_audit.conductor.session import Session, check_vocabulary
 from align_audit.conductor.sites import SiteCollector
 from align_audit.config import AuditConfig
@@ -34,7 +34,7 @@ from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
 from align_audit.probe_names import arrays_name, as_name, check_names
 from align_audit.probes import ProbeSet
-from align_audit.record import Alert, AuditRecord
+from align_audit.record import Alert, Attribution, AuditRecord
 from align_audit.refcache import ReferenceCache
 from align_audit.runlog import RunLog
 from align_audit.writers.locate import open_tensorboard
@@ -101,6 +101,7 @@ class AlignmentAuditCallback(TrainerCallback):
         self._probes: dict[str | None, ProbeSet] = {}
         """The probe sets by name; a single one without a name is called None."""
         self._subspaces: dict[str | None, Subspaces] = {}
+        self._attribution: dict[str | None, Attribution | None] = {}
         """Of each probe set's audit before."""
         self._reference: Reference | None = None
         self._log: RunLog | None = None
@@ -273,16 +274,17 @@ class AlignmentAuditCallback(TrainerCallback):
             )
             records = []
         self._seen = {(record.step, record.provenance.policy_hash, record.provenance.probe_name) for record in records}
-        self._subspaces = {}
+        self._subspaces, self._attribution = {}, {}
         for name in self._probes:
             reached = [
-                record.step
+                record
                 for record in records
                 if record.step <= state.global_step and record.provenance.probe_name == name
             ]
             if reached:
+                self._attribution[name] = attribution_of(reached[-1])
                 with contextlib.suppress(AlignAuditError):
-                    arrays = self._log.load_arrays(reached[-1], arrays_name(name))
+                    arrays = self._log.load_arrays(reached[-1].step, arrays_name(name))
                     self._subspaces[name] = subspaces_from(arrays)
 
     def _begins_with(self, record: AuditRecord, model: nn.Module) -> bool:
@@ -433,6 +435,7 @@ class AlignmentAuditCallback(TrainerCallback):
                 progress_bar if self.config.progress and state.is_world_process_zero and not args.disable_tqdm else None
             ),
             subspaces=self._subspaces.get(name, {}),
+            attribution=self._attribution.get(name),
             probe_name=name,
             models=models,
         )
@@ -440,7 +443,7 @@ class AlignmentAuditCallback(TrainerCallback):
             period = args.ref_model_sync_steps
             context.last_sync_step = state.global_step // period * period or None
         record, arrays = run_audit(model, self._reference, self._probes[name], self.config, state.global_step, context)
-        self._subspaces[name] = context.subspaces
+        self._subspaces[name], self._attribution[name] = context.subspaces, context.attribution
         if self._log is None:  # not the first process
             return []
         history = self._log.records

@@ -39,10 +39,14 @@ class PatchingConfig(_Part):
     reverse: bool = True
     noise_draws: int = Field(3, ge=0)
     """Random directions at the peak layer, whose verdict they decide; one at every other layer."""
-    exact_pairs: int | None = Field(None, ge=8)
+    exact_pairs: Annotated[int, Field(ge=8)] | Literal["auto"] | None = None
     """None: every pair is patched. Else this many, drawn by hash; the others' effects are estimated by attribution, which
     the patched ones correct, with the margin shift beside it (control variates): unbiased, wider or narrower as these
-    correlate, which the record says. Whatever else is patched is then measured on the patched pairs only."""
+    correlate, which the record says. Whatever else is patched is then measured on the patched pairs only.
+    "auto": at each layer as many as ``equivalent_pairs`` takes, by how well the others' effects were estimated in the audit
+    before; ``control_pairs`` at least, on which everything else is then measured."""
+    equivalent_pairs: int = Field(64, ge=8)
+    """With ``exact_pairs`` "auto": effects get intervals as wide as if so many pairs were patched and nothing estimated."""
     attribution_points: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] = (0.0, 0.5)
     """Where on the straight line from the reference's streams (0) to the policy's (1) attribution takes its gradients.
     (0.0,) is plain attribution patching, first order; each point costs one backward pass, and late in training a second

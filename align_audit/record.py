@@ -68,6 +68,9 @@ class Attribution(Part):
     """Attribution patching beside the exact effects, where only some pairs were patched; L values each."""
 
     exact_pairs: int
+    """Patched at every layer; what is not corrected by attribution is of these."""
+    patched_pairs: list[int] = Field(default_factory=list)
+    """Patched at each layer: some layers may need more than others (``exact_pairs`` "auto")."""
     pairs: int
     points: list[float] = Field(default_factory=lambda: [0.0])
     """Where its gradients were taken, from the reference's streams (0: first order) to the policy's (1)."""

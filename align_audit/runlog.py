@@ -505,6 +505,8 @@ def _layer_rows(record: AuditRecord) -> list[dict[str, Any]]:
             columns["attribution_correlation"] = patching.attribution.correlation
             if patching.attribution.joint_correlation:
                 columns["joint_correlation"] = patching.attribution.joint_correlation
+            if patching.attribution.patched_pairs:
+                columns["patched_pairs"] = patching.attribution.patched_pairs
             columns["equivalent_pairs"] = patching.attribution.equivalent_pairs
     controls: Iterable[tuple[str, Control]] = (
         ("noise", record.controls.noise),

@@ -8,8 +8,10 @@ by ``--steps`` steps of DPO on pairs that are not probed. 64 pairs are patched a
 ways (``--contenders``; on ``--peer-pairs`` of them, which is scaled: they take as long for every pair). Then ``--settings``
 PAIRS:PATCHED are audited by attribution to first order (``patching.exact_pairs``, ``keep_reference``): once to fill the
 cache, and again, with the next checkpoint, for the figures: widest interval of a layer as a share of the 64 pairs', least
-correlation, CPU seconds, and how many times faster that is than each other way. The files are read right after they were
-written, so from memory where there is enough: CPU seconds do not count what a disk takes.
+correlation, CPU seconds, and how many times faster that is than each other way. PATCHED "auto" lets the audit before choose,
+layer by layer, from 10 pairs up; the first audit then patches as many as the interval would need without attribution. The
+files are read right after they were written, so from memory where there is enough: CPU seconds do not count what a disk
+takes.
 """
 
 from __future__ import annotations
@@ -86,7 +88,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    settings = [tuple(map(int, setting.split(":"))) for setting in options.settings]
+    settings = [
+        (int(pairs), patched if patched == "auto" else int(patched))
+        for pairs, patched in (setting.split(":") for setting in options.settings)
+    ]
     most = max(EXACT, *(pairs for pairs, _ in settings))
     spec = JobSpec(options.layers, options.width, options.vocab, pairs=most + TRAINING)
     job = make_job(spec)
@@ -103,12 +108,15 @@ def main() -> None:
     resolved = resolve_reference(job.policy, job.reference)
     sweep = {name: part for name, part in ONLY_THE_SWEEP.items() if name != "statistics"}
 
-    def audited(weights: Any, pairs: int, patching: dict[str, Any], folder: str) -> tuple[Any, float, float]:
+    def audited(
+        weights: Any, pairs: int, patching: dict[str, Any], folder: str, before: Any = None
+    ) -> tuple[Any, float, float]:
         job.policy.load_state_dict(weights)
         config = AuditConfig.from_dict({**sweep, "patching": {**sweep["patching"], **patching}})
         probes = probe_set(job.pairs[:pairs])
         cpu, wall = time.process_time(), time.perf_counter()
-        record, _ = run_audit(job.policy, resolved, probes, config, 0, Context(reference_cache=ReferenceCache(folder)))
+        context = Context(reference_cache=ReferenceCache(folder), attribution=before and before.patching.attribution)
+        record, _ = run_audit(job.policy, resolved, probes, config, 0, context)
         return record, time.process_time() - cpu, time.perf_counter() - wall
 
     report: dict[str, Any] = {"machine": machine(options.threads), "job": vars(options) | {"json": None}, "rows": []}
@@ -151,20 +159,24 @@ def main() -> None:
         )
         for count, patched in settings:
             patching = {"exact_pairs": patched, "attribution_points": (0.0,), "keep_reference": True}
+            if patched == "auto":
+                patching |= {"equivalent_pairs": EXACT, "control_pairs": 10}
             with tempfile.TemporaryDirectory() as cache:
-                _, first, _ = audited(early, count, patching, cache)
-                record, cpu, wall = audited(late, count, patching, cache)
+                before, first, _ = audited(early, count, patching, cache)
+                record, cpu, wall = audited(late, count, patching, cache, before)
                 size = sum(path.stat().st_size for path in Path(cache).rglob("*") if path.is_file())
             found = record.patching
+            counts = found.attribution.patched_pairs
             ratio = np.array([one.high - one.low for one in found.effect]) / widths
             row = {
-                "pairs": count, "patched": patched, "correlation": found.attribution.joint_correlation, "width": ratio.tolist(),
-                "cpu_first": first, "cpu": cpu, "wall": wall, "bytes": size,
+                "pairs": count, "patched": counts, "correlation": found.attribution.joint_correlation,
+                "width": ratio.tolist(), "cpu_first": first, "cpu": cpu, "wall": wall, "bytes": size,
                 "times": {name: other / cpu for name, other in others.items()},
             }  # fmt: skip
             report["rows"].append(row)
+            shown = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)}–{max(counts)}"
             print(
-                f"{count:>11}{patched:>8}{np.nanmin(row['correlation']):>12.3f}{ratio.max():>7.2f}{first:>12.1f}{cpu:>11.1f}"
+                f"{count:>11}{shown:>8}{np.nanmin(row['correlation']):>12.3f}{ratio.max():>7.2f}{first:>12.1f}{cpu:>11.1f}"
                 f"{size / 2**20:>6.0f} MiB" + "".join(f"{value:>20.1f}" for value in row["times"].values()),
                 flush=True,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ from rich.console import Console
 
 from align_audit.auditing import Context, run_audit
 from align_audit.batches import make_batch
+from align_audit.conductor.choice import PairChoice, choose_pairs
 from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError
 from align_audit.measures.control_variate import subset_order
 from align_audit.models.reference import resolve_reference
-from align_audit.record import AuditRecord
+from align_audit.record import Attribution, AuditRecord, Estimate
 from align_audit.writers.tensorboard import not_known, scalars
 from align_audit.writers.terminal import summary_table
 from tests.tiny import perturbed, random_pairs, tiny_model
@@ -223,3 +225,93 @@ def test_batches_do_not_mix_roles(models: tuple[Any, Any]) -> None:
         roles.append((session.is_exact(batch), session.is_control(batch)))
         assert {(i in session.exact_pairs, i in session.control_pairs) for i in group} == {roles[-1]}
     assert set(roles) == {(True, True), (True, False), (False, False)}
+
+
+# -- as many as an interval needs ------------------------------------------------------------------------------------
+
+
+def record_before(correlation: list[float], patched: list[int], pairs: int) -> Attribution:
+    layers = len(correlation)
+    return Attribution(
+        exact_pairs=min(patched), patched_pairs=patched, pairs=pairs, points=[0.0], correlation=correlation,
+        joint_correlation=correlation, equivalent_pairs=[50.0] * layers, mean=[Estimate.unknown("-")] * layers,
+    )  # fmt: skip
+
+
+def choice(before: Attribution | None, pairs: int = 100, **patching: Any) -> PairChoice:
+    options = {"exact_pairs": "auto", "attribution_points": (0.0,), "control_pairs": 12, **patching}
+    return choose_pairs(range(pairs), 3, AuditConfig.from_dict({"patching": options}), before)
+
+
+def test_pairs_are_chosen_by_the_audit_before() -> None:
+    """12 control pairs, then steps of 8: 12, 20, 28, …; what enters layer 0 is patched on the control pairs alone."""
+    assert choice(None).by_layer.tolist() == [12, 68, 68, 68]  # 64 are wanted
+    assert choice(None, equivalent_pairs=30).by_layer.tolist() == [12, 36, 36, 36]
+    found = choice(record_before([0.6, 0.97, 0.9999], [68, 68, 68], 100))
+    # R² = 1 − 0.64·67/65 = 0.340, its lower bound 0.22: 59 pairs. 0.9391 → 0.915: 13. The last needs none.
+    assert found.by_layer.tolist() == [12, 60, 20, 12]
+    assert found.control_pairs.tolist() == found.everywhere.tolist() == sorted(subset_order(range(100))[:12].tolist())
+    # The same correlation on fewer pairs is less certain: 0.9277, at least 0.82 of the variance.
+    assert choice(record_before([0.97] * 3, [12, 12, 68], 100)).by_layer.tolist() == [12, 28, 28, 20]
+    # Nothing to explain, and fitted slopes that explain what they must.
+    assert choice(record_before([math.nan, 0.3, 0.3], [68, 12, 12], 100)).by_layer.tolist() == [12, 68, 68, 68]
+    # A set no larger than what is wanted is patched whole, unless attribution is all but exact.
+    assert choice(record_before([0.9, 0.9, 1.0], [40, 40, 40], 40), pairs=40).by_layer.tolist() == [12, 40, 40, 40]
+    assert choice(None, pairs=9).by_layer.tolist() == [9, 9, 9, 9]
+
+
+def test_a_pair_keeps_its_role_whatever_is_chosen() -> None:
+    """What is kept of the reference is kept by batch: which pairs go together may not depend on how many are patched."""
+    few, many = choice(record_before([0.99] * 3, [68] * 3, 100)), choice(None)
+    assert few.roles().tolist() == many.roles().tolist()
+    assert sorted(np.unique(few.roles(), return_counts=True)[1].tolist()) == [8] * 11 + [12]
+    for place, layers in enumerate(many.layers_of()):
+        rank = many.order.tolist().index(place)
+        assert layers == ([-1, 0, 1, 2] if rank < 12 else [0, 1, 2] if rank < 68 else [])
+
+
+def test_an_audit_patches_each_layer_on_as_many_pairs_as_its_interval_needs() -> None:
+    """A large step: low layers are hardly attributed, the last stream's effect is the margin shift itself."""
+    reference = tiny_model("llama")
+    policy = perturbed(reference, scale=1.0)
+    policy.lm_head.load_state_dict(reference.lm_head.state_dict())
+    policy.model.norm.load_state_dict(reference.model.norm.state_dict())
+    probes, resolved = random_pairs(60), resolve_reference(policy, reference)
+
+    def audited(context: Context, **patching: Any) -> tuple[AuditRecord, dict[str, np.ndarray]]:
+        config = AuditConfig.from_dict(
+            {
+                "patching": {"attribution_points": (0.0,), "control_pairs": 10, **patching}, "batch_tokens": 100,
+                "low_rank": LOW_RANK, "spinal": {"enabled": False},
+            }
+        )  # fmt: skip
+        return run_audit(policy, resolved, probes, config, 0, context)
+
+    context = Context()
+    first, _ = audited(context, exact_pairs="auto", equivalent_pairs=40)
+    assert first.patching.attribution.patched_pairs == [42, 42, 42, 42]
+    second, arrays = audited(context, exact_pairs="auto", equivalent_pairs=40)
+    found = second.patching.attribution
+    assert found.exact_pairs == found.patched_pairs[3] == 10 < found.patched_pairs[0]
+    assert second.cost.forward_equivalents < first.cost.forward_equivalents
+    whole, every = audited(Context())
+    effects = arrays["per_pair.effect"]
+    for layer, count in enumerate(found.patched_pairs):
+        patched = np.isfinite(effects[:, layer + 1])
+        assert np.flatnonzero(patched).tolist() == sorted(subset_order(range(60))[:count].tolist())
+        np.testing.assert_allclose(
+            effects[patched, layer + 1], every["per_pair.effect"][patched, layer + 1], rtol=1e-6, atol=1e-6
+        )
+        ours, theirs = second.patching.effect[layer], whole.patching.effect[layer]
+        assert ours.low < theirs.mean < ours.high
+        # As wide as 40 of 60 pairs' would be, or narrower; both widths are estimates.
+        assert ours.high - ours.low < 1.3 * (theirs.high - theirs.low) * math.sqrt(60 / 40)
+    everywhere = np.isfinite(effects).all(axis=1)
+    assert everywhere.sum() == 10
+    for name in ("transplant", "low_rank.shift.1"):
+        values = arrays[f"per_pair.{name}"]
+        assert np.isfinite(values[everywhere]).all() and np.isnan(values[~everywhere]).all(), name
+    console = Console(file=io.StringIO(), width=100)
+    console.print(summary_table(second))
+    assert f"(10 to {max(found.patched_pairs)} patched)" in console.file.getvalue()
+    assert scalars(second)["align_audit/patching/attribution/patched_pairs/layer_00"] == found.patched_pairs[0]

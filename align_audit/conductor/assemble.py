@@ -139,6 +139,7 @@ class Assembler:
             effect = [one.interval for one in combined]
             attribution = Attribution(
                 exact_pairs=len(exact),
+                patched_pairs=[one.exact_pairs for one in combined],
                 pairs=self.found.num_pairs,
                 correlation=floats([one.correlation for one in alone]),
                 joint_correlation=floats([one.correlation for one in combined]),
@@ -492,9 +493,10 @@ class Assembler:
     # -- SPINAL ------------------------------------------------------------------------------------------------------
 
     def trace(
-        self, rows: list[torch.Tensor], transport: list[np.ndarray], epsilon: float
+        self, rows: list[torch.Tensor], distances: np.ndarray, epsilon: float
     ) -> tuple[DepthTrace, dict[str, str]]:
-        """One model's depth trace, and why a layer's contraction is NaN (layer → reason)."""
+        """One model's depth trace, of rows by batch [n, L, d] and what they travel [rows, L − 1]; and why a layer's
+        contraction or transport is NaN (layer → reason)."""
         order = torch.from_numpy(np.argsort(np.concatenate(self.found.row_keys), kind="stable"))
         fits, floor, why = [], [], {}
         for layer in range(self.found.num_layers):
@@ -507,7 +509,6 @@ class Assembler:
                     why[f"{name}.{layer}"] = fit.reason
             floor.append(below_rounding_floor(spectrum, epsilon))
             fits.append(fit)
-        distances = np.concatenate(transport)
         for layer in np.flatnonzero(~np.isfinite(distances).all(axis=0)).tolist():
             why[f"transport.{layer}"] = f"the logit lens at layer {layer} or {layer + 1} is not finite on some rows"
         return (

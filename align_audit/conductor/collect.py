@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from align_audit.batches import PairBatch
-from align_audit.conductor.session import Session
+from align_audit.conductor.session import Session, out_of_memory
 from align_audit.measures.margin import compare_readouts, sum_by_pair
 from align_audit.measures.patching import noise_directions, noised, patched
 from align_audit.measures.spectrum import keep_rows, row_keys
@@ -31,7 +31,7 @@ class Collected:
     noise_draws: np.ndarray
     """[L] random directions that were patched at each layer."""
     exact_pairs: np.ndarray
-    """Places of the pairs that were patched; NaN elsewhere."""
+    """Places of the pairs that were patched at every layer; of the others the effects at some layers at most are known."""
     control_pairs: np.ndarray
     """Places of the pairs on which noise, reverse, random subspaces and gradients were measured; NaN elsewhere."""
     per_pair: dict[str, np.ndarray] = field(default_factory=dict)
@@ -45,8 +45,9 @@ class Collected:
     row_keys: list[np.ndarray] = field(default_factory=list)
     policy_rows: list[torch.Tensor] = field(default_factory=list)
     reference_rows: list[torch.Tensor] = field(default_factory=list)
-    policy_transport: list[np.ndarray] = field(default_factory=list)
-    reference_transport: list[np.ndarray] = field(default_factory=list)
+    policy_transport: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    """[rows, L − 1], in the order of ``row_keys``; so too the reference's, where it was measured."""
+    reference_transport: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
 
     def array(self, name: str, *shape: int) -> np.ndarray:
         """The array of that name, [N, *shape], made of NaN the first time."""
@@ -120,6 +121,8 @@ class Collector:
                 del gradients
             if self.session.is_exact(batch):
                 self._patch(batch, policy, reference, ours, theirs)
+            else:
+                self._patch_more(batch, policy, reference, theirs)
         if self.config.spinal.enabled:
             self._spinal(batch, policy, reference)
 
@@ -137,7 +140,7 @@ class Collector:
 
     def _only_compared(self, batch: PairBatch) -> bool:
         """Whether ρ's streams of this batch are compared with π's and no run is continued from them."""
-        return not self.session.is_exact(batch) and self.config.patching.attribution_points == (0.0,)
+        return not self.session.layers_of(batch) and self.config.patching.attribution_points == (0.0,)
 
     def _distances(self, batch: PairBatch, policy: Recording, reference: Recording) -> None:
         """RMS over a pair's prediction positions of ‖h_l(π) − h_l(ρ)‖₂ (METHODS §3)."""
@@ -223,34 +226,52 @@ class Collector:
         chosen = np.flatnonzero(np.isin(keys, wanted) & batch.distinct.cpu().numpy())
         picked = torch.from_numpy(chosen).to(batch.row.device)
         at = (batch.row[picked], batch.position[picked])
-        with session.as_policy() as replay:
-            rows, transport = self._trace(replay, policy, at)
-            if self.config.spinal.gradient_concentration and session.is_control(batch):
+        if self.config.spinal.gradient_concentration and session.is_control(batch):
+            with session.as_policy() as replay:
                 self._gradients(replay, batch, policy)
-        theirs = None
-        if self._reference_rows:
-            with session.as_reference() as replay:
-                theirs = self._trace(replay, reference, at)
+        rows = self._rows(policy, at)
+        theirs = self._rows(reference, at) if self._reference_rows else None
         # Kept last, and together: a batch that runs out of memory comes again.
         self.found.row_keys.append(keys[chosen])
         self.found.policy_rows.append(rows)
-        self.found.policy_transport.append(transport)
         if theirs is not None:
-            self.found.reference_rows.append(theirs[0])
-            self.found.reference_transport.append(theirs[1])
+            self.found.reference_rows.append(theirs)
 
-    def _trace(
-        self, replay: Replay, recording: Recording, at: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, np.ndarray]:
-        """Rows of every layer [n, L, d] and the distance each row's logit lens travels to the next layer [n, L − 1]."""
-        layers = replay.num_layers
-        rows = torch.stack([recording.after(layer)[at] for layer in range(layers)], dim=1)
-        walks = TransportAccumulator()
-        # Blocks of rows walk up the layers, so that two layers' logits of a block are held, never of all tokens.
-        for block in replay.head_blocks(rows.shape[0]):
-            walks.update(self._sampled(replay.head(rows[block, layer])) for layer in range(layers))
-        distances = walks.freeze().cpu().numpy() if rows.shape[0] else np.empty((0, layers - 1))
-        return rows.cpu(), distances
+    def _rows(self, recording: Recording, at: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """The residual stream after every layer at some positions, [n, L, d], on the CPU."""
+        return torch.stack([recording.after(layer)[at] for layer in range(self.session.num_layers)], dim=1).cpu()
+
+    def trace(self) -> None:
+        """What the logit lens of every row that was sampled travels from layer to layer; once all batches are in.
+
+        Of all rows together, in blocks as large as the head is fast at, however few a batch had.
+        """
+        if not self.config.spinal.enabled:
+            return
+        with self.session.as_policy() as replay:
+            self.found.policy_transport = self._travelled(replay, self.found.policy_rows)
+        if self._reference_rows:
+            with self.session.as_reference() as replay:
+                self.found.reference_transport = self._travelled(replay, self.found.reference_rows)
+
+    def _travelled(self, replay: Replay, parts: list[torch.Tensor]) -> np.ndarray:
+        """Distances [n, L − 1] of n rows; a block of rows walks up the layers, so that two layers' logits of it are held."""
+        total, layers = sum(map(len, parts)), replay.num_layers
+        size = next(replay.head_blocks(2**62)).stop
+        walks, done = TransportAccumulator(), 0
+        while done < total:
+            rows = _stretch(parts, done, done + size)
+            try:
+                walks.update(self._sampled(replay.head(rows[:, layer].to(replay.device))) for layer in range(layers))
+                done += len(rows)
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error) or size == 1:
+                    raise
+            # Out of the handler, so that the failed call's tensors are free.
+            self.session.free_memory()
+            size //= 2
+        return walks.freeze().numpy() if total else np.empty((0, layers - 1))
 
     def _sampled(self, logits: torch.Tensor) -> torch.Tensor:
         self.session.meter.sample()
@@ -379,6 +400,21 @@ class Collector:
                 index = batch.pair_index.cpu().numpy()
                 self.found.per_pair["transplant"][index, 0] = self.found.per_pair["effect"][index, 0]
 
+    def _patch_more(
+        self, batch: PairBatch, policy: Recording, reference: Recording, reference_margin: torch.Tensor
+    ) -> None:
+        """The effect alone, at those layers whose intervals need more pairs than others do."""
+        mask = batch.position_mask(self.config.patching.positions)
+        begin = -1 if self.config.patching.embedding else 0
+        streams = [
+            Stream(("effect", layer), layer, patch_with(reference, policy, mask, layer))
+            for layer in self.session.layers_of(batch)
+            if layer >= begin
+        ]
+        if streams:
+            with self.session.as_reference() as replay:
+                self._walk(replay, batch, reference, streams, reference_margin, is_reference=True)
+
     def _walk(
         self,
         replay: Replay,
@@ -448,6 +484,16 @@ def _between(one: Recording, other: Recording, point: float) -> Recording:
     return Recording(
         [torch.lerp(a, b.to(a.dtype), point) for a, b in zip(one.streams, other.streams, strict=True)], one.calls
     )
+
+
+def _stretch(parts: list[torch.Tensor], first: int, end: int) -> torch.Tensor:
+    """Rows ``first`` to ``end`` (or the last) of all parts one behind the other."""
+    found, before = [], 0
+    for part in parts:
+        if before < end and before + len(part) > first:
+            found.append(part[max(first - before, 0) : end - before])
+        before += len(part)
+    return torch.cat(found)
 
 
 def _constant(stream: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -10,14 +10,13 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from align_audit.batches import PairBatch, make_batch, pair_tokens, plan_batches
+from align_audit.conductor.choice import choose_pairs
 from align_audit.conductor.sharing import why_not_shared
 from align_audit.errors import AuditMemoryError, ConfigurationError
-from align_audit.measures.control_variate import subset_order
 from align_audit.measures.margin import preference_margin, sum_by_pair, token_logp
 from align_audit.models.anatomy import Anatomy, unwrap
 from align_audit.models.reference import Reference, check_fit
@@ -26,6 +25,7 @@ from align_audit.models.replay import Recording, Replay
 if TYPE_CHECKING:
     from align_audit.config import AuditConfig
     from align_audit.probes import ProbePair
+    from align_audit.record import Attribution
 
 logger = logging.getLogger(__name__)
 
@@ -83,10 +83,12 @@ class Session:
         anatomy: Anatomy | None = None,
         pad_token_id: int = 0,
         truncation_mode: str = "keep_start",
+        before: Attribution | None = None,
     ) -> None:
         """
         Args:
             truncation_mode: of the pairs; cut from the left, two sequences have no common beginning to rely on.
+            before: what the audit before said of attribution on the pairs.
         """
         self._reference = reference
         self.config = config
@@ -108,28 +110,29 @@ class Session:
         self._most_tokens = self._most_bytes = 2**62
         """What running out of memory has taught: bounds of a batch and of the streams walked together."""
         self._work_before = 0
-        self._take(pairs, truncation_mode)
+        self._take(pairs, truncation_mode, before)
 
-    def over(self, pairs: Sequence[ProbePair], truncation_mode: str = "keep_start") -> Session:
+    def over(
+        self, pairs: Sequence[ProbePair], truncation_mode: str = "keep_start", before: Attribution | None = None
+    ) -> Session:
         """The same open models on other pairs, with what running out of memory has taught."""
         other = copy.copy(self)
         other.meter = MemoryMeter(self.device)
         other._work_before = self.policy.layer_tokens + self.reference.layer_tokens
-        other._take(pairs, truncation_mode)
+        other._take(pairs, truncation_mode, before)
         return other
 
-    def _take(self, pairs: Sequence[ProbePair], truncation_mode: str) -> None:
+    def _take(self, pairs: Sequence[ProbePair], truncation_mode: str, before: Attribution | None) -> None:
         """Everything that depends on the pairs."""
-        config = self.config
         check_vocabulary(pairs, self.policy.anatomy.vocab_size)
         self.pairs = pairs
-        order = subset_order([pair.index for pair in pairs], config.seed)
-        exact = config.patching.exact_pairs or len(pairs)
-        self.exact_pairs = np.sort(order[:exact])
-        """Places of the pairs that are patched; the others are only attributed."""
-        self.control_pairs = np.sort(order[: min(exact, config.patching.control_pairs)])
+        self.choice = choose_pairs([pair.index for pair in pairs], self.num_layers, self.config, before)
+        self.exact_pairs = self.choice.everywhere
+        """Places of the pairs that are patched at every layer; the others at some, or only attributed."""
+        self.control_pairs = self.choice.control_pairs
         """Places of the pairs that controls are measured on, some of those that are patched."""
         self._exact, self._controls = frozenset(self.exact_pairs.tolist()), frozenset(self.control_pairs.tolist())
+        self._roles, self._layers_of = self.choice.roles(), self.choice.layers_of()
         self.layout_reason = self._why_not_shared(truncation_mode)
         """Why each completion has its own copy of the prompt; None where the prompt is computed once."""
         self.plan = self._plan(range(len(pairs)))
@@ -181,8 +184,12 @@ class Session:
         return reason
 
     def is_exact(self, batch: PairBatch) -> bool:
-        """Whether this batch's pairs are patched: all of them, or none."""
+        """Whether this batch's pairs are patched at every layer: all of them, or none."""
         return int(batch.pair_index[0]) in self._exact
+
+    def layers_of(self, batch: PairBatch) -> list[int]:
+        """The layers, −1 for what enters layer 0, that this batch's pairs are patched at."""
+        return self._layers_of[int(batch.pair_index[0])]
 
     def is_control(self, batch: PairBatch) -> bool:
         """Whether controls are measured on this batch: on all of its pairs, or on none."""
@@ -217,10 +224,14 @@ class Session:
                     raise
                 words = str(error).splitlines()[0]
             # Out of the handler, so that the failed call's tensors are free.
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self.free_memory()
             waiting = self._halved(group, waiting, words)
+
+    def free_memory(self) -> None:
+        """Give back what nothing refers to any more."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _halved(self, group: list[int], waiting: list[list[int]], words: str) -> list[list[int]]:
         """What is left to do after ``group`` ran out of memory, in batches and groups of streams half as large."""
@@ -251,8 +262,8 @@ class Session:
     def _plan(self, places: Sequence[int]) -> list[list[int]]:
         """Batches of pairs that controls are measured on, of those that are patched, and of the others."""
         plan = []
-        for role in ((True, True), (True, False), (False, False)):
-            own = [i for i in places if (i in self._exact, i in self._controls) == role]
+        for role in range(int(self._roles.max()) + 1):
+            own = [i for i in places if self._roles[i] == role]
             groups = plan_batches([self.pairs[i] for i in own], self._batch_tokens(), shared=self.shared)
             plan += [[own[i] for i in group] for group in groups]
         return plan

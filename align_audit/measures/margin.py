@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+
+_CHUNK_BYTES = 2**21
+"""Rows of logits are taken in chunks of this size on a CPU, so that the passes over a chunk meet it in the cache."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ def token_logp(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()
     chosen = wide.gather(-1, target[:, None])[:, 0]
-    return (chosen - torch.logsumexp(wide, dim=-1)).double()
+    return (chosen - _log_normalizer(wide)).double()
 
 
 def token_readout(logits: torch.Tensor, target: torch.Tensor) -> TokenReadout:
@@ -57,6 +61,17 @@ def compare_readouts(
         >>> round(ours.entropy.item(), 6), kl.item()
         (0.693147, 0.0)
     """
+    parts = [
+        _compare(policy_logits[rows], reference_logits[rows], target[rows])
+        for rows in _chunks(policy_logits, reference_logits)
+    ]
+    ours, theirs, kl = zip(*parts, strict=True)
+    return _joined(ours), _joined(theirs), torch.cat(kl)
+
+
+def _compare(
+    policy_logits: torch.Tensor, reference_logits: torch.Tensor, target: torch.Tensor
+) -> tuple[TokenReadout, TokenReadout, torch.Tensor]:
     ours, logp, p = _read(policy_logits, target)
     theirs, logq, _ = _read(reference_logits, target)
     terms = logp.sub_(logq).mul_(p)
@@ -66,10 +81,31 @@ def compare_readouts(
     return ours, theirs, terms.double().sum(-1).clamp_min(0.0)
 
 
+def _joined(parts: Sequence[TokenReadout]) -> TokenReadout:
+    return TokenReadout(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in ("logp", "entropy", "correct"))
+    )
+
+
+def _log_normalizer(wide: torch.Tensor) -> torch.Tensor:
+    """log Σ_v exp(logit_v) [n], of logits [n, V] in the working dtype."""
+    return torch.cat([torch.logsumexp(wide[rows], dim=-1) for rows in _chunks(wide)])
+
+
+def _chunks(*logits: torch.Tensor) -> Iterator[slice]:
+    """Rows that are worked on together, one slice at least; all of them on an accelerator, where each call is a launch."""
+    count, width = logits[0].shape
+    size = max(1, count)
+    if logits[0].device.type == "cpu":
+        size = max(1, _CHUNK_BYTES // (width * max(each.element_size() for each in logits)))
+    for first in range(0, max(1, count), size):
+        yield slice(first, min(first + size, count))
+
+
 def _read(logits: torch.Tensor, target: torch.Tensor) -> tuple[TokenReadout, torch.Tensor, torch.Tensor]:
     """The readout, and log p and p themselves [n, V], in the working dtype."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    total = torch.logsumexp(wide, dim=-1, keepdim=True)
+    total = _log_normalizer(wide)[:, None]
     logp = wide - total
     p = logp.exp()
     plogp = p * logp

@@ -57,13 +57,15 @@ class LensState:
     peaked: Tensor
 
 
-def lens_state(logits: Tensor, dtype: torch.dtype | None = None) -> LensState:
+def lens_state(logits: Tensor, dtype: torch.dtype | None = None, *, roots: Tensor | None = None) -> LensState:
     """Roots and normalizers of softmax(logits), row by row: one exponential an entry.
 
     Args:
         logits: ``[n, V]`` floating; −inf means probability 0. A row that is no distribution (NaN, +inf, or nothing but
             −inf) becomes NaN. Must not be written to while the state is in use.
         dtype: to work in, float32 or float64. None: float64 for float64 logits, else float32.
+        roots: ``[n, V]`` of that dtype, to be overwritten with the state's: memory fresh from the system costs more than
+            what is written into it.
 
     Returns:
         The state, on the device of the logits.
@@ -79,7 +81,8 @@ def lens_state(logits: Tensor, dtype: torch.dtype | None = None) -> LensState:
     dtype = dtype or (torch.float64 if logits.dtype == torch.float64 else torch.float32)
     with torch.no_grad():
         logits = logits.detach()
-        roots = torch.empty(logits.shape, dtype=dtype, device=logits.device)
+        if roots is None or roots.shape != logits.shape or roots.dtype != dtype:
+            roots = torch.empty(logits.shape, dtype=dtype, device=logits.device)
         scratch = torch.empty_like(roots[: _rows(roots, dtype)])
         log_norm = torch.empty(len(logits), 1, dtype=torch.float64, device=logits.device)
         peaked = torch.empty(len(logits), dtype=torch.bool, device=logits.device)
@@ -201,6 +204,7 @@ def transport_distances(layers: Iterable[Tensor]) -> Tensor:
         [1.570796, 0.0]
     """
     before: LensState | None = None
+    free: Tensor | None = None
     steps: list[Tensor] = []
     shape: torch.Size | None = None
     for logits in layers:
@@ -208,9 +212,10 @@ def transport_distances(layers: Iterable[Tensor]) -> Tensor:
         if shape is not None and logits.shape != shape:
             raise ValueError(f"expected logits {list(shape)} as of the layer below; found {list(logits.shape)}")
         shape = logits.shape
-        state = lens_state(logits.cpu() if logits.device.type == "mps" else logits)
+        state = lens_state(logits.cpu() if logits.device.type == "mps" else logits, roots=free)
         if before is not None:
             steps.append(lens_distance(before, state))
+            free = before.roots
         before = state
     if before is None:
         raise ValueError("expected the logits of at least one layer; found none")

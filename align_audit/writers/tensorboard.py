@@ -6,7 +6,7 @@ Tags are ``align_audit/<group>/<name>``, named after the fields of the record, a
 - ``margins/<name>``, ``spinal/<name>``, ``cost/<name>``, ``localization/<name>``: single numbers;
 - ``patching/<name>``, and by layer ``patching/<name>/layer_07`` (``effect``, ``recovery``, ``layer_gain``,
   ``block_transplant``, ``effect_p_adjusted``, and where only some pairs were patched ``attribution/correlation``,
-  ``attribution/joint_correlation`` and ``attribution/equivalent_pairs``);
+  ``attribution/joint_correlation``, ``attribution/patched_pairs`` and ``attribution/equivalent_pairs``);
 - ``controls/<name>/passed`` (1 or 0; nothing where the control was not run), ``controls/<name>/effect/layer_07``
   (``…/rank_08`` for ``random_subspace``), ``controls/split_half/value``;
 - ``localization/<name>/layer_07`` (``lasso_coefficients``, ``selection_frequency``, ``null_selection_frequency``),
@@ -228,7 +228,7 @@ def _patching(record: AuditRecord, layers: int) -> Iterator[_Number]:
     peak = math.nan if patching.peak_layer is None else float(patching.peak_layer)
     yield _Number("patching/peak_layer", peak, "patching.peak_layer")
     if (attribution := patching.attribution) is not None:
-        for name in ("correlation", "joint_correlation", "equivalent_pairs"):
+        for name in ("correlation", "joint_correlation", "patched_pairs", "equivalent_pairs"):
             path = f"patching.attribution.{name}"
             yield from _by_layer(f"patching/attribution/{name}", getattr(attribution, name), path, layers)
     for name in ("effect", "recovery", "layer_gain", "block_transplant"):

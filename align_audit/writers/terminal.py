@@ -85,7 +85,10 @@ def summary_table(record: AuditRecord) -> _Summary:
     """A rich renderable: what one audit found, in some fifteen lines of 80 columns."""
     provenance = record.provenance
     attribution = record.patching.attribution if record.patching is not None else None
-    patched = f" ({attribution.exact_pairs} patched)" if attribution is not None else ""
+    patched = ""
+    if attribution is not None:
+        least, most = attribution.exact_pairs, max(attribution.patched_pairs, default=attribution.exact_pairs)
+        patched = f" ({least} patched)" if most == least else f" ({least} to {most} patched)"
     title = (
         f"align_audit, step {record.step}{on_probes(record)}: {provenance.pairs} pairs{patched}, "
         f"{provenance.model_type} with {provenance.num_layers} layers"
