@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -249,6 +250,13 @@ def _measure(
     began: float,
 ) -> tuple[AuditRecord, dict[str, np.ndarray]]:
     config = session.config
+    if config.patching.exact_pairs == "auto" and len(probes) <= config.patching.equivalent_pairs:
+        warnings.warn(
+            f"patching.exact_pairs 'auto' saves nothing here: there are {len(probes)} probe pairs, and intervals as of "
+            f"{config.patching.equivalent_pairs} (patching.equivalent_pairs) are wanted. Expected more pairs than that "
+            "(max_pairs), which attribution makes cheap",
+            stacklevel=2,
+        )
     with session.as_reference() as replay:
         built = build_fingerprint(replay.model)
     trace_key = (

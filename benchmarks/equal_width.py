@@ -3,12 +3,13 @@
     python benchmarks/equal_width.py --json equal_width.json          # both models: about ten minutes on one core
     python benchmarks/equal_width.py --points 0                       # attribution to first order only
     python benchmarks/equal_width.py --steps 20 --pairs 100 --settings 160:10
+    python benchmarks/equal_width.py --settings 96:auto 192:auto      # as many at each layer as the audit before says
 
 The policies of ``trained.py``, early and late, are audited on held-out and training pairs with the layer sweep alone
 switched on: once with ``--pairs`` pairs all patched, and then with more pairs attributed and fewer patched
-(``patching.exact_pairs``). Per step and setting: the (multiple) correlation of attribution and margin shift with the exact
-effect (least over layers), the widest interval as a share of the exact one's, the largest difference of the means in
-standard errors of the exact one, and the CPU time of both.
+(``patching.exact_pairs``; "auto" goes by the step before, from 10 pairs up). Per step and setting: the (multiple)
+correlation of attribution and margin shift with the exact effect (least over layers), the widest interval as a share of the
+exact one's, the largest difference of the means in standard errors of the exact one, and the CPU time of both.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(trained.NAMES), choices=trained.NAMES)
     options = parser.parse_args()
 
-    from align_audit import AuditConfig, ProbeSet, audit
+    from align_audit import AuditConfig, ProbeSet
+    from align_audit.auditing import Context, run_audit
+    from align_audit.models.reference import resolve_reference
 
     results = []
     print(
@@ -49,34 +52,43 @@ def main() -> None:
     for name in trained.available(options.models):
         run = trained.train(name, options.steps)
         probes = ProbeSet.from_dataset((run.rows + run.held_out)[::-1], run.tokenizer, max_pairs=400, max_length=512)
+        before: dict[str, Any] = {}
         for step in options.steps:
             policy = run.at(step)
 
-            def sweep(pairs: int, exact: int | None, policy: Any = policy, run: Any = run, probes: Any = probes) -> Any:
+            def sweep(
+                pairs: int, exact: Any, known: Any = None, policy: Any = policy, run: Any = run, probes: Any = probes
+            ) -> Any:
                 patching = {**SWEEP["patching"], "exact_pairs": exact, "attribution_points": options.points}
                 patching["attribution_path"] = options.path
+                if exact == "auto":
+                    patching |= {"equivalent_pairs": options.pairs, "control_pairs": 10}
                 config = AuditConfig.from_dict({**SWEEP, "patching": patching})
                 began = time.process_time()
-                record = audit(policy, run.reference, probes.subsample(pairs, 0), config)
+                resolved, context = resolve_reference(policy, run.reference), Context(attribution=known)
+                record, _ = run_audit(policy, resolved, probes.subsample(pairs, 0), config, 0, context)
                 return record.patching, time.process_time() - began
 
             sweep(2, None)  # what is made once
             exact, seconds = sweep(options.pairs, None)
             widths = np.array([one.high - one.low for one in exact.effect])
             for setting in options.settings:
-                pairs, patched = map(int, setting.split(":"))
-                found, took = sweep(pairs, patched)
+                pairs, patched = (text if text == "auto" else int(text) for text in setting.split(":"))
+                found, took = sweep(pairs, patched, before.get(setting))
+                before[setting] = found.attribution
+                counts = found.attribution.patched_pairs
                 width = np.array([one.high - one.low for one in found.effect]) / widths
                 apart = np.array([one.mean - other.mean for one, other in zip(found.effect, exact.effect, strict=True)])
                 row = {
-                    "model": name, "step": step, "pairs": pairs, "patched": patched, "exact_pairs": options.pairs,
+                    "model": name, "step": step, "pairs": pairs, "patched": counts, "exact_pairs": options.pairs,
                     "points": options.points, "correlation": found.attribution.joint_correlation,
                     "correlation_alone": found.attribution.correlation, "width": width.tolist(),
                     "means": (np.abs(apart) / (widths / 3.92)).tolist(), "cpu": took, "cpu_exact": seconds,
                 }  # fmt: skip
                 results.append(row)
+                shown = str(min(counts)) if min(counts) == max(counts) else f"{min(counts)}–{max(counts)}"
                 print(
-                    f"{name:>8}{step:>5}{pairs:>11}{patched:>8}{min(row['correlation']):>12.3f}{width.max():>7.2f}"
+                    f"{name:>8}{step:>5}{pairs:>11}{shown:>8}{min(row['correlation']):>12.3f}{width.max():>7.2f}"
                     f"{max(row['means']):>7.2f}{took:>8.2f}{seconds:>16.2f}",
                     flush=True,
                 )

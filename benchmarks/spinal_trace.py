@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import Any
 
 WAYS = ("plain", "masked", "audit", "again")
+MEASURED = ("time", "memory", "accuracy")
 
 
 def find_pairs() -> Path | None:
@@ -272,6 +273,47 @@ def _batches(probes: Any, settings: Any) -> Any:
     return (make_batch([probes.pairs[i] for i in g], g, 0) for g in plan_batches(probes.pairs, 8192))
 
 
+def report(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> None:
+    """Print what was measured; a dash is what was not."""
+    facts, source = found["audit"], "real HH pairs" if find_pairs() else "random tokens"
+    rows = ""
+    if "rows" in facts:
+        rows = (
+            f", {facts['tokens']} padded tokens, {facts['rows']} rows; transport {facts['transport_low']:.2g} to "
+            f"{facts['transport_high']:.2g}"
+        )
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores; Llama of {options.layers} layers, width {options.width}, vocabulary "
+        f"{options.vocab}; {options.pairs} pairs ({source}){rows}"
+    )
+    print(
+        f"{'':>8} {'CPU s':>8} {'wall s':>8} {'MiB above the models':>21} {'σ of its rows':>14} {'σ, float64':>11} "
+        f"{'transport':>10}"
+    )
+
+    def median(way: str, name: str) -> float:
+        return statistics.median(found[way][name]) if found[way][name] else math.nan
+
+    def shown(value: float | None, style: str) -> str:
+        return "–" if value is None or math.isnan(value) else format(value, style)
+
+    for way in WAYS:
+        errors = [shown(found[way].get(name), ".1e") for name in ("svd_error", "sigma_error", "transport_error")]
+        times = [shown(median(way, name), ".1f") for name in ("cpu_s", "wall_s")]
+        peak = shown(found[way].get("peak_mib"), ".0f")
+        print(f"{way:>8} {times[0]:>8} {times[1]:>8} {peak:>21} {errors[0]:>14} {errors[1]:>11} {errors[2]:>10}")
+    for way in WAYS[2:]:
+        parts = []
+        if "time" in options.measure:
+            faster = [median(name, "cpu_s") / median(way, "cpu_s") for name in WAYS[:2]]
+            parts.append(f"{faster[0]:.1f} times faster than plain (CPU), {faster[1]:.1f} than masked")
+        if "memory" in options.measure:
+            share = [found[way]["peak_mib"] / found[name]["peak_mib"] for name in WAYS[:2]]
+            parts.append(f"{share[0]:.2f} of plain's memory, {share[1]:.2f} of masked's")
+        if parts:
+            print(f"{way}: {'; '.join(parts)}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=16)
@@ -282,9 +324,16 @@ def main() -> None:
         "--gain", type=float, default=4.0, help="of output projections and head over the initialization"
     )
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--measure",
+        nargs="+",
+        choices=MEASURED,
+        default=list(MEASURED),
+        help="accuracy takes longest: it needs float64",
+    )
     parser.add_argument("--json")
     parser.add_argument("--one", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--what", choices=("time", "memory", "accuracy"), help=argparse.SUPPRESS)
+    parser.add_argument("--what", choices=MEASURED, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one is not None:
         print(json.dumps(run(options)))
@@ -306,37 +355,13 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {way: {"cpu_s": [], "wall_s": []} for way in WAYS}
     for way in WAYS:
         # What the next checkpoint's audit finds is what an audit finds.
-        found[way] |= once(way, "memory") | (once(way, "accuracy") if way != "again" else {})
-    for _ in range(options.repeats):
+        for what in ("memory", "accuracy") if way != "again" else ("memory",):
+            found[way] |= once(way, what) if what in options.measure else {}
+    for _ in range(options.repeats if "time" in options.measure else 0):
         for way in WAYS:
             for name, seconds in once(way, "time").items():
                 found[way][name].append(seconds)
-    facts = found["audit"]
-    source = "real HH pairs" if find_pairs() else "random tokens"
-    print(
-        f"{platform.machine()}, {os.cpu_count()} cores; Llama of {options.layers} layers, width {options.width}, vocabulary "
-        f"{options.vocab}; {options.pairs} pairs ({source}), {facts['tokens']} padded tokens, {facts['rows']} rows; "
-        f"transport {facts['transport_low']:.2g} to {facts['transport_high']:.2g}"
-    )
-    print(
-        f"{'':>8} {'CPU s':>8} {'wall s':>8} {'peak above the models':>22} {'σ of its rows':>14} {'σ, float64':>11} "
-        f"{'transport':>10}"
-    )
-    for way in WAYS:
-        row = found[way]
-        cpu, wall = statistics.median(row["cpu_s"]), statistics.median(row["wall_s"])
-        errors = [row.get(name, math.nan) for name in ("svd_error", "sigma_error", "transport_error")]
-        print(
-            f"{way:>8} {cpu:>8.1f} {wall:>8.1f} {row['peak_mib']:>18.0f} MiB {errors[0]:>14.1e} {errors[1]:>11.1e} "
-            f"{errors[2]:>10.1e}"
-        )
-    for way in WAYS[2:]:
-        cpu = [statistics.median(found[name]["cpu_s"]) for name in ("plain", "masked", way)]
-        print(
-            f"{way} against plain: {cpu[0] / cpu[2]:.1f} times faster (CPU), against masked {cpu[1] / cpu[2]:.1f}; "
-            f"{found[way]['peak_mib'] / found['plain']['peak_mib']:.2f} of plain's memory, "
-            f"{found[way]['peak_mib'] / found['masked']['peak_mib']:.2f} of masked's"
-        )
+    report(options, found)
     if options.json:
         Path(options.json).write_text(
             json.dumps({"options": vars(options), "found": found}, indent=1), encoding="utf-8"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from align_audit import AlignmentAuditCallback, AuditRun, ProbeSet
 from align_audit.auditing import Context, run_audit
 from align_audit.batches import make_batch
 from align_audit.conductor.choice import PairChoice, choose_pairs
@@ -19,8 +23,11 @@ from align_audit.errors import ConfigurationError
 from align_audit.measures.control_variate import subset_order
 from align_audit.models.reference import resolve_reference
 from align_audit.record import Attribution, AuditRecord, Estimate
+from align_audit.saved import audit_saved
 from align_audit.writers.tensorboard import not_known, scalars
 from align_audit.writers.terminal import summary_table
+from tests.dpo import ROWS, build
+from tests.probe_tokenizer import make_tokenizer
 from tests.tiny import perturbed, random_pairs, tiny_model
 
 LOW_RANK = {"layers": (1,), "ranks": (1, 4)}
@@ -255,8 +262,8 @@ def test_pairs_are_chosen_by_the_audit_before() -> None:
     assert choice(record_before([0.97] * 3, [12, 12, 68], 100)).by_layer.tolist() == [12, 28, 28, 20]
     # Nothing to explain, and fitted slopes that explain what they must.
     assert choice(record_before([math.nan, 0.3, 0.3], [68, 12, 12], 100)).by_layer.tolist() == [12, 68, 68, 68]
-    # A set no larger than what is wanted is patched whole, unless attribution is all but exact.
-    assert choice(record_before([0.9, 0.9, 1.0], [40, 40, 40], 40), pairs=40).by_layer.tolist() == [12, 40, 40, 40]
+    # A set no larger than what is wanted is patched whole.
+    assert choice(record_before([0.9, 0.9, 1.0], [40] * 3, 40), pairs=40).by_layer.tolist() == [12, 40, 40, 40]
     assert choice(None, pairs=9).by_layer.tolist() == [9, 9, 9, 9]
 
 
@@ -268,6 +275,13 @@ def test_a_pair_keeps_its_role_whatever_is_chosen() -> None:
     for place, layers in enumerate(many.layers_of()):
         rank = many.order.tolist().index(place)
         assert layers == ([-1, 0, 1, 2] if rank < 12 else [0, 1, 2] if rank < 68 else [])
+
+
+def test_too_few_pairs_to_save_any_are_pointed_out(models: tuple[Any, Any]) -> None:
+    patching = {"exact_pairs": "auto", "equivalent_pairs": 12}
+    with pytest.warns(UserWarning, match=r"saves nothing here: there are 12 probe pairs.*max_pairs"):
+        record, _ = run(*models, 12, patching=patching)
+    assert record.patching.attribution.patched_pairs == [12] * 4
 
 
 def test_an_audit_patches_each_layer_on_as_many_pairs_as_its_interval_needs() -> None:
@@ -315,3 +329,38 @@ def test_an_audit_patches_each_layer_on_as_many_pairs_as_its_interval_needs() ->
     console.print(summary_table(second))
     assert f"(10 to {max(found.patched_pairs)} patched)" in console.file.getvalue()
     assert scalars(second)["align_audit/patching/attribution/patched_pairs/layer_00"] == found.patched_pairs[0]
+
+
+def test_a_training_chooses_by_its_last_audit_and_a_resumed_one_does_too(tmp_path: Path) -> None:
+    patching = {"exact_pairs": "auto", "equivalent_pairs": 16, "control_pairs": 10, "attribution_points": (0.0,)}
+    values: dict[str, Any] = {
+        "max_pairs": 24, "low_rank": {"enabled": False}, "localization": {"enabled": False}, "spinal": {"enabled": False},
+        "tensorboard": "off", "progress": False, "strict": True, "patching": patching,
+    }  # fmt: skip
+    config = AuditConfig.from_dict(values)
+
+    def trained(where: str, steps: int, resume: bool = False) -> list[AuditRecord]:
+        callback = AlignmentAuditCallback(ROWS, config=config)
+        built = build(tmp_path / where / "run", "ref_model made", [callback], max_steps=steps, save_steps=1)
+        callback.attach(built.trainer)
+        built.trainer.train(resume_from_checkpoint=resume or None)
+        return AuditRun.load(tmp_path / where / "run").records
+
+    straight = trained("straight", 3)
+    trained("interrupted", 2)
+    resumed = trained("interrupted", 3, resume=True)
+    assert [record.step for record in straight] == [record.step for record in resumed] == [0, 1, 2, 3]
+    assert straight[3].patching.model_dump_json() == resumed[3].patching.model_dump_json()
+    pairs = [pair.index for pair in ProbeSet.from_dataset(ROWS, make_tokenizer(), max_pairs=24).pairs]
+    for before, record in itertools.pairwise(straight):
+        expected = choose_pairs(pairs, 3, config, before.patching.attribution)
+        assert record.patching.attribution.patched_pairs == expected.by_layer[1:].tolist()
+    # Before training there is nothing to explain, so the next audit patches what it would without attribution.
+    assert straight[0].patching.attribution.patched_pairs == straight[1].patching.attribution.patched_pairs == [18] * 3
+    assert min(straight[3].patching.attribution.patched_pairs) < 18
+    probes = tmp_path / "probes.jsonl"
+    probes.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    folders = {tmp_path / "straight" / "run" / f"checkpoint-{step}": step for step in (1, 2, 3)}
+    saved = audit_saved(folders, str(tmp_path / "straight" / "base"), probes, config, tmp_path / "again")
+    for one, other in zip(saved, straight[1:], strict=True):
+        assert one.patching.attribution.patched_pairs == other.patching.attribution.patched_pairs
