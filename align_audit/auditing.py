@@ -20,6 +20,7 @@ from torch import nn
 
 from align_audit.batches import PairBatch
 from align_audit.conductor.assemble import Assembler
+from align_audit.conductor.choice import more_pairs
 from align_audit.conductor.collect import Collected, Collector
 from align_audit.conductor.lowrank import Fit, LowRankFindings, Reconstruction
 from align_audit.conductor.second import Look, MoreNoise, second_pass
@@ -58,7 +59,7 @@ class Context:
         autocast: makes the context the trainer computes in.
         at_start: training has not begun, so policy and reference should compute the same.
         subspaces: of the audit before, for principal angles; replaced by each audit.
-        attribution: of the audit before, by which pairs are chosen (``exact_pairs`` "auto"); replaced by each audit.
+        attribution: of the audit before, by which ``exact_pairs`` "auto" begins; replaced by each audit.
         reference_cache: depth traces of references already measured, by what they depend on.
         probe_name: what the run calls the probe set; None where it has only one, without a name.
         models: opened already, for several probe sets in turn; None: each audit opens them for itself.
@@ -277,6 +278,7 @@ def _measure(
         tick()
 
     session.each_batch(update)
+    _patch_more_pairs(session, collector)
     collector.trace()
     if kept is not None:
         kept.forget_the_rest()
@@ -360,6 +362,23 @@ def _kept_streams(
     return ReferenceStreams(
         directory, probes.content_hash, weights, json.dumps(computed), session.device, read=not context.at_start
     )
+
+
+def _patch_more_pairs(session: Session, collector: Collector) -> None:
+    """With ``exact_pairs`` "auto": where attribution explains too little, more pairs, at the layers that need them."""
+    config, found = session.config, collector.found
+    if not config.patching.enabled or config.patching.exact_pairs != "auto":
+        return
+    estimates, _ = Assembler(found, config).corrected_effects()
+    choice = more_pairs(session.choice, found.per_pair["effect"][:, 1:], estimates, config.patching.equivalent_pairs)
+    session.take_choice(choice)
+    wanting = [
+        place
+        for place, layers in enumerate(choice.layers_of())
+        if np.isnan(found.per_pair["effect"][place, [layer + 1 for layer in layers if layer >= 0]]).any()
+    ]
+    if wanting:
+        session.each_batch(collector.patch_missing, wanting)
 
 
 def _low_rank(

@@ -43,8 +43,8 @@ class PatchingConfig(_Part):
     """None: every pair is patched. Else this many, drawn by hash; the others' effects are estimated by attribution, which
     the patched ones correct, with the margin shift beside it (control variates): unbiased, wider or narrower as these
     correlate, which the record says. Whatever else is patched is then measured on the patched pairs only.
-    "auto": at each layer as many as ``equivalent_pairs`` takes, by how well the others' effects were estimated in the audit
-    before; ``control_pairs`` at least, on which everything else is then measured. It saves something where there are more
+    "auto": ``control_pairs`` at every layer, on which everything else is then measured; and at each layer as many more as
+    ``equivalent_pairs`` takes, by how well the others' effects are estimated there. It saves something where there are more
     probe pairs (``max_pairs``) than that, 160 say."""
     equivalent_pairs: int = Field(64, ge=8)
     """With ``exact_pairs`` "auto": effects get intervals as wide as if so many pairs were patched and nothing estimated."""

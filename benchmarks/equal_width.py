@@ -3,11 +3,11 @@
     python benchmarks/equal_width.py --json equal_width.json          # both models: about ten minutes on one core
     python benchmarks/equal_width.py --points 0                       # attribution to first order only
     python benchmarks/equal_width.py --steps 20 --pairs 100 --settings 160:10
-    python benchmarks/equal_width.py --settings 96:auto 192:auto      # as many at each layer as the audit before says
+    python benchmarks/equal_width.py --settings 96:auto 192:auto      # as many at each layer as it takes
 
 The policies of ``trained.py``, early and late, are audited on held-out and training pairs with the layer sweep alone
 switched on: once with ``--pairs`` pairs all patched, and then with more pairs attributed and fewer patched
-(``patching.exact_pairs``; "auto" goes by the step before, from 10 pairs up). Per step and setting: the (multiple)
+(``patching.exact_pairs``; "auto": as many as it takes, from 12 pairs up, 10 with one point). Per step and setting: the (multiple)
 correlation of attribution and margin shift with the exact effect (least over layers), the widest interval as a share of the
 exact one's, the largest difference of the means in standard errors of the exact one, and the CPU time of both.
 """

@@ -5,13 +5,12 @@
 
 The engine's job (``engine/job.py``: a random Llama of width 512, real HH pairs where the data is present), its policy trained
 by ``--steps`` steps of DPO on pairs that are not probed. 64 pairs are patched at every layer, by align_audit and by the other
-ways (``--contenders``; on ``--peer-pairs`` of them, which is scaled: they take as long for every pair). Then ``--settings``
-PAIRS:PATCHED are audited by attribution to first order (``patching.exact_pairs``, ``keep_reference``): once to fill the
-cache, and again, with the next checkpoint, for the figures: widest interval of a layer as a share of the 64 pairs', least
-correlation, CPU seconds, and how many times faster that is than each other way. PATCHED "auto" lets the audit before choose,
-layer by layer, from 10 pairs up; the first audit then patches as many as the interval would need without attribution. The
-files are read right after they were written, so from memory where there is enough: CPU seconds do not count what a disk
-takes.
+ways (``--contenders``; on ``--peer-pairs`` of them, which is scaled by the matrix products of their padded batches). Then
+``--settings`` PAIRS:PATCHED are audited by attribution to first order (``patching.exact_pairs``, ``keep_reference``): once to
+fill the cache, and again, with the next checkpoint, for the figures: widest interval of a layer as a share of the 64 pairs',
+least correlation, CPU seconds, and how many times faster that is than each other way. PATCHED "auto" lets the
+audit choose, layer by layer, from 10 pairs up. The files are read right after they were written, so from memory where there is enough: CPU seconds do not count
+what a disk takes.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from engine.contenders.ours import ONLY_THE_SWEEP, probe_set
+from engine.flops import Shape, hooks_sweep
 from engine.job import Job, JobSpec, make_job, split_halves
 from engine.main import Bench, machine
 
@@ -141,9 +141,8 @@ def main() -> None:
                 replace(spec, pairs=len(pairs)), job.reference, job.policy, pairs, split_halves(len(pairs), 0), ""
             )
             small.save(Path(place))
-            share = sum(len(side) for pair in job.pairs[:EXACT] for side in pair.sides) / sum(
-                len(side) for pair in pairs for side in pair.sides
-            )
+            shape = Shape.of(spec)
+            share = hooks_sweep(shape, job.pairs[:EXACT]).total / hooks_sweep(shape, pairs).total
             for (name, _), timing in bench.measure(
                 Path(place), [(name, "layers") for name in options.contenders], 1
             ).items():

@@ -17,10 +17,10 @@ from rich.console import Console
 from align_audit import AlignmentAuditCallback, AuditRun, ProbeSet
 from align_audit.auditing import Context, run_audit
 from align_audit.batches import make_batch
-from align_audit.conductor.choice import PairChoice, choose_pairs
+from align_audit.conductor.choice import PairChoice, choose_pairs, more_pairs
 from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError
-from align_audit.measures.control_variate import subset_order
+from align_audit.measures.control_variate import control_variate_means, exact_pairs_needed_safely, subset_order
 from align_audit.models.reference import resolve_reference
 from align_audit.record import Attribution, AuditRecord, Estimate
 from align_audit.saved import audit_saved
@@ -250,31 +250,52 @@ def choice(before: Attribution | None, pairs: int = 100, **patching: Any) -> Pai
     return choose_pairs(range(pairs), 3, AuditConfig.from_dict({"patching": options}), before)
 
 
-def test_pairs_are_chosen_by_the_audit_before() -> None:
+def test_where_it_begins_is_chosen_by_the_audit_before() -> None:
     """12 control pairs, then steps of 8: 12, 20, 28, …; what enters layer 0 is patched on the control pairs alone."""
-    assert choice(None).by_layer.tolist() == [12, 68, 68, 68]  # 64 are wanted
-    assert choice(None, equivalent_pairs=30).by_layer.tolist() == [12, 36, 36, 36]
+    assert choice(None).by_layer.tolist() == [12, 12, 12, 12]
     found = choice(record_before([0.6, 0.97, 0.9999], [68, 68, 68], 100))
     # R² = 1 − 0.64·67/65 = 0.340, its lower bound 0.22: 59 pairs. 0.9391 → 0.915: 13. The last needs none.
     assert found.by_layer.tolist() == [12, 60, 20, 12]
     assert found.control_pairs.tolist() == found.everywhere.tolist() == sorted(subset_order(range(100))[:12].tolist())
     # The same correlation on fewer pairs is less certain: 0.9277, at least 0.82 of the variance.
     assert choice(record_before([0.97] * 3, [12, 12, 68], 100)).by_layer.tolist() == [12, 28, 28, 20]
-    # Nothing to explain, and fitted slopes that explain what they must.
-    assert choice(record_before([math.nan, 0.3, 0.3], [68, 12, 12], 100)).by_layer.tolist() == [12, 68, 68, 68]
+    # Nothing was there to explain; and fitted slopes explain some of anything.
+    assert choice(record_before([math.nan, 0.3, 0.3], [68, 12, 12], 100)).by_layer.tolist() == [12, 12, 68, 68]
     # A set no larger than what is wanted is patched whole.
     assert choice(record_before([0.9, 0.9, 1.0], [40] * 3, 40), pairs=40).by_layer.tolist() == [12, 40, 40, 40]
     assert choice(None, pairs=9).by_layer.tolist() == [9, 9, 9, 9]
 
 
+def test_more_pairs_are_those_that_the_intervals_lack() -> None:
+    """Effects of which attribution explains nothing, 94 % and all; and effects that do not vary at all."""
+    generator = np.random.default_rng(0)
+    proxy = generator.normal(size=(100, 4))
+    effects = proxy + generator.normal(size=(100, 4)) * [100.0, 0.25, 1e-6, 0.0]
+    effects[:, 3] = 2.0
+    begun = choose_pairs(range(100), 4, AuditConfig.from_dict({"patching": {"exact_pairs": "auto"}}))
+    assert begun.by_layer.tolist() == [24] * 5
+    measured = np.full_like(effects, np.nan)
+    measured[begun.order[:24]] = effects[begun.order[:24]]
+    estimates = control_variate_means(measured, proxy)
+    more = more_pairs(begun, measured, estimates, 64)
+    expected = exact_pairs_needed_safely(math.sqrt(estimates[1].explained), 24, 100, 64)
+    assert more.by_layer.tolist() == [24, 64, 24 + -(-max(expected - 24, 0) // 8) * 8, 24, 24]
+    assert more.roles().tolist() == begun.roles().tolist()
+    # A proxy that cannot be used is none.
+    broken = control_variate_means(measured, np.full_like(proxy, np.inf))
+    assert more_pairs(begun, measured, broken, 64).by_layer.tolist() == [24, 64, 64, 64, 24]
+    assert more_pairs(more, measured, estimates, 8).by_layer.tolist() == more.by_layer.tolist(), "never fewer"
+
+
 def test_a_pair_keeps_its_role_whatever_is_chosen() -> None:
     """What is kept of the reference is kept by batch: which pairs go together may not depend on how many are patched."""
-    few, many = choice(record_before([0.99] * 3, [68] * 3, 100)), choice(None)
+    few, many = choice(None), choice(None).raised([61, 68, 61])
     assert few.roles().tolist() == many.roles().tolist()
     assert sorted(np.unique(few.roles(), return_counts=True)[1].tolist()) == [8] * 11 + [12]
     for place, layers in enumerate(many.layers_of()):
         rank = many.order.tolist().index(place)
         assert layers == ([-1, 0, 1, 2] if rank < 12 else [0, 1, 2] if rank < 68 else [])
+    assert few.layers_of()[few.order[12]] == []
 
 
 def test_too_few_pairs_to_save_any_are_pointed_out(models: tuple[Any, Any]) -> None:
@@ -302,12 +323,14 @@ def test_an_audit_patches_each_layer_on_as_many_pairs_as_its_interval_needs() ->
         return run_audit(policy, resolved, probes, config, 0, context)
 
     context = Context()
-    first, _ = audited(context, exact_pairs="auto", equivalent_pairs=40)
-    assert first.patching.attribution.patched_pairs == [42, 42, 42, 42]
     second, arrays = audited(context, exact_pairs="auto", equivalent_pairs=40)
     found = second.patching.attribution
     assert found.exact_pairs == found.patched_pairs[3] == 10 < found.patched_pairs[0]
-    assert second.cost.forward_equivalents < first.cost.forward_equivalents
+    # The next audit begins with what this one needed, and finds the same.
+    third, again = audited(context, exact_pairs="auto", equivalent_pairs=40)
+    assert third.cost.forward_equivalents < second.cost.forward_equivalents
+    both = np.isfinite(arrays["per_pair.effect"]) & np.isfinite(again["per_pair.effect"])
+    np.testing.assert_allclose(arrays["per_pair.effect"][both], again["per_pair.effect"][both], rtol=1e-6, atol=1e-6)
     whole, every = audited(Context())
     effects = arrays["per_pair.effect"]
     for layer, count in enumerate(found.patched_pairs):
@@ -341,7 +364,8 @@ def test_a_training_chooses_by_its_last_audit_and_a_resumed_one_does_too(tmp_pat
 
     def trained(where: str, steps: int, resume: bool = False) -> list[AuditRecord]:
         callback = AlignmentAuditCallback(ROWS, config=config)
-        built = build(tmp_path / where / "run", "ref_model made", [callback], max_steps=steps, save_steps=1)
+        options = {"max_steps": steps, "save_steps": 1, "lr_scheduler_type": "constant"}
+        built = build(tmp_path / where / "run", "ref_model made", [callback], **options)
         callback.attach(built.trainer)
         built.trainer.train(resume_from_checkpoint=resume or None)
         return AuditRun.load(tmp_path / where / "run").records
@@ -353,11 +377,10 @@ def test_a_training_chooses_by_its_last_audit_and_a_resumed_one_does_too(tmp_pat
     assert straight[3].patching.model_dump_json() == resumed[3].patching.model_dump_json()
     pairs = [pair.index for pair in ProbeSet.from_dataset(ROWS, make_tokenizer(), max_pairs=24).pairs]
     for before, record in itertools.pairwise(straight):
-        expected = choose_pairs(pairs, 3, config, before.patching.attribution)
-        assert record.patching.attribution.patched_pairs == expected.by_layer[1:].tolist()
-    # Before training there is nothing to explain, so the next audit patches what it would without attribution.
-    assert straight[0].patching.attribution.patched_pairs == straight[1].patching.attribution.patched_pairs == [18] * 3
-    assert min(straight[3].patching.attribution.patched_pairs) < 18
+        begun = choose_pairs(pairs, 3, config, before.patching.attribution).by_layer[1:]
+        assert (np.array(record.patching.attribution.patched_pairs) >= begun).all()
+    # Before training there is nothing to explain, and nothing that would vary.
+    assert straight[0].patching.attribution.patched_pairs == [10] * 3
     probes = tmp_path / "probes.jsonl"
     probes.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     folders = {tmp_path / "straight" / "run" / f"checkpoint-{step}": step for step in (1, 2, 3)}

@@ -13,7 +13,7 @@ from align_audit.conductor.collect import Collected
 from align_audit.conductor.lowrank import LowRankFindings
 from align_audit.config import AuditConfig
 from align_audit.measures import spinal as spinal_measures
-from align_audit.measures.control_variate import beside_attribution, control_variate_means
+from align_audit.measures.control_variate import ControlVariate, beside_attribution, control_variate_means
 from align_audit.measures.layer_set import layer_set
 from align_audit.measures.localization import center_of_mass, lasso_localization, normalized_entropy
 from align_audit.measures.patching import Options, PatchSummary, gain_of, summarize_patching
@@ -132,10 +132,8 @@ class Assembler:
             )
         effect, attribution = summary.effect, None
         if "attribution" in pair:
-            options = (self.resamples, self.confidence, self.seed)
-            attributed, effects = pair["attribution"][:, 1:], pair["effect"][:, 1:]
-            alone = control_variate_means(effects, attributed, *options)
-            combined = control_variate_means(effects, beside_attribution(attributed, self.shift, len(exact)), *options)
+            attributed = pair["attribution"][:, 1:]
+            combined, alone = self.corrected_effects()
             effect = [one.interval for one in combined]
             attribution = Attribution(
                 exact_pairs=len(exact),
@@ -176,6 +174,13 @@ class Assembler:
             standing_out=standing,
         )
         return part, summary
+
+    def corrected_effects(self) -> tuple[list[ControlVariate], list[ControlVariate]]:
+        """Mean effect of each layer, corrected by attribution and margin shift; and by attribution alone."""
+        pair, options = self.found.per_pair, (self.resamples, self.confidence, self.seed)
+        attributed, effects = pair["attribution"][:, 1:], pair["effect"][:, 1:]
+        beside = beside_attribution(attributed, self.shift, len(self.found.exact_pairs))
+        return control_variate_means(effects, beside, *options), control_variate_means(effects, attributed, *options)
 
     def _standing_out(self, effects: np.ndarray, transplants: np.ndarray) -> LayerSet | None:
         if not self.config.patching.transplants:

@@ -1,15 +1,20 @@
-"""Which pairs are patched, and at which layers: all of them, a number that was asked for, or as many as an interval needs."""
+"""Which pairs are patched, and at which layers: all, a number that was asked for, or as many as an interval needs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from align_audit.measures.control_variate import MINIMUM_EXACT, exact_pairs_needed_safely, subset_order
+from align_audit.measures.control_variate import (
+    MINIMUM_EXACT,
+    ControlVariate,
+    exact_pairs_needed_safely,
+    subset_order,
+)
 
 if TYPE_CHECKING:
     from align_audit.config import AuditConfig
@@ -46,6 +51,11 @@ class PairChoice:
         """Places of the pairs that controls are measured on, ascending."""
         return np.sort(self.order[: self.controls])
 
+    def raised(self, needed: Sequence[int]) -> PairChoice:
+        """With ``needed`` pairs or more at each of L layers, up to the next step; nowhere fewer than now."""
+        counts = [next(step for step in self.steps if step >= count) for count in needed]
+        return replace(self, by_layer=np.maximum(self.by_layer, [0, *counts]))
+
     def roles(self) -> np.ndarray:
         """[N] of each place: pairs of one role are treated alike. 0 is that of the control pairs."""
         found = np.empty(len(self.order), dtype=int)
@@ -63,12 +73,10 @@ class PairChoice:
 def choose_pairs(
     identities: Sequence[int], layers: int, config: AuditConfig, before: Attribution | None = None
 ) -> PairChoice:
-    """``patching.exact_pairs``, for these pairs.
+    """``patching.exact_pairs``, for these pairs; with "auto" where to begin: see :func:`more_pairs`.
 
-    With "auto", a layer patches as many pairs as give, corrected by the others' attribution, the interval of
-    ``patching.equivalent_pairs`` plain ones: from how well attribution explained the patched effects at that layer in the
-    audit before, at the lower 90 % bound of that. Never fewer than ``control_pairs``, or than slopes need. Where there is no
-    audit before, or attribution had nothing to explain, ``equivalent_pairs`` are patched.
+    That is ``control_pairs``, or what slopes need if that is more; and at a layer for which the audit before says that more
+    will be needed, so many at once.
 
     Args:
         identities: of the N pairs, such as their index in the data set.
@@ -81,20 +89,54 @@ def choose_pairs(
         exact = min(patching.exact_pairs or pairs, pairs)
         return PairChoice(order, np.full(layers + 1, exact), min(exact, patching.control_pairs), (exact,))
     least = min(pairs, max(patching.control_pairs, MINIMUM_EXACT + 2 * len(patching.attribution_points)))
-    steps = (*range(least, pairs, _STEP), pairs)
-    needed = [_needed(layer, pairs, patching.equivalent_pairs, before) for layer in range(layers)]
-    chosen = [next(step for step in steps if step >= count) for count in needed]
     # What enters layer 0 has no curve of its own, only a gain, which is of the pairs patched everywhere.
-    return PairChoice(order, np.array([least, *chosen]), min(least, patching.control_pairs), steps)
+    choice = PairChoice(
+        order,
+        np.full(layers + 1, least),
+        min(least, patching.control_pairs),
+        (*range(least, pairs, _STEP), pairs),
+    )
+    if before is None or len(before.joint_correlation) != layers:
+        return choice
+    patched = before.patched_pairs or [before.exact_pairs] * layers  # not in older records
+    needed = []
+    for correlation, pilot in zip(before.joint_correlation, patched, strict=True):
+        slopes = len(before.points) + 1
+        if math.isnan(correlation) or pilot <= slopes + 1:
+            needed.append(0)
+            continue
+        # Fitted slopes explain some of anything.
+        explained = 1 - (1 - correlation**2) * (pilot - 1) / (pilot - 1 - slopes)
+        needed.append(_needed(explained, pilot, pairs, patching.equivalent_pairs))
+    return choice.raised(needed)
 
 
-def _needed(layer: int, pairs: int, equivalent: int, before: Attribution | None) -> int:
-    if before is None or layer >= len(before.joint_correlation):
-        return min(pairs, equivalent)
-    pilot = before.patched_pairs[layer] if before.patched_pairs else before.exact_pairs  # not in older records
-    correlation, slopes = before.joint_correlation[layer], len(before.points) + 1
-    if math.isnan(correlation) or pilot <= slopes + 1:
-        return min(pairs, equivalent)
-    # Fitted slopes explain some of anything.
-    explained = 1 - (1 - correlation**2) * (pilot - 1) / (pilot - 1 - slopes)
-    return exact_pairs_needed_safely(math.sqrt(max(explained, 0.0)), pilot, pairs, equivalent)
+def more_pairs(
+    choice: PairChoice, effects: np.ndarray, estimates: Sequence[ControlVariate], equivalent: int
+) -> PairChoice:
+    """As many pairs as give each layer's effect the interval of ``equivalent`` plain ones, going by those patched so far.
+
+    A layer needs n = (1 − R²) / (1/equivalent − R²/N) pairs, R² the share of the effects' variance that attribution and
+    shift explain over the pairs patched so far, at the lower 90 % bound of that. That the same pairs say how many are
+    needed, and count among them, biases the estimate by a tenth of a standard error at most
+    (``benchmarks/control_variate.py``).
+
+    Args:
+        effects: [N, L], NaN where not patched.
+        estimates: of each layer's mean effect.
+    """
+    pairs = len(effects)
+    needed = []
+    for column, estimate in zip(effects.T, estimates, strict=True):
+        measured = column[~np.isnan(column)]
+        if not len(measured) or (measured == measured[0]).all():
+            needed.append(0)  # nothing varies: the interval has no width
+        elif estimate.reason is not None:
+            needed.append(min(pairs, equivalent))
+        else:
+            needed.append(_needed(estimate.explained, estimate.exact_pairs, pairs, equivalent))
+    return choice.raised(needed)
+
+
+def _needed(explained: float, pilot: int, pairs: int, equivalent: int) -> int:
+    return exact_pairs_needed_safely(math.sqrt(min(max(explained, 0.0), 1.0)), pilot, pairs, equivalent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,7 +122,7 @@ class Collector:
             if self.session.is_exact(batch):
                 self._patch(batch, policy, reference, ours, theirs)
             else:
-                self._patch_more(batch, policy, reference, theirs)
+                self._patch_effects(batch, self.session.layers_of(batch), policy, reference, theirs)
         if self.config.spinal.enabled:
             self._spinal(batch, policy, reference)
 
@@ -266,11 +266,11 @@ class Collector:
                 done += len(rows)
                 continue
             except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error) or size == 1:
+                if not out_of_memory(error) or len(rows) == 1:
                     raise
             # Out of the handler, so that the failed call's tensors are free.
             self.session.free_memory()
-            size //= 2
+            size = len(rows) // 2
         return walks.freeze().numpy() if total else np.empty((0, layers - 1))
 
     def _sampled(self, logits: torch.Tensor) -> torch.Tensor:
@@ -400,16 +400,32 @@ class Collector:
                 index = batch.pair_index.cpu().numpy()
                 self.found.per_pair["transplant"][index, 0] = self.found.per_pair["effect"][index, 0]
 
-    def _patch_more(
-        self, batch: PairBatch, policy: Recording, reference: Recording, reference_margin: torch.Tensor
+    def patch_missing(self, batch: PairBatch) -> None:
+        """Effects at the layers that the batch is to be patched at by now, and was not when it was measured."""
+        known = ~np.isnan(self.found.per_pair["effect"][int(batch.pair_index[0])])
+        layers = [layer for layer in self.session.layers_of(batch) if not known[layer + 1]]
+        if not layers:
+            return
+        policy = self.session.record_policy(batch, until=max(layers))
+        with self.session.as_reference() as replay:
+            reference = replay.record(batch.model_inputs())
+            base = self.session.margins(replay, reference.after(self.session.num_layers - 1), batch)
+        self._patch_effects(batch, layers, policy, reference, base)
+
+    def _patch_effects(
+        self,
+        batch: PairBatch,
+        layers: Sequence[int],
+        policy: Recording,
+        reference: Recording,
+        reference_margin: torch.Tensor,
     ) -> None:
         """The effect alone, at those layers whose intervals need more pairs than others do."""
         mask = batch.position_mask(self.config.patching.positions)
-        begin = -1 if self.config.patching.embedding else 0
         streams = [
             Stream(("effect", layer), layer, patch_with(reference, policy, mask, layer))
-            for layer in self.session.layers_of(batch)
-            if layer >= begin
+            for layer in layers
+            if layer >= 0 or self.config.patching.embedding
         ]
         if streams:
             with self.session.as_reference() as replay:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from align_audit.batches import PairBatch, make_batch, pair_tokens, plan_batches
-from align_audit.conductor.choice import choose_pairs
+from align_audit.conductor.choice import PairChoice, choose_pairs
 from align_audit.conductor.sharing import why_not_shared
 from align_audit.errors import AuditMemoryError, ConfigurationError
 from align_audit.measures.margin import preference_margin, sum_by_pair, token_logp
@@ -126,16 +126,21 @@ class Session:
         """Everything that depends on the pairs."""
         check_vocabulary(pairs, self.policy.anatomy.vocab_size)
         self.pairs = pairs
-        self.choice = choose_pairs([pair.index for pair in pairs], self.num_layers, self.config, before)
+        self.take_choice(choose_pairs([pair.index for pair in pairs], self.num_layers, self.config, before))
         self.exact_pairs = self.choice.everywhere
-        """Places of the pairs that are patched at every layer; the others at some, or only attributed."""
+        """Places of the pairs that everything is patched on; of the others effects at some layers, or attributions only."""
         self.control_pairs = self.choice.control_pairs
         """Places of the pairs that controls are measured on, some of those that are patched."""
         self._exact, self._controls = frozenset(self.exact_pairs.tolist()), frozenset(self.control_pairs.tolist())
-        self._roles, self._layers_of = self.choice.roles(), self.choice.layers_of()
+        self._roles = self.choice.roles()
         self.layout_reason = self._why_not_shared(truncation_mode)
         """Why each completion has its own copy of the prompt; None where the prompt is computed once."""
         self.plan = self._plan(range(len(pairs)))
+
+    def take_choice(self, choice: PairChoice) -> None:
+        """Which layers each pair is patched at, from now on; roles, and so batches, stay what they are."""
+        self.choice = choice
+        self._layers_of = choice.layers_of()
 
     @contextlib.contextmanager
     def as_policy(self) -> Iterator[Replay]:
@@ -184,7 +189,7 @@ class Session:
         return reason
 
     def is_exact(self, batch: PairBatch) -> bool:
-        """Whether this batch's pairs are patched at every layer: all of them, or none."""
+        """Whether everything is patched on this batch's pairs: on all of them, or on none."""
         return int(batch.pair_index[0]) in self._exact
 
     def layers_of(self, batch: PairBatch) -> list[int]:
