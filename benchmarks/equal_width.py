@@ -7,9 +7,9 @@
 
 The policies of ``trained.py``, early and late, are audited on held-out and training pairs with the layer sweep alone
 switched on: once with ``--pairs`` pairs all patched, and then with more pairs attributed and fewer patched
-(``patching.exact_pairs``; "auto": as many as it takes, from 12 pairs up, 10 with one point). Per step and setting: the (multiple)
-correlation of attribution and margin shift with the exact effect (least over layers), the widest interval as a share of the
-exact one's, the largest difference of the means in standard errors of the exact one, and the CPU time of both.
+(``patching.exact_pairs``; "auto": as many as it takes, from 12 pairs up, 10 with one point). Per step and setting: the
+(multiple) correlation of attribution and margin shift with the exact effect (least over layers), the widest interval as a
+share of the exact one's, the largest difference of the means in standard errors of the exact one, and the CPU time of both.
 """
 
 from __future__ import annotations

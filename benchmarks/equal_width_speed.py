@@ -8,9 +8,9 @@ by ``--steps`` steps of DPO on pairs that are not probed. 64 pairs are patched a
 ways (``--contenders``; on ``--peer-pairs`` of them, which is scaled by the matrix products of their padded batches). Then
 ``--settings`` PAIRS:PATCHED are audited by attribution to first order (``patching.exact_pairs``, ``keep_reference``): once to
 fill the cache, and again, with the next checkpoint, for the figures: widest interval of a layer as a share of the 64 pairs',
-least correlation, CPU seconds, and how many times faster that is than each other way. PATCHED "auto" lets the
-audit choose, layer by layer, from 10 pairs up. The files are read right after they were written, so from memory where there is enough: CPU seconds do not count
-what a disk takes.
+least correlation, CPU seconds, and how many times faster that is than each other way. PATCHED "auto" lets the audit choose,
+layer by layer, from 10 pairs up. The files are read right after they were written, so from memory where there is enough: CPU
+seconds do not count what a disk takes.
 """
 
 from __future__ import annotations
