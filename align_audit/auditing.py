@@ -36,14 +36,14 @@ from align_audit.models.reference import Reference, load_policy, policy_fingerpr
 from align_audit.models.streaming import placed
 from align_audit.probe_names import check_names
 from align_audit.record import AuditRecord, Cost, Provenance, ReferenceCheck
-from align_audit.refcache import ReferenceCache
+from align_audit.refcache import ReferenceCache, ReferenceTrace
 from align_audit.refstreams import ReferenceStreams
 from align_audit.verdict import find
 
 if TYPE_CHECKING:
     from align_audit.measures.patching import PatchSummary
     from align_audit.probes import ProbeSet
-    from align_audit.record import Attribution, Patching
+    from align_audit.record import Attribution, Patching, Spinal
 
 _PACKAGES = ("align-audit", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "scipy")
 
@@ -251,13 +251,6 @@ def _measure(
     began: float,
 ) -> tuple[AuditRecord, dict[str, np.ndarray]]:
     config = session.config
-    if config.patching.exact_pairs == "auto" and len(probes) <= config.patching.equivalent_pairs:
-        warnings.warn(
-            f"patching.exact_pairs 'auto' saves nothing here: there are {len(probes)} probe pairs, and intervals as of "
-            f"{config.patching.equivalent_pairs} (patching.equivalent_pairs) are wanted. Expected more pairs than that "
-            "(max_pairs), which attribution makes cheap",
-            stacklevel=2,
-        )
     with session.as_reference() as replay:
         built = build_fingerprint(replay.model)
     trace_key = (
@@ -300,18 +293,7 @@ def _measure(
     if not curves and "low_rank" not in build.reasons and findings is None:
         build.reasons["low_rank"] = "switched off (low_rank.enabled, patching.enabled)"
     controls = build.controls(summary, findings, localization)
-    spinal = None
-    if config.spinal.enabled:
-        epsilon = torch.finfo(session.policy.compute_dtype).eps
-        ours, why = build.trace(found.policy_rows, found.policy_transport, epsilon)
-        if known is None:
-            measured = build.trace(found.reference_rows, found.reference_transport, epsilon)
-            known = context.reference_cache.put(trace_key, *measured)
-        build.reasons.update({f"spinal.policy.{path}": reason for path, reason in why.items()})
-        build.reasons.update({f"spinal.reference.{path}": reason for path, reason in known.reasons.items()})
-        spinal = build.spinal(ours, known.trace)
-    else:
-        build.reasons["spinal"] = "switched off (spinal.enabled)"
+    spinal = _spinal(session, build, context.reference_cache, trace_key, known)
     session.meter.sample()
     record = AuditRecord(
         step=step,
@@ -334,8 +316,24 @@ def _measure(
     record = record.model_copy(update={"finding": find(record)})
     if findings is not None:
         context.subspaces = dict(findings.bases)
-    context.attribution = attribution_of(record)
+    context.attribution = record.attribution
     return record, _arrays(found, findings, finer)
+
+
+def _spinal(
+    session: Session, build: Assembler, cache: ReferenceCache, key: tuple[str, ...], known: ReferenceTrace | None
+) -> Spinal | None:
+    """METHODS §5; the reference's depth trace is ``known``, or kept in ``cache`` from now on. None where it is off."""
+    if not session.config.spinal.enabled:
+        build.reasons["spinal"] = "switched off (spinal.enabled)"
+        return None
+    epsilon, found = torch.finfo(session.policy.compute_dtype).eps, build.found
+    ours, why = build.trace(found.policy_rows, found.policy_transport, epsilon)
+    if known is None:
+        known = cache.put(key, *build.trace(found.reference_rows, found.reference_transport, epsilon))
+    build.reasons.update({f"spinal.policy.{path}": reason for path, reason in why.items()})
+    build.reasons.update({f"spinal.reference.{path}": reason for path, reason in known.reasons.items()})
+    return build.spinal(ours, known.trace)
 
 
 def _kept_streams(
@@ -369,6 +367,13 @@ def _patch_more_pairs(session: Session, collector: Collector) -> None:
     config, found = session.config, collector.found
     if not config.patching.enabled or config.patching.exact_pairs != "auto":
         return
+    if len(session.pairs) <= config.patching.equivalent_pairs:
+        warnings.warn(
+            f"patching.exact_pairs 'auto' saves nothing here: there are {len(session.pairs)} probe pairs, and intervals as of "
+            f"{config.patching.equivalent_pairs} (patching.equivalent_pairs) are wanted. Expected more pairs than that "
+            "(max_pairs), which attribution makes cheap",
+            stacklevel=2,
+        )
     estimates, _ = Assembler(found, config).corrected_effects()
     choice = more_pairs(session.choice, found.per_pair["effect"][:, 1:], estimates, config.patching.equivalent_pairs)
     session.take_choice(choice)
@@ -519,11 +524,6 @@ def _arrays(found: Collected, findings: LowRankFindings | None, sites: list[Site
         for (_, layer), values in findings.random.items():
             arrays[f"per_pair.low_rank.random.{layer}"] = values.mean(axis=-1)
     return arrays
-
-
-def attribution_of(record: AuditRecord) -> Attribution | None:
-    """What a record says of attribution, as a later audit chooses its pairs by."""
-    return record.patching.attribution if record.patching is not None else None
 
 
 def subspaces_from(arrays: dict[str, np.ndarray]) -> Subspaces:

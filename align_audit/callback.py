@@ -24,7 +24,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align_audit.alerts import evaluate
-from align_audit.auditing import Context, OpenModels, Subspaces, attribution_of, run_audit, subspaces_from
+from align_audit.auditing import Context, OpenModels, Subspaces, run_audit, subspaces_from
 from align_audit.conductor.session import Session, check_vocabulary
 from align_audit.conductor.sites import SiteCollector
 from align_audit.config import AuditConfig
@@ -102,7 +102,7 @@ class AlignmentAuditCallback(TrainerCallback):
         """The probe sets by name; a single one without a name is called None."""
         self._subspaces: dict[str | None, Subspaces] = {}
         self._attribution: dict[str | None, Attribution | None] = {}
-        """Of each probe set's audit before."""
+        """Both of each probe set's audit before."""
         self._reference: Reference | None = None
         self._log: RunLog | None = None
         self._writer: TensorBoardWriter | None = None
@@ -282,7 +282,7 @@ class AlignmentAuditCallback(TrainerCallback):
                 if record.step <= state.global_step and record.provenance.probe_name == name
             ]
             if reached:
-                self._attribution[name] = attribution_of(reached[-1])
+                self._attribution[name] = reached[-1].attribution
                 with contextlib.suppress(AlignAuditError):
                     arrays = self._log.load_arrays(reached[-1].step, arrays_name(name))
                     self._subspaces[name] = subspaces_from(arrays)

@@ -363,6 +363,11 @@ class AuditRecord(Stored):
     """Why a NaN or None elsewhere in the record is one: dotted path → reason."""
 
     @property
+    def attribution(self) -> Attribution | None:
+        """Where only some pairs were patched."""
+        return self.patching.attribution if self.patching is not None else None
+
+    @property
     def key(self) -> tuple[int, str, str, str | None]:
         """What makes two audits the same: step, policy weights, reference weights, name of the probe set."""
         there = self.provenance

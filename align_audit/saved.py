@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from align_audit.alerts import evaluate
-from align_audit.auditing import Context, OpenModels, attribution_of, run_audit, subspaces_from
+from align_audit.auditing import Context, OpenModels, run_audit, subspaces_from
 from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError, RecordError, ReferenceUnavailableError
 from align_audit.models.anatomy import is_peft
@@ -147,7 +147,7 @@ def _audited(
     before = [earlier for earlier in log.records if earlier.step < step and earlier.provenance.probe_name == name]
     context.subspaces, context.attribution = {}, None
     if before:
-        context.attribution = attribution_of(before[-1])
+        context.attribution = before[-1].attribution
         with contextlib.suppress(RecordError):
             context.subspaces = subspaces_from(log.load_arrays(before[-1].step, arrays_name(name)))
     record, arrays = run_audit(policy, reference, pairs, config, step, context)

@@ -323,12 +323,12 @@ def test_an_audit_patches_each_layer_on_as_many_pairs_as_its_interval_needs() ->
         return run_audit(policy, resolved, probes, config, 0, context)
 
     context = Context()
-    second, arrays = audited(context, exact_pairs="auto", equivalent_pairs=40)
-    found = second.patching.attribution
+    first, arrays = audited(context, exact_pairs="auto", equivalent_pairs=40)
+    found = first.patching.attribution
     assert found.exact_pairs == found.patched_pairs[3] == 10 < found.patched_pairs[0]
     # The next audit begins with what this one needed, and finds the same.
-    third, again = audited(context, exact_pairs="auto", equivalent_pairs=40)
-    assert third.cost.forward_equivalents < second.cost.forward_equivalents
+    second, again = audited(context, exact_pairs="auto", equivalent_pairs=40)
+    assert second.cost.forward_equivalents < first.cost.forward_equivalents
     both = np.isfinite(arrays["per_pair.effect"]) & np.isfinite(again["per_pair.effect"])
     np.testing.assert_allclose(arrays["per_pair.effect"][both], again["per_pair.effect"][both], rtol=1e-6, atol=1e-6)
     whole, every = audited(Context())
@@ -339,7 +339,7 @@ def test_an_audit_patches_each_layer_on_as_many_pairs_as_its_interval_needs() ->
         np.testing.assert_allclose(
             effects[patched, layer + 1], every["per_pair.effect"][patched, layer + 1], rtol=1e-6, atol=1e-6
         )
-        ours, theirs = second.patching.effect[layer], whole.patching.effect[layer]
+        ours, theirs = first.patching.effect[layer], whole.patching.effect[layer]
         assert ours.low < theirs.mean < ours.high
         # As wide as 40 of 60 pairs' would be, or narrower; both widths are estimates.
         assert ours.high - ours.low < 1.3 * (theirs.high - theirs.low) * math.sqrt(60 / 40)
@@ -349,9 +349,9 @@ def test_an_audit_patches_each_layer_on_as_many_pairs_as_its_interval_needs() ->
         values = arrays[f"per_pair.{name}"]
         assert np.isfinite(values[everywhere]).all() and np.isnan(values[~everywhere]).all(), name
     console = Console(file=io.StringIO(), width=100)
-    console.print(summary_table(second))
+    console.print(summary_table(first))
     assert f"(10 to {max(found.patched_pairs)} patched)" in console.file.getvalue()
-    assert scalars(second)["align_audit/patching/attribution/patched_pairs/layer_00"] == found.patched_pairs[0]
+    assert scalars(first)["align_audit/patching/attribution/patched_pairs/layer_00"] == found.patched_pairs[0]
 
 
 def test_a_training_chooses_by_its_last_audit_and_a_resumed_one_does_too(tmp_path: Path) -> None:
@@ -375,6 +375,8 @@ def test_a_training_chooses_by_its_last_audit_and_a_resumed_one_does_too(tmp_pat
     resumed = trained("interrupted", 3, resume=True)
     assert [record.step for record in straight] == [record.step for record in resumed] == [0, 1, 2, 3]
     assert straight[3].patching.model_dump_json() == resumed[3].patching.model_dump_json()
+    # Pairs patched only after a first look are recorded twice: the same work, so both began alike.
+    assert straight[3].cost.forward_equivalents == resumed[3].cost.forward_equivalents
     pairs = [pair.index for pair in ProbeSet.from_dataset(ROWS, make_tokenizer(), max_pairs=24).pairs]
     for before, record in itertools.pairwise(straight):
         begun = choose_pairs(pairs, 3, config, before.patching.attribution).by_layer[1:]

@@ -25,6 +25,10 @@ _STEP = 8
 and which ones those are must not change with every audit, or what is kept of the reference would be of no use."""
 
 
+CONTROL, PATCHED = 0, 1
+"""Roles of a pair."""
+
+
 @dataclass(frozen=True)
 class PairChoice:
     """N pairs in an order drawn by hash, of which each layer patches the first so many.
@@ -57,7 +61,8 @@ class PairChoice:
         return replace(self, by_layer=np.maximum(self.by_layer, [0, *counts]))
 
     def roles(self) -> np.ndarray:
-        """[N] of each place: pairs of one role are treated alike. 0 is that of the control pairs."""
+        """[N] of each place: pairs of one role are treated alike. ``CONTROL``; ``PATCHED`` at every layer too; and above that
+        those between two steps, at some layers or none."""
         found = np.empty(len(self.order), dtype=int)
         found[self.order] = np.searchsorted((self.controls, *self.steps), np.arange(len(self.order)), side="right")
         return found

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from align_audit.batches import PairBatch, make_batch, pair_tokens, plan_batches
-from align_audit.conductor.choice import PairChoice, choose_pairs
+from align_audit.conductor.choice import CONTROL, PATCHED, PairChoice, choose_pairs
 from align_audit.conductor.sharing import why_not_shared
 from align_audit.errors import AuditMemoryError, ConfigurationError
 from align_audit.measures.margin import preference_margin, sum_by_pair, token_logp
@@ -131,7 +131,6 @@ class Session:
         """Places of the pairs that everything is patched on; of the others effects at some layers, or attributions only."""
         self.control_pairs = self.choice.control_pairs
         """Places of the pairs that controls are measured on, some of those that are patched."""
-        self._exact, self._controls = frozenset(self.exact_pairs.tolist()), frozenset(self.control_pairs.tolist())
         self._roles = self.choice.roles()
         self.layout_reason = self._why_not_shared(truncation_mode)
         """Why each completion has its own copy of the prompt; None where the prompt is computed once."""
@@ -190,7 +189,7 @@ class Session:
 
     def is_exact(self, batch: PairBatch) -> bool:
         """Whether everything is patched on this batch's pairs: on all of them, or on none."""
-        return int(batch.pair_index[0]) in self._exact
+        return bool(self._roles[int(batch.pair_index[0])] <= PATCHED)
 
     def layers_of(self, batch: PairBatch) -> list[int]:
         """The layers, −1 for what enters layer 0, that this batch's pairs are patched at."""
@@ -198,7 +197,7 @@ class Session:
 
     def is_control(self, batch: PairBatch) -> bool:
         """Whether controls are measured on this batch: on all of its pairs, or on none."""
-        return int(batch.pair_index[0]) in self._controls
+        return bool(self._roles[int(batch.pair_index[0])] == CONTROL)
 
     def batch(self, group: Sequence[int]) -> PairBatch:
         """The pairs at those places as one batch, on the models' device."""

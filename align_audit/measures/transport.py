@@ -81,7 +81,7 @@ def lens_state(logits: Tensor, dtype: torch.dtype | None = None, *, roots: Tenso
     dtype = dtype or (torch.float64 if logits.dtype == torch.float64 else torch.float32)
     with torch.no_grad():
         logits = logits.detach()
-        if roots is None or roots.shape != logits.shape or roots.dtype != dtype:
+        if roots is None:
             roots = torch.empty(logits.shape, dtype=dtype, device=logits.device)
         scratch = torch.empty_like(roots[: _rows(roots, dtype)])
         log_norm = torch.empty(len(logits), 1, dtype=torch.float64, device=logits.device)

@@ -84,9 +84,8 @@ class _AlertPanel:
 def summary_table(record: AuditRecord) -> _Summary:
     """A rich renderable: what one audit found, in some fifteen lines of 80 columns."""
     provenance = record.provenance
-    attribution = record.patching.attribution if record.patching is not None else None
     patched = ""
-    if attribution is not None:
+    if (attribution := record.attribution) is not None:
         least, most = attribution.exact_pairs, max(attribution.patched_pairs, default=attribution.exact_pairs)
         patched = f" ({least} patched)" if most == least else f" ({least} to {most} patched)"
     title = (
