@@ -355,7 +355,7 @@ def test_an_audit_patches_each_layer_on_as_many_pairs_as_its_interval_needs() ->
 
 
 def test_a_training_chooses_by_its_last_audit_and_a_resumed_one_does_too(tmp_path: Path) -> None:
-    patching = {"exact_pairs": "auto", "equivalent_pairs": 16, "control_pairs": 10, "attribution_points": (0.0,)}
+    patching = {"exact_pairs": "auto", "equivalent_pairs": 23, "control_pairs": 10, "attribution_points": (0.0,)}
     values: dict[str, Any] = {
         "max_pairs": 24, "low_rank": {"enabled": False}, "localization": {"enabled": False}, "spinal": {"enabled": False},
         "tensorboard": "off", "progress": False, "strict": True, "patching": patching,
@@ -375,12 +375,13 @@ def test_a_training_chooses_by_its_last_audit_and_a_resumed_one_does_too(tmp_pat
     resumed = trained("interrupted", 3, resume=True)
     assert [record.step for record in straight] == [record.step for record in resumed] == [0, 1, 2, 3]
     assert straight[3].patching.model_dump_json() == resumed[3].patching.model_dump_json()
-    # Pairs patched only after a first look are recorded twice: the same work, so both began alike.
+    # Pairs patched only after a first look are recorded twice: the same work, so both began alike, with more than the least.
     assert straight[3].cost.forward_equivalents == resumed[3].cost.forward_equivalents
     pairs = [pair.index for pair in ProbeSet.from_dataset(ROWS, make_tokenizer(), max_pairs=24).pairs]
     for before, record in itertools.pairwise(straight):
         begun = choose_pairs(pairs, 3, config, before.patching.attribution).by_layer[1:]
         assert (np.array(record.patching.attribution.patched_pairs) >= begun).all()
+    assert begun.max() > 10
     # Before training there is nothing to explain, and nothing that would vary.
     assert straight[0].patching.attribution.patched_pairs == [10] * 3
     probes = tmp_path / "probes.jsonl"
