@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from tests.probe_tokenizer import make_tokenizer
-from tests.tiny import tiny_model
+from tests.tiny import DEVICE, tiny_model
 
 MODES = (
     "ref_model passed", "ref_model made", "new adapter", "pretrained adapter", "precompute", "sync", "bf16", "dropout",
@@ -73,7 +73,8 @@ def build(output: Path, mode: str, callbacks: list[TrainerCallback], **options: 
     extra: dict[str, Any] = {}
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
     settings: dict[str, Any] = {
-        "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "report_to": [], "use_cpu": True,
+        "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "report_to": [],
+        "use_cpu": DEVICE.type == "cpu",
         "bf16": mode == "bf16", "save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "disable_tqdm": True,
         "precompute_ref_log_probs": mode == "precompute", "disable_dropout": mode != "dropout",
         "sync_ref_model": mode == "sync", "ref_model_sync_steps": 2, "seed": 7, "save_only_model": False,

@@ -12,7 +12,7 @@ from align_audit import AuditConfig, audit
 from align_audit.conductor.collect import Collector
 from align_audit.measures.transport import fisher_rao_distance
 from align_audit.record import AuditRecord
-from tests.tiny import perturbed, random_pairs, tiny_model
+from tests.tiny import DEVICE, perturbed, random_pairs, tiny_model
 
 PAIRS = 6
 
@@ -41,7 +41,7 @@ def plain_transport(model: Any) -> list[float]:
                 for layer in model.model.layers
             ]
             with torch.no_grad():
-                model(torch.tensor([ids]), use_cache=False)
+                model(torch.tensor([ids], device=DEVICE), use_cache=False)
                 for handle in handles:
                     handle.remove()
                 # What both completions begin with is one row: its prefix is the same.

@@ -28,7 +28,7 @@ from align_audit.writers.tensorboard import not_known, scalars
 from align_audit.writers.terminal import summary_table
 from tests.dpo import ROWS, build
 from tests.probe_tokenizer import make_tokenizer
-from tests.tiny import perturbed, random_pairs, tiny_model
+from tests.tiny import DEVICE, perturbed, random_pairs, tiny_model
 
 LOW_RANK = {"layers": (1,), "ranks": (1, 4)}
 
@@ -76,7 +76,7 @@ def hidden_states(model: Any, ids: tuple[int, ...]) -> list[torch.Tensor]:
     handles = [layers[0].register_forward_pre_hook(lambda module, args: kept.append(args[0]))]
     handles += [layer.register_forward_hook(lambda module, args, output: kept.append(output)) for layer in layers]
     with torch.no_grad():
-        model(torch.tensor([ids]), use_cache=False)
+        model(torch.tensor([ids], device=DEVICE), use_cache=False)
     for handle in handles:
         handle.remove()
     return kept
@@ -105,7 +105,7 @@ def plain_attribution(policy: Any, reference: Any, pairs: Any, point: float) -> 
                     return leaf
 
                 handles.append(layer.register_forward_hook(swap))
-            logits = reference(torch.tensor([ids]), use_cache=False).logits[0]
+            logits = reference(torch.tensor([ids], device=DEVICE), use_cache=False).logits[0]
             for handle in handles:
                 handle.remove()
             logp = torch.log_softmax(logits, -1)[torch.arange(start - 1, len(ids) - 1), list(ids[start:])].sum()

@@ -23,7 +23,7 @@ from align_audit.models.fingerprint import fingerprint
 from tests.dpo import ROWS, build, saved_model
 from tests.probe_tokenizer import make_tokenizer
 from tests.test_callback import At, quick, run, steps
-from tests.tiny import perturbed, tiny_model
+from tests.tiny import DEVICE, perturbed, tiny_model
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -48,7 +48,8 @@ def lora_trainer(output: Path, lora: LoraConfig, callback: AlignmentAuditCallbac
     """A trainer that makes the adapter itself, on a base with biases in its attention."""
     base = saved_model(output.parent / "base", attention_bias=True)
     settings: dict[str, Any] = {
-        "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "report_to": [], "use_cpu": True,
+        "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "report_to": [],
+        "use_cpu": DEVICE.type == "cpu",
         "bf16": False, "save_strategy": "no", "disable_tqdm": True, "seed": 7,
     }  # fmt: skip
     return DPOTrainer(
@@ -131,7 +132,12 @@ def test_precomputed_without_any_source_is_refused_before_training(tmp_path: Pat
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(
-            str(tmp_path / "out"), max_steps=1, report_to=[], use_cpu=True, bf16=False, precompute_ref_log_probs=True
+            str(tmp_path / "out"),
+            max_steps=1,
+            report_to=[],
+            use_cpu=DEVICE.type == "cpu",
+            bf16=False,
+            precompute_ref_log_probs=True,
         ),
         train_dataset=Dataset.from_list(ROWS[:4]),
         eval_dataset=Dataset.from_list(ROWS[4:8]),
@@ -179,7 +185,7 @@ def test_attached_the_trainers_own_reference_is_taken_and_a_wrong_one_reported(t
         trainer = DPOTrainer(
             model=AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
             ref_model=other,
-            args=DPOConfig(str(tmp_path / name), max_steps=1, report_to=[], use_cpu=True, bf16=False),
+            args=DPOConfig(str(tmp_path / name), max_steps=1, report_to=[], use_cpu=DEVICE.type == "cpu", bf16=False),
             train_dataset=Dataset.from_list(ROWS[:8]),
             eval_dataset=Dataset.from_list(ROWS[8:16]),
             processing_class=make_tokenizer(),

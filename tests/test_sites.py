@@ -23,7 +23,7 @@ from align_audit.models.reference import resolve_reference
 from align_audit.probes import ProbePair, ProbeSet
 from tests.models.test_families import build
 from tests.test_bad_input import unexplained
-from tests.tiny import VOCABULARY, perturbed, random_pairs
+from tests.tiny import DEVICE, VOCABULARY, perturbed, random_pairs
 
 # -- the oracle: shares nothing with align_audit ----------------------------------------------------------------------
 
@@ -70,7 +70,7 @@ def run(model: nn.Module, ids: Any, hooks: dict[nn.Module, Callable[[Any, torch.
         handles.append(module.register_forward_hook(hook))
     try:
         with torch.no_grad():
-            return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+            return model(input_ids=torch.tensor([ids], device=DEVICE), use_cache=False).logits[0]
     finally:
         for handle in handles:
             handle.remove()
@@ -82,7 +82,7 @@ def logp(logits: torch.Tensor, ids: Any, start: int) -> float:
 
 
 def where_patched(ids: Any, start: int, positions: str) -> torch.Tensor:
-    place = torch.arange(len(ids))
+    place = torch.arange(len(ids), device=DEVICE)
     return {"all": place >= 0, "prompt": place < start, "completion": place >= start}.get(positions, place == start - 1)
 
 
@@ -365,7 +365,7 @@ def test_a_head_that_alone_was_changed_is_the_peak() -> None:
             noise = torch.randn(
                 weight[:, columns].shape, generator=torch.Generator().manual_seed(0), dtype=weight.dtype
             )
-            weight[:, columns] += sign * 0.3 * weight.std() * noise
+            weight[:, columns] += sign * 0.3 * weight.std() * noise.to(DEVICE)
         return policy
 
     def shift(policy: nn.Module) -> float:

@@ -134,7 +134,7 @@ def expected(
     """Effects [N, K] and full effects [N]; pair i is patched with the SVD basis of the rows of ``fitted[i]``."""
 
     def streams(model: Any, pair: ProbePair) -> list[np.ndarray]:
-        return [oracle.forward(model, ids).h(layer).numpy() for ids, _ in oracle.sides(pair)]
+        return [oracle.forward(model, ids).h(layer).cpu().numpy() for ids, _ in oracle.sides(pair)]
 
     def rows(pair: ProbePair) -> list[np.ndarray]:
         ours, theirs = streams(policy, pair), streams(reference, pair)
@@ -181,7 +181,7 @@ def test_a_matrix_of_two_sets_is_what_its_definition_says(models: tuple[Any, Any
         right = []
         for pair in own:
             for ids, _ in oracle.sides(pair):
-                ours, theirs = (oracle.forward(model, ids).h(1).numpy() for model in models)
+                ours, theirs = (oracle.forward(model, ids).h(1).cpu().numpy() for model in models)
                 right.append(ours if basis == "activation" else ours - theirs)
         bases.append(np.concatenate(right))
     top = [np.linalg.svd(rows)[2] for rows in bases]

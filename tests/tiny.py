@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from align_audit.probes import ProbePair, ProbeSet
+
+DEVICE = torch.device(os.environ.get("ALIGN_AUDIT_TEST_DEVICE", "cpu"))
+"""Where the models of the exactness tests compute, the oracle's too: ``make test-gpu`` sets it to ``cuda``."""
 
 VOCABULARY = 61
 WIDTH = 32
@@ -46,19 +50,28 @@ def tiny_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.
                     parameter.add_(0.1 * torch.randn_like(parameter))
     finally:
         torch.set_rng_state(state)
-    return model
+    return model.to(DEVICE)
 
 
 def perturbed(model: nn.Module, scale: float = 0.05, seed: int = 1) -> nn.Module:
     """A copy whose every weight matrix moved by ``scale`` of its own spread, at random."""
-    other = type(model)(model.config).to(next(model.parameters()).dtype).eval()
+    like = next(model.parameters())
+    other = type(model)(model.config).to(like.device, like.dtype).eval()
     other.load_state_dict(model.state_dict())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in other.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
             parameter.add_(scale * noise * parameter.std() if parameter.dim() > 1 else scale * 0.1 * noise)
     return other
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal bit by bit; on an accelerator, where sums of atomic adds round as they fall, to 8 units of rounding."""
+    if DEVICE.type == "cpu":
+        return torch.equal(one, other)
+    unit = max(torch.finfo(one.dtype).eps, torch.finfo(torch.float32).eps)
+    return one.shape == other.shape and bool((one - other).abs().max() <= 8 * unit * other.abs().max())
 
 
 def random_pairs(count: int, seed: int = 0, longest: int = 12) -> ProbeSet:

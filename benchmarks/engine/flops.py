@@ -145,12 +145,15 @@ def _triangle(before: int, count: int) -> int:
     return count * before + count * (count + 1) // 2
 
 
-def matmul_rates(shape: Shape, dtype: str, threads: int, rows: Sequence[int] = (64, 256, 1024, 2048)) -> list[dict]:
+def matmul_rates(
+    shape: Shape, dtype: str, threads: int, device: str = "cpu", rows: Sequence[int] = (64, 256, 1024, 2048)
+) -> list[dict]:
     """GFLOP/s of ``torch.nn.functional.linear`` at the job's shapes, by wall and by CPU time: the machine's rate."""
     import time
 
     import torch
 
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
     named = {
@@ -162,15 +165,17 @@ def matmul_rates(shape: Shape, dtype: str, threads: int, rows: Sequence[int] = (
     table = []
     with torch.no_grad():
         for name, (inner, outer) in named.items():
-            weight = torch.randn(outer, inner, dtype=kind)
+            weight = torch.randn(outer, inner, dtype=kind, device=device)
             for count in rows:
-                x = torch.randn(count, inner, dtype=kind)
+                x = torch.randn(count, inner, dtype=kind, device=device)
                 work = 2 * count * inner * outer
-                times = max(3, min(200, int(1e10 / work)))
+                times = max(3, min(200, int((1e10 if device == "cpu" else 1e12) / work)))
                 torch.nn.functional.linear(x, weight)
+                wait()
                 wall, cpu = time.perf_counter(), time.process_time()
                 for _ in range(times):
                     torch.nn.functional.linear(x, weight)
+                wait()
                 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
                 table.append(
                     {

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.contenders.common import Pair
+from engine.contenders.common import PAIRS_PER_BATCH, Pair
 from engine.contenders.hooks import Hooks
 
 HERE = Path(__file__).resolve().parents[2]
@@ -34,7 +34,10 @@ RANKS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What is measured on. ``noise``: of every weight matrix, in parts of its standard deviation."""
+    """What is measured on. ``noise``: of every weight matrix, in parts of its standard deviation.
+
+    ``pairs_per_batch`` is for the contenders; align_audit chooses its own batches.
+    """
 
     layers: int = 12
     width: int = 512
@@ -45,6 +48,8 @@ class JobSpec:
     noise: float = 0.05
     seed: int = 0
     ranks: tuple[int, ...] = RANKS
+    device: str = "cpu"
+    pairs_per_batch: int = PAIRS_PER_BATCH
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -82,9 +87,9 @@ class Job:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Weights as safetensors, the rest as JSON."""
+        """Weights as safetensors, the rest as JSON. On an accelerator no weights: its generator makes them again at once."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("reference", "policy"):
+        for name in ("reference", "policy") if self.spec.device == "cpu" else ():
             state = {key: value.contiguous() for key, value in getattr(self, name).state_dict().items()}
             save_file(state, str(folder / f"{name}.safetensors"))
         if self.bases is not None:
@@ -114,11 +119,14 @@ def load_job(folder: Path) -> Job:
     """Read what :meth:`Job.save` wrote."""
     content = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     spec = JobSpec(**{**content["spec"], "ranks": tuple(content["spec"]["ranks"])})
-    models = []
-    for name in ("reference", "policy"):
-        model = _empty_model(content["model"], spec.torch_dtype)
-        model.load_state_dict(load_file(str(folder / f"{name}.safetensors")))
-        models.append(model)
+    models: list[Any] = []
+    if spec.device == "cpu":
+        for name in ("reference", "policy"):
+            model = _empty_model(content["model"], spec.torch_dtype, spec.device)
+            model.load_state_dict(load_file(str(folder / f"{name}.safetensors")))
+            models.append(model)
+    else:
+        models.extend(make_models(spec))
     stored = folder / "bases.safetensors"
     return Job(
         spec,
@@ -130,7 +138,7 @@ def load_job(folder: Path) -> Job:
         ],
         np.array(content["halves"], dtype=bool),
         content["pair_source"],
-        load_file(str(stored))["bases"] if stored.exists() else None,
+        load_file(str(stored))["bases"].to(spec.device) if stored.exists() else None,
     )
 
 
@@ -139,10 +147,9 @@ def load_job(folder: Path) -> Job:
 
 def make_models(spec: JobSpec) -> tuple[Any, Any]:
     """(reference, policy): the same random weights, and in the policy a little noise on every matrix."""
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(spec.seed)
-        reference = _empty_model(spec.model_config(), torch.float32)
-        policy = _empty_model(spec.model_config(), torch.float32)
+        reference, policy = (_empty_model(spec.model_config(), torch.float32, spec.device) for _ in range(2))
         policy.load_state_dict(reference.state_dict())
         with torch.no_grad():
             for parameter in policy.parameters():
@@ -151,10 +158,12 @@ def make_models(spec: JobSpec) -> tuple[Any, Any]:
     return reference.to(spec.torch_dtype), policy.to(spec.torch_dtype)
 
 
-def _empty_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
+def _empty_model(config: dict[str, Any], dtype: torch.dtype, device: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(**config)).to(dtype).eval().requires_grad_(False)
+    with torch.device(device):
+        model = LlamaForCausalLM(LlamaConfig(**config))
+    return model.to(dtype).eval().requires_grad_(False)
 
 
 # -- pairs -----------------------------------------------------------------------------------------------------------
@@ -225,9 +234,9 @@ def fit_bases(reference: Any, policy: Any, pairs: list[Pair], halves: np.ndarray
     are the eigenvectors of the Gram matrix, which float64 holds far more exactly than the rows themselves.
     """
     layers, width = reference.config.num_hidden_layers, reference.config.hidden_size
-    grams = torch.zeros(layers, 2, width, width, dtype=torch.float64)
     with torch.no_grad():
         tool = Hooks(policy, reference)
+        grams = torch.zeros(layers, 2, width, width, dtype=torch.float64, device=tool.device)
         for batch in tool.batches(pairs, 1):
             _, theirs = tool.reference_run(batch)
             valid = batch.attention_mask.bool()

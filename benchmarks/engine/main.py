@@ -5,6 +5,7 @@
     python benchmarks/engine.py --peer-python nnterp=venvs/nnterp/bin/python --peer-python pyvene=venvs/pyvene/bin/python
     python benchmarks/engine.py --scaling
     python benchmarks/engine.py --profile
+    python benchmarks/engine.py --device cuda --dtype bfloat16 --layers 16 --width 2048 --pairs 32 --pairs-per-batch 16
 
 The job (``engine/job.py``): a randomly initialized Llama and a policy near it; real preference pairs where the data is
 present. ``layers`` patches the policy's stream into the reference at each layer, ``ranks`` its projection on the top 1, 2,
@@ -13,8 +14,10 @@ with hooks of the same pairs, ``layers`` has to run too). Contenders, and how ea
 
 Each run is a process of its own; what is timed starts after imports, loading, wrapping and a warm-up on one pair. Repeats
 are interleaved: all contenders once, then all again. CPU seconds are the process's user and system time; memory is the
-peak of resident memory above what the models take. In the rank sweep the peers are *given* the bases; align_audit fits
-its own and also runs the layer sweep, all of it in its time.
+peak of resident memory above what the models take. With ``--device cuda`` wall seconds are compared instead, until the
+device has finished, memory is what torch allocates there, and each contender does all sweeps and repeats in one process.
+In the rank sweep the peers are *given* the bases; align_audit fits its own and also runs the layer sweep, all of it in
+its time.
 
 Peers: ``pip install 'align-audit[peers]'`` brings nnsight, TransformerLens and pyvene. nnterp 1.3 does not import with
 nnsight 0.8, so it needs an environment of its own: ``python -m venv v``, ``v/bin/pip install torch nnterp 'nnsight<0.8'
@@ -40,6 +43,7 @@ import numpy as np
 
 from engine import flops
 from engine.contenders import CONTENDERS
+from engine.contenders.common import PAIRS_PER_BATCH
 from engine.job import RANKS, JobSpec, make_job
 from engine.worker import MARK, SWEEPS
 
@@ -56,17 +60,23 @@ class Timing:
     cpu: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
     peak: list[int] = field(default_factory=list)
+    device: str = "cpu"
     facts: dict[str, Any] = field(default_factory=dict)
     problem: str | None = None
     effects: np.ndarray | None = None
     logps: np.ndarray | None = None
 
+    @property
+    def seconds(self) -> list[float]:
+        """What contenders are compared by: CPU time, and on an accelerator the time that passed."""
+        return self.cpu if self.device == "cpu" else self.wall
+
 
 class Bench:
     """Runs workers on one job and keeps what they report."""
 
-    def __init__(self, threads: int, pythons: dict[str, str], say: Callable[[str], None]) -> None:
-        self.threads, self.pythons, self.say = threads, pythons, say
+    def __init__(self, threads: int, pythons: dict[str, str], say: Callable[[str], None], device: str = "cpu") -> None:
+        self.threads, self.pythons, self.say, self.device = threads, pythons, say, device
 
     def installed(self, name: str) -> tuple[dict[str, str], str | None]:
         """(versions, None), or why the contender cannot run."""
@@ -78,43 +88,56 @@ class Bench:
 
     def measure(self, folder: Path, plan: Sequence[tuple[str, str]], repeats: int) -> dict[tuple[str, str], Timing]:
         """Interleaved: every (contender, sweep) of ``plan`` once, then again."""
-        timings = {key: Timing(*key) for key in plan}
-        for name in {name for name, _ in plan}:
+        timings = {key: Timing(*key, device=self.device) for key in plan}
+        names = list(dict.fromkeys(name for name, _ in plan))
+        for name in names:
             versions, problem = self.installed(name)
             for key in plan:
                 if key[0] == name:
                     timings[key].versions, timings[key].problem = versions, problem
-        for repeat in range(repeats):
-            for key, timing in timings.items():
-                if timing.problem is None:
-                    self._once(folder, timing)
-                    state = timing.problem or f"{timing.cpu[-1]:.1f} CPU s"
-                    self.say(f"  {repeat + 1}/{repeats} {key[1]} {key[0]}: {state}")
+        if self.device == "cpu":
+            for repeat in range(repeats):
+                for timing in timings.values():
+                    self._run(folder, [timing], 1, f"{repeat + 1}/{repeats}")
+        else:
+            # Starting and loading would take most of the time of a device that is often rented by the minute.
+            for name in names:
+                self._run(folder, [timing for timing in timings.values() if timing.contender == name], repeats, "all")
         return timings
 
     def profile(self, folder: Path, name: str, sweep: str) -> list[dict[str, Any]]:
         """Where the time of one run goes."""
         with tempfile.TemporaryDirectory() as place:
-            report, problem = self._worker(name, self._arguments(folder, sweep, Path(place) / "out.npz", "--profile"))
+            report, problem = self._worker(name, self._arguments(folder, [sweep], Path(place), "--profile"))
         if problem is not None:
             raise SystemExit(problem)
-        return report["profile"]
+        return report["runs"][0]["profile"]
 
-    def _once(self, folder: Path, timing: Timing) -> None:
-        out = folder / f"{timing.contender}-{timing.sweep}.npz"
-        report, problem = self._worker(timing.contender, self._arguments(folder, timing.sweep, out))
-        if problem is not None:
-            timing.problem = problem
+    def _run(self, folder: Path, timings: Sequence[Timing], repeats: int, turn: str) -> None:
+        """The sweeps of one contender, in one process."""
+        open_ones = {timing.sweep: timing for timing in timings if timing.problem is None}
+        if not open_ones:
             return
-        timing.cpu.append(report["cpu"])
-        timing.wall.append(report["wall"])
-        timing.peak.append(report["peak_bytes"])
-        timing.facts = {**report["facts"], "peak_from": report["peak_from"]}
-        with np.load(out) as arrays:
-            timing.effects, timing.logps = arrays["effects"], arrays["logps"]
+        name = timings[0].contender
+        with tempfile.TemporaryDirectory() as place:
+            more = ["--repeats", str(repeats)]
+            report, problem = self._worker(name, self._arguments(folder, [*open_ones], Path(place), *more))
+            for run in report.get("runs", []):
+                timing = open_ones[run["sweep"]]
+                timing.cpu.append(run["cpu"])
+                timing.wall.append(run["wall"])
+                timing.peak.append(run["peak_bytes"])
+                timing.facts = {**run["facts"], "peak_from": run["peak_from"]}
+            for sweep, timing in open_ones.items():
+                timing.problem = problem
+                state = problem or f"{timing.seconds[-1]:.1f} {'CPU' if self.device == 'cpu' else 'wall'} s"
+                self.say(f"  {turn} {sweep} {name}: {state}")
+                if problem is None:
+                    with np.load(Path(place) / f"{sweep}.npz") as arrays:
+                        timing.effects, timing.logps = arrays["effects"], arrays["logps"]
 
-    def _arguments(self, folder: Path, sweep: str, out: Path, *more: str) -> list[str]:
-        fixed = ["--job", str(folder), "--sweep", sweep, "--out", str(out), "--threads", str(self.threads)]
+    def _arguments(self, folder: Path, sweeps: Sequence[str], out: Path, *more: str) -> list[str]:
+        fixed = ["--job", str(folder), "--sweeps", *sweeps, "--out", str(out), "--threads", str(self.threads)]
         return [*fixed, *more]
 
     def _worker(self, name: str, arguments: list[str]) -> tuple[dict[str, Any], str | None]:
@@ -150,17 +173,18 @@ def main() -> None:
     # nnsight's two ways of patching share an installation.
     if "nnsight" in pythons:
         pythons.setdefault("nnsight-skip", pythons["nnsight"])
-    bench = Bench(options.threads, pythons, say)
+    bench = Bench(options.threads, pythons, say, options.device)
     if options.scaling:
         from engine.scaling import scaling
 
         report = scaling(bench, options.repeats, options.dtype)
     else:
         spec = JobSpec(
-            options.layers, options.width, options.vocab, options.pairs, options.max_tokens, options.dtype, ranks=RANKS
-        )
+            options.layers, options.width, options.vocab, options.pairs, options.max_tokens, options.dtype, ranks=RANKS,
+            device=options.device, pairs_per_batch=options.pairs_per_batch,
+        )  # fmt: skip
         report = _profile(bench, spec, options) if options.profile else _compare(bench, spec, options)
-    report = {"machine": machine(options.threads), **report}
+    report = {"machine": machine(options.threads, options.device), **report}
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
@@ -173,6 +197,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu", help="cpu (default), or a CUDA device")
+    parser.add_argument("--pairs-per-batch", type=int, default=PAIRS_PER_BATCH, help="of hooks and the peers")
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=["layers"])
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--peer-python", action="append", default=[], metavar="NAME=PATH")
@@ -189,13 +215,18 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     """What the figures were measured on."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return {"processor": model, "cores": os.cpu_count(), "threads": threads, "python": platform.python_version()}
+    found = {"processor": model, "cores": os.cpu_count(), "threads": threads, "python": platform.python_version()}
+    if device != "cpu":
+        import torch
+
+        found["device"] = torch.cuda.get_device_name(device)
+    return found
 
 
 # -- comparison ------------------------------------------------------------------------------------------------------
@@ -215,10 +246,13 @@ def _compare(bench: Bench, spec: JobSpec, options: argparse.Namespace) -> dict[s
         if "audit" in options.sweeps and ("hooks", "layers") not in plan and not options.no_baseline:
             plan.insert(0, ("hooks", "layers"))
         timings = bench.measure(folder, plan, options.repeats)
-        rates = flops.matmul_rates(flops.Shape.of(spec), spec.dtype, options.threads)
+        job.policy = job.reference = job.bases = None  # a device has room for the contenders then
+        rates = flops.matmul_rates(flops.Shape.of(spec), spec.dtype, options.threads, spec.device)
     lengths = [len(side) for pair in job.pairs for side in pair.sides]
+    found = machine(options.threads, options.device)
+    where = f"{found['device']} beside {found['processor']}" if "device" in found else found["processor"]
     print(
-        f"{machine(options.threads)['processor']}, {options.threads} threads; Llama of {spec.layers} layers, width "
+        f"{where}, {options.threads} threads; Llama of {spec.layers} layers, width "
         f"{spec.width}, vocabulary {spec.vocab}, {spec.dtype}; {len(job.pairs)} pairs ({job.pair_source}) of "
         f"{min(lengths)} to {max(lengths)} tokens; median of {options.repeats} (min–max)"
     )
@@ -242,9 +276,10 @@ def _print_sweep(sweep: str, spec: JobSpec, timings: dict[tuple[str, str], Timin
         "ranks": f"rank sweep, ranks {', '.join(map(str, spec.ranks))} at every layer",
         "audit": "full audit at default settings (against the layer sweep with hooks)",
     }
+    unit = "CPU" if spec.device == "cpu" else "wall"
     print(f"\n{titles[sweep]}")
     print(
-        f"{'contender':<17}{'version':<12}{'dtype':<9}{'CPU s':>22}{'wall s':>9}{'peak MiB':>10}"
+        f"{'contender':<17}{'version':<12}{'dtype':<9}{unit + ' s':>22}{'wall s':>9}{'peak MiB':>10}"
         f"{'hooks/it':>9}{'it/ours':>9}{'max diff':>11}{'relative':>10}"
     )
     rows = []
@@ -259,13 +294,13 @@ def _print_sweep(sweep: str, spec: JobSpec, timings: dict[tuple[str, str], Timin
             rows.append({**row, "problem": timing.problem})
             print(head + f"  {timing.problem}")
             continue
-        cpu = median(timing.cpu)
+        took = median(timing.seconds)
         row |= {
             "cpu_seconds": timing.cpu,
             "wall_seconds": timing.wall,
             "peak_bytes": timing.peak,
-            "speedup_over_hooks": median(hooks.cpu) / cpu if hooks is not None and hooks.cpu else None,
-            "times_ours": cpu / median(ours.cpu) if ours is not None and ours.cpu else None,
+            "speedup_over_hooks": median(hooks.seconds) / took if hooks is not None and hooks.seconds else None,
+            "times_ours": took / median(ours.seconds) if ours is not None and ours.seconds else None,
             "max_difference": None,
             "max_relative_difference": None,
             "facts": timing.facts,
@@ -274,7 +309,7 @@ def _print_sweep(sweep: str, spec: JobSpec, timings: dict[tuple[str, str], Timin
             # An audit's effects are the layer sweep's, whatever else it does.
             row |= _difference(timing.effects, hooks.effects, hooks.logps)
         rows.append(row)
-        spread = f"{cpu:.2f} ({min(timing.cpu):.2f}–{max(timing.cpu):.2f})"
+        spread = f"{took:.2f} ({min(timing.seconds):.2f}–{max(timing.seconds):.2f})"
         print(
             head
             + f"{spread:>22}{median(timing.wall):>9.2f}{max(timing.peak) / 2**20:>10.0f}"
@@ -299,13 +334,14 @@ def _print_flops(
     spec: JobSpec, pairs: list[Any], timings: dict[tuple[str, str], Timing], rates: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     shape = flops.Shape.of(spec)
+    unit, measured = ("CPU", "gflops_per_cpu_second") if spec.device == "cpu" else ("wall", "gflops_wall")
     print("\nmatrix products: what is needed, and what is reached")
     counted = []
     for sweep, runs in (("layers", 1), ("ranks", len(spec.ranks))):
         hooks, ours = timings.get(("hooks", sweep)), timings.get(("align_audit", sweep))
         if hooks is None and ours is None:
             continue
-        as_run = flops.hooks_sweep(shape, pairs, runs)
+        as_run = flops.hooks_sweep(shape, pairs, runs, spec.pairs_per_batch)
         floor = flops.floor_sweep(shape, pairs, runs)
         with_embedding = flops.floor_sweep(shape, pairs, runs, embedding=True)
         entry: dict[str, Any] = {
@@ -321,22 +357,22 @@ def _print_flops(
             "computed too)"
         )
         for name, timing, needed in (("hooks", hooks, as_run), ("align_audit", ours, floor)):
-            if timing is not None and timing.cpu:
-                reached = needed.total / median(timing.cpu) / 1e9
-                entry[f"{name}_gflop_per_cpu_second"] = reached
+            if timing is not None and timing.seconds:
+                reached = needed.total / median(timing.seconds) / 1e9
+                entry[f"{name}_gflop_per_cpu_second"] = needed.total / median(timing.cpu) / 1e9
                 entry[f"{name}_gflop_per_wall_second"] = needed.total / median(timing.wall) / 1e9
                 print(
-                    f"  {name}: {reached:.1f} GFLOP per CPU second of {'what it runs' if name == 'hooks' else 'its floor'}"
+                    f"  {name}: {reached:.1f} GFLOP per {unit} second of {'what it runs' if name == 'hooks' else 'its floor'}"
                 )
-        if hooks is not None and ours is not None and hooks.cpu and ours.cpu:
-            entry["achieved_ratio"] = median(hooks.cpu) / median(ours.cpu)
-            print(f"  achieved ratio of CPU time: {entry['achieved_ratio']:.2f}")
+        if hooks is not None and ours is not None and hooks.seconds and ours.seconds:
+            entry["achieved_ratio"] = median(hooks.seconds) / median(ours.seconds)
+            print(f"  achieved ratio of {unit} time: {entry['achieved_ratio']:.2f}")
         counted.append(entry)
-    print("the machine, torch.nn.functional.linear (GFLOP per CPU second):")
+    print(f"the machine, torch.nn.functional.linear (GFLOP per {unit} second):")
     rows = sorted({rate["rows"] for rate in rates})
     print(f"  {'rows':<16}" + "".join(f"{count:>8}" for count in rows))
     for product in dict.fromkeys(rate["product"] for rate in rates):
-        found = {rate["rows"]: rate["gflops_per_cpu_second"] for rate in rates if rate["product"] == product}
+        found = {rate["rows"]: rate[measured] for rate in rates if rate["product"] == product}
         print(f"  {product:<16}" + "".join(f"{found[count]:>8.1f}" for count in rows))
     return counted
 

@@ -19,17 +19,25 @@ def profiled(work: Callable[[], Any], spec: JobSpec) -> tuple[Any, list[dict[str
     """(result of ``work``, table): seconds and share of each group, and its three longest operators.
 
     Times are the calling thread's: an operator that uses several threads counts once, so that the groups add up to the
-    wall time. What no operator accounts for is Python, the allocator, and the profiler itself.
+    wall time. What no operator accounts for is Python, the allocator, and the profiler itself. On an accelerator times
+    are those of the kernels that an operator launched; what none accounts for, the device spent waiting.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
+    on_device = spec.device != "cpu"
+    if on_device:
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.profiler.profile(activities=activities, record_shapes=True) as profiler:
         began = time.perf_counter()
         result = work()
+        if on_device:
+            torch.cuda.synchronize(spec.device)
         wall = time.perf_counter() - began
     seconds: dict[str, float] = defaultdict(float)
     operators: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
     for event in profiler.key_averages(group_by_input_shape=True):
-        took = event.self_cpu_time_total / 1e6
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a kernel: its time is its operator's
+        took = (event.self_device_time_total if on_device else event.self_cpu_time_total) / 1e6
         group = _group(event.key, event.input_shapes, spec)
         seconds[group] += took
         operators[group][event.key] += took

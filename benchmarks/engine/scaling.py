@@ -32,8 +32,11 @@ def scaling(bench: Bench, repeats: int, dtype: str) -> dict[str, Any]:
     report = {}
     for axis, (sweep, points) in AXES.items():
         print(f"\n{axis} ({sweep} sweep; {BASE.layers} layers of {BASE.width} where not said otherwise)")
-        print(f"{axis:>8}{'hooks CPU s':>13}{'ours CPU s':>12}{'ratio':>7}{'floor':>7}{'difference':>12}")
-        rows = [_point(bench, axis, sweep, replace(BASE, dtype=dtype, **point), repeats) for point in points]
+        print(f"{axis:>8}{'hooks s':>13}{'ours s':>12}{'ratio':>7}{'floor':>7}{'difference':>12}")
+        rows = [
+            _point(bench, axis, sweep, replace(BASE, dtype=dtype, device=bench.device, **point), repeats)
+            for point in points
+        ]
         exponents = {}
         for name in ("hooks", "align_audit", "floor_flops"):
             exponents[name] = exponent([row["size"] for row in rows], [row[name] for row in rows])
@@ -58,14 +61,14 @@ def _point(bench: Bench, axis: str, sweep: str, spec: JobSpec, repeats: int) -> 
     assert hooks.effects is not None and ours.effects is not None
     row = {
         "size": sizes[axis],
-        "hooks": median(hooks.cpu),
-        "align_audit": median(ours.cpu),
-        "ratio": median(hooks.cpu) / median(ours.cpu),
+        "hooks": median(hooks.seconds),
+        "align_audit": median(ours.seconds),
+        "ratio": median(hooks.seconds) / median(ours.seconds),
         "floor_ratio": as_run.total / floor.total,
         "floor_flops": floor.total,
         "max_difference": float(np.abs(hooks.effects - ours.effects).max()),
-        "hooks_cpu_seconds": hooks.cpu,
-        "align_audit_cpu_seconds": ours.cpu,
+        "hooks_seconds": hooks.seconds,
+        "align_audit_seconds": ours.seconds,
     }
     print(
         f"{row['size']:>8}{row['hooks']:>13.2f}{row['align_audit']:>12.2f}{row['ratio']:>7.2f}"

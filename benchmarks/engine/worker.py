@@ -1,4 +1,4 @@
-"""One contender, one sweep, one process: loads a job, warms up, measures, writes what it found.
+"""One contender in a process of its own: loads a job, warms up, measures a sweep or several, writes what it found.
 
 Run by ``main.py`` under any interpreter that has torch, transformers, numpy and safetensors. Imports, loading and what a
 tool does to wrap a model are not timed.
@@ -31,8 +31,9 @@ def main() -> None:
     parser.add_argument("--contender", required=True)
     parser.add_argument("--probe", action="store_true", help="only say which versions are installed")
     parser.add_argument("--job", type=Path)
-    parser.add_argument("--sweep", choices=SWEEPS)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--sweeps", nargs="+", choices=SWEEPS)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--out", type=Path, help="folder for one file of effects a sweep")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
@@ -47,8 +48,8 @@ def main() -> None:
     if options.probe:
         print(MARK + json.dumps({"versions": found, "missing": [name for name in entry.needs if name not in found]}))
         return
-    measured = run(entry, options.job, options.sweep, options.out, options.threads, options.profile)
-    print(MARK + json.dumps({"versions": found, **measured}))
+    runs = run(entry, options)
+    print(MARK + json.dumps({"versions": found, "runs": runs}))
 
 
 def versions(needs: tuple[str, ...]) -> dict[str, str]:
@@ -60,40 +61,47 @@ def versions(needs: tuple[str, ...]) -> dict[str, str]:
     return found
 
 
-def run(entry: Any, folder: Path, sweep: str, out: Path, threads: int, profile: bool) -> dict[str, Any]:
-    """Measure; write ``effects`` and ``logps`` to ``out``."""
+def run(entry: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every sweep, then all again; ``effects`` and ``logps`` go to ``SWEEP.npz`` in the folder ``out``."""
     import numpy as np
     import torch
 
     from engine.job import load_job
 
-    torch.set_num_threads(threads)
-    job = load_job(folder)
+    torch.set_num_threads(options.threads)
+    job = load_job(options.job)
     contender = entry.load()(job.policy, job.reference)
+    contender.pairs_per_batch = job.spec.pairs_per_batch
     work = {
         "layers": lambda pairs: contender.layer_sweep(pairs),
         "ranks": lambda pairs: contender.rank_sweep(pairs, job.bases, job.spec.ranks, job.halves),
         "audit": lambda pairs: contender.full_audit(pairs),
-    }[sweep]
+    }
     # The longest pair first: libraries make their pools and pick their kernels once.
     contender.layer_sweep([max(job.pairs, key=lambda pair: sum(map(len, pair.sides)))])
-    measure = Measurement()
-    if profile:
-        from engine.profiling import profiled
+    runs = []
+    for sweep in [*options.sweeps] * options.repeats:
+        if options.profile:
+            from engine.profiling import profiled
 
-        result, table = profiled(lambda: work(job.pairs), job.spec)
-        measured: dict[str, Any] = {"profile": table}
-    else:
-        with measure:
-            result = work(job.pairs)
-        measured = asdict(measure)
-    np.savez(out, effects=result.effects, logps=result.logps)
-    return {**measured, "facts": result.facts}
+            result, table = profiled(lambda sweep=sweep: work[sweep](job.pairs), job.spec)
+            measured: dict[str, Any] = {"profile": table}
+        else:
+            measure = Measurement(device=job.spec.device)
+            with measure:
+                result = work[sweep](job.pairs)
+            measured = asdict(measure)
+        np.savez(options.out / f"{sweep}.npz", effects=result.effects, logps=result.logps)
+        runs.append({"sweep": sweep, **measured, "facts": result.facts})
+    return runs
 
 
 @dataclass
 class Measurement:
-    """CPU and wall seconds of a ``with`` block, and its peak resident memory above what was resident before."""
+    """CPU and wall seconds of a ``with`` block, and its peak memory above what was taken before.
+
+    Memory is the process's resident set, on an accelerator what is allocated there.
+    """
 
     cpu: float = 0.0
     user: float = 0.0
@@ -101,24 +109,47 @@ class Measurement:
     wall: float = 0.0
     peak_bytes: int = 0
     peak_from: str = field(default="")
+    device: str = "cpu"
 
     def __enter__(self) -> Measurement:
         gc.collect()
         with contextlib.suppress(OSError, AttributeError):
             # What the warm-up left in the allocator would otherwise hide the first megabytes.
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-        self._peak = _PeakMemory()
+        self._peak = _PeakMemory() if self.device == "cpu" else _PeakOnDevice(self.device)
         self._usage = resource.getrusage(resource.RUSAGE_SELF)
         self._began = time.perf_counter()
         return self
 
     def __exit__(self, *_: Any) -> None:
+        if self.device != "cpu":
+            self._peak.wait()
         self.wall = time.perf_counter() - self._began
         usage = resource.getrusage(resource.RUSAGE_SELF)
         self.user = usage.ru_utime - self._usage.ru_utime
         self.system = usage.ru_stime - self._usage.ru_stime
         self.cpu = self.user + self.system
         self.peak_bytes, self.peak_from = self._peak.stop()
+
+
+class _PeakOnDevice:
+    """Peak of what torch has allocated on a CUDA device since it was made."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self._cuda, self._device = torch.cuda, device
+        self.wait()
+        self._cuda.empty_cache()
+        self._cuda.reset_peak_memory_stats(device)
+        self._start = self._cuda.memory_allocated(device)
+
+    def wait(self) -> None:
+        """Until everything that was launched has run."""
+        self._cuda.synchronize(self._device)
+
+    def stop(self) -> tuple[int, str]:
+        return self._cuda.max_memory_allocated(self._device) - self._start, "torch.cuda.max_memory_allocated"
 
 
 class _PeakMemory:

@@ -15,7 +15,7 @@ from torch import nn
 
 from align_audit.models.guard import untouched
 from tests.models.toys import Toy
-from tests.tiny import tiny_model
+from tests.tiny import DEVICE, tiny_model
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
 
@@ -109,7 +109,7 @@ def test_adapters_and_what_trains_come_back(breaks: bool) -> None:
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     assert len(set(before.values())) == 2
     with torch.no_grad():
-        own = model(torch.tensor([[3, 4, 5]])).logits
+        own = model(torch.tensor([[3, 4, 5]], device=DEVICE)).logits
 
     def switch() -> None:
         model.set_adapter("other")
@@ -119,7 +119,7 @@ def test_adapters_and_what_trains_come_back(breaks: bool) -> None:
     assert (model.active_adapter, list(model.active_adapters)) == ("default", ["default"])
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
     with torch.no_grad():
-        assert torch.equal(model(torch.tensor([[3, 4, 5]])).logits, own)
+        assert torch.equal(model(torch.tensor([[3, 4, 5]], device=DEVICE)).logits, own)
 
 
 def test_adapters_of_the_inner_model_alone_come_back() -> None:

@@ -18,7 +18,7 @@ from align_audit.errors import AnatomyError
 from align_audit.models.guard import untouched
 from align_audit.models.replay import Recording, Replay, Stream, equal_streams
 from tests.models.toys import Block, Toy, batch
-from tests.tiny import VOCABULARY, perturbed, tiny_model
+from tests.tiny import DEVICE, VOCABULARY, perturbed, tiny_model
 
 
 def state(model: nn.Module) -> list[Any]:
@@ -62,7 +62,7 @@ def accelerator() -> Iterator[Accelerator]:
         PartialState._reset_state()
 
     reset()
-    yield Accelerator(mixed_precision="bf16", cpu=True)
+    yield Accelerator(mixed_precision="bf16", cpu=DEVICE.type == "cpu")
     reset()
 
 
@@ -109,9 +109,9 @@ def test_the_head_check_allows_for_the_rounding_of_the_dtype_that_computes(
 def test_an_autocast_that_is_passed_is_used() -> None:
     model = tiny_model("gpt2", dtype=torch.float32)
     inputs = batch(VOCABULARY)
-    replay = Replay(model, autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    replay = Replay(model, autocast=lambda: torch.autocast(DEVICE.type, dtype=torch.bfloat16))
     assert replay.compute_dtype == torch.bfloat16
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), torch.autocast(DEVICE.type, dtype=torch.bfloat16):
         logits = model(**inputs).logits
     recording = replay.record(inputs, keep_logits=True)
     assert torch.equal(recording.logits, logits)
@@ -122,7 +122,7 @@ def test_an_autocast_that_is_passed_is_used() -> None:
         headed = replay.head(recording.streams[-1][valid])
     assert headed.dtype == logits.dtype == torch.bfloat16
     torch.testing.assert_close(headed, logits[valid], rtol=2**-7, atol=2**-7 * float(logits.abs().max()))
-    assert not torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled(DEVICE.type)
 
 
 def test_the_fused_head_of_dpo_trainer_does_not_disturb() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.tiny import DEVICE
+
 VOCABULARY = 23
 WIDTH = 8
 
@@ -43,7 +45,7 @@ class Toy(nn.Module):
             self.norm = nn.LayerNorm(WIDTH)
             self.out = nn.Linear(WIDTH, VOCABULARY)
             self.build()
-        self.double().eval()
+        self.double().to(DEVICE).eval()
 
     def build(self) -> None:
         """More modules, in a subclass."""
@@ -66,4 +68,4 @@ def batch(vocabulary: int = VOCABULARY, seed: int = 0) -> dict[str, torch.Tensor
     lengths = torch.tensor([11, 6, 9])
     mask = (torch.arange(11)[None] < lengths[:, None]).long()
     ids = torch.randint(3, vocabulary, (3, 11), generator=generator)
-    return {"input_ids": ids * mask, "attention_mask": mask}
+    return {"input_ids": (ids * mask).to(DEVICE), "attention_mask": mask.to(DEVICE)}

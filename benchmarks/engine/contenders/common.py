@@ -36,6 +36,9 @@ class Batch:
     attention_mask: Tensor
     completion: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.index, self.input_ids.to(device), self.attention_mask.to(device), self.completion.to(device))
+
 
 @dataclass
 class Result:
@@ -80,9 +83,11 @@ class Contender:
     def __init__(self, policy: Any, reference: Any) -> None:
         self.policy, self.reference = policy, reference
         self.num_layers: int = reference.config.num_hidden_layers
+        self.device: torch.device = reference.model.embed_tokens.weight.device
+        self.pairs_per_batch = PAIRS_PER_BATCH
 
-    def batches(self, pairs: Sequence[Pair], size: int = PAIRS_PER_BATCH) -> list[Batch]:
-        return make_batches(pairs, size)
+    def batches(self, pairs: Sequence[Pair], size: int | None = None) -> list[Batch]:
+        return [batch.to(self.device) for batch in make_batches(pairs, size or self.pairs_per_batch)]
 
     def policy_streams(self, batch: Batch) -> list[Tensor]:
         """The policy's residual streams [2B, T, d] after layers 0 … L−1."""
@@ -107,7 +112,7 @@ class Contender:
         for batch in self.batches(pairs):
             source = self.policy_streams(batch)
             base = sequence_logps(self.base_logits(batch), batch)
-            logps[batch.index] = base.T.numpy()
+            logps[batch.index] = base.T.cpu().numpy()
             for layer in range(self.num_layers):
                 patched = sequence_logps(self.patched_logits(batch, layer, source[layer]), batch)
                 effects[batch.index, layer] = _effect(patched, base)
@@ -123,8 +128,8 @@ class Contender:
             logits, own = self.reference_run(batch)
             base = sequence_logps(logits, batch)
             del logits
-            logps[batch.index] = base.T.numpy()
-            half = torch.from_numpy(halves[batch.index].astype(np.int64)).repeat(2)
+            logps[batch.index] = base.T.cpu().numpy()
+            half = torch.from_numpy(halves[batch.index].astype(np.int64)).repeat(2).to(self.device)
             for layer in range(self.num_layers):
                 shift = source[layer] - own[layer]
                 for column, rank in enumerate(ranks):
@@ -136,4 +141,4 @@ class Contender:
 
 
 def _effect(patched: Tensor, base: Tensor) -> np.ndarray:
-    return ((patched[0] - patched[1]) - (base[0] - base[1])).numpy()
+    return ((patched[0] - patched[1]) - (base[0] - base[1])).cpu().numpy()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.contenders.common import PAIRS_PER_BATCH, Batch, Contender, Pair
+from engine.contenders.common import Batch, Contender, Pair
 
 
 def stream_of(output: Any) -> Tensor:
@@ -83,7 +83,7 @@ class Restart(Hooks):
 class RestartSorted(Restart):
     """The same with pairs batched by length: the most that is still written in an afternoon."""
 
-    def batches(self, pairs: Sequence[Pair], size: int = PAIRS_PER_BATCH) -> list[Batch]:
+    def batches(self, pairs: Sequence[Pair], size: int | None = None) -> list[Batch]:
         order = sorted(range(len(pairs)), key=lambda i: max(map(len, pairs[i].sides)))
         batches = super().batches([pairs[i] for i in order], size)
         return [replace(batch, index=[order[place] for place in batch.index]) for batch in batches]

@@ -56,4 +56,6 @@ class TransformerLensPeer(Contender):
 
 def bridged(model: Any) -> Any:
     """The bridge around a model in memory, in the model's own numerics (no folding, no centring)."""
-    return TransformerBridge.boot_transformers(NAME, hf_model=model, tokenizer=word_tokenizer(), device="cpu")
+    return TransformerBridge.boot_transformers(
+        NAME, hf_model=model, tokenizer=word_tokenizer(), device=str(model.device)
+    )
