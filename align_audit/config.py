@@ -218,7 +218,8 @@ class AuditConfig(_Part):
         batch_tokens: padded tokens in one batch; None: what keeps this device busy. Halves when memory runs out.
         share_prompts: compute a pair's prompt once for both completions, in models where a check on two pairs shows
             that it changes nothing; the record says whether that was so.
-        working_memory_mb: memory the patched streams of one batch may take together; streams are walked in groups.
+        working_memory_mb: memory the streams of one batch may take together, in MiB; patched ones are walked in groups.
+            None: 1024, on a larger accelerator a sixteenth of its memory. Halves when memory runs out.
         seed: of every random draw of an audit (subsample, bootstrap, noise, splits). No global random state is touched.
         strict: raise when an audit breaks, instead of recording it and letting training go on.
         tensorboard: ``auto`` writes beside the trainer's own curves where it has a TensorBoard log, else into
@@ -236,7 +237,7 @@ class AuditConfig(_Part):
     max_pairs: int = Field(64, ge=1)
     batch_tokens: int | None = Field(None, ge=1)
     share_prompts: bool = True
-    working_memory_mb: int = Field(1024, ge=1)
+    working_memory_mb: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0)
     strict: bool = False
     progress: bool = True

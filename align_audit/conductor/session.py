@@ -33,6 +33,10 @@ _CPU_ACTIVATIONS = 2**18
 """Activations of one layer call's stream on a CPU: matrix products are as fast as they get, and the cache still helps."""
 _DEVICE_TOKENS = 8192
 """Tokens of one layer call on an accelerator."""
+_WORKING_BYTES = 2**30
+_DEVICE_SHARE = 16
+"""Working memory where none is given; of an accelerator one part in so many, where that is more: its calls have to be
+large to keep it busy. Of all its memory, not of what is free now, so that every audit of a run has the same batches."""
 
 
 def check_vocabulary(pairs: Sequence[ProbePair], size: int) -> None:
@@ -361,7 +365,9 @@ class Session:
         return (self.policy.layer_tokens + self.reference.layer_tokens - self._work_before) / once
 
     def _working_bytes(self) -> int:
-        return min(self.config.working_memory_mb * 2**20, self._most_bytes)
+        asked = self.config.working_memory_mb
+        wanted = _usual_working_bytes(self.device) if asked is None else asked * 2**20
+        return min(wanted, self._most_bytes)
 
     def _stream_bytes(self) -> int:
         """Of one token's residual stream."""
@@ -378,6 +384,12 @@ class Session:
         streams = (4 if self.config.patching.keep_reference else 3) * self.num_layers + 4
         recorded = self._working_bytes() // 2 // (streams * self._stream_bytes())
         return max(1, min(wanted, self._most_tokens, recorded))
+
+
+def _usual_working_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _WORKING_BYTES
+    return max(_WORKING_BYTES, torch.cuda.get_device_properties(device).total_memory // _DEVICE_SHARE)
 
 
 def out_of_memory(error: BaseException) -> bool:
