@@ -21,7 +21,7 @@ from align_audit.models.fingerprint import fingerprint
 from align_audit.probes import ProbePair
 from tests import oracle
 from tests.test_reasons import unexplained
-from tests.tiny import WIDTH, perturbed, random_pairs, tiny_model
+from tests.tiny import DEVICE, WIDTH, perturbed, random_pairs, tiny_model
 
 
 def settings(**low_rank: Any) -> AuditConfig:
@@ -63,7 +63,7 @@ def planted_models(shared: bool) -> tuple[Any, Any]:
     """Layer 0 hands its stream on, so that at layer 0 the shift is what the policy's embedding adds: one direction on the
     tokens of each set (the same, or orthogonal ones), which the head reads as preferring that set's chosen tokens."""
     reference: Any = tiny_model("llama", num_hidden_layers=3)
-    directions = torch.eye(WIDTH, dtype=torch.float64)[: 1 if shared else 2].roll(5, dims=1)
+    directions = torch.eye(WIDTH, dtype=torch.float64, device=DEVICE)[: 1 if shared else 2].roll(5, dims=1)
     with torch.no_grad():
         reference.model.layers[0].self_attn.o_proj.weight.zero_()
         reference.model.layers[0].mlp.down_proj.weight.zero_()

@@ -14,6 +14,7 @@ from align_audit.conductor.session import Session, out_of_memory
 from align_audit.measures.margin import compare_readouts, sum_by_pair
 from align_audit.measures.patching import noise_directions, noised, patched
 from align_audit.measures.spectrum import keep_rows, row_keys
+from align_audit.measures.sums import sum_into
 from align_audit.measures.transport import TransportAccumulator
 from align_audit.models.replay import Recording, Replay, Stream, equal_streams
 from align_audit.refstreams import ReferenceStreams
@@ -290,10 +291,8 @@ class Collector:
         objective = each_side if batch.shared else self.session.margin_objective(replay, batch)
         owner = batch.row_pair
         for layer, gradients in replay.stream_gradients(policy, objective):
-            norms = torch.zeros(batch.num_pairs, dtype=torch.float64, device=owner.device)
-            for gradient in gradients:
-                norms.index_add_(0, owner, gradient.double().square().sum(dim=(1, 2)))
-            self.found.put("gradient_norm", batch, norms.sqrt(), layer)
+            squares = torch.stack([gradient.double().square().sum(dim=(1, 2)) for gradient in gradients]).sum(0)
+            self.found.put("gradient_norm", batch, sum_into(owner, squares, batch.num_pairs).sqrt(), layer)
         self.session.meter.sample()
 
     def _attribute(
@@ -333,8 +332,8 @@ class Collector:
                 for layer, gradient in gradients(replay, point):
                     moved = policy.after(layer).double() - reference.after(layer).double()
                     along = (gradient.double() * moved).sum(-1).masked_fill(~mask, 0.0).sum(-1)
-                    total = torch.zeros(batch.num_pairs, dtype=torch.float64, device=owner.device)
-                    self.found.put("attribution", batch, total.index_add_(0, owner, along), layer + 1, place)
+                    total = sum_into(owner, along, batch.num_pairs)
+                    self.found.put("attribution", batch, total, layer + 1, place)
         self.session.meter.sample()
         if self._kept_streams is not None and fresh:
             kept = {f"gradient.{layer}": gradient for layer, gradient in fresh.items()}

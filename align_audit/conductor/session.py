@@ -33,6 +33,9 @@ _CPU_ACTIVATIONS = 2**18
 """Activations of one layer call's stream on a CPU: matrix products are as fast as they get, and the cache still helps."""
 _DEVICE_TOKENS = 8192
 """Tokens of one layer call on an accelerator."""
+_PADDING = {"cpu": 0.1}
+_DEVICE_PADDING = 0.5
+"""How much of a batch may be empty: a CPU pays for every empty token, an accelerator above all for every call."""
 _WORKING_BYTES = 2**30
 _DEVICE_SHARE = 16
 """Working memory where none is given; of an accelerator one part in so many, where that is more: its calls have to be
@@ -270,9 +273,11 @@ class Session:
     def _plan(self, places: Sequence[int]) -> list[list[int]]:
         """Batches of pairs that controls are measured on, of those that are patched, and of the others."""
         plan = []
+        padding = _PADDING.get(self.device.type, _DEVICE_PADDING)
         for role in range(int(self._roles.max()) + 1):
             own = [i for i in places if self._roles[i] == role]
-            groups = plan_batches([self.pairs[i] for i in own], self._batch_tokens(), shared=self.shared)
+            known = [self.pairs[i] for i in own]
+            groups = plan_batches(known, self._batch_tokens(), shared=self.shared, padding=padding)
             plan += [[own[i] for i in group] for group in groups]
         return plan
 

@@ -22,6 +22,7 @@ from align_audit.config import SiteConfig
 from align_audit.errors import SiteError
 from align_audit.measures.control_variate import subset_order
 from align_audit.measures.patching import patched
+from align_audit.measures.sums import sum_into
 from align_audit.models.replay import Recording, Replay, Stream
 from align_audit.models.sites import Kind, Place, Sites
 
@@ -319,8 +320,7 @@ class SiteCollector:
         """Sum what each position [R, T] contributes, per pair, over each configuration's positions."""
         for number, column in columns:
             mask = batch.position_mask(self.found[number].config.positions)
-            total = torch.zeros(batch.num_pairs, dtype=torch.float64, device=along.device)
-            total.index_add_(0, batch.row_pair, along.masked_fill(~mask, 0.0).sum(-1))
+            total = sum_into(batch.row_pair, along.masked_fill(~mask, 0.0).sum(-1), batch.num_pairs)
             self._store("attribution", direction, batch, (number, column), total)
 
     def _store(self, which: str, direction: str, batch: PairBatch, key: Any, values: torch.Tensor) -> None:

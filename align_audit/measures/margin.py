@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from align_audit.measures.sums import sum_into
+
 _CHUNK_BYTES = 2**21
 """Rows of logits are taken in chunks of this size on a CPU, so that the passes over a chunk meet it in the cache."""
 
@@ -125,8 +127,7 @@ def _read(logits: torch.Tensor, target: torch.Tensor) -> tuple[TokenReadout, tor
 
 def sum_by_pair(values: torch.Tensor, pair: torch.Tensor, side: torch.Tensor, num_pairs: int) -> torch.Tensor:
     """Sum token values [P] per pair and side, in float64: [2, B]; row 0 is the chosen side."""
-    sums = torch.zeros(2 * num_pairs, dtype=torch.float64, device=values.device)
-    return sums.index_add_(0, side * num_pairs + pair, values.double()).view(2, num_pairs)
+    return sum_into(side * num_pairs + pair, values, 2 * num_pairs).view(2, num_pairs)
 
 
 def preference_margin(logp: torch.Tensor, pair: torch.Tensor, side: torch.Tensor, num_pairs: int) -> torch.Tensor:

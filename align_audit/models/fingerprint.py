@@ -13,7 +13,7 @@ from align_audit.models.streaming import stored_parameters
 _ROWS, _COLUMNS = 64, 1024
 """Of one block: as 64-bit integers it stays in a core's cache."""
 _BLOCKS = {"cpu": 4}
-_BLOCKS_ELSEWHERE = 256
+_BLOCKS_ELSEWHERE = 64
 """Blocks taken at once, by device type."""
 _MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # odd, as a signed 64-bit integer
 _MIXER = 0xBF58476D1CE4E5B9 - 2**64
