@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all lint install clean
+.PHONY: demo test test-all test-gpu lint install clean
 
 install: $(STAMP)
 
@@ -31,6 +31,13 @@ test: $(STAMP)
 # $$ALIGN_AUDIT_DATA) is present.
 test-all: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "not gpu"
+
+# The engine's exactness on a CUDA device, and DPO runs there; in the environment at hand, whose torch has to know the device.
+test-gpu:
+	HF_HUB_OFFLINE=1 ALIGN_AUDIT_TEST_DEVICE=cuda $(PYTHON) -m pytest -m "not slow" tests/models tests/measures/test_sums.py \
+	  tests/test_exactness.py tests/test_sites.py tests/test_sharing.py tests/test_depth_trace.py tests/test_fewer_pairs.py \
+	  tests/test_transfer.py tests/test_kept_reference.py tests/test_refcache.py tests/test_callback.py \
+	  tests/test_callback_inert.py tests/test_trainer_margins.py tests/test_reference_modes.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -15,7 +15,8 @@ with hooks of the same pairs, ``layers`` has to run too). Contenders, and how ea
 Each run is a process of its own; what is timed starts after imports, loading, wrapping and a warm-up on one pair. Repeats
 are interleaved: all contenders once, then all again. CPU seconds are the process's user and system time; memory is the
 peak of resident memory above what the models take. With ``--device cuda`` wall seconds are compared instead, until the
-device has finished, memory is what torch allocates there, and each contender does all sweeps and repeats in one process.
+device has finished, and memory is what torch allocates there; all contenders take their turns in this process, each with
+models of its own, because starting and loading would cost more time of the device than the sweeps.
 In the rank sweep the peers are *given* the bases; align_audit fits its own and also runs the layer sweep, all of it in
 its time.
 
@@ -33,6 +34,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -41,7 +43,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import flops
+from engine import flops, worker
 from engine.contenders import CONTENDERS
 from engine.contenders.common import PAIRS_PER_BATCH
 from engine.job import RANKS, JobSpec, make_job
@@ -100,7 +102,6 @@ class Bench:
                 for timing in timings.values():
                     self._run(folder, [timing], 1, f"{repeat + 1}/{repeats}")
         else:
-            # Starting and loading would take most of the time of a device that is often rented by the minute.
             for name in names:
                 self._run(folder, [timing for timing in timings.values() if timing.contender == name], repeats, "all")
         return timings
@@ -141,6 +142,8 @@ class Bench:
         return [*fixed, *more]
 
     def _worker(self, name: str, arguments: list[str]) -> tuple[dict[str, Any], str | None]:
+        if self.device != "cpu" and name not in self.pythons:
+            return self._here(["--contender", name, *arguments])
         python = self.pythons.get(name, sys.executable)
         threads = str(self.threads)
         environment = {
@@ -161,6 +164,15 @@ class Bench:
                 return json.loads(line.removeprefix(MARK)), None
         last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         return {}, f"failed: {last}"
+
+    @staticmethod
+    def _here(arguments: list[str]) -> tuple[dict[str, Any], str | None]:
+        """As a worker does it, in this process. A contender that breaks must not take the others' figures with it."""
+        try:
+            return worker.perform(arguments), None
+        except Exception as error:
+            traceback.print_exc()
+            return {}, f"failed: {type(error).__name__}: {error}"
 
 
 def main() -> None:

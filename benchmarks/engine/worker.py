@@ -27,6 +27,11 @@ MARK = "RESULT "
 
 
 def main() -> None:
+    print(MARK + json.dumps(perform(sys.argv[1:])))
+
+
+def perform(arguments: list[str]) -> dict[str, Any]:
+    """What the command line asks for, as the report that is printed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--contender", required=True)
     parser.add_argument("--probe", action="store_true", help="only say which versions are installed")
@@ -36,8 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for one file of effects a sweep")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--profile", action="store_true")
-    options = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    options = parser.parse_args(arguments)
     from engine.contenders import CONTENDERS
 
     entry = CONTENDERS[options.contender]
@@ -46,10 +50,8 @@ def main() -> None:
         sys.path.insert(0, str(ROOT))
     found = versions(entry.needs)
     if options.probe:
-        print(MARK + json.dumps({"versions": found, "missing": [name for name in entry.needs if name not in found]}))
-        return
-    runs = run(entry, options)
-    print(MARK + json.dumps({"versions": found, "runs": runs}))
+        return {"versions": found, "missing": [name for name in entry.needs if name not in found]}
+    return {"versions": found, "runs": run(entry, options)}
 
 
 def versions(needs: tuple[str, ...]) -> dict[str, str]:
@@ -190,4 +192,5 @@ def _status(name: str) -> int:
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     main()
