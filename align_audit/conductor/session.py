@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_CPU_ACTIVATIONS = 2**18
-"""Activations of one layer call's stream on a CPU: matrix products are as fast as they get, and the cache still helps."""
+_CPU_BYTES = 2**20
+"""Size of one layer call's stream on a CPU: matrix products are as fast as they get, and the cache still helps."""
 _DEVICE_TOKENS = 8192
 """Tokens of one layer call on an accelerator."""
 _PADDING = {"cpu": 0.1}
@@ -382,8 +382,7 @@ class Session:
         """Padded tokens a batch: as asked, unless the recordings of both models alone would fill the working memory."""
         wanted = self.config.batch_tokens
         if wanted is None:
-            cached = _CPU_ACTIVATIONS // self.policy.anatomy.hidden_size
-            wanted = cached if self.device.type == "cpu" else _DEVICE_TOKENS
+            wanted = _CPU_BYTES // self._stream_bytes() if self.device.type == "cpu" else _DEVICE_TOKENS
         # Two recordings of L + 1 streams and L transplanted ones live at once, in half of the working memory; and before
         # anything is transplanted two recordings, one between them, and gradients on their way to disk.
         streams = (4 if self.config.patching.keep_reference else 3) * self.num_layers + 4
