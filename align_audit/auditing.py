@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from align_audit.audit_before import AuditBefore
 from align_audit.batches import PairBatch
 from align_audit.conductor.assemble import Assembler
 from align_audit.conductor.choice import more_pairs
@@ -43,12 +44,9 @@ from align_audit.verdict import find
 if TYPE_CHECKING:
     from align_audit.measures.patching import PatchSummary
     from align_audit.probes import ProbeSet
-    from align_audit.record import Attribution, Patching, Spinal
+    from align_audit.record import Patching, Spinal
 
 _PACKAGES = ("align-audit", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "scipy")
-
-Subspaces = dict[tuple[str, int], np.ndarray]
-"""(basis, layer) → [d, k], orthonormal columns."""
 
 
 @dataclass
@@ -58,8 +56,7 @@ class Context:
     Attributes:
         autocast: makes the context the trainer computes in.
         at_start: training has not begun, so policy and reference should compute the same.
-        subspaces: of the audit before, for principal angles; replaced by each audit.
-        attribution: of the audit before, by which ``exact_pairs`` "auto" begins; replaced by each audit.
+        before: what the audit before left; replaced by each audit.
         reference_cache: depth traces of references already measured, by what they depend on.
         probe_name: what the run calls the probe set; None where it has only one, without a name.
         models: opened already, for several probe sets in turn; None: each audit opens them for itself.
@@ -71,8 +68,7 @@ class Context:
     beta: float | None = None
     last_sync_step: int | None = None
     compare_precomputed: bool = True
-    subspaces: Subspaces = field(default_factory=dict)
-    attribution: Attribution | None = None
+    before: AuditBefore = field(default_factory=AuditBefore)
     reference_cache: ReferenceCache = field(default_factory=ReferenceCache)
     progress: Callable[[int, str], Any] | None = None
     probe_name: str | None = None
@@ -109,7 +105,7 @@ class OpenModels:
         if len(probes) == 0:
             raise ProbeError("the probe set is empty; expected at least one preference pair")
         if self._session is not None:
-            return self._session.over(probes.pairs, probes.truncation_mode, context.attribution)
+            return self._session.over(probes.pairs, probes.truncation_mode, context.before.attribution)
         if not self._entered:
             self._enter()
         session = Session(
@@ -121,7 +117,7 @@ class OpenModels:
             anatomy=context.anatomy,
             pad_token_id=0,
             truncation_mode=probes.truncation_mode,
-            before=context.attribution,
+            before=context.before.attribution,
         )
         theirs = self.reference.fingerprint()  # first: a streamed reference holds no layer while the policy is read
         self.hashes = (policy_fingerprint(self.policy), theirs)
@@ -289,7 +285,7 @@ def _measure(
     second_pass(session, looks, tick, walk_base=found.strays)
     finer = sites.measure(tick) if sites is not None else []
     findings = reconstruction.found if reconstruction is not None else None
-    curves = build.low_rank(findings, context.subspaces) if findings is not None else {}
+    curves = build.low_rank(findings, context.before.subspaces) if findings is not None else {}
     if not curves and "low_rank" not in build.reasons and findings is None:
         build.reasons["low_rank"] = "switched off (low_rank.enabled, patching.enabled)"
     controls = build.controls(summary, findings, localization)
@@ -314,9 +310,8 @@ def _measure(
         reasons=build.reasons,
     )
     record = record.model_copy(update={"finding": find(record)})
-    if findings is not None:
-        context.subspaces = dict(findings.bases)
-    context.attribution = record.attribution
+    spanned = dict(findings.bases) if findings is not None else context.before.subspaces
+    context.before = AuditBefore(spanned, record.attribution)
     return record, _arrays(found, findings, finer)
 
 
@@ -524,16 +519,6 @@ def _arrays(found: Collected, findings: LowRankFindings | None, sites: list[Site
         for (_, layer), values in findings.random.items():
             arrays[f"per_pair.low_rank.random.{layer}"] = values.mean(axis=-1)
     return arrays
-
-
-def subspaces_from(arrays: dict[str, np.ndarray]) -> Subspaces:
-    """The subspaces among stored arrays, as a later audit compares itself with them."""
-    found: Subspaces = {}
-    for name, values in arrays.items():
-        if name.startswith("subspace."):
-            _, basis, layer = name.split(".")
-            found[basis, int(layer)] = values
-    return found
 
 
 def ticker(context: Context, total: int) -> Callable[[], None]:

@@ -24,7 +24,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align_audit.alerts import evaluate
-from align_audit.auditing import Context, OpenModels, Subspaces, run_audit, subspaces_from
+from align_audit.audit_before import AuditBefore, left_by
+from align_audit.auditing import Context, OpenModels, run_audit
 from align_audit.conductor.session import Session, check_vocabulary
 from align_audit.conductor.sites import SiteCollector
 from align_audit.config import AuditConfig
@@ -34,7 +35,7 @@ from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
 from align_audit.probe_names import arrays_name, as_name, check_names
 from align_audit.probes import ProbeSet
-from align_audit.record import Alert, Attribution, AuditRecord
+from align_audit.record import Alert, AuditRecord
 from align_audit.refcache import ReferenceCache
 from align_audit.runlog import RunLog
 from align_audit.writers.locate import open_tensorboard
@@ -100,9 +101,8 @@ class AlignmentAuditCallback(TrainerCallback):
         self._context = Context(anatomy=anatomy)
         self._probes: dict[str | None, ProbeSet] = {}
         """The probe sets by name; a single one without a name is called None."""
-        self._subspaces: dict[str | None, Subspaces] = {}
-        self._attribution: dict[str | None, Attribution | None] = {}
-        """Both of each probe set's audit before."""
+        self._before: dict[str | None, AuditBefore] = {}
+        """By probe set."""
         self._reference: Reference | None = None
         self._log: RunLog | None = None
         self._writer: TensorBoardWriter | None = None
@@ -274,18 +274,14 @@ class AlignmentAuditCallback(TrainerCallback):
             )
             records = []
         self._seen = {(record.step, record.provenance.policy_hash, record.provenance.probe_name) for record in records}
-        self._subspaces, self._attribution = {}, {}
+        self._before = {}
         for name in self._probes:
             reached = [
                 record
                 for record in records
                 if record.step <= state.global_step and record.provenance.probe_name == name
             ]
-            if reached:
-                self._attribution[name] = reached[-1].attribution
-                with contextlib.suppress(AlignAuditError):
-                    arrays = self._log.load_arrays(reached[-1].step, arrays_name(name))
-                    self._subspaces[name] = subspaces_from(arrays)
+            self._before[name] = left_by(reached[-1] if reached else None, self._log)
 
     def _begins_with(self, record: AuditRecord, model: nn.Module) -> bool:
         """Is this what our own first audit would find: the same start, read on the same probes in the same way?"""
@@ -434,8 +430,7 @@ class AlignmentAuditCallback(TrainerCallback):
             progress=(
                 progress_bar if self.config.progress and state.is_world_process_zero and not args.disable_tqdm else None
             ),
-            subspaces=self._subspaces.get(name, {}),
-            attribution=self._attribution.get(name),
+            before=self._before.get(name, AuditBefore()),
             probe_name=name,
             models=models,
         )
@@ -443,7 +438,7 @@ class AlignmentAuditCallback(TrainerCallback):
             period = args.ref_model_sync_steps
             context.last_sync_step = state.global_step // period * period or None
         record, arrays = run_audit(model, self._reference, self._probes[name], self.config, state.global_step, context)
-        self._subspaces[name], self._attribution[name] = context.subspaces, context.attribution
+        self._before[name] = context.before
         if self._log is None:  # not the first process
             return []
         history = self._log.records

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -12,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from align_audit.alerts import evaluate
-from align_audit.auditing import Context, OpenModels, run_audit, subspaces_from
+from align_audit.audit_before import left_by
+from align_audit.auditing import Context, OpenModels, run_audit
 from align_audit.config import AuditConfig
-from align_audit.errors import ConfigurationError, RecordError, ReferenceUnavailableError
+from align_audit.errors import ConfigurationError, ReferenceUnavailableError
 from align_audit.models.anatomy import is_peft
 from align_audit.models.loading import load_model
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
@@ -145,11 +145,7 @@ def _audited(
 ) -> AuditRecord:
     name = context.probe_name
     before = [earlier for earlier in log.records if earlier.step < step and earlier.provenance.probe_name == name]
-    context.subspaces, context.attribution = {}, None
-    if before:
-        context.attribution = before[-1].attribution
-        with contextlib.suppress(RecordError):
-            context.subspaces = subspaces_from(log.load_arrays(before[-1].step, arrays_name(name)))
+    context.before = left_by(before[-1] if before else None, log)
     record, arrays = run_audit(policy, reference, pairs, config, step, context)
     record = record.model_copy(update={"alerts": evaluate(record, before, config.alerts)})
     log.save_arrays(step, arrays_name(name), arrays)

@@ -41,6 +41,7 @@ def main() -> None:
     options = parser.parse_args()
 
     from align_audit import AuditConfig, ProbeSet
+    from align_audit.audit_before import AuditBefore
     from align_audit.auditing import Context, run_audit
     from align_audit.models.reference import resolve_reference
 
@@ -65,7 +66,10 @@ def main() -> None:
                     patching |= {"equivalent_pairs": options.pairs, "control_pairs": 10}
                 config = AuditConfig.from_dict({**SWEEP, "patching": patching})
                 began = time.process_time()
-                resolved, context = resolve_reference(policy, run.reference), Context(attribution=known)
+                resolved, context = (
+                    resolve_reference(policy, run.reference),
+                    Context(before=AuditBefore(attribution=known)),
+                )
                 record, _ = run_audit(policy, resolved, probes.subsample(pairs, 0), config, 0, context)
                 return record.patching, time.process_time() - began
 

@@ -100,6 +100,7 @@ def main() -> None:
     early, late = train(job, training, [options.steps // 2, options.steps], options.rate)
     print(f"{options.steps} steps of DPO: {time.perf_counter() - began:.0f} s", file=sys.stderr)
 
+    from align_audit.audit_before import AuditBefore
     from align_audit.auditing import Context, run_audit
     from align_audit.config import AuditConfig
     from align_audit.models.reference import resolve_reference
@@ -115,7 +116,8 @@ def main() -> None:
         config = AuditConfig.from_dict({**sweep, "patching": {**sweep["patching"], **patching}})
         probes = probe_set(job.pairs[:pairs])
         cpu, wall = time.process_time(), time.perf_counter()
-        context = Context(reference_cache=ReferenceCache(folder), attribution=before and before.patching.attribution)
+        left = AuditBefore(attribution=before.patching.attribution if before is not None else None)
+        context = Context(reference_cache=ReferenceCache(folder), before=left)
         record, _ = run_audit(job.policy, resolved, probes, config, 0, context)
         return record, time.process_time() - cpu, time.perf_counter() - wall
 
