@@ -23,7 +23,7 @@ from align_audit.batches import PairBatch
 from align_audit.conductor.assemble import Assembler
 from align_audit.conductor.choice import more_pairs
 from align_audit.conductor.collect import Collected, Collector
-from align_audit.conductor.lowrank import Fit, LowRankFindings, Reconstruction
+from align_audit.conductor.lowrank import Fit, LowRankFindings, Reconstruction, TokenRows
 from align_audit.conductor.second import Look, MoreNoise, second_pass
 from align_audit.conductor.session import Session, out_of_memory
 from align_audit.conductor.site_curves import site_arrays, site_curves
@@ -256,11 +256,13 @@ def _measure(
     low_rank = config.low_rank.enabled and config.patching.enabled
     again = config.patching.enabled and config.patching.noise_draws > 1
     sites = SiteCollector(session) if config.sites else None
-    batches = len(session.plan) * (3 if low_rank else 2 if again else 1)
+    named = named_layers(session) if low_rank else None
+    rows = TokenRows(session, named) if named and len(session.pairs) > 1 else None
+    batches = len(session.plan) * (1 + bool(low_rank or again) + bool(low_rank and rows is None))
     tick = ticker(context, batches + (sites.batches if sites is not None else 0))
     known = context.reference_cache.get(trace_key) if config.spinal.enabled else None
     kept = _kept_streams(session, probes, hashes[1], built, context)
-    collector = Collector(session, reference_rows=known is None, kept=kept)
+    collector = Collector(session, reference_rows=known is None, kept=kept, token_rows=rows)
 
     def update(batch: PairBatch) -> None:
         collector.update(batch)
@@ -277,7 +279,7 @@ def _measure(
     patching, summary = build.patching()
     localization = build.localization(summary)
     looks: list[Look] = []
-    reconstruction = _low_rank(session, build, patching, summary, tick)
+    reconstruction = _low_rank(session, build, patching, summary, rows, tick)
     if reconstruction is not None:
         looks.append(reconstruction)
     if summary is not None:
@@ -386,9 +388,14 @@ def _low_rank(
     build: Assembler,
     patching: Patching | None,
     summary: PatchSummary | None,
+    rows: TokenRows | None,
     tick: Callable[[], None],
 ) -> Reconstruction | None:
-    """Subspaces fitted at the layers asked for; None, with a reason, where there is nothing to reconstruct."""
+    """Subspaces fitted at the layers asked for; None, with a reason, where there is nothing to reconstruct.
+
+    Args:
+        rows: gathered in the first pass; None: the layers were not known then.
+    """
     config = session.config.low_rank
     if not config.enabled or patching is None or summary is None:
         return None
@@ -399,7 +406,10 @@ def _low_rank(
     if not layers:
         build.reasons["low_rank"] = f"no layer to reconstruct: {summary.peak_reason}"
         return None
-    return Reconstruction(session, Fit(session, layers, tick))
+    if rows is None:
+        rows = TokenRows(session, layers)
+        rows.gather(tick)
+    return Reconstruction(session, Fit(rows))
 
 
 def layers_to_reconstruct(session: Session, summary: PatchSummary) -> list[int]:
@@ -408,12 +418,24 @@ def layers_to_reconstruct(session: Session, summary: PatchSummary) -> list[int]:
     Raises:
         ConfigurationError: the model has no such layer.
     """
+    named = named_layers(session)
+    if named is not None:
+        return named
+    found = (summary.peak_layer, _largest([gain.mean for gain in summary.layer_gain]))
+    return sorted({layer for layer in found if layer is not None})
+
+
+def named_layers(session: Session) -> list[int] | None:
+    """The layers asked for, ascending; None where they are for the audit to find (``auto``).
+
+    Raises:
+        ConfigurationError: the model has no such layer.
+    """
     layers = session.config.low_rank.layers
+    if layers == "auto":
+        return None
     if layers == "all":
         return list(range(session.num_layers))
-    if layers == "auto":
-        found = (summary.peak_layer, _largest([gain.mean for gain in summary.layer_gain]))
-        return sorted({layer for layer in found if layer is not None})
     outside = [layer for layer in sorted(set(layers)) if not 0 <= layer < session.num_layers]
     if outside:
         raise ConfigurationError(f"low_rank.layers names {outside}; the model has layers 0 to {session.num_layers - 1}")

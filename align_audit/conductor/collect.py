@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from align_audit.measures.sums import sum_into
 from align_audit.measures.transport import TransportAccumulator
 from align_audit.models.replay import Recording, Replay, Stream, equal_streams
 from align_audit.refstreams import ReferenceStreams
+
+if TYPE_CHECKING:
+    from align_audit.conductor.lowrank import TokenRows
 
 
 @dataclass
@@ -68,12 +71,20 @@ class Collector:
     An ``update`` that raises leaves nothing behind that a second one on the same pairs would not overwrite.
     """
 
-    def __init__(self, session: Session, *, reference_rows: bool = True, kept: ReferenceStreams | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        *,
+        reference_rows: bool = True,
+        kept: ReferenceStreams | None = None,
+        token_rows: TokenRows | None = None,
+    ) -> None:
         config = session.config
         self.session = session
         self.config = config
         self._reference_rows = reference_rows
         self._kept_streams = kept
+        self._token_rows = token_rows
         self._replayed: dict[bool, int] = {}
         """Batches whose recordings were replayed as a check, by whether the model is the reference."""
         self._strays: dict[bool, bool] = {}
@@ -124,6 +135,8 @@ class Collector:
                 self._patch(batch, policy, reference, ours, theirs)
             else:
                 self._patch_effects(batch, self.session.layers_of(batch), policy, reference, theirs)
+        if self._token_rows is not None:
+            self._token_rows.update(batch, policy, reference)
         if self.config.spinal.enabled:
             self._spinal(batch, policy, reference)
 

@@ -1,7 +1,8 @@
 """Low-rank reconstruction at the layers that matter (METHODS §4; arXiv 2510.16167 §4.3).
 
-One more pass over the pairs fits the subspaces (no further up than the highest of the layers); they are patched in the
-pass after that (``conductor.second``), on the same pairs, cross-fit by halves, or on those of another probe set.
+The token rows are gathered in the first pass where the layers are named beforehand, else in one more (no further up than
+the highest of the layers). The subspaces are patched in the pass after that (``conductor.second``), on the same pairs,
+cross-fit by halves, or on those of another probe set.
 """
 
 from __future__ import annotations
@@ -45,8 +46,62 @@ class LowRankFindings:
     skipped: dict[Key, str] = field(default_factory=dict)
 
 
+class TokenRows:
+    """Gram matrices Σ h hᵀ [d, d] of the pooled token rows of each half of a session's pairs, per basis and layer."""
+
+    def __init__(self, session: Session, layers: Sequence[int]) -> None:
+        self.session, self.layers = session, list(layers)
+        self.halves = split_halves(len(session.pairs), session.config.seed)
+        width = session.policy.anatomy.hidden_size
+        self._sums = {
+            (basis, layer): (GramAccumulator(width), GramAccumulator(width))
+            for basis in session.config.low_rank.bases
+            for layer in layers
+        }
+        self._counted = {key: np.zeros(len(session.pairs), dtype=bool) for key in self._sums}
+
+    def update(self, batch: PairBatch, policy: Recording, reference: Recording) -> None:
+        """Add a batch. Pairs come again after running out of memory; where they were added already they are left out."""
+        mask = batch.position_mask(self.session.config.patching.positions)
+        places = batch.pair_index.cpu().numpy()
+        for key, sums in self._sums.items():
+            basis, layer = key
+            ours, theirs = policy.after(layer), reference.after(layer)
+            for half in (False, True):
+                new = (self.halves == half) & ~self._counted[key]
+                within = mask & _by_row(batch, new)[:, None]
+                if not within.any():
+                    continue
+                rows = ours[within].double()
+                if basis == "shift":
+                    rows = rows - theirs[within].double()
+                # A position that stands for both sequences of its pair is two of the pooled rows.
+                sums[half].update(rows * batch.copies[within].double().sqrt()[:, None])
+                self._counted[key][places[new[places]]] = True
+
+    def gather(self, tick: Callable[[], None] = lambda: None) -> None:
+        """A pass of its own over all pairs, no further up than the layers."""
+        session, top = self.session, max(self.layers)
+
+        def update(batch: PairBatch) -> None:
+            inputs = batch.model_inputs()
+            with session.as_policy() as replay:
+                policy = replay.record(inputs, until=top)
+            with session.as_reference() as replay:
+                reference = replay.record(inputs, until=top)
+            session.meter.sample()
+            self.update(batch, policy, reference)
+            tick()
+
+        session.each_batch(update)
+
+    def freeze(self) -> dict[Key, tuple[Gram, Gram]]:
+        """Of the first half and of the second."""
+        return {key: (one.freeze(), other.freeze()) for key, (one, other) in self._sums.items()}
+
+
 class Fit:
-    """Subspaces of one probe set's token rows, fitted when made: on each half of its pairs, and on all of them.
+    """Subspaces of one probe set's token rows: on each half of its pairs, and on all of them.
 
     Attributes:
         ranks: evaluated ranks; those above the model's width are left out.
@@ -58,15 +113,15 @@ class Fit:
         skipped: why a (basis, layer) is missing.
     """
 
-    def __init__(self, session: Session, layers: list[int], tick: Callable[[], None] = lambda: None) -> None:
-        config = session.config.low_rank
+    def __init__(self, rows: TokenRows) -> None:
+        session = rows.session
         width = session.policy.anatomy.hidden_size
-        self.ranks = [rank for rank in config.ranks if rank <= width] or [width]
-        self.halves = split_halves(len(session.pairs), session.config.seed)
+        self.ranks = [rank for rank in session.config.low_rank.ranks if rank <= width] or [width]
+        self.halves = rows.halves
         self.spans: dict[Key, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.explained: dict[Key, list[float]] = {}
         self.skipped: dict[Key, str] = {}
-        self.grams = _fit(session, layers, self.halves, tick)
+        self.grams = rows.freeze()
         alone = len(session.pairs) < 2  # no halves: good for the pairs of other sets only
         for key, (one, other) in self.grams.items():
             halves_span = one.matrix.any() and other.matrix.any()
@@ -184,48 +239,6 @@ def split_halves(count: int, seed: int) -> np.ndarray:
 
 def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(list(parts)).generate_state(1)[0])
-
-
-def _fit(
-    session: Session, layers: list[int], halves: np.ndarray, tick: Callable[[], None]
-) -> dict[Key, tuple[Gram, Gram]]:
-    """Gram matrices [d, d] of the pooled token rows of each half, per basis and layer."""
-    width = session.policy.anatomy.hidden_size
-    grams = {
-        (basis, layer): (GramAccumulator(width), GramAccumulator(width))
-        for basis in session.config.low_rank.bases
-        for layer in layers
-    }
-    top = max(layers)
-
-    def update(batch: PairBatch) -> None:
-        inputs = batch.model_inputs()
-        with session.as_policy() as replay:
-            policy = replay.record(inputs, until=top)
-        with session.as_reference() as replay:
-            reference = replay.record(inputs, until=top)
-        session.meter.sample()
-        mask = batch.position_mask(session.config.patching.positions)
-        member = _by_row(batch, halves)
-        pieces = []
-        for (basis, layer), pair in grams.items():
-            ours, theirs = policy.after(layer), reference.after(layer)
-            for half in (0, 1):
-                within = mask & (member == bool(half))[:, None]
-                if not within.any():
-                    continue
-                rows = ours[within].double()
-                if basis == "shift":
-                    rows = rows - theirs[within].double()
-                # A position that stands for both sequences of its pair is two of the pooled rows.
-                pieces.append((pair[half], rows * batch.copies[within].double().sqrt()[:, None]))
-        # Added only when all are there: a batch that runs out of memory comes again, and must not count twice.
-        for accumulator, rows in pieces:
-            accumulator.update(rows)
-        tick()
-
-    session.each_batch(update)
-    return {key: (one.freeze(), other.freeze()) for key, (one, other) in grams.items()}
 
 
 def _by_row(batch: PairBatch, values: np.ndarray) -> torch.Tensor:
