@@ -258,6 +258,8 @@ def _measure(
     sites = SiteCollector(session) if config.sites else None
     named = named_layers(session) if low_rank else None
     rows = TokenRows(session, named) if named and len(session.pairs) > 1 else None
+    if rows is not None and not session.has_room(rows.bytes):
+        rows = None  # beside all else that the first pass holds they are too many; in a pass of their own they may do
     batches = len(session.plan) * (1 + bool(low_rank or again) + bool(low_rank and rows is None))
     tick = ticker(context, batches + (sites.batches if sites is not None else 0))
     known = context.reference_cache.get(trace_key) if config.spinal.enabled else None

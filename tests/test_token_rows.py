@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,9 @@ import torch
 
 from align_audit.auditing import Context, OpenModels, run_audit
 from align_audit.conductor.lowrank import TokenRows
+from align_audit.conductor.session import Session
 from align_audit.config import AuditConfig
+from align_audit.measures.subspace import GramAccumulator
 from align_audit.models.reference import resolve_reference
 from tests.tiny import perturbed, random_pairs, tiny_model
 
@@ -48,18 +51,44 @@ def test_both_ways_give_the_same_numbers_and_naming_the_layers_saves_a_pass(mode
     assert found.cost.forward_equivalents - named.cost.forward_equivalents > 0.5 * saved
 
 
-def test_pairs_that_come_again_count_once(models: tuple[Any, Any]) -> None:
+def test_pairs_that_come_again_count_once(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """After running out of memory pairs come again, in other batches, some of them already added."""
+    real, calls = GramAccumulator.update, []
+
+    def fails_once(self: GramAccumulator, rows: torch.Tensor) -> None:
+        calls.append(len(rows))
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("as if there were no more")
+        real(self, rows)
+
     with OpenModels(models[0], resolve_reference(*models)) as opened:
         session = opened.session(PAIRS, config(), Context())
         once, again = TokenRows(session, [0, 2]), TokenRows(session, [0, 2])
         once.gather()
-        places = range(len(PAIRS))
-        for size in (3, 2, 7):
-            for first in range(0, len(PAIRS), size):
-                batch = session.batch(list(places[first : first + size]))
+        monkeypatch.setattr(GramAccumulator, "update", fails_once)
+        for group in ([0, 1, 2, 3], [0, 1], [2, 3, 4], [4, 5], [3, 5, 6]):
+            batch = session.batch(group)
+            with contextlib.suppress(torch.OutOfMemoryError):
                 again.update(batch, *session.record_both(batch))
-    for key, halves in once.freeze().items():
-        for one, other in zip(halves, again.freeze()[key], strict=True):
+    assert len(calls) > 3
+    found = again.take()
+    for key, halves in once.take().items():
+        for one, other in zip(halves, found[key], strict=True):
             assert one.rows == other.rows > 0
             torch.testing.assert_close(one.matrix, other.matrix, rtol=1e-6, atol=1e-9)
+    assert again.take() == {}
+
+
+def test_where_they_would_take_much_memory_they_are_gathered_apart(
+    models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved = resolve_reference(*models)
+    passes: list[int] = []
+    real = TokenRows.gather
+    monkeypatch.setattr(TokenRows, "gather", lambda self, *rest: (passes.append(1), real(self, *rest))[1])
+    runs = []
+    for room in (True, False):
+        monkeypatch.setattr(Session, "has_room", lambda self, size, room=room: size > 0 and room)
+        runs.append(run_audit(models[0], resolved, PAIRS, config((0, 2)), 0, Context())[0])
+        assert len(passes) == (0 if room else 1)
+    assert runs[0].low_rank == runs[1].low_rank

@@ -95,9 +95,18 @@ class TokenRows:
 
         session.each_batch(update)
 
-    def freeze(self) -> dict[Key, tuple[Gram, Gram]]:
-        """Of the first half and of the second."""
-        return {key: (one.freeze(), other.freeze()) for key, (one, other) in self._sums.items()}
+    @property
+    def bytes(self) -> int:
+        """What the sums take, however many pairs there are."""
+        return 2 * len(self._sums) * self.session.policy.anatomy.hidden_size**2 * 8
+
+    def take(self) -> dict[Key, tuple[Gram, Gram]]:
+        """Of the first half and of the second. They are handed over: nothing is left here."""
+        found: dict[Key, tuple[Gram, Gram]] = {}
+        for key in list(self._sums):
+            one, other = self._sums.pop(key)
+            found[key] = (one.freeze(), other.freeze())
+        return found
 
 
 class Fit:
@@ -121,7 +130,7 @@ class Fit:
         self.spans: dict[Key, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.explained: dict[Key, list[float]] = {}
         self.skipped: dict[Key, str] = {}
-        self.grams = rows.freeze()
+        self.grams = rows.take()
         alone = len(session.pairs) < 2  # no halves: good for the pairs of other sets only
         for key, (one, other) in self.grams.items():
             halves_span = one.matrix.any() and other.matrix.any()

@@ -363,6 +363,10 @@ class Session:
         """How many streams like this one may be walked together within the working memory."""
         return max(1, self._working_bytes() // 2 // (stream.numel() * stream.element_size()))
 
+    def has_room(self, size: int) -> bool:
+        """Whether so many bytes may be held through a whole pass beside the streams: a quarter of the working memory."""
+        return size <= self._working_bytes() // 4
+
     def forward_equivalents(self, pairs: Sequence[ProbePair] | None = None) -> float:
         """Layer calls so far, as full forwards over both sequences of every probe pair (or of these ``pairs``)."""
         over = self.pairs if pairs is None else pairs

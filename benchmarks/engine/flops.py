@@ -153,7 +153,7 @@ def matmul_rates(
 
     import torch
 
-    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait = (lambda: torch.cuda.synchronize(device)) if device.startswith("cuda") else (lambda: None)
     torch.set_num_threads(threads)
     kind = getattr(torch, dtype)
     named = {

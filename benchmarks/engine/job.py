@@ -86,10 +86,10 @@ class Job:
     bases: torch.Tensor | None = None
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, folder: Path) -> None:
-        """Weights as safetensors, the rest as JSON. On an accelerator no weights: its generator makes them again at once."""
+    def save(self, folder: Path, *, weights: bool = True) -> None:
+        """Weights as safetensors, the rest as JSON. Without weights: the same versions on the same device make them again."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("reference", "policy") if self.spec.device == "cpu" else ():
+        for name in ("reference", "policy") if weights else ():
             state = {key: value.contiguous() for key, value in getattr(self, name).state_dict().items()}
             save_file(state, str(folder / f"{name}.safetensors"))
         if self.bases is not None:
@@ -120,7 +120,7 @@ def load_job(folder: Path) -> Job:
     content = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     spec = JobSpec(**{**content["spec"], "ranks": tuple(content["spec"]["ranks"])})
     models: list[Any] = []
-    if spec.device == "cpu":
+    if (folder / "policy.safetensors").exists():
         for name in ("reference", "policy"):
             model = _empty_model(content["model"], spec.torch_dtype, spec.device)
             model.load_state_dict(load_file(str(folder / f"{name}.safetensors")))

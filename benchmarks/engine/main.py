@@ -28,6 +28,7 @@ safetensors``, and here ``--peer-python nnterp=v/bin/python``. The same option t
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -89,7 +90,7 @@ class Bench:
         return report["versions"], f"not installed: {', '.join(missing)}" if missing else None
 
     def measure(self, folder: Path, plan: Sequence[tuple[str, str]], repeats: int) -> dict[tuple[str, str], Timing]:
-        """Interleaved: every (contender, sweep) of ``plan`` once, then again."""
+        """Interleaved: every (contender, sweep) of ``plan`` once, then again; on an accelerator one contender after another."""
         timings = {key: Timing(*key, device=self.device) for key in plan}
         names = list(dict.fromkeys(name for name, _ in plan))
         for name in names:
@@ -112,7 +113,10 @@ class Bench:
             report, problem = self._worker(name, self._arguments(folder, [sweep], Path(place), "--profile"))
         if problem is not None:
             raise SystemExit(problem)
-        return report["runs"][0]["profile"]
+        (run,) = report["runs"]
+        if "problem" in run:
+            raise SystemExit(run["problem"])
+        return run["profile"]
 
     def _run(self, folder: Path, timings: Sequence[Timing], repeats: int, turn: str) -> None:
         """The sweeps of one contender, in one process."""
@@ -125,15 +129,18 @@ class Bench:
             report, problem = self._worker(name, self._arguments(folder, [*open_ones], Path(place), *more))
             for run in report.get("runs", []):
                 timing = open_ones[run["sweep"]]
+                if "problem" in run:
+                    timing.problem = run["problem"]
+                    continue
                 timing.cpu.append(run["cpu"])
                 timing.wall.append(run["wall"])
                 timing.peak.append(run["peak_bytes"])
                 timing.facts = {**run["facts"], "peak_from": run["peak_from"]}
             for sweep, timing in open_ones.items():
-                timing.problem = problem
-                state = problem or f"{timing.seconds[-1]:.1f} {'CPU' if self.device == 'cpu' else 'wall'} s"
+                timing.problem = timing.problem or problem
+                state = timing.problem or f"{timing.seconds[-1]:.1f} {'CPU' if self.device == 'cpu' else 'wall'} s"
                 self.say(f"  {turn} {sweep} {name}: {state}")
-                if problem is None:
+                if timing.problem is None:
                     with np.load(Path(place) / f"{sweep}.npz") as arrays:
                         timing.effects, timing.logps = arrays["effects"], arrays["logps"]
 
@@ -168,11 +175,18 @@ class Bench:
     @staticmethod
     def _here(arguments: list[str]) -> tuple[dict[str, Any], str | None]:
         """As a worker does it, in this process. A contender that breaks must not take the others' figures with it."""
+        import torch
+
+        problem = None
+        report: dict[str, Any] = {}
         try:
-            return worker.perform(arguments), None
+            report = worker.perform(arguments)
         except Exception as error:
             traceback.print_exc()
-            return {}, f"failed: {type(error).__name__}: {error}"
+            problem = f"failed: {type(error).__name__}: {error}"
+        gc.collect()  # a wrapped model is full of cycles, and the next contender's models need its room
+        torch.cuda.empty_cache()
+        return report, problem
 
 
 def main() -> None:
@@ -248,7 +262,8 @@ def _compare(bench: Bench, spec: JobSpec, options: argparse.Namespace) -> dict[s
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         job = make_job(spec, with_bases="ranks" in options.sweeps)
-        job.save(folder)
+        job.save(folder, weights=options.device == "cpu" or bool(bench.pythons))
+        job.policy = job.reference = job.bases = None  # a device has room for the contenders then
         plan = [
             (name, sweep)
             for sweep in options.sweeps
@@ -258,7 +273,6 @@ def _compare(bench: Bench, spec: JobSpec, options: argparse.Namespace) -> dict[s
         if "audit" in options.sweeps and ("hooks", "layers") not in plan and not options.no_baseline:
             plan.insert(0, ("hooks", "layers"))
         timings = bench.measure(folder, plan, options.repeats)
-        job.policy = job.reference = job.bases = None  # a device has room for the contenders then
         rates = flops.matmul_rates(flops.Shape.of(spec), spec.dtype, options.threads, spec.device)
     lengths = [len(side) for pair in job.pairs for side in pair.sides]
     found = machine(options.threads, options.device)

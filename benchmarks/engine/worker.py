@@ -17,6 +17,8 @@ import resource
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,6 @@ def versions(needs: tuple[str, ...]) -> dict[str, str]:
 
 def run(entry: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every sweep, then all again; ``effects`` and ``logps`` go to ``SWEEP.npz`` in the folder ``out``."""
-    import numpy as np
     import torch
 
     from engine.job import load_job
@@ -83,19 +84,30 @@ def run(entry: Any, options: argparse.Namespace) -> list[dict[str, Any]]:
     contender.layer_sweep([max(job.pairs, key=lambda pair: sum(map(len, pair.sides)))])
     runs = []
     for sweep in [*options.sweeps] * options.repeats:
-        if options.profile:
-            from engine.profiling import profiled
-
-            result, table = profiled(lambda sweep=sweep: work[sweep](job.pairs), job.spec)
-            measured: dict[str, Any] = {"profile": table}
-        else:
-            measure = Measurement(device=job.spec.device)
-            with measure:
-                result = work[sweep](job.pairs)
-            measured = asdict(measure)
-        np.savez(options.out / f"{sweep}.npz", effects=result.effects, logps=result.logps)
-        runs.append({"sweep": sweep, **measured, "facts": result.facts})
+        try:
+            runs.append(one_sweep(sweep, work[sweep], job, options))
+        except Exception as error:  # what else was measured stays
+            traceback.print_exc()
+            runs.append({"sweep": sweep, "problem": f"failed: {type(error).__name__}: {error}"})
     return runs
+
+
+def one_sweep(sweep: str, work: Callable[..., Any], job: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """What one run took, and its effects in their file."""
+    import numpy as np
+
+    if options.profile:
+        from engine.profiling import profiled
+
+        result, table = profiled(lambda: work(job.pairs), job.spec)
+        measured: dict[str, Any] = {"profile": table}
+    else:
+        measure = Measurement(device=job.spec.device)
+        with measure:
+            result = work(job.pairs)
+        measured = asdict(measure)
+    np.savez(options.out / f"{sweep}.npz", effects=result.effects, logps=result.logps)
+    return {"sweep": sweep, **measured, "facts": result.facts}
 
 
 @dataclass
