@@ -36,8 +36,7 @@ test-all: $(STAMP)
 test-gpu:
 	HF_HUB_OFFLINE=1 ALIGN_AUDIT_TEST_DEVICE=cuda $(PYTHON) -m pytest -m "not slow" tests/models tests/measures/test_sums.py \
 	  tests/test_exactness.py tests/test_sites.py tests/test_sharing.py tests/test_depth_trace.py tests/test_fewer_pairs.py \
-	  tests/test_token_rows.py \
-	  tests/test_transfer.py tests/test_kept_reference.py tests/test_refcache.py tests/test_callback.py \
+	  tests/test_token_grams.py tests/test_transfer.py tests/test_kept_reference.py tests/test_refcache.py tests/test_callback.py \
 	  tests/test_callback_inert.py tests/test_trainer_margins.py tests/test_reference_modes.py
 
 lint: $(STAMP)

@@ -23,7 +23,7 @@ from align_audit.batches import PairBatch
 from align_audit.conductor.assemble import Assembler
 from align_audit.conductor.choice import more_pairs
 from align_audit.conductor.collect import Collected, Collector
-from align_audit.conductor.lowrank import Fit, LowRankFindings, Reconstruction, TokenRows
+from align_audit.conductor.lowrank import Fit, LowRankFindings, Reconstruction, TokenGrams
 from align_audit.conductor.second import Look, MoreNoise, second_pass
 from align_audit.conductor.session import Session, out_of_memory
 from align_audit.conductor.site_curves import site_arrays, site_curves
@@ -256,15 +256,12 @@ def _measure(
     low_rank = config.low_rank.enabled and config.patching.enabled
     again = config.patching.enabled and config.patching.noise_draws > 1
     sites = SiteCollector(session) if config.sites else None
-    named = named_layers(session) if low_rank else None
-    rows = TokenRows(session, named) if named and len(session.pairs) > 1 else None
-    if rows is not None and not session.has_room(rows.bytes):
-        rows = None  # beside all else that the first pass holds they are too many; in a pass of their own they may do
-    batches = len(session.plan) * (1 + bool(low_rank or again) + bool(low_rank and rows is None))
+    grams = _grams_beforehand(session) if low_rank else None
+    batches = len(session.plan) * (1 + bool(low_rank or again) + bool(low_rank and grams is None))
     tick = ticker(context, batches + (sites.batches if sites is not None else 0))
     known = context.reference_cache.get(trace_key) if config.spinal.enabled else None
     kept = _kept_streams(session, probes, hashes[1], built, context)
-    collector = Collector(session, reference_rows=known is None, kept=kept, token_rows=rows)
+    collector = Collector(session, reference_rows=known is None, kept=kept, token_grams=grams)
 
     def update(batch: PairBatch) -> None:
         collector.update(batch)
@@ -281,7 +278,7 @@ def _measure(
     patching, summary = build.patching()
     localization = build.localization(summary)
     looks: list[Look] = []
-    reconstruction = _low_rank(session, build, patching, summary, rows, tick)
+    reconstruction = _low_rank(session, build, patching, summary, grams, tick)
     if reconstruction is not None:
         looks.append(reconstruction)
     if summary is not None:
@@ -390,13 +387,13 @@ def _low_rank(
     build: Assembler,
     patching: Patching | None,
     summary: PatchSummary | None,
-    rows: TokenRows | None,
+    grams: TokenGrams | None,
     tick: Callable[[], None],
 ) -> Reconstruction | None:
     """Subspaces fitted at the layers asked for; None, with a reason, where there is nothing to reconstruct.
 
     Args:
-        rows: gathered in the first pass; None: the layers were not known then.
+        grams: gathered in the first pass; None: they were not.
     """
     config = session.config.low_rank
     if not config.enabled or patching is None or summary is None:
@@ -408,10 +405,20 @@ def _low_rank(
     if not layers:
         build.reasons["low_rank"] = f"no layer to reconstruct: {summary.peak_reason}"
         return None
-    if rows is None:
-        rows = TokenRows(session, layers)
-        rows.gather(tick)
-    return Reconstruction(session, Fit(rows))
+    if grams is None:
+        grams = TokenGrams(session, layers)
+        grams.gather(tick)
+    return Reconstruction(session, Fit(grams))
+
+
+def _grams_beforehand(session: Session) -> TokenGrams | None:
+    """What the first pass gathers for the low-rank bases; None where the layers are not known yet, or where beside all
+    else that it holds there is no room: in a pass of their own there may be."""
+    layers = named_layers(session)
+    if not layers or len(session.pairs) < 2:
+        return None
+    grams = TokenGrams(session, layers)
+    return grams if session.has_room(grams.bytes) else None
 
 
 def layers_to_reconstruct(session: Session, summary: PatchSummary) -> list[int]:

@@ -102,7 +102,7 @@ class AlignmentAuditCallback(TrainerCallback):
         self._probes: dict[str | None, ProbeSet] = {}
         """The probe sets by name; a single one without a name is called None."""
         self._before: dict[str | None, AuditBefore] = {}
-        """By probe set."""
+        """What each probe set's audit before left."""
         self._reference: Reference | None = None
         self._log: RunLog | None = None
         self._writer: TensorBoardWriter | None = None

@@ -27,7 +27,7 @@ from align_audit.batches import PairBatch
 from align_audit.conductor.assemble import Assembler
 from align_audit.conductor.cells import EXCLUDED, HELD_OUT, Cells, ProbeSide, held_out_spans
 from align_audit.conductor.collect import Collector
-from align_audit.conductor.lowrank import Fit, Key, Reconstruction, TokenRows
+from align_audit.conductor.lowrank import Fit, Key, Reconstruction, TokenGrams
 from align_audit.conductor.second import second_pass
 from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError, ProbeError
@@ -113,9 +113,9 @@ def run_transfer(
         chosen, layers = _layers(sides)
         reasons: dict[str, str] = {}
         for side in sides:
-            rows = TokenRows(side.session, layers)
-            rows.gather(tick)
-            side.fit = Fit(rows)
+            grams = TokenGrams(side.session, layers)
+            grams.gather(tick)
+            side.fit = Fit(grams)
         which = {
             (one.name, other.name): held_out_spans(other.session.pairs, one.session.pairs, one.fitted.halves)
             for one in sides

@@ -66,10 +66,8 @@ def main() -> None:
                     patching |= {"equivalent_pairs": options.pairs, "control_pairs": 10}
                 config = AuditConfig.from_dict({**SWEEP, "patching": patching})
                 began = time.process_time()
-                resolved, context = (
-                    resolve_reference(policy, run.reference),
-                    Context(before=AuditBefore(attribution=known)),
-                )
+                resolved = resolve_reference(policy, run.reference)
+                context = Context(before=AuditBefore(attribution=known))
                 record, _ = run_audit(policy, resolved, probes.subsample(pairs, 0), config, 0, context)
                 return record.patching, time.process_time() - began
 

@@ -1,7 +1,8 @@
 """The same interval width in less time: an audit by attribution, the reference's results kept, against patching every pair.
 
     python benchmarks/equal_width_speed.py --layers 12 --steps 20 --rate 1e-6 --settings 80:8 --json equal_width_speed.json
-    python benchmarks/equal_width_speed.py --layers 32 --peer-python nnsight-skip=venvs/nnsight/bin/python
+    python benchmarks/equal_width_speed.py --layers 32 --steps 20 --rate 1e-6 --settings 80:8 --peer-pairs 4 \
+        --contenders nnsight-skip --peer-python nnsight-skip=venvs/nnsight/bin/python
 
 The engine's job (``engine/job.py``: a random Llama of width 512, real HH pairs where the data is present), its policy trained
 by ``--steps`` steps of DPO on pairs that are not probed. 64 pairs are patched at every layer, by align_audit and by the other

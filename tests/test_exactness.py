@@ -14,7 +14,7 @@ from align_audit.config import AuditConfig
 from align_audit.models.reference import resolve_reference
 from align_audit.models.replay import Replay
 from tests import oracle
-from tests.tiny import FAMILIES, perturbed, random_pairs, tiny_model
+from tests.tiny import DEVICE, FAMILIES, perturbed, random_pairs, tiny_model
 
 RANKS = (1, 2, 4, 8)
 
@@ -172,7 +172,7 @@ def test_equal_shapes_give_float64_precision() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2.0**-8)], ids=["float32", "bfloat16"]
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2.0**-9)], ids=["float32", "bfloat16"]
 )
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_other_dtypes(family: str, dtype: torch.dtype, tolerance: float) -> None:
@@ -188,7 +188,7 @@ def test_other_dtypes(family: str, dtype: torch.dtype, tolerance: float) -> None
         "transplant": oracle.block_transplants(policy, reference, probes.pairs),
     }
     for name, values in expected.items():
-        assert np.abs(values / scale).max() > tolerance
+        assert np.abs(values / scale).max() > 2 * tolerance
         np.testing.assert_allclose(arrays[f"per_pair.{name}"] / scale, values / scale, atol=tolerance, rtol=0)
 
 
@@ -218,9 +218,11 @@ def test_memory_budget_does_not_change_numbers() -> None:
     _, narrow = run(policy, reference, probes, config(batch_tokens=1, working_memory_mb=1))
     for name, values in wide.items():
         if name.startswith("per_pair."):
-            # The identity control is measured on the first batch, whatever that holds.
-            both = ~(np.isnan(narrow[name]) | np.isnan(values)) if name == "per_pair.identity" else slice(None)
-            assert values[both].size
+            both: Any = slice(None)
+            if name == "per_pair.identity" and DEVICE.type != "cpu":
+                # Measured on the first batch, which there holds as many pairs as fit.
+                both = ~(np.isnan(narrow[name]) | np.isnan(values))
+                assert both.any()
             np.testing.assert_allclose(narrow[name][both], values[both], atol=1e-5, rtol=1e-5, err_msg=name)
 
 

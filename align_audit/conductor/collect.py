@@ -20,7 +20,7 @@ from align_audit.models.replay import Recording, Replay, Stream, equal_streams
 from align_audit.refstreams import ReferenceStreams
 
 if TYPE_CHECKING:
-    from align_audit.conductor.lowrank import TokenRows
+    from align_audit.conductor.lowrank import TokenGrams
 
 
 @dataclass
@@ -77,14 +77,14 @@ class Collector:
         *,
         reference_rows: bool = True,
         kept: ReferenceStreams | None = None,
-        token_rows: TokenRows | None = None,
+        token_grams: TokenGrams | None = None,
     ) -> None:
         config = session.config
         self.session = session
         self.config = config
         self._reference_rows = reference_rows
         self._kept_streams = kept
-        self._token_rows = token_rows
+        self._token_grams = token_grams
         self._replayed: dict[bool, int] = {}
         """Batches whose recordings were replayed as a check, by whether the model is the reference."""
         self._strays: dict[bool, bool] = {}
@@ -135,8 +135,8 @@ class Collector:
                 self._patch(batch, policy, reference, ours, theirs)
             else:
                 self._patch_effects(batch, self.session.layers_of(batch), policy, reference, theirs)
-        if self._token_rows is not None:
-            self._token_rows.update(batch, policy, reference)
+        if self._token_grams is not None:
+            self._token_grams.update(batch, policy, reference)
         if self.config.spinal.enabled:
             self._spinal(batch, policy, reference)
 

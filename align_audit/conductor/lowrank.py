@@ -46,7 +46,7 @@ class LowRankFindings:
     skipped: dict[Key, str] = field(default_factory=dict)
 
 
-class TokenRows:
+class TokenGrams:
     """Gram matrices Σ h hᵀ [d, d] of the pooled token rows of each half of a session's pairs, per basis and layer."""
 
     def __init__(self, session: Session, layers: Sequence[int]) -> None:
@@ -122,15 +122,15 @@ class Fit:
         skipped: why a (basis, layer) is missing.
     """
 
-    def __init__(self, rows: TokenRows) -> None:
-        session = rows.session
+    def __init__(self, grams: TokenGrams) -> None:
+        session = grams.session
         width = session.policy.anatomy.hidden_size
         self.ranks = [rank for rank in session.config.low_rank.ranks if rank <= width] or [width]
-        self.halves = rows.halves
+        self.halves = grams.halves
         self.spans: dict[Key, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.explained: dict[Key, list[float]] = {}
         self.skipped: dict[Key, str] = {}
-        self.grams = rows.take()
+        self.grams = grams.take()
         alone = len(session.pairs) < 2  # no halves: good for the pairs of other sets only
         for key, (one, other) in self.grams.items():
             halves_span = one.matrix.any() and other.matrix.any()

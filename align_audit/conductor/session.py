@@ -276,8 +276,8 @@ class Session:
         padding = _PADDING.get(self.device.type, _DEVICE_PADDING)
         for role in range(int(self._roles.max()) + 1):
             own = [i for i in places if self._roles[i] == role]
-            known = [self.pairs[i] for i in own]
-            groups = plan_batches(known, self._batch_tokens(), shared=self.shared, padding=padding)
+            pairs = [self.pairs[i] for i in own]
+            groups = plan_batches(pairs, self._batch_tokens(), shared=self.shared, padding=padding)
             plan += [[own[i] for i in group] for group in groups]
         return plan
 

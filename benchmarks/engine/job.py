@@ -52,6 +52,11 @@ class JobSpec:
     pairs_per_batch: int = PAIRS_PER_BATCH
 
     @property
+    def clock(self) -> str:
+        """Which seconds contenders are compared by: the CPU's, or those that passed until a device had finished."""
+        return "CPU" if self.device == "cpu" else "wall"
+
+    @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
@@ -147,7 +152,7 @@ def load_job(folder: Path) -> Job:
 
 def make_models(spec: JobSpec) -> tuple[Any, Any]:
     """(reference, policy): the same random weights, and in the policy a little noise on every matrix."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[] if spec.device == "cpu" else [spec.device]):
         torch.manual_seed(spec.seed)
         reference, policy = (_empty_model(spec.model_config(), torch.float32, spec.device) for _ in range(2))
         policy.load_state_dict(reference.state_dict())

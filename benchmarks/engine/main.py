@@ -5,7 +5,7 @@
     python benchmarks/engine.py --peer-python nnterp=venvs/nnterp/bin/python --peer-python pyvene=venvs/pyvene/bin/python
     python benchmarks/engine.py --scaling
     python benchmarks/engine.py --profile
-    python benchmarks/engine.py --device cuda --dtype bfloat16 --layers 16 --width 2048 --pairs 32 --pairs-per-batch 16
+    python benchmarks/engine.py --device cuda --dtype bfloat16 --layers 16 --width 2048 --pairs 32 --pairs-per-batch 8
 
 The job (``engine/job.py``): a randomly initialized Llama and a policy near it; real preference pairs where the data is
 present. ``layers`` patches the policy's stream into the reference at each layer, ``ranks`` its projection on the top 1, 2,
@@ -47,7 +47,7 @@ import numpy as np
 from engine import flops, worker
 from engine.contenders import CONTENDERS
 from engine.contenders.common import PAIRS_PER_BATCH
-from engine.job import RANKS, JobSpec, make_job
+from engine.job import RANKS, Job, JobSpec, make_job
 from engine.worker import MARK, SWEEPS
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -88,6 +88,11 @@ class Bench:
             return {}, problem
         missing = report["missing"]
         return report["versions"], f"not installed: {', '.join(missing)}" if missing else None
+
+    def store(self, job: Job, folder: Path) -> None:
+        """Write the job for the workers and let go of its models: a device has room for the contenders' then."""
+        job.save(folder, weights=self.device == "cpu" or bool(self.pythons))
+        job.policy = job.reference = job.bases = None
 
     def measure(self, folder: Path, plan: Sequence[tuple[str, str]], repeats: int) -> dict[tuple[str, str], Timing]:
         """Interleaved: every (contender, sweep) of ``plan`` once, then again; on an accelerator one contender after another."""
@@ -262,8 +267,7 @@ def _compare(bench: Bench, spec: JobSpec, options: argparse.Namespace) -> dict[s
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         job = make_job(spec, with_bases="ranks" in options.sweeps)
-        job.save(folder, weights=options.device == "cpu" or bool(bench.pythons))
-        job.policy = job.reference = job.bases = None  # a device has room for the contenders then
+        bench.store(job, folder)
         plan = [
             (name, sweep)
             for sweep in options.sweeps
@@ -302,10 +306,9 @@ def _print_sweep(sweep: str, spec: JobSpec, timings: dict[tuple[str, str], Timin
         "ranks": f"rank sweep, ranks {', '.join(map(str, spec.ranks))} at every layer",
         "audit": "full audit at default settings (against the layer sweep with hooks)",
     }
-    unit = "CPU" if spec.device == "cpu" else "wall"
     print(f"\n{titles[sweep]}")
     print(
-        f"{'contender':<17}{'version':<12}{'dtype':<9}{unit + ' s':>22}{'wall s':>9}{'peak MiB':>10}"
+        f"{'contender':<17}{'version':<12}{'dtype':<9}{spec.clock + ' s':>22}{'wall s':>9}{'peak MiB':>10}"
         f"{'hooks/it':>9}{'it/ours':>9}{'max diff':>11}{'relative':>10}"
     )
     rows = []
@@ -360,7 +363,7 @@ def _print_flops(
     spec: JobSpec, pairs: list[Any], timings: dict[tuple[str, str], Timing], rates: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     shape = flops.Shape.of(spec)
-    unit, measured = ("CPU", "gflops_per_cpu_second") if spec.device == "cpu" else ("wall", "gflops_wall")
+    unit, measured = spec.clock, {"CPU": "gflops_per_cpu_second", "wall": "gflops_wall"}[spec.clock]
     print("\nmatrix products: what is needed, and what is reached")
     counted = []
     for sweep, runs in (("layers", 1), ("ranks", len(spec.ranks))):
@@ -409,7 +412,7 @@ def _print_flops(
 def _profile(bench: Bench, spec: JobSpec, options: argparse.Namespace) -> dict[str, Any]:
     sweep = options.sweeps[0]
     with tempfile.TemporaryDirectory() as place:
-        make_job(spec, with_bases=sweep == "ranks").save(Path(place))
+        bench.store(make_job(spec, with_bases=sweep == "ranks"), Path(place))
         table = bench.profile(Path(place), "align_audit", sweep)
     print(f"align_audit, {sweep}: where the time goes")
     for row in table:

@@ -32,11 +32,11 @@ def scaling(bench: Bench, repeats: int, dtype: str) -> dict[str, Any]:
     report = {}
     for axis, (sweep, points) in AXES.items():
         print(f"\n{axis} ({sweep} sweep; {BASE.layers} layers of {BASE.width} where not said otherwise)")
-        print(f"{axis:>8}{'hooks s':>13}{'ours s':>12}{'ratio':>7}{'floor':>7}{'difference':>12}")
-        rows = [
-            _point(bench, axis, sweep, replace(BASE, dtype=dtype, device=bench.device, **point), repeats)
-            for point in points
-        ]
+        base = replace(BASE, dtype=dtype, device=bench.device)
+        print(
+            f"{axis:>8}{f'hooks {base.clock} s':>13}{f'ours {base.clock} s':>12}{'ratio':>7}{'floor':>7}{'difference':>12}"
+        )
+        rows = [_point(bench, axis, sweep, replace(base, **point), repeats) for point in points]
         exponents = {}
         for name in ("hooks", "align_audit", "floor_flops"):
             exponents[name] = exponent([row["size"] for row in rows], [row[name] for row in rows])
@@ -48,7 +48,7 @@ def scaling(bench: Bench, repeats: int, dtype: str) -> dict[str, Any]:
 def _point(bench: Bench, axis: str, sweep: str, spec: JobSpec, repeats: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
         job = make_job(spec, with_bases=sweep == "ranks", random_tokens=axis == "length")
-        job.save(Path(place))
+        bench.store(job, Path(place))
         timings = bench.measure(Path(place), [("hooks", sweep), ("align_audit", sweep)], repeats)
     for timing in timings.values():
         if timing.problem is not None:
@@ -67,6 +67,7 @@ def _point(bench: Bench, axis: str, sweep: str, spec: JobSpec, repeats: int) -> 
         "floor_ratio": as_run.total / floor.total,
         "floor_flops": floor.total,
         "max_difference": float(np.abs(hooks.effects - ours.effects).max()),
+        "clock": spec.clock,
         "hooks_seconds": hooks.seconds,
         "align_audit_seconds": ours.seconds,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,12 @@ import pytest
 import torch
 
 from align_audit.auditing import Context, OpenModels, run_audit
-from align_audit.conductor.lowrank import TokenRows
+from align_audit.conductor.lowrank import TokenGrams
 from align_audit.conductor.session import Session
 from align_audit.config import AuditConfig
 from align_audit.measures.subspace import GramAccumulator
 from align_audit.models.reference import resolve_reference
+from align_audit.refcache import ReferenceCache
 from tests.tiny import perturbed, random_pairs, tiny_model
 
 PAIRS = random_pairs(7)
@@ -63,7 +65,7 @@ def test_pairs_that_come_again_count_once(models: tuple[Any, Any], monkeypatch: 
 
     with OpenModels(models[0], resolve_reference(*models)) as opened:
         session = opened.session(PAIRS, config(), Context())
-        once, again = TokenRows(session, [0, 2]), TokenRows(session, [0, 2])
+        once, again = TokenGrams(session, [0, 2]), TokenGrams(session, [0, 2])
         once.gather()
         monkeypatch.setattr(GramAccumulator, "update", fails_once)
         for group in ([0, 1, 2, 3], [0, 1], [2, 3, 4], [4, 5], [3, 5, 6]):
@@ -79,13 +81,29 @@ def test_pairs_that_come_again_count_once(models: tuple[Any, Any], monkeypatch: 
     assert again.take() == {}
 
 
+def test_they_are_the_same_from_streams_that_an_earlier_audit_kept(models: tuple[Any, Any], tmp_path: Path) -> None:
+    resolved, pairs = resolve_reference(*models), random_pairs(14)
+    patching = {"exact_pairs": 8, "attribution_points": (0.0,), "keep_reference": True}
+    settings = AuditConfig.from_dict({**config((0, 2)).to_dict(), "patching": patching})
+    context = Context(reference_cache=ReferenceCache(tmp_path))
+    work, found = [], []
+    for _ in range(2):
+        record, arrays = run_audit(models[0], resolved, pairs, settings, 0, context)
+        work.append(record.cost.forward_equivalents)
+        found.append({name: values for name, values in arrays.items() if "low_rank" in name or "subspace" in name})
+    assert work[1] < work[0], "nothing was read from what was kept"
+    assert len(found[0]) == len(found[1]) >= 8
+    for name, values in found[0].items():
+        np.testing.assert_array_equal(found[1][name], values, err_msg=name)
+
+
 def test_where_they_would_take_much_memory_they_are_gathered_apart(
     models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resolved = resolve_reference(*models)
     passes: list[int] = []
-    real = TokenRows.gather
-    monkeypatch.setattr(TokenRows, "gather", lambda self, *rest: (passes.append(1), real(self, *rest))[1])
+    real = TokenGrams.gather
+    monkeypatch.setattr(TokenGrams, "gather", lambda self, *rest: (passes.append(1), real(self, *rest))[1])
     runs = []
     for room in (True, False):
         monkeypatch.setattr(Session, "has_room", lambda self, size, room=room: size > 0 and room)
