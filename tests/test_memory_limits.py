@@ -12,7 +12,7 @@ import pytest
 
 PROGRAM = """
 import json, logging, resource, sys
-import numpy as np, torch
+import numpy as np, scipy.linalg, torch
 torch.set_num_threads(1)
 from tests.tiny import perturbed, tiny_model
 from align_audit import AuditConfig, ProbeSet
@@ -46,6 +46,11 @@ logging.getLogger("align_audit").addHandler(handler)
 run = lambda which: run_audit(policy, resolve_reference(policy, reference), which, config, 0, Context())
 short = [{name: ids[:8] for name, ids in row.items()} for row in rows[:2]]
 run(ProbeSet.from_dataset(short, None, max_pairs=2, max_length=None))  # what libraries allocate once
+# Too short for NumPy's and SciPy's OpenBLAS to be called: each takes 32 MiB at its first product, and where it cannot it
+# ends the process without a word to Python.
+square = np.ones((256, 256))
+square @ square
+scipy.linalg.blas.dgemm(1.0, square, square)
 plan.clear()
 status = open("/proc/self/status").read()
 size = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmSize"))) * 1024
