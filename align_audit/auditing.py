@@ -283,7 +283,7 @@ def _measure(
         looks.append(reconstruction)
     if summary is not None:
         looks.append(MoreNoise(session, found, summary.peak_layer))
-    second_pass(session, looks, tick, walk_base=found.strays)
+    second_pass(session, found, looks, tick)
     finer = sites.measure(tick) if sites is not None else []
     findings = reconstruction.found if reconstruction is not None else None
     curves = build.low_rank(findings, context.before.subspaces) if findings is not None else {}

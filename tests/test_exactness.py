@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from align_audit.auditing import Context, run_audit
+from align_audit.conductor.collect import Collected
 from align_audit.conductor.lowrank import split_halves
 from align_audit.config import AuditConfig
 from align_audit.models.reference import resolve_reference
@@ -224,6 +225,32 @@ def test_memory_budget_does_not_change_numbers() -> None:
                 both = ~(np.isnan(narrow[name]) | np.isnan(values))
                 assert both.any()
             np.testing.assert_allclose(narrow[name][both], values[both], atol=1e-5, rtol=1e-5, err_msg=name)
+
+
+def test_the_second_pass_knows_the_unpatched_run_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the batches of the first pass its margins are taken over; on others the unpatched run is computed again."""
+    reference = tiny_model("llama")
+    policy = perturbed(reference)
+    settings = config(batch_tokens=100, low_rank={"layers": (1,), "ranks": (1, 4)}, patching={"noise_draws": 3})
+    _, known = run(policy, reference, random_pairs(8), settings)
+    stops: list[int | None] = []
+    real = Replay.record
+
+    def recorded(self: Replay, *args: Any, **options: Any) -> Any:
+        stops.append(options.get("until"))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(Replay, "record", recorded)
+    run(policy, reference, random_pairs(8), settings)
+    batches = stops.count(1)
+    assert batches >= 4, "both models of every batch end at the layer that is reconstructed, or at the peak"
+    monkeypatch.setattr(Collected, "reference_margins", property(lambda self: {}, lambda *_: None), raising=False)
+    stops.clear()
+    _, computed = run(policy, reference, random_pairs(8), settings)
+    assert stops.count(1) < batches, "the reference runs to the end"
+    assert set(known) == set(computed)
+    for name, values in known.items():
+        np.testing.assert_array_equal(computed[name], values, err_msg=name)
 
 
 # -- a device on which replay is not bit-exact -------------------------------------------------------------------------

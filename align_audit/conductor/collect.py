@@ -45,6 +45,8 @@ class Collected:
     """Replaying a recording of the reference did not give it back bit by bit."""
     identity_pairs: list[int] = field(default_factory=list)
     """Places of the pairs on which the identity control was measured."""
+    reference_margins: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
+    """Of each batch, by the places of its pairs: [B], for what else is walked on the same batch, in the same shapes."""
     rows_available: int = 0
     row_keys: list[np.ndarray] = field(default_factory=list)
     policy_rows: list[torch.Tensor] = field(default_factory=list)
@@ -127,6 +129,7 @@ class Collector:
         if self.config.localization.enabled:
             self._distances(batch, policy, reference)
         ours, theirs = self._behaviour(batch, policy, reference)
+        self.found.reference_margins[tuple(batch.pair_index.tolist())] = theirs
         if self.config.patching.enabled:
             if self.config.patching.exact_pairs is not None:
                 self._attribute(batch, policy, reference, gradients)

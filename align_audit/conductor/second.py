@@ -53,12 +53,14 @@ class MoreNoise:
 
 
 def second_pass(
-    session: Session, looks: Sequence[Look], tick: Callable[[], None] = lambda: None, *, walk_base: bool = False
+    session: Session, found: Collected, looks: Sequence[Look], tick: Callable[[], None] = lambda: None
 ) -> None:
     """Walk the streams of all ``looks`` through the reference, over all pairs once.
 
     Args:
-        walk_base: also walk the unpatched run, where replaying it does not give the recording back bit by bit.
+        found: by the first pass over the same session. The reference's margins on a batch of then are those of its
+            unpatched run now, to the bit, and are not computed again; unless a replay does not give the recording back bit
+            by bit, where the unpatched run is walked as the streams are.
     """
     looks = [look for look in looks if look.layers]
     if not looks:
@@ -69,17 +71,19 @@ def second_pass(
         if not session.is_exact(batch):
             tick()
             return
-        policy, reference = session.record_both(batch, until=top)
+        places = batch.pair_index.cpu().numpy()
+        base = None if found.strays else found.reference_margins.get(tuple(places.tolist()))
+        policy, reference = session.record_both(batch, until=top, whole_reference=base is None)
 
         def streams() -> Iterator[Stream]:
             for number, look in enumerate(looks):
                 for stream in look.streams(batch, policy, reference):
                     yield Stream((number, stream.key), stream.start, stream.make)
 
-        places = batch.pair_index.cpu().numpy()
         with session.as_reference() as replay:
-            own = replay.unpatched(reference) if walk_base else reference.after(session.num_layers - 1)
-            base = session.margins(replay, own, batch)
+            if base is None:
+                own = replay.unpatched(reference) if found.strays else reference.after(session.num_layers - 1)
+                base = session.margins(replay, own, batch)
             limit = session.max_streams(reference.after(-1))
             walked = replay.walk(reference, streams(), limit, read=batch.read)
             for key, margin in session.each_margin(replay, walked, batch):

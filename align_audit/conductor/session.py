@@ -281,11 +281,17 @@ class Session:
             plan += [[own[i] for i in group] for group in groups]
         return plan
 
-    def record_both(self, batch: PairBatch, until: int | None = None) -> tuple[Recording, Recording]:
-        """One forward of each model over a batch: (policy's, reference's); the policy's up to layer ``until``."""
+    def record_both(
+        self, batch: PairBatch, until: int | None = None, *, whole_reference: bool = True
+    ) -> tuple[Recording, Recording]:
+        """One forward of each model over a batch: (policy's, reference's); the policy's up to layer ``until``.
+
+        Args:
+            whole_reference: or the reference's streams, too, up to there, with the calls that continue others above.
+        """
         ours = self.record_policy(batch, until)
         with self.as_reference() as reference:
-            theirs = reference.record(batch.model_inputs())
+            theirs = reference.record(batch.model_inputs(), until=None if whole_reference else until, calls_above=True)
         self.meter.sample()
         return ours, theirs
 

@@ -56,6 +56,7 @@ def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float)
 
 @torch.no_grad()
 def _logits(replay: Replay, batch: PairBatch) -> torch.Tensor:
-    """Next-token logits [P, V] at the batch's prediction entries, float64."""
+    """Next-token logits [P, V] at the batch's prediction entries, in float32 or better."""
     top = replay.record(batch.model_inputs()).after(replay.num_layers - 1)
-    return replay.head(top[batch.row, batch.position]).double()
+    logits = replay.head(top[batch.row, batch.position])
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,16 +1,22 @@
 """Transport: the Fisher–Rao distance between the logit-lens distributions of neighbouring layers (METHODS §5).
 
 Source: SPINAL (arXiv 2601.06238). Three ways in, one arithmetic: :func:`fisher_rao_distance` of two tensors, in float64;
-:func:`transport_distances` of a walk up the layers, which keeps what one layer leaves to the next and works in the
-precision of the logits; :class:`TransportAccumulator`, which gathers such walks block by block.
+:func:`transport_distances` of a walk up the layers, in the precision of the logits; :class:`TransportAccumulator`, which
+gathers such walks block by block.
 
-The arithmetic. With r = √p (‖r‖ = 1), BC(p, q) = cos(d/2) is the cosine between r_p and r_q. Two forms, chosen per row:
+The arithmetic. With r = √p (‖r‖ = 1), BC(p, q) = cos(d/2) is the cosine between r_p and r_q, and d = 4·arcsin(½‖r_p − r_q‖).
+The difference of the roots is taken per row in the form that keeps the *relative* error small:
 
-- far, ‖r_p − r_q‖ ≥ ½:  d = 4·arcsin(½‖r_p − r_q‖), from two roots that are there anyway;
-- near:  tan(d/2) = std_p(u) / mean_p(u), u = √(q/p) up to a constant factor. (BC = E_p[u], E_p[u²] = 1 for the
-  normalized u, so sin²(d/2) = 1 − BC² is the variance of u.) As u − 1 = expm1(½·Δ log-prob) comes from differences of
-  logits, the *relative* error stays small however close the distributions are. Rounding in the normalizers shifts all
-  Δ by a constant, and a constant has no variance.
+- far, ‖r_p − r_q‖ ≥ ¼: as it stands;
+- near, in float32: r_q − r_p = (r_p + r_q)·tanh(¼·Δ log-prob), which comes from differences of logits. Rounding in the
+  normalizers shifts all Δ by a constant δ, and moves ‖r_q − r_p‖² by about δ² only: to first order by
+  δ·(‖r_q‖² − ‖r_p‖²) = 0;
+- near, in float64, where nothing finer stands behind it: tan(d/2) = std_p(u) / mean_p(u), u = √(q/p) up to a constant
+  factor. (BC = E_p[u], E_p[u²] = 1 for the normalized u, so sin²(d/2) = 1 − BC² is the variance of u.) Here a constant
+  in Δ has no variance at all.
+
+Roots are made from logits where they are needed, in a chunk of rows that a cache holds, and never kept: on a CPU reading
+and writing memory takes longer than another exponential.
 """
 
 from __future__ import annotations
@@ -27,120 +33,41 @@ _CHUNK_BYTES_ELSEWHERE = 1 << 26
 """Size of one working tensor, by device type: rows are taken in chunks, so that the passes over a chunk meet it in a CPU's
 cache; on an accelerator every pass is a launch, and there are two dozen a chunk."""
 
-_NEAR = 0.5
-"""Rows with ‖√p − √q‖ below this take the near form. The roots are right to 2 or 3 roundings in norm (2·10⁻⁷ in float32),
-so the far form's relative error is below 10⁻⁶ from here on, whatever way the rounding errors point."""
+_NEAR = 0.25
+"""Rows with ‖√p − √q‖ below this take the near form, which takes twice as long. The roots are right to 2 or 3 roundings
+in norm (2·10⁻⁷ in float32), so the far form's relative error is below 10⁻⁶ from here on, whatever way they point."""
 
-_LARGEST_STEP = math.expm1(4.0)
 _SHIFT = 8.0
-_TINY = 1e-4
+_TINY = 1e-3
 _PEAKED = 1e-5
-"""In float32 the near form is taken where its rounding stays below 10⁻⁶ of the distance: no log-probability grows by
-more than 8; ‖√p − √q‖ is above 10⁻⁴, so that a normalizer's rounding is small against it; neither distribution is a
-point mass within 2·10⁻⁵, because then a distance is made of tokens so improbable that the rounding of their logits
-shows. Other rows are computed in float64. Where the normalizers differ by more than 8 times ‖√p − √q‖, the differences
-of logits alone are taken in float64."""
+"""In float32 the near form is taken where its rounding stays below 10⁻⁶ of the distance: ‖√p − √q‖ is above 10⁻³, so that
+a normalizer's rounding is small against it; neither distribution is a point mass within 2·10⁻⁵, because then a distance
+is made of tokens so improbable that the rounding of their logits shows. Other rows are computed in float64. Where the
+normalizers differ by more than 8 times ‖√p − √q‖, the differences of logits alone are taken in float64."""
 
 
 @dataclass(frozen=True, eq=False)
-class LensState:
-    """What a layer's distributions leave to the next layer's distance: n rows, V tokens.
+class _Lens:
+    """The distributions of n rows: p = exp(x − top) / norm².
 
     Attributes:
         logits: ``[n, V]`` as they came (not copied).
-        roots: ``[n, V]``, √p, in the working dtype.
+        top: ``[n, 1]``, the largest logit, in the working dtype.
+        norm: float64 ``[n, 1]``, of exp(½(x − top)); 1 for a point mass.
         log_norm: float64 ``[n, 1]``, log Σ_v exp(logit_v).
-        peaked: bool ``[n]``, nearly all probability lies on one token.
     """
 
     logits: Tensor
-    roots: Tensor
+    top: Tensor
+    norm: Tensor
     log_norm: Tensor
-    peaked: Tensor
 
+    def rows(self, rows: slice | Tensor) -> _Lens:
+        return _Lens(self.logits[rows], self.top[rows], self.norm[rows], self.log_norm[rows])
 
-def lens_state(logits: Tensor, dtype: torch.dtype | None = None, *, roots: Tensor | None = None) -> LensState:
-    """Roots and normalizers of softmax(logits), row by row: one exponential an entry.
-
-    Args:
-        logits: ``[n, V]`` floating; −inf means probability 0. A row that is no distribution (NaN, +inf, or nothing but
-            −inf) becomes NaN. Must not be written to while the state is in use.
-        dtype: to work in, float32 or float64. None: float64 for float64 logits, else float32.
-        roots: ``[n, V]`` of that dtype, to be overwritten with the state's: memory fresh from the system costs more than
-            what is written into it.
-
-    Returns:
-        The state, on the device of the logits.
-
-    Raises:
-        ValueError: not ``[n, V]`` with V ≥ 1, or not floating.
-
-    Example:
-        >>> lens_state(torch.tensor([[0.0, 0.0, 0.0, 0.0]])).roots.tolist()
-        [[0.5, 0.5, 0.5, 0.5]]
-    """
-    _check(logits)
-    dtype = dtype or (torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    with torch.no_grad():
-        logits = logits.detach()
-        if roots is None:
-            roots = torch.empty(logits.shape, dtype=dtype, device=logits.device)
-        scratch = torch.empty_like(roots[: _rows(roots, dtype)])
-        log_norm = torch.empty(len(logits), 1, dtype=torch.float64, device=logits.device)
-        peaked = torch.empty(len(logits), dtype=torch.bool, device=logits.device)
-        for rows in _slices(logits, dtype):
-            x, root = logits[rows].to(dtype), roots[rows]
-            top = x.amax(dim=-1, keepdim=True)
-            torch.add(-0.5 * top, x, alpha=0.5, out=root).exp_()  # halving is exact
-            norm = _norm(root, scratch[: len(root)])[:, None]
-            root.mul_(norm.reciprocal().to(dtype))
-            log_norm[rows] = top.double() + 2.0 * norm.log()
-            peaked[rows] = norm[:, 0] < 1.0 + _PEAKED
-    return LensState(logits, roots, log_norm, peaked)
-
-
-def lens_distance(p: LensState, q: LensState) -> Tensor:
-    """Fisher–Rao distance between the distributions of two states, row by row, in their working dtype.
-
-    Args:
-        p, q: states of one shape, working dtype and device.
-
-    Returns:
-        float64 ``[n]``, radians in [0, π]; exactly 0 where the logits are identical. NaN where a row is no distribution.
-        Relative error: a few 2⁻⁵² in float64; in float32 below 10⁻⁶ of the value in exact arithmetic on the same logits
-        at every distance (``test_float32_walk_meets_one_millionth``; largest error seen there: 6·10⁻⁷).
-
-    Raises:
-        ValueError: the states do not fit each other.
-
-    Example:
-        >>> p, q = lens_state(torch.tensor([[0.0, 0.0]])), lens_state(torch.tensor([[0.0, -torch.inf]]))
-        >>> round(lens_distance(p, q).item(), 6)
-        1.570796
-    """
-    if p.roots.shape != q.roots.shape or p.roots.dtype != q.roots.dtype:
-        raise ValueError(
-            f"expected two states of one shape and dtype; found {list(p.roots.shape)} {p.roots.dtype} and "
-            f"{list(q.roots.shape)} {q.roots.dtype}"
-        )
-    dtype = p.roots.dtype
-    out = torch.empty(len(p.roots), dtype=torch.float64, device=p.roots.device)
-    with torch.no_grad():
-        scratch = p.roots.new_empty(2, min(len(p.roots), _rows(p.roots, dtype)), p.roots.shape[1])
-        for rows in _slices(p.roots, dtype):
-            space = scratch[:, : rows.stop - rows.start]
-            gap = _norm(torch.sub(q.roots[rows], p.roots[rows], out=space[0]), space[1])
-            out[rows] = (4.0 * torch.asin(0.5 * gap)).clamp(max=math.pi)
-            where = (gap < _NEAR).nonzero()[:, 0]
-            if not len(where):
-                continue
-            near: slice | Tensor = rows if len(where) == len(gap) else where + rows.start
-            ours, theirs = _take(p, near), _take(q, near)
-            if dtype == torch.float64:
-                out[near] = _near(ours, theirs, out[near])
-            else:
-                out[near] = _near_single(ours, theirs, gap[where], space[:, : len(where)])
-    return out
+    def wide(self) -> Tensor:
+        """The logits in the working dtype."""
+        return self.logits.to(self.top.dtype)
 
 
 def fisher_rao_distance(logits_p: Tensor, logits_q: Tensor) -> Tensor:
@@ -174,28 +101,24 @@ def fisher_rao_distance(logits_p: Tensor, logits_q: Tensor) -> Tensor:
         )
     if not (logits_p.is_floating_point() and logits_q.is_floating_point()):
         raise ValueError(f"expected floating-point logits; found {logits_p.dtype} and {logits_q.dtype}")
-    if logits_p.device.type == "mps":  # no float64 there
-        logits_p, logits_q = logits_p.cpu(), logits_q.cpu()
-    parts = [
-        lens_distance(lens_state(p, torch.float64), lens_state(q, torch.float64))
-        for p, q in zip(_chunks(logits_p, torch.float64), _chunks(logits_q, torch.float64), strict=True)
-    ]
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64, device=logits_p.device)
+    return _walk((logits_p, logits_q), [], torch.float64)[:, 0]
 
 
 def transport_distances(layers: Iterable[Tensor]) -> Tensor:
     """𝓛 of every row and step of one walk up the layers: distance of p_ℓ and p_{ℓ+1}, ℓ = 0 … L−2.
 
     The logits are taken from the iterable one layer at a time and two layers are held, so give a generator that makes
-    them: memory is 5 tensors ``[n, V]`` of the working dtype, whatever L.
+    them: memory is 2 tensors ``[n, V]``, whatever L.
 
     Args:
-        layers: L ≥ 1 tensors ``[n, V]``, bottom to top, floating, of one shape; float64 logits are worked on in
-            float64, others in float32 (see :func:`lens_distance` for the error).
+        layers: L ≥ 1 tensors ``[n, V]``, bottom to top, floating, of one shape; −inf means probability 0. float64 logits
+            are worked on in float64, others in float32.
 
     Returns:
-        float64 ``[n, L − 1]``, radians in [0, π], NaN where a layer's row is no distribution, on the logits' device (on
-        the CPU where that has no float64).
+        float64 ``[n, L − 1]``, radians in [0, π], on the logits' device (on the CPU where that has no float64); exactly 0
+        where two layers' logits are identical; NaN where a layer's row is no distribution.
+        Relative error: a few 2⁻⁵² in float64; in float32 below 10⁻⁶ of the value in exact arithmetic on the same logits
+        at every distance (``test_float32_walk_meets_one_millionth``; largest error seen there: 4·10⁻⁷).
 
     Raises:
         ValueError: no layer, or layers that do not fit each other.
@@ -205,25 +128,7 @@ def transport_distances(layers: Iterable[Tensor]) -> Tensor:
         >>> [round(distance, 6) for distance in transport_distances(layers)[0].tolist()]
         [1.570796, 0.0]
     """
-    before: LensState | None = None
-    free: Tensor | None = None
-    steps: list[Tensor] = []
-    shape: torch.Size | None = None
-    for logits in layers:
-        _check(logits)
-        if shape is not None and logits.shape != shape:
-            raise ValueError(f"expected logits {list(shape)} as of the layer below; found {list(logits.shape)}")
-        shape = logits.shape
-        state = lens_state(logits.cpu() if logits.device.type == "mps" else logits, roots=free)
-        if before is not None:
-            steps.append(lens_distance(before, state))
-            free = before.roots
-        before = state
-    if before is None:
-        raise ValueError("expected the logits of at least one layer; found none")
-    if not steps:
-        return torch.empty(len(before.roots), 0, dtype=torch.float64, device=before.roots.device)
-    return torch.stack(steps, dim=1)
+    return _walk(layers, [])
 
 
 class TransportAccumulator:
@@ -239,6 +144,7 @@ class TransportAccumulator:
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
+        self._space: list[Tensor] = []
 
     def update(self, layers: Iterable[Tensor]) -> None:
         """Walk one block of rows.
@@ -246,7 +152,7 @@ class TransportAccumulator:
         Raises:
             ValueError: as :func:`transport_distances`, or another number of layers than before.
         """
-        part = transport_distances(layers).cpu()
+        part = _walk(layers, self._space).cpu()
         if self._parts and part.shape[1] != self._parts[0].shape[1]:
             raise ValueError(f"expected {self._parts[0].shape[1] + 1} layers as before; found {part.shape[1] + 1}")
         self._parts.append(part)
@@ -262,15 +168,92 @@ class TransportAccumulator:
         return torch.cat(self._parts)
 
 
-def _near(p: LensState, q: LensState, far: Tensor) -> Tensor:
+def _walk(layers: Iterable[Tensor], space: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """:func:`transport_distances`; ``space`` holds the working tensors, or none yet, and is kept for the next walk."""
+    before: _Lens | None = None
+    steps: list[Tensor] = []
+    for logits in layers:
+        if logits.dim() != 2 or logits.shape[1] < 1:
+            raise ValueError(f"expected logits [n, V]; found {list(logits.shape)}")
+        if not logits.is_floating_point():
+            raise ValueError(f"expected floating-point logits; found {logits.dtype}")
+        if before is not None and logits.shape != before.logits.shape:
+            raise ValueError(
+                f"expected logits {list(before.logits.shape)} as of the layer below; found {list(logits.shape)}"
+            )
+        logits = logits.detach()
+        if logits.device.type == "mps":  # no float64 there
+            logits = logits.cpu()
+        dtype = dtype or (torch.float64 if logits.dtype == torch.float64 else torch.float32)
+        with torch.no_grad():
+            before, distances = _step(before, logits, dtype, space)
+        if distances is not None:
+            steps.append(distances)
+    if before is None:
+        raise ValueError("expected the logits of at least one layer; found none")
+    if not steps:
+        return torch.empty(len(before.logits), 0, dtype=torch.float64, device=before.logits.device)
+    return torch.stack(steps, dim=1)
+
+
+def _step(before: _Lens | None, logits: Tensor, dtype: torch.dtype, space: list[Tensor]) -> tuple[_Lens, Tensor | None]:
+    """The next layer's distributions, and how far they are from those before: float64 ``[n]``."""
+    size = max(1, _CHUNK_BYTES.get(logits.device.type, _CHUNK_BYTES_ELSEWHERE) // (dtype.itemsize * logits.shape[1]))
+    shape = (min(size, len(logits)), logits.shape[1])
+    if not (space and space[0].shape[1] == shape[1] and len(space[0]) >= shape[0] and space[0].dtype == dtype):
+        space[:] = _space(logits, shape, dtype)
+    column = torch.empty(3, len(logits), 1, dtype=torch.float64, device=logits.device)
+    now = _Lens(logits, column[0].to(dtype), column[1], column[2])
+    distances = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
+    for first in range(0, len(logits), size):
+        rows = slice(first, min(first + size, len(logits)))
+        root, other, spare = (tensor[: rows.stop - first] for tensor in space)
+        own = now.rows(rows)
+        x = own.wide()
+        torch.amax(x, dim=-1, keepdim=True, out=own.top)
+        own.norm.copy_(_norm(_root(x, own.top, root), spare)[:, None])
+        torch.add(own.top.double(), own.norm.log(), alpha=2.0, out=own.log_norm)
+        if before is not None:
+            distances[rows] = _distance(before.rows(rows), own, root, other, spare)
+    return now, None if before is None else distances
+
+
+def _distance(p: _Lens, q: _Lens, root_q: Tensor, root_p: Tensor, spare: Tensor) -> Tensor:
+    """d of a chunk's rows, float64 ``[n]``.
+
+    Args:
+        root_q: q's roots times its norm; is overwritten.
+        root_p, spare: to work in.
+    """
+    root_p = _root(p.wide(), p.top, root_p).mul_((q.norm / p.norm).to(root_p.dtype))
+    scale = q.norm[:, 0]  # both roots are so many times too long
+    gap = _norm(torch.sub(root_q, root_p, out=spare), spare) / scale
+    distance = (4.0 * torch.asin(0.5 * gap)).clamp(max=math.pi)
+    close = gap < _NEAR
+    count = int(close.sum())
+    if not count:
+        return distance
+    near: slice | Tensor = close.nonzero()[:, 0]
+    if 2 * count >= len(gap):  # the others too: copying those that are close would take longer
+        near = slice(None)
+    p, q, root_p, root_q, close = p.rows(near), q.rows(near), root_p[near], root_q[near], close[near]
+    if root_p.dtype == torch.float64:
+        found = _near(p, q, root_p / scale[near, None], root_q / scale[near, None], distance[near])
+    else:
+        found = _near_single(p, q, root_p, root_q, spare[: len(root_p)], gap[near], close)
+    distance[near] = torch.where(close, found, distance[near])
+    return distance
+
+
+def _near(p: _Lens, q: _Lens, root_p: Tensor, root_q: Tensor, far: Tensor) -> Tensor:
     """d = 2·arctan(std_p(u)/mean_p(u)), u = √(q/p), in float64; ``far`` stands where that is 0/0 or overflows."""
-    step = q.logits.double() - p.logits.double() - (q.log_norm - p.log_norm)
-    distance = _angle(step, p.roots)
+    step = q.wide() - p.wide() - (q.log_norm - p.log_norm)
+    distance = _angle(step, root_p)
     doubtful = (~distance.isfinite()).nonzero()[:, 0]
     if len(doubtful):
         # −inf on both sides: a token that is in neither distribution.
-        roots = p.roots[doubtful]
-        step = step[doubtful].masked_fill_((roots == 0.0) & (q.roots[doubtful] == 0.0), 0.0)
+        roots = root_p[doubtful]
+        step = step[doubtful].masked_fill_((roots == 0.0) & (root_q[doubtful] == 0.0), 0.0)
         careful = _angle(step, roots)
         distance[doubtful] = torch.where(careful.isfinite(), careful, far[doubtful])
     return distance
@@ -285,34 +268,37 @@ def _angle(step: Tensor, roots: Tensor) -> Tensor:
     return 2.0 * torch.atan2(spread, 1.0 + mean)
 
 
-def _near_single(p: LensState, q: LensState, gap: Tensor, space: Tensor) -> Tensor:
-    """The same in float32, for rows where float32 is enough; the others are computed in float64.
+def _near_single(
+    p: _Lens, q: _Lens, root_p: Tensor, root_q: Tensor, step: Tensor, gap: Tensor, wanted: Tensor
+) -> Tensor:
+    """d = 4·arcsin(½‖(√p + √q)·tanh(¼·Δ)‖) in float32, where float32 is enough; else in float64.
 
     Args:
-        gap: ‖√p − √q‖ of the rows, nearly the standard deviation wanted.
-        space: two working tensors of the rows' shape, ``[2, n, V]``.
+        root_p, root_q: times the norm of q; overwritten, as is ``step``.
+        gap: ‖√p − √q‖ of the rows, nearly the norm wanted.
+        wanted: rows whose distance will be used.
     """
-    step, weighted = space
     shift = q.log_norm - p.log_norm
-    if bool((shift[:, 0].abs() > _SHIFT * gap).any()):
+    if bool((wanted & (shift[:, 0].abs() > _SHIFT * gap)).any()):
         # A shift common to all tokens is large against what differs: the difference of two float32 is exact in float64.
         step.copy_(q.logits.double().sub_(p.logits).sub_(shift))
-        step.mul_(0.5)
+        step.mul_(0.25)
     else:
-        torch.sub(q.logits, p.logits, out=step)
-        torch.add((-0.5 * shift).float(), step, alpha=0.5, out=step)
-    grown = step.expm1_()
-    largest = grown.amax(dim=-1)
-    grown.mul_(p.roots)
-    mean = torch.mul(grown, p.roots, out=weighted).sum(dim=-1).double()
-    square = torch.mul(grown, grown, out=weighted).sum(dim=-1).double()
-    # The mean is small against the spread (about its square), so this difference cancels nothing.
-    distance = 2.0 * torch.atan2((square - mean.square()).clamp_min(0.0).sqrt(), 1.0 + mean)
-    enough = distance.isfinite() & (largest <= _LARGEST_STEP) & (gap > _TINY) & ~(p.peaked | q.peaked)
-    again = (~enough).nonzero()[:, 0]
+        torch.sub(q.wide(), p.wide(), out=step)
+        torch.add((-0.25 * shift).float(), step, alpha=0.25, out=step)
+    step.tanh_().mul_(root_q.add_(root_p))
+    distance = 4.0 * torch.asin(0.5 * _norm(step, step) / q.norm[:, 0])
+    spread = torch.minimum(p.norm, q.norm)[:, 0] >= 1.0 + _PEAKED
+    enough = distance.isfinite() & (gap > _TINY) & spread
+    again = (wanted & ~enough).nonzero()[:, 0]
     if len(again):
         distance[again] = fisher_rao_distance(p.logits[again], q.logits[again])
     return distance
+
+
+def _root(x: Tensor, top: Tensor, space: Tensor) -> Tensor:
+    """exp(½(x − top)), in ``space``: √p up to a factor of the row."""
+    return torch.add(-0.5 * top, x, alpha=0.5, out=space).exp_()  # halving is exact
 
 
 def _norm(rows: Tensor, space: Tensor) -> Tensor:
@@ -320,26 +306,17 @@ def _norm(rows: Tensor, space: Tensor) -> Tensor:
     return torch.mul(rows, rows, out=space).sum(dim=-1).double().sqrt()
 
 
-def _take(state: LensState, rows: slice | Tensor) -> LensState:
-    return LensState(state.logits[rows], state.roots[rows], state.log_norm[rows], state.peaked[rows])
-
-
-def _rows(like: Tensor, dtype: torch.dtype) -> int:
-    size = _CHUNK_BYTES.get(like.device.type, _CHUNK_BYTES_ELSEWHERE)
-    return max(1, size // (dtype.itemsize * like.shape[1]))
-
-
-def _chunks(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    return [tensor[rows] for rows in _slices(tensor, dtype)]
-
-
-def _slices(like: Tensor, dtype: torch.dtype) -> list[slice]:
-    size = _rows(like, dtype)
-    return [slice(first, min(first + size, len(like))) for first in range(0, len(like), size)]
-
-
-def _check(logits: Tensor) -> None:
-    if logits.dim() != 2 or logits.shape[1] < 1:
-        raise ValueError(f"expected logits [n, V]; found {list(logits.shape)}")
-    if not logits.is_floating_point():
-        raise ValueError(f"expected floating-point logits; found {logits.dtype}")
+def _space(logits: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> list[Tensor]:
+    """Three tensors of that shape to work on a chunk of rows in."""
+    rows = 3 * shape[0]
+    if logits.device.type != "cpu":
+        return list(torch.empty(rows, shape[1], dtype=dtype, device=logits.device).split(shape[0]))
+    # On top of room for three layers' logits, which is free again at once. Were logits at the end of the heap, glibc would
+    # give them back to the system and fetch them again, page by page, at every layer (a tenth of a walk's time). Twice,
+    # since only the first block of a size that it frees makes it take the next ones from the heap. What is not touched
+    # takes no memory.
+    blocks: list[Tensor] = []
+    for count in (1, 4):
+        blocks.clear()
+        blocks.extend(torch.empty(max(rows, len(logits)), shape[1], dtype=dtype) for _ in range(count))
+    return list(blocks[-1][:rows].split(shape[0]))

@@ -41,7 +41,7 @@ class LayerCall:
 class Recording:
     """One forward: ``streams[l + 1]`` is the residual stream after layer l, ``streams[0]`` what enters layer 0.
 
-    A recording that was stopped at a layer holds nothing above it.
+    A recording that was stopped at a layer holds no stream above it, and calls above it only where they were asked for.
     """
 
     streams: list[torch.Tensor]
@@ -135,7 +135,12 @@ class Replay:
     # -- recording -------------------------------------------------------------------------------------------------
 
     def record(
-        self, inputs: Mapping[str, torch.Tensor], *, keep_logits: bool = False, until: int | None = None
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        *,
+        keep_logits: bool = False,
+        until: int | None = None,
+        calls_above: bool = False,
     ) -> Recording:
         """One forward of the model itself, with what passed between its layers.
 
@@ -143,15 +148,20 @@ class Replay:
             inputs: ``input_ids`` [R, T], ``attention_mask`` [R, T] or [R, 1, T, T], and what else the model takes.
             keep_logits: go on to the logits; else the forward ends with the layers, and norm and head do not run.
             until: the last layer to run; None: all.
+            calls_above: also keep the arguments of the layers above ``until``, which are called and do not compute, so
+                that other streams can be walked to the top. (No argument but the stream depends on it: see the check at
+                load.)
         """
         last = self.num_layers - 1 if until is None else until
-        try:
-            return self._record(inputs, keep_logits, last)
-        except _WritesInPlace:
-            self._copies = True
-            return self._record(inputs, keep_logits, last)
+        stop = self.num_layers - 1 if calls_above else last
+        with self._passing(range(last + 1, self.num_layers)) if stop > last else contextlib.nullcontext():
+            try:
+                return self._record(inputs, keep_logits, last, stop)
+            except _WritesInPlace:
+                self._copies = True
+                return self._record(inputs, keep_logits, last, stop)
 
-    def _record(self, inputs: Mapping[str, torch.Tensor], keep_logits: bool, last: int) -> Recording:
+    def _record(self, inputs: Mapping[str, torch.Tensor], keep_logits: bool, last: int, stop: int) -> Recording:
         streams: list[torch.Tensor] = []
         calls: list[LayerCall] = []
         entered: list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = []
@@ -171,9 +181,10 @@ class Replay:
             if stream._version != versions[-1] and not self._copies:
                 raise _WritesInPlace
             left = self.anatomy.stream(output).detach()
-            streams.append(left.clone() if self._copies else left)
+            if len(calls) <= last:
+                streams.append(left.clone() if self._copies else left)
             calls.append(LayerCall(hollow_args, dict(hollow_kwargs), self.anatomy.wrap(output, left[:0, :0])))
-            if module is self.layers[last] and not keep_logits:
+            if module is self.layers[stop] and not keep_logits:
                 raise _Recorded
 
         handles: list[Any] = []
@@ -189,12 +200,12 @@ class Replay:
         finally:
             for handle in handles:
                 handle.remove()
-        if len(calls) != last + 1:
+        if len(calls) != stop + 1:
             raise AnatomyError(
                 f"expected each of the {self.num_layers} layers in {self.anatomy.layers!r} to run once in a forward of "
                 f"{type(self.model).__name__}; {len(calls)} calls were seen"
             )
-        self.layer_tokens += len(calls) * inputs["input_ids"].numel()
+        self.layer_tokens += (last + 1) * inputs["input_ids"].numel()
         return Recording(streams, calls, logits)
 
     # -- replay ----------------------------------------------------------------------------------------------------
@@ -287,18 +298,30 @@ class Replay:
     @contextlib.contextmanager
     def _stubbed(self, stream: torch.Tensor) -> Iterator[None]:
         """Every decoder layer returns ``stream``, whatever it is given."""
-        outputs = [self._outputs[index] for index in range(self.num_layers)]
-        before = [layer.__dict__.get("forward") for layer in self.layers]
+        with self._instead(range(self.num_layers), lambda args, kwargs: stream):
+            yield
 
-        def stub(index: int) -> Callable[..., Any]:
-            return lambda *args, **kwargs: self.anatomy.wrap(outputs[index], stream)
+    def _passing(self, layers: Iterable[int]) -> AbstractContextManager[None]:
+        """These layers return the stream that they are given."""
+        return self._instead(layers, self.anatomy.take)
 
+    @contextlib.contextmanager
+    def _instead(
+        self, layers: Iterable[int], left: Callable[[tuple[Any, ...], dict[str, Any]], torch.Tensor]
+    ) -> Iterator[None]:
+        """These layers do not compute, and return ``left`` of their arguments."""
+
+        def stub(output: Any) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self.anatomy.wrap(output, left(args, kwargs))
+
+        replaced = [(self.layers[index], self._outputs[index]) for index in layers]
+        before = [layer.__dict__.get("forward") for layer, _ in replaced]
         try:
-            for index, layer in enumerate(self.layers):
-                layer.forward = stub(index)
+            for layer, output in replaced:
+                layer.forward = stub(output)
             yield
         finally:
-            for layer, own in zip(self.layers, before, strict=True):
+            for (layer, _), own in zip(replaced, before, strict=True):
                 if own is None:
                     layer.__dict__.pop("forward", None)
                 else:

@@ -19,8 +19,6 @@ from align_audit.measures import transport
 from align_audit.measures.transport import (
     TransportAccumulator,
     fisher_rao_distance,
-    lens_distance,
-    lens_state,
     transport_distances,
 )
 
@@ -137,14 +135,22 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, dtype:
     p = q + torch.tensor([2.0, 1e-2] * 5 + [2.0])[:, None] * torch.randn(11, 9, generator=generator, dtype=dtype)
     whole, walk = fisher_rao_distance(p, q), transport_distances([p, q])
     sizes = []
-    real = transport._norm
+    real = transport._distance
     monkeypatch.setattr(transport, "_CHUNK_BYTES", {"cpu": 4 * 9 * dtype.itemsize})
-    monkeypatch.setattr(transport, "_norm", lambda a, b: (sizes.append(len(a)), real(a, b))[1])
+    monkeypatch.setattr(transport, "_distance", lambda p, *rest: (sizes.append(len(p.top)), real(p, *rest))[1])
     torch.testing.assert_close(
         transport_distances([p, q]), walk, rtol=1e-7 if dtype == torch.float32 else 1e-14, atol=0
     )
-    assert sizes == [4, 4, 3] * 3  # either layer's roots, and their difference
+    assert sizes == [4, 4, 3]
     torch.testing.assert_close(fisher_rao_distance(p, q), whole, rtol=1e-14, atol=0.0)
+
+
+def test_logits_of_a_narrow_dtype_are_widened_before_they_are_subtracted() -> None:
+    """The difference of two bfloat16 is no bfloat16: here 8 bits of it would be lost, and the distance with them."""
+    p = torch.tensor([[0.0, 8.0, 4.0, 5.0]], dtype=torch.bfloat16).repeat(2, 1)
+    q = torch.tensor([[0.015625, 8.0625, 4.03125, 5.0], [9.0, 8.0, 4.0, 5.0]], dtype=torch.bfloat16)
+    found = transport_distances([p, q])[:, 0].tolist()
+    assert found == pytest.approx([reference(a, b) for a, b in zip(p, q, strict=True)], rel=1e-6)
 
 
 def plain(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -252,8 +258,7 @@ def test_walk_holds_two_layers_and_blocks_do_not_matter() -> None:
         (lambda: transport_distances([]), "found none"),
         (lambda: transport_distances([torch.zeros(2, 3), torch.zeros(2, 4)]), r"found \[2, 4\]"),
         (lambda: transport_distances([torch.zeros(2, 3, dtype=torch.long)]), "int64"),
-        (lambda: lens_state(torch.zeros(3)), r"found \[3\]"),
-        (lambda: lens_distance(lens_state(torch.zeros(2, 3)), lens_state(torch.zeros(2, 3).double())), "float64"),
+        (lambda: transport_distances([torch.zeros(3)]), r"found \[3\]"),
         (lambda: TransportAccumulator().freeze(), "found none"),
     ],
 )

@@ -198,6 +198,12 @@ def check(replay: Replay, model: nn.Module, layers: nn.ModuleList, source: list[
             assert (swapped[valid] - logits[valid]).abs().max() > 1e-4
             headed(replay.head(top[valid]), swapped[valid])
 
+        # The same walks by the calls of a recording that ended at the lowest layer.
+        begun = replay.record(inputs, until=0, calls_above=True)
+        assert (len(begun.streams), len(begun.calls)) == (2, depth)
+        for layer, top in replay.walk(begun, patches, max_streams=2):
+            assert top is not None and same(top, tops[layer]), f"patched at layer {layer}, with the calls alone"
+
 
 def headed(found: torch.Tensor, expected: torch.Tensor) -> None:
     """Logits of some rows against those of all rows: other shapes, so other roundings; norms round in float32 at best."""

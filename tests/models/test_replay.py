@@ -399,6 +399,26 @@ def test_a_recording_ends_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     assert state(model) == before
 
 
+def test_calls_above_a_layer_are_recorded_and_do_not_compute() -> None:
+    model = tiny_model("llama")
+    replay = Replay(model)
+    ran: list[int] = []
+    for index, layer in enumerate(replay.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
+    before, work = state(model), replay.layer_tokens
+    inputs = batch(VOCABULARY)
+    recording = replay.record(inputs, until=1, calls_above=True)
+    assert ran == [0, 1]
+    assert replay.layer_tokens - work == 2 * inputs["input_ids"].numel()
+    assert (len(recording.streams), len(recording.calls)) == (3, replay.num_layers)
+    assert state(model) == before
+    whole = replay.record(inputs)
+    stream = recording.after(1)
+    for layer in range(2, replay.num_layers):
+        stream = replay.layer(layer, stream, recording)
+    assert torch.equal(stream, whole.after(replay.num_layers - 1))
+
+
 def test_a_model_that_has_overflowed_can_be_opened() -> None:
     """NaN is for the audit to report, not for the engine to misread as another kind of model."""
     for part, value in (("lm_head", torch.nan), ("lm_head", torch.inf), ("model.layers.1.mlp.up_proj", torch.nan)):

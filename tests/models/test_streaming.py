@@ -308,6 +308,10 @@ def test_stubbed_layers_bring_nothing_in(tmp_path: Path) -> None:
     loads = stream.loads
     replay.head(rows)
     assert (stream.loads, held_layers(model), stream.held) == (loads, set(), set())
+    replay.record(INPUTS, until=0, calls_above=True)
+    stream.rest()
+    assert stream.loads <= loads + 2, "layer 0, and the one that is fetched ahead of it"
+    loads = stream.loads
     replay.record(INPUTS)
     assert stream.loads > loads, "after the stubs the layers stream again"
 
