@@ -6,7 +6,7 @@ The job: a random Llama and a policy that is the reference plus small weight noi
 real ones (HH, from $ALIGN_AUDIT_DATA or ../shared/data, 192 to 320 words each, hashed into the vocabulary) where they
 are found, else random tokens with a shared prompt.
 
-Four ways, each in a process of its own, repeats interleaved, medians printed:
+Five ways, each in a process of its own, repeats interleaved, medians printed:
 
 - ``plain``: what a competent user writes from the formulas. Per model and batch (the audit's batches, chosen and rejected
   padded together) one forward with ``output_hidden_states=True``; after every layer the model's own norm and head on the
@@ -14,8 +14,10 @@ Four ways, each in a process of its own, repeats interleaved, medians printed:
   2·arccos of the Bhattacharyya coefficient, and only then the mask of completion positions; float32
   ``torch.linalg.svdvals`` of the masked rows of every layer. Rows common to chosen and rejected count once, as METHODS asks.
 - ``masked``: the same, but norm, head and softmax only on the rows that count: less work and memory, the same numbers.
+- ``trace``: what the audit does for the same numbers, in models that are open already: recordings, rows, transport and
+  spectra of both models. Its singular values are of a float64 SVD.
 - ``audit``: ``align_audit.audit`` with SPINAL alone switched on. It does more: it verifies the replay of both models, hashes
-  their weights, and measures margins, KL and entropies of both. Its singular values are of a float64 SVD.
+  their weights, and measures margins, KL and entropies of both.
 - ``again``: the same of a run's next checkpoint: the reference's trace is known, as it is from the second audit on.
 
 Seconds and memory come from separate runs. Memory is resident memory above the models, sampled by a thread every 2 ms,
@@ -43,7 +45,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-WAYS = ("plain", "masked", "audit", "again")
+WAYS = ("plain", "masked", "trace", "audit", "again")
 MEASURED = ("time", "memory", "accuracy")
 
 
@@ -182,13 +184,30 @@ def run(options: argparse.Namespace) -> dict[str, float]:
 
     torch.set_grad_enabled(False)
     from align_audit import audit
-    from align_audit.auditing import Context, run_audit
+    from align_audit.auditing import Context, OpenModels, run_audit
+    from align_audit.conductor.assemble import Assembler
+    from align_audit.conductor.collect import Collector
     from align_audit.models.reference import resolve_reference
 
     policy, reference, probes, settings = build(options)
     context = Context()
 
+    def trace(pairs: Any) -> None:
+        own = session if pairs is probes else session.over(pairs.pairs, pairs.truncation_mode)
+        collector = Collector(own)
+        own.each_batch(lambda batch: collector.update_spinal(batch, *own.record_both(batch)))
+        collector.trace()
+        found = collector.found
+        build = Assembler(found, settings)
+        build.trace(found.policy_rows, found.policy_transport, torch.finfo(torch.float32).eps)
+        build.trace(found.reference_rows, found.reference_transport, torch.finfo(torch.float32).eps)
+
+    if options.one == "trace":
+        session = OpenModels(policy, resolve_reference(policy, reference)).session(probes, settings, context)
+
     def work(pairs: Any) -> Any:
+        if options.one == "trace":
+            return trace(pairs)
         if options.one == "audit":
             return audit(policy, reference, pairs, settings)
         if options.one == "again":
@@ -354,8 +373,8 @@ def main() -> None:
 
     found: dict[str, dict[str, Any]] = {way: {"cpu_s": [], "wall_s": []} for way in WAYS}
     for way in WAYS:
-        # What the next checkpoint's audit finds is what an audit finds.
-        for what in ("memory", "accuracy") if way != "again" else ("memory",):
+        # What the trace alone and the next checkpoint's audit find is what an audit finds.
+        for what in ("memory", "accuracy") if way not in ("trace", "again") else ("memory",):
             found[way] |= once(way, what) if what in options.measure else {}
     for _ in range(options.repeats if "time" in options.measure else 0):
         for way in WAYS:

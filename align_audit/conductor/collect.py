@@ -141,7 +141,7 @@ class Collector:
         if self._token_grams is not None:
             self._token_grams.update(batch, policy, reference)
         if self.config.spinal.enabled:
-            self._spinal(batch, policy, reference)
+            self.update_spinal(batch, policy, reference)
 
     def _record(self, batch: PairBatch) -> tuple[Recording, Recording, dict[int, torch.Tensor]]:
         """Both models' recordings, and ρ's own gradients by layer: empty where they were not kept."""
@@ -234,7 +234,8 @@ class Collector:
         self.found.rows_available = len(keys)
         return {int(pair): keys[kept & (owner == pair)] for pair in np.unique(owner)}
 
-    def _spinal(self, batch: PairBatch, policy: Recording, reference: Recording) -> None:
+    def update_spinal(self, batch: PairBatch, policy: Recording, reference: Recording) -> None:
+        """The part of :meth:`update` that METHODS §5 needs: rows for spectra and transport, and gradients."""
         session = self.session
         owner = batch.pair_index[batch.pair].cpu().numpy()
         place = batch.place[batch.row, batch.position].cpu().numpy()
