@@ -344,6 +344,20 @@ def test_the_low_rank_curve_shows_fractions_control_and_rank_95() -> None:
     assert "no evaluated rank reaches 95 % of the effect" in texts(figure)
 
 
+@pytest.mark.parametrize(("most", "said"), [(3.7, True), (1.2, False)])
+def test_a_share_far_above_1_is_pointed_out(most: float, said: bool) -> None:
+    record = make_record(100, layers=12)
+    layer, curve = next(iter(record.low_rank["activation"].items()))
+    shares = [Estimate(mean=share, low=share, high=share) for share in np.linspace(0.96, most, len(curve.ranks))]
+    changed = curve.model_copy(update={"effect_fraction": shares, "rank_95": float(curve.ranks[0])})
+    low_rank = {"activation": {layer: changed}, "shift": record.low_rank["shift"]}
+    figure = plots.low_rank_curve(record.model_copy(update={"low_rank": low_rank}))
+    titles = {axes.get_title(loc="left") for axes in figure.axes}
+    found = f"layer {layer}, activation basis: rank 95 is {curve.ranks[0]}"
+    assert (found + (f", but the share reaches {most:g}" if said else "")) in titles
+    assert ("not a better reconstruction" in texts(figure)) == said
+
+
 def test_many_layers_of_low_rank_become_a_map() -> None:
     record = make_record(100, layers=20, low_rank="all")
     figure = plots.low_rank_curve(record)
