@@ -192,22 +192,23 @@ def run(options: argparse.Namespace) -> dict[str, float]:
     policy, reference, probes, settings = build(options)
     context = Context()
 
-    def trace(pairs: Any) -> None:
+    def trace(pairs: Any, session: Any) -> None:
         own = session if pairs is probes else session.over(pairs.pairs, pairs.truncation_mode)
         collector = Collector(own)
         own.each_batch(lambda batch: collector.update_spinal(batch, *own.record_both(batch)))
         collector.trace()
         found = collector.found
-        build = Assembler(found, settings)
-        build.trace(found.policy_rows, found.policy_transport, torch.finfo(torch.float32).eps)
-        build.trace(found.reference_rows, found.reference_transport, torch.finfo(torch.float32).eps)
+        for rows, distances in (
+            (found.policy_rows, found.policy_transport), (found.reference_rows, found.reference_transport)
+        ):  # fmt: skip
+            Assembler(found, settings).trace(rows, distances, torch.finfo(torch.float32).eps)
 
-    if options.one == "trace":
-        session = OpenModels(policy, resolve_reference(policy, reference)).session(probes, settings, context)
+    opened = OpenModels(policy, resolve_reference(policy, reference))
+    session = opened.session(probes, settings, context) if options.one == "trace" else None
 
     def work(pairs: Any) -> Any:
         if options.one == "trace":
-            return trace(pairs)
+            return trace(pairs, session)
         if options.one == "audit":
             return audit(policy, reference, pairs, settings)
         if options.one == "again":

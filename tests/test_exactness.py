@@ -11,6 +11,7 @@ import torch
 from align_audit.auditing import Context, run_audit
 from align_audit.conductor.collect import Collected
 from align_audit.conductor.lowrank import split_halves
+from align_audit.conductor.session import Session
 from align_audit.config import AuditConfig
 from align_audit.models.reference import resolve_reference
 from align_audit.models.replay import Replay
@@ -233,21 +234,21 @@ def test_the_second_pass_knows_the_unpatched_run_to_the_bit(monkeypatch: pytest.
     policy = perturbed(reference)
     settings = config(batch_tokens=100, low_rank={"layers": (1,), "ranks": (1, 4)}, patching={"noise_draws": 3})
     _, known = run(policy, reference, random_pairs(8), settings)
-    stops: list[int | None] = []
-    real = Replay.record
+    whole: list[bool] = []
+    real = Session.record_both
 
-    def recorded(self: Replay, *args: Any, **options: Any) -> Any:
-        stops.append(options.get("until"))
-        return real(self, *args, **options)
+    def recorded(self: Session, *args: Any, whole_reference: bool = True, **options: Any) -> Any:
+        whole.append(whole_reference)
+        return real(self, *args, whole_reference=whole_reference, **options)
 
-    monkeypatch.setattr(Replay, "record", recorded)
+    monkeypatch.setattr(Session, "record_both", recorded)
     run(policy, reference, random_pairs(8), settings)
-    batches = stops.count(1)
-    assert batches >= 4, "both models of every batch end at the layer that is reconstructed, or at the peak"
+    batches = len(whole) // 2
+    assert batches >= 2 and whole == [True] * batches + [False] * batches
     monkeypatch.setattr(Collected, "reference_margins", property(lambda self: {}, lambda *_: None), raising=False)
-    stops.clear()
+    whole.clear()
     _, computed = run(policy, reference, random_pairs(8), settings)
-    assert stops.count(1) < batches, "the reference runs to the end"
+    assert whole == [True] * 2 * batches
     assert set(known) == set(computed)
     for name, values in known.items():
         np.testing.assert_array_equal(computed[name], values, err_msg=name)

@@ -46,7 +46,8 @@ class Collected:
     identity_pairs: list[int] = field(default_factory=list)
     """Places of the pairs on which the identity control was measured."""
     reference_margins: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
-    """Of each batch, by the places of its pairs: [B], for what else is walked on the same batch, in the same shapes."""
+    """Of each batch, by the places of its pairs: [B], for what else is walked on the same batch, in the same shapes. A batch
+    that was planned anew after running out of memory is not among them."""
     rows_available: int = 0
     row_keys: list[np.ndarray] = field(default_factory=list)
     policy_rows: list[torch.Tensor] = field(default_factory=list)
@@ -129,7 +130,6 @@ class Collector:
         if self.config.localization.enabled:
             self._distances(batch, policy, reference)
         ours, theirs = self._behaviour(batch, policy, reference)
-        self.found.reference_margins[tuple(batch.pair_index.tolist())] = theirs
         if self.config.patching.enabled:
             if self.config.patching.exact_pairs is not None:
                 self._attribute(batch, policy, reference, gradients)
@@ -142,6 +142,7 @@ class Collector:
             self._token_grams.update(batch, policy, reference)
         if self.config.spinal.enabled:
             self.update_spinal(batch, policy, reference)
+        self.found.reference_margins[tuple(batch.pair_index.tolist())] = theirs
 
     def _record(self, batch: PairBatch) -> tuple[Recording, Recording, dict[int, torch.Tensor]]:
         """Both models' recordings, and ρ's own gradients by layer: empty where they were not kept."""

@@ -58,9 +58,10 @@ def second_pass(
     """Walk the streams of all ``looks`` through the reference, over all pairs once.
 
     Args:
-        found: by the first pass over the same session. The reference's margins on a batch of then are those of its
-            unpatched run now, to the bit, and are not computed again; unless a replay does not give the recording back bit
-            by bit, where the unpatched run is walked as the streams are.
+        found: what the first pass over the same session found. Where a batch is one of its batches, the unpatched run's
+            margins are those it found, to the bit, and the reference is not run to the end again. Other batches (planned
+            anew after running out of memory) compute them; and where a replay does not give the recording back bit by
+            bit, the unpatched run is walked as the streams are.
     """
     looks = [look for look in looks if look.layers]
     if not looks:

@@ -287,7 +287,8 @@ class Session:
         """One forward of each model over a batch: (policy's, reference's); the policy's up to layer ``until``.
 
         Args:
-            whole_reference: or the reference's streams, too, up to there, with the calls that continue others above.
+            whole_reference: False: the reference's streams end at ``until`` as well; its calls above are kept, so that walks
+                can go on.
         """
         ours = self.record_policy(batch, until)
         with self.as_reference() as reference:

@@ -83,6 +83,8 @@ class Replay:
     """Layers write into their argument, so each gets its own."""
     _pointwise: list[nn.Module]
     """Modules of the last layer that may run at some positions only."""
+    _may_pass: bool
+    """The arguments of layers are recorded rightly where those below do not compute."""
 
     def __init__(
         self,
@@ -108,6 +110,7 @@ class Replay:
             self.layers = anatomy.modules(self.model)
             self._copies = like is not None and like._copies
             self._pointwise = []
+            self._may_pass = like is None or like._may_pass
             self._verify(probe, like)
         self.layer_tokens = 0
 
@@ -149,19 +152,29 @@ class Replay:
             keep_logits: go on to the logits; else the forward ends with the layers, and norm and head do not run.
             until: the last layer to run; None: all.
             calls_above: also keep the arguments of the layers above ``until``, which are called and do not compute, so
-                that other streams can be walked to the top. (No argument but the stream depends on it: see the check at
-                load.)
+                that other streams can be walked to the top. In a model whose layers hand on more than that allows (see
+                the check at load) they compute, and the recording is a whole one.
+
+        Raises:
+            ValueError: logits are asked for of layers that do not run.
         """
-        last = self.num_layers - 1 if until is None else until
-        stop = self.num_layers - 1 if calls_above else last
-        with self._passing(range(last + 1, self.num_layers)) if stop > last else contextlib.nullcontext():
+        top = self.num_layers - 1
+        last = top if until is None or (calls_above and not self._may_pass) else until
+        if keep_logits and last < top:
+            raise ValueError(f"logits need all layers: expected until=None or {top}, found {until}")
+        stop = top if calls_above else last
+        below: list[Any] = []
+        with self._passing(range(last + 1, self.num_layers), below) if stop > last else contextlib.nullcontext():
             try:
-                return self._record(inputs, keep_logits, last, stop)
+                return self._record(inputs, keep_logits, last, stop, below)
             except _WritesInPlace:
                 self._copies = True
-                return self._record(inputs, keep_logits, last, stop)
+                return self._record(inputs, keep_logits, last, stop, below)
 
-    def _record(self, inputs: Mapping[str, torch.Tensor], keep_logits: bool, last: int, stop: int) -> Recording:
+    def _record(
+        self, inputs: Mapping[str, torch.Tensor], keep_logits: bool, last: int, stop: int, below: list[Any]
+    ) -> Recording:
+        """Layers up to ``last`` run, those up to ``stop`` are called; ``below`` is given what ``last`` returned."""
         streams: list[torch.Tensor] = []
         calls: list[LayerCall] = []
         entered: list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = []
@@ -183,6 +196,8 @@ class Replay:
             left = self.anatomy.stream(output).detach()
             if len(calls) <= last:
                 streams.append(left.clone() if self._copies else left)
+            if len(calls) == last:
+                below[:] = [output]
             calls.append(LayerCall(hollow_args, dict(hollow_kwargs), self.anatomy.wrap(output, left[:0, :0])))
             if module is self.layers[stop] and not keep_logits:
                 raise _Recorded
@@ -298,30 +313,32 @@ class Replay:
     @contextlib.contextmanager
     def _stubbed(self, stream: torch.Tensor) -> Iterator[None]:
         """Every decoder layer returns ``stream``, whatever it is given."""
-        with self._instead(range(self.num_layers), lambda args, kwargs: stream):
+        with self._instead(range(self.num_layers), lambda index, *_: self.anatomy.wrap(self._outputs[index], stream)):
             yield
 
-    def _passing(self, layers: Iterable[int]) -> AbstractContextManager[None]:
-        """These layers return the stream that they are given."""
-        return self._instead(layers, self.anatomy.take)
+    def _passing(self, layers: Iterable[int], below: list[Any]) -> AbstractContextManager[None]:
+        """These layers return the stream that they are given, and what else the layer in ``below`` them has returned."""
+        return self._instead(
+            layers, lambda _, args, kwargs: self.anatomy.wrap(below[0], self.anatomy.take(args, kwargs))
+        )
 
     @contextlib.contextmanager
     def _instead(
-        self, layers: Iterable[int], left: Callable[[tuple[Any, ...], dict[str, Any]], torch.Tensor]
+        self, layers: Iterable[int], returned: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
     ) -> Iterator[None]:
-        """These layers do not compute, and return ``left`` of their arguments."""
+        """These layers do not compute: they return what ``returned`` makes of their index and arguments."""
 
-        def stub(output: Any) -> Callable[..., Any]:
-            return lambda *args, **kwargs: self.anatomy.wrap(output, left(args, kwargs))
+        def stub(index: int) -> Callable[..., Any]:
+            return lambda *args, **kwargs: returned(index, args, kwargs)
 
-        replaced = [(self.layers[index], self._outputs[index]) for index in layers]
-        before = [layer.__dict__.get("forward") for layer, _ in replaced]
+        replaced = [(index, self.layers[index]) for index in layers]
+        before = [layer.__dict__.get("forward") for _, layer in replaced]
         try:
-            for layer, output in replaced:
-                layer.forward = stub(output)
+            for index, layer in replaced:
+                layer.forward = stub(index)
             yield
         finally:
-            for (layer, _), own in zip(replaced, before, strict=True):
+            for (_, layer), own in zip(replaced, before, strict=True):
                 if own is None:
                     layer.__dict__.pop("forward", None)
                 else:
@@ -455,6 +472,7 @@ class Replay:
             self._pointwise = [last.get_submodule(names[module]) for module in like._pointwise]
             return
         self._pointwise = self._find_pointwise(recording)
+        self._may_pass = self._passes(inputs, recording)
         again = self.record(inputs)
         if not all(map(_same, again.streams, recording.streams)):
             raise AnatomyError(f"{name} cannot be audited: replaying its layers changed what the model computes")
@@ -468,6 +486,17 @@ class Replay:
                 f"{name} is not a causal language model: changing the last token changed the stream before it; "
                 "expected a model loaded with AutoModelForCausalLM"
             )
+
+    def _passes(self, inputs: dict[str, torch.Tensor], recording: Recording) -> bool:
+        """Whether layers that hand on what the lowest one returned are called with the arguments of the ``recording``."""
+        try:
+            begun = self.record(inputs, until=0, calls_above=True)
+        except Exception:  # whatever a model makes of it, it is recorded whole then
+            return False
+        return all(
+            _equal_arguments((one.args, one.kwargs), (other.args, other.kwargs))
+            for one, other in zip(begun.calls, recording.calls, strict=True)
+        )
 
     def _find_pointwise(self, recording: Recording) -> list[nn.Module]:
         """Parts of the last layer that may run at some positions only, found by trying (see ``models.pointwise``)."""
@@ -554,6 +583,21 @@ def _each_gradient(
             )
         )
     return found
+
+
+def _equal_arguments(one: Any, other: Any) -> bool:
+    """Of two calls of a layer; of what is neither a tensor, a collection nor a plain value only the type is compared."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return False
+        return _same(one, other) if one.is_floating_point() else bool(torch.equal(one, other))
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Mapping):
+        return one.keys() == other.keys() and all(_equal_arguments(value, other[key]) for key, value in one.items())
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(map(_equal_arguments, one, other))
+    return not isinstance(one, bool | int | float | str) or bool(one == other)
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from align_audit.record import AuditRecord, Control, Controls, Estimate, SiteCurve
+from align_audit.record import AuditRecord, Control, Controls, Estimate, LowRankCurve, SiteCurve
 
 CONTROL_NAMES = tuple(Controls.model_fields)
 
@@ -80,6 +80,21 @@ def site_names(curves: Sequence[SiteCurve]) -> list[str]:
         same = sum(other == name or other.startswith(f"{name}_again_") for other in found)
         found.append(f"{name}_again_{same + 1}" if same else name)
     return found
+
+
+def overshoot(curve: LowRankCurve) -> float | None:
+    """The largest effect fraction from ``rank_95`` up, where that is above 1.5; else None.
+
+    ``rank_95`` asks for at least 0.95 of the effect and sets no upper bound. A few directions of the activations throw
+    most of the stream away, which can move the margin by several times the effect; half as much again is far outside the
+    intervals of a fraction near 1.
+    """
+    fractions = [
+        fraction.mean
+        for k, fraction in zip(curve.ranks, curve.effect_fraction, strict=True)
+        if not is_unknown(curve.rank_95) and k >= curve.rank_95
+    ]
+    return max(fractions) if fractions and max(fractions) > 1.5 else None
 
 
 def why_unknown(record: AuditRecord, path: str, value: Estimate | float | None = None) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from align_audit.record import AuditRecord, Estimate, LowRankCurve
-from align_audit.writers import is_unknown, why_unknown
+from align_audit.writers import is_unknown, overshoot, why_unknown
 from align_audit.writers.canvas import (
     BLUE,
     DIVERGING,
@@ -32,10 +32,6 @@ from align_audit.writers.plot_words import failed_controls, titled
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-
-_OVERSHOOT = 1.5
-"""A share above this is pointed out."""
 
 
 @styled
@@ -62,6 +58,7 @@ def low_rank_curve(record: AuditRecord) -> Figure:
         warnings,
         [
             f"Random subspaces: {control.verdict.replace('_', ' ')}, {control.reason}.",
+            *_overshoot_notes(curves),
             *_low_rank_notes(record, curves),
         ],
     )
@@ -95,42 +92,39 @@ def low_rank_curve(record: AuditRecord) -> Figure:
 
 
 def _low_rank_notes(record: AuditRecord, curves: Mapping[str, Mapping[int, LowRankCurve]]) -> list[str]:
-    """What is not known and why, and what a share above 1 means where there is one."""
+    """What is not known, and why."""
     notes = Notes()
-    said: dict[str, None] = {}
+    unreached: dict[str, None] = {}
     for basis, by_layer in curves.items():
         for layer, curve in by_layer.items():
             if is_unknown(curve.rank_95):
                 why = why_unknown(record, f"low_rank.{basis}.{layer}.rank_95")
-                said[f"Rank 95 is not known (layer {layer}, {basis} basis): {why}."] = None
+                unreached[f"Rank 95 is not known (layer {layer}, {basis} basis): {why}."] = None
             for k, fraction in zip(curve.ranks, curve.effect_fraction, strict=True):
                 if is_unknown(fraction):
                     path = f"low_rank.{basis}.{layer}.effect_fraction"
                     notes.unknown(f"layer {layer}, {basis} basis", k, why_unknown(record, path, fraction))
-    found = list(said)[:4]
-    if any(_overshoot(curve) for by_layer in curves.values() for curve in by_layer.values()):
-        found.append(
-            "A share far above 1 is not a better reconstruction: it moves the margin by what it leaves out of the stream, "
-            "as the activation basis does. Its rank 95 is no evidence of a low-rank change."
-        )
-    return [*found, *notes.lines("rank")]
+    return [*list(unreached)[:4], *notes.lines("rank")]
 
 
-def _overshoot(curve: LowRankCurve) -> float | None:
-    """The largest share from ``rank_95`` up, where it is further above 1 than a sound reconstruction comes."""
-    shares = [
-        share.mean
-        for k, share in zip(curve.ranks, curve.effect_fraction, strict=True)
-        if not is_unknown(curve.rank_95) and k >= curve.rank_95
-    ]
-    return max(shares) if shares and max(shares) > _OVERSHOOT else None
+def _overshoot_notes(curves: Mapping[str, Mapping[int, LowRankCurve]]) -> list[str]:
+    """What to make of curves that go far above 1."""
+    found = []
+    for basis, by_layer in curves.items():
+        most = {layer: share for layer, curve in by_layer.items() if (share := overshoot(curve)) is not None}
+        if most:
+            where = f"layer {min(most)}" if len(most) == 1 else f"{len(most)} layers"
+            found.append(
+                f"In the {basis} basis the share reaches {number(max(most.values()))} ({where}): what is left out of the "
+                "stream moves the margin more than what is patched. Its rank 95 is no evidence of a low-rank change."
+            )
+    return found
 
 
 def _rank_95_words(curve: LowRankCurve) -> str:
     if is_unknown(curve.rank_95):
         return "rank 95 not known"
-    most = _overshoot(curve)
-    return f"rank 95 is {curve.rank_95:.0f}" + (f", but the share reaches {number(most)}" if most is not None else "")
+    return f"rank 95 is {curve.rank_95:.0f}" + ("" if overshoot(curve) is None else ", overshoots")
 
 
 def _draw_random(axes: Axes, ranks: Sequence[int], estimates: Sequence[Estimate], *, failed: bool) -> None:
@@ -218,7 +212,7 @@ def _low_rank_map(
     """Many layers: a map of layer by rank instead of a panel for each."""
     import numpy as np
 
-    read = "Dark red is the whole effect. The ring marks rank 95: from there on every rank keeps 95 % of it."
+    read = "Dark red is the whole effect. The ring marks rank 95: from there on each rank keeps 95 % of it, none far more."
     notes = []
     height = min(max(1.6 + 0.19 * len(layers), 3.2), 9.0)
     control = record.controls.random_subspace
@@ -233,6 +227,7 @@ def _low_rank_map(
                 if is_unknown(estimate):
                     notes.append(why_unknown(record, f"low_rank.{basis}.{layer}.effect_fraction", estimate))
         grids[basis] = ranks, grid
+    footers += _overshoot_notes(curves)
     if any(np.isnan(grid).any() for _, grid in grids.values()):
         notes.append("not measured")
     if notes:
@@ -254,7 +249,7 @@ def _low_rank_map(
         rings = [
             (ranks.index(int(curve.rank_95)), layers.index(layer))
             for layer, curve in curves[basis].items()
-            if not is_unknown(curve.rank_95)
+            if not is_unknown(curve.rank_95) and overshoot(curve) is None
         ]
         if rings:
             axes.scatter(*zip(*rings, strict=True), s=26, facecolors="none", edgecolors="white", linewidths=1.3)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from align_audit.record import GUARDED, Alert, AuditRecord, Estimate
-from align_audit.writers import control_items, is_unknown, on_probes, site_name, span, why_unknown
+from align_audit.writers import control_items, is_unknown, on_probes, overshoot, site_name, span, why_unknown
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -196,6 +196,8 @@ def _low_rank_rows(record: AuditRecord) -> Iterator[_Row]:
     said = []
     for basis, layer, curve in shown:
         rank = f"> {max(curve.ranks)}" if _unreached(curve) else _number(curve.rank_95)
+        beyond = overshoot(curve)
+        rank += "" if beyond is None else f", overshooting to {_number(beyond)} of the effect"
         said.append(f"{rank} (layer {layer}, {basis} basis)")
     more = f", {len(curves) - len(shown)} more in the record" if len(shown) < len(curves) else ""
     yield _Row.of("rank_95", ", ".join(said) + more)

@@ -139,18 +139,44 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch, dtype:
     monkeypatch.setattr(transport, "_CHUNK_BYTES", {"cpu": 4 * 9 * dtype.itemsize})
     monkeypatch.setattr(transport, "_distance", lambda p, *rest: (sizes.append(len(p.top)), real(p, *rest))[1])
     torch.testing.assert_close(
-        transport_distances([p, q]), walk, rtol=1e-7 if dtype == torch.float32 else 1e-14, atol=0
+        transport_distances([p, q]), walk, rtol=5e-7 if dtype == torch.float32 else 1e-14, atol=0
     )
     assert sizes == [4, 4, 3]
     torch.testing.assert_close(fisher_rao_distance(p, q), whole, rtol=1e-14, atol=0.0)
 
 
 def test_logits_of_a_narrow_dtype_are_widened_before_they_are_subtracted() -> None:
-    """The difference of two bfloat16 is no bfloat16: here 8 bits of it would be lost, and the distance with them."""
-    p = torch.tensor([[0.0, 8.0, 4.0, 5.0]], dtype=torch.bfloat16).repeat(2, 1)
-    q = torch.tensor([[0.015625, 8.0625, 4.03125, 5.0], [9.0, 8.0, 4.0, 5.0]], dtype=torch.bfloat16)
-    found = transport_distances([p, q])[:, 0].tolist()
-    assert found == pytest.approx([reference(a, b) for a, b in zip(p, q, strict=True)], rel=1e-6)
+    """The difference of two bfloat16 is seldom one itself: rounded to it, it would change the distance by 4e-4 here."""
+    p = torch.tensor([[0.01, -0.3, 0.7, 1.1]], dtype=torch.bfloat16)
+    q = torch.tensor([[0.5, -0.29, 0.71, 1.4]], dtype=torch.bfloat16)
+    assert reference(p[0], q[0]) < 2 * transport._NEAR
+    assert transport_distances([p, q]).item() == pytest.approx(reference(p[0], q[0]), rel=1e-6)
+
+
+def test_one_accumulator_takes_walks_of_other_sizes() -> None:
+    generator = torch.Generator().manual_seed(11)
+    gathered, expected = TransportAccumulator(), []
+    single, double = torch.float32, torch.float64
+    for rows, vocabulary, dtype in ((0, 9, single), (3, 9, single), (7, 9, single), (2, 31, double), (5, 9, single)):
+        layers = [torch.randn(rows, vocabulary, generator=generator).to(dtype) for _ in range(3)]
+        gathered.update(layers)
+        expected.append(transport_distances(layers))
+    torch.testing.assert_close(gathered.freeze(), torch.cat(expected), rtol=5e-7, atol=0.0)
+
+
+def test_float32_walk_in_a_tail() -> None:
+    """The worst that is known: one token has most of the probability, and a tail of tokens that all round alike moves."""
+    worst = 0.0
+    for vocabulary in (2_000, 20_000, 150_000):
+        for depth in torch.linspace(14.0, 18.0, 9).tolist():
+            p = torch.full((1, vocabulary), -depth)
+            p[0, 0] = 0.0
+            for step in (0.3, 1.0, 1.7, 2.5):
+                q = p.clone()
+                q[0, 1:] += step
+                exact = fisher_rao_distance(p, q).item()
+                worst = max(worst, abs(transport_distances([p, q]).item() / exact - 1))
+    assert 1e-7 < worst < 2e-6
 
 
 def plain(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -185,7 +211,7 @@ def test_float32_walk_meets_one_millionth(vocabulary: int, spread: float) -> Non
             assert (walked[~real] < 1e-25).all()
             if real.any():
                 worst = max(worst, float(((walked - exact).abs() / exact)[real].max()))
-    assert 1e-9 < worst < 1e-6
+    assert 1e-9 < worst < 5e-7
 
 
 def test_walk_equals_the_defining_formula_at_moderate_distances() -> None:
@@ -259,6 +285,7 @@ def test_walk_holds_two_layers_and_blocks_do_not_matter() -> None:
         (lambda: transport_distances([torch.zeros(2, 3), torch.zeros(2, 4)]), r"found \[2, 4\]"),
         (lambda: transport_distances([torch.zeros(2, 3, dtype=torch.long)]), "int64"),
         (lambda: transport_distances([torch.zeros(3)]), r"found \[3\]"),
+        (lambda: transport_distances([torch.zeros(2, 3), torch.zeros(2, 3).double()]), "float64"),
         (lambda: TransportAccumulator().freeze(), "found none"),
     ],
 )

@@ -419,6 +419,51 @@ def test_calls_above_a_layer_are_recorded_and_do_not_compute() -> None:
     assert torch.equal(stream, whole.after(replay.num_layers - 1))
 
 
+class Biased(Toy):
+    """The first layer makes of the mask what it and all layers above add, as T5's make their position biases."""
+
+    class block(Block):
+        def forward(self, stream: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None) -> Any:
+            if bias is None:
+                bias = 0.1 * mask.cumsum(1)[..., None].to(stream.dtype)
+            return stream + self.update(stream, mask) + bias, bias
+
+    def run(self, stream: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        bias = None
+        for deck in self.decks:
+            stream, bias = deck(stream, mask, bias)
+        return stream
+
+
+class Counting(Biased):
+    """Each layer hands on another number than it was given."""
+
+    class block(Biased.block):
+        def forward(self, stream: torch.Tensor, mask: torch.Tensor, bias: torch.Tensor | None) -> Any:
+            stream, bias = super().forward(stream, mask, bias)
+            return stream, bias + 1
+
+
+@pytest.mark.parametrize(("toy", "computed"), [(Biased, 1), (Counting, 4)])
+def test_what_layers_hand_on_beside_the_stream_is_recorded_above(toy: type[Toy], computed: int) -> None:
+    """From the layer below where it stays what it was; where each layer changes it, all of them compute."""
+    replay = Replay(toy())
+    inputs = batch(23)
+    whole, work = replay.record(inputs), replay.layer_tokens
+    begun = replay.record(inputs, until=0, calls_above=True)
+    assert replay.layer_tokens - work == computed * inputs["input_ids"].numel()
+    assert (len(begun.streams), len(begun.calls)) == (computed + 1, 4)
+    stream = begun.after(0)
+    for layer in range(1, 4):
+        stream = replay.layer(layer, stream, begun)
+    assert torch.equal(stream, whole.after(3))
+
+
+def test_logits_of_layers_that_do_not_run_are_refused() -> None:
+    with pytest.raises(ValueError, match="found 1"):
+        Replay(tiny_model("llama")).record(batch(VOCABULARY), keep_logits=True, until=1, calls_above=True)
+
+
 def test_a_model_that_has_overflowed_can_be_opened() -> None:
     """NaN is for the audit to report, not for the engine to misread as another kind of model."""
     for part, value in (("lm_head", torch.nan), ("lm_head", torch.inf), ("model.layers.1.mlp.up_proj", torch.nan)):

@@ -353,9 +353,16 @@ def test_a_share_far_above_1_is_pointed_out(most: float, said: bool) -> None:
     low_rank = {"activation": {layer: changed}, "shift": record.low_rank["shift"]}
     figure = plots.low_rank_curve(record.model_copy(update={"low_rank": low_rank}))
     titles = {axes.get_title(loc="left") for axes in figure.axes}
-    found = f"layer {layer}, activation basis: rank 95 is {curve.ranks[0]}"
-    assert (found + (f", but the share reaches {most:g}" if said else "")) in titles
-    assert ("not a better reconstruction" in texts(figure)) == said
+    assert f"layer {layer}, activation basis: rank 95 is {curve.ranks[0]}" + (", overshoots" if said else "") in titles
+    words = f"In the activation basis the share reaches {most:g} (layer {layer})"
+    assert (words in texts(figure).replace("\n", " ")) == said
+
+    many = make_record(100, layers=20, low_rank="all")
+    bases = {**many.low_rank, "activation": {**many.low_rank["activation"], 3: changed}}
+    figure = plots.low_rank_curve(many.model_copy(update={"low_rank": bases}))
+    assert (f"the share reaches {most:g} (layer 3)" in texts(figure).replace("\n", " ")) == said
+    rings = [tuple(place) for found in figure.axes[0].collections for place in np.asarray(found.get_offsets())]
+    assert ((0, 3) in rings) == (not said)
 
 
 def test_many_layers_of_low_rank_become_a_map() -> None:
