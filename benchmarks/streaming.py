@@ -61,9 +61,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     from align_audit import AuditConfig, ProbeSet
     from align_audit.auditing import Context, run_audit
+    from align_audit.models.layer_stream import find_layers
     from align_audit.models.loading import load_model
     from align_audit.models.reference import resolve_reference
-    from align_audit.models.streaming import find_layers
 
     policy: Any = load_model(folder, dtype=getattr(torch, options.dtype))
     with torch.no_grad():

@@ -8,7 +8,7 @@ import json
 import torch
 from torch import nn
 
-from align_audit.models.streaming import stored_parameters
+from align_audit.models.layer_stream import stored_parameters
 
 _ROWS, _COLUMNS = 64, 1024
 """Of one block: as 64-bit integers it stays in a core's cache."""

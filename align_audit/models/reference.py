@@ -15,8 +15,9 @@ from torch import nn
 from align_audit.errors import ReferenceUnavailableError
 from align_audit.models.anatomy import is_peft
 from align_audit.models.fingerprint import fingerprint
+from align_audit.models.layer_stream import NotStreamable, close
 from align_audit.models.loading import load_model
-from align_audit.models.streaming import NotStreamable, close, open_streamed
+from align_audit.models.stored_layers import open_streamed
 
 logger = logging.getLogger(__name__)
 

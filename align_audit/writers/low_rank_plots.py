@@ -212,7 +212,9 @@ def _low_rank_map(
     """Many layers: a map of layer by rank instead of a panel for each."""
     import numpy as np
 
-    read = "Dark red is the whole effect. The ring marks rank 95: from there on each rank keeps 95 % of it, none far more."
+    read = (
+        "Dark red is the whole effect. The ring marks rank 95: from there on each rank keeps 95 % of it, none far more."
+    )
     notes = []
     height = min(max(1.6 + 0.19 * len(layers), 3.2), 9.0)
     control = record.controls.random_subspace

@@ -16,16 +16,18 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import align_audit.models.streaming as streaming
 from align_audit.auditing import Context, audit, run_audit
 from align_audit.config import AuditConfig
 from align_audit.errors import ReferenceUnavailableError
+from align_audit.models import layer_stream, stored_layers
+from align_audit.models.copied_layers import copied_by_layer, placed
 from align_audit.models.fingerprint import fingerprint
 from align_audit.models.guard import untouched
+from align_audit.models.layer_stream import NotStreamable, close, stream_of
 from align_audit.models.loading import load_model
 from align_audit.models.reference import Reference, resolve_reference
 from align_audit.models.replay import Replay, Stream
-from align_audit.models.streaming import NotStreamable, close, copied_by_layer, open_streamed, placed, stream_of
+from align_audit.models.stored_layers import open_streamed
 from tests.tiny import perturbed, random_pairs, tiny_model
 
 FAMILIES = ("llama", "gpt2", "gemma2", "qwen3")
@@ -72,7 +74,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def held_layers(model: nn.Module) -> set[int]:
     """The layers of which any parameter is in memory, in the module itself."""
-    _, layers = streaming.find_layers(model)
+    _, layers = layer_stream.find_layers(model)
     return {i for i, layer in enumerate(layers) if any(not p.is_meta for p in layer.parameters())}
 
 
@@ -219,7 +221,7 @@ def test_at_most_two_layers_are_held_and_many_calls_load_once(tmp_path: Path, mo
         most = max(most, alive)
         return torch.from_numpy(memory)
 
-    monkeypatch.setattr(streaming, "_block", block)
+    monkeypatch.setattr(layer_stream, "_block", block)
     model = open_streamed(save(tmp_path, num_hidden_layers=6), dtype=torch.float32)
     stream = stream_of(model)
     assert stream is not None
@@ -255,13 +257,13 @@ def test_at_most_two_layers_are_held_and_many_calls_load_once(tmp_path: Path, mo
     gc.collect()
     assert (most, alive) == (2, 0)
     # Jumps stop reads in the middle; what they had read goes at once, not when garbage is collected.
-    real = streaming._Entry.read
+    real = stored_layers._Entry.read
 
     def slow(self: Any, out: torch.Tensor, stopped: Any = lambda: False) -> None:
         time.sleep(0.002)
         real(self, out, stopped)
 
-    monkeypatch.setattr(streaming._Entry, "read", slow)
+    monkeypatch.setattr(stored_layers._Entry, "read", slow)
     slowed = open_streamed(tmp_path, dtype=torch.float32)
     gc.disable()
     try:
@@ -287,10 +289,10 @@ def test_the_next_layer_is_foreseen(order: Any, loads: int, tmp_path: Path) -> N
     close(model)
     layers = list(model.model.layers)  # type: ignore[union-attr]
     weights = [
-        [streaming._Weight(layer.mlp.up_proj, "weight", layer.mlp.up_proj.weight, lambda out, stopped: None)]
+        [layer_stream.Weight(layer.mlp.up_proj, "weight", layer.mlp.up_proj.weight, lambda out, stopped: None)]
         for layer in layers
     ]
-    stream = streaming.LayerStream(layers, weights, streaming._stay)
+    stream = layer_stream.LayerStream(layers, weights, layer_stream.stay)
     for index in order:
         stream.need(index)
         assert held_layers(model) == {index}
@@ -378,11 +380,11 @@ def test_other_refusals_have_their_reasons(tmp_path: Path) -> None:
     model = tiny_model("llama", dtype=torch.float32)
     model.model.layers[1] = model.model.layers[0]  # type: ignore[union-attr, index, operator]
     with pytest.raises(NotStreamable, match="one and the same"):
-        streaming._own_tensors(model, streaming.find_layers(model)[1])
+        layer_stream.own_tensors(model, layer_stream.find_layers(model)[1])
     tied: Any = tiny_model("llama", dtype=torch.float32)
     tied.model.layers[1].mlp.up_proj.weight = tied.model.layers[0].mlp.up_proj.weight
     with pytest.raises(NotStreamable, match="layer 0 shares a weight"):
-        streaming._own_tensors(tied, streaming.find_layers(tied)[1])
+        layer_stream.own_tensors(tied, layer_stream.find_layers(tied)[1])
 
 
 def test_a_weight_that_no_file_has_is_refused(tmp_path: Path) -> None:
