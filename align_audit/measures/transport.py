@@ -102,7 +102,7 @@ def fisher_rao_distance(logits_p: Tensor, logits_q: Tensor) -> Tensor:
     if not (logits_p.is_floating_point() and logits_q.is_floating_point()):
         raise ValueError(f"expected floating-point logits; found {logits_p.dtype} and {logits_q.dtype}")
     wide = torch.promote_types(logits_p.dtype, logits_q.dtype)
-    return _walk((logits_p.to(wide), logits_q.to(wide)), [], torch.float64)[:, 0]
+    return _walk((logits_p.to(wide), logits_q.to(wide)), torch.float64)[:, 0]
 
 
 def transport_distances(layers: Iterable[Tensor]) -> Tensor:
@@ -131,7 +131,7 @@ def transport_distances(layers: Iterable[Tensor]) -> Tensor:
         >>> [round(distance, 6) for distance in transport_distances(layers)[0].tolist()]
         [1.570796, 0.0]
     """
-    return _walk(layers, [])
+    return _walk(layers)
 
 
 class TransportAccumulator:
@@ -147,7 +147,6 @@ class TransportAccumulator:
 
     def __init__(self) -> None:
         self._parts: list[Tensor] = []
-        self._space: list[Tensor] = []
 
     def update(self, layers: Iterable[Tensor]) -> None:
         """Walk one block of rows.
@@ -155,7 +154,7 @@ class TransportAccumulator:
         Raises:
             ValueError: as :func:`transport_distances`, or another number of layers than before.
         """
-        part = _walk(layers, self._space).cpu()
+        part = transport_distances(layers).cpu()
         if self._parts and part.shape[1] != self._parts[0].shape[1]:
             raise ValueError(f"expected {self._parts[0].shape[1] + 1} layers as before; found {part.shape[1] + 1}")
         self._parts.append(part)
@@ -171,8 +170,8 @@ class TransportAccumulator:
         return torch.cat(self._parts)
 
 
-def _walk(layers: Iterable[Tensor], space: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-    """:func:`transport_distances`; ``space`` holds the working tensors, or none yet, and is kept for the next walk."""
+def _walk(layers: Iterable[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    """:func:`transport_distances`, worked on in ``dtype``; None: float64 for float64 logits, else float32."""
     before: _Lens | None = None
     steps: list[Tensor] = []
     for logits in layers:
@@ -190,7 +189,7 @@ def _walk(layers: Iterable[Tensor], space: list[Tensor], dtype: torch.dtype | No
             logits = logits.cpu()
         dtype = dtype or (torch.float64 if logits.dtype == torch.float64 else torch.float32)
         with torch.no_grad():
-            before, distances = _step(before, logits, dtype, space)
+            before, distances = _step(before, logits, dtype)
         if distances is not None:
             steps.append(distances)
     if before is None:
@@ -200,18 +199,16 @@ def _walk(layers: Iterable[Tensor], space: list[Tensor], dtype: torch.dtype | No
     return torch.stack(steps, dim=1)
 
 
-def _step(before: _Lens | None, logits: Tensor, dtype: torch.dtype, space: list[Tensor]) -> tuple[_Lens, Tensor | None]:
+def _step(before: _Lens | None, logits: Tensor, dtype: torch.dtype) -> tuple[_Lens, Tensor | None]:
     """The next layer's distributions, and how far they are from those before: float64 ``[n]``."""
     size = max(1, _CHUNK_BYTES.get(logits.device.type, _CHUNK_BYTES_ELSEWHERE) // (dtype.itemsize * logits.shape[1]))
-    shape = (3, min(size, len(logits)), logits.shape[1])
-    if not space or (space[0].dtype, space[0].device, space[0].shape) != (dtype, logits.device, shape):
-        space[:] = [torch.empty(shape, dtype=dtype, device=logits.device)]
+    space = torch.empty(3, min(size, len(logits)), logits.shape[1], dtype=dtype, device=logits.device)
     column = torch.empty(3, len(logits), 1, dtype=torch.float64, device=logits.device)
     now = _Lens(logits, column[0].to(dtype), column[1], column[2])
     distances = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
     for first in range(0, len(logits), size):
         rows = slice(first, min(first + size, len(logits)))
-        root, other, spare = space[0][:, : rows.stop - first]
+        root, other, spare = space[:, : rows.stop - first]
         own = now.rows(rows)
         x = own.wide()
         torch.amax(x, dim=-1, keepdim=True, out=own.top)

@@ -76,6 +76,7 @@ def copied_by_layer(
     moved: dict[int, torch.Tensor] = {}
     before: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     stream = LayerStream(members, weights, copy or copy_to(device), pinned=device.type == "cuda")
+    register(model, stream)
     try:
         for module in model.modules():
             places: list[dict[str, Any]] = [module._parameters, module._buffers]
@@ -90,11 +91,9 @@ def copied_by_layer(
                     before.append((place, name, tensor))
         for place, name, tensor in before:
             place[name] = moved[id(tensor)]
-        register(model, stream)
         yield stream
     finally:
         close(model)
-        stream.close()
         for place, name, tensor in before:
             place[name] = tensor
 

@@ -83,7 +83,7 @@ class Replay:
     """Layers write into their argument, so each gets its own."""
     _pointwise: list[nn.Module]
     """Modules of the last layer that may run at some positions only."""
-    _may_pass: bool
+    _may_skip_layers: bool
     """The arguments of layers are recorded rightly where those below do not compute."""
 
     def __init__(
@@ -110,7 +110,7 @@ class Replay:
             self.layers = anatomy.modules(self.model)
             self._copies = like is not None and like._copies
             self._pointwise = []
-            self._may_pass = like is None or like._may_pass
+            self._may_skip_layers = like is None or like._may_skip_layers
             self._verify(probe, like)
         self.layer_tokens = 0
 
@@ -159,7 +159,7 @@ class Replay:
             ValueError: logits are asked for of layers that do not run.
         """
         top = self.num_layers - 1
-        last = top if until is None or (calls_above and not self._may_pass) else until
+        last = top if until is None or (calls_above and not self._may_skip_layers) else until
         if keep_logits and last < top:
             raise ValueError(f"logits need all layers: expected until=None or {top}, found {until}")
         stop = top if calls_above else last
@@ -472,7 +472,7 @@ class Replay:
             self._pointwise = [last.get_submodule(names[module]) for module in like._pointwise]
             return
         self._pointwise = self._find_pointwise(recording)
-        self._may_pass = self._passes(inputs, recording)
+        self._may_skip_layers = self._can_skip_layers(inputs, recording)
         again = self.record(inputs)
         if not all(map(_same, again.streams, recording.streams)):
             raise AnatomyError(f"{name} cannot be audited: replaying its layers changed what the model computes")
@@ -487,7 +487,7 @@ class Replay:
                 "expected a model loaded with AutoModelForCausalLM"
             )
 
-    def _passes(self, inputs: dict[str, torch.Tensor], recording: Recording) -> bool:
+    def _can_skip_layers(self, inputs: dict[str, torch.Tensor], recording: Recording) -> bool:
         """Whether layers that hand on what the lowest one returned are called with the arguments of the ``recording``."""
         try:
             begun = self.record(inputs, until=0, calls_above=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from align_audit.record import AuditRecord, DepthTrace
+from align_audit.record import AuditRecord, DepthTrace, Spinal
 from align_audit.writers import why_unknown
 from align_audit.writers.canvas import (
     BLUE,
@@ -25,14 +25,13 @@ from align_audit.writers.canvas import (
 from align_audit.writers.plot_words import titled
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 @styled
 def depth_trace(record: AuditRecord) -> Figure:
     """Contraction and transport by layer and against each other, policy and reference, terminal block shaded."""
-    import numpy as np
-
     title = titled(
         f"SPINAL depth trace at step {record.step}: how the streams of policy and reference change with depth", record
     )
@@ -44,12 +43,6 @@ def depth_trace(record: AuditRecord) -> Figure:
         "against the reference, are the signature of alignment; a policy that zigzags where the reference is smooth "
         "is not."
     )
-    notes = Notes()
-    for model, trace in (("policy", spinal.policy), ("reference", spinal.reference)):
-        for name, values in (("contraction", trace.contraction), ("transport", trace.transport)):
-            for layer, value in enumerate(values):
-                if math.isnan(value):
-                    notes.unknown(name, layer, why_unknown(record, f"spinal.{model}.{name}.{layer}"))
     scores = {
         "delta_align": spinal.delta_align,
         "coherence": spinal.coherence,
@@ -62,57 +55,82 @@ def depth_trace(record: AuditRecord) -> Figure:
         if spinal.rows < spinal.rows_available
         else (f"all {spinal.rows} token rows")
     )
-    body, figure = frame(10.0, 5.2, title, read, footers=[f"{summary}; {rows}.", *notes.lines("layer")])
+    body, figure = frame(10.0, 5.2, title, read, footers=[f"{summary}; {rows}.", *_unknown(record, spinal)])
     grid = body.add_gridspec(2, 2, width_ratios=[1.15, 1.0])
     upper, lower, plane = (
         body.add_subplot(grid[0, 0]),
         body.add_subplot(grid[1, 0]),
         body.add_subplot(grid[:, 1]),
     )
-    models: tuple[tuple[str, DepthTrace, str, str], ...] = (
-        ("reference", spinal.reference, ORANGE, "s"),
-        ("policy", spinal.policy, BLUE, "o"),
-    )
-    count = record.provenance.num_layers
-    terminal = spinal.terminal_layers
-    size = 4.5 if count <= 16 else 3.0
     for axes, name in ((upper, "contraction"), (lower, "transport")):
-        if terminal:
-            axes.axvspan(min(terminal) - 0.5, max(terminal) + 0.5, color="#eef3f8", zorder=0)
-        for label, trace, colour, mark in models:
-            curve = np.array(getattr(trace, name))
-            # The reference is drawn wider, so that it shows under a policy that equals it.
-            wider = 1.6 if label == "reference" else 1.0
-            axes.plot(
-                curve,
-                color=colour,
-                marker=mark,
-                markersize=size * min(wider, 1.3),
-                linewidth=1.4 * wider,
-                label=label,
-                zorder=3,
-            )
-            if name == "contraction":
-                error = 1.96 * np.array(trace.contraction_stderr)
-                axes.fill_between(
-                    range(count), curve - error, curve + error, color=colour, alpha=0.2, linewidth=0, zorder=2
-                )
-        unknown = [
-            layer
-            for layer in range(len(getattr(spinal.policy, name)))
-            if any(math.isnan(getattr(trace, name)[layer]) for _, trace, _, _ in models)
-        ]
-        hatch(axes, list(range(count)), unknown)
-        layer_axis(axes, count, "x")
-        axes.set_xlim(-0.5, count - 0.5)
+        _draw_by_layer(axes, spinal, name, record.provenance.num_layers)
     upper.set_ylabel("contraction α\n(slope of log σ)")
     lower.set_ylabel("transport\n(radians)")
     lower.set_xlabel("layer")
     upper.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, borderaxespad=0.2)
     upper.set_title("terminal block shaded", loc="right", color=GREY, fontsize=8)
+    _draw_path(plane, spinal)
+    return figure
 
-    inner = [layer for layer in terminal if layer < len(spinal.policy.transport)]
+
+def _models(spinal: Spinal) -> tuple[tuple[str, DepthTrace, str, str], ...]:
+    """Name, trace, colour and mark; the policy lies on top."""
+    return ("reference", spinal.reference, ORANGE, "s"), ("policy", spinal.policy, BLUE, "o")
+
+
+def _unknown(record: AuditRecord, spinal: Spinal) -> list[str]:
+    """What is NaN, and why."""
+    notes = Notes()
+    for model, trace in (("policy", spinal.policy), ("reference", spinal.reference)):
+        for name, values in (("contraction", trace.contraction), ("transport", trace.transport)):
+            for layer, value in enumerate(values):
+                if math.isnan(value):
+                    notes.unknown(name, layer, why_unknown(record, f"spinal.{model}.{name}.{layer}"))
+    return notes.lines("layer")
+
+
+def _draw_by_layer(axes: Axes, spinal: Spinal, name: str, count: int) -> None:
+    """Contraction with its standard error, or transport, of both models over ``count`` layers."""
+    import numpy as np
+
+    terminal, models = spinal.terminal_layers, _models(spinal)
+    size = 4.5 if count <= 16 else 3.0
+    if terminal:
+        axes.axvspan(min(terminal) - 0.5, max(terminal) + 0.5, color="#eef3f8", zorder=0)
     for label, trace, colour, mark in models:
+        curve = np.array(getattr(trace, name))
+        # The reference is drawn wider, so that it shows under a policy that equals it.
+        wider = 1.6 if label == "reference" else 1.0
+        axes.plot(
+            curve,
+            color=colour,
+            marker=mark,
+            markersize=size * min(wider, 1.3),
+            linewidth=1.4 * wider,
+            label=label,
+            zorder=3,
+        )
+        if name == "contraction":
+            error = 1.96 * np.array(trace.contraction_stderr)
+            axes.fill_between(
+                range(count), curve - error, curve + error, color=colour, alpha=0.2, linewidth=0, zorder=2
+            )
+    unknown = [
+        layer
+        for layer in range(len(getattr(spinal.policy, name)))
+        if any(math.isnan(getattr(trace, name)[layer]) for _, trace, _, _ in models)
+    ]
+    hatch(axes, list(range(count)), unknown)
+    layer_axis(axes, count, "x")
+    axes.set_xlim(-0.5, count - 0.5)
+
+
+def _draw_path(plane: Axes, spinal: Spinal) -> None:
+    """Transport against contraction, layer by layer; the terminal block in bold."""
+    import numpy as np
+
+    inner = [layer for layer in spinal.terminal_layers if layer < len(spinal.policy.transport)]
+    for label, trace, colour, mark in _models(spinal):
         alpha, transport = np.array(trace.contraction[: len(trace.transport)]), np.array(trace.transport)
         plane.plot(alpha, transport, color=colour, alpha=0.35, linewidth=0.9, zorder=2)
         plane.scatter(alpha, transport, s=9, color=colour, alpha=0.35, marker=mark, linewidths=0, zorder=2)
@@ -143,4 +161,3 @@ def depth_trace(record: AuditRecord) -> Figure:
     plane.set_xlabel("contraction α")
     plane.set_ylabel("transport (radians)")
     plane.set_title("path through depth (numbers are layers; terminal block in bold)", loc="left", fontsize=8.5)
-    return figure
