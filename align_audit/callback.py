@@ -9,15 +9,16 @@ before that.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeGuard
 
 import torch
 from torch import nn
@@ -33,8 +34,10 @@ from align_audit.errors import AlignAuditError, ConfigurationError
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
+from align_audit.models.sharded import refuse_sharded
 from align_audit.probe_names import arrays_name, as_name, check_names
 from align_audit.probes import ProbeSet
+from align_audit.ranks import Ranks
 from align_audit.record import Alert, AuditRecord
 from align_audit.refcache import ReferenceCache
 from align_audit.runlog import RunLog
@@ -47,6 +50,44 @@ if TYPE_CHECKING:
     from trl import DPOTrainer
 
 logger = logging.getLogger(__name__)
+
+_P = ParamSpec("_P")
+
+_ANYTHING = (Exception, SystemExit)
+"""What must not leave an event of ours: a library that asks the process to end (rich does, when nobody reads its output any
+more) ends an audit and no training. A keyboard interrupt is the user's, and passes."""
+
+
+def _guarded(
+    event: Callable[Concatenate[AlignmentAuditCallback, Any, TrainerState, _P], None],
+) -> Callable[Concatenate[AlignmentAuditCallback, Any, TrainerState, _P], None]:
+    """An event in which nothing can break training: what goes wrong is recorded as a failed audit is."""
+
+    @functools.wraps(event)
+    def guarded(
+        self: AlignmentAuditCallback, args: Any, state: TrainerState, *rest: _P.args, **kwargs: _P.kwargs
+    ) -> None:
+        try:
+            event(self, args, state, *rest, **kwargs)
+        except _ANYTHING as error:
+            if self.config.strict:
+                raise
+            self._record_failure(state, _Broken.of(error))
+
+    return guarded
+
+
+@dataclass(frozen=True)
+class _Broken:
+    """An audit that broke: what is said of it, and what is kept."""
+
+    kind: str
+    traceback: str
+    probe_name: str | None = None
+
+    @classmethod
+    def of(cls, error: BaseException, probe_name: str | None = None) -> _Broken:
+        return cls(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)), probe_name)
 
 
 class AlignmentAuditCallback(TrainerCallback):
@@ -111,6 +152,7 @@ class AlignmentAuditCallback(TrainerCallback):
         self._save_next = False
         self._seen: set[tuple[int, str, str | None]] = set()
         self._failures_shown: set[str] = set()
+        self._ranks = Ranks()
 
     # -- setting up ----------------------------------------------------------------------------------------------------
 
@@ -193,15 +235,51 @@ class AlignmentAuditCallback(TrainerCallback):
         """Refuse what cannot work, open the log, and audit the start."""
         model = kwargs["model"]
         self._pending = False
-        self._prepare_probes(args, kwargs.get("processing_class"), kwargs.get("train_dataloader"))
-        self._check_setup(args, model)
-        # auto_find_batch_size begins training again within one run; what is in the log tells what that repeats.
-        self._open_log(args, state, model)
-        self._open_writer(args, state)
+        self._ranks = Ranks.of_this_run()
+        raised: BaseException | None = None
+        try:
+            self._set_up(args, state, model, kwargs)
+        except _ANYTHING as error:
+            raised = error
+        # All processes go on, or none does: one that is missing would be waited for in training's first step.
+        said = self._ranks.gather((None if raised is None else _Broken.of(raised), self.config.to_dict()))
+        if raised is not None:
+            raise raised
+        for rank, (broken, config) in enumerate(said):
+            if broken is not None:
+                raise ConfigurationError(f"training cannot be audited: on rank {rank} {broken.kind}")
+            if config != said[0][1]:
+                odd = ", ".join(sorted(name for name, value in config.items() if value != said[0][1].get(name)))
+                raise ConfigurationError(
+                    f"rank {rank} audits with other options than rank 0 ({odd}); expected the same AuditConfig on all ranks"
+                )
+        # What is in the log was audited, on every process; only the first one reads it.
+        self._seen = self._ranks.share(self._seen)
         if self.config.schedule.before_training:
             self._audit(args, state, control, model, at_start=state.global_step == 0)
         assert self._reference is not None
         self._reference.release()  # loaded for the check, and left in memory where no audit followed
+
+    def _set_up(self, args: Any, state: TrainerState, model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+        """Everything that may refuse to start. Nothing in it waits for another process."""
+        trainer = self._attached()
+        refuse_sharded(model, "the policy")
+        for reference, what in (
+            (getattr(trainer, "ref_model", None), "the trainer's ref_model"), (self._given_reference, "the reference"),
+        ):  # fmt: skip
+            if isinstance(reference, nn.Module):
+                refuse_sharded(reference, what)
+        self._prepare_probes(args, kwargs.get("processing_class"), kwargs.get("train_dataloader"))
+        self._check_setup(args, model)
+        # auto_find_batch_size begins training again within one run; what is in the log tells what that repeats.
+        self._open_log(args, state, model)
+        try:
+            self._open_writer(args, state)
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot write TensorBoard curves below {args.output_dir}: {error}. Expected a folder that this process may "
+                'write to; free it, or switch the curves off (AuditConfig(tensorboard="off"))'
+            ) from error
 
     def _check_setup(self, args: Any, model: nn.Module) -> None:
         """Find out now what would otherwise break every audit."""
@@ -221,7 +299,7 @@ class AlignmentAuditCallback(TrainerCallback):
         self._reference = resolve_reference(
             model,
             self._given_reference,
-            trainer.ref_model if trainer is not None else None,
+            getattr(trainer, "ref_model", None),
             trust_remote_code=bool(getattr(args, "trust_remote_code", False)),
         )
         first = next(iter(self._probes.values()))
@@ -306,12 +384,14 @@ class AlignmentAuditCallback(TrainerCallback):
 
     # -- events --------------------------------------------------------------------------------------------------------
 
+    @_guarded
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Audit what the step before left due."""
         self._run_pending(args, state, control, kwargs["model"])
 
+    @_guarded
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Audit where the schedule says so, or leave it due where the reference is about to be synchronized."""
         schedule = self.config.schedule
@@ -324,18 +404,21 @@ class AlignmentAuditCallback(TrainerCallback):
             else:
                 self._audit(args, state, control, kwargs["model"])
 
+    @_guarded
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Audit after an evaluation, where asked for, and what is due."""
         if self.config.schedule.on_evaluate:
             self._pending = True
         self._run_pending(args, state, control, kwargs["model"])
 
+    @_guarded
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Audit where a checkpoint was saved, and what is due."""
         if self.config.schedule.on_save:
             self._pending = True
         self._run_pending(args, state, control, kwargs["model"], just_saved=True)
 
+    @_guarded
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -344,6 +427,7 @@ class AlignmentAuditCallback(TrainerCallback):
             self._pending = True
         self._run_pending(args, state, control, kwargs["model"])
 
+    @_guarded
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -351,16 +435,32 @@ class AlignmentAuditCallback(TrainerCallback):
         # With the best checkpoint loaded back the weights are not those of the last step.
         swapped = getattr(args, "load_best_model_at_end", False) and state.best_model_checkpoint is not None
         model = kwargs["model"]
-        if self.config.schedule.on_last_step and not swapped:
-            if self._writer is not None and self._due(state, model):
-                # Training ended where no earlier event could tell; the trainer's own writer is closed by now.
+        try:
+            if self.config.schedule.on_last_step and not swapped:
+                self._reopen_writer(args, state, model)
+                self._audit(args, state, control, model)
+        finally:
+            try:
+                self._close_writer()
+            finally:
+                self._close_writer = lambda: None
+                self._writer = None
+                self._ranks.close()
+                self._ranks = Ranks()
+
+    def _reopen_writer(self, args: Any, state: TrainerState, model: nn.Module) -> None:
+        """Where training ended without telling any earlier event: the trainer's own writer is closed by now."""
+        if self._writer is None:
+            return
+        try:
+            if self._due(state, model):
                 self._close_writer()
                 summary_writer, self._close_writer = open_tensorboard(None, args.output_dir)
                 self._writer.redirect(summary_writer)
-            self._audit(args, state, control, model)
-        self._close_writer()
-        self._close_writer = lambda: None
-        self._writer = None
+        except Exception:
+            # The record is worth more than its curves.
+            self._writer = None
+            logger.warning("align_audit cannot write the last step to TensorBoard", exc_info=True)
 
     def _syncs_now(self, args: Any, state: TrainerState) -> bool:
         return bool(getattr(args, "sync_ref_model", False)) and state.global_step % args.ref_model_sync_steps == 0
@@ -386,27 +486,53 @@ class AlignmentAuditCallback(TrainerCallback):
     ) -> None:
         """Audit, log, speak; whatever goes wrong in it is recorded, and training goes on."""
         alerts: list[Alert] = []
-        name = None
+        broken: list[_Broken] = []
+        raised = self._audit_due(args, state, model, at_start, alerts, broken)
+        # The one place where processes wait for each other: whatever happened before, each of them comes here. What
+        # follows is made of what all of them said, so that they save together and stop together.
+        said = self._ranks.gather((alerts, broken))
+        for rank, (_, failures) in enumerate(said):
+            for failure in failures:
+                self._record_failure(state, failure, rank)
+        # Also after a failure: an alert of a set that was audited before it is as true. The first process judges.
+        self._act(control, state, said[0][0], just_saved)
+        if self.config.strict:
+            if raised is not None:
+                raise raised
+            for rank, (_, failures) in enumerate(said):
+                if failures:
+                    raise AlignAuditError(f"the audit broke on rank {rank}: {failures[0].kind}")
+
+    def _audit_due(
+        self,
+        args: Any,
+        state: TrainerState,
+        model: nn.Module,
+        at_start: bool,
+        alerts: list[Alert],
+        broken: list[_Broken],
+    ) -> BaseException | None:
+        """Audit every set that is due, filling ``alerts`` and ``broken``; returns the first error."""
+        raised: BaseException | None = None
         try:
             due = self._due(state, model)
             if not due:
-                return
+                return None
             assert self._reference is not None
             with OpenModels(model, self._reference) as models:
                 for name, key in due.items():
                     self._seen.add(key)  # an audit that breaks would break again on the same weights
                     try:
-                        alerts += self._audit_once(args, state, model, at_start, name, models)
-                    except Exception as error:
+                        self._audit_once(args, state, model, at_start, name, models, alerts)
+                    except _ANYTHING as error:
+                        raised = raised or error
+                        broken.append(_Broken.of(error, name))
                         if self.config.strict:
-                            raise
-                        self._record_failure(state, error, name)  # the other probe sets are audited all the same
-        except Exception as error:
-            if self.config.strict:
-                raise
-            self._record_failure(state, error, name)
-        # Also after that: an alert of a set that was audited before it is as true.
-        self._act(control, state, alerts, just_saved)
+                            break  # else the other probe sets are audited all the same
+        except _ANYTHING as error:
+            raised = raised or error
+            broken.append(_Broken.of(error))
+        return raised
 
     def _due(self, state: TrainerState, model: nn.Module) -> dict[str | None, tuple[int, str, str | None]]:
         """The probe sets on which these weights were not audited yet at this step, with what marks them as such."""
@@ -422,7 +548,9 @@ class AlignmentAuditCallback(TrainerCallback):
         at_start: bool,
         name: str | None,
         models: OpenModels,
-    ) -> list[Alert]:
+        alerts: list[Alert],
+    ) -> None:
+        """One probe set; what its record says in alerts is added to ``alerts`` before anything is written."""
         assert self._reference is not None
         context = replace(
             self._context,
@@ -440,7 +568,7 @@ class AlignmentAuditCallback(TrainerCallback):
         record, arrays = run_audit(model, self._reference, self._probes[name], self.config, state.global_step, context)
         self._before[name] = context.before
         if self._log is None:  # not the first process
-            return []
+            return
         history = self._log.records
         # A resumed run may find later steps in its log, on the course it took before, or audits on other pairs.
         before = [
@@ -451,19 +579,23 @@ class AlignmentAuditCallback(TrainerCallback):
             and earlier.provenance.probe_name == name
         ]
         record = record.model_copy(update={"alerts": evaluate(record, before, self.config.alerts)})
+        # Acted on whatever follows: neither a full disk nor a closed terminal makes them untrue.
+        alerts += record.alerts
         self._log.save_arrays(record.step, arrays_name(name), arrays)
         self._log.append(record)
         self._tell(record, [*history, record])
-        return record.alerts
 
     def _tell(self, record: AuditRecord, history: list[AuditRecord]) -> None:
-        """Writers come after the log: what breaks in them costs no record."""
+        """Writers come after the log: what breaks in one of them costs no record, and not what the next one shows."""
         try:
             if self._writer is not None:
                 self._writer.write(record, history)
-        except Exception:
+        except _ANYTHING:
             logger.warning("align_audit could not write step %d to TensorBoard", record.step, exc_info=True)
-        print_record(record)
+        try:
+            print_record(record)
+        except _ANYTHING as error:
+            self._warn_once(f"align_audit could not print step {record.step}: {type(error).__name__}: {error}")
 
     def _act(self, control: TrainerControl, state: TrainerState, alerts: list[Alert], just_saved: bool) -> None:
         config = self.config.alerts
@@ -481,23 +613,31 @@ class AlignmentAuditCallback(TrainerCallback):
             else:
                 control.should_save = True
 
-    def _record_failure(self, state: TrainerState, error: Exception, probe_name: str | None = None) -> None:
-        text = "".join(traceback.format_exception(error))
-        kind = f"{type(error).__name__}: {error}"
-        try:
-            if self._log is not None:
-                self._log.append_failure(state.global_step, text, probe_name)
-        except OSError as disk:
-            logger.error("align_audit could not even record a failed audit: %s", disk)
-        if kind not in self._failures_shown:
-            self._failures_shown.add(kind)
-            logger.error(
-                "the audit at step %d%s broke and was recorded; training goes on. %s (shown once; the traceback is in "
-                "align_audit/failures.jsonl)",
-                state.global_step,
-                "" if probe_name is None else f" on the probes {probe_name!r}",
-                kind,
-            )
+    def _record_failure(self, state: TrainerState, broken: _Broken, rank: int = 0) -> None:
+        """Keep it where this process keeps the log, and say it once."""
+        where = "" if rank == 0 else f" on rank {rank}"
+        outcome = "was recorded"
+        if self._log is not None:
+            text = broken.traceback if rank == 0 else f"On rank {rank}:\n{broken.traceback}"
+            try:
+                self._log.append_failure(state.global_step, text, broken.probe_name)
+            except Exception as error:
+                outcome = f"could not be recorded ({type(error).__name__}: {error})"
+        elif not (self._ranks.size == 1 or rank == self._ranks.rank):
+            return  # somebody else's, who says it
+        on = "" if broken.probe_name is None else f" on the probes {broken.probe_name!r}"
+        self._warn_once(
+            f"the audit at step {state.global_step}{on} broke{where} and {outcome}; training goes on. {broken.kind} (shown "
+            "once; the traceback is in align_audit/failures.jsonl)",
+            broken.kind,
+        )
+
+    def _warn_once(self, words: str, key: str | None = None) -> None:
+        """On the error log, the first time that ``key`` (or these words) comes up."""
+        key = words if key is None else key
+        if key not in self._failures_shown:
+            self._failures_shown.add(key)
+            logger.error("%s", words)
 
 
 def _by_name(probes: Any) -> TypeGuard[Mapping[str, Any]]:

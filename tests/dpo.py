@@ -65,11 +65,13 @@ def saved_model(folder: Path, **changes: Any) -> str:
     return str(folder)
 
 
-def build(output: Path, mode: str, callbacks: list[TrainerCallback], **options: Any) -> Trained:
-    """A trainer in the given reference mode, not yet run. The base model is written to ``output/../base``."""
-    base = saved_model(output.parent / "base", **({"attention_dropout": 0.2} if mode == "dropout" else {}))
+def build(
+    output: Path, mode: str, callbacks: list[TrainerCallback], base: Path | None = None, **options: Any
+) -> Trained:
+    """A trainer in the given reference mode, not yet run. The base model is written to ``base`` (``output/../base``)."""
+    path = saved_model(base or output.parent / "base", **({"attention_dropout": 0.2} if mode == "dropout" else {}))
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     extra: dict[str, Any] = {}
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
     settings: dict[str, Any] = {
@@ -81,7 +83,7 @@ def build(output: Path, mode: str, callbacks: list[TrainerCallback], **options: 
     }  # fmt: skip
     settings.update(options)
     if mode == "ref_model passed":
-        extra["ref_model"] = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        extra["ref_model"] = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     elif mode == "new adapter":
         extra["peft_config"] = lora
     elif mode == "pretrained adapter":

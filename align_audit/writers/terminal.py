@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import select
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -109,15 +111,40 @@ def print_record(record: AuditRecord, console: Console | None = None) -> None:
     Args:
         console: where to; None: standard output.
     """
-    from rich.console import Console
-
-    console = console or Console(highlight=False)
+    console = console or _standard_output()
     console.print(summary_table(record))
     loud = [alert for alert in record.alerts if alert.level != "info"]
     for place, alert in enumerate(loud):
         console.print(
             alert_panel(alert, advise=all(later.suggestion != alert.suggestion for later in loud[place + 1 :]))
         )
+
+
+def _standard_output() -> Console:
+    from rich.console import Console
+
+    class Output(Console):
+        """Whoever reads it may go away: that is an error like any other, and no reason to end the process."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError("nobody reads the standard output any more")
+
+    _check_reader(sys.stdout)
+    return Output(highlight=False)
+
+
+def _check_reader(output: Any) -> None:
+    """Find out before anything is written: what a broken pipe refuses stays in the stream's buffer, where it breaks
+    the next thing that the training itself prints."""
+    try:
+        descriptor = output.fileno()
+    except (AttributeError, OSError, ValueError):
+        return  # a notebook's output, say: no pipe
+    if hasattr(select, "poll"):
+        asked = select.poll()
+        asked.register(descriptor, 0)  # errors and hang-ups are reported without being asked for
+        if any(event & (select.POLLERR | select.POLLNVAL) for _, event in asked.poll(0)):
+            raise BrokenPipeError("nobody reads the standard output any more")
 
 
 def progress_bar(total: int, description: str) -> Any:

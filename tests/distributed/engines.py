@@ -1,0 +1,43 @@
+"""How a process of a test becomes a rank, and how FSDP is had without an accelerator."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+"""What ``accelerate launch`` sets for an FSDP2 configuration."""
+
+
+def become_rank(rank: int, size: int, port: int, engine: str) -> None:
+    """Set what a launcher sets, in a process that has not used accelerate yet."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
+    )  # fmt: skip
+    if engine == "fsdp2":
+        os.environ.update(FSDP2)
+        _fsdp_without_accelerator()
+
+
+def _fsdp_without_accelerator() -> None:
+    """accelerate drops an FSDP plugin on CPU processes without a word and trains DDP; torch itself shards there."""
+    from accelerate import state
+    from accelerate.utils import DistributedType
+
+    plain = state.AcceleratorState.__init__
+
+    def keep_the_plugin(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    state.AcceleratorState.__init__ = keep_the_plugin

@@ -1,0 +1,114 @@
+"""Several processes decide together: they save, stop, fail and refuse on all ranks or on none, and nobody waits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.launch import launch
+
+pytestmark = pytest.mark.distributed
+
+# Any movement at all is above this limit, so the first audit of a trained policy raises an alert.
+_AT_ONCE = {"kl_warning": 1e-9, "kl_error": 1e-9}
+_BY_STEP = {"schedule": {"every_n_steps": 1}, "patching": {"enabled": False}}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "audited": {"audit": {}},
+    "lora plain": {"mode": "new adapter"},
+    "lora audited": {"audit": {}, "mode": "new adapter"},
+    "stop": {"audit": {**_BY_STEP, "alerts": {"action": "stop", **_AT_ONCE}}},
+    "save": {"audit": {**_BY_STEP, "alerts": {"action": "save", **_AT_ONCE}}, "trainer": {"save_strategy": "no"}},
+    "broken on 0": {"audit": {}, "break_on": 0},
+    "broken on 1": {"audit": {}, "break_on": 1},
+    "broken on 1, strict": {"audit": {"strict": True}, "break_on": 1},
+    "refused on 1": {"audit": {}, "refuse_on": 1},
+    "other options on 1": {"audit": {}, "config_on": 1},
+    "fsdp2": {"audit": {}, "engine": "fsdp2"},
+    "fsdp2 lora": {"audit": {}, "engine": "fsdp2", "mode": "new adapter"},
+}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
+    folder = tmp_path_factory.mktemp("together")
+    return folder, launch(folder, CASES)
+
+
+def lines(folder: Path, case: str, name: str) -> list[dict[str, Any]]:
+    path = folder / case / "run" / "align_audit" / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def test_nobody_waits_for_ever(ran: Any) -> None:
+    hung = [(name, rank) for name, ranks in ran[1].items() for rank, said in enumerate(ranks) if "hung" in said]
+    assert hung == []
+
+
+@pytest.mark.parametrize("kind", ["", "lora "])
+def test_training_is_the_same_bits_under_ddp(ran: Any, kind: str) -> None:
+    plain, audited = ran[1][f"{kind}plain"], ran[1][f"{kind}audited"]
+    assert all(said["distributed"] == "DistributedType.MULTI_CPU" for said in (*plain, *audited))
+    assert all(said["engine"] == "DistributedDataParallel" for said in (*plain, *audited))
+    for without, with_ours in zip(plain, audited, strict=True):
+        assert with_ours["weights"] == without["weights"]
+        assert with_ours["losses"] == without["losses"]
+        assert len(without["losses"]) > 2
+
+
+def test_each_step_is_recorded_once(ran: Any) -> None:
+    assert [line["step"] for line in lines(ran[0], "audited", "records.jsonl")] == [0, 2, 4]
+    assert lines(ran[0], "audited", "failures.jsonl") == []
+
+
+def test_an_alert_stops_training_on_every_rank(ran: Any) -> None:
+    assert [said["step"] for said in ran[1]["stop"]] == [1, 1]
+    assert [said["stop"] for said in ran[1]["stop"]] == [True, True]
+    assert (ran[0] / "stop" / "run" / "checkpoint-1").is_dir()
+
+
+def test_an_alert_saves_on_every_rank(ran: Any) -> None:
+    assert [said["step"] for said in ran[1]["save"]] == [4, 4]
+    assert (ran[0] / "save" / "run" / "checkpoint-1").is_dir()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_breaks_on_one_rank_is_recorded_and_training_is_the_same(ran: Any, rank: int) -> None:
+    plain, broken = ran[1]["plain"], ran[1][f"broken on {rank}"]
+    assert [said["weights"] for said in broken] == [said["weights"] for said in plain]
+    failures = lines(ran[0], f"broken on {rank}", "failures.jsonl")
+    assert [line["step"] for line in failures] == [0, 2, 4]
+    assert all("planted" in line["error"] for line in failures)
+    assert all(line["error"].startswith("On rank 1:") == (rank == 1) for line in failures)
+
+
+def test_strict_raises_on_every_rank(ran: Any) -> None:
+    first, second = ran[1]["broken on 1, strict"]
+    assert (second["kind"], second["words"]) == ("ValueError", "planted")
+    assert (first["kind"], first["words"]) == ("AlignAuditError", "the audit broke on rank 1: ValueError: planted")
+
+
+def test_a_refusal_on_one_rank_is_one_on_all(ran: Any) -> None:
+    first, second = ran[1]["refused on 1"]
+    assert second["kind"] == "ProbeError"
+    assert "no-such-file.jsonl" in second["words"]
+    assert first["kind"] == "ConfigurationError"
+    assert "on rank 1 ProbeError" in first["words"]
+
+
+def test_ranks_with_different_options_are_refused(ran: Any) -> None:
+    for said in ran[1]["other options on 1"]:
+        assert said["kind"] == "ConfigurationError"
+        assert "rank 1" in said["words"]
+        assert "seed" in said["words"]
+
+
+@pytest.mark.parametrize("case", ["fsdp2", "fsdp2 lora"])
+def test_a_sharded_model_is_refused_before_it_is_called(ran: Any, case: str) -> None:
+    for said in ran[1][case]:
+        assert said["kind"] == "ConfigurationError"
+        assert "spread over processes (FSDP2)" in said["words"]
+    assert lines(ran[0], case, "failures.jsonl") == []
