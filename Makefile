@@ -35,9 +35,9 @@ test-all: $(STAMP)
 # The engine's exactness on a CUDA device, and DPO runs there; in the environment at hand, whose torch has to know the device.
 test-gpu:
 	HF_HUB_OFFLINE=1 ALIGN_AUDIT_TEST_DEVICE=cuda $(PYTHON) -m pytest -m "not slow" tests/models tests/measures/test_sums.py \
-	  tests/test_exactness.py tests/test_sites.py tests/test_sharing.py tests/test_depth_trace.py tests/test_fewer_pairs.py \
-	  tests/test_token_grams.py tests/test_transfer.py tests/test_kept_reference.py tests/test_refcache.py tests/test_callback.py \
-	  tests/test_callback_inert.py tests/test_trainer_margins.py tests/test_reference_modes.py
+	  tests/auditing/test_exactness.py tests/auditing/measurements/test_sites.py tests/auditing/session/test_layout.py tests/auditing/measurements/test_spinal.py tests/auditing/measurements/test_attribution.py \
+	  tests/auditing/measurements/test_low_rank.py tests/auditing/test_transfer.py tests/auditing/session/test_reference_streams.py tests/auditing/session/test_reference_cache.py tests/monitoring/test_callback.py \
+	  tests/monitoring/test_inert.py tests/monitoring/test_trainer_margins.py tests/monitoring/test_reference_modes.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .

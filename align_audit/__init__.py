@@ -12,27 +12,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from align_audit.auditing import audit
-    from align_audit.callback import AlignmentAuditCallback
+    from align_audit.auditing.audit import audit
+    from align_audit.auditing.transfer import transfer
     from align_audit.config import AuditConfig
     from align_audit.models.anatomy import Anatomy
-    from align_audit.probes import ProbeSet
-    from align_audit.record import Alert, AuditRecord
-    from align_audit.runlog import AuditRun
-    from align_audit.transfer_record import TransferRecord
-    from align_audit.transferring import transfer
+    from align_audit.monitoring.callback import AlignmentAuditCallback
+    from align_audit.probes.pairs import ProbeSet
+    from align_audit.record.audit_record import Alert, AuditRecord
+    from align_audit.record.log import AuditRun
+    from align_audit.record.transfer_record import TransferRecord
 
 _WHERE = {
-    "Alert": "align_audit.record",
-    "AlignmentAuditCallback": "align_audit.callback",
+    "Alert": "align_audit.record.audit_record",
+    "AlignmentAuditCallback": "align_audit.monitoring.callback",
     "Anatomy": "align_audit.models.anatomy",
     "AuditConfig": "align_audit.config",
-    "AuditRecord": "align_audit.record",
-    "AuditRun": "align_audit.runlog",
-    "ProbeSet": "align_audit.probes",
-    "TransferRecord": "align_audit.transfer_record",
-    "audit": "align_audit.auditing",
-    "transfer": "align_audit.transferring",
+    "AuditRecord": "align_audit.record.audit_record",
+    "AuditRun": "align_audit.record.log",
+    "ProbeSet": "align_audit.probes.pairs",
+    "TransferRecord": "align_audit.record.transfer_record",
+    "audit": "align_audit.auditing.audit",
+    "transfer": "align_audit.auditing.transfer",
 }
 
 __all__ = [

@@ -183,7 +183,7 @@ class ScheduleConfig(_Part):
 
 
 class AlertConfig(_Part):
-    """Limits of the alert rules (see ``align_audit.alerts`` for what each rule means) and what to do when one fires."""
+    """Limits of the alert rules (``align_audit.alerts.detectors`` says what each means) and what to do when one fires."""
 
     enabled: bool = True
     action: Literal["log", "save", "stop"] = "log"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from align_audit import AuditRun
-from tests.dpo import ROWS, saved_model
+from tests.helpers.dpo import ROWS, saved_model
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "dpo.py"
 

@@ -74,7 +74,7 @@ def control_variate_means(
     pairs, pair i is as likely any one pair of U ∪ {i}, so Aᵢ − mean_U A has mean 0 and b₋ᵢ does not depend on it.
     Averaged over all subsets of n of the N pairs the estimate is the mean of all N exact values. (The slope of all n
     pairs instead is biased where the relation bends: by a third of a standard error at n = 8 in
-    ``benchmarks/control_variate.py``.)
+    ``benchmarks/evidence/control_variate.py``.)
 
     Interval: estimate ± t_ν √V, with
 
@@ -299,7 +299,7 @@ def exact_pairs_needed_safely(correlation: float, pilot: int, pairs: int, equiva
     by Fisher's z (1921), right for roughly normal pairs. With probability ``level`` the returned n suffices; the price is
     more exact pairs than needed on average. Fewer than 4 pilot pairs tell nothing: ρ_low = 0. Where a pilot chooses n and
     then counts among the n pairs, the estimate is unbiased only approximately: by up to a tenth of a standard error
-    with skewed effects (``benchmarks/control_variate.py``). A correlation from an earlier audit has no such cost.
+    with skewed effects (``benchmarks/evidence/control_variate.py``). A correlation from an earlier audit has no such cost.
 
     Raises:
         ValueError: as :func:`exact_pairs_needed`, or ``level`` outside (0, 1), or a negative ``pilot``.

@@ -123,7 +123,7 @@ def share_interval(hits: Array, confidence: float = 0.95) -> Interval:
     """Share of pairs for which something holds, with Wilson's score interval (Wilson 1927, doi:10.2307/2276774).
 
     The bootstrap cannot do this near 0 or 1: 64 pairs that all agree resample to 1 whatever the truth (measured by
-    ``benchmarks/interval_coverage.py``: an interval of [1, 1] in 72 % of draws where the truth is 0.99).
+    ``benchmarks/evidence/interval_coverage.py``: an interval of [1, 1] in 72 % of draws where the truth is 0.99).
 
     Args:
         hits: ``[N]``, 1 or True where it holds, 0 where not, NaN where that is not known.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from align_audit.models.anatomy import is_peft
-from align_audit.models.layer_stream import stream_of
+from align_audit.models.weights.streaming import stream_of
 
 
 @contextlib.contextmanager

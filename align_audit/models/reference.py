@@ -14,10 +14,10 @@ from torch import nn
 
 from align_audit.errors import ReferenceUnavailableError
 from align_audit.models.anatomy import is_peft
-from align_audit.models.fingerprint import fingerprint
-from align_audit.models.layer_stream import NotStreamable, close
 from align_audit.models.loading import load_model
-from align_audit.models.stored_layers import open_streamed
+from align_audit.models.weights.fingerprint import fingerprint
+from align_audit.models.weights.from_disk import open_streamed
+from align_audit.models.weights.streaming import NotStreamable, close
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
-from align_audit.record import AuditRecord, Control, Controls, Estimate, LowRankCurve, SiteCurve
+from align_audit.record.audit_record import AuditRecord, Control, Controls, Estimate, LowRankCurve, SiteCurve
 
 CONTROL_NAMES = tuple(Controls.model_fields)
 

@@ -23,7 +23,7 @@ An estimate stands under its name, the ends of its interval beside it (``shift``
 or rank only its mean does, and the pictures show the intervals.
 TensorBoard cannot draw NaN: what is not known is left out and listed, with its reason, in the text
 ``align_audit/not_known``. Other texts are ``align_audit/alerts`` and ``align_audit/controls``; the pictures of
-:mod:`align_audit.writers.plots` stand under ``align_audit/<group>/<function>``.
+:mod:`align_audit.writers.plots.gallery` stand under ``align_audit/<group>/<function>``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from align_audit.record import Alert, AuditRecord, Estimate, LowRankCurve, Margins, SiteCurve
+from align_audit.record.audit_record import Alert, AuditRecord, Estimate, LowRankCurve, Margins, SiteCurve
 from align_audit.writers import control_items, is_unknown, one_per_step, site_names, span, why_unknown
 
 if TYPE_CHECKING:
@@ -94,9 +94,9 @@ class TensorBoardWriter:
             self._writer.flush()
 
     def _write_images(self, record: AuditRecord, records: Sequence[AuditRecord]) -> None:
-        from align_audit.writers import plots
-        from align_audit.writers.canvas import pixels
-        from align_audit.writers.site_plots import site_figures
+        from align_audit.writers.plots import gallery as plots
+        from align_audit.writers.plots.canvas import pixels
+        from align_audit.writers.plots.sites import site_figures
 
         # Later audits may be in the log when an earlier step is written again; a picture at a step shows none of them.
         records = [other for other in one_per_step(records) if other.step <= record.step]

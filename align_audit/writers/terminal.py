@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from align_audit.record import GUARDED, Alert, AuditRecord, Estimate
+from align_audit.record.audit_record import GUARDED, Alert, AuditRecord, Estimate
 from align_audit.writers import control_items, is_unknown, on_probes, overshoot, site_name, span, why_unknown
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from align_audit.record import Estimate
-from align_audit.transfer_record import TransferRecord
+from align_audit.record.audit_record import Estimate
+from align_audit.record.transfer_record import TransferRecord
 from align_audit.writers import is_unknown
 
 if TYPE_CHECKING:

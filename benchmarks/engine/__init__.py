@@ -1,1 +1,1 @@
-"""Benchmark of the engine: one job, several contenders, one table. ``python benchmarks/engine.py --help``."""
+"""Benchmark of the engine: one job, several contenders, one table. ``python benchmarks/engine --help``."""

@@ -1,11 +1,11 @@
 """The engine against plain hooks and against each tool that is installed, on one job: time, memory, numbers.
 
-    python benchmarks/engine.py --json engine.json
-    python benchmarks/engine.py --layers 4 --pairs 4 --sweeps layers ranks --repeats 1
-    python benchmarks/engine.py --peer-python nnterp=venvs/nnterp/bin/python --peer-python pyvene=venvs/pyvene/bin/python
-    python benchmarks/engine.py --scaling
-    python benchmarks/engine.py --profile
-    python benchmarks/engine.py --device cuda --dtype bfloat16 --layers 16 --width 2048 --pairs 32 --pairs-per-batch 8
+    python benchmarks/engine --json engine.json
+    python benchmarks/engine --layers 4 --pairs 4 --sweeps layers ranks --repeats 1
+    python benchmarks/engine --peer-python nnterp=venvs/nnterp/bin/python --peer-python pyvene=venvs/pyvene/bin/python
+    python benchmarks/engine --scaling
+    python benchmarks/engine --profile
+    python benchmarks/engine --device cuda --dtype bfloat16 --layers 16 --width 2048 --pairs 32 --pairs-per-batch 8
 
 The job (``engine/job.py``): a randomly initialized Llama and a policy near it; real preference pairs where the data is
 present. ``layers`` patches the policy's stream into the reference at each layer, ``ranks`` its projection on the top 1, 2,

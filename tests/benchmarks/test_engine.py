@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from engine import flops
 from engine.contenders import CONTENDERS
 from engine.contenders.common import Pair, make_batches
 from engine.contenders.hooks import Hooks
 from engine.job import Job, JobSpec, load_job, make_job, make_pairs, tokenize
 from engine.scaling import exponent
+from torch.utils.flop_counter import FlopCounterMode
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SPEC = JobSpec(layers=3, width=64, vocab=97, pairs=5, max_tokens=40, dtype="float64")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from align_audit import AlignmentAuditCallback, AuditConfig
-from align_audit.callback import OpenModels
-from tests.dpo import build
+from align_audit.monitoring.callback import OpenModels
+from tests.helpers.dpo import build
 
 QUICK: dict[str, Any] = {
     "max_pairs": 4,

@@ -86,7 +86,7 @@ def _case(folder: Path, size: int, case: dict[str, Any]) -> list[dict[str, Any]]
 def main() -> None:
     """Run every case of a folder's ``cases.json``."""
     folder, size = Path(sys.argv[1]), int(sys.argv[2])
-    import align_audit.callback  # noqa: F401  (once, for all ranks of all cases)
+    import align_audit.monitoring.callback  # noqa: F401  (once, for all ranks of all cases)
     import tests.distributed.jobs  # noqa: F401
 
     cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))

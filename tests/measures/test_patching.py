@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align_audit.measures.patching import noise_directions, noised, patched, peak_layer, summarize_patching
-from tests.oracle import summary as oracle_summary
+from tests.helpers.oracle import summary as oracle_summary
 
 OPTIONS = {"resamples": 200, "confidence": 0.9, "method": "percentile", "seed": 3}
 

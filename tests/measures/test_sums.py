@@ -7,7 +7,7 @@ import math
 import torch
 
 from align_audit.measures.sums import sum_into
-from tests.tiny import DEVICE
+from tests.helpers.tiny import DEVICE
 
 
 def test_places_are_summed_apart_and_alike_every_time() -> None:

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from align_audit.errors import AnatomyError
 from align_audit.models.anatomy import Anatomy, describe, find_anatomy, unwrap
 from align_audit.models.replay import Replay
-from tests.models.toys import Block, Toy, batch
-from tests.tiny import tiny_model
+from tests.helpers.tiny import tiny_model
+from tests.helpers.toys import Block, Toy, batch
 
 BERT = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 

@@ -16,10 +16,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from align_audit.errors import AnatomyError
 from align_audit.measures.patching import patched
-from align_audit.models.fingerprint import fingerprint
 from align_audit.models.replay import Replay, Stream
-from tests.models.toys import batch
-from tests.tiny import DEVICE, VOCABULARY, perturbed, same
+from align_audit.models.weights.fingerprint import fingerprint
+from tests.helpers.tiny import DEVICE, VOCABULARY, perturbed, same
+from tests.helpers.toys import batch
 
 LLAMA = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,

@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from align_audit.models.guard import untouched
-from tests.models.toys import Toy
-from tests.tiny import DEVICE, tiny_model
+from tests.helpers.tiny import DEVICE, tiny_model
+from tests.helpers.toys import Toy
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
 

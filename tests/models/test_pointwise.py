@@ -11,10 +11,10 @@ from torch import nn
 
 from align_audit.models.pointwise import find_pointwise, narrowed
 from align_audit.models.replay import Replay
+from tests.helpers.tiny import VOCABULARY, tiny_model
+from tests.helpers.toys import batch
 from tests.models.test_families import FAMILIES, build
 from tests.models.test_replay import state
-from tests.models.toys import batch
-from tests.tiny import VOCABULARY, tiny_model
 
 
 def names(model: nn.Module, modules: list[nn.Module]) -> set[str]:

@@ -17,8 +17,8 @@ from trl.trainer.utils import add_fused_lm_head
 from align_audit.errors import AnatomyError
 from align_audit.models.guard import untouched
 from align_audit.models.replay import Recording, Replay, Stream, equal_streams
-from tests.models.toys import Block, Toy, batch
-from tests.tiny import DEVICE, VOCABULARY, perturbed, tiny_model
+from tests.helpers.tiny import DEVICE, VOCABULARY, perturbed, tiny_model
+from tests.helpers.toys import Block, Toy, batch
 
 
 def state(model: nn.Module) -> list[Any]:

@@ -11,12 +11,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from align_audit.errors import AnatomyError, SiteError
-from align_audit.models.fingerprint import fingerprint
 from align_audit.models.replay import Replay
 from align_audit.models.sites import LayerSites, Place, Sites
+from align_audit.models.weights.fingerprint import fingerprint
+from tests.helpers.tiny import VOCABULARY, perturbed
+from tests.helpers.toys import batch
 from tests.models.test_families import FAMILIES, DeckConfig, DeckForCausalLM, build
-from tests.models.toys import batch
-from tests.tiny import VOCABULARY, perturbed
 
 ATTENTION, MLP, HEAD = "attention_output", "mlp_output", "head"
 KINDS = (ATTENTION, MLP, HEAD)

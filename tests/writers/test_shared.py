@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from align_audit.record import Estimate
+from align_audit.record.audit_record import Estimate
 from align_audit.writers import one_per_step, span, why_unknown
-from tests.make_record import make_record, make_run
+from tests.helpers.make_record import make_record, make_run
 
 
 @pytest.mark.parametrize(
@@ -46,10 +46,11 @@ def test_the_latest_audit_of_a_step_counts() -> None:
 
 def test_writers_are_light_and_know_no_model() -> None:
     code = (
-        "import sys, align_audit.runlog\n"
-        "from align_audit.writers import canvas, plots, tensorboard, terminal\n"
+        "import sys, align_audit.record.log\n"
+        "from align_audit.writers import tensorboard, terminal\n"
+        "from align_audit.writers.plots import canvas, gallery\n"
         "heavy = {'torch', 'tensorboard', 'matplotlib', 'pandas', 'rich', 'transformers', 'numpy', 'tqdm'}\n"
-        "own = {'align_audit.models', 'align_audit.measures', 'align_audit.conductor'}\n"
+        "own = {'align_audit.models', 'align_audit.measures', 'align_audit.auditing'}\n"
         "print(sorted((heavy | own) & set(sys.modules)))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,10 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
-from align_audit.record import AuditRecord, Control, Estimate
+from align_audit.record.audit_record import AuditRecord, Control, Estimate
 from align_audit.writers import tensorboard
 from align_audit.writers.tensorboard import TensorBoardWriter, custom_scalars_layout, not_known, scalars
-from tests.make_record import FEW_VALUES, NO_SHIFT, make_record, make_run
+from tests.helpers.make_record import FEW_VALUES, NO_SHIFT, make_record, make_run
 
 LAYOUT_TAG = "custom_scalars__config__"
 
@@ -270,7 +270,7 @@ def test_pictures_show_the_history_up_to_the_record_once(monkeypatch: pytest.Mon
         drawn.append([record.step for record in records])
         raise StopIteration
 
-    monkeypatch.setattr("align_audit.writers.plots.margins_over_steps", margins_over_steps)
+    monkeypatch.setattr("align_audit.writers.plots.gallery.margins_over_steps", margins_over_steps)
     for history in ([], run[:2], run[:3], run):
         with pytest.raises(StopIteration):
             TensorBoardWriter(Recorder()).write(run[2], history)  # type: ignore[arg-type]

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from align_audit.record import Alert, AuditRecord, Control, Estimate
+from align_audit.record.audit_record import Alert, AuditRecord, Control, Estimate
 from align_audit.writers.terminal import alert_panel, print_record, progress_bar, summary_table
-from tests.make_record import NO_SHIFT, make_record
+from tests.helpers.make_record import NO_SHIFT, make_record
 
 
 def render(thing: Any, terminal: bool = False, width: int = 80, encoding: str = "utf-8") -> str:

@@ -11,10 +11,10 @@ from matplotlib.text import Text
 from rich.console import Console
 
 from align_audit import AuditConfig, TransferRecord, transfer
-from align_audit.writers.transfer_plots import save_transfer, transfer_matrix
+from align_audit.writers.plots.transfer import save_transfer, transfer_matrix
 from align_audit.writers.transfer_terminal import print_transfer
-from tests.test_transfer import made_of
-from tests.tiny import perturbed, random_pairs, tiny_model
+from tests.auditing.test_transfer import made_of
+from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""When should somebody look? Records in, alerts out."""

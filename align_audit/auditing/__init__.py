@@ -1,0 +1,1 @@
+"""One audit: both models over the probe pairs, and what is measured of them."""

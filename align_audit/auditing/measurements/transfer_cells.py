@@ -1,0 +1,240 @@
+"""From effects of one set's subspaces on another set's pairs to the cells of a transfer matrix (METHODS §4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from align_audit.auditing.measurements.low_rank import Fit, Key, Reconstruction
+from align_audit.auditing.measurements.patching import Collected
+from align_audit.auditing.session.estimates import Assembler, beyond, estimate, floats
+from align_audit.auditing.session.walk import Session
+from align_audit.measures.subspace import explained_variance_ratio, gram_rank, principal_angles, rank_95
+from align_audit.probes.pairs import ProbePair
+from align_audit.record.audit_record import Control, Estimate
+from align_audit.record.transfer_record import RandomSubspaces, SubspaceAngles, TransferCell
+
+EXCLUDED = -1
+"""In place of a span: the fitted set holds the pair's sequences in both of its halves, so no subspace is held out."""
+HELD_OUT = 2
+"""The span fitted on all pairs of a set."""
+
+
+@dataclass
+class ProbeSide:
+    """One probe set of a transfer: what was gathered on it and what was fitted on it."""
+
+    name: str
+    session: Session
+    found: Collected
+    build: Assembler
+    fit: Fit | None = None
+
+    @property
+    def fitted(self) -> Fit:
+        """The fit, once there is one."""
+        assert self.fit is not None
+        return self.fit
+
+
+def held_out_spans(pairs: Sequence[ProbePair], fitted_on: Sequence[ProbePair], halves: np.ndarray) -> np.ndarray:
+    """[N] which span of a fit each of ``pairs`` may be patched with, without having been part of it.
+
+    A pair occurs in the fitted set when that holds one of its two sequences, token for token: its rows are then among
+    those the subspace was made of, also where chosen and rejected are swapped. Pairs that share only their prompt count
+    as others.
+
+    Args:
+        halves: [M] booleans, the half each of ``fitted_on`` is in.
+
+    Returns:
+        ``HELD_OUT`` for a pair that does not occur there; 0 or 1, its half, where it occurs in one of them (the span of that
+        index is fitted on the other half); ``EXCLUDED`` where it occurs in both.
+
+    Example:
+        >>> one, two = ProbePair(0, (1, 2), (1, 3), 1, 1), ProbePair(1, (1, 4), (1, 5), 1, 1)
+        >>> new = ProbePair(0, (1, 6), (1, 7), 1, 1)
+        >>> held_out_spans([one, two, new], [one, two], np.array([False, True])).tolist()
+        [0, 1, 2]
+    """
+    where: dict[tuple[int, ...], set[int]] = {}
+    for pair, half in zip(fitted_on, halves.tolist(), strict=True):
+        for ids in (pair.chosen_ids, pair.rejected_ids):
+            where.setdefault(ids, set()).add(int(half))
+    found = np.full(len(pairs), HELD_OUT)
+    for place, pair in enumerate(pairs):
+        met = where.get(pair.chosen_ids, set()) | where.get(pair.rejected_ids, set())
+        if met:
+            # A set of one pair has no other half to fit on.
+            found[place] = next(iter(met)) if len(met) == 1 and len(fitted_on) > 1 else EXCLUDED
+    return found
+
+
+class Cells:
+    """Turns effects into cells; ``reasons`` fills with why a number is NaN (dotted path → reason)."""
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        self.reasons = reasons
+
+    def random(self, side: ProbeSide, key: Key, own: Reconstruction) -> RandomSubspaces | None:
+        """What random subspaces do to a set's own pairs; None where none were patched."""
+        if key not in own.found.random:
+            return None
+        places = side.found.control_pairs
+        effects = own.found.random[key][places].mean(axis=-1)
+        full = side.found.per_pair["effect"][places, key[1] + 1]
+        return RandomSubspaces(
+            effect=side.build.means(effects),
+            effect_fraction=[estimate(interval) for interval in side.build.fractions(effects, full)],
+            pairs=len(places),
+        )
+
+    def cell(
+        self,
+        fitted: ProbeSide,
+        patched: ProbeSide,
+        which: np.ndarray,
+        look: Reconstruction | None,
+        key: Key,
+        random: RandomSubspaces | None,
+    ) -> TransferCell:
+        """One cell.
+
+        Args:
+            which: [N] as :func:`held_out_spans`, of all of the patched set's pairs.
+            look: holds the effects; None where nothing was patched.
+        """
+        basis, layer = key
+        path = f"cells.{basis}.{layer}.{fitted.name}.{patched.name}"
+        itself = fitted is patched
+        exact = patched.found.exact_pairs
+        places = exact if itself else exact[which[exact] != EXCLUDED]
+        counts = {
+            "pairs": len(places),
+            "cross_fitted": len(places) if itself else int((which[places] != HELD_OUT).sum()),
+            "excluded": len(exact) - len(places),
+        }
+        full = patched.found.per_pair["effect"][places, layer + 1]
+        ranks = fitted.fitted.ranks
+        why = fitted.fitted.skipped.get(key)
+        if itself and len(fitted.session.pairs) < 2:
+            why = "cross-fitting needs two halves: at least 2 pairs, found 1"
+        elif not len(places):
+            why = f"every pair of {patched.name!r} occurs in {fitted.name!r}, and no half of that is free of it"
+        if why is not None or look is None:
+            why = why or "nothing was patched"
+            self.reasons[path] = why
+            return TransferCell(
+                effect_fraction=[Estimate.unknown(why)] * len(ranks),
+                explained_variance_ratio=[math.nan] * len(ranks),
+                rank_95=math.nan,
+                full_effect=patched.build.mean(full) if len(places) else Estimate.unknown(why),
+                beats_random=[None] * len(ranks),
+                control=Control(verdict="not_run", reason=why, pairs=len(places)),
+                **counts,
+            )
+        effects = look.found.fitted[key][places]
+        fractions = [estimate(interval) for interval in patched.build.fractions(effects, full)]
+        known = len(ranks)
+        if itself:
+            explained = floats(look.found.explained[key])
+        else:
+            one, other = fitted.fitted.grams[key]
+            made_of = {0: other, 1: one, HELD_OUT: one + other}
+            spanned = min(gram_rank(made_of[span]) for span in np.unique(which[places]).tolist())
+            known = sum(rank <= spanned for rank in ranks)
+            beyond = f"the rows of {fitted.name!r} span {spanned} dimensions, so what lies beyond is arbitrary"
+            fractions = [*fractions[:known], *[Estimate.unknown(beyond)] * (len(ranks) - known)]
+            explained = self._explained(fitted, patched, which, key, path)
+            explained = [*explained[:known], *[math.nan] * (len(ranks) - known)]
+            if known < len(ranks):
+                self.reasons.setdefault(f"{path}.explained_variance_ratio", beyond)
+        least, reason = math.nan, fractions[0].reason
+        if known:
+            least, why = rank_95(ranks[:known], [fraction.mean for fraction in fractions[:known]])
+            reason = None if why is None else fractions[known - 1].reason or why
+        if reason is not None:
+            self.reasons[f"{path}.rank_95"] = reason
+        whole = patched.build.mean(full)
+        beats, control = self._control(fitted, patched, ranks[:known], effects, whole, random)
+        return TransferCell(
+            effect_fraction=fractions,
+            explained_variance_ratio=explained,
+            rank_95=least,
+            full_effect=whole,
+            beats_random=[*beats, *[None] * (len(ranks) - known)],
+            control=control.model_copy(update={"pairs": None if random is None else random.pairs}),
+            **counts,
+        )
+
+    def _explained(self, fitted: ProbeSide, patched: ProbeSide, which: np.ndarray, key: Key, path: str) -> list[float]:
+        """Of the whole basis on all rows of the patched set, which is held out only where no pair is in both sets."""
+        ranks = fitted.fitted.ranks
+        shared = int((which != HELD_OUT).sum())
+        one, other = patched.fitted.grams[key]
+        if shared:
+            self.reasons[f"{path}.explained_variance_ratio"] = (
+                f"{shared} of {len(which)} pairs of {patched.name!r} are in {fitted.name!r} too: those rows are not held out"
+            )
+            return [math.nan] * len(ranks)
+        found = explained_variance_ratio(one + other, fitted.fitted.spans[key][HELD_OUT], ranks)
+        if any(math.isnan(share) for share in found):
+            self.reasons[f"{path}.explained_variance_ratio"] = (
+                f"the rows of {patched.name!r} at layer {key[1]} are all zero, or not finite"
+            )
+        return found
+
+    def _control(
+        self,
+        fitted: ProbeSide,
+        patched: ProbeSide,
+        ranks: Sequence[int],
+        effects: np.ndarray,
+        full: Estimate,
+        random: RandomSubspaces | None,
+    ) -> tuple[list[bool | None], Control]:
+        """Does the fitted subspace do more than random ones of its rank? For each rank, and in one verdict."""
+        unknown: list[bool | None] = [None] * len(ranks)
+        if random is None:
+            return unknown, Control(
+                verdict="not_run", reason="no random subspaces were patched (low_rank.random_draws)"
+            )
+        if math.isnan(full.low) or full.low <= 0.0 <= full.high:
+            found = full.reason or f"[{full.low:.3g}, {full.high:.3g}] nats, includes 0"
+            reason = f"the interval of the full patch's effect on {patched.name!r}: {found}"
+            return unknown, Control(verdict="not_run", reason=reason)
+        sign = math.copysign(1.0, full.mean)
+        ours = patched.build.means(effects[:, : len(ranks)])
+        beats = beyond(ours, random.effect[: len(ranks)], sign)
+        losing = [rank for rank, more in zip(ranks, beats, strict=True) if not more]
+        what = f"the subspace of {fitted.name!r}"
+        if losing:
+            reason = f"on {patched.name!r} random subspaces of rank {losing} do as well as {what}"
+            return list(beats), Control(verdict="failed", reason=reason)
+        reason = f"on {patched.name!r} {what} does more than random ones at every rank of {list(ranks)}"
+        return list(beats), Control(verdict="passed" if beats else "not_run", reason=reason)
+
+    def angles(self, one: ProbeSide, other: ProbeSide, key: Key, place: int) -> SubspaceAngles:
+        """Between the subspaces that each set's pairs, all of them, give; the ``place``-th two sets."""
+        path = f"angles.{key[0]}.{key[1]}.{place}"
+        ranks = one.fitted.ranks
+        found = []
+        spanned = {side.name: gram_rank(side.fitted.grams[key][0] + side.fitted.grams[key][1]) for side in (one, other)}
+        for rank in ranks:
+            short = [name for name, dimensions in spanned.items() if dimensions < rank]
+            skipped = [side.fitted.skipped[key] for side in (one, other) if key in side.fitted.skipped]
+            if skipped or short:
+                found.append([math.nan] * rank)
+                self.reasons.setdefault(
+                    path,
+                    skipped[0]
+                    if skipped
+                    else f"the rows of {short[0]!r} span {spanned[short[0]]} dimensions, not {rank}",
+                )
+                continue
+            first, second = (side.fitted.spans[key][HELD_OUT][:, :rank] for side in (one, other))
+            found.append(floats(principal_angles(first, second)))
+        return SubspaceAngles(between=(one.name, other.name), angles=found)

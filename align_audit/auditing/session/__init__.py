@@ -1,0 +1,1 @@
+"""Policy and reference side by side over the probe pairs."""

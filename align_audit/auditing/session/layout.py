@@ -1,0 +1,62 @@
+"""May a pair's prompt be computed once for both completions? Tried on real pairs, never assumed (DESIGN, "The wavefront")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from align_audit.models.replay import Replay
+from align_audit.probes.batches import PairBatch, common_prompt, make_batch, pair_tokens
+
+if TYPE_CHECKING:
+    from align_audit.probes.pairs import ProbePair
+
+
+def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float) -> str | None:
+    """None where rows that hold the prompt once give the logits of separate rows; else the reason, in words.
+
+    Two pairs are tried: the one with the longest sequence, since what a window or a schedule of positions does shows only
+    beyond some length, and the shortest of those with a common prompt. Of the first, the longer sequence and the rejected
+    one are computed for themselves: behind the chosen one in its row, the rejected is the side that position biases that
+    count columns (ALiBi), recurrent states and models that ignore the mask they are given would change.
+
+    Args:
+        tolerance: largest difference of a logit, as a share of the largest logit.
+    """
+    order = sorted(
+        (i for i, pair in enumerate(pairs) if common_prompt(pair)), key=lambda i: pair_tokens(pairs[i], True)
+    )
+    if not order:
+        return "no pair has a prompt token that both sequences begin with"
+    longest = max(range(len(pairs)), key=lambda i: pair_tokens(pairs[i], False))  # its longer sequence counts
+    chosen_is_longer = len(pairs[longest].chosen_ids) > len(pairs[longest].rejected_ids)
+    for index, sides in ((longest, (0, 1) if chosen_is_longer else (1,)), (order[0], (0, 1))):
+        pair = pairs[index]
+        batch = make_batch([pair], [index], 0, shared=True).to(replay.device)
+        try:
+            packed = _logits(replay, batch)
+        except Exception as error:
+            return f"the model does not take rows with a mask of their own ({type(error).__name__}: {error})"
+        whole = make_batch([pair], [index], 0).to(replay.device)
+        for side in sides:
+            own = _logits(replay, whole.only_row(side))
+            if not bool(torch.isfinite(own).all()):
+                return "the model's logits are not finite, so the two layouts cannot be compared"
+            difference = float((own - packed[batch.side == side]).abs().max() / own.abs().max())
+            if not difference <= tolerance:
+                return (
+                    f"with the prompt computed once the logits of pair {pair.index} differ by {difference:.2g} of the "
+                    f"largest one ({tolerance:.2g} is rounding): tokens of one completion reach the other, or positions "
+                    "are not what they were"
+                )
+    return None
+
+
+@torch.no_grad()
+def _logits(replay: Replay, batch: PairBatch) -> torch.Tensor:
+    """Next-token logits [P, V] at the batch's prediction entries, in float32 or better."""
+    top = replay.record(batch.model_inputs()).after(replay.num_layers - 1)
+    logits = replay.head(top[batch.row, batch.position])
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

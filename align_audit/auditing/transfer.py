@@ -1,0 +1,259 @@
+"""``transfer``: do the subspaces that carry a policy's change on some pairs carry it on others? (METHODS §4).
+
+The experiment that *Alignment is Localized* (arXiv 2510.16167) asks for: a subspace fitted on one probe set, harmlessness
+say, patched on another, helpfulness.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from torch import nn
+
+from align_audit.auditing.audit import (
+    Context,
+    OpenModels,
+    layers_to_reconstruct,
+    memory_explained,
+    provenance_of,
+    ticker,
+)
+from align_audit.auditing.measurements.low_rank import Fit, Key, Reconstruction, TokenGrams
+from align_audit.auditing.measurements.measurement import second_pass
+from align_audit.auditing.measurements.patching import Collector
+from align_audit.auditing.measurements.transfer_cells import EXCLUDED, HELD_OUT, Cells, ProbeSide, held_out_spans
+from align_audit.auditing.session.estimates import Assembler
+from align_audit.config import AuditConfig
+from align_audit.errors import ConfigurationError, ProbeError
+from align_audit.models.anatomy import Anatomy
+from align_audit.models.reference import Reference, load_policy, resolve_reference
+from align_audit.probes.batches import PairBatch
+from align_audit.probes.names import check_names
+from align_audit.record.audit_record import Cost
+from align_audit.record.transfer_record import RandomSubspaces, SubspaceAngles, TransferCell, TransferRecord
+
+if TYPE_CHECKING:
+    from align_audit.probes.pairs import ProbeSet
+
+_Value = TypeVar("_Value")
+
+Which = dict[tuple[str, str], np.ndarray]
+"""(fitted set, patched set) → [N] which span each of the patched set's pairs is patched with."""
+
+
+def transfer(
+    policy: nn.Module | str | Path,
+    reference: nn.Module | str | Path | None,
+    probes: Mapping[str, ProbeSet],
+    config: AuditConfig | None = None,
+    step: int = 0,
+    *,
+    anatomy: Anatomy | None = None,
+) -> TransferRecord:
+    """The transfer matrix: subspaces fitted on each probe set, patched on the pairs of each (METHODS §4).
+
+    On the diagonal the sets are cross-fit by halves, with the numbers of an ordinary audit. Off it a subspace is fitted on
+    all pairs of one set; a pair of the other set that occurs in it too is patched with the subspace of the half it is
+    not in, and left out where it is in both.
+
+    Args:
+        policy, reference: as :func:`align_audit.audit`.
+        probes: at least two sets by name.
+        config: its ``low_rank`` says bases, ranks, layers and random draws (``layers="auto"``: what each set would choose
+            by itself, together), ``patching`` the positions, ``statistics`` the intervals. What else it switches on or off
+            is not looked at.
+        step: the training step the record names.
+        anatomy: where the decoder layers are, for a model in which they cannot be found.
+
+    Returns:
+        The record. Neither model, nor any random state, is changed.
+
+    Raises:
+        ConfigurationError: names that cannot be ones, fewer than two sets, or no layer to look at.
+        ProbeError: no set has two pairs.
+        ReferenceUnavailableError, AnatomyError: as :func:`align_audit.audit`.
+
+    Example::
+
+        record = transfer(policy, reference, {"harmless": harmless, "helpful": helpful})
+        record.effect_fraction("shift", record.layers[0])["harmless"]["helpful"][4].mean
+    """
+    if not isinstance(probes, Mapping):
+        raise ConfigurationError(f"expected probe sets by name, {{'harmless': …}}; found {type(probes).__name__}")
+    check_names(probes)
+    if not isinstance(policy, nn.Module):
+        policy = load_policy(policy)
+    resolved = resolve_reference(policy, reference)
+    return run_transfer(policy, resolved, probes, config or AuditConfig(), step, Context(anatomy=anatomy))
+
+
+def run_transfer(
+    policy: nn.Module,
+    reference: Reference,
+    probes: Mapping[str, ProbeSet],
+    config: AuditConfig,
+    step: int,
+    context: Context,
+) -> TransferRecord:
+    """:func:`transfer`, with the reference found already."""
+    if len(probes) < 2:
+        raise ConfigurationError(f"a transfer is between at least two probe sets; found {', '.join(probes)} alone")
+    if all(len(own) < 2 for own in probes.values()):
+        raise ProbeError(
+            "no probe set has two pairs, so nothing has an interval; expected at least 2 pairs in one of them"
+        )
+    began = time.perf_counter()
+    with memory_explained(), OpenModels(policy, reference) as models:
+        sides, tick = _gather(models, probes, _settings(config), context)
+        chosen, layers = _layers(sides)
+        reasons: dict[str, str] = {}
+        for side in sides:
+            grams = TokenGrams(side.session, layers)
+            grams.gather(tick)
+            side.fit = Fit(grams)
+        which = {
+            (one.name, other.name): held_out_spans(other.session.pairs, one.session.pairs, one.fitted.halves)
+            for one in sides
+            for other in sides
+            if one is not other
+        }
+        cells, random = _patch(sides, which, layers, Cells(reasons), tick)
+        first = sides[0].session
+        return TransferRecord(
+            step=step,
+            probe_names=list(probes),
+            provenance={
+                side.name: provenance_of(
+                    side.session, probes[side.name], models.hashes, replace(context, probe_name=side.name)
+                )
+                for side in sides
+            },
+            reference_source=reference.source,
+            ranks=sides[0].fitted.ranks,
+            layers=layers,
+            chosen_layers=chosen,
+            shift={side.name: side.build.mean(side.build.shift) for side in sides},
+            shared_pairs=_shared(sides, which),
+            cells=cells,
+            random=random,
+            angles=_angles(sides, layers, Cells(reasons)),
+            cost=Cost(
+                seconds=time.perf_counter() - began,
+                peak_memory=max(side.session.meter.peak for side in sides),
+                forward_equivalents=first.forward_equivalents([pair for side in sides for pair in side.session.pairs]),
+            ),
+            reasons=reasons,
+        )
+
+
+def _settings(config: AuditConfig) -> AuditConfig:
+    """As an audit would run with these options, but for what the matrix does not need."""
+    auto = config.low_rank.layers == "auto"
+    values = config.to_dict()
+    # Only to choose layers by themselves do the sets need block transplants and the first layer's gain.
+    values["patching"] |= {
+        "enabled": True, "transplants": auto, "embedding": auto, "reverse": False, "noise_draws": 0,
+    }  # fmt: skip
+    values["low_rank"]["enabled"] = True
+    for part in ("localization", "spinal"):
+        values[part]["enabled"] = False
+    return AuditConfig.from_dict(values)
+
+
+def _gather(
+    models: OpenModels, probes: Mapping[str, ProbeSet], config: AuditConfig, context: Context
+) -> tuple[list[ProbeSide], Callable[[], None]]:
+    """The full patch of every set: the effects that those of the subspaces are shares of."""
+    sessions = {name: models.session(own, config, context) for name, own in probes.items()}
+    tick = ticker(context, 3 * sum(len(session.plan) for session in sessions.values()))
+    sides = []
+    for name, session in sessions.items():
+        collector = Collector(session, reference_rows=False)
+
+        def update(batch: PairBatch, collector: Collector = collector) -> None:
+            collector.update(batch)
+            tick()
+
+        session.each_batch(update)
+        sides.append(ProbeSide(name, session, collector.found, Assembler(collector.found, config)))
+    return sides, tick
+
+
+def _layers(sides: list[ProbeSide]) -> tuple[dict[str, list[int]], list[int]]:
+    """What each set asks for, and all of it."""
+    chosen, why = {}, {}
+    for side in sides:
+        _, summary = side.build.patching()
+        assert summary is not None
+        chosen[side.name] = layers_to_reconstruct(side.session, summary)
+        why[side.name] = summary.peak_reason
+    layers = sorted({layer for own in chosen.values() for layer in own})
+    if not layers:
+        found = "; ".join(f"on {name!r} {reason}" for name, reason in why.items())
+        raise ConfigurationError(
+            f"no layer to reconstruct at ({found}). Name layers (low_rank.layers, or --layer), or give a policy that has "
+            "moved away from its reference"
+        )
+    return chosen, layers
+
+
+def _patch(
+    sides: list[ProbeSide], which: Which, layers: list[int], cells: Cells, tick: Callable[[], None]
+) -> tuple[dict[str, dict[int, dict[str, dict[str, TransferCell]]]], dict[str, dict[int, dict[str, RandomSubspaces]]]]:
+    """Every set's subspaces patched on every set's pairs, one pass over each set."""
+    bases = sides[0].session.config.low_rank.bases
+    keys: list[Key] = [(basis, layer) for basis in bases for layer in layers]
+    found: dict[Key, dict[str, dict[str, TransferCell]]] = {key: {side.name: {} for side in sides} for key in keys}
+    random: dict[Key, dict[str, RandomSubspaces]] = {key: {} for key in keys}
+    for patched in sides:
+        looks: dict[str, Reconstruction] = {}
+        for fitted in sides:
+            if fitted is patched:
+                looks[fitted.name] = Reconstruction(patched.session, fitted.fitted, random=bases)
+            elif (which[fitted.name, patched.name] != EXCLUDED).any():
+                spans = which[fitted.name, patched.name]
+                # What is left out in the end is walked with the others: a batch is patched as a whole.
+                spans = np.where(spans == EXCLUDED, HELD_OUT, spans)
+                looks[fitted.name] = Reconstruction(patched.session, fitted.fitted, spans, random=())
+        second_pass(patched.session, patched.found, list(looks.values()), tick)
+        for key in keys:
+            chance = cells.random(patched, key, looks[patched.name])
+            if chance is not None:
+                random[key][patched.name] = chance
+            for fitted in sides:
+                spans = which.get((fitted.name, patched.name), fitted.fitted.own)
+                found[key][fitted.name][patched.name] = cells.cell(
+                    fitted, patched, spans, looks.get(fitted.name), key, chance
+                )
+    return _nested(found), _nested(random)
+
+
+def _angles(sides: list[ProbeSide], layers: list[int], cells: Cells) -> dict[str, dict[int, list[SubspaceAngles]]]:
+    pairs = [(one, other) for place, one in enumerate(sides) for other in sides[place + 1 :]]
+    return {
+        basis: {
+            layer: [cells.angles(*pair, (basis, layer), place) for place, pair in enumerate(pairs)] for layer in layers
+        }
+        for basis in sides[0].session.config.low_rank.bases
+    }
+
+
+def _shared(sides: list[ProbeSide], which: Which) -> dict[str, dict[str, int]]:
+    return {
+        one.name: {
+            other.name: int((which[one.name, other.name] != HELD_OUT).sum()) for other in sides if other is not one
+        }
+        for one in sides
+    }
+
+
+def _nested(by_key: Mapping[Key, _Value]) -> dict[str, dict[int, _Value]]:
+    found: dict[str, dict[int, _Value]] = {}
+    for (basis, layer), value in by_key.items():
+        found.setdefault(basis, {})[layer] = value
+    return found

@@ -1,0 +1,6 @@
+"""``python -m align_audit.cli`` is the command ``align-audit``."""
+
+from align_audit.cli.app import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""The ``align-audit`` command."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from align_audit.errors import AlignAuditError, ConfigurationError
+from align_audit.probes.names import read_arguments
+
+if TYPE_CHECKING:
+    from align_audit.config import AuditConfig
+    from align_audit.record.audit_record import AuditRecord
+
+app = typer.Typer(
+    name="align-audit",
+    help="Watch what preference training does inside a language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@app.callback()
+def _root() -> None:
+    """Watch what preference training does inside a language model."""
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where the two runs, their logs and pictures go.")] = Path(
+        "align-audit-demo"
+    ),
+) -> None:
+    """Train a small shipped model twice, offline on a CPU: once well, once to ruin, with the audit on.
+
+    Example: align-audit demo --output align-audit-demo
+    """
+    from align_audit.lab.demo import run_demo
+
+    run_demo(output)
+
+
+@app.command()
+def run(
+    checkpoint: Annotated[Path, typer.Argument(help="A saved model or adapter, or a folder of checkpoint-N folders.")],
+    probes: Annotated[
+        list[str],
+        typer.Option(
+            help="Preference pairs: .jsonl, .json (also .gz), .parquet, or a data set folder. As NAME=PATH, several times: "
+            "probe sets that are audited side by side."
+        ),
+    ],
+    reference: Annotated[
+        str | None,
+        typer.Option(help="The model training started from: a folder or a hub name. Left out: an adapter's base."),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Where the record log and the pictures go.")] = Path("align-audit-run"),
+    config: Annotated[Path | None, typer.Option(help="A YAML file of audit options.")] = None,
+    max_pairs: Annotated[int | None, typer.Option(help="Probe pairs to draw.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per sequence, as in training (DPOConfig).")] = None,
+    step: Annotated[int | None, typer.Option(help="The step to record; by default N of checkpoint-N, else 0.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "auto",
+) -> None:
+    """Audit saved checkpoints against their reference.
+
+    Example: align-audit run runs/dpo/checkpoint-500 --reference base-model --probes held-out.jsonl
+    """
+    folders = find_checkpoints(checkpoint)
+    if step is not None and len(folders) > 1:
+        raise ConfigurationError(
+            f"--step names one step, and {checkpoint} holds {len(folders)} checkpoints; leave it out"
+        )
+    steps = {folder: step if step is not None else step_of(folder) for folder in folders}
+    sets = read_arguments(probes)
+    settings = _settings(config, max_pairs, max_length)
+    from align_audit.monitoring.checkpoints import audit_saved  # loads torch: after what can be refused without it
+
+    began = time.perf_counter()
+    records = audit_saved(steps, reference, sets, settings, output, _device(device))
+    _conclude(records, output, time.perf_counter() - began)
+
+
+@app.command()
+def transfer(
+    policy: Annotated[Path, typer.Argument(help="A saved model or adapter.")],
+    probes: Annotated[
+        list[str],
+        typer.Option(help="NAME=PATH of preference pairs, at least two times; files as in `align-audit run`."),
+    ],
+    reference: Annotated[
+        str | None,
+        typer.Option(help="The model training started from: a folder or a hub name. Left out: an adapter's base."),
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="N, several as N,M, all, or auto: those that each set would choose by itself.")
+    ] = None,
+    basis: Annotated[str | None, typer.Option(help="shift, activation or both.")] = None,
+    output: Annotated[Path, typer.Option(help="Where the record and the pictures go.")] = Path("align-audit-transfer"),
+    config: Annotated[Path | None, typer.Option(help="A YAML file of audit options.")] = None,
+    max_pairs: Annotated[int | None, typer.Option(help="Probe pairs to draw from each set.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per sequence, as in training (DPOConfig).")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "auto",
+) -> None:
+    """Patch the subspaces fitted on one probe set on the pairs of another: does what was learned on one carry the other?
+
+    Example: align-audit transfer runs/dpo/checkpoint-500 --reference base-model
+    --probes harmless=harmless.jsonl --probes helpful=helpful.jsonl --layer auto --basis shift
+    """
+    folders = find_checkpoints(policy)
+    if len(folders) > 1:
+        raise ConfigurationError(
+            f"{policy} holds {len(folders)} checkpoints, and a transfer is of one policy; choose one, such as {folders[-1]}"
+        )
+    sets = read_arguments(probes)
+    if isinstance(sets, Path) or len(sets) < 2:
+        raise ConfigurationError(
+            f"a transfer is between at least two probe sets; found {', '.join(probes)}. Expected name=path for each, such as "
+            "--probes harmless=a.jsonl --probes helpful=b.jsonl"
+        )
+    low_rank = {
+        name: value for name, value in (("layers", _layers(layer)), ("bases", _bases(basis))) if value is not None
+    }
+    settings = _settings(config, max_pairs, max_length, low_rank=low_rank)
+    try:
+        output.mkdir(parents=True, exist_ok=True)  # not found out after minutes of work
+    except OSError as error:
+        raise ConfigurationError(f"cannot write to {output}: {error}; choose another --output") from None
+    from align_audit.monitoring.checkpoints import transfer_saved  # loads torch: after what can be refused without it
+    from align_audit.writers.plots.transfer import save_transfer
+    from align_audit.writers.transfer_terminal import print_transfer
+
+    began = time.perf_counter()
+    record = transfer_saved(folders[0], reference, sets, settings, step_of(folders[0]), _device(device))
+    record.save(output / "transfer.json")
+    print_transfer(record)
+    pictures = save_transfer(record, output / "pictures")
+    typer.echo(f"transfer in {time.perf_counter() - began:.0f} s; the record is {output / 'transfer.json'}")
+    for path in pictures.values():
+        typer.echo(f"  {path}")
+
+
+def _layers(text: str | None) -> str | tuple[int, ...] | None:
+    if text is None or text in ("auto", "all"):
+        return text
+    if re.fullmatch(r"\d+(,\d+)*", text) is None:
+        raise ConfigurationError(f"--layer: expected N, N,M, all or auto; found {text!r}")
+    return tuple(int(number) for number in text.split(","))
+
+
+def _bases(name: str | None) -> tuple[str, ...] | None:
+    if name is None:
+        return None
+    if name == "both":
+        return ("activation", "shift")
+    if name not in ("activation", "shift"):
+        raise ConfigurationError(f"--basis: expected shift, activation or both; found {name!r}")
+    return (name,)
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """The saved models at ``path``: itself, or the ``checkpoint-N`` folders in it, by N.
+
+    Raises:
+        ConfigurationError: neither is there.
+    """
+    if not path.is_dir():
+        raise ConfigurationError(
+            f"no checkpoint at {path}: expected a folder with a saved model, or of checkpoint-N folders"
+        )
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")) and not _numbered(path):
+        return [path]
+    inside = _numbered(path)
+    if inside:
+        return inside
+    raise ConfigurationError(
+        f"{path} holds no config.json, no adapter_config.json and no checkpoint-N folder; expected what the trainer or "
+        "save_pretrained writes"
+    )
+
+
+def _numbered(path: Path) -> list[Path]:
+    return sorted((folder for folder in path.glob("checkpoint-*") if step_of(folder)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """N of ``checkpoint-N``, else 0."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
+    return int(match.group(1)) if match else 0
+
+
+def _settings(
+    config: Path | None, max_pairs: int | None, max_length: int | None, low_rank: dict[str, Any] | None = None
+) -> AuditConfig:
+    from align_audit.config import AuditConfig
+
+    values: dict[str, Any] = AuditConfig.from_yaml(config).to_dict() if config is not None else {}
+    for name, value in (("max_pairs", max_pairs), ("max_length", max_length)):
+        if value is not None:
+            values[name] = value
+    if low_rank:
+        values["low_rank"] = {**values.get("low_rank", {}), **low_rank}
+    return AuditConfig.from_dict(values)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(f"--device {name} cannot be used: {error}") from None
+    return name
+
+
+def _conclude(records: list[AuditRecord], output: Path, seconds: float) -> None:
+    from align_audit.writers.plots.gallery import save_all
+
+    pictures = save_all(records, output / "pictures")
+    typer.echo(f"{len(records)} audit(s) in {seconds:.0f} s; the log is {output / 'align_audit' / 'records.jsonl'}")
+    for path in pictures.values():
+        typer.echo(f"  {path}")
+
+
+def main() -> None:
+    """Entry point: our own errors are messages, not tracebacks."""
+    try:
+        app()
+    except AlignAuditError as error:
+        typer.echo(f"align-audit: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""``align-audit demo``: two real DPOTrainer runs of the shipped model, audited from inside, and what to look at."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from threadpoolctl import threadpool_limits
+
+from align_audit.errors import ConfigurationError
+from align_audit.lab import MODEL_DIR
+from align_audit.lab.corpus import preference_pairs
+from align_audit.lab.settings import (
+    AUDITED_PAIRS,
+    BATCH_SIZE,
+    HEALTHY,
+    HELD_OUT_PAIRS,
+    RUINED,
+    SEED,
+    TRAINING_PAIRS,
+    DemoRun,
+)
+from align_audit.record.log import AuditRun
+from align_audit.writers.plots.gallery import save_all
+
+_MARKER = ".align-audit-demo"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run: the last line of its training log, and its audits."""
+
+    settings: DemoRun
+    log: dict[str, float]
+    run: AuditRun
+    pictures: dict[str, Path]
+
+
+def run_demo(output: Path) -> tuple[Outcome, Outcome]:
+    """Train, audit, draw and explain. Offline, on a CPU.
+
+    Raises:
+        ConfigurationError: ``output`` holds something that no demo has written.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    began = time.perf_counter()
+    _prepare(output)
+    console = _console()
+    console.print("[bold]align_audit demo[/]: the same small model is preference-trained twice, with the audit on.\n")
+    # A model this small gains nothing from more threads, and loses much where other programs want the cores too.
+    with threadpool_limits(limits=1):
+        healthy = _train(HEALTHY, output, console)
+        ruined = _train(RUINED, output, console)
+    _conclude(healthy, ruined, output, time.perf_counter() - began, console)
+    return healthy, ruined
+
+
+def _prepare(output: Path) -> None:
+    """An empty folder; what an earlier demo left is replaced, anything else is not touched."""
+    if output.exists():
+        if not output.is_dir() or (any(output.iterdir()) and not (output / _MARKER).exists()):
+            raise ConfigurationError(f"{output} exists and was not written by this demo; choose another --output")
+        shutil.rmtree(output)
+    try:
+        output.mkdir(parents=True)
+        (output / _MARKER).write_text("Written by `align-audit demo`, which replaces this folder.\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"cannot write to {output}: {error}; choose another --output") from error
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def _train(settings: DemoRun, output: Path, console: Any) -> Outcome:
+    """One run as a user's script would do it: three lines of it are ours."""
+    import torch
+    from datasets import Dataset, disable_progress_bars
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+    from transformers.utils import logging as transformers_logging
+    from trl import DPOConfig, DPOTrainer
+
+    from align_audit import AlignmentAuditCallback, AuditConfig
+
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    console.rule(f"[bold]{settings.title}[/]: learning rate {settings.learning_rate:g}, beta {settings.beta:g}")
+    pairs = preference_pairs(TRAINING_PAIRS + HELD_OUT_PAIRS, seed=SEED)
+    log = _TrainingLog(console)
+
+    callback = AlignmentAuditCallback(
+        config=AuditConfig.from_dict(
+            {
+                "max_pairs": AUDITED_PAIRS,
+                "schedule": {"every_n_steps": settings.audit_every},
+                "low_rank": {"ranks": [1, 2, 4, 8, 16, 32]},
+                "progress": False,
+            }
+        )
+    )
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32),
+        args=DPOConfig(
+            output_dir=str(output / settings.name),
+            learning_rate=settings.learning_rate,
+            beta=settings.beta,
+            max_steps=settings.steps,
+            per_device_train_batch_size=BATCH_SIZE,
+            lr_scheduler_type="constant",
+            logging_steps=settings.audit_every // 2,
+            save_strategy="no",
+            report_to=["tensorboard"],
+            gradient_checkpointing=False,
+            bf16=False,
+            use_cpu=True,
+            disable_tqdm=True,
+            seed=SEED,
+        ),
+        train_dataset=Dataset.from_list(pairs[:TRAINING_PAIRS]),
+        eval_dataset=Dataset.from_list(pairs[TRAINING_PAIRS:]),
+        processing_class=AutoTokenizer.from_pretrained(MODEL_DIR),
+        callbacks=[log, callback],
+    )
+    trainer.remove_callback(PrinterCallback)
+    callback.attach(trainer)
+    trainer.train()
+
+    run = AuditRun.load(output / settings.name)
+    return Outcome(settings, log.last, run, save_all(run.records, output / settings.name / "pictures"))
+
+
+def _TrainingLog(console: Any) -> Any:
+    """A callback that prints what everybody watches; made here so that transformers loads only when needed."""
+    from transformers import TrainerCallback
+
+    class TrainingLog(TrainerCallback):
+        last: dict[str, float] = {}  # noqa: RUF012
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if logs and "rewards/margins" in logs and "loss" in logs:
+                self.last = {key: float(value) for key, value in logs.items()}
+                console.print(
+                    f"[dim]training log, step {state.global_step:>3}:  loss {logs['loss']:.3f}   "
+                    f"accuracy {logs['rewards/accuracies']:.2f}   margin {logs['rewards/margins']:+.2f}[/]"
+                )
+
+    return TrainingLog()
+
+
+def _conclude(healthy: Outcome, ruined: Outcome, output: Path, seconds: float, console: Any) -> None:
+    from rich.table import Table
+
+    console.rule("[bold]what the training log says, and what the audit saw[/]")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for title in ("", healthy.settings.name, ruined.settings.name):
+        table.add_column(title, justify="left")
+
+    def row(name: str, read: Any) -> None:
+        table.add_row(name, read(healthy), read(ruined))
+
+    table.add_row("[dim]training log[/]", "", "")
+    row("  loss", lambda outcome: f"{outcome.log['loss']:.3f}")
+    row("  reward accuracy", lambda outcome: f"{outcome.log['rewards/accuracies']:.2f}")
+    row("  reward margin", lambda outcome: f"{outcome.log['rewards/margins']:+.2f}")
+    table.add_row("[dim]audit, held-out pairs[/]", "", "")
+
+    def margins(outcome: Outcome) -> Any:
+        return outcome.run.records[-1].margins
+
+    row("  chosen log-prob.", lambda o: f"{margins(o).chosen_logp_change_per_token.mean:+.2f} nats per token")
+    row("  KL to reference", lambda o: f"{margins(o).kl.mean:.2f} nats per token")
+    row(
+        "  next-token accuracy",
+        lambda o: f"{margins(o).token_accuracy.mean:.0%} (was {margins(o).reference_token_accuracy.mean:.0%})",
+    )
+    row("  error alerts", _alerts)
+    console.print(table)
+    console.print()
+    for outcome in (healthy, ruined):
+        console.print(f"pictures of the {outcome.settings.name} run:")
+        for path in outcome.pictures.values():
+            console.print(f"  {path}", soft_wrap=True)
+    console.print(f"\nBoth runs beside TRL's own curves:\n  [bold]tensorboard --logdir {output}[/]", soft_wrap=True)
+    console.print(f"[dim]{seconds:.0f} s in all[/]")
+
+
+def _alerts(outcome: Outcome) -> str:
+    errors = [alert for alert in outcome.run.alerts if alert.level == "error"]
+    if not errors:
+        return "none"
+    first = min(alert.step for alert in errors)
+    return f"{len({alert.rule for alert in errors})} rules, the first at step {first}"

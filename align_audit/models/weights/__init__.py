@@ -1,0 +1,1 @@
+"""Where weights are, and what they hash to."""

@@ -1,0 +1,103 @@
+"""A hash of a model's weights, cheap on any device: it tells whether weights moved, between steps or processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+from torch import nn
+
+from align_audit.models.weights.streaming import stored_parameters
+
+_ROWS, _COLUMNS = 64, 1024
+"""Of one block: as 64-bit integers it stays in a core's cache."""
+_BLOCKS = {"cpu": 4}
+_BLOCKS_ELSEWHERE = 64
+"""Blocks taken at once, by device type."""
+_MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # odd, as a signed 64-bit integer
+_MIXER = 0xBF58476D1CE4E5B9 - 2**64
+
+
+def fingerprint(model: nn.Module, *, without_adapters: tuple[str, ...] = ()) -> str:
+    """16 hexadecimal digits that depend on every bit of every parameter, its name, shape and dtype.
+
+    Integer sums (plain and position-weighted, modulo 2⁶⁴) are taken where the weights live and only those are hashed,
+    so nothing is copied and the result does not depend on the device or the order of summation. What a streamed model
+    has left on disk is read one parameter at a time: it has the hash that it would have if it were loaded.
+
+    Args:
+        without_adapters: names of PEFT adapters whose parameters do not count.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    stored = stored_parameters(model)
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if _belongs_to(model, name, without_adapters):
+            continue
+        plain, weighted = _sums(stored[name]() if name in stored else parameter.detach())
+        digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}|{plain}|{weighted};".encode())
+    return digest.hexdigest()
+
+
+def build_fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits of what a model computes with beside its parameters: configuration, buffers, kernels.
+
+    Two models of equal :func:`fingerprint` and equal ``build_fingerprint`` compute the same function, and the same bits where
+    library versions, device and number of threads are the same too.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    config = getattr(model, "config", None)
+    if config is not None and hasattr(config, "to_dict"):
+        elsewhere = ("_name_or_path", "transformers_version", "use_cache")
+        values = {name: value for name, value in config.to_dict().items() if name not in elsewhere}
+        digest.update(json.dumps(values, sort_keys=True, default=str).encode())
+    digest.update(str(getattr(config, "_attn_implementation", None)).encode())
+    for name, buffer in sorted(model.named_buffers(), key=lambda item: item[0]):
+        sums = None if buffer.is_meta or not buffer.numel() else _sums(buffer.detach())
+        digest.update(f"{name}|{tuple(buffer.shape)}|{buffer.dtype}|{sums};".encode())
+    return digest.hexdigest()
+
+
+def _belongs_to(model: nn.Module, name: str, adapters: tuple[str, ...]) -> bool:
+    """Whether the parameter is one of these adapters': PEFT keeps them in dictionaries under the adapter's name."""
+    parts = name.split(".")
+    return any(
+        part in adapters and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleDict | nn.ParameterDict)
+        for i, part in enumerate(parts)
+    )
+
+
+def _sums(tensor: torch.Tensor) -> tuple[int, int]:
+    """Plain and position-weighted sums of the weights' bits as integers, modulo 2⁶⁴.
+
+    Weights are taken in blocks of rows and columns; only the sums of rows and columns are weighted, so a weight costs two
+    additions. Both are exact in 64 bits before they are weighted: a flipped sign here does not cancel one there.
+    """
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}[tensor.element_size()]
+    flat = tensor.contiguous().view(-1).view(width)
+    block = _ROWS * _COLUMNS
+    step = block * _BLOCKS.get(tensor.device.type, _BLOCKS_ELSEWHERE)
+    by_row, by_column = [], []
+    for first in range(0, flat.numel(), step):
+        part = flat[first : first + step].to(torch.int64)
+        if part.numel() % block:
+            part = torch.cat([part, part.new_zeros(-part.numel() % block)])
+        part = part.view(-1, _ROWS, _COLUMNS)
+        by_row.append(part.sum(2))
+        by_column.append(part.sum(1))
+    if not by_row:
+        return 0, 0
+    rows, columns = torch.cat(by_row).flatten(), torch.cat(by_column)
+    place = torch.arange(len(rows), device=flat.device)
+    within = _weights(torch.arange(_COLUMNS, device=flat.device))
+    weighted = (rows * _weights(place)).sum() + (
+        (columns * within).sum(1) * _weights(place[: len(columns)] + 2**40)
+    ).sum()
+    return int(rows.sum()) % 2**64, int(weighted) % 2**64
+
+
+def _weights(places: torch.Tensor) -> torch.Tensor:
+    """An odd 64-bit multiplier for each place, with its bits well mixed (one round of SplitMix64's finalizer)."""
+    mixed = (places + 1) * _MULTIPLIER
+    mixed = (mixed ^ ((mixed >> 30) & (2**34 - 1))) * _MIXER
+    return mixed | 1

@@ -1,0 +1,1 @@
+"""A run over time: when to audit, and what follows from an audit."""

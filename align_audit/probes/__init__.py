@@ -1,0 +1,1 @@
+"""Preference pairs to audit on: reading, tokenizing, batching."""

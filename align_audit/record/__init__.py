@@ -1,0 +1,1 @@
+"""What an audit says, as it is stored and read back."""

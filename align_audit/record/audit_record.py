@@ -1,0 +1,374 @@
+"""What one audit found: ``AuditRecord`` and its parts, as stored in a run log.
+
+Conventions. Per-layer sequences have length L (the number of decoder layers, 0-based) unless a field says otherwise.
+A number that cannot be known is NaN, and says why: an :class:`Estimate` in its ``reason``, any other field in
+``AuditRecord.reasons`` under its dotted path. Records hold no tensors; what is large (per-pair values, subspace bases)
+lies beside the log in ``step-N/*.safetensors``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from align_audit.record.schema import Part, Stored
+
+SCHEMA_VERSION = 4
+"""Version of the fields of a record. Older records are migrated on load; newer ones are refused."""
+
+METHODS_VERSION = 1
+"""Version of the definitions of the measures. Numbers of different versions are not comparable."""
+
+Verdict = Literal["passed", "failed", "not_run"]
+AlertLevel = Literal["info", "warning", "error"]
+
+
+class Estimate(Part):
+    """A mean over probe pairs with its bootstrap confidence interval; NaN with a ``reason`` when it cannot be known."""
+
+    mean: float
+    low: float
+    high: float
+    reason: str | None = None
+
+    @classmethod
+    def unknown(cls, reason: str) -> Self:
+        """NaN throughout, for that reason."""
+        return cls(mean=math.nan, low=math.nan, high=math.nan, reason=reason)
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]" if spec else repr(self)
+
+
+class Margins(Part):
+    """Preference margins and the behavioural side-channel (METHODS, notation and §6). Log-probabilities in nats."""
+
+    reference: Estimate
+    policy: Estimate
+    shift: Estimate
+    accuracy: Estimate
+    ranking_accuracy: Estimate
+    chosen_logp_change: Estimate
+    rejected_logp_change: Estimate
+    chosen_logp_change_per_token: Estimate
+    rejected_logp_change_per_token: Estimate
+    kl: Estimate
+    """KL(policy ‖ reference) of the next-token distribution, nats per token."""
+    entropy: Estimate
+    """Of the policy's next-token distribution, nats per token."""
+    reference_entropy: Estimate
+    token_accuracy: Estimate
+    """Share of chosen completion tokens that are the policy's most likely next token."""
+    reference_token_accuracy: Estimate
+
+
+class Attribution(Part):
+    """Attribution patching beside the exact effects, where only some pairs were patched; L values each."""
+
+    exact_pairs: int
+    """Patched at every layer; what is not corrected by attribution is of these."""
+    patched_pairs: list[int] = Field(default_factory=list)
+    """Patched at each layer: some layers may need more than others (``exact_pairs`` "auto")."""
+    pairs: int
+    points: list[float] = Field(default_factory=lambda: [0.0])
+    """Where its gradients were taken, from the reference's streams (0: first order) to the policy's (1)."""
+    path: Literal["joint", "layer"] = "joint"
+    """All streams together, or the patched layer's alone (integrated gradients); see ``PatchingConfig``."""
+    correlation: list[float]
+    """Between a pair's exact effect and its attribution, over the patched pairs (multiple, with several points)."""
+    joint_correlation: list[float] = Field(default_factory=list)
+    """The same with the pair's margin shift beside the attribution, which is known of every pair: what corrects
+    ``effect``. Equal to ``correlation`` where there are too few patched pairs for one more slope."""
+    equivalent_pairs: list[float]
+    """Patched pairs that would have given the effect's interval without attribution and shift."""
+    mean: list[Estimate]
+    """Of the attribution itself (averaged over the points), over all pairs: what it would have said alone."""
+
+
+class LayerSet(Part):
+    """The layers that stand clear of the others by what they contribute (METHODS §1, §3; ours). Empty with a reason."""
+
+    layers: list[int]
+    gain: Estimate
+    """Share of the margin shift gained at these layers: the sum of their ``layer_gain``."""
+    separation: Estimate
+    """How many times the largest contribution of the others the least of theirs is."""
+    stability: float
+    """Share of bootstrap resamples of the pairs that give the same set."""
+    selection_frequency: list[float]
+    """Share of resamples in which each layer belongs to the set; L values."""
+    contribution: list[Estimate] = Field(default_factory=list)
+    """Of each layer's update to the margin, nats: the geometric mean of its block transplant (what it does alone) and its gain
+    (what it adds to those below), each at least its margin of error; L values."""
+
+
+class Patching(Part):
+    """Layer-wise activation patching (METHODS §1). Effects and transplants in nats; recovery and gains are shares."""
+
+    positions: str
+    estimator: Literal["exact", "control_variate"] = "exact"
+    """How ``effect`` was estimated: every pair patched, or some, the others by attribution. The rest is always exact."""
+    attribution: Attribution | None = None
+    effect: list[Estimate]
+    effect_p_adjusted: list[float]
+    """Two-sided bootstrap p-values of effect ≠ 0, Benjamini–Hochberg adjusted over layers."""
+    recovery: list[Estimate]
+    layer_gain: list[Estimate]
+    block_transplant: list[Estimate]
+    embedding_gain: Estimate
+    head_gain: Estimate
+    embedding_transplant: Estimate
+    head_transplant: Estimate
+    additivity: Estimate
+    peak_layer: int | None
+    standing_out: LayerSet | None = None
+
+
+class SiteUnit(Part):
+    """What was swapped at once: layers ``layer`` to ``last_layer`` (one, but for windows), or one head of a layer."""
+
+    layer: int
+    last_layer: int
+    head: int | None = None
+
+
+class SiteCurve(Part):
+    """Patching of one kind of finer site (METHODS §1, "Sites"); sequences run along ``units``, effects in nats."""
+
+    site: Literal["attention_output", "mlp_output", "head", "block"]
+    positions: str
+    width: int = 1
+    """Adjacent layers in a unit of site ``block``."""
+    estimator: Literal["exact", "attribution", "control_variate"] = "exact"
+    pairs: int
+    """That the estimates speak of."""
+    exact_pairs: int
+    """That were patched; beside an attribution the others were not."""
+    units: list[SiteUnit]
+    sufficiency: list[Estimate]
+    """The policy's site put into the reference: change of the reference's margin."""
+    necessity: list[Estimate]
+    """The reference's site put into the policy: change of the policy's margin."""
+    sufficiency_p_adjusted: list[float]
+    """Two-sided bootstrap p-values of sufficiency ≠ 0, Benjamini–Hochberg adjusted over units."""
+    correlation: list[float] | None = None
+    """Between attribution and exact sufficiency of a pair, over the patched pairs; None where all is exact."""
+    necessity_correlation: list[float] | None = None
+    peak: int | None = None
+    """Index of the unit with the largest mean sufficiency; None, with a reason, where one is not known."""
+
+
+class Control(Part):
+    """One control (METHODS §2): does the number it guards count as evidence? ``reason`` always says why."""
+
+    verdict: Verdict
+    reason: str
+    effect: list[Estimate] | None = None
+    """L values for ``noise``, ``reverse`` and ``identity``; for ``random_subspace`` one per evaluated rank."""
+    value: float | None = None
+    """Agreement over half splits for ``split_half``; p-value for ``permuted_targets``."""
+    pairs: int | None = None
+    """Probe pairs it was measured on."""
+
+
+class Controls(Part):
+    """What stands beside the numbers and says whether they are evidence (METHODS §2)."""
+
+    noise: Control
+    reverse: Control
+    identity: Control
+    random_subspace: Control
+    split_half: Control
+    permuted_targets: Control = Control(verdict="not_run", reason="not measured by the version that wrote this record")
+
+
+GUARDED = {
+    "noise": "the patching effects and recovery",
+    "reverse": "the patching effects as causes",
+    "identity": "any patching number of this record",
+    "random_subspace": "the low-rank reconstruction",
+    "split_half": "the peak layer",
+    "permuted_targets": "the layers that the LASSO selects",
+}
+"""What is no evidence where a control fails."""
+
+
+class Localization(Part):
+    """Sparse localization (METHODS §3)."""
+
+    target: str
+    lasso_coefficients: list[float]
+    lasso_lambda: float
+    cv_r2: float
+    """Cross-validated R² at the chosen λ; at or below 0 the layers do not predict the target."""
+    selected_layers: list[int]
+    selection_frequency: list[float]
+    null_selection_frequency: list[float]
+    """The same frequencies with the targets permuted."""
+    null_cv_r2: list[float]
+    center_of_mass: float
+    entropy: float
+
+
+class LowRankCurve(Part):
+    """Low-rank reconstruction of one layer in one basis (METHODS §4); sequences run along ``ranks``."""
+
+    ranks: list[int]
+    effect_fraction: list[Estimate]
+    explained_variance_ratio: list[float]
+    rank_95: float
+    rank_95_low: float = math.nan
+    rank_95_high: float = math.nan
+    """Its bootstrap interval over pairs; infinite where no evaluated rank is enough."""
+    full_effect: Estimate
+    principal_angles: list[float] | None = None
+    """Radians, ascending, to the previous audit's subspace of the same layer and basis; None at a run's first."""
+
+
+class DepthTrace(Part):
+    """One model's path through its layers (METHODS §5)."""
+
+    contraction: list[float]
+    contraction_r2: list[float]
+    contraction_stderr: list[float]
+    transport: list[float]
+    """Length L − 1; radians in [0, π]."""
+    singular_values: list[int]
+    """n per layer: min(rows, columns, numerical rank)."""
+    below_rounding_floor: list[int]
+    """Singular values per layer that the dtype of the activations cannot resolve."""
+
+
+class Spinal(Part):
+    """SPINAL on policy and reference, on the same rows (METHODS §5)."""
+
+    policy: DepthTrace
+    reference: DepthTrace
+    terminal_layers: list[int]
+    rows: int
+    rows_available: int
+    delta_align: float
+    coherence: float
+    reference_coherence: float
+    gradient_concentration: Estimate
+    score: float
+
+
+class Alert(Part):
+    """A finding about the run: what was seen, against what, where, why it matters and what to try."""
+
+    rule: str
+    level: AlertLevel
+    step: int
+    probe_name: str | None = None
+    """The probe set it was seen on, where that has a name."""
+    layers: list[int] = Field(default_factory=list)
+    value: float
+    baseline: float | None = None
+    threshold: float | None = None
+    message: str
+    suggestion: str
+
+
+class ReferenceCheck(Part):
+    """Is the reference what it should be? ``same_weights``: equal to the policy bit by bit."""
+
+    source: str
+    """Where the reference came from, in words."""
+    same_weights: bool
+    verdict: Verdict
+    reason: str
+    last_sync_step: int | None = None
+    precomputed_margin_difference: float | None = None
+    """Largest absolute difference to the trainer's precomputed reference margins, in nats."""
+
+
+class Cost(Part):
+    """What an audit took."""
+
+    seconds: float
+    peak_memory: int
+    """Bytes above what was allocated when the audit began (device memory on CUDA, resident memory on a CPU)."""
+    forward_equivalents: float
+    """Full forwards of one model over the probe pairs that the same layer calls amount to."""
+
+
+class Provenance(Part):
+    """Everything needed to say which models, pairs and settings a record speaks of."""
+
+    created: str
+    versions: dict[str, str]
+    model_type: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    policy_hash: str
+    reference_hash: str
+    probe_hash: str
+    probe_name: str | None = None
+    """What the run calls this probe set; None where it has one set, without a name."""
+    probe_source: str
+    probe_held_out: bool | None
+    pairs: int
+    pairs_dropped: dict[str, int]
+    seed: int
+    device: str
+    parameter_dtype: str
+    compute_dtype: str
+    max_length: int | None
+    truncation_mode: str
+    shared_prompts: bool = False
+    """Whether each pair's prompt was computed once for both completions (same numbers, less work)."""
+    layout_reason: str | None = None
+    """Why it was not."""
+    beta: float | None = None
+    config: dict[str, Any]
+
+
+class Finding(Part):
+    """What an audit says about where the preference sits, in words and made only from the record (``verdict.find``)."""
+
+    words: str
+    localized: bool
+    layers: list[int] = Field(default_factory=list)
+    """Of the claim; empty where none is made."""
+
+
+class AuditRecord(Stored):
+    """Everything one audit found. Alerts, plots and reports can be made from it again with no model at hand."""
+
+    newest: ClassVar[int] = SCHEMA_VERSION
+
+    finding: Finding | None = None
+    """None in records of versions before it."""
+    step: int
+    schema_version: int = SCHEMA_VERSION
+    methods_version: int = METHODS_VERSION
+    provenance: Provenance
+    reference_check: ReferenceCheck
+    margins: Margins
+    patching: Patching | None
+    controls: Controls
+    localization: Localization | None
+    low_rank: dict[str, dict[int, LowRankCurve]]
+    """``low_rank[basis][layer]``; layer −1 does not occur."""
+    sites: list[SiteCurve] = Field(default_factory=list)
+    """In the order of the configuration."""
+    spinal: Spinal | None
+    alerts: list[Alert] = Field(default_factory=list)
+    cost: Cost
+    reasons: dict[str, str] = Field(default_factory=dict)
+    """Why a NaN or None elsewhere in the record is one: dotted path → reason."""
+
+    @property
+    def attribution(self) -> Attribution | None:
+        """Where only some pairs were patched."""
+        return self.patching.attribution if self.patching is not None else None
+
+    @property
+    def key(self) -> tuple[int, str, str, str | None]:
+        """What makes two audits the same: step, policy weights, reference weights, name of the probe set."""
+        there = self.provenance
+        return (self.step, there.policy_hash, there.reference_hash, there.probe_name)

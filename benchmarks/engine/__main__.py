@@ -1,0 +1,15 @@
+"""The engine against plain hooks and against the tools people would use instead; see ``main.py`` beside this file.
+
+python benchmarks/engine --json engine.json
+"""
+
+import sys
+from pathlib import Path
+
+# Run as a folder, this file's own folder is on the path, and not the one that the package ``engine`` lies in.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine.main import main
+
+if __name__ == "__main__":
+    main()

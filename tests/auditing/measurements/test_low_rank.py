@@ -1,0 +1,112 @@
+"""What low-rank bases are fitted on is gathered in the first pass where the layers are named, else in one of its own."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from align_audit.auditing.audit import Context, OpenModels, run_audit
+from align_audit.auditing.measurements.low_rank import TokenGrams
+from align_audit.auditing.session.reference_cache import ReferenceCache
+from align_audit.auditing.session.walk import Session
+from align_audit.config import AuditConfig
+from align_audit.measures.subspace import GramAccumulator
+from align_audit.models.reference import resolve_reference
+from tests.helpers.tiny import perturbed, random_pairs, tiny_model
+
+PAIRS = random_pairs(7)
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Any, Any]:
+    reference = tiny_model("llama")
+    return perturbed(reference), reference
+
+
+def config(layers: Any = "auto") -> AuditConfig:
+    return AuditConfig.from_dict(
+        {
+            "batch_tokens": 100,
+            "low_rank": {"layers": layers, "ranks": (1, 2, 4)},
+            "statistics": {"bootstrap_resamples": 100},
+        }
+    )
+
+
+def test_both_ways_give_the_same_numbers_and_naming_the_layers_saves_a_pass(models: tuple[Any, Any]) -> None:
+    resolved = resolve_reference(*models)
+    found, arrays = run_audit(models[0], resolved, PAIRS, config(), 0, Context())
+    layers = sorted(found.low_rank["shift"])
+    named, theirs = run_audit(models[0], resolved, PAIRS, config(layers), 0, Context())
+    names = [name for name in arrays if "low_rank" in name or name.startswith("subspace.")]
+    assert len(names) >= 2 * 2 * len(layers)
+    for name in names:
+        np.testing.assert_array_equal(theirs[name], arrays[name], err_msg=name)
+    assert named.low_rank == found.low_rank
+    # Both models, up to the highest of the layers.
+    saved = 2 * (max(layers) + 1) / 4
+    assert found.cost.forward_equivalents - named.cost.forward_equivalents > 0.5 * saved
+
+
+def test_pairs_that_come_again_count_once(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After running out of memory pairs come again, in other batches, some of them already added."""
+    real, calls = GramAccumulator.update, []
+
+    def fails_once(self: GramAccumulator, rows: torch.Tensor) -> None:
+        calls.append(len(rows))
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("as if there were no more")
+        real(self, rows)
+
+    with OpenModels(models[0], resolve_reference(*models)) as opened:
+        session = opened.session(PAIRS, config(), Context())
+        once, again = TokenGrams(session, [0, 2]), TokenGrams(session, [0, 2])
+        once.gather()
+        monkeypatch.setattr(GramAccumulator, "update", fails_once)
+        for group in ([0, 1, 2, 3], [0, 1], [2, 3, 4], [4, 5], [3, 5, 6]):
+            batch = session.batch(group)
+            with contextlib.suppress(torch.OutOfMemoryError):
+                again.update(batch, *session.record_both(batch))
+    assert len(calls) > 3
+    found = again.take()
+    for key, halves in once.take().items():
+        for one, other in zip(halves, found[key], strict=True):
+            assert one.rows == other.rows > 0
+            torch.testing.assert_close(one.matrix, other.matrix, rtol=1e-6, atol=1e-9)
+    assert again.take() == {}
+
+
+def test_they_are_the_same_from_streams_that_an_earlier_audit_kept(models: tuple[Any, Any], tmp_path: Path) -> None:
+    resolved, pairs = resolve_reference(*models), random_pairs(14)
+    patching = {"exact_pairs": 8, "attribution_points": (0.0,), "keep_reference": True}
+    settings = AuditConfig.from_dict({**config((0, 2)).to_dict(), "patching": patching})
+    context = Context(reference_cache=ReferenceCache(tmp_path))
+    work, found = [], []
+    for _ in range(2):
+        record, arrays = run_audit(models[0], resolved, pairs, settings, 0, context)
+        work.append(record.cost.forward_equivalents)
+        found.append({name: values for name, values in arrays.items() if "low_rank" in name or "subspace" in name})
+    assert work[1] < work[0], "nothing was read from what was kept"
+    assert len(found[0]) == len(found[1]) >= 8
+    for name, values in found[0].items():
+        np.testing.assert_array_equal(found[1][name], values, err_msg=name)
+
+
+def test_where_they_would_take_much_memory_they_are_gathered_apart(
+    models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved = resolve_reference(*models)
+    passes: list[int] = []
+    real = TokenGrams.gather
+    monkeypatch.setattr(TokenGrams, "gather", lambda self, *rest: (passes.append(1), real(self, *rest))[1])
+    runs = []
+    for room in (True, False):
+        monkeypatch.setattr(Session, "has_room", lambda self, size, room=room: size > 0 and room)
+        runs.append(run_audit(models[0], resolved, PAIRS, config((0, 2)), 0, Context())[0])
+        assert len(passes) == (0 if room else 1)
+    assert runs[0].low_rank == runs[1].low_rank

@@ -1,0 +1,137 @@
+"""One prompt for both completions: used where it changes nothing, refused with a reason elsewhere."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from align_audit.auditing.audit import Context, run_audit
+from align_audit.auditing.session.layout import why_not_shared
+from align_audit.config import AuditConfig
+from align_audit.models.reference import resolve_reference
+from align_audit.models.replay import Replay
+from align_audit.probes.pairs import ProbePair, ProbeSet
+from tests.helpers.tiny import VOCABULARY, perturbed, random_pairs, tiny_model
+from tests.models.test_families import build
+
+TOLERANCE = 1e-6
+SETTINGS: dict[str, Any] = {"low_rank": {"layers": (1,), "ranks": (1, 4)}, "statistics": {"bootstrap_resamples": 100}}
+
+
+def run(policy: Any, reference: Any, probes: ProbeSet, **changes: Any) -> Any:
+    config = AuditConfig.from_dict({**SETTINGS, **changes})
+    return run_audit(policy, resolve_reference(policy, reference), probes, config, 0, Context())
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "completion", "last_prompt_token"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_both_layouts_give_the_same_numbers(family: str, positions: str) -> None:
+    reference = tiny_model(family)
+    policy = perturbed(reference)
+    patching = {"positions": positions}
+    shared, ours = run(policy, reference, random_pairs(9), patching=patching, batch_tokens=90)
+    apart, theirs = run(policy, reference, random_pairs(9), patching=patching, share_prompts=False, batch_tokens=70)
+    assert shared.provenance.shared_prompts
+    assert shared.provenance.layout_reason is None
+    assert not apart.provenance.shared_prompts
+    assert apart.provenance.layout_reason == "switched off (share_prompts)"
+    assert shared.cost.forward_equivalents < apart.cost.forward_equivalents
+    assert ours.keys() == theirs.keys()
+    scale = float(np.abs(theirs["per_pair.chosen_logp"]).max())
+    for name, values in theirs.items():
+        if name in ("per_pair.identity",):  # measured on the first batch only, which is another one
+            continue
+        if name.startswith("subspace"):
+            continue
+        np.testing.assert_allclose(ours[name], values, rtol=1e-6, atol=1e-7 * scale, err_msg=name)
+        assert np.nanmax(np.abs(values)) > 0, name
+    for layer, curve in shared.low_rank["shift"].items():
+        np.testing.assert_allclose(
+            curve.explained_variance_ratio, apart.low_rank["shift"][layer].explained_variance_ratio, rtol=1e-6
+        )
+    np.testing.assert_allclose(shared.spinal.policy.contraction, apart.spinal.policy.contraction, rtol=1e-6)
+    np.testing.assert_allclose(shared.spinal.policy.transport, apart.spinal.policy.transport, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("bloom", None),
+        ("falcon:alibi", None),
+        ("mpt", None),
+        ("mamba", None),
+        ("jamba", None),
+        ("mistral", "with the prompt computed once the logits"),  # its window is shorter than the pairs
+        ("gemma2", "with the prompt computed once the logits"),
+    ],
+)
+def test_models_in_which_it_would_change_something(name: str, reason: str | None) -> None:
+    found = why_not_shared(Replay(build(name)), random_pairs(6).pairs, TOLERANCE)
+    assert found is not None
+    if reason is not None:
+        assert found.startswith(reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama", {}),
+        ("qwen3", {}),
+        ("phi3", {"sliding_window": None}),
+        ("gpt_neox", {}),
+        ("opt", {}),
+        ("mixtral", {"sliding_window": None}),
+        ("mistral", {"sliding_window": 40}),
+        ("deepseek_v3", {}),
+        ("cohere", {}),
+    ],
+)
+def test_models_in_which_it_changes_nothing(name: str, changes: dict[str, Any]) -> None:
+    assert why_not_shared(Replay(build(name, **changes)), random_pairs(6).pairs, TOLERANCE) is None
+
+
+def test_a_window_that_only_the_longest_pair_fills_is_noticed() -> None:
+    """The other pairs are all shorter than the window: trying those would have shown nothing."""
+    model = build("mistral", sliding_window=14)
+    probes = random_pairs(30, longest=12)
+    lengths = [max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in probes]
+    short = tuple(pair for pair, length in zip(probes, lengths, strict=True) if length <= 14)
+    longest = probes.pairs[int(np.argmax(lengths))]
+    assert max(lengths) > 14
+    assert why_not_shared(Replay(model), short, TOLERANCE) is None
+    assert why_not_shared(Replay(model), (*short, longest), TOLERANCE) is not None
+
+
+def test_a_window_that_only_a_chosen_completion_fills_is_noticed() -> None:
+    """Another pair takes more tokens in its row, but none of its sequences is as long; here only the chosen one is."""
+    model = build("mistral", sliding_window=14)
+
+    def pair(index: int, prompt: int, chosen: int, rejected: int) -> ProbePair:
+        one, other = range(20, 20 + chosen), range(40, 40 + rejected)
+        start = tuple(range(3, 3 + prompt))
+        return ProbePair(index, (*start, *one), (*start, *other), prompt, prompt)
+
+    bulky, long_chosen = pair(0, 2, 12, 12), pair(1, 2, 18, 2)
+    assert why_not_shared(Replay(model), [bulky], TOLERANCE) is None
+    assert why_not_shared(Replay(model), [bulky, long_chosen], TOLERANCE) is not None
+    no_prompt = ProbePair(2, tuple(range(20, 38)), tuple(range(40, 45)), 0, 0)
+    assert why_not_shared(Replay(model), [bulky, no_prompt], TOLERANCE) is not None, "it would be a shared row too"
+
+
+def test_sequences_cut_from_the_left_are_not_shared() -> None:
+    reference = tiny_model("llama")
+    probes = random_pairs(4)
+    cut = ProbeSet(pairs=probes.pairs, source="x", dropped={}, max_length=64, truncation_mode="keep_end", held_out=None)
+    record, _ = run(perturbed(reference), reference, cut)
+    assert "keep_end" in record.provenance.layout_reason
+
+
+def test_a_reference_of_another_build_is_tried_for_itself() -> None:
+    """The reference takes shared rows, the policy has a window: together they do not."""
+    reference = tiny_model("llama", sliding_window=None)
+    policy = tiny_model("qwen3", num_hidden_layers=4, use_sliding_window=True, sliding_window=4, max_window_layers=0)
+    record, _ = run(policy, reference, random_pairs(4))
+    assert record.provenance.layout_reason is not None
+    assert record.provenance.vocab_size == VOCABULARY

@@ -1,0 +1,89 @@
+"""What depends on the reference alone is measured once a run, and again when the reference is another one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align_audit.auditing.audit import Context, run_audit
+from align_audit.auditing.session.reference_cache import ReferenceCache
+from align_audit.config import AuditConfig
+from align_audit.models.reference import resolve_reference
+from tests.helpers.tiny import perturbed, random_pairs, tiny_model
+
+CONFIG = AuditConfig.from_dict(
+    {"low_rank": {"enabled": False}, "patching": {"enabled": False}, "spinal": {"gradient_concentration": False}}
+)
+
+
+def run(reference: Any, cache: ReferenceCache, config: AuditConfig = CONFIG, pairs: int = 8) -> Any:
+    policy = perturbed(reference)
+    probes = random_pairs(pairs, longest=20)
+    context = Context(reference_cache=cache)
+    return run_audit(policy, resolve_reference(policy, reference), probes, config, 0, context)[0].spinal
+
+
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Traces measured so far."""
+    from align_audit.auditing.session.estimates import Assembler
+
+    calls: list[int] = []
+    real = Assembler.trace
+
+    def trace(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Assembler, "trace", trace)
+    return calls
+
+
+def test_a_second_process_measures_the_policy_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch)
+    reference = tiny_model("llama")
+    first = run(reference, ReferenceCache(tmp_path))
+    assert len(calls) == 2
+    assert len(list(tmp_path.glob("reference-*.json"))) == 1
+    again = run(reference, ReferenceCache(tmp_path))
+    assert len(calls) == 3
+    assert again == first
+
+
+def test_what_it_depends_on_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = counted(monkeypatch)
+    cache = ReferenceCache(tmp_path)
+    first = run(tiny_model("llama"), cache)
+    assert run(tiny_model("llama", seed=5), cache).reference != first.reference
+    assert len(calls) == 4, "another reference"
+    run(tiny_model("llama"), cache, pairs=9)
+    assert len(calls) == 6, "other pairs"
+    run(tiny_model("llama"), cache, config=AuditConfig.from_dict({**CONFIG.to_dict(), "seed": 4}))
+    assert len(calls) == 8, "another seed"
+    run(tiny_model("llama"), cache)
+    assert len(calls) == 9
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_damaged_file_costs_time_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls = counted(monkeypatch)
+    reference = tiny_model("llama")
+    first = run(reference, ReferenceCache(tmp_path))
+    (path,) = tmp_path.iterdir()
+    for damage in (b"", b"{}", path.read_bytes()[:-9]):
+        path.write_bytes(damage)
+        assert run(reference, ReferenceCache(tmp_path)) == first
+        assert "the reference is measured again" in caplog.text
+        caplog.clear()
+    assert len(calls) == 8
+    assert run(reference, ReferenceCache(tmp_path)) == first
+    assert len(calls) == 9, "the damaged file was written anew"
+
+
+def test_a_disk_that_refuses_breaks_no_audit(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "taken").write_text("a file, where the folder should be")
+    assert run(tiny_model("llama"), ReferenceCache(tmp_path / "taken")) is not None
+    assert "could not keep the reference's trace" in caplog.text

@@ -1,0 +1,290 @@
+"""``audit`` against an independent plain computation, written from the definitions: METHODS §7's tolerances."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from align_audit.auditing.audit import Context, run_audit
+from align_audit.auditing.measurements.low_rank import split_halves
+from align_audit.auditing.measurements.patching import Collected
+from align_audit.auditing.session.walk import Session
+from align_audit.config import AuditConfig
+from align_audit.models.reference import resolve_reference
+from align_audit.models.replay import Replay
+from tests.helpers import oracle
+from tests.helpers.tiny import DEVICE, FAMILIES, perturbed, random_pairs, tiny_model
+
+RANKS = (1, 2, 4, 8)
+
+
+def config(**changes: Any) -> AuditConfig:
+    """Small batches, so that pairs are padded against each other and several batches are walked."""
+    values = {
+        "batch_tokens": 120,
+        "low_rank": {"ranks": RANKS, "layers": (1,)},
+        "statistics": {"bootstrap_resamples": 100},
+        "seed": 3,
+    }
+    return AuditConfig.from_dict({**values, **changes})
+
+
+def run(policy: Any, reference: Any, probes: Any, settings: AuditConfig) -> Any:
+    return run_audit(policy, resolve_reference(policy, reference), probes, settings, 0, Context())
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def case(request: pytest.FixtureRequest) -> dict[str, Any]:
+    reference = tiny_model(request.param)
+    policy = perturbed(reference)
+    probes = random_pairs(7)
+    record, arrays = run(policy, reference, probes, config())
+    _, chosen, rejected = oracle.margins(reference, probes.pairs)
+    # Norms and softmax of several families compute in float32 whatever the model's dtype, so numbers that pass through
+    # other shapes (padding) agree to 1e-7 of the summed |log p|, not to float64's own precision.
+    scale = float(np.max(np.abs(chosen) + np.abs(rejected)))
+    return {
+        "policy": policy, "reference": reference, "probes": probes, "record": record, "arrays": arrays,
+        "atol": 1e-7 * scale,
+    }  # fmt: skip
+
+
+def test_the_policy_differs_enough_for_the_comparison_to_mean_something(case: dict[str, Any]) -> None:
+    effect = case["arrays"]["per_pair.effect"]
+    assert np.abs(effect).max() > 1e4 * case["atol"]
+    assert np.unique(np.abs(effect).mean(axis=0)).size == effect.shape[1]
+
+
+def test_margins(case: dict[str, Any]) -> None:
+    for prefix, model in (("", case["policy"]), ("reference_", case["reference"])):
+        _, chosen, rejected = oracle.margins(model, case["probes"].pairs)
+        np.testing.assert_allclose(case["arrays"][f"per_pair.{prefix}chosen_logp"], chosen, atol=case["atol"], rtol=0)
+        np.testing.assert_allclose(
+            case["arrays"][f"per_pair.{prefix}rejected_logp"], rejected, atol=case["atol"], rtol=0
+        )
+
+
+def test_patching_in_both_directions_and_transplants(case: dict[str, Any]) -> None:
+    policy, reference, pairs = case["policy"], case["reference"], case["probes"].pairs
+    expected = {
+        "effect": oracle.patch_effects(policy, reference, pairs),
+        "reverse": oracle.patch_effects(reference, policy, pairs),
+        "transplant": oracle.block_transplants(policy, reference, pairs),
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(case["arrays"][f"per_pair.{name}"], values, atol=case["atol"], rtol=0, err_msg=name)
+
+
+def test_recovery_gains_and_additivity_are_ratios_of_sums(case: dict[str, Any]) -> None:
+    policy, reference, pairs = case["policy"], case["reference"], case["probes"].pairs
+    effects = oracle.patch_effects(policy, reference, pairs)
+    transplants = oracle.block_transplants(policy, reference, pairs)
+    delta = oracle.margins(policy, pairs)[0] - oracle.margins(reference, pairs)[0]
+    expected = oracle.summary(effects, transplants, delta)
+    patching = case["record"].patching
+    assert patching.peak_layer == expected["peak_layer"]
+    if patching.recovery[0].reason is not None:
+        assert case["record"].margins.shift.low <= 0 <= case["record"].margins.shift.high
+        return
+    tolerance = dict(rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose([e.mean for e in patching.recovery], expected["recovery"][1:], **tolerance)
+    np.testing.assert_allclose([e.mean for e in patching.layer_gain], expected["layer_gain"], **tolerance)
+    np.testing.assert_allclose(patching.additivity.mean, expected["additivity"], **tolerance)
+    gains = [patching.embedding_gain.mean, *(e.mean for e in patching.layer_gain), patching.head_gain.mean]
+    assert sum(gains) == pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("positions", ["prompt", "completion", "last_prompt_token"])
+def test_patched_positions(positions: str) -> None:
+    reference = tiny_model("llama")
+    policy, probes = perturbed(reference), random_pairs(4)
+    settings = config(patching={"positions": positions, "noise_draws": 0}, low_rank={"enabled": False})
+    _, arrays = run(policy, reference, probes, settings)
+    expected = oracle.patch_effects(policy, reference, probes.pairs, positions)
+    np.testing.assert_allclose(arrays["per_pair.effect"], expected, atol=1e-6, rtol=0)
+    whole = oracle.patch_effects(policy, reference, probes.pairs)
+    assert np.abs(whole - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("basis", ["activation", "shift"])
+def test_low_rank_reconstruction(case: dict[str, Any], basis: str) -> None:
+    policy, reference, pairs = case["policy"], case["reference"], case["probes"].pairs
+    expected = oracle.low_rank_effects(policy, reference, pairs, 1, RANKS, basis, split_halves(len(pairs), 3))
+    curve = case["record"].low_rank[basis][1]
+    np.testing.assert_allclose(curve.explained_variance_ratio, expected["explained_variance_ratio"], rtol=1e-6)
+    fitted = case["arrays"][f"per_pair.low_rank.{basis}.1"]
+    np.testing.assert_allclose(fitted, expected["effects"], atol=10 * case["atol"], rtol=0)
+    if curve.effect_fraction[0].reason is None:
+        np.testing.assert_allclose([e.mean for e in curve.effect_fraction], expected["effect_fraction"], rtol=1e-4)
+
+
+def test_localization_features(case: dict[str, Any]) -> None:
+    expected = oracle.activation_features(case["policy"], case["reference"], case["probes"].pairs)
+    np.testing.assert_allclose(case["arrays"]["per_pair.features"], expected, rtol=1e-5)
+
+
+def test_spinal(case: dict[str, Any]) -> None:
+    pairs, spinal = case["probes"].pairs, case["record"].spinal
+    assert spinal.rows == spinal.rows_available == len(oracle.spectral_rows(case["policy"], pairs)[0])
+    traces = {}
+    for name, trace in (("policy", spinal.policy), ("reference", spinal.reference)):
+        contraction, r2, _ = oracle.spectra(case[name], pairs)
+        transport = oracle.transport(case[name], pairs)
+        traces[name] = (contraction, transport)
+        np.testing.assert_allclose(trace.contraction, contraction, rtol=1e-5)
+        np.testing.assert_allclose(trace.contraction_r2, r2, rtol=1e-5)
+        np.testing.assert_allclose(trace.transport, transport, rtol=1e-5)
+    (alpha, travel), (alpha_ref, travel_ref) = traces["policy"], traces["reference"]
+    assert spinal.delta_align == pytest.approx(oracle.delta_align(alpha, alpha_ref, travel, travel_ref), abs=1e-5)
+    assert spinal.coherence == pytest.approx(
+        oracle.coherence(alpha, travel, alpha_ref, travel_ref), abs=1e-5, nan_ok=True
+    )
+    share = oracle.gradient_concentration(case["policy"], pairs).mean()
+    assert spinal.gradient_concentration.mean == pytest.approx(share, abs=1e-6)
+
+
+def test_behaviour(case: dict[str, Any]) -> None:
+    expected = oracle.behaviour(case["policy"], case["reference"], case["probes"].pairs)
+    margins = case["record"].margins
+    for name in (
+        "shift", "chosen_logp_change", "rejected_logp_change", "chosen_logp_change_per_token",
+        "rejected_logp_change_per_token", "kl", "entropy", "reference_entropy", "token_accuracy",
+        "reference_token_accuracy",
+    ):  # fmt: skip
+        assert getattr(margins, name).mean == pytest.approx(expected[name].mean(), abs=case["atol"]), name
+    assert margins.accuracy.mean == expected["correct"].mean()
+    assert margins.ranking_accuracy.mean == expected["ranking_correct"].mean()
+
+
+def test_equal_shapes_give_float64_precision() -> None:
+    """One pair of equal lengths a batch: no padding anywhere, as in the oracle but for the two rows of a batch."""
+    reference = tiny_model("gpt2")  # computes its norms in the model's own dtype
+    policy = perturbed(reference)
+    probes = random_pairs(1, seed=5)
+    pair = probes.pairs[0]
+    size = min(len(pair.chosen_ids), len(pair.rejected_ids))
+    cut = type(pair)(0, pair.chosen_ids[:size], pair.rejected_ids[:size], pair.chosen_start, pair.rejected_start)
+    probes = type(probes)((cut,), "one pair", {}, 64, "keep_start", None)
+    _, arrays = run(policy, reference, probes, config(low_rank={"enabled": False}))
+    expected = oracle.patch_effects(policy, reference, [cut])
+    np.testing.assert_allclose(arrays["per_pair.effect"], expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2.0**-9)], ids=["float32", "bfloat16"]
+)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_other_dtypes(family: str, dtype: torch.dtype, tolerance: float) -> None:
+    """In parts of the summed |log p|; the oracle computes in the same dtype, one sequence at a time."""
+    reference = tiny_model(family, dtype=dtype)
+    policy, probes = perturbed(reference), random_pairs(7)
+    _, arrays = run(policy, reference, probes, config(low_rank={"enabled": False}))
+    _, chosen, rejected = oracle.margins(reference, probes.pairs)
+    scale = np.abs(chosen)[:, None] + np.abs(rejected)[:, None]
+    expected = {
+        "effect": oracle.patch_effects(policy, reference, probes.pairs),
+        "reverse": oracle.patch_effects(reference, policy, probes.pairs),
+        "transplant": oracle.block_transplants(policy, reference, probes.pairs),
+    }
+    for name, values in expected.items():
+        assert np.abs(values / scale).max() > 2 * tolerance
+        np.testing.assert_allclose(arrays[f"per_pair.{name}"] / scale, values / scale, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_equal_weights_give_exactly_zero(family: str) -> None:
+    reference = tiny_model(family, dtype=torch.float32)
+    policy = perturbed(reference, scale=0.0)
+    record, arrays = run(policy, reference, random_pairs(5), config(low_rank={"layers": (0, 1)}))
+    for name in ("effect", "reverse", "identity", "noise", "transplant", "features"):
+        values = arrays[f"per_pair.{name}"]
+        measured = ~np.isnan(values)
+        if name not in ("identity", "noise"):  # identity: the first batch only; noise: further draws at the peak only
+            assert measured.all(), name
+        assert measured.any() and not np.any(values[measured]), name
+    for estimate in (record.margins.shift, record.margins.kl, *record.patching.effect):
+        assert (estimate.mean, estimate.low, estimate.high) == (0.0, 0.0, 0.0)
+    assert record.spinal.delta_align == 0.0
+    assert record.reference_check.same_weights
+    assert record.controls.identity.verdict == "passed"
+
+
+def test_memory_budget_does_not_change_numbers() -> None:
+    """One stream and one pair at a time, or all at once: the same effects within rounding of the padding."""
+    reference = tiny_model("llama")
+    policy, probes = perturbed(reference), random_pairs(6)
+    _, wide = run(policy, reference, probes, config(batch_tokens=4096))
+    _, narrow = run(policy, reference, probes, config(batch_tokens=1, working_memory_mb=1))
+    for name, values in wide.items():
+        if name.startswith("per_pair."):
+            both: Any = slice(None)
+            if name == "per_pair.identity" and DEVICE.type != "cpu":
+                # Measured on the first batch, which there holds as many pairs as fit.
+                both = ~(np.isnan(narrow[name]) | np.isnan(values))
+                assert both.any()
+            np.testing.assert_allclose(narrow[name][both], values[both], atol=1e-5, rtol=1e-5, err_msg=name)
+
+
+def test_the_second_pass_knows_the_unpatched_run_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the batches of the first pass its margins are taken over; on others the unpatched run is computed again."""
+    reference = tiny_model("llama")
+    policy = perturbed(reference)
+    settings = config(batch_tokens=100, low_rank={"layers": (1,), "ranks": (1, 4)}, patching={"noise_draws": 3})
+    _, known = run(policy, reference, random_pairs(8), settings)
+    whole: list[bool] = []
+    real = Session.record_both
+
+    def recorded(self: Session, *args: Any, whole_reference: bool = True, **options: Any) -> Any:
+        whole.append(whole_reference)
+        return real(self, *args, whole_reference=whole_reference, **options)
+
+    monkeypatch.setattr(Session, "record_both", recorded)
+    run(policy, reference, random_pairs(8), settings)
+    batches = len(whole) // 2
+    assert batches >= 2 and whole == [True] * batches + [False] * batches
+    monkeypatch.setattr(Collected, "reference_margins", property(lambda self: {}, lambda *_: None), raising=False)
+    whole.clear()
+    _, computed = run(policy, reference, random_pairs(8), settings)
+    assert whole == [True] * 2 * batches
+    assert set(known) == set(computed)
+    for name, values in known.items():
+        np.testing.assert_array_equal(computed[name], values, err_msg=name)
+
+
+# -- a device on which replay is not bit-exact -------------------------------------------------------------------------
+
+
+def test_where_replay_strays_the_unpatched_run_is_walked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that are not deterministic, as a layer whose second call in the same forward differs by rounding.
+
+    By more than float64's own, or the norms, which round in float32, would hide it nearly everywhere.
+    """
+    reference = tiny_model("llama")
+    policy = perturbed(reference)
+    settings = config(low_rank={"layers": (1,), "ranks": (1, 4)})
+    exact, ours = run(policy, reference, random_pairs(6), settings)
+    real = Replay.layer
+
+    def drifting(self: Replay, index: int, stream: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        return real(self, index, stream, *rest, **options) * (1 + 1e-10 if self.ready else 1)
+
+    opened = Replay.__init__
+
+    def opening(self: Any, *args: Any, **options: Any) -> None:
+        self.ready = False
+        opened(self, *args, **options)
+        self.ready = True
+
+    monkeypatch.setattr(Replay, "__init__", opening)
+    monkeypatch.setattr(Replay, "layer", drifting)
+    unsteady, theirs = run(policy, reference, random_pairs(6), settings)
+    assert exact.controls.identity.verdict == "passed"
+    assert exact.controls.identity.pairs < 6
+    assert unsteady.controls.identity.verdict == "failed"
+    assert unsteady.controls.identity.pairs == 6
+    for name in ("effect", "low_rank.shift.1"):
+        np.testing.assert_allclose(theirs[f"per_pair.{name}"], ours[f"per_pair.{name}"], atol=1e-6, rtol=0)
+        assert not np.array_equal(theirs[f"per_pair.{name}"], ours[f"per_pair.{name}"])

@@ -1,0 +1,468 @@
+"""Several named probe sets in one run: each has its own records, arrays, curves, alerts and pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.util import tensor_util
+
+import align_audit.auditing.audit
+import align_audit.monitoring.callback
+from align_audit import AlignmentAuditCallback, AuditConfig, AuditRecord, AuditRun, TransferRecord, audit
+from align_audit.alerts.detectors import evaluate
+from align_audit.auditing.audit import Context, run_audit
+from align_audit.auditing.session.estimates import Assembler
+from align_audit.auditing.session.reference_cache import ReferenceCache
+from align_audit.errors import ConfigurationError, ProbeError, RecordError
+from align_audit.measures.subspace import principal_angles
+from align_audit.models.reference import Reference, resolve_reference
+from align_audit.record.log import RunLog
+from align_audit.writers import one_per_step
+from align_audit.writers.plots import gallery as plots
+from align_audit.writers.tensorboard import scalars
+from tests.cli.test_run import PICTURES, command  # noqa: F401
+from tests.helpers.dpo import ROWS, build
+from tests.helpers.make_record import make_run
+from tests.helpers.tiny import perturbed, random_pairs, tiny_model
+from tests.monitoring.test_callback import CREATED, event_files, events, poison, quick, steps
+from tests.monitoring.test_callback import At as AtEvent
+
+SETS = {"harmless": ROWS[16:20], "helpful-1.0": ROWS[20:]}
+LOW_RANK: dict[str, Any] = {"enabled": True, "layers": [1], "ranks": [1, 2], "random_draws": 0}
+
+
+def named(records: list[AuditRecord], name: str | None) -> list[AuditRecord]:
+    return [
+        record.model_copy(update={"provenance": record.provenance.model_copy(update={"probe_name": name})})
+        for record in records
+    ]
+
+
+# -- one call ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_named_set_has_the_numbers_it_has_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit by bit, with the models opened and the reference loaded once for all sets."""
+    opened, loaded = [], []
+    real = align_audit.auditing.audit.Session
+    monkeypatch.setattr(align_audit.auditing.audit, "Session", lambda *a, **k: opened.append(1) or real(*a, **k))
+    monkeypatch.setattr(Reference, "_open", lambda self: loaded.append(1) or self._load())
+    reference = tiny_model("llama")
+    policy = perturbed(reference)
+    sets = {"harmless": random_pairs(6), "helpful": random_pairs(5, seed=4)}
+    config = AuditConfig.from_dict({"statistics": {"bootstrap_resamples": 100}, "batch_tokens": 150})
+    before = torch.get_rng_state()
+    records = audit(policy, reference, sets, config, step=7)
+    assert len(opened) == 1
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, pairs in sets.items():
+        alone = audit(policy, reference, pairs, config, step=7)
+        record = records[name]
+        assert record.provenance.probe_name == name
+        assert alone.provenance.probe_name is None
+        assert record.key == (*alone.key[:3], name)
+        assert record.cost.forward_equivalents == alone.cost.forward_equivalents
+        same = {"provenance": alone.provenance, "cost": alone.cost}
+        assert record.model_copy(update=same).to_json() == alone.to_json()
+
+    pairs = random_pairs(4)
+    held = Reference("from disk", load=lambda: reference)
+    with align_audit.auditing.audit.OpenModels(policy, held) as models:
+        for name in ("a", "b"):
+            run_audit(policy, held, pairs, quick(), 0, Context(probe_name=name, models=models))
+    assert loaded == [1]
+    assert held._model is None, "and let go of at the end"
+
+
+def test_what_the_reference_gives_is_kept_for_each_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    traces: list[int] = []
+    real = Assembler.trace
+    monkeypatch.setattr(Assembler, "trace", lambda self, *a: traces.append(1) or real(self, *a))
+    reference = tiny_model("llama")
+    config = quick(patching={"enabled": False}, spinal={"enabled": True, "gradient_concentration": False})
+    cache = ReferenceCache(tmp_path)
+    for seed in (1, 2):
+        policy = perturbed(reference, seed=seed)
+        for name, pairs in {"a": random_pairs(8, longest=20), "b": random_pairs(8, seed=5, longest=20)}.items():
+            context = Context(probe_name=name, reference_cache=cache)
+            run_audit(policy, resolve_reference(policy, reference), pairs, config, 0, context)
+    assert len(traces) == 4 + 2, "the reference once on each set, the policy each time"
+
+
+def test_names_are_checked_before_models_are_opened() -> None:
+    with pytest.raises(ConfigurationError, match="found 'a b' as the name of a probe set"):
+        audit("nowhere", None, {"a b": random_pairs(3)})
+    with pytest.raises(ConfigurationError, match="found no probe set"):
+        AlignmentAuditCallback(probes={})
+    with pytest.raises(ConfigurationError, match="two probe sets called 'A' and 'a'"):
+        AlignmentAuditCallback(probes={"A": ROWS, "a": ROWS})
+
+
+# -- the log -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_keeps_sets_apart_and_shows_them_one_by_one(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    runs = {name: named(make_run("destabilizing", 3, 4), name) for name in ("a", None, "b")}
+    for name, records in runs.items():
+        for record in records:
+            alerts = evaluate(record, [r for r in log.records if r.step < record.step], AuditConfig().alerts)
+            assert log.append(record.model_copy(update={"alerts": alerts}))
+            assert not log.append(record), "the same set is there already"
+            log.save_arrays(
+                record.step, "arrays" if name is None else f"arrays-{name}", {"x": np.array([len(str(name))])}
+            )
+    log.append_failure(50, "broken", "b")
+
+    run = AuditRun.load(tmp_path)
+    assert len(run.records) == 9
+    assert set(run.probe_names) == {"a", None, "b"}
+    for name in runs:
+        view = run.select(name)
+        assert [record.step for record in view.records] == [0, 50, 100]
+        assert view.probe_names == [name]
+        assert view.alerts == [alert for record in view.records for alert in record.alerts]
+        assert len(view.alerts) > 2
+        assert view.load_arrays(100, "arrays")["x"].tolist() == [len(str(name))]
+        assert [failure.error for failure in view.failures] == (["broken"] if name == "b" else [])
+        assert view.to_pandas().probes.tolist() == [name] * 3
+    with pytest.raises(RecordError, match=r"no audit on the probe set 'c'.*'a'"):
+        run.select("c")
+    table = run.to_pandas()
+    assert table.groupby("probes", dropna=False).size().tolist() == [3, 3, 3]
+    assert "provenance.probe_name" not in table
+    assert run.to_pandas(layers=True).query("probes == 'b' and step == 50").layer.tolist() == [0, 1, 2, 3]
+
+
+def test_records_written_before_sets_had_names_are_read() -> None:
+    record = make_run(audits=2, layers=2)[1]
+    values = json.loads(record.to_json())
+    values["schema_version"] = 2
+    del values["provenance"]["probe_name"]
+    for alert in values["alerts"]:
+        del alert["probe_name"]
+    old = AuditRecord.from_json(json.dumps(values))
+    assert old.provenance.probe_name is None
+    assert old.key == record.key
+
+
+def test_alerts_compare_a_set_with_its_own_past_and_name_it() -> None:
+    """The other set's accuracy was far higher; that is no fall of this one's."""
+    low, high = make_run("healthy", 2, 4), make_run("healthy", 2, 4)
+    config = AuditConfig().alerts
+
+    def with_accuracy(record: AuditRecord, value: float) -> AuditRecord:
+        accuracy = record.margins.accuracy.model_copy(update={"mean": value, "low": value - 0.01, "high": value + 0.01})
+        return record.model_copy(
+            update={"margins": record.margins.model_copy(update={"accuracy": accuracy}), "alerts": []}
+        )
+
+    def past(record: AuditRecord) -> AuditRecord:
+        return record.model_copy(update={"step": 20})
+
+    (other,) = named([with_accuracy(past(high[1]), 0.95)], "helpful")
+    (own,) = named([with_accuracy(past(low[1]), 0.95)], "harmless")
+    (record,) = named([with_accuracy(low[1], 0.5)], "harmless")
+    assert "accuracy_falling" not in {alert.rule for alert in evaluate(record, [other], config)}
+    (alert,) = [alert for alert in evaluate(record, [other, own], config) if alert.rule == "accuracy_falling"]
+    assert alert.probe_name == "harmless"
+    assert alert.message.startswith("On the probes 'harmless': ")
+
+
+def test_sets_are_not_mixed_into_one_picture() -> None:
+    records = [record for name in ("a", "b") for record in named(make_run("healthy", 2, 3), name)]
+    for draw in (one_per_step, plots.margins_over_steps, plots.block_transplants):
+        with pytest.raises(
+            ValueError, match=r"found records of the probe sets 'a', 'b'; expected those of one.*select"
+        ):
+            draw(records)
+
+
+def test_pictures_of_a_named_set_have_its_folder(tmp_path: Path) -> None:
+    paths = plots.save_all(named(make_run("healthy", 1, 2), "a"), tmp_path)
+    assert set(paths) == {f"a/{name.removesuffix('.png')}" for name in PICTURES}
+    assert {path.name for path in (tmp_path / "a").iterdir()} == PICTURES
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+# -- during training ---------------------------------------------------------------------------------------------------
+
+
+def train(output: Path, config: AuditConfig, probes: Any, others: Any = (), resume: Any = None, **options: Any) -> Any:
+    callback = AlignmentAuditCallback(probes=probes, config=config)
+    trained = build(output, CREATED, [*others, callback], **options)
+    callback.attach(trained.trainer)
+    with contextlib.redirect_stdout(None):
+        trained.trainer.train(resume_from_checkpoint=resume)
+    return SimpleNamespace(trained=trained, callback=callback)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Two steps, two named sets, audited at 0, 1 and 2."""
+    output = tmp_path_factory.mktemp("sets") / "out"
+    config = quick(
+        tensorboard="auto", tensorboard_images=False, schedule={"every_n_steps": 1}, low_rank=LOW_RANK,
+    )  # fmt: skip
+    made = train(
+        output, config, SETS, max_steps=2, save_steps=1, report_to=["tensorboard"], lr_scheduler_type="constant"
+    )
+    return SimpleNamespace(output=output, config=config, **vars(made))
+
+
+def test_every_set_is_audited_at_every_audit(trained: Any) -> None:
+    run = AuditRun.load(trained.output)
+    assert run.probe_names == list(SETS)
+    assert steps(trained.output) == [0, 0, 1, 1, 2, 2]
+    hashes = set()
+    for name in SETS:
+        view = run.select(name)
+        assert [record.step for record in view.records] == [0, 1, 2]
+        (probe_hash,) = {record.provenance.probe_hash for record in view.records}
+        hashes.add(probe_hash)
+        for record in view.records:
+            arrays = view.load_arrays(record.step, "arrays")
+            assert float(arrays["per_pair.effect"][:, -1].mean()) == pytest.approx(record.patching.effect[-1].mean)
+            assert (trained.output / "align_audit" / f"step-{record.step}" / f"arrays-{name}.safetensors").exists()
+    assert len(hashes) == 2
+    effects = {record.patching.effect[-1].mean for record in run.records if record.step == 2}
+    assert len(effects) == 2, "the sets are not one and the same"
+
+
+def test_principal_angles_are_to_the_same_sets_subspace_before(trained: Any) -> None:
+    run = AuditRun.load(trained.output)
+    for name in SETS:
+        view = run.select(name)
+        curves = [record.low_rank["activation"][1] for record in view.records]
+        assert curves[0].principal_angles is None
+        bases = [torch.from_numpy(view.load_arrays(step, "arrays")["subspace.activation.1"]) for step in (0, 1, 2)]
+        for step in (1, 2):
+            assert curves[step].principal_angles == pytest.approx(
+                principal_angles(bases[step - 1], bases[step]), abs=1e-9
+            )
+
+
+def test_the_tags_of_a_set_stand_under_its_name(trained: Any) -> None:
+    (file,) = event_files(trained.output)
+    board = events(file.parent)
+    emitted = {tag for tag in board.Tags()["scalars"] if tag.startswith("align_audit/")}
+    run = AuditRun.load(trained.output)
+    assert emitted == {tag for record in run.records for tag in scalars(record)}
+    assert {tag.split("/")[1] for tag in emitted} == set(SETS)
+    for name in SETS:
+        tag = f"align_audit/{name}/patching/effect/layer_02"
+        stored = [record.patching.effect[2].mean for record in run.select(name).records]
+        assert [event.step for event in board.Scalars(tag)] == [0, 1, 2]
+        assert [event.value for event in board.Scalars(tag)] == pytest.approx(stored, rel=1e-6, abs=1e-9)
+        assert f"align_audit/{name}/controls/text_summary" in board.Tags()["tensors"]
+
+
+def test_the_layout_groups_the_charts_of_each_set(trained: Any) -> None:
+    (file,) = event_files(trained.output)
+    board = events(file.parent)
+    (event,) = board.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout()
+    layout.ParseFromString(tensor_util.make_ndarray(event.tensor_proto).item())
+    emitted = set(board.Tags()["scalars"])
+    for name in SETS:
+        own = [category for category in layout.category if category.title.startswith(f"align_audit/{name}: ")]
+        assert len(own) == 5
+        shown = set()
+        for chart in (chart for category in own for chart in category.chart):
+            shown |= {
+                tag for series in chart.margin.series for tag in (series.value, series.lower, series.upper)
+            } & emitted
+            patterns = [re.compile(pattern) for pattern in chart.multiline.tag]
+            shown |= {tag for tag in emitted if any(pattern.match(tag) for pattern in patterns)}
+        assert f"align_audit/{name}/margins/shift" in shown
+        assert f"align_audit/{name}/patching/block_transplant/layer_01" in shown
+        assert all(tag.startswith(f"align_audit/{name}/") for tag in shown)
+    assert len(layout.category) == 10
+
+
+def test_resuming_audits_the_sets_that_are_not_in_the_log(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a kill between two sets of one step: the log holds one of them."""
+    path = trained.output / "align_audit" / "records.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]))
+    missing = AuditRecord.from_json(lines[-1])
+    calls: list[tuple[int, str | None]] = []
+    real = align_audit.monitoring.callback.run_audit
+
+    def counted(policy: Any, reference: Any, probes: Any, config: Any, step: int, context: Any) -> Any:
+        calls.append((step, context.probe_name))
+        return real(policy, reference, probes, config, step, context)
+
+    monkeypatch.setattr(align_audit.monitoring.callback, "run_audit", counted)
+    checkpoint = str(trained.output / "checkpoint-1")
+    train(trained.output, trained.config, SETS, max_steps=2, resume=checkpoint, lr_scheduler_type="constant")
+    assert calls == [(2, "helpful-1.0")]
+    again = AuditRun.load(trained.output).records[-1]
+    assert again.key == missing.key
+    for basis in ("activation", "shift"):  # with the angles to the step before
+        assert again.low_rank[basis][1].model_dump_json() == missing.low_rank[basis][1].model_dump_json()
+
+
+def test_the_trainers_eval_sets_are_taken_by_their_names(tmp_path: Path) -> None:
+    callback = AlignmentAuditCallback(config=quick())
+    made = build(tmp_path / "out", CREATED, [callback], max_steps=1)
+    made.trainer.eval_dataset = {
+        name: made.trainer._prepare_dataset(
+            Dataset.from_list(rows), made.trainer.processing_class, made.trainer.args, name
+        )
+        for name, rows in {"harmless": ROWS[16:20], "to help": ROWS[20:]}.items()
+    }
+    callback.attach(made.trainer)
+    with contextlib.redirect_stdout(None):
+        made.trainer.train()
+    run = AuditRun.load(tmp_path / "out")
+    assert run.probe_names == ["harmless", "to_help"]
+    sources = [record.provenance.probe_source for record in run.records[:2]]
+    assert sources == ["the trainer's eval set 'harmless'", "the trainer's eval set 'to help'"]
+    assert all(record.provenance.probe_held_out for record in run.records)
+
+
+def test_a_set_that_breaks_leaves_the_others_and_an_alert_on_any_set_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = align_audit.monitoring.callback.run_audit
+
+    def fails(policy: Any, reference: Any, probes: Any, config: Any, step: int, context: Any) -> Any:
+        if context.probe_name == "harmless" and step == 1:
+            raise ZeroDivisionError("planted")
+        return real(policy, reference, probes, config, step, context)
+
+    monkeypatch.setattr(align_audit.monitoring.callback, "run_audit", fails)
+    config = quick(strict=False, schedule={"every_n_steps": 1}, alerts={"action": "stop"})
+    made = train(
+        tmp_path / "out", config, SETS, others=[AtEvent("on_step_end", 1, poison)], max_steps=3, save_strategy="no"
+    )
+    assert made.trained.trainer.state.global_step == 1, "the second set's weights are not finite: training stops"
+    run = AuditRun.load(tmp_path / "out")
+    assert [(record.step, record.provenance.probe_name) for record in run.records] == [
+        (0, "harmless"), (0, "helpful-1.0"), (1, "helpful-1.0"),
+    ]  # fmt: skip
+    (failure,) = run.failures
+    assert (failure.step, failure.probe_name) == (1, "harmless")
+    assert "ZeroDivisionError: planted" in failure.error
+
+
+def test_an_unnamed_log_is_not_gone_on_with_under_names(tmp_path: Path) -> None:
+    first = quick(schedule={"on_save": False, "on_last_step": False})
+    train(tmp_path / "out", first, ROWS[16:20], max_steps=1, save_strategy="no")
+    with pytest.warns(UserWarning, match="previous-1"):
+        train(tmp_path / "out", first, {"harmless": ROWS[16:20]}, max_steps=1, save_strategy="no")
+    assert AuditRun.load(tmp_path / "out").probe_names == ["harmless"]
+
+
+def test_a_table_is_not_taken_for_named_sets(tmp_path: Path) -> None:
+    callback = AlignmentAuditCallback(probes={"prompt": ["a"], "chosen": ["b"], "rejected": ["c"]}, config=quick())
+    made = build(tmp_path / "out", CREATED, [callback])
+    with pytest.raises(ProbeError, match="found a single dict with the keys prompt, chosen, rejected"):
+        callback.attach(made.trainer)
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pairs")
+    found = {}
+    for name, rows in SETS.items():
+        found[name] = folder / f"{name}.jsonl"
+        found[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    quick(low_rank=LOW_RANK).to_yaml(folder / "audit.yaml")
+    found["options"] = folder / "audit.yaml"
+    return found
+
+
+def asked(files: dict[str, Path], trained: Any, output: Path, *more: Any) -> list[Any]:
+    sets = [word for name in SETS for word in ("--probes", f"{name}={files[name]}")]
+    base = trained.output.parent / "base"
+    return [*sets, "--config", files["options"], "--reference", base, "--output", output, *more]
+
+
+def test_saved_checkpoints_are_audited_on_every_named_set(
+    command: Any,  # noqa: F811
+    files: dict[str, Path],
+    trained: Any,
+    tmp_path: Path,
+) -> None:
+    arguments = ["run", trained.output, *asked(files, trained, tmp_path / "out")]
+    done = command(*arguments)
+    assert done.code == 0, done.err
+    run = AuditRun.load(tmp_path / "out")
+    during = AuditRun.load(trained.output)
+    for name in SETS:
+        assert f"step 2 on '{name}': 4 pairs" in done.out
+        view = run.select(name)
+        assert [record.step for record in view.records] == [1, 2]
+        assert [r.key for r in view.records] == [r.key for r in during.select(name).records[1:]]
+        assert view.records[1].low_rank["activation"][1].principal_angles is not None
+    log = tmp_path / "out" / "align_audit" / "records.jsonl"
+    before = log.read_bytes()
+    assert command(*arguments).code == 0
+    assert log.read_bytes() == before, "nothing was audited twice"
+
+    path = files["harmless"]
+    changed = ["run", trained.output, "--probes", f"harmless={files['helpful-1.0']}", "--output", tmp_path / "out"]
+    refused = command(*changed, "--config", files["options"], "--reference", trained.output.parent / "base")
+    assert refused.code == 2
+    assert "on other probe pairs called 'harmless'" in refused.err
+    nameless = command("run", trained.output, "--probes", path, "--probes", path)
+    assert nameless.code == 2
+    assert "has no name; expected name=path" in nameless.err
+
+
+def test_transfer_from_the_command_line(
+    command: Any,  # noqa: F811
+    files: dict[str, Path],
+    trained: Any,
+    tmp_path: Path,
+) -> None:
+    common = asked(files, trained, tmp_path / "out")
+    done = command("transfer", trained.output / "checkpoint-2", *common, "--layer", "0,2", "--basis", "shift")
+    assert done.code == 0, done.err
+    record = TransferRecord.load(tmp_path / "out" / "transfer.json")
+    assert record.step == 2
+    assert (record.probe_names, record.layers, list(record.cells)) == (list(SETS), [0, 2], ["shift"])
+    assert record.reference_source == "loaded from base"
+    during = AuditRun.load(trained.output).records[-1].provenance
+    assert record.provenance["helpful-1.0"].policy_hash == during.policy_hash
+    for words in ("layer 2, shift basis", "on harmless", "on helpful-1.0", "random", "largest angle between"):
+        assert words in done.out
+    for layer in (0, 2):
+        picture = tmp_path / "out" / "pictures" / f"transfer_shift_layer_{layer:02d}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "transfer in" in done.out
+
+    (tmp_path / "file").touch()
+    blocked = asked(files, trained, tmp_path / "file" / "out")
+    one = ["transfer", trained.output / "checkpoint-2", "--probes", f"harmless={files['harmless']}"]
+    for arguments, words in (
+        (one, "a transfer is between at least two probe sets"),
+        (["transfer", trained.output / "checkpoint-2", *blocked], "choose another --output"),
+        (["transfer", trained.output, *common], "holds 2 checkpoints, and a transfer is of one policy"),
+        (
+            ["transfer", trained.output / "checkpoint-2", *common, "--layer", "top"],
+            "--layer: expected N, N,M, all or auto",
+        ),
+        (
+            ["transfer", trained.output / "checkpoint-2", *common, "--basis", "all"],
+            "--basis: expected shift, activation or",
+        ),
+    ):
+        refused = command(*arguments)
+        assert refused.code == 2
+        assert words in refused.err

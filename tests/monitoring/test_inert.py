@@ -1,0 +1,92 @@
+"""Observation is inert: training with the callback is bit-identical to training without it, in every reference mode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
+from tests.helpers.dpo import MODES, train
+
+
+def small(**changes: Any) -> AuditConfig:
+    values = {
+        "max_pairs": 4,
+        "low_rank": {"ranks": [1, 4], "layers": [1]},
+        "patching": {"noise_draws": 1},
+        "statistics": {"bootstrap_resamples": 100},
+        "schedule": {"every_n_steps": 1},
+        "progress": False,
+        "strict": True,
+    }
+    return AuditConfig.from_dict({**values, **changes})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_losses_gradients_and_weights_are_bit_identical(mode: str, tmp_path: Path) -> None:
+    plain = train(tmp_path / "plain", mode)
+    audited = train(tmp_path / "audited", mode, AlignmentAuditCallback(config=small()))
+    assert len(plain.losses) == 4
+    assert plain.losses == audited.losses
+    weights, other = plain.weights, audited.weights
+    assert weights.keys() == other.keys()
+    for name, value in weights.items():
+        assert torch.equal(value, other[name]), name
+
+    run = AuditRun.load(tmp_path / "audited")
+    assert not run.failures
+    assert [record.step for record in run.records] == [0, 1, 2, 3]
+    first, last = run.records[0], run.records[-1]
+    # At step 0 every mode's reference is the policy's starting point: exactly zero everywhere.
+    assert first.reference_check.verdict == "passed", first.reference_check.reason
+    assert first.reference_check.same_weights
+    assert all(estimate.mean == 0.0 for estimate in first.patching.effect)
+    assert first.margins.kl.mean == 0.0
+    # And training moved it, so the audits that followed had something to see.
+    assert last.margins.shift.mean != 0.0
+    assert last.provenance.policy_hash != first.provenance.policy_hash
+    for earlier, later in zip(run.records, run.records[1:], strict=False):
+        moved = later.provenance.reference_hash != earlier.provenance.reference_hash
+        assert moved == (mode == "sync" and later.step == 2)
+    assert not [alert for alert in run.alerts if alert.rule.startswith("reference")]
+
+
+def test_the_models_are_left_as_they_were(tmp_path: Path) -> None:
+    """Modes, flags, hooks, gradients and random state around one audit of a PEFT policy in training mode."""
+    from tests.helpers.dpo import build
+
+    callback = AlignmentAuditCallback(config=small())
+    run = build(tmp_path / "out", "pretrained adapter", [callback])
+    callback.attach(run.trainer)
+    model = run.model
+    model.train()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+
+    def state() -> Any:
+        modules = [
+            (
+                name,
+                module.training,
+                len(module._forward_hooks),
+                len(module._forward_pre_hooks),
+                "forward" in vars(module),
+            )
+            for name, module in model.named_modules()
+        ]
+        parameters = [
+            (name, parameter.requires_grad, None if parameter.grad is None else float(parameter.grad.sum()))
+            for name, parameter in model.named_parameters()
+        ]
+        return modules, parameters, list(model.active_adapters), torch.get_rng_state().tolist(), model.config.to_dict()
+
+    trainer = run.trainer
+    trainer.state.max_steps = 3
+    before = state()
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=model)
+    assert AuditRun.load(tmp_path / "out").records
+    assert state() == before

@@ -1,0 +1,137 @@
+"""The verdict in words: what a record must hold for a claim, and that one missing piece takes it away."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from align_audit.record.audit_record import GUARDED, AuditRecord, Control, Controls, Estimate, Finding
+from align_audit.record.finding import find
+from tests.helpers.make_record import make_record
+
+
+def estimate(mean: float, half: float = 0.1) -> Estimate:
+    return Estimate(mean=mean, low=mean - half, high=mean + half)
+
+
+@pytest.fixture
+def record() -> AuditRecord:
+    """Layers 3 and 4 of six stand out and all controls hold."""
+    made = make_record(100, layers=6)
+    assert made.patching is not None
+    assert made.patching.standing_out is not None
+    standing = made.patching.standing_out.model_copy(
+        update={
+            "layers": [3, 4], "gain": Estimate(mean=0.92, low=0.854, high=0.97), "separation": estimate(4.0),
+            "stability": 0.9,
+        }
+    )  # fmt: skip
+    patching = made.patching.model_copy(
+        update={
+            "standing_out": standing,
+            "block_transplant": [estimate(2.5 if layer in (3, 4) else 0.2) for layer in range(6)],
+            "effect": [estimate(1.0 + layer) for layer in range(6)],
+        }
+    )
+    noise = made.controls.noise.model_copy(update={"effect": [estimate(0.0)] * 6})
+    curve = next(iter(made.low_rank["shift"].values()))
+    curve = curve.model_copy(update={"rank_95": 2.0, "rank_95_low": 2.0, "rank_95_high": 4.0})
+    return made.model_copy(
+        update={
+            "patching": patching,
+            "controls": made.controls.model_copy(update={"noise": noise}),
+            "low_rank": {"shift": {3: curve}},
+        }
+    )
+
+
+def changed(record: AuditRecord, path: str, value: Any) -> AuditRecord:
+    head, _, rest = path.partition(".")
+    part = getattr(record, head)
+    return record.model_copy(update={head: changed(part, rest, value) if rest else value})
+
+
+def test_a_claim_says_where_how_much_of_what_rank_and_what_controls(record: AuditRecord) -> None:
+    assert find(record) == Finding(
+        words="localized in layers 3–4 (92 % of the gain, 95 % CI 85–97 %), rank ≤ 4; controls passed: noise, reverse, "
+        "identity, random subspace, split half, permuted targets",
+        localized=True,
+        layers=[3, 4],
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "words"),
+    [
+        ("margins.shift", Estimate(mean=0.2, low=-0.1, high=0.5), "the interval of the mean margin shift, [-0.1, 0.5] nats"),
+        ("margins.shift", estimate(-2.0), "moved towards the rejected completions (mean margin shift -2 nats)"),
+        ("margins.shift", Estimate(mean=0, low=0, high=0), "policy and reference give the same margins"),
+        ("margins.shift", Estimate.unknown("1 of 9 values is not finite"), "not known (1 of 9 values is not finite)"),
+        ("patching", None, "patching was not measured"),
+        ("patching.standing_out", None, "which layers stand out was not measured"),
+        (
+            "patching.standing_out.gain", Estimate(mean=0.55, low=0.45, high=0.6),
+            "layers 3–4 stand out most and carry 55 % of the gain, 95 % CI 45–60 %",
+        ),
+        (
+            "patching.standing_out.gain", Estimate(mean=0.3, low=0.2, high=0.4),
+            "carry only 30 % of the gain, 95 % CI 20–40 %",
+        ),
+        ("patching.standing_out.gain", Estimate.unknown("why"), "what layers 3–4 carry of the gain is not known (why)"),
+        (
+            "patching.standing_out.separation", Estimate(mean=3, low=0.9, high=4),
+            "layers 3–4 do not stand clear of the others (3 times as much, 95 % CI 0.9 to 4)",
+        ),
+        ("patching.standing_out.stability", 0.79, "depends on the pairs: 79% of resamples agree on layers 3–4"),
+        ("patching.block_transplant", [estimate(0.05)] * 6, "the block transplant includes 0 at layers 3–4"),
+        ("controls.noise.effect", [estimate(0.0)] * 4 + [estimate(4.95)] * 2, "noise control failed at layer 4"),
+        ("controls.noise.effect", [Estimate.unknown("no")] * 6, "noise control failed at layers 3–4"),
+        ("controls.noise", Control(verdict="not_run", reason="no draws"), "the noise control was not run (no draws)"),
+        ("controls.reverse", Control(verdict="failed", reason="it rose"), "the reverse control failed (it rose)"),
+        ("controls.identity", Control(verdict="failed", reason="moved"), "the identity control failed (moved)"),
+    ],
+)  # fmt: skip
+def test_one_missing_piece_takes_the_claim_away(record: AuditRecord, path: str, value: Any, words: str) -> None:
+    finding = find(changed(record, path, value))
+    assert (finding.localized, finding.layers) == (False, [])
+    assert finding.words.startswith("no localization claimed: ")
+    assert words in finding.words
+
+
+def test_all_that_speaks_against_a_claim_is_said(record: AuditRecord) -> None:
+    poor = changed(record, "patching.standing_out.stability", 0.5)
+    poor = changed(poor, "controls.reverse", Control(verdict="failed", reason="it rose"))
+    assert find(poor).words.count(";") == 1
+
+
+def test_rank_is_claimed_only_where_it_was_shown(record: AuditRecord) -> None:
+    assert "rank not measured there" in find(changed(record, "low_rank", {})).words
+    curve = record.low_rank["shift"][3]
+    wide = curve.model_copy(update={"rank_95_high": math.inf})
+    assert "rank not shown to be ≤ 16" in find(changed(record, "low_rank", {"shift": {3: wide}})).words
+    failed = Control(verdict="failed", reason="as well")
+    assert (
+        "rank not claimed (random subspaces do as well)"
+        in find(changed(record, "controls.random_subspace", failed)).words
+    )
+    assert "failed: random subspace" in find(changed(record, "controls.random_subspace", failed)).words
+
+
+def test_positions_are_named(record: AuditRecord) -> None:
+    assert (
+        "CI 85–97 %, patched at last prompt token positions)"
+        in find(changed(record, "patching.positions", "last_prompt_token")).words
+    )
+
+
+def test_it_stands_at_the_top_of_the_stored_record(record: AuditRecord) -> None:
+    stored = record.model_copy(update={"finding": find(record)})
+    assert stored.to_json().startswith('{"finding":{"words":"localized in layers 3–4 (92 % of the gain')
+    again = AuditRecord.from_json(stored.to_json())
+    assert find(again) == again.finding
+
+
+def test_every_control_says_what_it_guards() -> None:
+    assert set(GUARDED) == set(Controls.model_fields)
