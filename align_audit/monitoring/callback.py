@@ -36,11 +36,12 @@ from align_audit.models.anatomy import Anatomy
 from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
 from align_audit.models.weights.sharded import refuse_sharded
-from align_audit.probes.names import arrays_name, as_name, check_names
+from align_audit.monitoring.trainer import tensorboard_writer_of
+from align_audit.probes.names import as_name, check_names
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Ranks
 from align_audit.record.audit_record import Alert, AuditRecord
-from align_audit.record.log import RunLog
+from align_audit.record.log import RunLog, arrays_name
 from align_audit.writers.locate import open_tensorboard
 from align_audit.writers.tensorboard import TensorBoardWriter
 from align_audit.writers.terminal import print_record, progress_bar
@@ -377,7 +378,7 @@ class AlignmentAuditCallback(TrainerCallback):
         if self.config.tensorboard == "off" or not state.is_world_process_zero:
             return
         self._close_writer()
-        summary_writer, self._close_writer = open_tensorboard(self._attached(), args.output_dir)
+        summary_writer, self._close_writer = open_tensorboard(tensorboard_writer_of(self._attached()), args.output_dir)
         self._writer = TensorBoardWriter(
             summary_writer, images=self.config.tensorboard_images, probe_names=list(self._probes)
         )

@@ -20,10 +20,10 @@ from align_audit.errors import ConfigurationError, ReferenceUnavailableError
 from align_audit.models.anatomy import is_peft
 from align_audit.models.loading import load_model
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
-from align_audit.probes.names import arrays_name, check_names
+from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
-from align_audit.record.log import RunLog
+from align_audit.record.log import RunLog, arrays_name
 from align_audit.record.transfer_record import TransferRecord
 from align_audit.writers.terminal import print_record, progress_bar
 

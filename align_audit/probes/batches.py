@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from align_audit.config import Positions
     from align_audit.probes.pairs import ProbePair
 
 PADDING, PROMPT, CHOSEN, REJECTED = -1, 0, 1, 2
@@ -89,8 +88,12 @@ class PairBatch:
         visible = ((other == PROMPT) | (other == mine)).tril()
         return {"input_ids": self.input_ids, "attention_mask": visible[:, None], "position_ids": self.place}
 
-    def position_mask(self, positions: Positions) -> torch.Tensor:
-        """[R, T] booleans: the positions a patch replaces. Padding is never among them."""
+    def position_mask(self, positions: str) -> torch.Tensor:
+        """[R, T] booleans: the positions a patch replaces. Padding is never among them.
+
+        Args:
+            positions: "all", "prompt", "completion" or "last_prompt_token".
+        """
         valid = self.attention_mask.bool()
         if positions == "all":
             return valid

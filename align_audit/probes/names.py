@@ -77,14 +77,4 @@ def read_arguments(arguments: Sequence[str]) -> dict[str, Path] | Path:
     return {name: path for name, path in found if name is not None}
 
 
-def arrays_name(probe_name: str | None, name: str = "arrays") -> str:
-    """What a set's arrays are called in a step's folder.
-
-    Example:
-        >>> arrays_name(None), arrays_name("helpful")
-        ('arrays', 'arrays-helpful')
-    """
-    return name if probe_name is None else f"{name}-{probe_name}"
-
-
-__all__ = ["arrays_name", "as_name", "check_names", "read_arguments"]
+__all__ = ["as_name", "check_names", "read_arguments"]

@@ -30,7 +30,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from align_audit.errors import ConfigurationError, RecordError
 from align_audit.files import write_atomically
-from align_audit.probes.names import arrays_name
 from align_audit.record.audit_record import SCHEMA_VERSION, Alert, AuditRecord, Control, DepthTrace, Estimate
 
 if TYPE_CHECKING:
@@ -43,6 +42,16 @@ ALERTS = "alerts.jsonl"
 FAILURES = "failures.jsonl"
 
 _Line = TypeVar("_Line", Alert, "Failure")
+
+
+def arrays_name(probe_name: str | None, name: str = "arrays") -> str:
+    """What a set's arrays are called in a step's folder.
+
+    Example:
+        >>> arrays_name(None), arrays_name("helpful")
+        ('arrays', 'arrays-helpful')
+    """
+    return name if probe_name is None else f"{name}-{probe_name}"
 
 
 class Failure(BaseModel):

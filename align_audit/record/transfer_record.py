@@ -1,7 +1,8 @@
 """What :func:`align_audit.transfer` found: how far the subspaces of one probe set carry the effect on another.
 
 Conventions are those of :mod:`align_audit.record.audit_record`: a number that cannot be known is NaN and says why, an
-``Estimate`` in its ``reason``, any other field in ``TransferRecord.reasons`` under its dotted path. Sequences run along ``ranks``.
+``Estimate`` in its ``reason``, any other field in ``TransferRecord.reasons`` under its dotted path. Sequences run along
+``ranks``.
 """
 
 from __future__ import annotations

@@ -5,20 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-def open_tensorboard(trainer: Any, output_dir: str | Path) -> tuple[SummaryWriter, Callable[[], None]]:
+def open_tensorboard(own: SummaryWriter | None, output_dir: str | Path) -> tuple[SummaryWriter, Callable[[], None]]:
     """A summary writer beside the trainer's curves, and how to close it.
 
-    With the trainer at hand its own writer is used, and is not ours to close. Otherwise a second event file is opened in
-    the folder this process already writes one to (TensorBoard shows the files of a folder as one run), and where there
+    The trainer's ``own`` writer is used where it is at hand, and is not ours to close. Otherwise a second event file is
+    opened in the folder this process already writes one to (TensorBoard shows the files of a folder as one run), and where there
     is none, in ``<output_dir>/align_audit/tensorboard``.
     """
-    own = _writer_of(trainer)
     if own is not None:
         return own, lambda: None
     from torch.utils.tensorboard import SummaryWriter
@@ -26,17 +25,6 @@ def open_tensorboard(trainer: Any, output_dir: str | Path) -> tuple[SummaryWrite
     folder = find_event_folder(output_dir) or Path(output_dir) / "align_audit" / "tensorboard"
     writer = SummaryWriter(log_dir=str(folder), filename_suffix=".align_audit")
     return writer, writer.close
-
-
-def _writer_of(trainer: Any) -> SummaryWriter | None:
-    if trainer is None:
-        return None
-    from transformers.integrations import TensorBoardCallback
-
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            return callback.tb_writer
-    return None
 
 
 def find_event_folder(output_dir: str | Path) -> Path | None:
