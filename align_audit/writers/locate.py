@@ -15,8 +15,8 @@ def open_tensorboard(own: SummaryWriter | None, output_dir: str | Path) -> tuple
     """A summary writer beside the trainer's curves, and how to close it.
 
     The trainer's ``own`` writer is used where it is at hand, and is not ours to close. Otherwise a second event file is
-    opened in the folder this process already writes one to (TensorBoard shows the files of a folder as one run), and where there
-    is none, in ``<output_dir>/align_audit/tensorboard``.
+    opened in the folder this process already writes one to (TensorBoard shows the files of a folder as one run), and
+    where there is none, in ``<output_dir>/align_audit/tensorboard``.
     """
     if own is not None:
         return own, lambda: None
