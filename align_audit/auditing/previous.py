@@ -20,8 +20,8 @@ Subspaces = dict[tuple[str, int], np.ndarray]
 
 
 @dataclass(frozen=True)
-class AuditBefore:
-    """Of the audit before, or of none.
+class PreviousAudit:
+    """Of the previous audit, or of none.
 
     Attributes:
         subspaces: what principal angles are measured from.
@@ -32,14 +32,14 @@ class AuditBefore:
     attribution: Attribution | None = None
 
 
-def left_by(record: AuditRecord | None, log: RunLog) -> AuditBefore:
+def left_by(record: AuditRecord | None, log: RunLog) -> PreviousAudit:
     """What the audit of a stored record left; arrays that are gone or damaged cost the angles, not the audit."""
     if record is None:
-        return AuditBefore()
+        return PreviousAudit()
     subspaces: Subspaces = {}
     with contextlib.suppress(AlignAuditError):
         for name, values in log.load_arrays(record.step, arrays_name(record.provenance.probe_name)).items():
             if name.startswith("subspace."):
                 _, basis, layer = name.split(".")
                 subspaces[basis, int(layer)] = values
-    return AuditBefore(subspaces, record.attribution)
+    return PreviousAudit(subspaces, record.attribution)

@@ -8,31 +8,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from torch import nn
 
-from align_audit.auditing.audit import (
-    Context,
-    OpenModels,
-    layers_to_reconstruct,
-    memory_explained,
-    provenance_of,
-    ticker,
-)
-from align_audit.auditing.measurements.low_rank import Fit, Key, Reconstruction, TokenGrams
-from align_audit.auditing.measurements.measurement import second_pass
-from align_audit.auditing.measurements.patching import Collector
+from align_audit.auditing.measurements.attribution import Attribution
+from align_audit.auditing.measurements.behaviour import Behaviour
+from align_audit.auditing.measurements.low_rank import Fit, Key, Reconstruction, TokenGrams, layers_to_reconstruct
+from align_audit.auditing.measurements.measurement import AuditTask
+from align_audit.auditing.measurements.patching import Patching
 from align_audit.auditing.measurements.transfer_cells import EXCLUDED, HELD_OUT, Cells, ProbeSide, held_out_spans
-from align_audit.auditing.session.estimates import Assembler
+from align_audit.auditing.passes import first_pass, second_pass
+from align_audit.auditing.progress import ticker
+from align_audit.auditing.provenance import provenance_of
+from align_audit.auditing.request import AuditRequest
+from align_audit.auditing.session.memory import memory_explained
+from align_audit.auditing.session.open_models import OpenModels
+from align_audit.auditing.session.reference_cache import ReferenceCache
+from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError, ProbeError
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import Reference, load_policy, resolve_reference
-from align_audit.probes.batches import PairBatch
 from align_audit.probes.names import check_names
 from align_audit.record.audit_record import Cost
 from align_audit.record.transfer_record import RandomSubspaces, SubspaceAngles, TransferCell, TransferRecord
@@ -89,7 +88,7 @@ def transfer(
     if not isinstance(policy, nn.Module):
         policy = load_policy(policy)
     resolved = resolve_reference(policy, reference)
-    return run_transfer(policy, resolved, probes, config or AuditConfig(), step, Context(anatomy=anatomy))
+    return run_transfer(policy, resolved, probes, config or AuditConfig(), step, anatomy=anatomy)
 
 
 def run_transfer(
@@ -97,10 +96,16 @@ def run_transfer(
     reference: Reference,
     probes: Mapping[str, ProbeSet],
     config: AuditConfig,
-    step: int,
-    context: Context,
+    step: int = 0,
+    *,
+    anatomy: Anatomy | None = None,
+    progress: Callable[[int, str], Any] | None = None,
 ) -> TransferRecord:
-    """:func:`transfer`, with the reference found already."""
+    """:func:`transfer`, with the reference found already.
+
+    Args:
+        progress: makes a progress bar of so many batches.
+    """
     if len(probes) < 2:
         raise ConfigurationError(f"a transfer is between at least two probe sets; found {', '.join(probes)} alone")
     if all(len(own) < 2 for own in probes.values()):
@@ -108,8 +113,8 @@ def run_transfer(
             "no probe set has two pairs, so nothing has an interval; expected at least 2 pairs in one of them"
         )
     began = time.perf_counter()
-    with memory_explained(), OpenModels(policy, reference) as models:
-        sides, tick = _gather(models, probes, _settings(config), context)
+    with memory_explained(), OpenModels(policy, reference, anatomy=anatomy) as models:
+        sides, tick = _gather(models, probes, _settings(config), step, progress)
         chosen, layers = _layers(sides)
         reasons: dict[str, str] = {}
         for side in sides:
@@ -127,17 +132,12 @@ def run_transfer(
         return TransferRecord(
             step=step,
             probe_names=list(probes),
-            provenance={
-                side.name: provenance_of(
-                    side.session, probes[side.name], models.hashes, replace(context, probe_name=side.name)
-                )
-                for side in sides
-            },
+            provenance={side.name: provenance_of(side.session, side.task.request) for side in sides},
             reference_source=reference.source,
             ranks=sides[0].fitted.ranks,
             layers=layers,
             chosen_layers=chosen,
-            shift={side.name: side.build.mean(side.build.shift) for side in sides},
+            shift={side.name: side.behaviour.mean_shift for side in sides},
             shared_pairs=_shared(sides, which),
             cells=cells,
             random=random,
@@ -166,21 +166,22 @@ def _settings(config: AuditConfig) -> AuditConfig:
 
 
 def _gather(
-    models: OpenModels, probes: Mapping[str, ProbeSet], config: AuditConfig, context: Context
+    models: OpenModels,
+    probes: Mapping[str, ProbeSet],
+    config: AuditConfig,
+    step: int,
+    progress: Callable[[int, str], Any] | None,
 ) -> tuple[list[ProbeSide], Callable[[], None]]:
     """The full patch of every set: the effects that those of the subspaces are shares of."""
-    sessions = {name: models.session(own, config, context) for name, own in probes.items()}
-    tick = ticker(context, 3 * sum(len(session.plan) for session in sessions.values()))
     sides = []
-    for name, session in sessions.items():
-        collector = Collector(session, reference_rows=False)
-
-        def update(batch: PairBatch, collector: Collector = collector) -> None:
-            collector.update(batch)
-            tick()
-
-        session.each_batch(update)
-        sides.append(ProbeSide(name, session, collector.found, Assembler(collector.found, config)))
+    for name, pairs in probes.items():
+        session = Session(models, pairs.pairs, config, truncation_mode=pairs.truncation_mode)
+        task = AuditTask(session, AuditRequest(pairs, config, step, probe_name=name), ReferenceCache())
+        task.begin((Behaviour, Attribution, Patching))
+        sides.append(ProbeSide(name, task))
+    tick = ticker(progress, 3 * sum(len(side.session.plan) for side in sides))
+    for side in sides:
+        first_pass(side.task, tick)
     return sides, tick
 
 
@@ -188,7 +189,7 @@ def _layers(sides: list[ProbeSide]) -> tuple[dict[str, list[int]], list[int]]:
     """What each set asks for, and all of it."""
     chosen, why = {}, {}
     for side in sides:
-        _, summary = side.build.patching()
+        summary = side.task[Patching].summary
         assert summary is not None
         chosen[side.name] = layers_to_reconstruct(side.session, summary)
         why[side.name] = summary.peak_reason
@@ -220,7 +221,7 @@ def _patch(
                 # What is left out in the end is walked with the others: a batch is patched as a whole.
                 spans = np.where(spans == EXCLUDED, HELD_OUT, spans)
                 looks[fitted.name] = Reconstruction(patched.session, fitted.fitted, spans, random=())
-        second_pass(patched.session, patched.found, list(looks.values()), tick)
+        second_pass(patched.session, patched.behaviour, list(looks.values()), tick)
         for key in keys:
             chance = cells.random(patched, key, looks[patched.name])
             if chance is not None:

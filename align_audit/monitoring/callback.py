@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeGuard
 
@@ -25,11 +25,12 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align_audit.alerts.detectors import evaluate
-from align_audit.auditing.audit import Context, OpenModels, run_audit
-from align_audit.auditing.measurements.sites import SiteCollector
-from align_audit.auditing.previous import AuditBefore, left_by
+from align_audit.auditing.audit import run_audit
+from align_audit.auditing.check import check_audit
+from align_audit.auditing.previous import PreviousAudit, left_by
+from align_audit.auditing.request import AuditRequest
+from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
-from align_audit.auditing.session.walk import Session, check_vocabulary
 from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError
 from align_audit.models.anatomy import Anatomy
@@ -140,10 +141,14 @@ class AlignmentAuditCallback(TrainerCallback):
         self._given_probes = probes
         self._given_reference = reference
         self._trainer: weakref.ref[DPOTrainer] | None = None
-        self._context = Context(anatomy=anatomy)
+        self._anatomy = anatomy
+        self._beta: float | None = None
+        self._numerics: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+        self._compare_precomputed = True
+        self._cache = ReferenceCache()
         self._probes: dict[str | None, ProbeSet] = {}
         """The probe sets by name; a single one without a name is called None."""
-        self._before: dict[str | None, AuditBefore] = {}
+        self._previous: dict[str | None, PreviousAudit] = {}
         """What each probe set's audit before left."""
         self._reference: Reference | None = None
         self._log: RunLog | None = None
@@ -170,7 +175,7 @@ class AlignmentAuditCallback(TrainerCallback):
                 "before callback.attach(trainer)"
             )
         self._trainer = weakref.ref(trainer)
-        self._context.beta = getattr(trainer, "beta", None)
+        self._beta = getattr(trainer, "beta", None)
         self._prepare_probes(trainer.args, trainer.processing_class, None)
         return self
 
@@ -294,33 +299,24 @@ class AlignmentAuditCallback(TrainerCallback):
                 "sync_ref_model=True moves the trainer's reference during training, and only the trainer holds it. "
                 "Call callback.attach(trainer) after building the trainer."
             )
-        self._context.autocast = self._autocast(args, model)
-        self._context.compare_precomputed = getattr(args, "ld_alpha", None) is None
-        self._context.beta = getattr(args, "beta", self._context.beta)
+        self._numerics = self._autocast(args, model)
+        self._compare_precomputed = getattr(args, "ld_alpha", None) is None
+        self._beta = getattr(args, "beta", self._beta)
         self._reference = resolve_reference(
             model,
             self._given_reference,
             getattr(trainer, "ref_model", None),
             trust_remote_code=bool(getattr(args, "trust_remote_code", False)),
         )
-        first = next(iter(self._probes.values()))
         try:
-            with contextlib.ExitStack() as stack:
-                with untouched(model):
-                    other = self._reference.model()
-                stack.enter_context(untouched(model, other))
-                stack.enter_context(torch.no_grad())
-                session = Session(
-                    model,
-                    self._reference,
-                    first.pairs[:1],
-                    self.config,
-                    autocast=self._context.autocast,
-                    anatomy=self._context.anatomy,
-                )
-                for probes in self._probes.values():
-                    check_vocabulary(probes.pairs, session.policy.anatomy.vocab_size)
-                SiteCollector(session)  # a site that the model does not have
+            check_audit(
+                model,
+                self._reference,
+                self._probes.values(),
+                self.config,
+                autocast=self._numerics,
+                anatomy=self._anatomy,
+            )
         except AlignAuditError:
             raise
         except Exception as error:
@@ -342,7 +338,7 @@ class AlignmentAuditCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._log = RunLog(args.output_dir)
-        self._context.reference_cache = ReferenceCache(self._log.directory / "cache")
+        self._cache = ReferenceCache(self._log.directory / "cache")
         records = self._log.records
         if state.global_step == 0 and not all(self._begins_with(record, model) for record in records):
             aside = self._log.set_aside()
@@ -353,14 +349,14 @@ class AlignmentAuditCallback(TrainerCallback):
             )
             records = []
         self._seen = {(record.step, record.provenance.policy_hash, record.provenance.probe_name) for record in records}
-        self._before = {}
+        self._previous = {}
         for name in self._probes:
             reached = [
                 record
                 for record in records
                 if record.step <= state.global_step and record.provenance.probe_name == name
             ]
-            self._before[name] = left_by(reached[-1] if reached else None, self._log)
+            self._previous[name] = left_by(reached[-1] if reached else None, self._log)
 
     def _begins_with(self, record: AuditRecord, model: nn.Module) -> bool:
         """Is this what our own first audit would find: the same start, read on the same probes in the same way?"""
@@ -520,7 +516,7 @@ class AlignmentAuditCallback(TrainerCallback):
             if not due:
                 return None
             assert self._reference is not None
-            with OpenModels(model, self._reference) as models:
+            with OpenModels(model, self._reference, autocast=self._numerics, anatomy=self._anatomy) as models:
                 for name, key in due.items():
                     self._seen.add(key)  # an audit that breaks would break again on the same weights
                     try:
@@ -553,21 +549,22 @@ class AlignmentAuditCallback(TrainerCallback):
     ) -> None:
         """One probe set; what its record says in alerts is added to ``alerts`` before anything is written."""
         assert self._reference is not None
-        context = replace(
-            self._context,
-            at_start=at_start,
-            progress=(
-                progress_bar if self.config.progress and state.is_world_process_zero and not args.disable_tqdm else None
-            ),
-            before=self._before.get(name, AuditBefore()),
+        sync = getattr(args, "ref_model_sync_steps", 0) if getattr(args, "sync_ref_model", False) else 0
+        request = AuditRequest(
+            self._probes[name],
+            self.config,
+            state.global_step,
             probe_name=name,
-            models=models,
+            at_start=at_start,
+            beta=self._beta,
+            last_sync_step=(state.global_step // sync * sync or None) if sync else None,
+            compare_precomputed=self._compare_precomputed,
+            previous=self._previous.get(name, PreviousAudit()),
         )
-        if getattr(args, "sync_ref_model", False):
-            period = args.ref_model_sync_steps
-            context.last_sync_step = state.global_step // period * period or None
-        record, arrays = run_audit(model, self._reference, self._probes[name], self.config, state.global_step, context)
-        self._before[name] = context.before
+        shown = self.config.progress and state.is_world_process_zero and not args.disable_tqdm
+        result = run_audit(models, request, self._cache, progress_bar if shown else None)
+        record, arrays = result.record, result.arrays
+        self._previous[name] = result.left
         if self._log is None:  # not the first process
             return
         history = self._log.records

@@ -11,8 +11,10 @@ from typing import Any
 from torch import nn
 
 from align_audit.alerts.detectors import evaluate
-from align_audit.auditing.audit import Context, OpenModels, run_audit
+from align_audit.auditing.audit import run_audit
 from align_audit.auditing.previous import left_by
+from align_audit.auditing.request import AuditRequest
+from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.auditing.transfer import run_transfer
 from align_audit.config import AuditConfig
@@ -49,9 +51,7 @@ def audit_saved(
     """
     log = RunLog(output)
     sets = read_probes(probes, checkpoints, reference, config)
-    context = Context(
-        progress=progress_bar if config.progress else None, reference_cache=ReferenceCache(log.directory / "cache")
-    )
+    cache = ReferenceCache(log.directory / "cache")
     shared = _load_reference(reference, device)
     found = []
     for folder, step in checkpoints.items():
@@ -61,8 +61,7 @@ def audit_saved(
         with OpenModels(policy, resolved) as models:
             for name, pairs in sets.items():
                 known = _known(key, name, pairs, config, log, one_reference=shared is not None)
-                one = replace(context, probe_name=name, models=models)
-                record = known or _audited(policy, resolved, pairs, config, step, one, log)
+                record = known or _audited(models, AuditRequest(pairs, config, step, probe_name=name), cache, log)
                 found.append(record)
                 print_record(record)
     return found
@@ -84,9 +83,9 @@ def transfer_saved(
     sets = read_probes(probes, [policy], reference, config)
     shared = _load_reference(reference, device)
     model = load_policy(policy, device=device)
-    context = Context(progress=progress_bar if config.progress else None)
+    progress = progress_bar if config.progress else None
     named = {name: pairs for name, pairs in sets.items() if name is not None}
-    return run_transfer(model, _reference(model, shared, policy), named, config, step, context)
+    return run_transfer(model, _reference(model, shared, policy), named, config, step, progress=progress)
 
 
 def read_probes(
@@ -134,21 +133,13 @@ def _reference(policy: nn.Module, shared: Reference | None, folder: Path) -> Ref
     return shared if shared is not None else resolve_reference(policy)
 
 
-def _audited(
-    policy: nn.Module,
-    reference: Reference,
-    pairs: ProbeSet,
-    config: AuditConfig,
-    step: int,
-    context: Context,
-    log: RunLog,
-) -> AuditRecord:
-    name = context.probe_name
-    before = [earlier for earlier in log.records if earlier.step < step and earlier.provenance.probe_name == name]
-    context.before = left_by(before[-1] if before else None, log)
-    record, arrays = run_audit(policy, reference, pairs, config, step, context)
-    record = record.model_copy(update={"alerts": evaluate(record, before, config.alerts)})
-    log.save_arrays(step, arrays_name(name), arrays)
+def _audited(models: OpenModels, request: AuditRequest, cache: ReferenceCache, log: RunLog) -> AuditRecord:
+    name, step, config = request.probe_name, request.step, request.config
+    history = [earlier for earlier in log.records if earlier.step < step and earlier.provenance.probe_name == name]
+    request = replace(request, previous=left_by(history[-1] if history else None, log))
+    result = run_audit(models, request, cache, progress_bar if config.progress else None)
+    record = result.record.model_copy(update={"alerts": evaluate(result.record, history, config.alerts)})
+    log.save_arrays(step, arrays_name(name), result.arrays)
     log.append(record)
     return record
 

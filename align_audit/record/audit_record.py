@@ -15,7 +15,7 @@ from pydantic import Field
 
 from align_audit.record.schema import Part, Stored
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Version of the fields of a record. Older records are migrated on load; newer ones are refused."""
 
 METHODS_VERSION = 1
@@ -357,6 +357,8 @@ class AuditRecord(Stored):
     sites: list[SiteCurve] = Field(default_factory=list)
     """In the order of the configuration."""
     spinal: Spinal | None
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Parts of measurements that have no field of their own here, by their name: plain JSON values."""
     alerts: list[Alert] = Field(default_factory=list)
     cost: Cost
     reasons: dict[str, str] = Field(default_factory=dict)

@@ -1,20 +1,61 @@
-"""The second look: streams that can be named only after the first pass over all pairs has shown where to look."""
+"""What a measurement is: one concept of an audit, from what it walks to what it says in the record.
+
+To add one: a class here below :class:`Measurement` in a file of its own, and one line in
+:data:`align_audit.auditing.audit.MEASUREMENTS`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+import functools
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
+import torch
 
-from align_audit.auditing.measurements.patching import Collected, noise_with
-from align_audit.auditing.session.walk import Session
+from align_audit.auditing.request import AuditRequest
+from align_audit.auditing.session.accumulators import State
+from align_audit.auditing.session.reference_cache import ReferenceCache
+from align_audit.auditing.session.walk import Session, Unpatched
 from align_audit.models.replay import Recording, Stream
+from align_audit.models.weights.fingerprint import build_fingerprint
 from align_audit.probes.batches import PairBatch
 
+_Kind = TypeVar("_Kind", bound="Measurement")
 
-class Look(Protocol):
-    """Something to patch into the reference in the second pass."""
+Part = Any
+"""A part of the record, or a mapping or list of such, as the record's field of that name holds it."""
+Reasons = dict[str, str]
+"""Why a number of a part is NaN or None: dotted path below the part (empty: the part itself) → reason."""
+
+
+@dataclass
+class RecordedBatch:
+    """One batch on its way through the first pass.
+
+    Attributes:
+        policy, reference: one forward of each, with what passed between its layers.
+        reference_gradients: ∂m(ρ)/∂h_l by layer, at ρ's own streams, where they were kept from an earlier audit.
+        policy_margins, reference_margins: [B] float64 on the CPU, read beside the recordings.
+        unpatched: what runs patched into the reference are compared with; None before that is known.
+        transplants: π's block l on ρ's own stream, by layer; of the batches that everything is patched on.
+        head_margins: [B] of ρ's last stream under π's norm and head, on the same.
+    """
+
+    batch: PairBatch
+    policy: Recording
+    reference: Recording
+    reference_gradients: dict[int, torch.Tensor] = field(default_factory=dict)
+    policy_margins: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    reference_margins: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    unpatched: Unpatched | None = None
+    transplants: list[torch.Tensor] = field(default_factory=list)
+    head_margins: torch.Tensor | None = None
+
+
+class SecondLook(Protocol):
+    """Something to patch into the reference that can be named only after the first pass over all pairs."""
 
     @property
     def layers(self) -> set[int]:
@@ -27,71 +68,106 @@ class Look(Protocol):
         """Keep the effects [B], nats, of the pairs at ``places``."""
 
 
-class MoreNoise:
-    """Further noise draws at the layer whose verdict they decide (METHODS §2)."""
+class Measurement:
+    """One concept of an audit. What a kind does not do, it leaves as it is here.
 
-    def __init__(self, session: Session, found: Collected, layer: int | None) -> None:
-        self.session = session
-        self.found = found
-        self.layer = layer
-        self.draws = session.config.patching.noise_draws
-        self.layers = set() if layer is None or self.draws < 2 else {layer}
-        if self.layers:
-            found.noise_draws[layer] = self.draws
-
-    def streams(self, batch: PairBatch, policy: Recording, reference: Recording) -> Iterator[Stream]:
-        if not self.session.is_control(batch):
-            return
-        mask = batch.position_mask(self.session.config.patching.positions)
-        for layer in self.layers:
-            for draw in range(1, self.draws):
-                make = noise_with(self.session, batch, policy, reference, mask, layer, draw)
-                yield Stream((draw, layer), layer, make)
-
-    def store(self, key: Any, places: np.ndarray, effect: np.ndarray) -> None:
-        self.found.per_pair["noise"][(places, *key)] = effect
-
-
-def second_pass(
-    session: Session, found: Collected, looks: Sequence[Look], tick: Callable[[], None] = lambda: None
-) -> None:
-    """Walk the streams of all ``looks`` through the reference, over all pairs once.
+    A batch that runs out of memory comes again, in smaller ones: :meth:`read` and :meth:`store` overwrite what they put,
+    :meth:`commit` is called once for a batch that went through.
 
     Args:
-        found: what the first pass over the same session found. Where a batch is one of its batches, the unpatched run's
-            margins are those it found, to the bit, and the reference is not run to the end again. Other batches (planned
-            anew after running out of memory) compute them; and where a replay does not give the recording back bit by
-            bit, the unpatched run is walked as the streams are.
+        task: the audit it is part of.
+
+    Attributes:
+        name: the field of the record that its part fills; another name stands under ``AuditRecord.extra``. None: it has no
+            part of its own.
+        state: what it keeps of the pairs.
     """
-    looks = [look for look in looks if look.layers]
-    if not looks:
-        return
-    top = max(max(look.layers) for look in looks)
 
-    def update(batch: PairBatch) -> None:
-        if not session.is_exact(batch):
-            tick()
-            return
-        places = batch.pair_index.cpu().numpy()
-        base = None if found.strays else found.reference_margins.get(tuple(places.tolist()))
-        policy, reference = session.record_both(batch, until=top, whole_reference=base is None)
+    name: ClassVar[str | None] = None
+    state: State
 
-        def streams() -> Iterator[Stream]:
-            for number, look in enumerate(looks):
-                for stream in look.streams(batch, policy, reference):
-                    yield Stream((number, stream.key), stream.start, stream.make)
+    def __init__(self, task: AuditTask) -> None:
+        self.task = task
+        self.session = task.session
+        self.config = task.session.config
+        self.estimates = task.session.estimates
+        self.state = State()
 
-        with session.as_reference() as replay:
-            if base is None:
-                own = replay.unpatched(reference) if found.strays else reference.after(session.num_layers - 1)
-                base = session.margins(replay, own, batch)
-            limit = session.max_streams(reference.after(-1))
-            walked = replay.walk(reference, streams(), limit, read=batch.read)
-            for key, margin in session.each_margin(replay, walked, batch):
-                assert margin is not None
-                assert isinstance(key, tuple)
-                number, within = key
-                looks[number].store(within, places, (margin - base).numpy())
-        tick()
+    @property
+    def batches(self) -> int:
+        """How many its own passes will take, for a progress bar."""
+        return 0
 
-    session.each_batch(update)
+    @property
+    def may_look_again(self) -> bool:
+        """Whether it may ask for the second pass, for a progress bar."""
+        return False
+
+    def read(self, recorded: RecordedBatch) -> None:
+        """First pass: from the recordings, before anything is patched."""
+
+    def policy_streams(self, recorded: RecordedBatch) -> Iterable[Stream]:
+        """First pass: what to walk through the policy."""
+        return ()
+
+    def streams(self, recorded: RecordedBatch) -> Iterable[Stream]:
+        """First pass: what to walk through the reference; ``recorded.unpatched`` is known."""
+        return ()
+
+    def store(self, key: Hashable, recorded: RecordedBatch, effect: torch.Tensor) -> None:
+        """Keep the effect [B], nats, of a stream of :meth:`streams` or :meth:`policy_streams`."""
+
+    def commit(self, recorded: RecordedBatch) -> None:
+        """First pass, after the walks: what is added up, and cannot be overwritten."""
+
+    def look_closer(self, tick: Callable[[], None]) -> None:
+        """After the first pass: what takes the pairs together, or passes of its own (``tick`` after each batch)."""
+
+    def second_looks(self) -> Sequence[SecondLook]:
+        """What to patch in the second pass."""
+        return ()
+
+    def part(self) -> tuple[Part | None, Reasons]:
+        """Its part of the record, and why numbers of it are not known."""
+        return None, {}
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What is too large for the record, by name: every number per pair."""
+        return {f"per_pair.{name}": values for name, values in self.state.per_pair()}
+
+
+class AuditTask:
+    """One audit that is being made: its session, what was asked, and its measurements by kind.
+
+    Args:
+        cache: what depends on the reference alone, kept for the run.
+    """
+
+    def __init__(self, session: Session, request: AuditRequest, cache: ReferenceCache) -> None:
+        self.session = session
+        self.request = request
+        self.cache = cache
+        self.measurements: dict[type[Measurement], Measurement] = {}
+
+    def begin(self, kinds: Iterable[type[Measurement]]) -> None:
+        """Make the measurements, in this order; later ones may ask for earlier ones."""
+        for kind in kinds:
+            self.measurements[kind] = kind(self)
+
+    def __getitem__(self, kind: type[_Kind]) -> _Kind:
+        """The measurement of that kind, which stands before the one that asks for it."""
+        found = self.measurements[kind]
+        assert isinstance(found, kind)
+        return found
+
+    def __contains__(self, kind: type[Measurement]) -> bool:
+        return kind in self.measurements
+
+    def __iter__(self) -> Iterator[Measurement]:
+        return iter(self.measurements.values())
+
+    @functools.cached_property
+    def reference_build(self) -> str:
+        """Hash of what the reference computes with beside its parameters."""
+        with self.session.as_reference() as replay:
+            return build_fingerprint(replay.model)

@@ -11,33 +11,28 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+from align_audit.auditing.measurements.measurement import AuditTask, Measurement, Reasons
+from align_audit.auditing.measurements.site_units import ModelSites, Unit, units_of
+from align_audit.auditing.session.estimates import Estimates, estimate, floats
 from align_audit.auditing.session.walk import Session
 from align_audit.config import SiteConfig
-from align_audit.errors import SiteError
-from align_audit.measures.control_variate import subset_order
+from align_audit.measures.control_variate import ControlVariate, control_variate_means, subset_order
 from align_audit.measures.patching import patched
+from align_audit.measures.statistics import benjamini_hochberg, bootstrap_p_values
 from align_audit.measures.sums import sum_into
 from align_audit.models.replay import Recording, Replay, Stream
 from align_audit.models.sites import Kind, Place, Sites
 from align_audit.probes.batches import PairBatch
+from align_audit.record.audit_record import Estimate, SiteCurve, SiteUnit
 
 DIRECTIONS = ("sufficiency", "necessity")
 MEASURED_PAIRS = 16
 """Pairs patched exactly beside an attribution, where the configuration does not say."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What is swapped at once: layers ``layer`` to ``last`` of a block, one layer's addend, or one of its heads."""
-
-    layer: int
-    last: int
-    head: int | None = None
 
 
 @dataclass
@@ -78,80 +73,24 @@ class SiteCollector:
     def __init__(self, session: Session) -> None:
         self.session = session
         configs = session.config.sites
-        self._policy_sites: Sites | None = None
-        self._reference_sites: Sites | None = None
-        if any(config.site != "block" for config in configs):
-            with session.as_policy() as replay:
-                self._policy_sites = Sites(replay)
-            with session.as_reference() as replay:
-                self._reference_sites = Sites(replay, self._policy_sites if session.alike else None)
+        self._sites = ModelSites.of(session) if any(config.site != "block" for config in configs) else None
         count = len(session.pairs)
         self._order = subset_order([pair.index for pair in session.pairs], session.config.seed)
         self._sizes = [min(count, self._exact_pairs(config)) for config in configs]
-        self.found: list[SiteFindings] = []
+        self.measured: list[SiteFindings] = []
         for number, (config, size) in enumerate(zip(configs, self._sizes, strict=True)):
-            units, absent = self._units(number, config)
-            found = SiteFindings(config, units, np.sort(self._order[:size]), absent)
+            units, absent = units_of(number, config, session.num_layers, self._sites)
+            findings = SiteFindings(config, units, np.sort(self._order[:size]), absent)
             for direction in DIRECTIONS:
-                found.exact[direction] = np.full((count, len(units)), np.nan)
+                findings.exact[direction] = np.full((count, len(units)), np.nan)
                 if config.estimator != "exact":
-                    found.attribution[direction] = np.full((count, len(units)), np.nan)
-            self.found.append(found)
+                    findings.attribution[direction] = np.full((count, len(units)), np.nan)
+            self.measured.append(findings)
 
     def _exact_pairs(self, config: SiteConfig) -> int:
         if config.pairs is not None:
             return config.pairs
         return len(self.session.exact_pairs) if config.estimator == "exact" else MEASURED_PAIRS
-
-    # -- what is asked for ---------------------------------------------------------------------------------------------
-
-    def _units(self, number: int, config: SiteConfig) -> tuple[list[Unit], str | None]:
-        layers = self.session.num_layers
-        named = range(layers) if config.layers == "all" else sorted(config.layers)
-        outside = [layer for layer in named if layer >= layers]
-        if outside:
-            raise SiteError(f"sites.{number}.layers names {outside}; the model has layers 0 to {layers - 1}")
-        if config.site == "block":
-            past = [layer for layer in named if layer + config.width > layers]
-            if config.width > layers or (past and config.layers != "all"):
-                raise SiteError(
-                    f"sites.{number}: windows of {config.width} layers"
-                    + (f" that start at {past} end past the last layer" if config.width <= layers else "")
-                    + f"; the model has layers 0 to {layers - 1}"
-                    + (f", so windows start at 0 to {layers - config.width}" if config.width <= layers else "")
-                )
-            return [Unit(layer, layer + config.width - 1) for layer in named if layer not in past], None
-        kind = config.site
-        lacking = {layer: why for layer in named if (why := self._lacks(kind, layer)) is not None}
-        if lacking and (config.layers != "all" or len(lacking) == layers):
-            raise SiteError(f"sites.{number}: {_grouped(lacking)}")
-        units = []
-        for layer in named:
-            if layer in lacking:
-                continue
-            if kind != "head":
-                units.append(Unit(layer, layer))
-                continue
-            for head in range(self._heads(layer)) if config.heads == "all" else sorted(config.heads):
-                for sites in (self._policy_sites, self._reference_sites):
-                    assert sites is not None
-                    sites.check("head", layer, head)
-                units.append(Unit(layer, layer, head))
-        return units, _grouped(lacking) if lacking else None
-
-    def _heads(self, layer: int) -> int:
-        assert self._policy_sites is not None
-        return self._policy_sites.layers[layer].heads
-
-    def _lacks(self, kind: Kind, layer: int) -> str | None:
-        """Why a layer of either model has no such site."""
-        for name, sites in (("policy", self._policy_sites), ("reference", self._reference_sites)):
-            assert sites is not None
-            found = sites.layers[layer]
-            if found.path(kind) is None:
-                where = "" if self.session.alike else f" in the {name}"
-                return f"{', '.join(found.kinds)}; no {kind}{where}: {found.missing[kind]}"
-        return None
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
@@ -169,12 +108,12 @@ class SiteCollector:
 
         for places in self._segments():
             self.session.each_batch(update, places)
-        return self.found
+        return self.measured
 
     def _segments(self) -> list[list[int]]:
         """Pairs that the same configurations patch: those of the smallest subset, what the next adds to it, …"""
         sizes = set(self._sizes)
-        if any(found.attribution for found in self.found):
+        if any(findings.attribution for findings in self.measured):
             sizes.add(len(self.session.pairs))
         bounds = [0, *sorted(sizes)]
         pieces = [self._order[first:end] for first, end in itertools.pairwise(bounds)]
@@ -184,8 +123,8 @@ class SiteCollector:
         """One batch, whose pairs every configuration patches all or none of; may be called again on the same pairs."""
         session = self.session
         ours, theirs = session.record_both(batch)
-        policy = _Run(session.as_policy, ours, self._policy_sites)
-        reference = _Run(session.as_reference, theirs, self._reference_sites)
+        policy = _Run(session.as_policy, ours, None if self._sites is None else self._sites.policy)
+        reference = _Run(session.as_reference, theirs, None if self._sites is None else self._sites.reference)
         for direction, receiver, donor in (("sufficiency", reference, policy), ("necessity", policy, reference)):
             self._attribute(batch, direction, receiver, donor)
             self._patch(batch, direction, receiver, donor)
@@ -195,35 +134,36 @@ class SiteCollector:
         first_pair = int(batch.pair_index[0])
         waiting = [
             (number, column, unit)
-            for number, found in enumerate(self.found)
-            if first_pair in found.exact_pairs
-            for column, unit in enumerate(found.units)
+            for number, findings in enumerate(self.measured)
+            if first_pair in findings.exact_pairs
+            for column, unit in enumerate(findings.units)
         ]
         if not waiting:
             return
         waiting.sort(key=lambda item: item[2].last)
-        own = receiver.recording
+        recording = receiver.recording
         with receiver.active() as replay:
-            top = replay.unpatched(own)
-            base = session.margins(replay, top, batch)
+            top = replay.unpatched(recording)
+            base = session.readout.margins(replay, top, batch)
         # A stream that equals the unpatched one ends where that ends, if replaying gives the recording back.
-        same_as = own if torch.equal(top, own.after(last)) else None
+        same_as = recording if torch.equal(top, recording.after(last)) else None
         del top
         # One half of the room for what the donor gives, one for the streams that are walked.
-        limit = max(1, session.max_streams(own.after(-1)) // 2)
+        limit = max(1, session.max_streams(recording.after(-1)) // 2)
         for first in range(0, len(waiting), limit):
             group = waiting[first : first + limit]
-            given = self._given([(self.found[number].config, unit) for number, _, unit in group], receiver, donor)
-            with receiver.active() as replay:
-                streams = []
-                for number, column, unit in group:
-                    config = self.found[number].config
-                    make = _received(config, unit, receiver, given[_source(config, unit)], batch)
-                    streams.append(Stream((number, column), unit.last, make))
-                walked = replay.walk(own, streams, limit, same_as=same_as, read=batch.read)
-                for key, margin in session.each_margin(replay, walked, batch):
-                    effect = torch.zeros_like(base) if margin is None else margin - base
-                    self._store("exact", direction, batch, key, effect)
+            given = self._given([(self.measured[number].config, unit) for number, _, unit in group], receiver, donor)
+            streams = []
+            for number, column, unit in group:
+                config = self.measured[number].config
+                make = _received(config, unit, receiver, given[_source(config, unit)], batch)
+                streams.append(Stream((number, column), unit.last, make))
+            for key, effect in session.effects(
+                receiver.active, batch, recording, streams, base, same_as=same_as, limit=limit
+            ):
+                assert isinstance(key, tuple)
+                number, column = key
+                _store(self.measured[number].exact[direction], batch, column, effect)
 
     def _given(self, asked: Sequence[tuple[SiteConfig, Unit]], receiver: _Run, donor: _Run) -> dict[Any, torch.Tensor]:
         """What the donor puts in, [R, T, d] each: its own blocks on the receiver's stream, or its own run's tensors."""
@@ -250,15 +190,15 @@ class SiteCollector:
 
         Models may be one module in two states, so each step of the pass is taken while the receiver's is on.
         """
-        asked = [(number, found) for number, found in enumerate(self.found) if found.attribution]
+        asked = [(number, findings) for number, findings in enumerate(self.measured) if findings.attribution]
         inside: dict[int, dict[Place, list[tuple[int, int]]]] = {}
         windows: dict[int, dict[Unit, list[tuple[int, int]]]] = {}
-        for number, found in asked:
-            for column, unit in enumerate(found.units):
-                if found.config.site == "block":
+        for number, findings in asked:
+            for column, unit in enumerate(findings.units):
+                if findings.config.site == "block":
                     windows.setdefault(unit.last, {}).setdefault(unit, []).append((number, column))
                 else:
-                    place = Place(found.config.site, unit.head)
+                    place = Place(findings.config.site, unit.head)
                     inside.setdefault(unit.layer, {}).setdefault(place, []).append((number, column))
         if not inside and not windows:
             return
@@ -272,7 +212,7 @@ class SiteCollector:
         with receiver.active() as replay:
             steps = replay.inner_gradients(
                 receiver.recording,
-                self.session.margin_objective(replay, batch),
+                self.session.readout.margin_objective(replay, batch),
                 tap,
                 down_to=min([layer - 1 for layer in inside] + list(windows)),
             )
@@ -319,14 +259,14 @@ class SiteCollector:
     ) -> None:
         """Sum what each position [R, T] contributes, per pair, over each configuration's positions."""
         for number, column in columns:
-            mask = batch.position_mask(self.found[number].config.positions)
+            mask = batch.position_mask(self.measured[number].config.positions)
             total = sum_into(batch.row_pair, along.masked_fill(~mask, 0.0).sum(-1), batch.num_pairs)
-            self._store("attribution", direction, batch, (number, column), total)
+            _store(self.measured[number].attribution[direction], batch, column, total)
 
-    def _store(self, which: str, direction: str, batch: PairBatch, key: Any, values: torch.Tensor) -> None:
-        number, column = key
-        array = getattr(self.found[number], which)[direction]
-        array[batch.pair_index.cpu().numpy(), column] = values.cpu().numpy()
+
+def _store(array: np.ndarray, batch: PairBatch, column: int, values: torch.Tensor) -> None:
+    """One value a pair of the batch, into one column of [N, U]."""
+    array[batch.pair_index.cpu().numpy(), column] = values.cpu().numpy()
 
 
 def _source(config: SiteConfig, unit: Unit) -> tuple[Any, ...]:
@@ -360,12 +300,114 @@ def _received(
     return make
 
 
-def _grouped(lacking: dict[int, str]) -> str:
-    """Layers with what they have and lack, those that are alike together."""
-    groups: dict[str, list[int]] = {}
-    for layer, words in lacking.items():
-        groups.setdefault(words, []).append(layer)
-    return "; ".join(
-        f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))} {'have' if len(layers) > 1 else 'has'} {words}"
-        for words, layers in groups.items()
+class FinerSites(Measurement):
+    """Attention and MLP outputs, heads and windows of layers, as the options ask for."""
+
+    name: ClassVar[str | None] = "sites"
+
+    def __init__(self, task: AuditTask) -> None:
+        super().__init__(task)
+        self.collector = SiteCollector(self.session) if self.config.sites else None
+
+    @property
+    def batches(self) -> int:
+        """A pass over the pairs that are needed."""
+        return 0 if self.collector is None else self.collector.batches
+
+    def look_closer(self, tick: Callable[[], None]) -> None:
+        """A pass of its own, both ways."""
+        if self.collector is not None:
+            self.collector.measure(tick)
+
+    @property
+    def measured(self) -> list[SiteFindings]:
+        """What each configuration gave."""
+        return [] if self.collector is None else self.collector.measured
+
+    def part(self) -> tuple[list[SiteCurve], Reasons]:
+        """One curve for each configuration, and why numbers, or layers, are missing."""
+        curves: list[SiteCurve] = []
+        reasons: Reasons = {}
+        for number, findings in enumerate(self.measured):
+            curve, why = _curve(self.estimates, findings, len(self.session.pairs))
+            curves.append(curve)
+            reasons |= {f"{number}.{path}": reason for path, reason in why.items()}
+        return curves, reasons
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Per-pair effects, float64 [N, U] in nats."""
+        arrays = {}
+        for number, findings in enumerate(self.measured):
+            for direction, values in findings.exact.items():
+                arrays[f"per_pair.sites.{number}.{direction}"] = values
+            for direction, values in findings.attribution.items():
+                arrays[f"per_pair.sites.{number}.{direction}_attribution"] = values
+        return arrays
+
+
+def _curve(estimates: Estimates, findings: SiteFindings, pairs: int) -> tuple[SiteCurve, Reasons]:
+    config, exact_pairs = findings.config, findings.exact_pairs
+    reasons = {} if findings.absent is None else {"units": findings.absent}
+    effects: dict[str, list[Estimate]] = {}
+    correlation: dict[str, list[float] | None] = {}
+    for direction in findings.exact:
+        effects[direction], variates = _estimated(estimates, findings, direction)
+        correlation[direction] = None if variates is None else floats([variate.correlation for variate in variates])
+        name = "correlation" if direction == "sufficiency" else "necessity_correlation"
+        for place, variate in enumerate(variates or []):
+            if np.isnan(variate.correlation):
+                reasons[f"{name}.{place}"] = _why_uncorrelated(variate)
+    tested = (
+        findings.attribution["sufficiency"]
+        if config.estimator == "attribution"
+        else findings.exact["sufficiency"][exact_pairs]
     )
+    p_values = floats(benjamini_hochberg(bootstrap_p_values(tested, estimates.resamples, estimates.seed)))
+    if any(np.isnan(p_values)):
+        reasons["sufficiency_p_adjusted"] = "an effect is not finite, or there are too few pairs for a test"
+    peak, why = _peak(np.array([effect.mean for effect in effects["sufficiency"]]))
+    if why is not None:
+        reasons["peak"] = why
+    return SiteCurve(
+        site=config.site,
+        positions=config.positions,
+        width=config.width,
+        estimator=config.estimator,
+        pairs=len(exact_pairs) if config.estimator == "exact" else pairs,
+        exact_pairs=len(exact_pairs),
+        units=[SiteUnit(layer=unit.layer, last_layer=unit.last, head=unit.head) for unit in findings.units],
+        sufficiency=effects["sufficiency"],
+        necessity=effects["necessity"],
+        sufficiency_p_adjusted=p_values,
+        correlation=correlation["sufficiency"],
+        necessity_correlation=correlation["necessity"],
+        peak=peak,
+    ), reasons
+
+
+def _estimated(
+    estimates: Estimates, findings: SiteFindings, direction: str
+) -> tuple[list[Estimate], list[ControlVariate] | None]:
+    """Each unit's effect as the configuration wants it estimated, and its control variate; None where all is exact."""
+    exact, estimator = findings.exact[direction], findings.config.estimator
+    if estimator == "exact":
+        return estimates.means(exact[findings.exact_pairs]), None
+    attribution = findings.attribution[direction]
+    options = (estimates.resamples, estimates.confidence, estimates.seed)
+    variates = control_variate_means(exact, attribution, *options)
+    if estimator == "attribution":
+        return estimates.means(attribution), variates
+    return [estimate(variate.interval) for variate in variates], variates
+
+
+def _peak(means: np.ndarray) -> tuple[int | None, str | None]:
+    """The unit with the largest mean, or why there is none."""
+    if not np.isfinite(means).all():
+        return None, "a unit's mean sufficiency is not finite"
+    if len(means) > 1 and means.max() == means.min():
+        return None, "every unit has the same mean sufficiency"
+    return int(means.argmax()), None
+
+
+def _why_uncorrelated(variate: ControlVariate) -> str:
+    return variate.reason or f"neither effect nor attribution varies over the {variate.exact_pairs} patched pairs"

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.low_rank import Fit, Key, Reconstruction
-from align_audit.auditing.measurements.patching import Collected
-from align_audit.auditing.session.estimates import Assembler, beyond, estimate, floats
+from align_audit.auditing.measurements.measurement import AuditTask
+from align_audit.auditing.measurements.patching import Patching
+from align_audit.auditing.session.estimates import Estimates, beyond, estimate, floats
 from align_audit.auditing.session.walk import Session
 from align_audit.measures.subspace import explained_variance_ratio, gram_rank, principal_angles, rank_95
 from align_audit.probes.pairs import ProbePair
@@ -25,13 +27,30 @@ HELD_OUT = 2
 
 @dataclass
 class ProbeSide:
-    """One probe set of a transfer: what was gathered on it and what was fitted on it."""
+    """One probe set of a transfer: what was measured on it and what was fitted on it."""
 
     name: str
-    session: Session
-    found: Collected
-    build: Assembler
+    task: AuditTask
     fit: Fit | None = None
+
+    @property
+    def session(self) -> Session:
+        """Both models over the set's pairs."""
+        return self.task.session
+
+    @property
+    def estimates(self) -> Estimates:
+        """How the set's intervals are made."""
+        return self.task.session.estimates
+
+    @property
+    def behaviour(self) -> Behaviour:
+        """Margins of the set's pairs."""
+        return self.task[Behaviour]
+
+    def effect(self, layer: int) -> np.ndarray:
+        """[N] effects of the full patch after ``layer``, nats."""
+        return self.task[Patching].effect(layer)
 
     @property
     def fitted(self) -> Fit:
@@ -81,14 +100,14 @@ class Cells:
 
     def random(self, side: ProbeSide, key: Key, own: Reconstruction) -> RandomSubspaces | None:
         """What random subspaces do to a set's own pairs; None where none were patched."""
-        if key not in own.found.random:
+        if key not in own.effects.random:
             return None
-        places = side.found.control_pairs
-        effects = own.found.random[key][places].mean(axis=-1)
-        full = side.found.per_pair["effect"][places, key[1] + 1]
+        places = side.session.control_pairs
+        effects = own.effects.random[key][places].mean(axis=-1)
+        full = side.effect(key[1])[places]
         return RandomSubspaces(
-            effect=side.build.means(effects),
-            effect_fraction=[estimate(interval) for interval in side.build.fractions(effects, full)],
+            effect=side.estimates.means(effects),
+            effect_fraction=[estimate(interval) for interval in side.estimates.fractions(effects, full)],
             pairs=len(places),
         )
 
@@ -110,14 +129,14 @@ class Cells:
         basis, layer = key
         path = f"cells.{basis}.{layer}.{fitted.name}.{patched.name}"
         itself = fitted is patched
-        exact = patched.found.exact_pairs
+        exact = patched.session.exact_pairs
         places = exact if itself else exact[which[exact] != EXCLUDED]
         counts = {
             "pairs": len(places),
             "cross_fitted": len(places) if itself else int((which[places] != HELD_OUT).sum()),
             "excluded": len(exact) - len(places),
         }
-        full = patched.found.per_pair["effect"][places, layer + 1]
+        full = patched.effect(layer)[places]
         ranks = fitted.fitted.ranks
         why = fitted.fitted.skipped.get(key)
         if itself and len(fitted.session.pairs) < 2:
@@ -131,16 +150,16 @@ class Cells:
                 effect_fraction=[Estimate.unknown(why)] * len(ranks),
                 explained_variance_ratio=[math.nan] * len(ranks),
                 rank_95=math.nan,
-                full_effect=patched.build.mean(full) if len(places) else Estimate.unknown(why),
+                full_effect=patched.estimates.mean(full) if len(places) else Estimate.unknown(why),
                 beats_random=[None] * len(ranks),
                 control=Control(verdict="not_run", reason=why, pairs=len(places)),
                 **counts,
             )
-        effects = look.found.fitted[key][places]
-        fractions = [estimate(interval) for interval in patched.build.fractions(effects, full)]
+        effects = look.effects.fitted[key][places]
+        fractions = [estimate(interval) for interval in patched.estimates.fractions(effects, full)]
         known = len(ranks)
         if itself:
-            explained = floats(look.found.explained[key])
+            explained = floats(look.effects.explained[key])
         else:
             one, other = fitted.fitted.grams[key]
             made_of = {0: other, 1: one, HELD_OUT: one + other}
@@ -158,7 +177,7 @@ class Cells:
             reason = None if why is None else fractions[known - 1].reason or why
         if reason is not None:
             self.reasons[f"{path}.rank_95"] = reason
-        whole = patched.build.mean(full)
+        whole = patched.estimates.mean(full)
         beats, control = self._control(fitted, patched, ranks[:known], effects, whole, random)
         return TransferCell(
             effect_fraction=fractions,
@@ -207,7 +226,7 @@ class Cells:
             reason = f"the interval of the full patch's effect on {patched.name!r}: {found}"
             return unknown, Control(verdict="not_run", reason=reason)
         sign = math.copysign(1.0, full.mean)
-        ours = patched.build.means(effects[:, : len(ranks)])
+        ours = patched.estimates.means(effects[:, : len(ranks)])
         beats = beyond(ours, random.effect[: len(ranks)], sign)
         losing = [rank for rank, more in zip(ranks, beats, strict=True) if not more]
         what = f"the subspace of {fitted.name!r}"

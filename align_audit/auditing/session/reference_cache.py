@@ -1,18 +1,41 @@
-"""What depends on the reference alone, kept for a run: computed once, found again by the next audit and after a resume."""
+"""What depends on the reference alone, kept for a run: computed once, found again by the next audit and after a resume.
+
+Its depth trace, and (where asked for) its streams and gradients of probe batches, which attribution needs.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib.metadata
 import json
 import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
+import torch
 from pydantic import BaseModel, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from align_audit.files import write_atomically
+from align_audit.probes.batches import PairBatch
 from align_audit.record.audit_record import METHODS_VERSION, DepthTrace
 
+if TYPE_CHECKING:
+    from align_audit.auditing.session.walk import Session
+
 logger = logging.getLogger(__name__)
+
+_FREE = 0.5
+"""Share of a disk's free space that a batch may take at most."""
+_ABANDONED = 3600.0
+"""Seconds after which a file that was never finished is somebody's who was killed."""
 
 
 class ReferenceTrace(BaseModel):
@@ -68,3 +91,133 @@ class ReferenceCache:
     def _path(directory: Path, key: tuple[str, ...]) -> Path:
         digest = hashlib.blake2b(json.dumps([METHODS_VERSION, *key]).encode(), digest_size=8).hexdigest()
         return directory / f"reference-{digest}.json"
+
+
+class ReferenceStreams:
+    """Tensors by batch, each batch a file: written once, read by every later audit of the same reference and probes.
+
+    A file is found again only for the same weights, pairs, way of computing and layout. Opening the store for other weights
+    removes what is there for these probes of those before: a reference that moves does not fill the disk. A file that
+    cannot be read, or a disk that refuses one, costs the work once more, and nothing else.
+
+    Args:
+        directory: under which a folder for these probes is made when the first file is written.
+        probes: hash of the probe pairs.
+        weights: hash of the reference's.
+        computed: whatever else the tensors depend on.
+        device: where tensors are wanted.
+        read: False: nothing is found, and everything written anew.
+    """
+
+    def __init__(
+        self, directory: Path, probes: str, weights: str, computed: str, device: torch.device, *, read: bool = True
+    ) -> None:
+        self._folder, self._device, self._read = directory / f"streams-{_digest(probes)}", device, read
+        self._key = json.dumps([METHODS_VERSION, str(device), probes, weights, computed])
+        self._weights = f"{_digest(weights)}-"
+        self._prefix = f"{self._weights}{_digest(self._key)}-"
+        self._refused = False
+        self._used: set[str] = set()
+        with contextlib.suppress(OSError):
+            for path in self._folder.iterdir():
+                if path.is_dir():
+                    if time.time() - path.stat().st_mtime > _ABANDONED:
+                        shutil.rmtree(path, ignore_errors=True)
+                elif not path.name.startswith(self._weights):
+                    path.unlink(missing_ok=True)
+
+    @classmethod
+    def of(cls, session: Session, directory: Path, *, probes: str, weights: str, build: str, read: bool) -> Self:
+        """The store for a session's reference and pairs, as this process computes them.
+
+        Args:
+            build: hash of what the reference computes with beside its parameters.
+        """
+        reference = session.models.reference
+        # Whatever may change a last bit: kept streams are compared with those of a policy that may be the same model.
+        computed = {
+            "build": build,
+            "anatomy": repr(reference.anatomy),
+            "dtype": str(reference.compute_dtype),
+            "shared": session.shared,
+            "embedding": session.config.patching.embedding,
+            "torch": torch.__version__,
+            "transformers": importlib.metadata.version("transformers"),
+            "device": torch.cuda.get_device_name(session.device)
+            if session.device.type == "cuda"
+            else session.device.type,
+            "threads": torch.get_num_threads(),
+            "precision": torch.get_float32_matmul_precision(),
+        }
+        return cls(directory, probes, weights, json.dumps(computed), session.device, read=read)
+
+    def get(self, batch: PairBatch) -> dict[str, torch.Tensor]:
+        """What was put for this batch, by name; empty when there is nothing, or nothing that can be read."""
+        if not self._read:
+            return {}
+        path = self._path(batch)
+        try:
+            with safe_open(path, framework="pt", device=str(self._device)) as file:
+                if (file.metadata() or {}).get("key") == self._key:
+                    self._used.add(path.name)
+                    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except FileNotFoundError:  # nothing was put yet
+            return {}
+        except (OSError, SafetensorError) as error:
+            logger.warning("%s cannot be used (%s); the reference is computed again", path, error)
+        return {}
+
+    def put(self, batch: PairBatch, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep these tensors for this batch, whole or not at all."""
+        if self._refused:
+            return
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        working = None
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if size > _FREE * shutil.disk_usage(self._folder).free:
+                raise OSError(f"a batch takes {size / 2**30:.2f} GiB, more than half of what is free on this disk")
+            working = tempfile.mkdtemp(dir=self._folder)
+            whole = os.path.join(working, "batch.safetensors")
+            save_file(_apart(tensors), whole, {"key": self._key})
+            os.replace(whole, self._path(batch))
+            self._used.add(self._path(batch).name)
+        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise  # for the audit, which goes on with a smaller batch
+            self._refused = True
+            logger.warning(
+                "align_audit could not keep the reference's streams in %s: %s; it computes them at every audit",
+                self._folder,
+                error,
+            )
+        finally:
+            if working is not None:
+                shutil.rmtree(working, ignore_errors=True)
+
+    def forget_the_rest(self) -> None:
+        """Remove what this audit had no use for: batches of pairs that now go together otherwise."""
+        with contextlib.suppress(OSError):
+            for path in self._folder.glob(f"{self._prefix}*"):
+                if path.name not in self._used:
+                    path.unlink(missing_ok=True)
+
+    def _path(self, batch: PairBatch) -> Path:
+        layout = [list(batch.input_ids.shape), batch.pair_index.tolist()]
+        return self._folder / f"{self._prefix}{_digest(json.dumps(layout))}.safetensors"
+
+
+def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous tensors, no two of which share memory (a layer that does nothing hands on what it was given)."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.contiguous()
+        storage = whole.untyped_storage().data_ptr()
+        found[name] = whole.clone() if storage in seen else whole
+        seen.add(storage)
+    return found
+
+
+def _digest(words: str) -> str:
+    return hashlib.blake2b(words.encode(), digest_size=8).hexdigest()

@@ -1,25 +1,24 @@
-"""Both models of an audit, opened for replay, with the memory and work they take."""
+"""The probe pairs of an audit in batches, and patched streams walked through a model on each."""
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import gc
 import logging
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
+from align_audit.auditing.session.estimates import Estimates
 from align_audit.auditing.session.layout import why_not_shared
+from align_audit.auditing.session.memory import MemoryMeter, out_of_memory, usual_working_bytes
+from align_audit.auditing.session.open_models import OpenModels, check_vocabulary
+from align_audit.auditing.session.readout import Readout
 from align_audit.auditing.session.subsets import CONTROL, PATCHED, PairChoice, choose_pairs
-from align_audit.errors import AuditMemoryError, ConfigurationError
-from align_audit.measures.margin import preference_margin, sum_by_pair, token_logp
-from align_audit.models.anatomy import Anatomy, unwrap
-from align_audit.models.reference import Reference, check_fit
-from align_audit.models.replay import Recording, Replay
+from align_audit.errors import AuditMemoryError, ProbeError
+from align_audit.models.replay import Recording, Replay, Stream
 from align_audit.probes.batches import PairBatch, make_batch, pair_tokens, plan_batches
 
 if TYPE_CHECKING:
@@ -36,148 +35,103 @@ _DEVICE_TOKENS = 8192
 _PADDING = {"cpu": 0.1}
 _DEVICE_PADDING = 0.5
 """How much of a batch may be empty: a CPU pays for every empty token, an accelerator above all for every call."""
-_WORKING_BYTES = 2**30
-_DEVICE_SHARE = 16
-"""Working memory where none is given; of an accelerator one part in so many, where that is more: its calls have to be
-large to keep it busy. Of all its memory, not of what is free now, so that every audit of a run has the same batches."""
+_PAD_TOKEN = 0
+"""Any token of any vocabulary: what stands there is masked."""
 
 
-def check_vocabulary(pairs: Sequence[ProbePair], size: int) -> None:
-    """Refuse probe pairs that were tokenized for a larger vocabulary than the policy's."""
-    largest = max(max(*pair.chosen_ids, *pair.rejected_ids) for pair in pairs)
-    if largest >= size:
-        raise ConfigurationError(
-            f"the probes hold token id {largest}, the policy's vocabulary has {size}: they were tokenized with "
-            "another model's tokenizer"
-        )
+@dataclass(frozen=True)
+class Unpatched:
+    """The unpatched run of a batch, in the shapes in which patched streams are walked.
 
+    Attributes:
+        margins: [B] float64 on the CPU.
+        strays: layers at which a replay strays from the recording; None where it does not stray at all, and patching a
+            layer with itself cannot change anything.
+        checked_everywhere: replaying was compared with the recording at every layer.
+    """
 
-class MemoryMeter:
-    """Peak bytes above the start, sampled where an audit holds most; the host program's own statistics stay untouched."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._start = self._now()
-        self.peak = 0
-
-    def _now(self) -> int:
-        if self._device.type == "cuda":
-            return torch.cuda.memory_allocated(self._device)
-        import psutil
-
-        return int(psutil.Process().memory_info().rss)
-
-    def sample(self) -> None:
-        """Look now."""
-        self.peak = max(self.peak, self._now() - self._start)
+    margins: torch.Tensor
+    strays: list[int] | None
+    checked_everywhere: bool
 
 
 class Session:
-    """Policy and reference side by side, each open between its layers.
+    """One probe set between two open models: its batches, and what is walked on them.
 
-    When both are one module in two adapter states, only one of them can compute at a time: every use of a replay
-    stands inside :meth:`as_policy` or :meth:`as_reference`.
+    Args:
+        pairs: at least one.
+        truncation_mode: of the pairs; cut from the left, two sequences have no common beginning to rely on.
+        previous: what the previous audit said of attribution on the pairs.
+
+    Attributes:
+        estimates: makes intervals as the options say.
+        exact_pairs: places of the pairs that everything is patched on; of the others effects at some layers, or attributions
+            only.
+        control_pairs: places of the pairs that controls are measured on, some of those that are patched.
+        layout_reason: why each completion has its own copy of the prompt; None where the prompt is computed once.
+        plan: places of the pairs, batch by batch.
+        reference_strays: replaying a recording of the reference did not give it back bit by bit, on some batch.
+
+    Raises:
+        ProbeError: there are no pairs.
+        ConfigurationError: the pairs were tokenized for another vocabulary.
     """
 
     def __init__(
         self,
-        policy: nn.Module,
-        reference: Reference,
+        models: OpenModels,
         pairs: Sequence[ProbePair],
         config: AuditConfig,
         *,
-        autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
-        anatomy: Anatomy | None = None,
-        pad_token_id: int = 0,
         truncation_mode: str = "keep_start",
-        before: Attribution | None = None,
+        previous: Attribution | None = None,
     ) -> None:
-        """
-        Args:
-            truncation_mode: of the pairs; cut from the left, two sequences have no common beginning to rely on.
-            before: what the audit before said of attribution on the pairs.
-        """
-        self._reference = reference
-        self.config = config
-        self.pad_token_id = pad_token_id
-        self.policy = Replay(policy, anatomy, autocast)
-        self.device = self.policy.device
-        self.meter = MemoryMeter(self.device)
-        with self.as_reference():
-            self.alike = reference.shares_weights or self._alike(reference.model())
-            """Both models are built the same: what holds for how one computes holds for the other."""
-            self.reference = Replay(
-                reference.model(),
-                self.policy.anatomy if reference.shares_weights else anatomy,
-                self.policy.autocast,
-                self.policy if self.alike and not reference.shares_weights else None,
-            )
-        check_fit(self.policy.anatomy, self.reference.anatomy)
-        self.num_layers = self.policy.num_layers
-        self._most_tokens = self._most_bytes = 2**62
-        """What running out of memory has taught: bounds of a batch and of the streams walked together."""
-        self._work_before = 0
-        self._take(pairs, truncation_mode, before)
-
-    def over(
-        self, pairs: Sequence[ProbePair], truncation_mode: str = "keep_start", before: Attribution | None = None
-    ) -> Session:
-        """The same open models on other pairs, with what running out of memory has taught."""
-        other = copy.copy(self)
-        other.meter = MemoryMeter(self.device)
-        other._work_before = self.policy.layer_tokens + self.reference.layer_tokens
-        other._take(pairs, truncation_mode, before)
-        return other
-
-    def _take(self, pairs: Sequence[ProbePair], truncation_mode: str, before: Attribution | None) -> None:
-        """Everything that depends on the pairs."""
-        check_vocabulary(pairs, self.policy.anatomy.vocab_size)
+        if len(pairs) == 0:
+            raise ProbeError("the probe set is empty; expected at least one preference pair")
+        self.models = models.open()
         self.pairs = pairs
-        self.take_choice(choose_pairs([pair.index for pair in pairs], self.num_layers, self.config, before))
+        self.config = config
+        self.estimates = Estimates(config)
+        self.meter = MemoryMeter(models.device)
+        self.readout = Readout(self.meter.sample)
+        self.as_policy, self.as_reference = models.as_policy, models.as_reference
+        self._work_so_far = models.layer_tokens
+        self._replayed: dict[bool, int] = {}
+        """Batches whose recordings were replayed as a check, by whether the model is the reference."""
+        self._strays: dict[bool, bool] = {}
+        self.reference_strays = False
+        check_vocabulary(pairs, models.policy.anatomy.vocab_size)
+        self.take_choice(choose_pairs([pair.index for pair in pairs], self.num_layers, config, previous))
         self.exact_pairs = self.choice.everywhere
-        """Places of the pairs that everything is patched on; of the others effects at some layers, or attributions only."""
         self.control_pairs = self.choice.control_pairs
-        """Places of the pairs that controls are measured on, some of those that are patched."""
         self._roles = self.choice.roles()
         self.layout_reason = self._why_not_shared(truncation_mode)
-        """Why each completion has its own copy of the prompt; None where the prompt is computed once."""
-        self.plan = self._plan(range(len(pairs)))
+        self.plan = self.batches(range(len(pairs)))
 
-    def take_choice(self, choice: PairChoice) -> None:
-        """Which layers each pair is patched at, from now on; roles, and so batches, stay what they are."""
-        self.choice = choice
-        self._layers_of = choice.layers_of()
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.models.num_layers
 
-    @contextlib.contextmanager
-    def as_policy(self) -> Iterator[Replay]:
-        """Inside, the policy computes."""
-        yield self.policy
+    @property
+    def width(self) -> int:
+        """d, of the residual stream."""
+        return self.models.policy.anatomy.hidden_size
 
-    @contextlib.contextmanager
-    def as_reference(self) -> Iterator[Replay]:
-        """Inside, the reference computes."""
-        with self._reference.active():
-            yield getattr(self, "reference", self.policy)
-
-    def _alike(self, reference: nn.Module) -> bool:
-        """Whether the reference is built just as the policy is: what holds for how one computes holds for the other."""
-        ours, theirs = self.policy.model, unwrap(reference)
-
-        def build(model: Any) -> tuple[Any, ...]:
-            config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
-            elsewhere = ("_name_or_path", "dtype", "transformers_version", "use_cache")
-            return (
-                [(name, type(module)) for name, module in model.named_modules()],
-                {name: value for name, value in config.items() if name not in elsewhere},
-                getattr(model.config, "_attn_implementation", None),
-            )
-
-        return build(ours) == build(theirs)
+    @property
+    def device(self) -> torch.device:
+        """Where both models compute."""
+        return self.models.device
 
     @property
     def shared(self) -> bool:
         """Whether a pair's prompt is computed once for both completions."""
         return self.layout_reason is None
+
+    def take_choice(self, choice: PairChoice) -> None:
+        """Which layers each pair is patched at, from now on; roles, and so batches, stay what they are."""
+        self.choice = choice
+        self._layers_of = choice.layers_of()
 
     def _why_not_shared(self, truncation_mode: str) -> str | None:
         if not self.config.share_prompts:
@@ -185,14 +139,16 @@ class Session:
         if truncation_mode == "keep_end":
             return "sequences truncated with keep_end begin at different tokens"
         tolerance = 64 * torch.finfo(torch.float32).eps
-        for replay in (self.policy, self.reference):
+        for replay in (self.models.policy, self.models.reference):
             tolerance = max(tolerance, 8 * torch.finfo(replay.compute_dtype).eps)
         with self.as_reference() as replay:
             reason = why_not_shared(replay, self.pairs, tolerance)
-        if reason is None and not self._alike(self.reference.model):
+        if reason is None and not self.models.alike:
             with self.as_policy() as replay:
                 reason = why_not_shared(replay, self.pairs, tolerance)
         return reason
+
+    # -- roles of pairs ------------------------------------------------------------------------------------------------
 
     def is_exact(self, batch: PairBatch) -> bool:
         """Whether everything is patched on this batch's pairs: on all of them, or on none."""
@@ -202,18 +158,35 @@ class Session:
         """The layers, −1 for what enters layer 0, that this batch's pairs are patched at."""
         return self._layers_of[int(batch.pair_index[0])]
 
+    def is_patched(self, batch: PairBatch) -> bool:
+        """Whether anything is patched on this batch's pairs: everything, or effects at some layers."""
+        patching = self.config.patching
+        if not patching.enabled:
+            return False
+        return self.is_exact(batch) or any(layer >= 0 or patching.embedding for layer in self.layers_of(batch))
+
     def is_control(self, batch: PairBatch) -> bool:
         """Whether controls are measured on this batch: on all of its pairs, or on none."""
         return bool(self._roles[int(batch.pair_index[0])] == CONTROL)
 
+    # -- batches -------------------------------------------------------------------------------------------------------
+
     def batch(self, group: Sequence[int]) -> PairBatch:
         """The pairs at those places as one batch, on the models' device."""
         pairs = [self.pairs[i] for i in group]
-        return make_batch(pairs, group, self.pad_token_id, shared=self.shared).to(self.device)
+        return make_batch(pairs, group, _PAD_TOKEN, shared=self.shared).to(self.device)
 
     def batches(self, places: Sequence[int]) -> list[list[int]]:
-        """The pairs at ``places`` in batches as large as memory is known to allow."""
-        return self._plan(places)
+        """The pairs at ``places`` in batches as large as memory is known to allow: first those that controls are measured
+        on, then those that are patched, then the others."""
+        plan = []
+        padding = _PADDING.get(self.device.type, _DEVICE_PADDING)
+        for role in range(int(self._roles.max()) + 1):
+            alike = [i for i in places if self._roles[i] == role]
+            pairs = [self.pairs[i] for i in alike]
+            groups = plan_batches(pairs, self._batch_tokens(), shared=self.shared, padding=padding)
+            plan += [[alike[i] for i in group] for group in groups]
+        return plan
 
     def each_batch(self, work: Callable[[PairBatch], None], places: Sequence[int] | None = None) -> None:
         """Do ``work`` on all pairs (or those at ``places``), longest first, batch by batch; smaller batches after running
@@ -233,7 +206,7 @@ class Session:
             except (MemoryError, RuntimeError) as error:
                 if not out_of_memory(error):
                     raise
-                words = str(error).splitlines()[0]
+                words = str(error).splitlines()[0] if str(error) else type(error).__name__
             # Out of the handler, so that the failed call's tensors are free.
             self.free_memory()
             waiting = self._halved(group, waiting, words)
@@ -255,31 +228,21 @@ class Session:
                 f"batch and a single patched stream at a time ({words}). Expected room for two recordings of "
                 f"{self.num_layers + 1} streams beside the models: a shorter max_length, or a smaller training batch."
             )
+        bounds = self.models.bounds
         # A budget far above what is used would take many halvings to matter: half of what this batch was.
-        self._most_tokens = max(1, tokens // 2)
+        bounds.tokens = max(1, tokens // 2)
         # A batch's streams: recordings, transplants, and several walked together for each layer.
         used = 8 * self.num_layers * tokens * self._stream_bytes()
-        self._most_bytes = max(1, min(self._working_bytes(), used) // 2)
+        bounds.bytes = max(1, min(self._working_bytes(), used) // 2)
         logger.warning(
-            "the audit ran out of memory (%s); it goes on with half the batch (at most %d tokens)",
-            words,
-            self._most_tokens,
+            "the audit ran out of memory (%s); it goes on with half the batch (at most %d tokens)", words, bounds.tokens
         )
         everything = range(len(self.pairs))
         left = sorted([*group, *(i for later in waiting for i in later)])
-        self.plan = self._plan(everything)
-        return list(self.plan) if len(left) == len(everything) else self._plan(left)
+        self.plan = self.batches(everything)
+        return list(self.plan) if len(left) == len(everything) else self.batches(left)
 
-    def _plan(self, places: Sequence[int]) -> list[list[int]]:
-        """Batches of pairs that controls are measured on, of those that are patched, and of the others."""
-        plan = []
-        padding = _PADDING.get(self.device.type, _DEVICE_PADDING)
-        for role in range(int(self._roles.max()) + 1):
-            own = [i for i in places if self._roles[i] == role]
-            pairs = [self.pairs[i] for i in own]
-            groups = plan_batches(pairs, self._batch_tokens(), shared=self.shared, padding=padding)
-            plan += [[own[i] for i in group] for group in groups]
-        return plan
+    # -- runs of a batch -----------------------------------------------------------------------------------------------
 
     def record_both(
         self, batch: PairBatch, until: int | None = None, *, whole_reference: bool = True
@@ -290,11 +253,12 @@ class Session:
             whole_reference: False: the reference's streams end at ``until`` as well; its calls above are kept, so that walks
                 can go on.
         """
-        ours = self.record_policy(batch, until)
-        with self.as_reference() as reference:
-            theirs = reference.record(batch.model_inputs(), until=None if whole_reference else until, calls_above=True)
+        policy = self.record_policy(batch, until)
+        with self.as_reference() as replay:
+            last = None if whole_reference else until
+            reference = replay.record(batch.model_inputs(), until=last, calls_above=True)
         self.meter.sample()
-        return ours, theirs
+        return policy, reference
 
     def record_policy(self, batch: PairBatch, until: int | None = None) -> Recording:
         """One forward of the policy over a batch, up to layer ``until``."""
@@ -303,68 +267,70 @@ class Session:
         self.meter.sample()
         return recording
 
-    def token_logp(self, replay: Replay, top: torch.Tensor, batch: PairBatch) -> torch.Tensor:
-        """Log-probabilities [P] of the batch's targets, float64, from a final residual stream [R, T, d]."""
-        pieces = [
-            token_logp(replay.head(top[batch.row[block], batch.position[block]]), batch.target[block])
-            for block in replay.head_blocks(batch.row.numel())
-        ]
-        self.meter.sample()
-        return torch.cat(pieces)
+    def unpatched(
+        self, replay: Replay, batch: PairBatch, recording: Recording, margins: torch.Tensor, *, is_reference: bool
+    ) -> Unpatched:
+        """The run that patched ones are compared with.
 
-    def summed_logp(self, replay: Replay, top: torch.Tensor, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """log p of all chosen completions of a batch, and of all rejected ones: two scalars to differentiate.
+        It is the recording, computed in the same shapes as the walked streams; that replaying it gives it back bit by bit is
+        checked at every layer on the first batch, and at one layer, another each time, on each that follows. Where it is not
+        so (kernels that are not deterministic), the unpatched run is walked too.
 
-        Pairs do not touch each other, so the gradient of a sum holds each pair's own gradient in its rows.
+        Args:
+            margins: [B] of the recording.
         """
-        logp = self.token_logp(replay, top, batch)
-        chosen, rejected = sum_by_pair(logp, batch.pair, batch.side, batch.num_pairs).sum(1)
-        return chosen, rejected
+        first = self._replayed.get(is_reference, 0) == 0
+        strays = self._replay_check(replay, recording, is_reference)
+        if strays is not None:
+            margins = self.readout.margins(replay, replay.unpatched(recording), batch)
+            self.reference_strays |= is_reference
+        return Unpatched(margins, strays, first or strays is not None)
 
-    def margin_objective(self, replay: Replay, batch: PairBatch) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-        """Of a final stream [R, T, d] the sum of the batch's margins, as ``Replay.stream_gradients`` takes it."""
+    def _replay_check(self, replay: Replay, recording: Recording, is_reference: bool) -> list[int] | None:
+        """Layers at which a replay strays from the recording; None where it does not stray at all."""
+        layers = self.num_layers
+        seen = self._replayed.get(is_reference, 0)
+        every = range(layers)
+        checked = every if seen == 0 or self._strays.get(is_reference) else [seen % layers]
 
-        def total(top: torch.Tensor) -> list[torch.Tensor]:
-            chosen, rejected = self.summed_logp(replay, top, batch)
-            return [chosen - rejected]
+        def stray(layer: int) -> bool:
+            return not torch.equal(replay.layer(layer, recording.after(layer - 1), recording), recording.after(layer))
 
-        return total
+        strays = [layer for layer in checked if stray(layer)]
+        if strays and len(checked) < layers:
+            strays = [layer for layer in every if stray(layer)]
+        # Counted only now: a check that ran out of memory has shown nothing, and the next batch is the first again.
+        self._replayed[is_reference] = seen + 1
+        self._strays[is_reference] = bool(strays)
+        return strays or None
 
-    def margins(self, replay: Replay, top: torch.Tensor, batch: PairBatch) -> torch.Tensor:
-        """Preference margins [B], float64 on the CPU, from a final residual stream [R, T, d]."""
-        logp = self.token_logp(replay, top, batch)
-        return preference_margin(logp, batch.pair, batch.side, batch.num_pairs).cpu()
-
-    def each_margin(
-        self, replay: Replay, walked: Iterator[tuple[Hashable, torch.Tensor | None]], batch: PairBatch
-    ) -> Iterator[tuple[Hashable, torch.Tensor | None]]:
-        """:meth:`margins` of every walked stream; None for one that was not walked.
-
-        Streams go through the head together, as many rows at once as keep it busy; only those rows are kept of each.
-        """
-        waiting: list[tuple[Hashable, torch.Tensor]] = []
-        block = next(replay.head_blocks(2**62)).stop
-        for key, top in walked:
-            if top is None:
-                yield key, None
-                continue
-            waiting.append((key, top[batch.row, batch.position]))
-            if (len(waiting) + 1) * batch.row.numel() > block:
-                yield from self._read(replay, waiting, batch)
-                waiting = []
-        yield from self._read(replay, waiting, batch)
-
-    def _read(
-        self, replay: Replay, waiting: list[tuple[Hashable, torch.Tensor]], batch: PairBatch
+    def effects(
+        self,
+        active: Callable[[], AbstractContextManager[Replay]],
+        batch: PairBatch,
+        recording: Recording,
+        streams: Iterable[Stream],
+        margins: torch.Tensor,
+        *,
+        same_as: Recording | None = None,
+        limit: int | None = None,
     ) -> Iterator[tuple[Hashable, torch.Tensor]]:
-        if not waiting:
-            return
-        rows = torch.cat([part for _, part in waiting])
-        target = batch.target.repeat(len(waiting))
-        logp = [token_logp(replay.head(rows[block]), target[block]) for block in replay.head_blocks(len(rows))]
-        self.meter.sample()
-        for (key, _), own in zip(waiting, torch.cat(logp).split(batch.row.numel()), strict=True):
-            yield key, preference_margin(own, batch.pair, batch.side, batch.num_pairs).cpu()
+        """Walk streams through the receiving model: by key, by how much each moves the margins [B], float64 on the CPU.
+
+        Args:
+            active: makes the receiving model compute: :meth:`as_policy` or :meth:`as_reference`.
+            recording: of the receiving model.
+            margins: [B] of its unpatched run, in the same shapes.
+            same_as: as in :meth:`Replay.walk`: a stream that equals it where it joins is not walked; its effect is 0.
+            limit: streams walked together; None: as many as the working memory holds.
+        """
+        limit = limit or self.max_streams(recording.after(-1))
+        with active() as replay:
+            walked = replay.walk(recording, streams, limit, same_as=same_as, read=batch.read)
+            for key, patched in self.readout.each_margin(replay, walked, batch):
+                yield key, patched - margins if patched is not None else torch.zeros_like(margins)
+
+    # -- memory and work -----------------------------------------------------------------------------------------------
 
     def max_streams(self, stream: torch.Tensor) -> int:
         """How many streams like this one may be walked together within the working memory."""
@@ -378,16 +344,16 @@ class Session:
         """Layer calls so far, as full forwards over both sequences of every probe pair (or of these ``pairs``)."""
         over = self.pairs if pairs is None else pairs
         once = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in over) * self.num_layers
-        return (self.policy.layer_tokens + self.reference.layer_tokens - self._work_before) / once
+        return (self.models.layer_tokens - self._work_so_far) / once
 
     def _working_bytes(self) -> int:
         asked = self.config.working_memory_mb
-        wanted = _usual_working_bytes(self.device) if asked is None else asked * 2**20
-        return min(wanted, self._most_bytes)
+        wanted = usual_working_bytes(self.device) if asked is None else asked * 2**20
+        return min(wanted, self.models.bounds.bytes)
 
     def _stream_bytes(self) -> int:
         """Of one token's residual stream."""
-        return self.policy.anatomy.hidden_size * torch.finfo(self.policy.stream_dtype).bits // 8
+        return self.width * torch.finfo(self.models.policy.stream_dtype).bits // 8
 
     def _batch_tokens(self) -> int:
         """Padded tokens a batch: as asked, unless the recordings of both models alone would fill the working memory."""
@@ -398,19 +364,4 @@ class Session:
         # anything is transplanted two recordings, one between them, and gradients on their way to disk.
         streams = (4 if self.config.patching.keep_reference else 3) * self.num_layers + 4
         recorded = self._working_bytes() // 2 // (streams * self._stream_bytes())
-        return max(1, min(wanted, self._most_tokens, recorded))
-
-
-def _usual_working_bytes(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _WORKING_BYTES
-    return max(_WORKING_BYTES, torch.cuda.get_device_properties(device).total_memory // _DEVICE_SHARE)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """An allocation that failed: on a device, or in the words of torch's CPU allocator."""
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "not enough memory" in str(error)
-        or ("can't allocate memory" in str(error))
-    )
+        return max(1, min(wanted, self.models.bounds.tokens, recorded))

@@ -1,0 +1,163 @@
+"""What both models say of the pairs: margins, log-probabilities, KL, entropy, token accuracy (METHODS, notation and §6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from align_audit.auditing.measurements.measurement import AuditTask, Measurement, Reasons, RecordedBatch
+from align_audit.auditing.session.accumulators import PerPair, State
+from align_audit.measures.margin import compare_readouts, sum_by_pair
+from align_audit.models.replay import equal_streams
+from align_audit.probes.batches import PairBatch
+from align_audit.record.audit_record import Estimate, Margins
+
+
+@dataclass
+class BehaviourState(State):
+    """Log-probabilities in nats, summed over completion tokens; KL and entropies in nats per token; accuracies in [0, 1]."""
+
+    chosen_logp: PerPair
+    rejected_logp: PerPair
+    reference_chosen_logp: PerPair
+    reference_rejected_logp: PerPair
+    chosen_tokens: PerPair
+    rejected_tokens: PerPair
+    kl: PerPair
+    entropy: PerPair
+    reference_entropy: PerPair
+    token_accuracy: PerPair
+    reference_token_accuracy: PerPair
+
+
+class Behaviour(Measurement):
+    """Reads both models at the prediction positions, and keeps the margins that patched runs are compared with.
+
+    Attributes:
+        identical: policy and reference gave the same residual streams, bit by bit, on every probe token.
+    """
+
+    name: ClassVar[str | None] = "margins"
+    state: BehaviourState
+
+    def __init__(self, task: AuditTask) -> None:
+        super().__init__(task)
+        pairs = len(self.session.pairs)
+        self.state = BehaviourState(*(PerPair(pairs) for _ in range(11)))
+        self.identical = True
+        self._reference_margins: dict[tuple[int, ...], torch.Tensor] = {}
+
+    def read(self, recorded: RecordedBatch) -> None:
+        """Log-probabilities, KL, entropies and next-token accuracy; fills the batch's margins."""
+        valid = recorded.batch.position_mask("all")
+        if not equal_streams(recorded.policy.streams, recorded.reference.streams, valid):
+            self.identical = False
+        batch, state = recorded.batch, self.state
+        values = self._readouts(recorded)
+
+        def sums(name: str) -> torch.Tensor:
+            return sum_by_pair(values[name], batch.pair, batch.side, batch.num_pairs)
+
+        tokens = sum_by_pair(torch.ones_like(values["kl"]), batch.pair, batch.side, batch.num_pairs)
+        state.chosen_tokens.put(batch, tokens[0])
+        state.rejected_tokens.put(batch, tokens[1])
+        margins = []
+        for prefix, chosen_logp, rejected_logp, entropy, token_accuracy in (
+            ("", state.chosen_logp, state.rejected_logp, state.entropy, state.token_accuracy),
+            (
+                "reference_", state.reference_chosen_logp, state.reference_rejected_logp, state.reference_entropy,
+                state.reference_token_accuracy,
+            ),
+        ):  # fmt: skip
+            chosen, rejected = sums(prefix + "logp")
+            margins.append((chosen - rejected).cpu())
+            chosen_logp.put(batch, chosen)
+            rejected_logp.put(batch, rejected)
+            entropy.put(batch, sums(prefix + "entropy").sum(0) / tokens.sum(0))
+            token_accuracy.put(batch, sums(prefix + "token_accuracy")[0] / tokens[0])
+        state.kl.put(batch, sums("kl").sum(0) / tokens.sum(0))
+        recorded.policy_margins, recorded.reference_margins = margins
+        self._reference_margins[tuple(batch.pair_index.tolist())] = margins[1]
+
+    def _readouts(self, recorded: RecordedBatch) -> dict[str, torch.Tensor]:
+        """What each prediction entry [P] says, by name; the reference's names begin with ``reference_``."""
+        session, batch, top = self.session, recorded.batch, self.session.num_layers - 1
+        parts: dict[str, list[torch.Tensor]] = {}
+        for block in session.models.policy.head_blocks(batch.row.numel()):
+            at = (batch.row[block], batch.position[block])
+            with session.as_policy() as replay:
+                policy_logits = replay.head(recorded.policy.after(top)[at])
+            with session.as_reference() as replay:
+                reference_logits = replay.head(recorded.reference.after(top)[at])
+            session.meter.sample()
+            policy, reference, kl = compare_readouts(policy_logits, reference_logits, batch.target[block])
+            for prefix, readout in (("", policy), ("reference_", reference)):
+                parts.setdefault(prefix + "logp", []).append(readout.logp)
+                parts.setdefault(prefix + "entropy", []).append(readout.entropy)
+                parts.setdefault(prefix + "token_accuracy", []).append(readout.correct)
+            parts.setdefault("kl", []).append(kl)
+        return {name: torch.cat(pieces) for name, pieces in parts.items()}
+
+    def reference_margins(self, batch: PairBatch) -> torch.Tensor | None:
+        """[B] the reference's margins on a batch of the first pass, to the bit; None of another batch."""
+        return self._reference_margins.get(tuple(batch.pair_index.tolist()))
+
+    # -- of all pairs --------------------------------------------------------------------------------------------------
+
+    @property
+    def policy_margin(self) -> np.ndarray:
+        """[N] m_i(π), nats; an infinite log-probability on both sides is NaN."""
+        with np.errstate(invalid="ignore"):
+            margin: np.ndarray = self.state.chosen_logp.values - self.state.rejected_logp.values
+        return margin
+
+    @property
+    def reference_margin(self) -> np.ndarray:
+        """[N] m_i(ρ), nats."""
+        with np.errstate(invalid="ignore"):
+            margin: np.ndarray = self.state.reference_chosen_logp.values - self.state.reference_rejected_logp.values
+        return margin
+
+    @property
+    def shift(self) -> np.ndarray:
+        """[N] Δ_i = m_i(π) − m_i(ρ), nats."""
+        with np.errstate(invalid="ignore"):
+            return self.policy_margin - self.reference_margin
+
+    @property
+    def mean_shift(self) -> Estimate:
+        """Of Δ_i over the pairs."""
+        return self.estimates.mean(self.shift)
+
+    def part(self) -> tuple[Margins, Reasons]:
+        """METHODS, notation and §6."""
+        state, mean = self.state, self.estimates.mean
+        known = np.isfinite(self.shift)
+        with np.errstate(invalid="ignore"):
+            chosen = state.chosen_logp.values - state.reference_chosen_logp.values
+            rejected = state.rejected_logp.values - state.reference_rejected_logp.values
+        return Margins(
+            reference=mean(self.reference_margin),
+            policy=mean(self.policy_margin),
+            shift=mean(self.shift),
+            accuracy=self._share(np.where(known, self.shift > 0, np.nan)),
+            ranking_accuracy=self._share(np.where(known, self.policy_margin > 0, np.nan)),
+            chosen_logp_change=mean(chosen),
+            rejected_logp_change=mean(rejected),
+            chosen_logp_change_per_token=mean(chosen / state.chosen_tokens.values),
+            rejected_logp_change_per_token=mean(rejected / state.rejected_tokens.values),
+            kl=mean(state.kl.values),
+            entropy=mean(state.entropy.values),
+            reference_entropy=mean(state.reference_entropy.values),
+            token_accuracy=mean(state.token_accuracy.values),
+            reference_token_accuracy=mean(state.reference_token_accuracy.values),
+        ), {}
+
+    def _share(self, hits: np.ndarray) -> Estimate:
+        """Share of pairs [N] for which something holds, with its interval."""
+        if self.identical and not hits.any():
+            return self.estimates.mean(hits)  # equal models: exactly 0, and no sample of anything
+        return self.estimates.share(hits)

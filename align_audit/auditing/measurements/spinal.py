@@ -1,0 +1,257 @@
+"""SPINAL: how fast each layer's spectrum decays and how far its token distribution travels (METHODS §5; arXiv 2601.06238)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from align_audit.auditing.measurements.measurement import AuditTask, Measurement, Reasons, RecordedBatch
+from align_audit.auditing.session.accumulators import PerPair, Rows, State
+from align_audit.auditing.session.estimates import floats
+from align_audit.auditing.session.memory import out_of_memory
+from align_audit.auditing.session.reference_cache import ReferenceTrace
+from align_audit.measures import spinal as scores
+from align_audit.measures.spectrum import below_rounding_floor, contraction, keep_rows, row_keys, singular_values
+from align_audit.measures.sums import sum_into
+from align_audit.measures.transport import TransportAccumulator
+from align_audit.models.replay import Recording, Replay
+from align_audit.record.audit_record import DepthTrace, Estimate
+from align_audit.record.audit_record import Spinal as SpinalPart
+
+
+@dataclass
+class SpinalState(State):
+    """``gradient_norm``: [N, L] ‖∂m_i(π)/∂h_l‖_F; rows are streams [n, L, d] at sampled prediction positions."""
+
+    gradient_norm: PerPair
+    policy_rows: Rows
+    reference_rows: Rows
+
+
+class Spinal(Measurement):
+    """Depth traces of both models on the same rows, and the scores made of them."""
+
+    name: ClassVar[str | None] = "spinal"
+    state: SpinalState
+
+    def __init__(self, task: AuditTask) -> None:
+        super().__init__(task)
+        self.enabled = self.config.spinal.enabled
+        self.state = SpinalState(PerPair(len(self.session.pairs), self.session.num_layers), Rows(), Rows())
+        self.rows_available = 0
+        self._sampled = self._sample_rows() if self.enabled else {}
+        self._reference_trace = task.cache.get(self._trace_key()) if self.enabled else None
+        self._policy_transport = self._reference_transport = np.empty((0, 0))
+
+    def _trace_key(self) -> tuple[str, ...]:
+        """What the reference's depth trace depends on."""
+        config, models = self.config, self.session.models
+        return (
+            models.hashes[1], self.task.reference_build, self.task.request.probes.content_hash,
+            config.spinal.model_dump_json(), str(config.seed), str(models.reference.compute_dtype),
+        )  # fmt: skip
+
+    # -- rows and gradients --------------------------------------------------------------------------------------------
+
+    def _sample_rows(self) -> dict[int, np.ndarray]:
+        """Which prediction entries enter the spectra: chosen by hash before anything runs, so batches cannot matter."""
+        pairs, sides, positions = [], [], []
+        for index, pair in enumerate(self.session.pairs):
+            for side, (ids, start) in enumerate(
+                ((pair.chosen_ids, pair.chosen_start), (pair.rejected_ids, pair.rejected_start))
+            ):
+                read = np.arange(max(start, 1) - 1, len(ids) - 1)
+                # A prefix common to both completions counts once: equal rows would make singular values of 0.
+                if side == 1:
+                    counted = (read < pair.common_prefix) & np.isin(read, pair.chosen_predictions)
+                    read = read[~counted]
+                pairs.append(np.full(len(read), index))
+                sides.append(np.full(len(read), side))
+                positions.append(read)
+        owner, side_of, place = (np.concatenate(parts) for parts in (pairs, sides, positions))
+        keys = row_keys(owner, side_of, place, self.config.seed)
+        kept = keep_rows(keys, self.config.spinal.max_rows)
+        self.rows_available = len(keys)
+        return {int(pair): keys[kept & (owner == pair)] for pair in np.unique(owner)}
+
+    def commit(self, recorded: RecordedBatch) -> None:
+        """The batch's sampled rows of both models, and on pairs of the controls the policy's gradients."""
+        if not self.enabled:
+            return
+        batch, state = recorded.batch, self.state
+        owner = batch.pair_index[batch.pair].cpu().numpy()
+        place = batch.place[batch.row, batch.position].cpu().numpy()
+        keys = row_keys(owner, batch.side.cpu().numpy(), place, self.config.seed)
+        wanted = np.concatenate([self._sampled.get(int(i), np.empty(0, keys.dtype)) for i in batch.pair_index.cpu()])
+        chosen = np.flatnonzero(np.isin(keys, wanted) & batch.distinct.cpu().numpy())
+        picked = torch.from_numpy(chosen).to(batch.row.device)
+        at = (batch.row[picked], batch.position[picked])
+        if self.config.spinal.gradient_concentration and self.session.is_control(batch):
+            with self.session.as_policy() as replay:
+                self._gradients(replay, recorded)
+        policy = self._rows(recorded.policy, at)
+        reference = self._rows(recorded.reference, at) if self._reference_trace is None else None
+        # Added last, and together: a batch that runs out of memory comes again.
+        state.policy_rows.add(keys[chosen], policy)
+        if reference is not None:
+            state.reference_rows.add(keys[chosen], reference)
+
+    def _rows(self, recording: Recording, at: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """The residual stream after every layer at some positions, [n, L, d], on the CPU."""
+        return torch.stack([recording.after(layer)[at] for layer in range(self.session.num_layers)], dim=1).cpu()
+
+    def _gradients(self, replay: Replay, recorded: RecordedBatch) -> None:
+        """g_il = ‖∂m_i(π)/∂h_l‖_F over all positions of both sequences of pair i.
+
+        Where both sequences share the row of their prompt, each one's log-probability is differentiated for itself: the
+        norm is over the positions of two sequences, in which the prompt stands twice.
+        """
+        batch, readout = recorded.batch, self.session.readout
+
+        def each_side(top: torch.Tensor) -> list[torch.Tensor]:
+            return list(readout.summed_logp(replay, top, batch))
+
+        objective = each_side if batch.shared else readout.margin_objective(replay, batch)
+        for layer, gradients in replay.stream_gradients(recorded.policy, objective):
+            squares = torch.stack([gradient.double().square().sum(dim=(1, 2)) for gradient in gradients]).sum(0)
+            self.state.gradient_norm.put(batch, sum_into(batch.row_pair, squares, batch.num_pairs).sqrt(), layer)
+        self.session.meter.sample()
+
+    # -- transport -----------------------------------------------------------------------------------------------------
+
+    def look_closer(self, tick: Callable[[], None]) -> None:
+        """What the logit lens of every row travels from layer to layer.
+
+        Of all rows together, in blocks as large as the head is fast at, however few a batch had.
+        """
+        if not self.enabled:
+            return
+        with self.session.as_policy() as replay:
+            self._policy_transport = self._travelled(replay, self.state.policy_rows)
+        if self._reference_trace is None:
+            with self.session.as_reference() as replay:
+                self._reference_transport = self._travelled(replay, self.state.reference_rows)
+
+    def _travelled(self, replay: Replay, rows: Rows) -> np.ndarray:
+        """Distances [n, L − 1] of n rows; a block of rows walks up the layers, so that two layers' logits of it are held."""
+        total, layers = len(rows), replay.num_layers
+        size = next(replay.head_blocks(2**62)).stop
+        walks, done = TransportAccumulator(), 0
+        while done < total:
+            block = _stretch(rows.parts, done, done + size)
+            try:
+                walks.update(self._lens(replay, block, layer) for layer in range(layers))
+                done += len(block)
+                continue
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error) or len(block) == 1:
+                    raise
+            # Out of the handler, so that the failed call's tensors are free.
+            self.session.free_memory()
+            size = len(block) // 2
+        return walks.freeze().numpy() if total else np.empty((0, layers - 1))
+
+    def _lens(self, replay: Replay, block: torch.Tensor, layer: int) -> torch.Tensor:
+        """The logit lens [n, V] of rows [n, L, d] after one layer."""
+        logits = replay.head(block[:, layer].to(replay.device))
+        self.session.meter.sample()
+        return logits
+
+    # -- what is said --------------------------------------------------------------------------------------------------
+
+    def part(self) -> tuple[SpinalPart | None, Reasons]:
+        """Both traces and the scores; the reference's trace is taken from the run's cache, or kept there from now on."""
+        if not self.enabled:
+            return None, {"": "switched off (spinal.enabled)"}
+        epsilon = torch.finfo(self.session.models.policy.compute_dtype).eps
+        policy, why = self.depth_trace(self.state.policy_rows, self._policy_transport, epsilon)
+        if self._reference_trace is None:
+            traced = self.depth_trace(self.state.reference_rows, self._reference_transport, epsilon)
+            self._reference_trace = self.task.cache.put(self._trace_key(), *traced)
+        part, reasons = self._scores(policy, self._reference_trace)
+        reasons |= {f"policy.{path}": reason for path, reason in why.items()}
+        reasons |= {f"reference.{path}": reason for path, reason in self._reference_trace.reasons.items()}
+        return part, reasons
+
+    def depth_trace(self, rows: Rows, distances: np.ndarray, epsilon: float) -> tuple[DepthTrace, Reasons]:
+        """One model's trace, and why a layer's contraction or transport is NaN.
+
+        Args:
+            rows: by batch [n, L, d].
+            distances: what they travel [rows, L − 1], radians.
+            epsilon: rounding unit of the dtype that the model computes in.
+        """
+        order = rows.order()
+        fits, floor, why = [], [], {}
+        for layer in range(self.session.num_layers):
+            # One layer at a time, in the order of the keys: no second copy of all rows, and batches cannot matter.
+            pooled = torch.cat([part[:, layer] for part in rows.parts])[order]
+            spectrum = singular_values(pooled)
+            fit = contraction(spectrum, pooled.shape[0], pooled.shape[1], window=self.config.spinal.window)
+            if fit.reason is not None:
+                for name in ("contraction", "contraction_r2", "contraction_stderr"):
+                    why[f"{name}.{layer}"] = fit.reason
+            floor.append(below_rounding_floor(spectrum, epsilon))
+            fits.append(fit)
+        for layer in np.flatnonzero(~np.isfinite(distances).all(axis=0)).tolist():
+            why[f"transport.{layer}"] = f"the logit lens at layer {layer} or {layer + 1} is not finite on some rows"
+        trace = DepthTrace(
+            contraction=[fit.alpha for fit in fits],
+            contraction_r2=[fit.r2 for fit in fits],
+            contraction_stderr=[fit.stderr for fit in fits],
+            transport=floats(distances.mean(axis=0)) if len(distances) else [math.nan] * distances.shape[1],
+            singular_values=[int(fit.n) for fit in fits],
+            below_rounding_floor=[int(count) for count in floor],
+        )
+        return trace, why
+
+    def _scores(self, policy: DepthTrace, kept: ReferenceTrace) -> tuple[SpinalPart, Reasons]:
+        config, reference = self.config.spinal, kept.trace
+        terminal = scores.terminal_layers(self.session.num_layers, config.terminal_fraction)
+        of_policy = (np.array(policy.contraction), np.array(policy.transport))
+        of_reference = (np.array(reference.contraction), np.array(reference.transport))
+        delta, no_delta = scores.delta_align(of_policy[0], of_reference[0], of_policy[1], of_reference[1], terminal)
+        coherence, no_coherence = scores.coherence(*of_policy, *of_reference, terminal)
+        reference_coherence, no_reference = scores.coherence(*of_reference, *of_reference, terminal)
+        if config.gradient_concentration:
+            norms = self.state.gradient_norm.values[self.session.control_pairs]
+            concentration = self.estimates.mean(scores.gradient_share(norms, terminal))
+        else:
+            concentration = Estimate.unknown("switched off (spinal.gradient_concentration)")
+        score, no_score = scores.spinal_score(delta, coherence, concentration.mean, config.weights)
+        reasons = {
+            name: why
+            for name, why in (
+                ("delta_align", no_delta), ("coherence", no_coherence), ("reference_coherence", no_reference),
+                ("score", no_score),
+            )
+            if why is not None
+        }  # fmt: skip
+        part = SpinalPart(
+            policy=policy,
+            reference=reference,
+            terminal_layers=[int(layer) for layer in terminal],
+            rows=len(self.state.policy_rows),
+            rows_available=self.rows_available,
+            delta_align=delta,
+            coherence=coherence,
+            reference_coherence=reference_coherence,
+            gradient_concentration=concentration,
+            score=score,
+        )
+        return part, reasons
+
+
+def _stretch(parts: list[torch.Tensor], first: int, end: int) -> torch.Tensor:
+    """Rows ``first`` to ``end`` (or the last) of all parts one behind the other."""
+    pieces, passed = [], 0
+    for part in parts:
+        if passed < end and passed + len(part) > first:
+            pieces.append(part[max(first - passed, 0) : end - passed])
+        passed += len(part)
+    return torch.cat(pieces)

@@ -1,0 +1,140 @@
+"""The record of an audit: what was measured, of which models, pairs and settings, against the right reference or not."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from align_audit.auditing.measurements.behaviour import Behaviour
+from align_audit.auditing.measurements.measurement import AuditTask
+from align_audit.auditing.request import AuditRequest
+from align_audit.auditing.session.walk import Session
+from align_audit.record.audit_record import AuditRecord, Cost, Provenance, ReferenceCheck, Verdict
+from align_audit.record.finding import find
+
+_PACKAGES = ("align-audit", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "scipy")
+
+
+def provenance_of(session: Session, request: AuditRequest) -> Provenance:
+    """Which models, pairs and settings a record of this session speaks of."""
+    models, probes = session.models, request.probes
+    anatomy, model = models.policy.anatomy, models.policy.model
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    return Provenance(
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions={name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        model_type=str(getattr(model.config, "model_type", type(model).__name__)),
+        num_layers=anatomy.num_layers,
+        hidden_size=anatomy.hidden_size,
+        vocab_size=anatomy.vocab_size,
+        policy_hash=models.hashes[0],
+        reference_hash=models.hashes[1],
+        probe_hash=probes.content_hash,
+        probe_name=request.probe_name,
+        probe_source=probes.source,
+        probe_held_out=probes.held_out,
+        pairs=len(probes),
+        pairs_dropped=dict(probes.dropped),
+        seed=session.config.seed,
+        device=str(session.device),
+        parameter_dtype=str(weight.dtype).removeprefix("torch."),
+        compute_dtype=str(models.policy.compute_dtype).removeprefix("torch."),
+        max_length=probes.max_length,
+        truncation_mode=probes.truncation_mode,
+        shared_prompts=session.shared,
+        layout_reason=session.layout_reason,
+        beta=request.beta,
+        config=session.config.to_dict(),
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_reference(session: Session, behaviour: Behaviour, request: AuditRequest) -> ReferenceCheck:
+    """Is the reference what it should be: the policy's starting point, and the one the trainer precomputed with?"""
+    verdict, reason = _against_the_start(behaviour, request)
+    difference = None
+    precomputed = [pair.reference_logps for pair in request.probes.pairs]
+    if request.compare_precomputed and all(logps is not None for logps in precomputed):
+        expected = np.array([logps[0] - logps[1] for logps in precomputed if logps is not None])
+        difference = float(np.abs(behaviour.reference_margin - expected).max())
+        scale = np.array([abs(logps[0]) + abs(logps[1]) for logps in precomputed if logps is not None])
+        # Two ways to sum the same log-probabilities differ by rounding, which grows with their size.
+        half = session.models.reference.compute_dtype in (torch.bfloat16, torch.float16)
+        mismatch = float(np.abs(behaviour.reference_margin - expected).mean())
+        if not mismatch <= (1e-2 if half else 1e-4) * float(scale.mean()):
+            verdict = "failed"
+            reason = (
+                f"the trainer's precomputed reference margins differ from this reference's by {mismatch:.3g} nats on "
+                "average: it is not the reference the trainer uses"
+            )
+        elif verdict == "not_run":
+            verdict = "passed"
+            reason = f"its margins equal the trainer's precomputed ones (largest difference {difference:.2g} nats)"
+    return ReferenceCheck(
+        source=session.models.source.source,
+        same_weights=behaviour.identical,
+        verdict=verdict,
+        reason=reason,
+        last_sync_step=request.last_sync_step,
+        precomputed_margin_difference=difference,
+    )
+
+
+def _against_the_start(behaviour: Behaviour, request: AuditRequest) -> tuple[Verdict, str]:
+    if not request.at_start:
+        return "not_run", "training has begun; policy and reference are compared at step 0"
+    if behaviour.identical:
+        return "passed", "policy and reference give equal activations, bit by bit, before training"
+    known = np.abs(behaviour.shift[np.isfinite(behaviour.shift)])
+    moved = f"the margin shift is {known.mean():.3g} nats on average" if len(known) else "no margin is finite"
+    return "failed", (
+        f"before the first step policy and reference already differ: {moved}. "
+        "Training optimizes the policy against this reference, not against its own starting point. "
+        "Usual causes: an adapter initialization that changes the base weights (PiSSA, OLoRA), trained biases, "
+        "or a reference loaded from another model or in another precision"
+    )
+
+
+def make_record(task: AuditTask, began: float) -> AuditRecord:
+    """What every measurement says, its reasons under the name of its part.
+
+    Args:
+        began: ``time.perf_counter()`` when the audit began.
+    """
+    session, request = task.session, task.request
+    parts: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
+    reasons: dict[str, str] = {}
+    for measurement in task:
+        if measurement.name is None:
+            continue
+        part, why = measurement.part()
+        fields = parts if measurement.name in AuditRecord.model_fields else extra
+        fields[measurement.name] = part
+        reasons |= {f"{measurement.name}.{path}" if path else measurement.name: reason for path, reason in why.items()}
+    session.meter.sample()
+    record = AuditRecord(
+        step=request.step,
+        provenance=provenance_of(session, request),
+        reference_check=check_reference(session, task[Behaviour], request),
+        cost=Cost(
+            seconds=time.perf_counter() - began,
+            peak_memory=session.meter.peak,
+            forward_equivalents=session.forward_equivalents(),
+        ),
+        extra=extra,
+        reasons=reasons,
+        **parts,
+    )
+    return record.model_copy(update={"finding": find(record)})

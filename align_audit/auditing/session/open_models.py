@@ -1,0 +1,170 @@
+"""Policy and reference, opened between their layers and given back as they were."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from align_audit.auditing.session.memory import MemoryBounds
+from align_audit.errors import ConfigurationError
+from align_audit.models.anatomy import Anatomy, unwrap
+from align_audit.models.guard import untouched
+from align_audit.models.reference import Reference, check_fit, policy_fingerprint
+from align_audit.models.replay import Replay
+from align_audit.models.weights.from_host import placed
+
+if TYPE_CHECKING:
+    from align_audit.probes.pairs import ProbePair
+
+
+class OpenModels:
+    """Both models of an audit, opened by the first that needs them and kept open for other probe sets.
+
+    Everything is let go of, and given back as it was, on leaving. When both are one module in two adapter states, only one
+    of them can compute at a time: every use of a replay stands inside :meth:`as_policy` or :meth:`as_reference`.
+
+    Args:
+        autocast: makes the context the trainer computes in.
+        anatomy: where the decoder layers are, for a model in which they cannot be found.
+        keep_loaded: a reference that was loaded for this stays in memory, for the audit that follows.
+
+    Attributes:
+        policy, reference: each open between its layers, once :meth:`open` was called.
+        alike: both are built the same: what holds for how one computes holds for the other.
+        bounds: what running out of memory has taught.
+    """
+
+    policy: Replay
+    reference: Replay
+    alike: bool
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        reference: Reference,
+        *,
+        autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+        anatomy: Anatomy | None = None,
+        keep_loaded: bool = False,
+    ) -> None:
+        self.policy_model = policy
+        self.source = reference
+        self.bounds = MemoryBounds()
+        self._autocast = autocast
+        self._anatomy = anatomy
+        self._keep_loaded = keep_loaded
+        self._stack = contextlib.ExitStack()
+        self._opened = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.close()
+
+    def open(self) -> Self:
+        """Open both, the first time; checked as :class:`~align_audit.models.replay.Replay` says.
+
+        Raises:
+            AnatomyError: a model cannot be opened between its layers.
+            ReferenceUnavailableError: the reference cannot be had, or does not fit the policy.
+        """
+        if not self._opened:
+            self._enter()
+            self._open_replays()
+            self._opened = True
+        return self
+
+    def _enter(self) -> None:
+        stack = self._stack
+        if not self._keep_loaded:
+            stack.callback(self.source.release)
+        models = [self.policy_model]
+        with untouched(self.policy_model):  # loading a reference draws random numbers
+            reference = self.source.model()
+        if reference is not self.policy_model:
+            stack.enter_context(placed(reference, next(self.policy_model.parameters()).device))
+            models.append(reference)
+        stack.enter_context(untouched(*models))
+        stack.enter_context(torch.no_grad())
+
+    def _open_replays(self) -> None:
+        source = self.source
+        self.policy = Replay(self.policy_model, self._anatomy, self._autocast)
+        with source.active():
+            self.alike = source.shares_weights or _built_alike(self.policy.model, source.model())
+            self.reference = Replay(
+                source.model(),
+                self.policy.anatomy if source.shares_weights else self._anatomy,
+                self.policy.autocast,
+                self.policy if self.alike and not source.shares_weights else None,
+            )
+        check_fit(self.policy.anatomy, self.reference.anatomy)
+
+    @functools.cached_property
+    def hashes(self) -> tuple[str, str]:
+        """Of the weights of policy and reference."""
+        # The reference first: a streamed one holds no layer while the policy is read.
+        reference = self.source.fingerprint()
+        return policy_fingerprint(self.policy_model), reference
+
+    @contextlib.contextmanager
+    def as_policy(self) -> Iterator[Replay]:
+        """Inside, the policy computes."""
+        yield self.policy
+
+    @contextlib.contextmanager
+    def as_reference(self) -> Iterator[Replay]:
+        """Inside, the reference computes."""
+        with self.source.active():
+            yield self.reference
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.policy.num_layers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the policy is, and so both models compute."""
+        return self.policy.device
+
+    @property
+    def layer_tokens(self) -> int:
+        """Layer calls × tokens of both so far."""
+        return self.policy.layer_tokens + self.reference.layer_tokens
+
+
+def check_vocabulary(pairs: Sequence[ProbePair], size: int) -> None:
+    """Refuse probe pairs that were tokenized for a larger vocabulary than the policy's.
+
+    Raises:
+        ConfigurationError: a token id is ``size`` or larger.
+    """
+    largest = max(max(*pair.chosen_ids, *pair.rejected_ids) for pair in pairs)
+    if largest >= size:
+        raise ConfigurationError(
+            f"the probes hold token id {largest}, the policy's vocabulary has {size}: they were tokenized with "
+            "another model's tokenizer"
+        )
+
+
+def _built_alike(policy: nn.Module, reference: nn.Module) -> bool:
+    """Whether the reference is built just as the (unwrapped) policy is."""
+
+    def build(model: Any) -> tuple[Any, ...]:
+        config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
+        elsewhere = ("_name_or_path", "dtype", "transformers_version", "use_cache")
+        return (
+            [(name, type(module)) for name, module in model.named_modules()],
+            {name: value for name, value in config.items() if name not in elsewhere},
+            getattr(model.config, "_attn_implementation", None),
+        )
+
+    return build(policy) == build(unwrap(reference))
