@@ -39,7 +39,7 @@ def main() -> None:
     import torch
 
     from align_audit import AuditConfig, ProbeSet
-    from align_audit.auditing.audit import Context, run_audit
+    from align_audit.auditing.audit import audit_once
     from align_audit.models.reference import resolve_reference
 
     config = AuditConfig.from_dict({name: {"enabled": False} for name in OFF})
@@ -64,7 +64,8 @@ def main() -> None:
                     return torch.autocast("cpu", dtype=torch.bfloat16) if on else contextlib.nullcontext()
 
                 reference = resolve_reference(models[0], models[1])
-                return run_audit(models[0], reference, probes, config, 0, Context(autocast=autocast))
+                result = audit_once(models[0], reference, probes, config, autocast=autocast)
+                return result.record, result.arrays
 
             # TRL has wrapped the forward of what it trained: its weights in a model of their own.
             policy = copy.deepcopy(run.reference)

@@ -103,8 +103,8 @@ def main() -> None:
     early, late = train(job, training, [options.steps // 2, options.steps], options.rate)
     print(f"{options.steps} steps of DPO: {time.perf_counter() - began:.0f} s", file=sys.stderr)
 
-    from align_audit.auditing.audit import Context, run_audit
-    from align_audit.auditing.previous import AuditBefore
+    from align_audit.auditing.audit import audit_once
+    from align_audit.auditing.previous import PreviousAudit
     from align_audit.auditing.session.reference_cache import ReferenceCache
     from align_audit.config import AuditConfig
     from align_audit.models.reference import resolve_reference
@@ -119,9 +119,8 @@ def main() -> None:
         config = AuditConfig.from_dict({**sweep, "patching": {**sweep["patching"], **patching}})
         probes = probe_set(job.pairs[:pairs])
         cpu, wall = time.process_time(), time.perf_counter()
-        left = AuditBefore(attribution=before.patching.attribution if before is not None else None)
-        context = Context(reference_cache=ReferenceCache(folder), before=left)
-        record, _ = run_audit(job.policy, resolved, probes, config, 0, context)
+        left = PreviousAudit(attribution=before.patching.attribution if before is not None else None)
+        record = audit_once(job.policy, resolved, probes, config, cache=ReferenceCache(folder), previous=left).record
         return record, time.process_time() - cpu, time.perf_counter() - wall
 
     report: dict[str, Any] = {"machine": machine(options.threads), "job": vars(options) | {"json": None}, "rows": []}

@@ -184,35 +184,37 @@ def run(options: argparse.Namespace) -> dict[str, float]:
 
     torch.set_grad_enabled(False)
     from align_audit import audit
-    from align_audit.auditing.audit import Context, OpenModels, run_audit
-    from align_audit.auditing.measurements.patching import Collector
-    from align_audit.auditing.session.estimates import Assembler
+    from align_audit.auditing.audit import audit_once
+    from align_audit.auditing.measurements.measurement import AuditTask, RecordedBatch
+    from align_audit.auditing.measurements.spinal import Spinal
+    from align_audit.auditing.request import AuditRequest
+    from align_audit.auditing.session.open_models import OpenModels
+    from align_audit.auditing.session.reference_cache import ReferenceCache
+    from align_audit.auditing.session.walk import Session
     from align_audit.models.reference import resolve_reference
 
     policy, reference, probes, settings = build(options)
-    context = Context()
+    cache = ReferenceCache()
 
-    def trace(pairs: Any, session: Any) -> None:
-        own = session if pairs is probes else session.over(pairs.pairs, pairs.truncation_mode)
-        collector = Collector(own)
-        own.each_batch(lambda batch: collector.update_spinal(batch, *own.record_both(batch)))
-        collector.trace()
-        found = collector.found
-        for rows, distances in (
-            (found.policy_rows, found.policy_transport), (found.reference_rows, found.reference_transport)
-        ):  # fmt: skip
-            Assembler(found, settings).trace(rows, distances, torch.finfo(torch.float32).eps)
+    def trace(pairs: Any) -> None:
+        session = Session(opened, pairs.pairs, settings, truncation_mode=pairs.truncation_mode)
+        task = AuditTask(session, AuditRequest(pairs, settings), ReferenceCache())
+        task.begin((Spinal,))
+        session.each_batch(lambda batch: task[Spinal].commit(RecordedBatch(batch, *session.record_both(batch))))
+        task[Spinal].look_closer(lambda: None)
+        task[Spinal].part()
 
     opened = OpenModels(policy, resolve_reference(policy, reference))
-    session = opened.session(probes, settings, context) if options.one == "trace" else None
+    if options.one == "trace":
+        opened.open()
 
     def work(pairs: Any) -> Any:
         if options.one == "trace":
-            return trace(pairs, session)
+            return trace(pairs)
         if options.one == "audit":
             return audit(policy, reference, pairs, settings)
         if options.one == "again":
-            return run_audit(policy, resolve_reference(policy, reference), pairs, settings, 0, context)[0]
+            return audit_once(policy, resolve_reference(policy, reference), pairs, settings, cache=cache).record
         return plain_trace([policy, reference], pairs, settings, options.one == "masked")[0]
 
     work(probes.subsample(1, 0))  # what libraries load and allocate once is not the trace's
@@ -250,16 +252,16 @@ def accuracy(options: argparse.Namespace, policy: Any, reference: Any, probes: A
     from align_audit import audit
 
     if options.one == "audit":
-        from align_audit.auditing.session import estimates as assemble
+        from align_audit.auditing.measurements import spinal as measured
 
-        plain, spectra, rows = assemble.singular_values, [], []
+        plain, spectra, rows = measured.singular_values, [], []
 
         def kept(pooled: Any) -> Any:
             rows.append(pooled)
             spectra.append(torch.from_numpy(plain(pooled)))
             return spectra[-1].numpy()
 
-        assemble.singular_values = kept
+        measured.singular_values = kept
         record = audit(policy, reference, probes, settings)
         transports = [torch.tensor(side.transport) for side in (record.spinal.policy, record.spinal.reference)]
     else:

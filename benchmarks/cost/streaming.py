@@ -60,7 +60,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import torch
 
     from align_audit import AuditConfig, ProbeSet
-    from align_audit.auditing.audit import Context, run_audit
+    from align_audit.auditing.audit import audit_once
     from align_audit.models.loading import load_model
     from align_audit.models.reference import resolve_reference
     from align_audit.models.weights.streaming import find_layers
@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for parameter in given.parameters():
             parameter.data = parameter.data.clone()
     # A policy audited against itself first: what libraries allocate once (thread pools, code) is not the reference's.
-    run_audit(policy, resolve_reference(policy, _twin(policy)), probes.subsample(1, 0), settings, 0, Context())
+    audit_once(policy, resolve_reference(policy, _twin(policy)), probes.subsample(1, 0), settings)
     import gc
 
     gc.collect()
@@ -119,7 +119,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     began, busy = time.perf_counter(), time.process_time()
-    record, arrays = run_audit(policy, reference, probes, settings, 0, Context())
+    result = audit_once(policy, reference, probes, settings)
+    record, arrays = result.record, result.arrays
     seconds, busy = time.perf_counter() - began, time.process_time() - busy
     done.set()
     watcher.join()

@@ -44,8 +44,8 @@ def main() -> None:
     options = parser.parse_args()
 
     from align_audit import AuditConfig, ProbeSet
-    from align_audit.auditing.audit import Context, run_audit
-    from align_audit.auditing.previous import AuditBefore
+    from align_audit.auditing.audit import audit_once
+    from align_audit.auditing.previous import PreviousAudit
     from align_audit.models.reference import resolve_reference
 
     results = []
@@ -70,9 +70,9 @@ def main() -> None:
                 config = AuditConfig.from_dict({**SWEEP, "patching": patching})
                 began = time.process_time()
                 resolved = resolve_reference(policy, run.reference)
-                context = Context(before=AuditBefore(attribution=known))
-                record, _ = run_audit(policy, resolved, probes.subsample(pairs, 0), config, 0, context)
-                return record.patching, time.process_time() - began
+                previous = PreviousAudit(attribution=known)
+                result = audit_once(policy, resolved, probes.subsample(pairs, 0), config, previous=previous)
+                return result.record.patching, time.process_time() - began
 
             sweep(2, None)  # what is made once
             exact, seconds = sweep(options.pairs, None)

@@ -28,7 +28,7 @@ SOME_PATCHED = "effect, some patched"
 
 def measured(policy: Any, reference: Any, probes: Any) -> dict[str, np.ndarray]:
     """Per-pair numbers over all pairs: effects [N, L + 1], transplants [N, L + 2], shift, accuracy, attribution."""
-    from align_audit.auditing.audit import Context, run_audit
+    from align_audit.auditing.audit import audit_once
     from align_audit.config import AuditConfig
     from align_audit.models.reference import resolve_reference
 
@@ -38,7 +38,7 @@ def measured(policy: Any, reference: Any, probes: Any) -> dict[str, np.ndarray]:
             "patching": {"exact_pairs": len(probes), "reverse": False, "noise_draws": 0}, "progress": False,
         }
     )  # fmt: skip
-    _, arrays = run_audit(policy, resolve_reference(policy, reference), probes, config, 0, Context())
+    arrays = audit_once(policy, resolve_reference(policy, reference), probes, config).arrays
     pair = {name.removeprefix("per_pair."): values for name, values in arrays.items()}
     shift = (pair["chosen_logp"] - pair["rejected_logp"]) - (
         pair["reference_chosen_logp"] - pair["reference_rejected_logp"]

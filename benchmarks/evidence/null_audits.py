@@ -63,7 +63,7 @@ def base(family: str, folder: str | None) -> tuple[Any, Any, list[dict[str, str]
 
 def audited(policy: Any, reference: Any, tokenizer: Any, number: int) -> dict[str, Any]:
     """What an audit on fresh probe pairs says."""
-    from align_audit.auditing.audit import Context, run_audit
+    from align_audit.auditing.audit import audit_once
     from align_audit.config import AuditConfig
     from align_audit.lab.corpus import preference_pairs
     from align_audit.models.reference import resolve_reference
@@ -71,7 +71,7 @@ def audited(policy: Any, reference: Any, tokenizer: Any, number: int) -> dict[st
 
     probes = ProbeSet.from_dataset(preference_pairs(PAIRS, PROBES_FROM + number), tokenizer, max_pairs=PAIRS)
     config = AuditConfig.from_dict({**SETTINGS, "seed": number})
-    record, _ = run_audit(policy, resolve_reference(policy, reference), probes, config, 0, Context())
+    record = audit_once(policy, resolve_reference(policy, reference), probes, config).record
     assert record.finding is not None
     assert record.patching is not None
     shift = record.margins.shift

@@ -42,7 +42,7 @@ import torch
 from shares import share
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_audit.auditing.audit import Context, run_audit
+from align_audit.auditing.audit import audit_once
 from align_audit.config import AuditConfig
 from align_audit.lab.bases import base_dir
 from align_audit.lab.corpus import preference_pairs
@@ -121,7 +121,7 @@ class Bench:
         settings = {**QUICK, **{part: {**QUICK.get(part, {}), **values} for part, values in changes.items()}}
         settings["sites"] = sites
         config = AuditConfig.from_dict(settings)
-        return run_audit(policy, resolve_reference(policy, self.base), probes, config, 0, Context())[0]
+        return audit_once(policy, resolve_reference(policy, self.base), probes, config).record
 
 
 def plant_a_layer(bench: Bench, number: int) -> dict[str, Any]:

@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from align_audit.auditing.audit import Context, run_audit
+from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.low_rank import split_halves
-from align_audit.auditing.measurements.patching import Collected
 from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
-from align_audit.models.reference import resolve_reference
 from align_audit.models.replay import Replay
 from tests.helpers import oracle
+from tests.helpers.audits import audited
 from tests.helpers.tiny import DEVICE, FAMILIES, perturbed, random_pairs, tiny_model
 
 RANKS = (1, 2, 4, 8)
@@ -33,7 +32,7 @@ def config(**changes: Any) -> AuditConfig:
 
 
 def run(policy: Any, reference: Any, probes: Any, settings: AuditConfig) -> Any:
-    return run_audit(policy, resolve_reference(policy, reference), probes, settings, 0, Context())
+    return audited(policy, reference, probes, settings)
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
@@ -245,7 +244,7 @@ def test_the_second_pass_knows_the_unpatched_run_to_the_bit(monkeypatch: pytest.
     run(policy, reference, random_pairs(8), settings)
     batches = len(whole) // 2
     assert batches >= 2 and whole == [True] * batches + [False] * batches
-    monkeypatch.setattr(Collected, "reference_margins", property(lambda self: {}, lambda *_: None), raising=False)
+    monkeypatch.setattr(Behaviour, "reference_margins", lambda self, batch: None)
     whole.clear()
     _, computed = run(policy, reference, random_pairs(8), settings)
     assert whole == [True] * 2 * batches

@@ -20,17 +20,20 @@ import align_audit.auditing.audit
 import align_audit.monitoring.callback
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRecord, AuditRun, TransferRecord, audit
 from align_audit.alerts.detectors import evaluate
-from align_audit.auditing.audit import Context, run_audit
-from align_audit.auditing.session.estimates import Assembler
+from align_audit.auditing.audit import run_audit
+from align_audit.auditing.measurements.spinal import Spinal
+from align_audit.auditing.request import AuditRequest
+from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.errors import ConfigurationError, ProbeError, RecordError
 from align_audit.measures.subspace import principal_angles
-from align_audit.models.reference import Reference, resolve_reference
+from align_audit.models.reference import Reference
 from align_audit.record.log import RunLog
 from align_audit.writers import one_per_step
 from align_audit.writers.plots import gallery as plots
 from align_audit.writers.tensorboard import scalars
 from tests.cli.test_run import PICTURES, command  # noqa: F401
+from tests.helpers.audits import audited
 from tests.helpers.dpo import ROWS, build
 from tests.helpers.make_record import make_run
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
@@ -54,8 +57,8 @@ def named(records: list[AuditRecord], name: str | None) -> list[AuditRecord]:
 def test_a_named_set_has_the_numbers_it_has_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit by bit, with the models opened and the reference loaded once for all sets."""
     opened, loaded = [], []
-    real = align_audit.auditing.audit.Session
-    monkeypatch.setattr(align_audit.auditing.audit, "Session", lambda *a, **k: opened.append(1) or real(*a, **k))
+    real = OpenModels._open_replays
+    monkeypatch.setattr(OpenModels, "_open_replays", lambda self: opened.append(1) or real(self))
     monkeypatch.setattr(Reference, "_open", lambda self: loaded.append(1) or self._load())
     reference = tiny_model("llama")
     policy = perturbed(reference)
@@ -77,25 +80,24 @@ def test_a_named_set_has_the_numbers_it_has_alone(monkeypatch: pytest.MonkeyPatc
 
     pairs = random_pairs(4)
     held = Reference("from disk", load=lambda: reference)
-    with align_audit.auditing.audit.OpenModels(policy, held) as models:
+    with OpenModels(policy, held) as models:
         for name in ("a", "b"):
-            run_audit(policy, held, pairs, quick(), 0, Context(probe_name=name, models=models))
+            run_audit(models, AuditRequest(pairs, quick(), probe_name=name))
     assert loaded == [1]
     assert held._model is None, "and let go of at the end"
 
 
 def test_what_the_reference_gives_is_kept_for_each_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     traces: list[int] = []
-    real = Assembler.trace
-    monkeypatch.setattr(Assembler, "trace", lambda self, *a: traces.append(1) or real(self, *a))
+    real = Spinal.depth_trace
+    monkeypatch.setattr(Spinal, "depth_trace", lambda self, *a: traces.append(1) or real(self, *a))
     reference = tiny_model("llama")
     config = quick(patching={"enabled": False}, spinal={"enabled": True, "gradient_concentration": False})
     cache = ReferenceCache(tmp_path)
     for seed in (1, 2):
         policy = perturbed(reference, seed=seed)
         for name, pairs in {"a": random_pairs(8, longest=20), "b": random_pairs(8, seed=5, longest=20)}.items():
-            context = Context(probe_name=name, reference_cache=cache)
-            run_audit(policy, resolve_reference(policy, reference), pairs, config, 0, context)
+            audited(policy, reference, pairs, config, probe_name=name, cache=cache)
     assert len(traces) == 4 + 2, "the reference once on each set, the policy each time"
 
 

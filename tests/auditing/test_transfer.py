@@ -12,10 +12,10 @@ import pytest
 import torch
 from scipy.linalg import subspace_angles
 
-import align_audit.auditing.audit
 from align_audit import AuditConfig, ProbeSet, TransferRecord, audit, transfer
 from align_audit.auditing.measurements.low_rank import split_halves
 from align_audit.auditing.measurements.transfer_cells import EXCLUDED, held_out_spans
+from align_audit.auditing.session.open_models import OpenModels
 from align_audit.errors import ConfigurationError, ProbeError, RecordError
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.probes.pairs import ProbePair
@@ -247,13 +247,13 @@ def test_the_diagonal_is_the_ordinary_audits_and_the_models_are_untouched(models
 
 def test_models_are_opened_once(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Any] = []
-    real = align_audit.auditing.audit.Session
+    real = OpenModels._open_replays
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        opened.append(args)
-        return real(*args, **kwargs)
+    def counted(self: OpenModels) -> None:
+        opened.append(self)
+        real(self)
 
-    monkeypatch.setattr(align_audit.auditing.audit, "Session", counted)
+    monkeypatch.setattr(OpenModels, "_open_replays", counted)
     transfer(*models, {name: random_pairs(3, seed=i) for i, name in enumerate("abc")}, settings(random_draws=0))
     assert len(opened) == 1
 

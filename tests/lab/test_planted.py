@@ -10,13 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_audit.auditing.audit import Context, run_audit
 from align_audit.config import AuditConfig
 from align_audit.lab import MODEL_DIR
 from align_audit.lab.corpus import preference_pairs
-from align_audit.models.reference import resolve_reference
 from align_audit.probes.pairs import ProbeSet
 from tests.helpers import oracle
+from tests.helpers.audits import audited
 
 LARGE, SMALL = 0.1, 0.01
 """Norm of the weight noise over the weights' own: on the planted layer, and on all others."""
@@ -51,7 +50,7 @@ def test_the_planted_layer_stands_out_by_what_restoring_it_does(base: Any, probe
     settings = AuditConfig.from_dict(
         {"low_rank": {"enabled": False}, "patching": {"noise_draws": 0}, "spinal": {"enabled": False}}
     )
-    _, arrays = run_audit(policy, resolve_reference(policy, base), probes, settings, 0, Context())
+    _, arrays = audited(policy, base, probes, settings)
     blocks = arrays["per_pair.transplant"][:, 1:-1]
 
     # The truth, by other means: put one layer's new weights into the reference, or its old ones into the policy.
@@ -75,7 +74,7 @@ def test_a_change_that_moves_no_margin_is_no_effect(base: Any, probes: ProbeSet)
         policy.model.layers[3].mlp.up_proj.weight.mul_(2.0)
         policy.model.layers[3].mlp.down_proj.weight.div_(2.0)
     settings = AuditConfig.from_dict({"low_rank": {"enabled": False}, "spinal": {"enabled": False}})
-    record, arrays = run_audit(policy, resolve_reference(policy, base), probes, settings, 0, Context())
+    record, arrays = audited(policy, base, probes, settings)
     assert record.provenance.policy_hash != record.provenance.reference_hash
     assert np.abs(arrays["per_pair.effect"]).max() < 1e-9
     assert record.patching.recovery[3].reason is not None

@@ -12,11 +12,10 @@ import torch
 from ruined_runs import DATA, Case, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_audit.auditing.audit import Context, run_audit
 from align_audit.config import AuditConfig
-from align_audit.models.reference import resolve_reference
 from align_audit.probes.pairs import ProbeSet
 from tests.helpers import oracle
+from tests.helpers.audits import audited
 
 pytestmark = [
     pytest.mark.real_data,
@@ -42,7 +41,7 @@ def test_audit_equals_the_plain_computation_on_real_pairs(models: tuple[Any, Any
     tokenizer = AutoTokenizer.from_pretrained(DATA / "stories260k")
     probes = ProbeSet.from_dataset(DATA / name, tokenizer, max_pairs=4, max_length=160, seed=2)
     settings = AuditConfig.from_dict({"low_rank": {"enabled": False}, "patching": {"noise_draws": 1}})
-    record, arrays = run_audit(policy, resolve_reference(policy, reference), probes, settings, 0, Context())
+    record, arrays = audited(policy, reference, probes, settings)
     _, chosen, rejected = oracle.margins(reference, probes.pairs)
     atol = 1e-6 * float(np.max(np.abs(chosen) + np.abs(rejected)))
     effects = oracle.patch_effects(policy, reference, probes.pairs)

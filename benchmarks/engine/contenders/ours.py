@@ -44,11 +44,12 @@ class AlignAudit:
         return _result(record, arrays, arrays["per_pair.effect"][:, 1:])
 
     def _audit(self, pairs: Sequence[Pair], options: dict[str, Any]) -> tuple[Any, dict[str, np.ndarray]]:
-        from align_audit.auditing.audit import Context, run_audit
+        from align_audit.auditing.audit import audit_once
         from align_audit.models.reference import resolve_reference
 
         reference = resolve_reference(self.policy, self.reference)
-        return run_audit(self.policy, reference, probe_set(pairs), settings(options), 0, Context())
+        result = audit_once(self.policy, reference, probe_set(pairs), settings(options))
+        return result.record, result.arrays
 
 
 def probe_set(pairs: Sequence[Pair]) -> Any:

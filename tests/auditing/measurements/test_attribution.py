@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 
 from align_audit import AlignmentAuditCallback, AuditRun, ProbeSet
-from align_audit.auditing.audit import Context, run_audit
+from align_audit.auditing.previous import PreviousAudit
+from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.subsets import PairChoice, choose_pairs, more_pairs
 from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError
@@ -26,6 +27,7 @@ from align_audit.probes.batches import make_batch
 from align_audit.record.audit_record import Attribution, AuditRecord, Estimate
 from align_audit.writers.tensorboard import not_known, scalars
 from align_audit.writers.terminal import summary_table
+from tests.helpers.audits import audited, session_of
 from tests.helpers.dpo import ROWS, build
 from tests.helpers.probe_tokenizer import make_tokenizer
 from tests.helpers.tiny import DEVICE, perturbed, random_pairs, tiny_model
@@ -37,7 +39,7 @@ def run(policy: Any, reference: Any, pairs: int, **changes: Any) -> tuple[AuditR
     config = AuditConfig.from_dict(
         {"low_rank": LOW_RANK, "statistics": {"bootstrap_resamples": 200}, "batch_tokens": 100, **changes}
     )
-    return run_audit(policy, resolve_reference(policy, reference), random_pairs(pairs), config, 0, Context())
+    return audited(policy, reference, random_pairs(pairs), config)
 
 
 @pytest.fixture(scope="module")
@@ -221,11 +223,10 @@ def test_too_few_exact_pairs_are_refused() -> None:
 
 
 def test_batches_do_not_mix_roles(models: tuple[Any, Any]) -> None:
-    from align_audit.auditing.session.walk import Session
-
     policy, reference = models
     config = AuditConfig.from_dict({"patching": {"exact_pairs": 9, "control_pairs": 4}, "batch_tokens": 400})
-    session = Session(policy, resolve_reference(policy, reference), random_pairs(14).pairs, config)
+    with OpenModels(policy, resolve_reference(policy, reference)) as opened:
+        session = session_of(opened, random_pairs(14), config)
     roles = []
     for group in session.plan:
         batch = make_batch([session.pairs[i] for i in group], group, 0)
@@ -313,25 +314,24 @@ def test_an_audit_patches_each_layer_on_as_many_pairs_as_its_interval_needs() ->
     policy.model.norm.load_state_dict(reference.model.norm.state_dict())
     probes, resolved = random_pairs(60), resolve_reference(policy, reference)
 
-    def audited(context: Context, **patching: Any) -> tuple[AuditRecord, dict[str, np.ndarray]]:
+    def once(previous: PreviousAudit, **patching: Any) -> tuple[AuditRecord, dict[str, np.ndarray]]:
         config = AuditConfig.from_dict(
             {
                 "patching": {"attribution_points": (0.0,), "control_pairs": 10, **patching}, "batch_tokens": 100,
                 "low_rank": LOW_RANK, "spinal": {"enabled": False},
             }
         )  # fmt: skip
-        return run_audit(policy, resolved, probes, config, 0, context)
+        return audited(policy, resolved, probes, config, previous=previous)
 
-    context = Context()
-    first, arrays = audited(context, exact_pairs="auto", equivalent_pairs=40)
+    first, arrays = once(PreviousAudit(), exact_pairs="auto", equivalent_pairs=40)
     found = first.patching.attribution
     assert found.exact_pairs == found.patched_pairs[3] == 10 < found.patched_pairs[0]
     # The next audit begins with what this one needed, and finds the same.
-    second, again = audited(context, exact_pairs="auto", equivalent_pairs=40)
+    second, again = once(PreviousAudit(attribution=found), exact_pairs="auto", equivalent_pairs=40)
     assert second.cost.forward_equivalents < first.cost.forward_equivalents
     both = np.isfinite(arrays["per_pair.effect"]) & np.isfinite(again["per_pair.effect"])
     np.testing.assert_allclose(arrays["per_pair.effect"][both], again["per_pair.effect"][both], rtol=1e-6, atol=1e-6)
-    whole, every = audited(Context())
+    whole, every = once(PreviousAudit())
     effects = arrays["per_pair.effect"]
     for layer, count in enumerate(found.patched_pairs):
         patched = np.isfinite(effects[:, layer + 1])

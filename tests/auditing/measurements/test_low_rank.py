@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from align_audit.auditing.audit import Context, OpenModels, run_audit
 from align_audit.auditing.measurements.low_rank import TokenGrams
+from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.measures.subspace import GramAccumulator
 from align_audit.models.reference import resolve_reference
+from tests.helpers.audits import audited, session_of
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
 PAIRS = random_pairs(7)
@@ -40,9 +41,9 @@ def config(layers: Any = "auto") -> AuditConfig:
 
 def test_both_ways_give_the_same_numbers_and_naming_the_layers_saves_a_pass(models: tuple[Any, Any]) -> None:
     resolved = resolve_reference(*models)
-    found, arrays = run_audit(models[0], resolved, PAIRS, config(), 0, Context())
+    found, arrays = audited(models[0], resolved, PAIRS, config())
     layers = sorted(found.low_rank["shift"])
-    named, theirs = run_audit(models[0], resolved, PAIRS, config(layers), 0, Context())
+    named, theirs = audited(models[0], resolved, PAIRS, config(layers))
     names = [name for name in arrays if "low_rank" in name or name.startswith("subspace.")]
     assert len(names) >= 2 * 2 * len(layers)
     for name in names:
@@ -64,7 +65,7 @@ def test_pairs_that_come_again_count_once(models: tuple[Any, Any], monkeypatch: 
         real(self, rows)
 
     with OpenModels(models[0], resolve_reference(*models)) as opened:
-        session = opened.session(PAIRS, config(), Context())
+        session = session_of(opened, PAIRS, config())
         once, again = TokenGrams(session, [0, 2]), TokenGrams(session, [0, 2])
         once.gather()
         monkeypatch.setattr(GramAccumulator, "update", fails_once)
@@ -85,10 +86,10 @@ def test_they_are_the_same_from_streams_that_an_earlier_audit_kept(models: tuple
     resolved, pairs = resolve_reference(*models), random_pairs(14)
     patching = {"exact_pairs": 8, "attribution_points": (0.0,), "keep_reference": True}
     settings = AuditConfig.from_dict({**config((0, 2)).to_dict(), "patching": patching})
-    context = Context(reference_cache=ReferenceCache(tmp_path))
+    cache = ReferenceCache(tmp_path)
     work, found = [], []
     for _ in range(2):
-        record, arrays = run_audit(models[0], resolved, pairs, settings, 0, context)
+        record, arrays = audited(models[0], resolved, pairs, settings, cache=cache)
         work.append(record.cost.forward_equivalents)
         found.append({name: values for name, values in arrays.items() if "low_rank" in name or "subspace" in name})
     assert work[1] < work[0], "nothing was read from what was kept"
@@ -107,6 +108,6 @@ def test_where_they_would_take_much_memory_they_are_gathered_apart(
     runs = []
     for room in (True, False):
         monkeypatch.setattr(Session, "has_room", lambda self, size, room=room: size > 0 and room)
-        runs.append(run_audit(models[0], resolved, PAIRS, config((0, 2)), 0, Context())[0])
+        runs.append(audited(models[0], resolved, PAIRS, config((0, 2)))[0])
         assert len(passes) == (0 if room else 1)
     assert runs[0].low_rank == runs[1].low_rank

@@ -14,7 +14,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from align_audit.auditing.audit import Context, run_audit
 from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError, SiteError
@@ -22,6 +21,7 @@ from align_audit.models.reference import resolve_reference
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.probes.pairs import ProbePair, ProbeSet
 from tests.auditing.test_bad_input import unexplained
+from tests.helpers.audits import audited
 from tests.helpers.tiny import DEVICE, VOCABULARY, perturbed, random_pairs
 from tests.models.test_families import build
 
@@ -180,7 +180,7 @@ def config(*sites: dict[str, Any], **changes: Any) -> AuditConfig:
 
 
 def audit(policy: Any, reference: Any, probes: Any, settings: AuditConfig) -> Any:
-    return run_audit(policy, resolve_reference(policy, reference), probes, settings, 0, Context())
+    return audited(policy, reference, probes, settings)
 
 
 def equal_pairs(count: int, length: int = 8, seed: int = 5) -> ProbeSet:
@@ -426,10 +426,10 @@ def test_what_is_not_known_has_a_reason() -> None:
 
 def test_in_bfloat16_under_autocast_identical_models_still_give_exactly_nothing() -> None:
     reference = build("llama").float()
-    context = Context(autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    half = lambda: torch.autocast("cpu", dtype=torch.bfloat16)  # noqa: E731
     settings = config(*({"site": site} for site in SITES))
     policy = resolve_reference(copy.deepcopy(reference), reference)
-    _, arrays = run_audit(copy.deepcopy(reference), policy, random_pairs(3), settings, 0, context)
+    _, arrays = audited(copy.deepcopy(reference), policy, random_pairs(3), settings, autocast=half)
     assert not any(values.any() for name, values in arrays.items() if ".sites." in name)
 
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from align_audit import AuditConfig, audit
-from align_audit.auditing.measurements.patching import Collector
+from align_audit.auditing.measurements.spinal import Spinal
 from align_audit.measures.transport import fisher_rao_distance
+from align_audit.models.replay import Replay
 from align_audit.record.audit_record import AuditRecord
 from tests.helpers.tiny import DEVICE, perturbed, random_pairs, tiny_model
 
@@ -67,15 +68,15 @@ def test_a_block_that_does_not_fit_is_halved_until_it_does(
 ) -> None:
     whole = traced(*models)
     refused: list[int] = []
-    real = Collector._sampled
+    real = Spinal._lens
 
-    def refusing(self: Collector, logits: torch.Tensor) -> torch.Tensor:
-        if len(logits) > 3:
-            refused.append(len(logits))
+    def refusing(self: Spinal, replay: Replay, block: torch.Tensor, layer: int) -> torch.Tensor:
+        if len(block) > 3:
+            refused.append(len(block))
             raise MemoryError("no room for this block")
-        return real(self, logits)
+        return real(self, replay, block, layer)
 
-    monkeypatch.setattr(Collector, "_sampled", refusing)
+    monkeypatch.setattr(Spinal, "_lens", refusing)
     halved = traced(*models)
     assert len(refused) >= 2 and refused[0] > refused[1] > 3
     for one, other in ((halved.spinal.policy, whole.spinal.policy), (halved.spinal.reference, whole.spinal.reference)):

@@ -7,12 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align_audit.auditing.audit import Context, run_audit
 from align_audit.auditing.session.layout import why_not_shared
 from align_audit.config import AuditConfig
-from align_audit.models.reference import resolve_reference
 from align_audit.models.replay import Replay
 from align_audit.probes.pairs import ProbePair, ProbeSet
+from tests.helpers.audits import audited
 from tests.helpers.tiny import VOCABULARY, perturbed, random_pairs, tiny_model
 from tests.models.test_families import build
 
@@ -22,7 +21,7 @@ SETTINGS: dict[str, Any] = {"low_rank": {"layers": (1,), "ranks": (1, 4)}, "stat
 
 def run(policy: Any, reference: Any, probes: ProbeSet, **changes: Any) -> Any:
     config = AuditConfig.from_dict({**SETTINGS, **changes})
-    return run_audit(policy, resolve_reference(policy, reference), probes, config, 0, Context())
+    return audited(policy, reference, probes, config)
 
 
 @pytest.mark.parametrize("positions", ["all", "prompt", "completion", "last_prompt_token"])

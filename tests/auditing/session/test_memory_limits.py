@@ -16,8 +16,7 @@ import numpy as np, scipy.linalg, torch
 torch.set_num_threads(1)
 from tests.helpers.tiny import perturbed, tiny_model
 from align_audit import AuditConfig, ProbeSet
-from align_audit.auditing.audit import Context, run_audit
-from align_audit.models.reference import resolve_reference
+from tests.helpers.audits import audited
 
 spare, length, shared = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "shared"
 sizes = dict(hidden_size=128, intermediate_size=256, max_position_embeddings=4096, num_hidden_layers=6)
@@ -43,7 +42,7 @@ warnings = []
 handler = logging.Handler()
 handler.emit = lambda record: warnings.append(record.getMessage())
 logging.getLogger("align_audit").addHandler(handler)
-run = lambda which: run_audit(policy, resolve_reference(policy, reference), which, config, 0, Context())
+run = lambda which: audited(policy, reference, which, config)
 short = [{name: ids[:8] for name, ids in row.items()} for row in rows[:2]]
 run(ProbeSet.from_dataset(short, None, max_pairs=2, max_length=None))  # what libraries allocate once
 # Too short for NumPy's and SciPy's OpenBLAS to be called: each takes 32 MiB at its first product, and where it cannot it

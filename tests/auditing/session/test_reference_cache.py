@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from align_audit.auditing.audit import Context, run_audit
+from align_audit.auditing.measurements.spinal import Spinal
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.config import AuditConfig
-from align_audit.models.reference import resolve_reference
+from tests.helpers.audits import audited
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
 CONFIG = AuditConfig.from_dict(
@@ -21,22 +21,19 @@ CONFIG = AuditConfig.from_dict(
 def run(reference: Any, cache: ReferenceCache, config: AuditConfig = CONFIG, pairs: int = 8) -> Any:
     policy = perturbed(reference)
     probes = random_pairs(pairs, longest=20)
-    context = Context(reference_cache=cache)
-    return run_audit(policy, resolve_reference(policy, reference), probes, config, 0, context)[0].spinal
+    return audited(policy, reference, probes, config, cache=cache)[0].spinal
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Traces measured so far."""
-    from align_audit.auditing.session.estimates import Assembler
-
     calls: list[int] = []
-    real = Assembler.trace
+    real = Spinal.depth_trace
 
     def trace(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(Assembler, "trace", trace)
+    monkeypatch.setattr(Spinal, "depth_trace", trace)
     return calls
 
 

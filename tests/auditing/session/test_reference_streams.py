@@ -13,14 +13,13 @@ import pytest
 import torch
 
 from align_audit import AlignmentAuditCallback, AuditRun
-from align_audit.auditing.audit import Context, run_audit
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.auditing.session.reference_streams import ReferenceStreams
 from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError
-from align_audit.models.reference import resolve_reference
 from align_audit.models.replay import Replay
 from align_audit.probes.batches import make_batch
+from tests.helpers.audits import audited
 from tests.helpers.dpo import build
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
@@ -38,8 +37,9 @@ def run(
             "localization": {"folds": 2, "selection_resamples": 1, "permutations": 1},
         }
     )  # fmt: skip
-    context = Context(reference_cache=ReferenceCache(folder), at_start=start)
-    record, arrays = run_audit(policy, resolve_reference(policy, reference), random_pairs(pairs), config, 0, context)
+    record, arrays = audited(
+        policy, reference, random_pairs(pairs), config, cache=ReferenceCache(folder), at_start=start
+    )
     return arrays, record
 
 

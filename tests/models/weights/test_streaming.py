@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from align_audit.auditing.audit import Context, audit, run_audit
+from align_audit.auditing.audit import audit
 from align_audit.config import AuditConfig
 from align_audit.errors import ReferenceUnavailableError
 from align_audit.models.guard import untouched
@@ -29,6 +29,7 @@ from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.models.weights.from_disk import open_streamed
 from align_audit.models.weights.from_host import copied_by_layer, placed
 from align_audit.models.weights.streaming import NotStreamable, close, stream_of
+from tests.helpers.audits import audited
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
 FAMILIES = ("llama", "gpt2", "gemma2", "qwen3")
@@ -167,7 +168,7 @@ def test_an_audit_is_the_same_number_for_number(tmp_path: Path) -> None:
     found = []
     for stream in (True, False):
         reference = resolve_reference(policy, folder, stream=stream)
-        found.append(run_audit(policy, reference, random_pairs(5), settings, 0, Context()))
+        found.append(audited(policy, reference, random_pairs(5), settings))
     (streamed, arrays), (whole, others) = found
     assert streamed.reference_check.source == "streamed from base"
     assert whole.reference_check.source == "loaded from base"

@@ -1,0 +1,30 @@
+"""Audits of models in memory, with the arrays that lie beside a record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from align_audit.auditing.audit import audit_once
+from align_audit.auditing.session.open_models import OpenModels
+from align_audit.auditing.session.walk import Session
+from align_audit.config import AuditConfig
+from align_audit.models.reference import Reference, resolve_reference
+from align_audit.probes.pairs import ProbeSet
+from align_audit.record.audit_record import AuditRecord
+
+
+def audited(
+    policy: nn.Module, reference: Any, probes: ProbeSet, config: AuditConfig, **asked: Any
+) -> tuple[AuditRecord, dict[str, np.ndarray]]:
+    """The record and the arrays; ``reference``: a model, a path, None, or a ``Reference``."""
+    resolved = reference if isinstance(reference, Reference) else resolve_reference(policy, reference)
+    result = audit_once(policy, resolved, probes, config, **asked)
+    return result.record, result.arrays
+
+
+def session_of(models: OpenModels, probes: ProbeSet, config: AuditConfig) -> Session:
+    """A session over these pairs, as an audit opens it."""
+    return Session(models, probes.pairs, config, truncation_mode=probes.truncation_mode)
