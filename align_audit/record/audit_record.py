@@ -9,17 +9,21 @@ lies beside the log in ``step-N/*.safetensors``.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from align_audit.record.schema import Part, Stored
+from align_audit.record.schema import Migration, Part, Stored
 
 SCHEMA_VERSION = 5
 """Version of the fields of a record. Older records are migrated on load; newer ones are refused."""
 
 METHODS_VERSION = 1
 """Version of the definitions of the measures. Numbers of different versions are not comparable."""
+
+NOT_MEASURED = "not measured by the version that wrote this record"
+"""Why a number is not known that came with a later version."""
 
 Verdict = Literal["passed", "failed", "not_run"]
 AlertLevel = Literal["info", "warning", "error"]
@@ -181,7 +185,7 @@ class Controls(Part):
     identity: Control
     random_subspace: Control
     split_half: Control
-    permuted_targets: Control = Control(verdict="not_run", reason="not measured by the version that wrote this record")
+    permuted_targets: Control = Control(verdict="not_run", reason=NOT_MEASURED)
 
 
 GUARDED = {
@@ -336,10 +340,33 @@ class Finding(Part):
     """Of the claim; empty where none is made."""
 
 
+def _from_version_3(values: dict[str, Any]) -> dict[str, Any]:
+    """Version 3 was written with several sets of fields, and what ``separation`` says changed within it."""
+    standing_out = _inside(_inside(values, "patching"), "standing_out")
+    if standing_out.get("layers") and "contribution" not in standing_out:
+        # It came with the contributions that the ratio is of; before, it was a difference of block transplants.
+        reason = "measured in nats by the version that wrote this record; here it is a ratio of contributions"
+        standing_out["separation"] = {"mean": math.nan, "low": math.nan, "high": math.nan, "reason": reason}
+    low_rank, reasons = _inside(values, "low_rank"), values.setdefault("reasons", {})
+    for basis in low_rank if isinstance(reasons, dict) else ():
+        for layer in (by_layer := _inside(low_rank, basis)):
+            for name in ("rank_95_low", "rank_95_high"):
+                if name not in _inside(by_layer, layer):
+                    reasons[f"low_rank.{basis}.{layer}.{name}"] = NOT_MEASURED
+    return values
+
+
+def _inside(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """A part of values that nobody has validated yet; empty where there is none."""
+    part = values.get(name)
+    return part if isinstance(part, dict) else {}
+
+
 class AuditRecord(Stored):
     """Everything one audit found. Alerts, plots and reports can be made from it again with no model at hand."""
 
     newest: ClassVar[int] = SCHEMA_VERSION
+    migrations: ClassVar[Mapping[int, Migration]] = {3: _from_version_3}
 
     finding: Finding | None = None
     """None in records of versions before it."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from align_audit.errors import RecordError
 from align_audit.files import write_atomically
+
+Migration = Callable[[dict[str, Any]], dict[str, Any]]
+"""From the values of one schema version, as parsed and not yet validated, to those of the next."""
 
 
 class Part(BaseModel):
@@ -20,16 +24,21 @@ class Part(BaseModel):
 
 
 class Stored(Part):
-    """A record with a ``schema_version``: older ones are read, newer ones refused.
+    """A record with a ``schema_version``: older ones are migrated and read, newer ones refused.
+
+    A record that was migrated keeps the ``schema_version`` it was written with.
 
     Attributes:
         kind: what error messages call it.
         newest: the schema version that this align_audit writes.
+        migrations: version → how its values become those of the next. A version after which fields were only added has
+            none: they have defaults.
         telling: fields by which such a record is told from other JSON.
     """
 
     kind: ClassVar[str] = "record"
     newest: ClassVar[int]
+    migrations: ClassVar[Mapping[int, Migration]] = {}
     telling: ClassVar[tuple[str, ...]] = ("schema_version",)
 
     def to_json(self) -> str:
@@ -59,6 +68,9 @@ class Stored(Part):
                 f"{where} has schema version {version}; this align_audit reads up to {cls.newest}. "
                 "Upgrade with `pip install --upgrade align-audit`."
             )
+        for older in range(version, cls.newest):
+            if older in cls.migrations:
+                values = cls.migrations[older](values)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
