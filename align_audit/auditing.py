@@ -31,8 +31,8 @@ from align_audit.conductor.sites import SiteCollector, SiteFindings
 from align_audit.config import AuditConfig
 from align_audit.errors import AuditMemoryError, ConfigurationError, ProbeError
 from align_audit.models.anatomy import Anatomy
+from align_audit.models.build import build_fingerprint
 from align_audit.models.copied_layers import placed
-from align_audit.models.fingerprint import build_fingerprint
 from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
 from align_audit.probe_names import check_names
