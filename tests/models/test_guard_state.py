@@ -37,7 +37,7 @@ def forward(model: nn.Module, tokens: int) -> torch.Tensor:
 
 
 def rotary(parameters: dict[str, Any]) -> nn.Module:
-    return tiny_model("llama", max_position_embeddings=16, rope_parameters=dict(parameters))
+    return tiny_model("llama", dtype=torch.float32, max_position_embeddings=16, rope_parameters=dict(parameters))
 
 
 def grown(parameters: dict[str, Any]) -> nn.Module:
