@@ -19,7 +19,15 @@ _ELSEWHERE = ("_name_or_path", "transformers_version", "use_cache")
 """Of a configuration: where it is from, and what an audit passes by itself."""
 
 _WORDS_OF_TRAINING = ("checkpointing", "dropout")
-_WORDS_OF_FORWARDS = ("cache", "rescaled", "recurrent_states", "conv1d_state", "conv_state", "long_inv_freq")
+_WORDS_OF_FORWARDS = (
+    "cache",
+    "rescaled",
+    "recurrent_states",
+    "conv1d_state",
+    "conv_state",
+    "long_inv_freq",
+    "original_inv_freq",
+)
 """Parts of the names of what a forward leaves for the next one. It depends on what was computed before, is computed again
 where it is needed, and is given back after an audit."""
 _NOT_COMPUTED_WITH = {
@@ -60,7 +68,7 @@ def build_fingerprint(model: nn.Module) -> str:
     digest.update(str(getattr(config, "_attn_implementation", None)).encode())
     stored = stored_tensors(model)
     idle = _idle_adapters(model)
-    for name, buffer in sorted(model.named_buffers(), key=lambda item: item[0]):
+    for name, buffer in sorted(model.named_buffers(remove_duplicate=False), key=lambda item: item[0]):
         if any(word in name.rsplit(".", 1)[-1] for word in _WORDS_OF_FORWARDS) or belongs_to(model, name, idle):
             continue
         found = _of_tensor(stored[name]() if name in stored else buffer)
