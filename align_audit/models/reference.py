@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from align_audit.errors import ReferenceUnavailableError
+from align_audit.models.adapters import adapters_kept
 from align_audit.models.anatomy import is_peft
 from align_audit.models.loading import load_model
 from align_audit.models.weights.fingerprint import fingerprint
@@ -87,16 +88,13 @@ class Reference:
             yield
             return
         policy: Any = self._policy
-        if REFERENCE_ADAPTER in policy.peft_config:
-            before = list(policy.active_adapters)
-            policy.base_model.set_adapter(REFERENCE_ADAPTER)
-            try:
+        with adapters_kept(policy):
+            if REFERENCE_ADAPTER in policy.peft_config:
+                policy.base_model.set_adapter(REFERENCE_ADAPTER)
                 yield
-            finally:
-                policy.base_model.set_adapter(before)
-        else:
-            with policy.disable_adapter():
-                yield
+            else:
+                with policy.disable_adapter():
+                    yield
 
     def fingerprint(self) -> str:
         """Hash of the weights the reference computes with: inactive adapters do not count."""
@@ -106,8 +104,9 @@ class Reference:
             names = set(model.peft_config)
             if self._policy is not None:
                 skipped = tuple(sorted(names - {REFERENCE_ADAPTER}))
-            else:
-                skipped = tuple(sorted(names - set(model.active_adapters)))
+                with adapters_kept(model):  # the weights without what the policy has merged into them
+                    return fingerprint(model, without_adapters=skipped)
+            skipped = tuple(sorted(names - set(model.active_adapters)))
         return fingerprint(model, without_adapters=skipped)
 
     def release(self) -> None:

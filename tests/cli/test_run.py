@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from align_audit import AlignmentAuditCallback, AuditRun, cli
+from align_audit import AlignmentAuditCallback, AuditRun
+from align_audit.cli import app as cli
 from align_audit.models.loading import load_model
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.monitoring.checkpoints import load_tokenizer

@@ -18,8 +18,8 @@ from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.accumulators import State
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.auditing.session.walk import Session, Unpatched
+from align_audit.models.build import build_fingerprint
 from align_audit.models.replay import Recording, Stream
-from align_audit.models.weights.fingerprint import build_fingerprint
 from align_audit.probes.batches import PairBatch
 
 _Kind = TypeVar("_Kind", bound="Measurement")

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 
 import torch
 from torch import nn
 
-from align_audit.models.weights.streaming import stored_parameters
+from align_audit.models.weights.streaming import stored_tensors
 
 _ROWS, _COLUMNS = 64, 1024
 """Of one block: as 64-bit integers it stays in a core's cache."""
@@ -30,35 +29,16 @@ def fingerprint(model: nn.Module, *, without_adapters: tuple[str, ...] = ()) -> 
         without_adapters: names of PEFT adapters whose parameters do not count.
     """
     digest = hashlib.blake2b(digest_size=8)
-    stored = stored_parameters(model)
+    stored = stored_tensors(model)
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
-        if _belongs_to(model, name, without_adapters):
+        if belongs_to(model, name, without_adapters):
             continue
-        plain, weighted = _sums(stored[name]() if name in stored else parameter.detach())
+        plain, weighted = bit_sums(stored[name]() if name in stored else parameter.detach())
         digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}|{plain}|{weighted};".encode())
     return digest.hexdigest()
 
 
-def build_fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits of what a model computes with beside its parameters: configuration, buffers, kernels.
-
-    Two models of equal :func:`fingerprint` and equal ``build_fingerprint`` compute the same function, and the same bits where
-    library versions, device and number of threads are the same too.
-    """
-    digest = hashlib.blake2b(digest_size=8)
-    config = getattr(model, "config", None)
-    if config is not None and hasattr(config, "to_dict"):
-        elsewhere = ("_name_or_path", "transformers_version", "use_cache")
-        values = {name: value for name, value in config.to_dict().items() if name not in elsewhere}
-        digest.update(json.dumps(values, sort_keys=True, default=str).encode())
-    digest.update(str(getattr(config, "_attn_implementation", None)).encode())
-    for name, buffer in sorted(model.named_buffers(), key=lambda item: item[0]):
-        sums = None if buffer.is_meta or not buffer.numel() else _sums(buffer.detach())
-        digest.update(f"{name}|{tuple(buffer.shape)}|{buffer.dtype}|{sums};".encode())
-    return digest.hexdigest()
-
-
-def _belongs_to(model: nn.Module, name: str, adapters: tuple[str, ...]) -> bool:
+def belongs_to(model: nn.Module, name: str, adapters: tuple[str, ...]) -> bool:
     """Whether the parameter is one of these adapters': PEFT keeps them in dictionaries under the adapter's name."""
     parts = name.split(".")
     return any(
@@ -67,7 +47,7 @@ def _belongs_to(model: nn.Module, name: str, adapters: tuple[str, ...]) -> bool:
     )
 
 
-def _sums(tensor: torch.Tensor) -> tuple[int, int]:
+def bit_sums(tensor: torch.Tensor) -> tuple[int, int]:
     """Plain and position-weighted sums of the weights' bits as integers, modulo 2⁶⁴.
 
     Weights are taken in blocks of rows and columns; only the sums of rows and columns are weighted, so a weight costs two

@@ -312,7 +312,8 @@ def open_streamed(
         for weight in layer:
             weight.put(weight.resting)
             at[id(weight.resting)] = weight
-    stored = {full: at[id(tensor)] for full, tensor in model.named_parameters() if id(tensor) in at}
+    tensors = (*model.named_parameters(), *model.named_buffers(remove_duplicate=False))
+    stored = {full: at[id(tensor)] for full, tensor in tensors if id(tensor) in at}
     there = torch.device(device) if device is not None else torch.device("cpu")
     for module in model.modules():
         for parameter in module._parameters.values():

@@ -289,14 +289,14 @@ def close(model: nn.Module) -> None:
 
 
 def register(model: nn.Module, stream: LayerStream, stored: dict[str, Weight] | None = None) -> None:
-    """From now on ``stream`` is the model's. ``stored``: its parameters that are not in memory, by name."""
+    """From now on ``stream`` is the model's. ``stored``: its parameters and buffers that are not in memory, by name."""
     _streams[model] = stream
     if stored is not None:
         _stored[model] = stored
 
 
-def stored_parameters(model: nn.Module) -> Mapping[str, Callable[[], torch.Tensor]]:
-    """For a model streamed from disk: by name, how to read each parameter that is not in memory, one at a time."""
+def stored_tensors(model: nn.Module) -> Mapping[str, Callable[[], torch.Tensor]]:
+    """For a model streamed from disk: by name, how to read each parameter or buffer not in memory, one at a time."""
     stored = _stored.get(model, {})
     stream = _streams.get(model)
     if stream is not None and stored:

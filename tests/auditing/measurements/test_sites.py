@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from align_audit.auditing.session.readout import Readout
 from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError, SiteError
@@ -438,9 +439,9 @@ def test_running_out_of_memory_halves_the_batch_and_changes_no_number(monkeypatc
     policy, probes = perturbed(reference), random_pairs(6)
     sites = [{"site": site, "layers": (1,), "estimator": "attribution", "pairs": 6} for site in SITES]
     _, free = audit(policy, reference, probes, config(*sites, batch_tokens=10**4))
-    whole, calls = Session.each_margin, []
+    whole, calls = Readout.each_margin, []
 
-    def scarce(self: Session, replay: Any, walked: Any, batch: Any) -> Any:
+    def scarce(self: Readout, replay: Any, walked: Any, batch: Any) -> Any:
         for number, item in enumerate(whole(self, replay, walked, batch)):
             # In the middle of a batch's streams, after some effects have been stored.
             if batch.num_pairs > 2 and number == 2 and len(calls) > 1:
@@ -448,7 +449,7 @@ def test_running_out_of_memory_halves_the_batch_and_changes_no_number(monkeypatc
             yield item
         calls.append(batch.num_pairs)
 
-    monkeypatch.setattr(Session, "each_margin", scarce)
+    monkeypatch.setattr(Readout, "each_margin", scarce)
     _, tight = audit(policy, reference, probes, config(*sites, batch_tokens=10**4))
     assert max(calls) > 2 >= calls[-1]
     for name, values in free.items():

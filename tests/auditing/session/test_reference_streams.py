@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from align_audit import AlignmentAuditCallback, AuditRun
-from align_audit.auditing.session.reference_cache import ReferenceCache
-from align_audit.auditing.session.reference_streams import ReferenceStreams
+from align_audit.auditing.session.reference_cache import ReferenceCache, ReferenceStreams
 from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError
 from align_audit.models.replay import Replay
