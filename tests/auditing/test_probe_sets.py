@@ -301,9 +301,9 @@ def test_resuming_audits_the_sets_that_are_not_in_the_log(trained: Any, monkeypa
     calls: list[tuple[int, str | None]] = []
     real = align_audit.monitoring.callback.run_audit
 
-    def counted(policy: Any, reference: Any, probes: Any, config: Any, step: int, context: Any) -> Any:
-        calls.append((step, context.probe_name))
-        return real(policy, reference, probes, config, step, context)
+    def counted(models: Any, request: AuditRequest, *rest: Any) -> Any:
+        calls.append((request.step, request.probe_name))
+        return real(models, request, *rest)
 
     monkeypatch.setattr(align_audit.monitoring.callback, "run_audit", counted)
     checkpoint = str(trained.output / "checkpoint-1")
@@ -339,10 +339,10 @@ def test_a_set_that_breaks_leaves_the_others_and_an_alert_on_any_set_counts(
 ) -> None:
     real = align_audit.monitoring.callback.run_audit
 
-    def fails(policy: Any, reference: Any, probes: Any, config: Any, step: int, context: Any) -> Any:
-        if context.probe_name == "harmless" and step == 1:
+    def fails(models: Any, request: AuditRequest, *rest: Any) -> Any:
+        if request.probe_name == "harmless" and request.step == 1:
             raise ZeroDivisionError("planted")
-        return real(policy, reference, probes, config, step, context)
+        return real(models, request, *rest)
 
     monkeypatch.setattr(align_audit.monitoring.callback, "run_audit", fails)
     config = quick(strict=False, schedule={"every_n_steps": 1}, alerts={"action": "stop"})
