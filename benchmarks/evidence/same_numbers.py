@@ -13,7 +13,8 @@ the alerts, the tables and the TensorBoard curves.
 ``compare`` asks for equality, bit by bit, of everything but dates, seconds, memory and the versions of packages. Another
 processor rounds otherwise: ``--tolerance 1e-4`` allows relative differences up to that, also of numbers inside sentences, and
 looks at neither hashes of weights nor those of arrays. A field that was renamed, added or removed on purpose is written into
-the tables below; records are also compared as the present ``AuditRecord.load`` reads them, migrated.
+the tables below. Records are compared twice, as they were written and as the present ``AuditRecord.load`` reads them, migrated,
+and count twice.
 """
 
 from __future__ import annotations
@@ -190,10 +191,12 @@ def compare(before: Path, after: Path, tolerance: float = 0.0, only: str = "*") 
         largest = max(found.largest for _, found in looks)
         print(f"{stem}: {'; '.join(said)}; largest relative difference {largest:.3g}")
         for how, found in looks:
-            for path in found.paths[:5]:
+            # What differs in a record differs in it as it is read, too.
+            paths = [path for path in found.paths if not how or path not in looks[0][1].paths]
+            for path in paths[:5]:
                 print(f"    {path}{how}")
-            if len(found.paths) > 5:
-                print(f"    and {len(found.paths) - 5} more{how}")
+            if len(paths) > 5:
+                print(f"    and {len(paths) - 5} more{how}")
     if expected:
         print(f"not compared, since expected: {expected} ({'; '.join(f'{k}: {v}' for k, v in EXPECTED.items())})")
     print(f"{len(names[before] | names[after])} files, {total} leaves, {differing} differ")
