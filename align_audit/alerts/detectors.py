@@ -9,60 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from statistics import median
 
+from align_audit.alerts.history import History, beyond
 from align_audit.config import AlertConfig
-from align_audit.record.audit_record import GUARDED, Alert, AlertLevel, AuditRecord
-
-
-@dataclass(frozen=True)
-class History:
-    """What a rule sees: the record to judge, and those before it, oldest first."""
-
-    record: AuditRecord
-    before: Sequence[AuditRecord]
-    config: AlertConfig
-
-    @property
-    def healthy(self) -> list[AuditRecord]:
-        """Earlier audits of the trained policy that raised nothing above info: the run's own baseline."""
-        return [
-            record
-            for record in self.before
-            if record.step > 0 and not any(alert.level != "info" for alert in record.alerts)
-        ]
-
-    def baseline(self, value: Callable[[AuditRecord], float]) -> float | None:
-        """Median of ``value`` over the first healthy audits, or None before there are enough of them."""
-        known = [number for record in self.healthy if math.isfinite(number := value(record))]
-        needed = self.config.baseline_audits
-        return median(known[:needed]) if len(known) >= needed else None
-
-    def alert(
-        self,
-        rule: str,
-        level: AlertLevel,
-        value: float,
-        message: str,
-        suggestion: str,
-        *,
-        threshold: float | None = None,
-        baseline: float | None = None,
-        layers: Sequence[int] = (),
-    ) -> Alert:
-        """An alert of this record."""
-        return Alert(
-            rule=rule,
-            level=level,
-            step=self.record.step,
-            layers=list(layers),
-            value=value,
-            baseline=baseline,
-            threshold=threshold,
-            message=message,
-            suggestion=suggestion,
-        )
+from align_audit.record.audit_record import GUARDED, Alert, AuditRecord
 
 
 def evaluate(record: AuditRecord, before: Sequence[AuditRecord], config: AlertConfig) -> list[Alert]:
@@ -165,7 +115,7 @@ def chosen_logp_falling(history: History) -> list[Alert]:
         )
     else:
         why += "and the margin does not rise."
-    level = _beyond(-change.high, config.chosen_drop_warning, config.chosen_drop_error)
+    level = beyond(-change.high, config.chosen_drop_warning, config.chosen_drop_error)
     if level is not None:
         limit = config.chosen_drop_error if level == "error" else config.chosen_drop_warning
         return [history.alert("chosen_logp_falling", level, change.mean, why, _SLOW_DOWN, threshold=-limit)]
@@ -192,7 +142,7 @@ def chosen_logp_falling(history: History) -> list[Alert]:
 def kl_out_of_bounds(history: History) -> list[Alert]:
     """The policy's next-token distribution has moved too far from the reference's."""
     config, kl = history.config, history.record.margins.kl
-    level = _beyond(kl.low, config.kl_warning, config.kl_error)
+    level = beyond(kl.low, config.kl_warning, config.kl_error)
     if level is None:
         return []
     limit = config.kl_error if level == "error" else config.kl_warning
@@ -255,7 +205,7 @@ def accuracy_falling(history: History) -> list[Alert]:
         return []
     best = max(seen, key=lambda record: record.margins.accuracy.mean)
     fall = best.margins.accuracy.mean - accuracy.mean
-    level = _beyond(fall, config.accuracy_drop_warning, config.accuracy_drop_error)
+    level = beyond(fall, config.accuracy_drop_warning, config.accuracy_drop_error)
     if level is None or not accuracy.high < best.margins.accuracy.low:
         return []
     limit = config.accuracy_drop_error if level == "error" else config.accuracy_drop_warning
@@ -368,10 +318,4 @@ RULES: tuple[Callable[[History], list[Alert]], ...] = (
 )
 
 
-def _beyond(value: float, warning: float, error: float) -> AlertLevel | None:
-    if value > error:
-        return "error"
-    return "warning" if value > warning else None
-
-
-__all__ = ["RULES", "History", "evaluate"]
+__all__ = ["RULES", "evaluate"]

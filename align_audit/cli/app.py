@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from align_audit.cli.options import (
+    bases_option,
+    device_option,
+    find_checkpoints,
+    layers_option,
+    read_arguments,
+    settings,
+    step_of,
+)
 from align_audit.errors import AlignAuditError, ConfigurationError
-from align_audit.probes.names import read_arguments
 
 if TYPE_CHECKING:
-    from align_audit.config import AuditConfig
     from align_audit.record.audit_record import AuditRecord
 
 app = typer.Typer(
@@ -79,11 +85,11 @@ def run(
         )
     steps = {folder: step if step is not None else step_of(folder) for folder in folders}
     sets = read_arguments(probes)
-    settings = _settings(config, max_pairs, max_length)
+    options = settings(config, max_pairs, max_length)
     from align_audit.monitoring.checkpoints import audit_saved  # loads torch: after what can be refused without it
 
     began = time.perf_counter()
-    records = audit_saved(steps, reference, sets, settings, output, _device(device))
+    records = audit_saved(steps, reference, sets, options, output, device_option(device))
     _conclude(records, output, time.perf_counter() - began)
 
 
@@ -125,9 +131,11 @@ def transfer(
             "--probes harmless=a.jsonl --probes helpful=b.jsonl"
         )
     low_rank = {
-        name: value for name, value in (("layers", _layers(layer)), ("bases", _bases(basis))) if value is not None
+        name: value
+        for name, value in (("layers", layers_option(layer)), ("bases", bases_option(basis)))
+        if value is not None
     }
-    settings = _settings(config, max_pairs, max_length, low_rank=low_rank)
+    options = settings(config, max_pairs, max_length, low_rank=low_rank)
     try:
         output.mkdir(parents=True, exist_ok=True)  # not found out after minutes of work
     except OSError as error:
@@ -137,88 +145,13 @@ def transfer(
     from align_audit.writers.transfer_terminal import print_transfer
 
     began = time.perf_counter()
-    record = transfer_saved(folders[0], reference, sets, settings, step_of(folders[0]), _device(device))
+    record = transfer_saved(folders[0], reference, sets, options, step_of(folders[0]), device_option(device))
     record.save(output / "transfer.json")
     print_transfer(record)
     pictures = save_transfer(record, output / "pictures")
     typer.echo(f"transfer in {time.perf_counter() - began:.0f} s; the record is {output / 'transfer.json'}")
     for path in pictures.values():
         typer.echo(f"  {path}")
-
-
-def _layers(text: str | None) -> str | tuple[int, ...] | None:
-    if text is None or text in ("auto", "all"):
-        return text
-    if re.fullmatch(r"\d+(,\d+)*", text) is None:
-        raise ConfigurationError(f"--layer: expected N, N,M, all or auto; found {text!r}")
-    return tuple(int(number) for number in text.split(","))
-
-
-def _bases(name: str | None) -> tuple[str, ...] | None:
-    if name is None:
-        return None
-    if name == "both":
-        return ("activation", "shift")
-    if name not in ("activation", "shift"):
-        raise ConfigurationError(f"--basis: expected shift, activation or both; found {name!r}")
-    return (name,)
-
-
-def find_checkpoints(path: Path) -> list[Path]:
-    """The saved models at ``path``: itself, or the ``checkpoint-N`` folders in it, by N.
-
-    Raises:
-        ConfigurationError: neither is there.
-    """
-    if not path.is_dir():
-        raise ConfigurationError(
-            f"no checkpoint at {path}: expected a folder with a saved model, or of checkpoint-N folders"
-        )
-    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")) and not _numbered(path):
-        return [path]
-    inside = _numbered(path)
-    if inside:
-        return inside
-    raise ConfigurationError(
-        f"{path} holds no config.json, no adapter_config.json and no checkpoint-N folder; expected what the trainer or "
-        "save_pretrained writes"
-    )
-
-
-def _numbered(path: Path) -> list[Path]:
-    return sorted((folder for folder in path.glob("checkpoint-*") if step_of(folder)), key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """N of ``checkpoint-N``, else 0."""
-    match = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
-    return int(match.group(1)) if match else 0
-
-
-def _settings(
-    config: Path | None, max_pairs: int | None, max_length: int | None, low_rank: dict[str, Any] | None = None
-) -> AuditConfig:
-    from align_audit.config import AuditConfig
-
-    values: dict[str, Any] = AuditConfig.from_yaml(config).to_dict() if config is not None else {}
-    for name, value in (("max_pairs", max_pairs), ("max_length", max_length)):
-        if value is not None:
-            values[name] = value
-    if low_rank:
-        values["low_rank"] = {**values.get("low_rank", {}), **low_rank}
-    return AuditConfig.from_dict(values)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigurationError(f"--device {name} cannot be used: {error}") from None
-    return name
 
 
 def _conclude(records: list[AuditRecord], output: Path, seconds: float) -> None:

@@ -15,20 +15,32 @@ from threadpoolctl import threadpool_limits
 from align_audit.errors import ConfigurationError
 from align_audit.lab import MODEL_DIR
 from align_audit.lab.corpus import preference_pairs
-from align_audit.lab.settings import (
-    AUDITED_PAIRS,
-    BATCH_SIZE,
-    HEALTHY,
-    HELD_OUT_PAIRS,
-    RUINED,
-    SEED,
-    TRAINING_PAIRS,
-    DemoRun,
-)
 from align_audit.record.log import AuditRun
 from align_audit.writers.plots.gallery import save_all
 
 _MARKER = ".align-audit-demo"
+
+
+@dataclass(frozen=True)
+class DemoRun:
+    """What differs between the runs; the rest of their ``DPOConfig`` is the same."""
+
+    name: str
+    title: str
+    learning_rate: float
+    beta: float
+    steps: int
+    audit_every: int
+
+
+HEALTHY = DemoRun("healthy", "a run that works", learning_rate=1e-4, beta=0.1, steps=60, audit_every=20)
+RUINED = DemoRun("ruined", "a run that ruins its model", learning_rate=3e-3, beta=0.02, steps=40, audit_every=20)
+
+TRAINING_PAIRS = 480
+HELD_OUT_PAIRS = 64
+AUDITED_PAIRS = 24
+BATCH_SIZE = 8
+SEED = 0
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,9 @@
-"""Names of probe sets: what they may be, how a command line gives them, and where what belongs to a set is kept."""
+"""Names of probe sets: what they may be."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 from align_audit.errors import ConfigurationError
@@ -47,34 +46,4 @@ def as_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "_", text)
 
 
-def read_arguments(arguments: Sequence[str]) -> dict[str, Path] | Path:
-    """What ``--probes`` was given: one path without a name, or paths by name (``name=path``).
-
-    A text that is the path of something that exists is a path, whatever characters it holds; and so is one with a
-    separator before its ``=``.
-
-    Raises:
-        ConfigurationError: several sets of which one has no name, or bad names.
-
-    Example:
-        >>> read_arguments(["harmless=a.jsonl", "helpful=b.jsonl"])["helpful"].name
-        'b.jsonl'
-    """
-    found: list[tuple[str | None, Path]] = []
-    for text in arguments:
-        name, equals, path = text.partition("=")
-        plain = not equals or Path(text).exists() or "/" in name or "\\" in name
-        found.append((None, Path(text)) if plain else (name, Path(path)))
-    if len(found) == 1 and found[0][0] is None:
-        return found[0][1]
-    nameless = [str(path) for name, path in found if name is None]
-    if nameless:
-        raise ConfigurationError(
-            f"found {len(found)} probe sets, of which {', '.join(nameless)} has no name; expected name=path for each, such "
-            "as --probes harmless=a.jsonl --probes helpful=b.jsonl"
-        )
-    check_names(name for name, _ in found)
-    return {name: path for name, path in found if name is not None}
-
-
-__all__ = ["as_name", "check_names", "read_arguments"]
+__all__ = ["as_name", "check_names"]

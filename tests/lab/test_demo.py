@@ -9,7 +9,7 @@ import pytest
 
 from align_audit.errors import ConfigurationError
 from align_audit.lab import demo as show
-from align_audit.lab.settings import HEALTHY, RUINED
+from align_audit.lab.demo import HEALTHY, RUINED
 
 
 def test_a_short_demo_trains_audits_and_draws(

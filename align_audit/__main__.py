@@ -1,4 +1,4 @@
-"""``python -m align_audit.cli`` is the command ``align-audit``."""
+"""``python -m align_audit`` is the command ``align-audit``."""
 
 from align_audit.cli.app import main
 

@@ -1,0 +1,119 @@
+"""What the commands share of their options: checkpoints, probe sets, layers, devices and audit settings, read from text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align_audit.errors import ConfigurationError
+from align_audit.probes.names import check_names
+
+if TYPE_CHECKING:
+    from align_audit.config import AuditConfig
+
+
+def read_arguments(arguments: Sequence[str]) -> dict[str, Path] | Path:
+    """What ``--probes`` was given: one path without a name, or paths by name (``name=path``).
+
+    A text that is the path of something that exists is a path, whatever characters it holds; and so is one with a
+    separator before its ``=``.
+
+    Raises:
+        ConfigurationError: several sets of which one has no name, or bad names.
+
+    Example:
+        >>> read_arguments(["harmless=a.jsonl", "helpful=b.jsonl"])["helpful"].name
+        'b.jsonl'
+    """
+    found: list[tuple[str | None, Path]] = []
+    for text in arguments:
+        name, equals, path = text.partition("=")
+        plain = not equals or Path(text).exists() or "/" in name or "\\" in name
+        found.append((None, Path(text)) if plain else (name, Path(path)))
+    if len(found) == 1 and found[0][0] is None:
+        return found[0][1]
+    nameless = [str(path) for name, path in found if name is None]
+    if nameless:
+        raise ConfigurationError(
+            f"found {len(found)} probe sets, of which {', '.join(nameless)} has no name; expected name=path for each, such "
+            "as --probes harmless=a.jsonl --probes helpful=b.jsonl"
+        )
+    check_names(name for name, _ in found)
+    return {name: path for name, path in found if name is not None}
+
+
+def layers_option(text: str | None) -> str | tuple[int, ...] | None:
+    if text is None or text in ("auto", "all"):
+        return text
+    if re.fullmatch(r"\d+(,\d+)*", text) is None:
+        raise ConfigurationError(f"--layer: expected N, N,M, all or auto; found {text!r}")
+    return tuple(int(number) for number in text.split(","))
+
+
+def bases_option(name: str | None) -> tuple[str, ...] | None:
+    if name is None:
+        return None
+    if name == "both":
+        return ("activation", "shift")
+    if name not in ("activation", "shift"):
+        raise ConfigurationError(f"--basis: expected shift, activation or both; found {name!r}")
+    return (name,)
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """The saved models at ``path``: itself, or the ``checkpoint-N`` folders in it, by N.
+
+    Raises:
+        ConfigurationError: neither is there.
+    """
+    if not path.is_dir():
+        raise ConfigurationError(
+            f"no checkpoint at {path}: expected a folder with a saved model, or of checkpoint-N folders"
+        )
+    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")) and not _numbered(path):
+        return [path]
+    inside = _numbered(path)
+    if inside:
+        return inside
+    raise ConfigurationError(
+        f"{path} holds no config.json, no adapter_config.json and no checkpoint-N folder; expected what the trainer or "
+        "save_pretrained writes"
+    )
+
+
+def _numbered(path: Path) -> list[Path]:
+    return sorted((folder for folder in path.glob("checkpoint-*") if step_of(folder)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """N of ``checkpoint-N``, else 0."""
+    match = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
+    return int(match.group(1)) if match else 0
+
+
+def settings(
+    config: Path | None, max_pairs: int | None, max_length: int | None, low_rank: dict[str, Any] | None = None
+) -> AuditConfig:
+    from align_audit.config import AuditConfig
+
+    values: dict[str, Any] = AuditConfig.from_yaml(config).to_dict() if config is not None else {}
+    for name, value in (("max_pairs", max_pairs), ("max_length", max_length)):
+        if value is not None:
+            values[name] = value
+    if low_rank:
+        values["low_rank"] = {**values.get("low_rank", {}), **low_rank}
+    return AuditConfig.from_dict(values)
+
+
+def device_option(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(f"--device {name} cannot be used: {error}") from None
+    return name

@@ -1,0 +1,111 @@
+"""What several processes keep is brought together into what one process would have kept."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from align_audit.auditing.session.accumulators import PerPair, Rows, State
+from align_audit.probes.batches import make_batch
+from align_audit.ranks import Ranks
+from tests.helpers.tiny import random_pairs
+
+
+class Threads(Ranks):
+    """Ranks that are threads of one process."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, said: list[Any]) -> None:
+        super().__init__(rank, size)
+        object.__setattr__(self, "barrier", barrier)
+        object.__setattr__(self, "said", said)
+
+    def gather(self, value: Any) -> list[Any]:
+        self.said[self.rank] = value  # type: ignore[attr-defined]
+        self.barrier.wait(10)  # type: ignore[attr-defined]
+        everything = list(self.said)  # type: ignore[attr-defined]
+        self.barrier.wait(10)  # type: ignore[attr-defined]
+        return everything
+
+
+def together(size: int, work: Callable[[Ranks], None]) -> None:
+    """``work`` on ``size`` ranks at once."""
+    barrier, said, errors = threading.Barrier(size), [None] * size, []
+
+    def run(rank: int) -> None:
+        try:
+            work(Threads(rank, size, barrier, said))
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+@dataclass
+class Kept(State):
+    number: PerPair = field(default_factory=lambda: PerPair(6))
+    layers: PerPair = field(default_factory=lambda: PerPair(6, 3))
+    rows: Rows = field(default_factory=Rows)
+    words: str = "not merged"
+
+
+def filled(kept: Kept, places: list[int]) -> Kept:
+    pairs = random_pairs(6).pairs
+    batch = make_batch([pairs[i] for i in places], places, 0)
+    kept.number.put(batch, torch.tensor([i + 0.1 for i in places], dtype=torch.float64))
+    for layer in range(3):
+        if layer != 1:  # not measured anywhere
+            kept.layers.put(batch, np.array([10.0 * i + layer for i in places]), layer)
+    for i in places:
+        kept.rows.add(np.array([100 - i], dtype=np.uint64), torch.full((1, 2, 4), float(i)))
+    return kept
+
+
+def test_every_rank_holds_what_one_process_would() -> None:
+    shares = [[0, 3], [5], [4, 1]]
+    whole = filled(Kept(), [0, 1, 3, 4, 5])
+    merged: dict[int, Kept] = {}
+
+    def work(ranks: Ranks) -> None:
+        merged[ranks.rank] = filled(Kept(), shares[ranks.rank])
+        merged[ranks.rank].merge(ranks)
+
+    together(3, work)
+    for kept in merged.values():
+        np.testing.assert_array_equal(kept.number.values, whole.number.values)
+        np.testing.assert_array_equal(kept.layers.values, whole.layers.values)
+        assert np.isnan(kept.number.values[2]), "nobody measured it"
+        assert len(kept.rows) == len(whole.rows) == 5
+        for one, other in ((kept.rows, whole.rows),):
+            assert torch.equal(torch.cat(one.parts)[one.order()], torch.cat(other.parts)[other.order()])
+        assert kept.words == "not merged"
+
+
+def test_alone_nothing_changes() -> None:
+    kept = filled(Kept(), [0, 2])
+    kept.merge(Ranks())
+    np.testing.assert_array_equal(kept.number.values, filled(Kept(), [0, 2]).number.values)
+    assert len(kept.rows) == 2
+
+
+def test_putting_again_overwrites() -> None:
+    """Pairs of a batch that ran out of memory come again."""
+    kept = PerPair(4, 2)
+    kept.put_at(np.array([1, 2]), np.array([1.0, 2.0]), 0)
+    kept.put_at(np.array([1]), np.array([5.0]), 0)
+    np.testing.assert_array_equal(kept.values[:, 0], [np.nan, 5.0, 2.0, np.nan])
+    assert np.isnan(kept.values[:, 1]).all()
+
+
+def test_names_and_values_of_all_numbers_per_pair() -> None:
+    assert [name for name, _ in Kept().per_pair()] == ["number", "layers"]
