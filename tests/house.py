@@ -20,7 +20,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("auditing", "alerts", "writers"),
     ("monitoring",),
     ("lab", "__init__"),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 """From the ground up. A room imports from floors below its own, and from itself; ``errors`` and ``files`` are for all."""
 
