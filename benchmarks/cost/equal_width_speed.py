@@ -30,10 +30,10 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from engine.bench import Bench, machine
 from engine.contenders.ours import ONLY_THE_SWEEP, probe_set
 from engine.flops import Shape, hooks_sweep
 from engine.job import Job, JobSpec, make_job, split_halves
-from engine.main import Bench, machine
 
 EXACT = 64
 TRAINING = 48

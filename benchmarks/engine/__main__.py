@@ -1,6 +1,8 @@
-"""The engine against plain hooks and against the tools people would use instead; see ``main.py`` beside this file.
+"""The engine against plain hooks and against the tools people would use instead.
 
-python benchmarks/engine --json engine.json
+    python benchmarks/engine --json engine.json
+
+What is measured, and all options: ``main.py`` beside this file.
 """
 
 import sys

@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from engine import flops
+from engine.bench import Bench
 from engine.job import RANKS, JobSpec, make_job
-
-if TYPE_CHECKING:
-    from engine.main import Bench
 
 BASE = JobSpec(layers=12, width=256, vocab=8192, pairs=4, max_tokens=128)
 AXES: dict[str, tuple[str, list[dict[str, Any]]]] = {

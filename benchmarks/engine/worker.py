@@ -1,7 +1,7 @@
 """One contender: loads a job, warms up, measures a sweep or several, writes what it found.
 
-Run by ``main.py`` as a process of its own, under any interpreter that has torch, transformers, numpy and safetensors; with a
-CUDA device inside ``main.py``'s. Imports, loading and what a tool does to wrap a model are not timed.
+Run by ``bench.py`` as a process of its own, under any interpreter that has torch, transformers, numpy and safetensors; with a
+CUDA device inside ``bench.py``'s. Imports, loading and what a tool does to wrap a model are not timed.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def test_a_contender_that_is_not_installed_is_listed(tmp_path: Path) -> None:
     """The command itself, on the smallest job, with an interpreter that has nothing for one contender."""
     out = tmp_path / "engine.json"
     command = [
-        sys.executable, str(BENCHMARKS / "engine.py"), "--layers", "2", "--width", "64", "--vocab", "97", "--pairs", "2",
+        sys.executable, str(BENCHMARKS / "engine"), "--layers", "2", "--width", "64", "--vocab", "97", "--pairs", "2",
         "--max-tokens", "24", "--repeats", "1", "--threads", "1", "--contenders", "pyvene", "hooks",
         "--peer-python", f"pyvene={tmp_path / 'no-python'}", "--json", str(out),
     ]  # fmt: skip
