@@ -17,6 +17,8 @@ from tests.helpers import oracle
 from tests.helpers.audits import audited
 from tests.helpers.tiny import DEVICE, FAMILIES, perturbed, random_pairs, tiny_model
 
+pytestmark = pytest.mark.device
+
 RANKS = (1, 2, 4, 8)
 
 

@@ -23,6 +23,8 @@ from tests.helpers import oracle
 from tests.helpers.tiny import DEVICE, WIDTH, perturbed, random_pairs, tiny_model
 from tests.record.test_reasons import unexplained
 
+pytestmark = pytest.mark.device
+
 
 def settings(**low_rank: Any) -> AuditConfig:
     """A confidence so low that no interval of these few pairs holds 0: shares are to be compared, not judged."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from align_audit.measures.sums import sum_into
 from tests.helpers.tiny import DEVICE
+
+pytestmark = pytest.mark.device
 
 
 def test_places_are_summed_apart_and_alike_every_time() -> None:

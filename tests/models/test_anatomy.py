@@ -18,6 +18,8 @@ from align_audit.models.replay import Replay
 from tests.helpers.tiny import tiny_model
 from tests.helpers.toys import Block, Toy, batch
 
+pytestmark = pytest.mark.device
+
 BERT = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
 

@@ -21,6 +21,8 @@ from align_audit.models.weights.fingerprint import fingerprint
 from tests.helpers.tiny import DEVICE, VOCABULARY, perturbed, same
 from tests.helpers.toys import batch
 
+pytestmark = pytest.mark.device
+
 LLAMA = {
     "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
     "intermediate_size": 48, "max_position_embeddings": 64, "sliding_window": 6,

@@ -17,6 +17,8 @@ from align_audit.models.guard import untouched
 from tests.helpers.tiny import DEVICE, tiny_model
 from tests.helpers.toys import Toy
 
+pytestmark = pytest.mark.device
+
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
 
 

@@ -16,6 +16,8 @@ from tests.helpers.toys import batch
 from tests.models.test_families import FAMILIES, build
 from tests.models.test_replay import state
 
+pytestmark = pytest.mark.device
+
 
 def names(model: nn.Module, modules: list[nn.Module]) -> set[str]:
     return {name.rsplit(".layers.", 1)[-1] for name, module in model.named_modules() if module in set(modules)}

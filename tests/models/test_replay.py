@@ -20,6 +20,8 @@ from align_audit.models.replay import Recording, Replay, Stream, equal_streams
 from tests.helpers.tiny import DEVICE, VOCABULARY, perturbed, tiny_model
 from tests.helpers.toys import Block, Toy, batch
 
+pytestmark = pytest.mark.device
+
 
 def state(model: nn.Module) -> list[Any]:
     """Everything an observation might leave behind on a model."""

@@ -18,6 +18,8 @@ from tests.helpers.tiny import VOCABULARY, perturbed
 from tests.helpers.toys import batch
 from tests.models.test_families import FAMILIES, DeckConfig, DeckForCausalLM, build
 
+pytestmark = pytest.mark.device
+
 ATTENTION, MLP, HEAD = "attention_output", "mlp_output", "head"
 KINDS = (ATTENTION, MLP, HEAD)
 

@@ -25,6 +25,8 @@ from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.writers.tensorboard import TensorBoardWriter
 from tests.helpers.dpo import Trained, build
 
+pytestmark = pytest.mark.device
+
 CREATED = "ref_model made"
 
 

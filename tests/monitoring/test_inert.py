@@ -11,6 +11,8 @@ import torch
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
 from tests.helpers.dpo import MODES, train
 
+pytestmark = pytest.mark.device
+
 
 def small(**changes: Any) -> AuditConfig:
     values = {

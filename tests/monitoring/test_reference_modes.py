@@ -25,6 +25,8 @@ from tests.helpers.probe_tokenizer import make_tokenizer
 from tests.helpers.tiny import DEVICE, perturbed, tiny_model
 from tests.monitoring.test_callback import At, quick, run, steps
 
+pytestmark = pytest.mark.device
+
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 

@@ -10,6 +10,8 @@ import torch
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
 from tests.helpers.dpo import build
 
+pytestmark = pytest.mark.device
+
 
 @pytest.mark.parametrize("mode", ["ref_model passed", "bf16", "new adapter"])
 def test_margins_equal_the_trainers(mode: str, tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ from tests.helpers.dpo import ROWS, build
 from tests.helpers.probe_tokenizer import make_tokenizer
 from tests.helpers.tiny import DEVICE, perturbed, random_pairs, tiny_model
 
+pytestmark = pytest.mark.device
+
 LOW_RANK = {"layers": (1,), "ranks": (1, 4)}
 
 

@@ -20,6 +20,8 @@ from align_audit.models.reference import resolve_reference
 from tests.helpers.audits import audited, session_of
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
+pytestmark = pytest.mark.device
+
 PAIRS = random_pairs(7)
 
 

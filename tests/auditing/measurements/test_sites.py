@@ -26,6 +26,8 @@ from tests.helpers.audits import audited
 from tests.helpers.tiny import DEVICE, VOCABULARY, perturbed, random_pairs
 from tests.models.test_families import build
 
+pytestmark = pytest.mark.device
+
 # -- the oracle: shares nothing with align_audit ----------------------------------------------------------------------
 
 

@@ -15,6 +15,8 @@ from align_audit.models.replay import Replay
 from align_audit.record.audit_record import AuditRecord
 from tests.helpers.tiny import DEVICE, perturbed, random_pairs, tiny_model
 
+pytestmark = pytest.mark.device
+
 PAIRS = 6
 
 

@@ -15,6 +15,8 @@ from tests.helpers.audits import audited
 from tests.helpers.tiny import VOCABULARY, perturbed, random_pairs, tiny_model
 from tests.models.test_families import build
 
+pytestmark = pytest.mark.device
+
 TOLERANCE = 1e-6
 SETTINGS: dict[str, Any] = {"low_rank": {"layers": (1,), "ranks": (1, 4)}, "statistics": {"bootstrap_resamples": 100}}
 

@@ -13,6 +13,8 @@ from align_audit.config import AuditConfig
 from tests.helpers.audits import audited
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
+pytestmark = pytest.mark.device
+
 CONFIG = AuditConfig.from_dict(
     {"low_rank": {"enabled": False}, "patching": {"enabled": False}, "spinal": {"gradient_concentration": False}}
 )

@@ -22,6 +22,8 @@ from tests.helpers.audits import audited
 from tests.helpers.dpo import build
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
+pytestmark = pytest.mark.device
+
 
 def run(
     reference: Any, folder: Path | None, policy_seed: int = 1, pairs: int = 14, start: bool = False, **patching: Any

@@ -19,6 +19,8 @@ from align_audit.models.reference import Reference, policy_fingerprint
 from align_audit.models.weights.fingerprint import fingerprint
 from tests.helpers.tiny import tiny_model
 
+pytestmark = pytest.mark.device
+
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.float8_e4m3fn]
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

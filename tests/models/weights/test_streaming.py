@@ -32,6 +32,8 @@ from align_audit.models.weights.streaming import NotStreamable, close, stream_of
 from tests.helpers.audits import audited
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
+pytestmark = pytest.mark.device
+
 FAMILIES = ("llama", "gpt2", "gemma2", "qwen3")
 IDS = torch.arange(3, 21).view(2, 9)
 MASK = torch.ones_like(IDS)
