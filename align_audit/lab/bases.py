@@ -2,7 +2,7 @@
 
     python -m align_audit.lab.bases --out DIR --family gpt2
 
-The shipped model (``align_audit.demo.MODEL_DIR``) is a Llama. The others learn the same stories with the same tokenizer,
+The shipped model (``align_audit.lab.MODEL_DIR``) is a Llama. The others learn the same stories with the same tokenizer,
 each in a few minutes on one core, and are kept in a cache instead of the package.
 """
 

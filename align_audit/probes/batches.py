@@ -2,7 +2,7 @@
 
 Two layouts hold the same tokens. *Separate*: a row for each completion, behind its own copy of the prompt. *Shared*: one
 row a pair, the prompt once, then both completions, which cannot see each other; for models in which a check shows that
-this changes nothing (``conductor.sharing``). Nothing downstream knows which one it reads.
+this changes nothing (``auditing.session.layout``). Nothing downstream knows which one it reads.
 """
 
 from __future__ import annotations

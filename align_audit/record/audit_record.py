@@ -332,7 +332,7 @@ class Provenance(Part):
 
 
 class Finding(Part):
-    """What an audit says about where the preference sits, in words and made only from the record (``verdict.find``)."""
+    """What an audit says about where the preference sits, in words and made only from the record (``record.finding.find``)."""
 
     words: str
     localized: bool

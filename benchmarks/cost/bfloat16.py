@@ -2,9 +2,9 @@
 
     python benchmarks/cost/bfloat16.py --json bfloat16.json        # both models: a few minutes on two cores
 
-The policies of ``trained.py``, early and late, 64 pairs, patching in full. An audit computes in the dtype that the models
-have, or the trainer's autocast gives them; log-probabilities and sums over them are float32 and float64 always. Per model,
-step and dtype: root mean square, over pairs, of the difference that it makes to a pair's policy margin, margin shift and
+The policies of ``evidence/trained.py``, early and late, 64 pairs, patching in full. An audit computes in the dtype that the
+models have, or the trainer's autocast gives them; log-probabilities and sums over them are float32 and float64 always. Per
+model, step and dtype: root mean square, over pairs, of the difference that it makes to a pair's policy margin, margin shift and
 patched effects (worst layer), in nats, beside the shift's standard deviation over pairs; the largest difference of a layer's
 mean effect, in half widths of its 95 % interval; the peak layer in float32 and in that dtype; whether replay was exact.
 """
