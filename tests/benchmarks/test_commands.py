@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import os
 import re
@@ -74,6 +76,39 @@ def test_it_starts(command: str, outcome: dict[str, tuple[int | str, str]]) -> N
     status, said = outcome[command]
     assert status == 0
     assert said.startswith("usage:")
+
+
+def of_the_package() -> list[tuple[str, str, str]]:
+    """(file, module, name) of every name that a benchmark takes from align_audit, also inside its functions."""
+    return [
+        (str(path.relative_to(BENCHMARKS)), node.module, alias.name)
+        for path in sorted(BENCHMARKS.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "align_audit"
+        for alias in node.names
+    ]
+
+
+def test_what_benchmarks_take_from_the_package_is_there() -> None:
+    """Most of them import late, so that starting one does not tell."""
+    taken = of_the_package()
+    assert ("evidence/null_audits.py", "align_audit.config", "AuditConfig") in taken
+    assert [each for each in taken if not is_there(*each[1:])] == []
+
+
+def is_there(module: str, name: str) -> bool:
+    """Whether ``from module import name`` works."""
+    try:
+        return hasattr(importlib.import_module(module), name) or bool(importlib.import_module(f"{module}.{name}"))
+    except ImportError:
+        return False
+
+
+def test_a_name_that_is_gone_is_seen() -> None:
+    assert is_there("align_audit.config", "AuditConfig")
+    assert is_there("align_audit", "config")
+    assert not is_there("align_audit.config", "Nothing")
+    assert not is_there("align_audit.nothing", "AuditConfig")
 
 
 def written(command: str) -> set[str]:
