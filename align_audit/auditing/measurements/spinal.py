@@ -16,7 +16,8 @@ from align_audit.auditing.session.estimates import floats
 from align_audit.auditing.session.memory import out_of_memory
 from align_audit.auditing.session.reference_cache import ReferenceTrace
 from align_audit.measures import spinal as scores
-from align_audit.measures.spectrum import below_rounding_floor, contraction, keep_rows, row_keys, singular_values
+from align_audit.measures.draws import keep_rows, row_keys
+from align_audit.measures.spectrum import below_rounding_floor, contraction, singular_values
 from align_audit.measures.sums import sum_into
 from align_audit.measures.transport import TransportAccumulator
 from align_audit.models.replay import Recording, Replay
