@@ -2,23 +2,21 @@
 
 First-order attribution costs one backward pass for all layers, an exact patched effect one forward per layer. Alone
 attribution misleads (late in training its mean is half the exact one); as a control variate it only narrows the
-interval of exact values. Which pairs are exact is decided by :func:`subset_order`, without looking at any value: the
-guarantees here rest on that. Sources: regression estimators, Cochran, *Sampling Techniques* (1977), ch. 7; unbiased
-ones by leaving out, Mickey (1959), doi:10.1080/01621459.1959.10501497; effective degrees of freedom, Satterthwaite
-(1946), doi:10.2307/3002019.
+interval of exact values. Which pairs are exact is decided by :func:`~align_audit.measures.draws.subset_order`, without
+looking at any value: the guarantees here rest on that. Sources: regression estimators, Cochran, *Sampling Techniques*
+(1977), ch. 7; unbiased ones by leaving out, Mickey (1959), doi:10.1080/01621459.1959.10501497; effective degrees of
+freedom, Satterthwaite (1946), doi:10.2307/3002019.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import ndtri, stdtrit
+from scipy.special import stdtrit
 
-from align_audit.measures.statistics import Interval, mean_intervals
+from align_audit.measures.statistics import Interval, check_options, mean_intervals
 
 Array = np.ndarray
 
@@ -121,112 +119,31 @@ def control_variate_means(
         >>> [round(x, 3) for x in (result.interval.mean, result.coefficient, result.equivalent_pairs)]
         [3.25, 0.5, 12.0]
     """
-    exact, proxies = np.asarray(exact, dtype=np.float64), np.asarray(proxy, dtype=np.float64)
-    if exact.ndim != 2 or proxies.ndim not in (2, 3) or exact.shape != proxies.shape[:2] or not exact.shape[0]:
-        raise ValueError(
-            "expected exact values [N, L] with N at least 1, and proxies of the same shape or [N, L, K]; "
-            f"found {list(exact.shape)} and {list(proxies.shape)}"
-        )
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"expected a confidence between 0 and 1, such as 0.95; found {confidence}")
-    if resamples < 1:
-        raise ValueError(f"expected at least 1 resample, found {resamples}")
-    pairs, layers = exact.shape
-    proxies = proxies.reshape(pairs, layers, -1)
-    measured = ~np.isnan(exact)
-    n = measured.sum(axis=0)
-    infinite = np.isinf(exact).sum(axis=0)
-    unknown_proxies = (~np.isfinite(proxies)).any(axis=2).sum(axis=0)
-    width = np.where(n >= MINIMUM_EXACT + 2 * (proxies.shape[2] - 1), proxies.shape[2], 1)
-    """Slopes that are fitted at each layer."""
+    check_options(resamples, confidence)
+    sample = _working_units(exact, proxy)
+    slopes = _slopes(sample)
+    estimates = _estimates(sample, slopes)
+    error = _error(sample, slopes)
+    reach = sample.scale * np.sqrt(error.variance) * stdtrit(error.freedom, (1 + confidence) / 2)
+    correlation = _correlation(sample, slopes)
+    explained, equivalent = _worth(sample, error)
 
-    # Working units: values of order 1, around the first one, so that nothing overflows and equal values are exactly 0.
-    e, e_origin, e_scale = _standardized(exact, measured & (infinite == 0))
-    a, _, a_scale = _standardized(proxies, np.broadcast_to((unknown_proxies == 0)[:, None], proxies.shape))
-    if proxies.shape[2] > 1:
-        # Averaged in their own unit, each by its share of the largest scale.
-        share = a_scale / a_scale.max(axis=1, keepdims=True)
-        one = (a * share).mean(axis=2) / np.maximum(share.mean(axis=1), _ROUNDING)
-        a = np.where((width == 1)[:, None], 0.0, a)
-        a[:, :, 0] = np.where(width == 1, one, a[:, :, 0])
-
-    count = np.maximum(n, 1)
-    inside = measured[:, :, None]
-    e_mean, a_mean = e.sum(axis=0) / count, (a * inside).sum(axis=0) / count[:, None]
-    y, d = np.where(measured, e - e_mean, 0.0), np.where(inside, a - a_mean, 0.0)
-    # Sums and not products of matrices, whose last bits depend on how many layers there are.
-    sxx, sxy = (d[:, :, :, None] * d[:, :, None, :]).sum(axis=0), (d * y[:, :, None]).sum(axis=0)
-    syy, spread_of_proxies = (y * y).sum(axis=0), np.trace(sxx, axis1=1, axis2=2)
-    usable = (n >= MINIMUM_EXACT) & (spread_of_proxies > _ROUNDING) & (unknown_proxies == 0) & (infinite == 0)
-    fitted = _solve(sxx, sxy, np.full(layers, _ROUNDING))
-    slope = fitted * usable[:, None]
-    correction = (count / np.maximum(n - 1, 1))[:, None]
-    without = sxx - correction[:, :, None] * d[:, :, :, None] * d[:, :, None, :]
-    slopes = _solve(without, sxy - correction * d * y[:, :, None], _ROUNDING * spread_of_proxies)
-    slopes = slopes * (measured & usable)[:, :, None]
-
-    others = (a * ~inside).sum(axis=0) / np.maximum(pairs - n, 1)[:, None]
-    shifts = (slopes * np.where(inside, a - others, 0.0)).sum(axis=(0, 2)) / count
-    estimates = e_origin + e_scale * (e_mean - (1 - n / pairs) * shifts)
-
-    freedom = np.maximum(n - 1 - np.where(usable, width, 0), 1)
-    residual = ((y - (slopes * d).sum(axis=2)) ** 2).sum(axis=0) / freedom
-    total = syy / np.maximum(n - 1, 1)
-    predicted = ((a - a.mean(axis=0)) * slope).sum(axis=2)
-    square = (predicted**2).sum(axis=0)
-    kurtosis = _ratio(pairs * (predicted**4).sum(axis=0), square**2, square > _ROUNDING)
-    first, second = residual / count, square / max(pairs - 1, 1) / pairs
-    variance = first + second
-    spread = 2 * first**2 / freedom
-    spread = spread + second**2 * (2 / max(pairs - 1, 1) + np.maximum(kurtosis - 3, 0) / pairs)
-    spread = spread + 4 * second * first / pairs
-    nu = np.maximum(_ratio(2 * variance**2, spread, spread > 0.0), freedom)
-    half = e_scale * np.sqrt(variance) * stdtrit(nu, (1 + confidence) / 2)
-
-    varies = (n >= 2) & (spread_of_proxies > _ROUNDING) & (syy > 0.0) & (unknown_proxies == 0) & (infinite == 0)
-    multiple = np.sqrt(np.maximum(_ratio((fitted * sxy).sum(axis=1), syy, varies), 0.0))
-    sign = np.where(width == 1, np.sign(sxy[:, 0]), 1.0)
-    correlation = np.where(varies, np.clip(sign * multiple, -1.0, 1.0), np.nan)
-    explained = np.where(usable, 1 - _ratio(residual, total, total > 0.0), 0.0)
-    explained = np.where(total > 0.0, explained, 0.0)
-    equivalent = _ratio(np.ones(layers), (1 - explained) / count + explained / pairs, n > 0)
-
-    complete = n == pairs
+    complete = sample.count == sample.pairs
     # On all columns at once: a product over fewer columns may differ in its last bits.
     plain = mean_intervals(exact, resamples, confidence, seed=seed) if complete.any() else []
-    results = []
-    for layer in range(layers):
-        found = int(n[layer])
-        if complete[layer]:
-            interval = plain[layer]
-        elif infinite[layer]:
-            interval = Interval.unknown(f"{infinite[layer]} of {found} exact values are infinite")
-        elif found < 2:
-            few = f"an interval needs at least 2 exact pairs, found {found}"
-            interval = Interval(float(estimates[layer]), math.nan, math.nan, few) if found else Interval.unknown(few)
-        else:
-            mean, reach = float(estimates[layer]), float(half[layer])
-            interval = Interval(mean, mean - reach, mean + reach)
-        reason = None
-        if unknown_proxies[layer]:
-            reason = f"proxy not used: {unknown_proxies[layer]} of {pairs} proxies are not finite"
-        elif found < min(MINIMUM_EXACT, pairs):
-            reason = f"proxy not used: a slope needs at least {MINIMUM_EXACT} exact pairs, found {found}"
-        elif spread_of_proxies[layer] <= _ROUNDING:
-            reason = f"proxy not used: it does not vary over the {found} exact pairs"
-        results.append(
-            ControlVariate(
-                interval=interval,
-                correlation=float(correlation[layer]),
-                explained=float(explained[layer]),
-                coefficient=float(slope[layer, 0] * e_scale[layer] / a_scale[layer, 0]),
-                exact_pairs=found,
-                pairs=pairs,
-                equivalent_pairs=float(pairs if found == pairs else equivalent[layer]),
-                reason=reason,
-            )
+    return [
+        ControlVariate(
+            interval=plain[layer] if complete[layer] else _interval(sample, layer, estimates[layer], reach[layer]),
+            correlation=float(correlation[layer]),
+            explained=float(explained[layer]),
+            coefficient=float(slopes.slope[layer, 0] * sample.scale[layer] / sample.proxy_scale[layer, 0]),
+            exact_pairs=int(sample.count[layer]),
+            pairs=sample.pairs,
+            equivalent_pairs=float(sample.pairs if complete[layer] else equivalent[layer]),
+            reason=_why_not_used(sample, layer),
         )
-    return results
+        for layer in range(len(sample.count))
+    ]
 
 
 def beside_attribution(attribution: Array, known: Array, exact_pairs: int) -> Array:
@@ -255,90 +172,215 @@ def beside_attribution(attribution: Array, known: Array, exact_pairs: int) -> Ar
     return np.concatenate([attribution, np.broadcast_to(known[:, None, None], (pairs, layers, 1))], axis=2)
 
 
-def exact_pairs_needed(correlation: float, pairs: int, equivalent: float) -> int:
-    """Least number of exact pairs whose combined estimate has the variance of ``equivalent`` plain exact pairs.
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """Exact values and proxies of N pairs at L layers, in working units: of order 1, around the first one."""
 
-    n = (1 − ρ²) / (1/equivalent − ρ²/pairs), rounded up, from :data:`MINIMUM_EXACT` to ``pairs``. It takes the slope as
-    known; fitting it costs variance: with normal effects a quarter at n = 8 and ρ = 0.5 (there nothing is gained), 4 % at
-    n = 16, more where the relation bends. Ask for a little more when n is small.
+    measured: Array
+    """bool ``[N, L]``: the pairs that are exact, S."""
+    count: Array
+    """``[L]``: how many they are, n."""
+    infinite: Array
+    """``[L]``: exact values that are infinite."""
+    not_finite: Array
+    """``[L]``: pairs with a proxy that is not finite."""
+    width: Array
+    """``[L]``: slopes that are fitted, K or 1."""
+    origin: Array
+    """``[L]``, in the unit of the exact values."""
+    scale: Array
+    """``[L]``, in the unit of the exact values."""
+    proxy_scale: Array
+    """``[L, K]``, in the unit of the proxies."""
+    proxies: Array
+    """``[N, L, K]``; where one slope is fitted to K proxies, their average comes first and 0 after it."""
+    exact_mean: Array
+    """``[L]``, over S."""
+    y: Array
+    """``[N, L]``: exact − its mean over S; 0 outside of S."""
+    d: Array
+    """``[N, L, K]``: proxies − their means over S; 0 outside of S."""
+    sxx: Array
+    """``[L, K, K]``."""
+    sxy: Array
+    """``[L, K]``."""
+    syy: Array
+    """``[L]``."""
+    proxy_spread: Array
+    """``[L]``: Σ d² over the proxies too, the trace of Sxx."""
 
-    Args:
-        correlation: ρ of exact and proxy, in [−1, 1]; NaN counts as 0 (no gain known).
-        pairs: N, those that have a proxy.
-        equivalent: exact pairs to match, positive; may exceed ``pairs``.
+    @property
+    def pairs(self) -> int:
+        """N."""
+        return len(self.measured)
 
-    Returns:
-        n in [min(8, pairs), pairs]. Where ``pairs`` ≤ ``equivalent`` · ρ² no n suffices (even n = pairs has the variance
-        of ``pairs``), and where the formula asks for more than there are: ``pairs``, never infinity.
+    @property
+    def divisor(self) -> Array:
+        """``[L]``: n, and 1 where it is 0."""
+        return np.maximum(self.count, 1)
 
-    Raises:
-        ValueError: ρ outside [−1, 1], ``pairs`` below 1, ``equivalent`` not positive.
+    @property
+    def sound(self) -> Array:
+        """bool ``[L]``: the proxies are finite and vary over S, and the exact values are finite."""
+        return (self.proxy_spread > _ROUNDING) & (self.not_finite == 0) & (self.infinite == 0)
 
-    Example:
-        (1 − 0.81) / (1/48 − 0.81/96) = 15.3.
-
-        >>> exact_pairs_needed(0.9, pairs=96, equivalent=48)
-        16
-    """
-    if abs(correlation) > 1.0:
-        raise ValueError(f"expected a correlation in [-1, 1], found {correlation}")
-    if pairs < 1 or not equivalent > 0.0:
-        raise ValueError(f"expected at least 1 pair and a positive equivalent; found {pairs} and {equivalent}")
-    square = 0.0 if math.isnan(correlation) else correlation**2
-    room = 1 / equivalent - square / pairs
-    if room <= 0.0 or (1 - square) / room >= pairs:
-        return pairs
-    # A hair below, so that rounding does not ask for one pair more than the formula.
-    return min(max(math.ceil((1 - square) / room - 1e-9), MINIMUM_EXACT), pairs)
-
-
-def exact_pairs_needed_safely(correlation: float, pilot: int, pairs: int, equivalent: float, level: float = 0.9) -> int:
-    """:func:`exact_pairs_needed` for a correlation estimated on ``pilot`` exact pairs: at its lower confidence bound.
-
-    ρ_low = max(0, tanh(artanh|r| − z / √(pilot − 3))), z the ``level`` quantile of the normal distribution: a one-sided bound
-    by Fisher's z (1921), right for roughly normal pairs. With probability ``level`` the returned n suffices; the price is
-    more exact pairs than needed on average. Fewer than 4 pilot pairs tell nothing: ρ_low = 0. Where a pilot chooses n and
-    then counts among the n pairs, the estimate is unbiased only approximately: by up to a tenth of a standard error
-    with skewed effects (``benchmarks/evidence/control_variate.py``). A correlation from an earlier audit has no such cost.
-
-    Raises:
-        ValueError: as :func:`exact_pairs_needed`, or ``level`` outside (0, 1), or a negative ``pilot``.
-
-    Example:
-        r = 0.9 on 12 pairs is at least 0.78 with 90 % confidence.
-
-        >>> exact_pairs_needed_safely(0.9, pilot=12, pairs=96, equivalent=48)
-        28
-    """
-    if not 0.0 < level < 1.0 or pilot < 0:
-        raise ValueError(f"expected a level between 0 and 1 and a pilot of 0 or more pairs; found {level} and {pilot}")
-    if abs(correlation) > 1.0:
-        raise ValueError(f"expected a correlation in [-1, 1], found {correlation}")
-    if pilot < 4 or math.isnan(correlation):
-        return exact_pairs_needed(0.0, pairs, equivalent)
-    size = min(abs(correlation), 1 - 1e-15)
-    low = math.tanh(math.atanh(size) - float(ndtri(level)) / math.sqrt(pilot - 3))
-    return exact_pairs_needed(min(max(0.0, low), size), pairs, equivalent)
+    @property
+    def usable(self) -> Array:
+        """bool ``[L]``: a slope is fitted, and used."""
+        return (self.count >= MINIMUM_EXACT) & self.sound
 
 
-def subset_order(pair_ids: Sequence[int] | Sequence[str], seed: int = 0) -> Array:
-    """A random order of the pairs; the first n are the exact ones, at every layer and for every n.
+def _working_units(exact: Array, proxy: Array) -> _Sample:
+    """The arguments of :func:`control_variate_means`, checked, without their units; and their sums over S."""
+    exact, proxies = np.asarray(exact, dtype=np.float64), np.asarray(proxy, dtype=np.float64)
+    if exact.ndim != 2 or proxies.ndim not in (2, 3) or exact.shape != proxies.shape[:2] or not exact.shape[0]:
+        raise ValueError(
+            "expected exact values [N, L] with N at least 1, and proxies of the same shape or [N, L, K]; "
+            f"found {list(exact.shape)} and {list(proxies.shape)}"
+        )
+    proxies = proxies.reshape(*exact.shape, -1)
+    measured = ~np.isnan(exact)
+    count = measured.sum(axis=0)
+    infinite = np.isinf(exact).sum(axis=0)
+    not_finite = (~np.isfinite(proxies)).any(axis=2).sum(axis=0)
+    width = np.where(count >= MINIMUM_EXACT + 2 * (proxies.shape[2] - 1), proxies.shape[2], 1)
 
-    Pairs are sorted by the BLAKE2b hash of (seed, identity): no measured value, no position and no other pair enters, so
-    a prefix is a simple random subset, a longer prefix contains the shorter, and a pair keeps its rank against another
-    when pairs are added, dropped or reordered. Pairs with the same identity keep their order, next to each other.
+    # So that nothing overflows and equal values are exactly 0.
+    e, origin, scale = _standardized(exact, measured & (infinite == 0))
+    a, _, proxy_scale = _standardized(proxies, np.broadcast_to((not_finite == 0)[:, None], proxies.shape))
+    if proxies.shape[2] > 1:
+        a = _averaged(a, proxy_scale, width == 1)
 
-    Returns:
-        int64 ``[N]``, a permutation of 0 … N − 1: positions in ``pair_ids``.
+    divisor, inside = np.maximum(count, 1), measured[:, :, None]
+    exact_mean, proxy_mean = e.sum(axis=0) / divisor, (a * inside).sum(axis=0) / divisor[:, None]
+    y, d = np.where(measured, e - exact_mean, 0.0), np.where(inside, a - proxy_mean, 0.0)
+    # Sums and not products of matrices, whose last bits depend on how many layers there are.
+    sxx, sxy = (d[:, :, :, None] * d[:, :, None, :]).sum(axis=0), (d * y[:, :, None]).sum(axis=0)
+    return _Sample(
+        measured=measured,
+        count=count,
+        infinite=infinite,
+        not_finite=not_finite,
+        width=width,
+        origin=origin,
+        scale=scale,
+        proxy_scale=proxy_scale,
+        proxies=a,
+        exact_mean=exact_mean,
+        y=y,
+        d=d,
+        sxx=sxx,
+        sxy=sxy,
+        syy=(y * y).sum(axis=0),
+        proxy_spread=np.trace(sxx, axis1=1, axis2=2),
+    )
 
-    Example:
-        >>> subset_order([10, 11, 12, 13, 14], seed=0).tolist()
-        [1, 3, 2, 4, 0]
-        >>> subset_order([14, 12, 10], seed=0).tolist()
-        [1, 0, 2]
-    """
-    keys = [hashlib.blake2b(f"{seed}:{identity}".encode(), digest_size=16).digest() for identity in pair_ids]
-    return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+
+def _averaged(proxies: Array, scale: Array, where: Array) -> Array:
+    """Working proxies with their average as the first, and 0 as the others, at the layers of ``where`` ``[L]``."""
+    # Averaged in their own unit, each by its share of the largest scale.
+    share = scale / scale.max(axis=1, keepdims=True)
+    average = (proxies * share).mean(axis=2) / np.maximum(share.mean(axis=1), _ROUNDING)
+    averaged = np.where(where[:, None], 0.0, proxies)
+    averaged[:, :, 0] = np.where(where, average, averaged[:, :, 0])
+    return averaged
+
+
+@dataclass(frozen=True, eq=False)
+class _Slopes:
+    """Least-squares slopes of exact on proxies, in working units."""
+
+    fitted: Array
+    """``[L, K]``: of all exact pairs, also where there are too few of them."""
+    slope: Array
+    """``[L, K]``: b, the same with 0 where no proxy is used."""
+    without: Array
+    """``[N, L, K]``: b₋ᵢ, of the exact pairs but one; 0 where that one is not exact or no proxy is used."""
+
+
+def _slopes(sample: _Sample) -> _Slopes:
+    d, y, usable = sample.d, sample.y, sample.usable
+    fitted = _solve(sample.sxx, sample.sxy, np.full(len(sample.count), _ROUNDING))
+    correction = (sample.divisor / np.maximum(sample.count - 1, 1))[:, None]
+    matrix = sample.sxx - correction[:, :, None] * d[:, :, :, None] * d[:, :, None, :]
+    without = _solve(matrix, sample.sxy - correction * d * y[:, :, None], _ROUNDING * sample.proxy_spread)
+    return _Slopes(fitted, fitted * usable[:, None], without * (sample.measured & usable)[:, :, None])
+
+
+def _estimates(sample: _Sample, slopes: _Slopes) -> Array:
+    """``[L]``: mean_S E − (1 − n/N) · (1/n) Σ b₋ᵢ (Aᵢ − mean_U A), in the unit of the exact values."""
+    inside, pairs, n = sample.measured[:, :, None], sample.pairs, sample.count
+    others = (sample.proxies * ~inside).sum(axis=0) / np.maximum(pairs - n, 1)[:, None]
+    shifts = (slopes.without * np.where(inside, sample.proxies - others, 0.0)).sum(axis=(0, 2)) / sample.divisor
+    return sample.origin + sample.scale * (sample.exact_mean - (1 - n / pairs) * shifts)
+
+
+@dataclass(frozen=True, eq=False)
+class _Error:
+    """How far the estimates may lie from the truth, ``[L]`` each, in working units."""
+
+    residual: Array
+    """s²ᵣ."""
+    variance: Array
+    """V."""
+    freedom: Array
+    """ν."""
+
+
+def _error(sample: _Sample, slopes: _Slopes) -> _Error:
+    pairs = sample.pairs
+    freedom = np.maximum(sample.count - 1 - np.where(sample.usable, sample.width, 0), 1)
+    residual = ((sample.y - (slopes.without * sample.d).sum(axis=2)) ** 2).sum(axis=0) / freedom
+    predicted = ((sample.proxies - sample.proxies.mean(axis=0)) * slopes.slope).sum(axis=2)
+    square = (predicted**2).sum(axis=0)
+    kurtosis = _ratio(pairs * (predicted**4).sum(axis=0), square**2, square > _ROUNDING)
+    first, second = residual / sample.divisor, square / max(pairs - 1, 1) / pairs
+    variance = first + second
+    # The variance of V itself: of its two terms, and what they have in common.
+    spread = 2 * first**2 / freedom
+    spread = spread + second**2 * (2 / max(pairs - 1, 1) + np.maximum(kurtosis - 3, 0) / pairs)
+    spread = spread + 4 * second * first / pairs
+    return _Error(residual, variance, np.maximum(_ratio(2 * variance**2, spread, spread > 0.0), freedom))
+
+
+def _correlation(sample: _Sample, slopes: _Slopes) -> Array:
+    """``[L]``: of exact and proxy over S, with several slopes the multiple one; NaN where either does not vary."""
+    varies = (sample.count >= 2) & (sample.syy > 0.0) & sample.sound
+    multiple = np.sqrt(np.maximum(_ratio((slopes.fitted * sample.sxy).sum(axis=1), sample.syy, varies), 0.0))
+    sign = np.where(sample.width == 1, np.sign(sample.sxy[:, 0]), 1.0)
+    return np.where(varies, np.clip(sign * multiple, -1.0, 1.0), np.nan)
+
+
+def _worth(sample: _Sample, error: _Error) -> tuple[Array, Array]:
+    """``explained`` and ``equivalent_pairs`` of :class:`ControlVariate`, ``[L]`` each."""
+    total = sample.syy / np.maximum(sample.count - 1, 1)
+    explained = np.where(sample.usable, 1 - _ratio(error.residual, total, total > 0.0), 0.0)
+    explained = np.where(total > 0.0, explained, 0.0)
+    per_pair = (1 - explained) / sample.divisor + explained / sample.pairs
+    return explained, _ratio(np.ones(len(total)), per_pair, sample.count > 0)
+
+
+def _interval(sample: _Sample, layer: int, estimate: float, reach: float) -> Interval:
+    """Of a layer at which not all pairs are exact: ``estimate`` ± ``reach``, where there is such a thing."""
+    exact_pairs = int(sample.count[layer])
+    if sample.infinite[layer]:
+        return Interval.unknown(f"{sample.infinite[layer]} of {exact_pairs} exact values are infinite")
+    mean, half = float(estimate), float(reach)
+    if exact_pairs < 2:
+        few = f"an interval needs at least 2 exact pairs, found {exact_pairs}"
+        return Interval(mean, math.nan, math.nan, few) if exact_pairs else Interval.unknown(few)
+    return Interval(mean, mean - half, mean + half)
+
+
+def _why_not_used(sample: _Sample, layer: int) -> str | None:
+    exact_pairs, pairs = int(sample.count[layer]), sample.pairs
+    if sample.not_finite[layer]:
+        return f"proxy not used: {sample.not_finite[layer]} of {pairs} proxies are not finite"
+    if exact_pairs < min(MINIMUM_EXACT, pairs):
+        return f"proxy not used: a slope needs at least {MINIMUM_EXACT} exact pairs, found {exact_pairs}"
+    if sample.proxy_spread[layer] <= _ROUNDING:
+        return f"proxy not used: it does not vary over the {exact_pairs} exact pairs"
+    return None
 
 
 def _standardized(values: Array, known: Array) -> tuple[Array, Array, Array]:

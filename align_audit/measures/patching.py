@@ -12,11 +12,10 @@ from typing import TypedDict
 import numpy as np
 import torch
 
+from align_audit.measures.significance import benjamini_hochberg, bootstrap_p_values
 from align_audit.measures.statistics import (
     Interval,
     Method,
-    benjamini_hochberg,
-    bootstrap_p_values,
     mean_interval,
     mean_intervals,
     ratio_interval,
@@ -27,21 +26,6 @@ from align_audit.measures.statistics import (
 def patched(base: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """``base`` [R, T, d] with ``source`` where ``mask`` [R, T]; in the dtype of ``base``."""
     return torch.where(mask[..., None], source.to(base.dtype), base)
-
-
-def noise_directions(seed: int, pairs: Sequence[int], layer: int, draw: int, length: int, width: int) -> torch.Tensor:
-    """Random unit directions u, float32 [len(pairs), length, width], drawn from (seed, pair, layer, position, draw).
-
-    The direction of a pair at a position does not depend on which other pairs are asked for, nor on ``length``: both
-    completions of a pair share it, batches may be cut differently, and no global random state is touched.
-    """
-    directions = np.empty((len(pairs), length, width), dtype=np.float32)
-    for row, pair in enumerate(pairs):
-        # Layer −1 is what enters layer 0; seeds must not be negative. Drawn in order, so a longer draw begins the same.
-        generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence([seed, pair, layer + 1, draw])))
-        generator.standard_normal(out=directions[row], dtype=np.float32)
-    directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
-    return torch.from_numpy(directions)
 
 
 def noised(base: torch.Tensor, source: torch.Tensor, mask: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:

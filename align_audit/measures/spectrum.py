@@ -1,8 +1,9 @@
-"""Contraction: the decay exponent of a layer's singular values, and which token rows enter it (METHODS §5).
+"""Contraction: the decay exponent of a layer's singular values (METHODS §5).
 
 Source: SPINAL (arXiv 2601.06238). H_ℓ ``[rows, d]`` holds the residual stream after layer ℓ at the sampled prediction
-positions, not centred; σ_1 ≥ σ_2 ≥ … are its singular values. α is a slope of singular values: it is not
-WeightWatcher's α, which is fitted to the density of eigenvalues.
+positions (which rows these are: :func:`~align_audit.measures.draws.keep_rows`), not centred; σ_1 ≥ σ_2 ≥ … are its
+singular values. α is a slope of singular values: it is not WeightWatcher's α, which is fitted to the density of
+eigenvalues.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ import torch
 from torch import Tensor
 
 Array = np.ndarray
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True)
@@ -163,175 +162,5 @@ def below_rounding_floor(singular_values: Array, eps: float) -> int:
     return int((~(sigma > sigma.max(initial=0.0) * eps)).sum())
 
 
-def row_keys(pair_index: Array | int, side: Array | int, position: Array | int, seed: int) -> Array:
-    """A pseudo-random key for every token row, from what the row *is*, not from when it is seen.
-
-    (pair, side, position) are packed into 64 bits and mixed twice with the SplitMix64 finalizer (Steele et al. 2014),
-    the seed entering between: a bijection, so different rows have different keys.
-
-    Args:
-        pair_index: 0 … 2³¹ − 1. The arguments broadcast against each other.
-        side: 0 for chosen (and rows common to both), 1 for rejected.
-        position: 0 … 2³² − 1.
-        seed: 0 … 2⁶⁴ − 1.
-
-    Returns:
-        int64, spread evenly over its whole range (negative keys included).
-
-    Raises:
-        ValueError: an argument is no integer or outside its range.
-
-    Example:
-        >>> row_keys(np.array([0, 0, 1]), 0, np.array([0, 1, 0]), seed=0).tolist()
-        [5197578548964807871, -2529857523242969672, -1506547071961215988]
-    """
-    given = {"pair_index": (pair_index, 1 << 31), "side": (side, 2), "position": (position, 1 << 32)}
-    parts = []
-    for name, (integers, limit) in given.items():
-        values = np.asarray(integers)
-        if values.dtype.kind not in "iu":
-            raise ValueError(f"expected integers for {name}; found {values.dtype}")
-        if values.size and not 0 <= int(values.min()) <= int(values.max()) < limit:
-            raise ValueError(f"expected {name} in [0, {limit}); found {values.min()} … {values.max()}")
-        parts.append(values.astype(np.uint64))
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"expected a seed in [0, 2**64), found {seed}")
-    pair, chosen_or_rejected, where = np.broadcast_arrays(*parts)
-    packed = (pair << np.uint64(33)) | (chosen_or_rejected << np.uint64(32)) | where
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
-        return _mix(_mix(packed + _GOLDEN) + np.uint64(seed) * _GOLDEN).view(np.int64)
-
-
-def keep_rows(keys: Array, max_rows: int) -> Array:
-    """Mask of the ``max_rows`` rows with the smallest keys: the same rows in whatever order they come.
-
-    Args:
-        keys: integers ``[n]``, distinct (of equal ones the first are taken).
-        max_rows: cap; all rows are kept where there are no more.
-
-    Returns:
-        bool ``[n]``.
-
-    Raises:
-        ValueError: wrong shape or dtype, or ``max_rows`` below 1.
-
-    Example:
-        >>> keep_rows(np.array([7, -2, 5]), max_rows=2).tolist()
-        [False, True, True]
-    """
-    keys = _checked_keys(keys)
-    if max_rows < 1:
-        raise ValueError(f"expected max_rows of at least 1, found {max_rows}")
-    mask = np.zeros(len(keys), dtype=bool)
-    mask[np.argsort(keys, kind="stable")[:max_rows]] = True
-    return mask
-
-
-@dataclass(frozen=True, eq=False)
-class SampledRows:
-    """Rows ``[m, L, d]`` with their ``keys`` ``[m]`` ascending; ``seen`` counts all rows they were drawn from."""
-
-    keys: Array
-    rows: Tensor
-    seen: int
-
-
-class RowSample:
-    """Keeps the ``max_rows`` token rows with the smallest keys out of however many are shown to it.
-
-    What is kept does not depend on the order or the size of the batches, and memory is bounded by ``max_rows``, however
-    many updates come. Rows stay on the device and in the dtype of the first update.
-
-    Example:
-        >>> sample = RowSample(max_rows=2)
-        >>> sample.update(np.array([5, 1]), torch.tensor([[[50.0]], [[10.0]]]))
-        >>> sample.update(np.array([3]), torch.tensor([[[30.0]]]))
-        >>> frozen = sample.freeze()
-        >>> frozen.rows.flatten().tolist(), frozen.seen
-        ([10.0, 30.0], 3)
-    """
-
-    def __init__(self, max_rows: int) -> None:
-        if max_rows < 1:
-            raise ValueError(f"expected max_rows of at least 1, found {max_rows}")
-        self.max_rows = max_rows
-        self._keys = np.zeros(0, dtype=np.int64)
-        self._buffer: Tensor | None = None
-        self._seen = 0
-
-    def update(self, keys: Array, rows: Tensor) -> None:
-        """Show a batch.
-
-        Args:
-            keys: int64 ``[n]``, from :func:`row_keys`, one per row and each shown once.
-            rows: ``[n, L, d]``; what is kept is copied.
-
-        Raises:
-            ValueError: shapes do not fit each other or earlier updates, or a key occurs twice.
-        """
-        keys = _checked_keys(keys)
-        if rows.dim() != 3 or len(rows) != len(keys):
-            raise ValueError(f"expected rows [{len(keys)}, L, d], one per key; found {list(rows.shape)}")
-        if self._buffer is not None and rows.shape[1:] != self._buffer.shape[1:]:
-            raise ValueError(
-                f"expected rows [n, {', '.join(map(str, self._buffer.shape[1:]))}] as before; found {list(rows.shape)}"
-            )
-        together = np.concatenate([self._keys, keys.astype(np.int64)])
-        if len(np.unique(together)) < len(together):
-            raise ValueError("expected every key once; found one that was shown before")
-        held = len(self._keys)
-        mask = keep_rows(together, self.max_rows)
-        new = np.flatnonzero(mask[held:])
-        size = int(mask.sum())
-        # New rows go where rows were evicted, then behind the last.
-        slots = np.concatenate([np.flatnonzero(~mask[:held]), np.arange(held, size)])[: len(new)]
-        self._reserve(size, rows)
-        if self._buffer is not None and len(new):
-            taken = rows.detach()[torch.from_numpy(new).to(rows.device)]
-            self._buffer[torch.from_numpy(slots).to(self._buffer.device)] = taken.to(self._buffer)
-        kept = np.concatenate([self._keys, np.zeros(size - held, dtype=np.int64)])
-        kept[slots] = keys[new]
-        self._keys = kept
-        self._seen += len(keys)
-
-    def freeze(self) -> SampledRows:
-        """A copy of what is kept, ordered by key.
-
-        Raises:
-            ValueError: nothing has been shown yet, so L and d are unknown.
-        """
-        if self._buffer is None:
-            raise ValueError("expected at least one update before freeze(), found none")
-        order = np.argsort(self._keys)
-        return SampledRows(self._keys[order], self._buffer[torch.from_numpy(order).to(self._buffer.device)], self._seen)
-
-    def _reserve(self, size: int, like: Tensor) -> None:
-        """Grow the buffer by doubling, never beyond ``max_rows``."""
-        capacity = 0 if self._buffer is None else len(self._buffer)
-        if self._buffer is not None and size <= capacity:
-            return
-        grown = min(self.max_rows, max(size, 2 * capacity))
-        if self._buffer is None:
-            self._buffer = torch.empty(grown, *like.shape[1:], dtype=like.dtype, device=like.device)
-        else:
-            buffer = self._buffer.new_empty(grown, *self._buffer.shape[1:])
-            buffer[:capacity] = self._buffer
-            self._buffer = buffer
-
-
 def _unfitted(n: int, first: int, last: int, reason: str) -> Contraction:
     return Contraction(math.nan, math.nan, math.nan, n, first, last, reason)
-
-
-def _checked_keys(keys: Array) -> Array:
-    keys = np.asarray(keys)
-    if keys.ndim != 1 or keys.dtype.kind not in "iu":
-        raise ValueError(f"expected integer keys [n]; found shape {list(keys.shape)}, {keys.dtype}")
-    return keys
-
-
-def _mix(z: Array) -> Array:
-    """SplitMix64's finalizer: a bijection of 64-bit words (arithmetic modulo 2⁶⁴)."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))

@@ -1,4 +1,4 @@
-"""Intervals, p-values and agreement over probe pairs (METHODS §2).
+"""Intervals over probe pairs (METHODS §2).
 
 Pairs are the only thing resampled: all columns of a call see the same resampled pairs, so that differences between
 layers keep their correlation. Every random draw comes from a local generator made from ``seed``.
@@ -109,7 +109,7 @@ def mean_intervals(
         >>> [interval.low for interval in mean_intervals(np.zeros((8, 2)))]
         [0.0, 0.0]
     """
-    values = _per_pair(values)
+    values = per_pair_values(values)
     intervals = statistic_intervals(values, lambda means: means, resamples, confidence, method, seed)
     bad = (~np.isfinite(values)).sum(axis=0)
     n = len(values)
@@ -144,7 +144,7 @@ def share_interval(hits: Array, confidence: float = 0.95) -> Interval:
     bad = ~np.isfinite(hits)
     if hits.ndim != 1 or not np.isin(hits[~bad], (0.0, 1.0)).all():
         raise ValueError(f"expected 0, 1 or NaN for each pair, shape [N]; found shape {list(hits.shape)}")
-    _check_options(1, confidence, "percentile")
+    check_options(confidence=confidence)
     n = len(hits)
     if bad.any():
         return Interval.unknown(f"{int(bad.sum())} of {n} values are not finite")
@@ -209,7 +209,7 @@ def ratio_intervals(
         >>> ratio_intervals(np.ones((3, 1)), np.array([-1.0, 0.0, 1.0]), denominator_name="margin shift")[0].reason
         'the 95% interval of mean margin shift, [-1, 1], includes 0'
     """
-    numerators = _per_pair(numerators)
+    numerators = per_pair_values(numerators)
     denominator = np.asarray(denominator, dtype=np.float64)
     if denominator.shape != (len(numerators),):
         raise ValueError(
@@ -270,38 +270,33 @@ def statistic_intervals(
         >>> [round(float(x), 3) for x in (interval.mean, interval.low, interval.high)]
         [0.333, 0.25, 0.5]
     """
-    values = _per_pair(per_pair)
+    values = per_pair_values(per_pair)
     n, columns = values.shape
-    _check_options(resamples, confidence, method)
+    check_options(resamples, confidence, method)
     if guard is not None and not -columns <= guard < columns:
         raise ValueError(f"expected a guard among the {columns} columns, found {guard}")
 
     bad = (~np.isfinite(values)).sum(axis=0)
     values = np.where(bad > 0, np.nan, values)
-    means = _means(values)
+    means = column_means(values)
     with np.errstate(all="ignore"):
         estimates = np.asarray(statistic(means), dtype=np.float64)
     if estimates.ndim != 1:
         raise ValueError(f"expected the statistic to map [..., C] to [..., K]; found {list(estimates.shape)} for [C]")
 
     if guard is not None:
-        guarded = mean_interval(values[:, guard], resamples, confidence, method, seed)
-        found = f"{bad[guard]} of {n} values are not finite" if bad[guard] else guarded.reason
-        if math.isnan(guarded.low) or math.isnan(guarded.high):
-            reason = f"the interval of mean {guard_name} is unknown: {found}"
+        if bad[guard]:
+            divisor = Interval.unknown(f"{bad[guard]} of {n} values are not finite")
+        else:
+            divisor = mean_interval(values[:, guard], resamples, confidence, method, seed)
+        reason = _no_denominator(divisor, confidence, guard_name)
+        if reason is not None:
             return [Interval.unknown(reason)] * len(estimates)
-        if guarded.low <= 0.0 <= guarded.high:
-            reason = (
-                f"the {100 * confidence:g}% interval of mean {guard_name}, "
-                f"[{guarded.low:.4g}, {guarded.high:.4g}], includes 0"
-            )
-            return [Interval.unknown(reason)] * len(estimates)
-
     if n < 2:
         few = f"an interval needs at least 2 pairs, found {n}"
         return [Interval(float(e), math.nan, math.nan, few) if n else Interval.unknown(few) for e in estimates]
 
-    resampled = _resampled_means(values, means, resamples, seed)
+    resampled = resampled_means(values, means, resamples, seed)
     leave_one_out = values[:0]
     if method == "bca":
         # Around the mean, so that columns of equal values stay exactly equal.
@@ -320,122 +315,24 @@ def statistic_intervals(
     ]
 
 
-def bootstrap_p_values(values: Array, resamples: int = 1000, seed: int = 0) -> Array:
-    """Two-sided bootstrap p-values of mean ≠ 0, the counterpart of the percentile interval (METHODS §2).
-
-    p = min(1, 2 · (1 + min(#{m* ≤ 0}, #{m* ≥ 0})) / (1 + resamples)) over resampled means m*; the +1 counts the data
-    themselves, so that p is never 0. Like every bootstrap p-value it is too small with a handful of pairs.
-
-    Args:
-        values: ``[N, L]``.
-
-    Returns:
-        float64 ``[L]`` in [2 / (1 + resamples), 1]; 1 where all values are 0. NaN for a column with fewer than 2 pairs
-        or a value that is not finite.
+def per_pair_values(values: Array) -> Array:
+    """``values`` as float64 ``[N, C]``, a row per pair.
 
     Raises:
-        ValueError: wrong shape or number of resamples.
-
-    Example:
-        >>> bootstrap_p_values(np.array([[1.0, -1.0], [2.0, 1.0], [1.5, 0.0]]), resamples=99).tolist()
-        [0.02, 1.0]
+        ValueError: they have another number of dimensions.
     """
-    values = _per_pair(values)
-    _check_options(resamples, 0.95, "percentile")
-    if len(values) < 2:
-        return np.full(values.shape[1], np.nan)
-    finite = np.isfinite(values).all(axis=0)
-    values = np.where(finite, values, 0.0)
-    means = _resampled_means(values, _means(values), resamples, seed)
-    fewer = np.minimum((means <= 0).sum(axis=0), (means >= 0).sum(axis=0))
-    return np.where(finite, np.minimum(1.0, 2.0 * (1 + fewer) / (1 + resamples)), np.nan)
-
-
-def benjamini_hochberg(p: Array) -> Array:
-    """P-values adjusted for the false discovery rate over layers (Benjamini & Hochberg 1995).
-
-    Sorted ascending, p_(j) becomes min over k ≥ j of p_(k) · m / k, at most 1. NaNs stay NaN and do not count in m.
-
-    Args:
-        p: ``[L]``.
-
-    Raises:
-        ValueError: wrong shape, or a value outside [0, 1].
-
-    Example:
-        >>> benjamini_hochberg(np.array([0.01, 0.04, np.nan, 0.03])).round(3).tolist()
-        [0.03, 0.04, nan, 0.04]
-    """
-    p = np.asarray(p, dtype=np.float64)
-    known = np.isfinite(p)
-    if p.ndim != 1 or np.any(np.isinf(p)) or np.any((p[known] < 0) | (p[known] > 1)):
-        raise ValueError(f"expected p-values in [0, 1] or NaN, shape [L]; found {p.tolist()}")
-    adjusted = np.full(p.shape, np.nan)
-    order = np.argsort(p[known], kind="stable")
-    ranked = p[known][order] * known.sum() / np.arange(1, known.sum() + 1)
-    monotone = np.minimum(np.minimum.accumulate(ranked[::-1])[::-1], 1.0)
-    adjusted[np.flatnonzero(known)[order]] = monotone
-    return adjusted
-
-
-def disjoint(a: Interval, b: Interval) -> bool:
-    """Whether the two intervals share no point; False where a bound is unknown.
-
-    Example:
-        >>> disjoint(Interval(1.0, 0.5, 1.5), Interval(3.0, 2.0, 4.0))
-        True
-    """
-    return a.high < b.low or b.high < a.low
-
-
-def split_half_agreement(values: Array, repeats: int = 100, seed: int = 0) -> Value:
-    """Share of random half splits of the pairs whose halves have their largest column mean in the same layer.
-
-    Args:
-        values: ``[N, L]``, block transplants say. The halves have ⌊N/2⌋ and ⌈N/2⌉ pairs.
-
-    Returns:
-        A share in [0, 1]; a half in which several layers tie for the largest mean agrees with none. By chance alone
-        about 1/L. NaN with a reason: fewer than 4 pairs, one layer, a value that is not finite, no single peak over
-        all pairs (identical models).
-
-    Raises:
-        ValueError: wrong shape, or ``repeats`` below 1.
-
-    Example:
-        >>> split_half_agreement(np.array([[0.0, 2.0, 1.0]] * 6)).value
-        1.0
-    """
-    values = _per_pair(values)
-    n, layers = values.shape
-    if repeats < 1:
-        raise ValueError(f"expected at least 1 split, found repeats={repeats}")
-    if n < 4:
-        return Value.unknown(f"half splits need at least 4 pairs, found {n}")
-    if layers < 2:
-        return Value.unknown(f"a peak among layers needs at least 2 of them, found {layers}")
-    bad = int((~np.isfinite(values)).sum())
-    if bad:
-        return Value.unknown(f"{bad} of {values.size} values are not finite")
-    if _peak(_means(values)) is None:
-        return Value.unknown("no peak to agree on: several layers share the largest mean")
-    generator = np.random.default_rng(seed)
-    agreements = 0
-    for _ in range(repeats):
-        order = generator.permutation(n)
-        first, second = _peak(_means(values[order[: n // 2]])), _peak(_means(values[order[n // 2 :]]))
-        agreements += first is not None and first == second
-    return Value(agreements / repeats)
-
-
-def _per_pair(values: Array) -> Array:
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2:
         raise ValueError(f"expected one row of values per pair, shape [N, columns]; found shape {list(values.shape)}")
     return values
 
 
-def _check_options(resamples: int, confidence: float, method: str) -> None:
+def check_options(resamples: int = 1, confidence: float = 0.95, method: str = "percentile") -> None:
+    """Refuse what no bootstrap interval can be made with.
+
+    Raises:
+        ValueError: fewer than 1 resample, a confidence outside (0, 1), or no method of that name.
+    """
     if resamples < 1:
         raise ValueError(f"expected at least 1 resample, found {resamples}")
     if not 0.0 < confidence < 1.0:
@@ -444,7 +341,7 @@ def _check_options(resamples: int, confidence: float, method: str) -> None:
         raise ValueError(f"expected method 'percentile' or 'bca', found {method!r}")
 
 
-def _means(values: Array) -> Array:
+def column_means(values: Array) -> Array:
     """Column means ``[C]``, exactly the common value where all values of a column are equal; NaN without rows."""
     if not len(values):
         return np.full(values.shape[1], np.nan)
@@ -452,8 +349,13 @@ def _means(values: Array) -> Array:
     return np.where(equal, values[0], values.mean(axis=0))
 
 
-def _resampled_means(values: Array, means: Array, resamples: int, seed: int) -> Array:
-    """Column means of bootstrap resamples ``[resamples, C]``, as one product with the counts of every pair."""
+def resampled_means(values: Array, means: Array, resamples: int, seed: int) -> Array:
+    """Column means of bootstrap resamples ``[resamples, C]``, as one product with the counts of every pair.
+
+    Args:
+        values: ``[N, C]``, N ≥ 1.
+        means: ``[C]``, of :func:`column_means`, which a column of equal values keeps in every resample, exactly.
+    """
     n = len(values)
     indices = resample_indices(n, resamples, seed)
     flat = (indices + n * np.arange(resamples)[:, None]).ravel()
@@ -462,6 +364,15 @@ def _resampled_means(values: Array, means: Array, resamples: int, seed: int) -> 
     equal = (values == values[0]).all(axis=0)
     resampled[:, equal] = means[equal]
     return resampled
+
+
+def _no_denominator(mean: Interval, confidence: float, name: str) -> str | None:
+    """Why nothing can be divided by a mean with this interval, if so."""
+    if math.isnan(mean.low) or math.isnan(mean.high):
+        return f"the interval of mean {name} is unknown: {mean.reason}"
+    if mean.low <= 0.0 <= mean.high:
+        return f"the {100 * confidence:g}% interval of mean {name}, [{mean.low:.4g}, {mean.high:.4g}], includes 0"
+    return None
 
 
 def _interval(
@@ -491,9 +402,3 @@ def _interval(
         tails = ndtr(z0 + shifted / (1 - acceleration * shifted))
     low, high = np.quantile(bootstrap, tails)
     return Interval(estimate, float(low), float(high))
-
-
-def _peak(means: Array) -> int | None:
-    """The one column with the largest mean; None where several share it."""
-    peak = int(np.argmax(means))
-    return peak if (means == means[peak]).sum() == 1 else None

@@ -151,35 +151,6 @@ def random_basis(d: int, k: int, seed: int) -> Tensor:
     return _oriented(torch.from_numpy(np.linalg.qr(gaussian)[0]))
 
 
-def project(rows: Tensor, V: Tensor) -> Tensor:
-    """P_k h = V Vᵀ h for every row.
-
-    Computed in the dtype of the rows, half-precision rows in float32 and rounded once at the end.
-
-    Args:
-        rows: ``[..., d]``, floating.
-        V: ``[d, k]`` with orthonormal columns.
-
-    Returns:
-        ``[..., d]`` in the rows' dtype, on their device.
-
-    Raises:
-        ValueError: shapes do not fit, or the rows are not floating.
-
-    Example:
-        >>> project(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]])).tolist()
-        [[3.0, 0.0]]
-    """
-    if V.dim() != 2 or rows.dim() < 1 or rows.shape[-1] != len(V) or not rows.is_floating_point():
-        raise ValueError(
-            f"expected floating rows [..., d] and a basis [d, k]; "
-            f"found {list(rows.shape)} ({rows.dtype}) and {list(V.shape)}"
-        )
-    work = rows.dtype if rows.dtype in (torch.float32, torch.float64) else torch.float32
-    basis = V.to(device=rows.device, dtype=work)
-    return ((rows.to(work) @ basis) @ basis.T).to(rows.dtype)
-
-
 def explained_variance_ratio(gram: Gram, V: Tensor, ranks: Sequence[int]) -> list[float]:
     """Share of the rows' energy inside the first k basis vectors: tr(V_kᵀ G V_k) / tr G, not centred.
 

@@ -161,27 +161,6 @@ def resolve_reference(
     Raises:
         ReferenceUnavailableError: none of these can be had.
     """
-
-    def saved(path: str | Path, where: str) -> Reference:
-        # PEFT's wrapper hides the model's own attributes; the embedding says dtype and device for both.
-        core = policy.get_base_model() if is_peft(policy) else policy  # type: ignore[operator]
-        weight = next(parameter for parameter in core.parameters() if parameter.is_floating_point())
-        options: dict[str, Any] = {
-            "dtype": weight.dtype,
-            "device": weight.device,
-            "attention": getattr(core.config, "_attn_implementation", None),
-            "trust_remote_code": trust_remote_code,
-        }
-        whole = f"loaded from {where}"
-        if not stream or (Path(path) / "adapter_config.json").is_file():
-            return Reference(whole, load=lambda: load_model(path, **options))
-        return Reference(
-            f"streamed from {where}",
-            load=lambda: load_model(path, **options),
-            stream=lambda: open_streamed(path, **options),
-            whole=whole,
-        )
-
     if isinstance(given, nn.Module):
         if given is policy:
             raise ReferenceUnavailableError(
@@ -189,7 +168,7 @@ def resolve_reference(
             )
         return Reference("a model that was passed", model=given)
     if given is not None:
-        return saved(given, Path(given).name)
+        return _saved(given, Path(given).name, policy, trust_remote_code, stream)
     if trainer_reference is not None:
         return Reference("the trainer's ref_model", model=trainer_reference)
     if is_peft(policy):
@@ -198,11 +177,33 @@ def resolve_reference(
         return Reference("the policy with its adapters off", adapter_of=policy)
     path = getattr(getattr(policy, "config", None), "_name_or_path", "")
     if path:
-        return saved(path, f"the policy's own source, {Path(path).name}")
+        return _saved(path, f"the policy's own source, {Path(path).name}", policy, trust_remote_code, stream)
     raise ReferenceUnavailableError(
         "no reference model can be had: none was passed, the trainer holds none, the policy has no adapters, and it "
         "was not loaded from a path. Pass `reference=` (a model, a directory or a hub name) to AlignmentAuditCallback "
         "or audit, or call `callback.attach(trainer)` if the trainer holds the reference."
+    )
+
+
+def _saved(path: str | Path, where: str, policy: nn.Module, trust_remote_code: bool, stream: bool) -> Reference:
+    """A reference on disk, in the policy's dtype, on its device and with its attention."""
+    # PEFT's wrapper hides the model's own attributes; the embedding says dtype and device for both.
+    core = policy.get_base_model() if is_peft(policy) else policy  # type: ignore[operator]
+    weight = next(parameter for parameter in core.parameters() if parameter.is_floating_point())
+    options: dict[str, Any] = {
+        "dtype": weight.dtype,
+        "device": weight.device,
+        "attention": getattr(core.config, "_attn_implementation", None),
+        "trust_remote_code": trust_remote_code,
+    }
+    whole = f"loaded from {where}"
+    if not stream or (Path(path) / "adapter_config.json").is_file():
+        return Reference(whole, load=lambda: load_model(path, **options))
+    return Reference(
+        f"streamed from {where}",
+        load=lambda: load_model(path, **options),
+        stream=lambda: open_streamed(path, **options),
+        whole=whole,
     )
 
 

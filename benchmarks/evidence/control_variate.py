@@ -33,7 +33,8 @@ from typing import Any
 
 import numpy as np
 
-from align_audit.measures.control_variate import MINIMUM_EXACT, control_variate_means, exact_pairs_needed_safely
+from align_audit.measures.control_variate import MINIMUM_EXACT, control_variate_means
+from align_audit.measures.exact_pairs import exact_pairs_needed_safely
 from align_audit.measures.statistics import resample_indices
 
 FAMILIES = ("normal", "t5", "lognormal")

@@ -45,3 +45,21 @@ def everything(model: nn.Module) -> dict[str, Any]:
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+
+
+def left_on(model: nn.Module) -> list[Any]:
+    """Everything an observation might leave behind on a model."""
+    modules = [
+        (
+            name,
+            module.training,
+            dict(module._forward_hooks),
+            dict(module._forward_pre_hooks),
+            vars(module).get("forward"),
+        )
+        for name, module in model.named_modules()
+    ]
+    return [
+        *modules,
+        *((name, value.requires_grad, value.grad is None, value._version) for name, value in model.named_parameters()),
+    ]

@@ -14,7 +14,7 @@ from align_audit.lab import MODEL_DIR
 from align_audit.lab.bases import FAMILIES, base_dir, block_work, build_base, cache_dir, pretrain_base
 from align_audit.lab.corpus import stories
 from align_audit.lab.pretrain import HELD_OUT_SEED, held_out_loss
-from align_audit.models.replay import Replay
+from align_audit.models.verify import open_replay
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -23,7 +23,7 @@ def test_untrained_models_are_of_their_family_and_can_be_opened(family: str, tok
     model: Any = build_base(family, tokenizer, seed=4).eval()
     assert torch.equal(torch.get_rng_state(), state)
     assert model.config.model_type == family
-    assert Replay(model).num_layers == 6
+    assert open_replay(model).num_layers == 6
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
     again = build_base(family, tokenizer, seed=4)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))

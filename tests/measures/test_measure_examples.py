@@ -9,8 +9,12 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "name", ["statistics", "spectrum", "transport", "spinal", "localization", "subspace", "control_variate"]
-)
+    "name",
+    [
+        "control_variate", "draws", "exact_pairs", "layer_set", "localization", "significance", "spectrum", "spinal",
+        "statistics", "subspace", "sums", "transport",
+    ],
+)  # fmt: skip
 def test_docstring_examples(name: str) -> None:
     results = doctest.testmod(importlib.import_module(f"align_audit.measures.{name}"))
     assert results.failed == 0

@@ -1,17 +1,15 @@
-"""Patched streams, noise that is a function of what it stands for, and summaries against plain loops."""
+"""Patched streams, and summaries against plain loops."""
 
 from __future__ import annotations
 
 import math
-import random
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from align_audit.measures.patching import noise_directions, noised, patched, peak_layer, summarize_patching
+from align_audit.measures.draws import noise_directions
+from align_audit.measures.patching import noised, patched, peak_layer, summarize_patching
 from tests.helpers.oracle import summary as oracle_summary
 
 OPTIONS = {"resamples": 200, "confidence": 0.9, "method": "percentile", "seed": 3}
@@ -44,61 +42,6 @@ def test_noised_streams_lie_as_far_away_as_the_source() -> None:
     cosine = torch.nn.functional.cosine_similarity(moved[mask], directions[mask].double(), dim=-1)
     torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=1e-6, atol=0.0)
     assert torch.equal(noised(base, base, mask, directions), base)
-
-
-# -- noise ---------------------------------------------------------------------------------------------------------------
-
-
-def test_directions_have_unit_length_and_no_preferred_axis() -> None:
-    directions = noise_directions(1, range(8), layer=3, draw=1, length=50, width=16)
-    assert directions.dtype == torch.float32
-    assert directions.shape == (8, 50, 16)
-    torch.testing.assert_close(directions.norm(dim=-1), torch.ones(8, 50), rtol=1e-6, atol=0.0)
-    rows = directions.reshape(-1, 16).double()
-    # Of 400 random unit vectors: the mean is near 0 and the second moments are near 1/16.
-    assert rows.mean(0).abs().max() < 5 * math.sqrt(1 / 16 / 400)
-    assert (rows.T @ rows / 400 - torch.eye(16) / 16).abs().max() < 0.03
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(0, 1000), min_size=1, max_size=5, unique=True), st.integers(1, 30), st.integers(1, 30))
-def test_a_direction_does_not_depend_on_its_batch(pairs: list[int], length: int, other: int) -> None:
-    """Nor on how far the batch is padded; both completions of a pair are given the same."""
-    whole = noise_directions(5, pairs, layer=-1, draw=0, length=length, width=4)
-    for row, pair in enumerate(pairs):
-        alone = noise_directions(5, [9999, pair], layer=-1, draw=0, length=other, width=4)[1]
-        shared = min(length, other)
-        assert torch.equal(alone[:shared], whole[row, :shared])
-    assert torch.equal(noise_directions(5, [*pairs, *pairs], -1, 0, length, 4), whole.repeat(2, 1, 1))
-
-
-def test_every_argument_changes_the_direction() -> None:
-    usual = {"seed": 0, "pairs": [1], "layer": 2, "draw": 0, "length": 3, "width": 4}
-    drawn = [noise_directions(**usual)]
-    drawn += [
-        noise_directions(**{**usual, **change}) for change in ({"seed": 1}, {"pairs": [2]}, {"layer": -1}, {"draw": 1})
-    ]
-    drawn += [
-        noise_directions(**{**usual, "layer": 1, "draw": 1}),
-        noise_directions(**{**usual, "pairs": [0], "seed": 1}),
-    ]
-    flat = [tuple(row) for one in drawn for row in one[0].tolist()]  # positions differ from each other, too
-    assert len(set(flat)) == len(flat) == 21
-
-
-def test_no_global_random_state_is_touched_or_used() -> None:
-    states = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state())  # noqa: NPY002
-    first = noise_directions(0, [0], 0, 0, 4, 4)
-    assert random.getstate() == states[0]
-    assert np.random.get_state()[1].tolist() == states[1]  # noqa: NPY002
-    assert torch.equal(torch.get_rng_state(), states[2])
-    with torch.random.fork_rng():
-        torch.manual_seed(123)
-        assert torch.equal(noise_directions(0, [0], 0, 0, 4, 4), first)
-
-
-def test_numpy_integers_are_pairs_too() -> None:
-    assert torch.equal(noise_directions(0, np.array([4]), 1, 0, 2, 4), noise_directions(0, [4], 1, 0, 2, 4))
 
 
 # -- summaries -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Contraction against closed forms and SciPy; row sampling against plain selection."""
+"""Contraction against closed forms and SciPy."""
 
 from __future__ import annotations
 
@@ -177,100 +177,10 @@ def test_below_rounding_floor() -> None:
     assert sp.below_rounding_floor(np.zeros(0), EPS) == 0
 
 
-def splitmix(z: int) -> int:
-    """SplitMix64's finalizer in plain integers."""
-    word = (1 << 64) - 1
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & word
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & word
-    return z ^ (z >> 31)
-
-
-def test_row_keys_equal_plain_integers() -> None:
-    golden, word = 0x9E3779B97F4A7C15, (1 << 64) - 1
-    assert splitmix(golden) == 0xE220A8397B1DCDAF  # the published first output of SplitMix64 at seed 0
-    pairs, sides, positions = [0, 3, 2**31 - 1], [0, 1, 1], [0, 17, 2**32 - 1]
-    for seed in (0, 1, 2**64 - 1):
-        keys = sp.row_keys(np.array(pairs), np.array(sides), np.array(positions), seed)
-        assert keys.dtype == np.int64
-        for key, pair, side, position in zip(keys.tolist(), pairs, sides, positions, strict=True):
-            packed = (pair << 33) | (side << 32) | position
-            expected = splitmix((splitmix((packed + golden) & word) + seed * golden) & word)
-            assert key % (1 << 64) == expected
-
-
-def test_row_keys_are_distinct_even_and_seeded() -> None:
-    pair, side, position = np.meshgrid(np.arange(50), np.arange(2), np.arange(300), indexing="ij")
-    keys = sp.row_keys(pair, side, position, seed=7)
-    assert keys.shape == (50, 2, 300)
-    assert len(np.unique(keys)) == keys.size
-    assert stats.kstest(keys.ravel() / 2.0**64 + 0.5, "uniform").pvalue > 1e-3
-    mask = sp.keep_rows(keys.ravel(), 3000).reshape(keys.shape)  # a tenth of every pair, side and position, roughly
-    assert abs(mask.mean(axis=(1, 2)) - 0.1).max() < 0.06
-    assert abs(mask.mean(axis=(0, 2)) - 0.1).max() < 0.01
-    other = sp.keep_rows(sp.row_keys(pair, side, position, seed=8).ravel(), 3000).reshape(keys.shape)
-    assert (mask & other).sum() < 450  # 300 by chance
-    np.testing.assert_array_equal(sp.row_keys(4, 1, np.arange(300), seed=7), keys[4, 1])
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, max_size=30), st.integers(1, 40), st.integers(0, 99))
-def test_keep_rows_is_the_same_set_in_any_order(keys: list[int], max_rows: int, seed: int) -> None:
-    array = np.array(keys, dtype=np.int64)
-    kept = sorted(array[sp.keep_rows(array, max_rows)].tolist())
-    assert kept == sorted(keys)[:max_rows]
-    shuffled = np.random.default_rng(seed).permutation(array)
-    assert sorted(shuffled[sp.keep_rows(shuffled, max_rows)].tolist()) == kept
-
-
-def test_keep_rows_caps_equal_keys() -> None:
-    assert sp.keep_rows(np.array([1, 1, 1]), 2).tolist() == [True, True, False]
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 40), st.integers(1, 25), st.integers(1, 9), st.integers(0, 10_000))
-def test_row_sample_equals_selection_at_once(n: int, max_rows: int, batch: int, seed: int) -> None:
-    generator = np.random.default_rng(seed)
-    keys = sp.row_keys(np.arange(n), 0, 5, seed)
-    rows = torch.from_numpy(generator.normal(size=(n, 2, 3)))
-    order = generator.permutation(n)
-    sample = sp.RowSample(max_rows)
-    sample.update(keys[:0], rows[:0])
-    for start in range(0, n, batch):
-        part = order[start : start + batch]
-        sample.update(keys[part], rows[torch.from_numpy(part)])
-        assert sample._buffer is not None
-        assert len(sample._buffer) <= max_rows
-    frozen = sample.freeze()
-    best = np.argsort(keys)[:max_rows]
-    assert frozen.seen == n
-    np.testing.assert_array_equal(frozen.keys, keys[best])
-    assert torch.equal(frozen.rows, rows[torch.from_numpy(best)])
-
-
-def test_row_sample_copies_detaches_and_keeps_the_dtype() -> None:
-    sample = sp.RowSample(4)
-    rows = torch.ones(3, 1, 2, dtype=torch.bfloat16, requires_grad=True)
-    sample.update(np.array([3, 1, 2]), rows)
-    frozen = sample.freeze()
-    with torch.no_grad():
-        rows.fill_(9.0)
-    sample.update(np.array([0]), torch.zeros(1, 1, 2, dtype=torch.bfloat16))
-    assert frozen.rows.dtype == torch.bfloat16
-    assert not frozen.rows.requires_grad
-    assert frozen.rows.tolist() == [[[1.0, 1.0]]] * 3
-    assert sample.freeze().rows.tolist() == [[[0.0, 0.0]]] + [[[1.0, 1.0]]] * 3
-
-
 def test_results_are_frozen() -> None:
     fit = sp.contraction(np.arange(1, 41) ** -1.0, 40, 40)
     with pytest.raises(dataclasses.FrozenInstanceError):
         fit.alpha = 1.0  # type: ignore[misc]
-
-
-def after_one_update() -> sp.RowSample:
-    sample = sp.RowSample(4)
-    sample.update(np.array([1]), torch.zeros(1, 2, 3))
-    return sample
 
 
 @pytest.mark.parametrize(
@@ -285,17 +195,6 @@ def after_one_update() -> sp.RowSample:
         (lambda: sp.contraction(np.ones(6), 6, 7, min_values=2), "found 2"),
         (lambda: sp.below_rounding_floor(np.ones((2, 2)), 0.1), r"found \[2, 2\]"),
         (lambda: sp.below_rounding_floor(np.ones(2), 0.0), r"and 0\.0"),
-        (lambda: sp.row_keys(np.array([0.5]), 0, 0, seed=0), "pair_index; found float64"),
-        (lambda: sp.row_keys(np.array([0]), 2, 0, seed=0), r"side in \[0, 2\); found 2"),
-        (lambda: sp.row_keys(np.array([0]), 0, np.array([3, -1]), seed=0), "position .* found -1"),
-        (lambda: sp.row_keys(np.array([0]), 0, 0, seed=-1), "found -1"),
-        (lambda: sp.keep_rows(np.array([0.5]), 1), "float64"),
-        (lambda: sp.keep_rows(np.array([1]), 0), "found 0"),
-        (lambda: sp.RowSample(0), "found 0"),
-        (lambda: sp.RowSample(1).freeze(), "found none"),
-        (lambda: sp.RowSample(1).update(np.array([1, 2]), torch.zeros(1, 2, 3)), r"\[2, L, d\].* found \[1, 2, 3\]"),
-        (lambda: after_one_update().update(np.array([2]), torch.zeros(1, 2, 4)), r"\[n, 2, 3\].* found \[1, 2, 4\]"),
-        (lambda: after_one_update().update(np.array([1]), torch.zeros(1, 2, 3)), "shown before"),
     ],
 )
 def test_wrong_arguments_are_refused(call: object, found: str) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from align_audit.errors import AnatomyError
 from align_audit.models.anatomy import Anatomy, describe, find_anatomy, unwrap
-from align_audit.models.replay import Replay
+from align_audit.models.verify import open_replay
 from tests.helpers.tiny import tiny_model
 from tests.helpers.toys import Block, Toy, batch
 
@@ -47,7 +47,7 @@ def test_wrapped_models_are_unwrapped(wrap: Callable[[nn.Module], nn.Module]) ->
     wrapped = wrap(model)
     assert wrapped is not model
     assert unwrap(wrapped) is model
-    assert Replay(wrapped).anatomy == Anatomy("model.layers", 0, None, 4, 32, 61)
+    assert open_replay(wrapped).anatomy == Anatomy("model.layers", 0, None, 4, 32, 61)
 
 
 def test_an_unwrapped_model_is_itself() -> None:
@@ -59,7 +59,7 @@ def test_an_unwrapped_model_is_itself() -> None:
 def test_prompt_learning_is_refused(kind: Any) -> None:
     model = get_peft_model(tiny_model("llama"), kind(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(AnatomyError, match="prompt learning") as caught:
-        Replay(model)
+        open_replay(model)
     assert model.peft_config["default"].peft_type in str(caught.value)
     assert "LoRA" in str(caught.value)
 
@@ -72,7 +72,7 @@ def test_encoder_decoders_are_refused_before_they_run() -> None:
     model = AutoModelForSeq2SeqLM.from_config(config)
     model.forward = lambda *args, **kwargs: pytest.fail("it ran")
     with pytest.raises(AnatomyError, match="T5ForConditionalGeneration is an encoder-decoder"):
-        Replay(model)
+        open_replay(model)
 
 
 @pytest.mark.parametrize(
@@ -89,17 +89,17 @@ def test_bert_is_refused(auto: Any, words: str, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
         model = auto.from_config(AutoConfig.for_model("bert", **BERT)).to(dtype).eval()
     with pytest.raises(AnatomyError, match=words):
-        Replay(model)
+        open_replay(model)
 
 
 def test_bert_as_a_decoder_is_a_causal_language_model() -> None:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", is_decoder=True, **BERT)).double().eval()
-    assert Replay(model).anatomy.layers == "bert.encoder.layer"
+    assert open_replay(model).anatomy.layers == "bert.encoder.layer"
 
 
 def test_other_modules_are_refused() -> None:
     with pytest.raises(AnatomyError, match=r"Linear is not a transformers model.*AutoModelForCausalLM"):
-        Replay(nn.Linear(2, 2))
+        open_replay(nn.Linear(2, 2))
 
 
 # -- found -------------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ class WithNorms(Toy):
 )
 def test_the_stream_is_found_where_it_flows(toy: type[Toy], stream: int | str, output: int | None) -> None:
     model = toy()
-    replay = Replay(model)
+    replay = open_replay(model)
     assert replay.anatomy == Anatomy("decks", stream, output, 4, 8, 23)
     recording = replay.record(batch(), keep_logits=True)
     rows = batch()["attention_mask"].bool()
@@ -186,8 +186,8 @@ def test_take_and_put_agree() -> None:
 
 def test_a_given_path_is_enough() -> None:
     model = tiny_model("gpt2")
-    assert Replay(model, Anatomy("transformer.h")).anatomy == Anatomy("transformer.h", 0, None, 3, 32, 61)
-    assert Replay(ByKeyword(), Anatomy("decks")).anatomy == Anatomy("decks", "flow", 1, 4, 8, 23)
+    assert open_replay(model, Anatomy("transformer.h")).anatomy == Anatomy("transformer.h", 0, None, 3, 32, 61)
+    assert open_replay(ByKeyword(), Anatomy("decks")).anatomy == Anatomy("decks", "flow", 1, 4, 8, 23)
 
 
 def test_layers_in_another_container_can_be_given() -> None:
@@ -197,8 +197,8 @@ def test_layers_in_another_container_can_be_given() -> None:
 
     model = InSequential()
     with pytest.raises(AnatomyError, match="looked at 0 module lists"):
-        Replay(model)
-    assert Replay(model, Anatomy("decks")).num_layers == 4
+        open_replay(model)
+    assert open_replay(model, Anatomy("decks")).num_layers == 4
 
 
 class Twins(Toy):
@@ -219,16 +219,16 @@ def test_what_is_given_is_not_found_otherwise() -> None:
     inputs = batch()
     assert find_anatomy(Twins(), inputs, Anatomy("decks")).output_index == 0
     assert find_anatomy(Twins(), inputs, Anatomy("decks", 1, 1)) == Anatomy("decks", 1, 1, 4, 8, 23)
-    assert Replay(Twins(), Anatomy("decks", 0, 0)).anatomy == Anatomy("decks", 0, 0, 4, 8, 23)
+    assert open_replay(Twins(), Anatomy("decks", 0, 0)).anatomy == Anatomy("decks", 0, 0, 4, 8, 23)
     for wrong in (Anatomy("decks", 2), Anatomy("decks", 7), Anatomy("decks", "flow"), Anatomy("decks", 0, 5)):
         with pytest.raises(AnatomyError, match=r"looked at the ModuleList 'decks'"):
-            Replay(Twins(), wrong)
+            open_replay(Twins(), wrong)
 
 
 def test_a_wrong_path_shows_what_there_is() -> None:
     model = tiny_model("llama")
     with pytest.raises(AnatomyError, match=r"no submodule 'model\.blocks'") as caught:
-        Replay(model, Anatomy("model.blocks"))
+        open_replay(model, Anatomy("model.blocks"))
     message = str(caught.value)
     assert describe(model) in message
     assert "    layers: ModuleList" in message
@@ -246,7 +246,7 @@ def test_a_list_that_passes_no_stream_shows_what_there_is_and_what_to_do() -> No
             return stream
 
     with pytest.raises(AnatomyError, match="could not establish the decoder layers of Alternating") as caught:
-        Replay(Alternating())
+        open_replay(Alternating())
     message = str(caught.value)
     assert "looked at 1 module lists" in message
     assert "Module tree of Alternating:\n  tokens: Embedding\n  decks: ModuleList\n    0..3: Block" in message
@@ -289,4 +289,4 @@ def test_logits_of_another_shape_are_refused() -> None:
             return SimpleNamespace(logits=super().forward(input_ids, attention_mask).logits[:, -1])
 
     with pytest.raises(AnatomyError, match=r"Scorer returned no next-token logits of shape \[batch, tokens, vocab"):
-        Replay(Scorer())
+        open_replay(Scorer())

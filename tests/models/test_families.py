@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from align_audit.errors import AnatomyError
 from align_audit.measures.patching import patched
 from align_audit.models.replay import Replay, Stream
+from align_audit.models.verify import open_replay
 from align_audit.models.weights.fingerprint import fingerprint
 from tests.helpers.tiny import DEVICE, VOCABULARY, perturbed, same
 from tests.helpers.toys import batch
@@ -225,7 +226,7 @@ def test_family(name: str, dtype: torch.dtype) -> None:
     before = fingerprint(model)
     path = FAMILIES[name][0]
     layers = model.get_submodule(path)
-    replay = Replay(model)
+    replay = open_replay(model)
     assert (replay.anatomy.layers, replay.num_layers) == (path, len(layers))
     assert (replay.anatomy.hidden_size, replay.anatomy.vocab_size) == (32, VOCABULARY)
     policy = perturbed(model)
@@ -259,23 +260,23 @@ def test_lora(name: str, targets: list[str]) -> None:
         reference, _ = forward(model, layers, batch(VOCABULARY))
     assert not torch.allclose(policy[-1], reference[-1], rtol=1e-3)
     policy[0], reference[0] = policy[0].flip(-1), reference[0].flip(-1)  # adapters leave the embedding alone
-    check(Replay(model), model, layers, reference)
+    check(open_replay(model), model, layers, reference)
     with model.disable_adapter():
-        check(Replay(model), model, layers, policy)
+        check(open_replay(model), model, layers, policy)
 
 
 def test_layers_between_which_the_model_rescales_are_refused() -> None:
-    Replay(build("rwkv", num_hidden_layers=4, rescale_every=6))
+    open_replay(build("rwkv", num_hidden_layers=4, rescale_every=6))
     with pytest.raises(AnatomyError, match="between layer 1 and layer 2 the model changes the residual stream"):
-        Replay(build("rwkv", num_hidden_layers=4, rescale_every=2))
+        open_replay(build("rwkv", num_hidden_layers=4, rescale_every=2))
 
 
 def test_layers_that_share_keys_and_values_are_refused() -> None:
     """Gemma 4's upper layers attend to keys and values of a lower one, which a patch between the two leaves stale."""
     layers = {"num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
-    Replay(build("gemma4_text", **layers, num_kv_shared_layers=0))
+    open_replay(build("gemma4_text", **layers, num_kv_shared_layers=0))
     with pytest.raises(AnatomyError, match="layer 3, called again"):
-        Replay(build("gemma4_text", **layers, num_kv_shared_layers=2))
+        open_replay(build("gemma4_text", **layers, num_kv_shared_layers=2))
 
 
 # -- a model from somebody's repository -------------------------------------------------------------------------------
@@ -343,13 +344,13 @@ def test_a_model_that_transformers_does_not_know() -> None:
         torch.manual_seed(0)
         model = DeckForCausalLM(DeckConfig()).double().to(DEVICE).eval()
     policy = perturbed(model)
-    replay = Replay(model)
+    replay = open_replay(model)
     found = replay.anatomy
     assert (found.layers, found.stream_argument, found.output_index, found.num_layers) == ("decks", "flow", 1, 3)
     inputs = batch(VOCABULARY)
     with torch.no_grad():
         recording = replay.record(inputs, keep_logits=True)
-        source = Replay(policy).record(inputs)
+        source = open_replay(policy).record(inputs)
         for start in range(-1, 3):
             ((_, top),) = replay.walk(recording, [Stream(start, start, lambda at=start: recording.after(at))], 1)
             assert same(top, recording.after(2))

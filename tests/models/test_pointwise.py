@@ -10,11 +10,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from align_audit.models.pointwise import find_pointwise, narrowed
-from align_audit.models.replay import Replay
+from align_audit.models.verify import open_replay
+from tests.helpers.states import left_on
 from tests.helpers.tiny import VOCABULARY, tiny_model
 from tests.helpers.toys import batch
 from tests.models.test_families import FAMILIES, build
-from tests.models.test_replay import state
 
 pytestmark = pytest.mark.device
 
@@ -25,19 +25,19 @@ def names(model: nn.Module, modules: list[nn.Module]) -> set[str]:
 
 def test_the_llama_layer_is_split_where_it_should_be() -> None:
     model = tiny_model("llama")
-    replay = Replay(model)
-    assert names(model, replay._pointwise) == {"3.self_attn.q_proj", "3.self_attn.o_proj", "3.mlp"}
+    replay = open_replay(model)
+    assert names(model, replay.pointwise) == {"3.self_attn.q_proj", "3.self_attn.o_proj", "3.mlp"}
 
 
 def test_fused_projections_are_left_alone() -> None:
     model = tiny_model("gpt2")
-    found = {name for name, module in model.named_modules() if module in set(Replay(model)._pointwise)}
+    found = {name for name, module in model.named_modules() if module in set(open_replay(model).pointwise)}
     assert found == {"transformer.h.2.attn.c_proj", "transformer.h.2.mlp"}
 
 
 def test_adapters_come_along() -> None:
     model: Any = get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj", "v_proj"])).double()
-    found = {type(module).__name__ for module in Replay(model.eval())._pointwise}
+    found = {type(module).__name__ for module in open_replay(model.eval()).pointwise}
     assert found == {"Linear", "LlamaMLP"}
 
 
@@ -45,13 +45,13 @@ def test_adapters_come_along() -> None:
 def test_every_family_at_some_positions(name: str) -> None:
     """What the last layer gives at the positions read is what it gives when it runs everywhere."""
     model = build(name)
-    replay = Replay(model)
+    replay = open_replay(model)
     inputs = batch(VOCABULARY)
     recording = replay.record(inputs)
     last = replay.num_layers - 1
     stream = recording.after(last - 1).roll(1, dims=0)
     generator = torch.Generator().manual_seed(3)
-    before = state(model)
+    before = left_on(model)
     with torch.no_grad():
         whole = replay.layer(last, stream, recording).flatten(0, 1)
         for _ in range(3):
@@ -59,7 +59,7 @@ def test_every_family_at_some_positions(name: str) -> None:
             read = valid[torch.randperm(len(valid), generator=generator)[:5]].sort().values
             some = replay.layer(last, stream, recording, read).flatten(0, 1)
             torch.testing.assert_close(some[read], whole[read], rtol=1e-6, atol=1e-6)
-            if replay._pointwise:
+            if replay.pointwise:
                 others = torch.ones(len(whole), dtype=torch.bool)
                 others[read] = False
                 assert not torch.equal(some[others], whole[others]), "nothing was saved"
@@ -67,7 +67,7 @@ def test_every_family_at_some_positions(name: str) -> None:
             if last:
                 lower = replay.layer(last - 1, recording.after(last - 2), recording, read)
                 assert torch.equal(lower, recording.after(last - 1))
-    assert state(model) == before
+    assert left_on(model) == before
 
 
 class Mixing(nn.Module):

@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from align_audit.errors import AnatomyError, SiteError
-from align_audit.models.replay import Replay
-from align_audit.models.sites import LayerSites, Place, Sites
+from align_audit.models.find_sites import find_sites
+from align_audit.models.sites import LayerSites, Place
+from align_audit.models.verify import open_replay
 from align_audit.models.weights.fingerprint import fingerprint
 from tests.helpers.tiny import VOCABULARY, perturbed
 from tests.helpers.toys import batch
@@ -96,9 +97,9 @@ def test_family(name: str) -> None:
     model = build(name)
     policy = perturbed(model)
     before = fingerprint(model)
-    replay = Replay(model)
-    sites = Sites(replay)
-    donor = Sites(Replay(policy, like=replay), sites)
+    replay = open_replay(model)
+    sites = find_sites(replay)
+    donor = find_sites(open_replay(policy, like=replay), sites)
     absent = ABSENT.get(name, {})
     for kind in KINDS:
         missing = [layer for layer, found in enumerate(sites.layers) if found.path(kind) is None]
@@ -156,8 +157,8 @@ def test_family(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "deepseek_v3", "qwen3_next"])
 def test_the_parts_of_all_heads_and_the_bias_sum_to_the_projection(name: str) -> None:
     model = build(name)
-    replay = Replay(model)
-    sites = Sites(replay)
+    replay = open_replay(model)
+    sites = find_sites(replay)
     with torch.no_grad():
         recording = replay.record(batch(VOCABULARY))
         for layer, found in enumerate(sites.layers):
@@ -171,7 +172,7 @@ def test_the_parts_of_all_heads_and_the_bias_sum_to_the_projection(name: str) ->
 
 def test_a_residual_multiplier_is_part_of_the_sum() -> None:
     """Granite adds a multiple of what the modules return."""
-    sites = Sites(Replay(build("granite", residual_multiplier=0.3)))
+    sites = find_sites(open_replay(build("granite", residual_multiplier=0.3)))
     assert sites.layers == [WHERE["llama"]] * 3
 
 
@@ -179,7 +180,7 @@ def test_heads_are_not_found_where_the_config_counts_wrongly() -> None:
     model = build("llama")
     for count in (2, 8):
         model.config.num_attention_heads = count
-        found = Sites(Replay(model)).layers[0]
+        found = find_sites(open_replay(model)).layers[0]
         assert found.projection is None
         assert f"an input that splits into {count} heads" in found.missing[HEAD]
         assert found.attention == "self_attn"
@@ -190,7 +191,7 @@ def test_an_attention_whose_parts_are_not_modules() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = DeckForCausalLM(DeckConfig()).double().eval()
-    sites = Sites(Replay(model))
+    sites = find_sites(open_replay(model))
     assert [found.kinds for found in sites.layers] == [["block"]] * 3
     with pytest.raises(SiteError, match="layer 1 has block; no head: its output is not the stream that enters it plus"):
         sites.check(HEAD, 1, 0)
@@ -204,11 +205,11 @@ def test_lora() -> None:
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     model.eval()
-    replay = Replay(model)
-    sites = Sites(replay)
+    replay = open_replay(model)
+    sites = find_sites(replay)
     assert sites.layers == [WHERE["llama"]] * 3
     with model.disable_adapter():
-        reference = Sites(Replay(model, replay.anatomy), sites)
+        reference = find_sites(open_replay(model, replay.anatomy), sites)
         with torch.no_grad():
             off = reference.replay.record(batch(VOCABULARY))
             theirs = reference.record(1, off, [Place(HEAD, 2)])[Place(HEAD, 2)]
@@ -222,7 +223,7 @@ def test_lora() -> None:
     })  # fmt: skip
     with torch.no_grad():
         own = sites.record(1, replay.record(batch(VOCABULARY)), [Place(HEAD, 2)])[Place(HEAD, 2)]
-        plainly = Sites(Replay(merged))
+        plainly = find_sites(open_replay(merged))
         expected = plainly.record(1, plainly.replay.record(batch(VOCABULARY)), [Place(HEAD, 2)])[Place(HEAD, 2)]
     torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-9)
     assert (own - theirs).abs().max() > 1e-2
@@ -231,22 +232,22 @@ def test_lora() -> None:
 def test_sites_of_another_build_are_not_taken_over() -> None:
     """A model whose layer does something else with the same modules is refused, not patched at the wrong place."""
     model, other = build("llama"), build("llama")
-    sites = Sites(Replay(model))
+    sites = find_sites(open_replay(model))
     layer = other.model.layers[1]
     forward = layer.mlp.forward
     layer.mlp.forward = lambda stream: forward(stream).square()
-    Sites(Replay(other), sites)  # still added to the stream
+    find_sites(open_replay(other), sites)  # still added to the stream
     layer.mlp.forward = forward
     whole = layer.forward
     layer.forward = lambda stream, *args, **kwargs: torch.tanh(whole(stream, *args, **kwargs))
     with pytest.raises(SiteError, match="layer 1 of the policy"):
-        Sites(Replay(other), sites)
+        find_sites(open_replay(other), sites)
 
 
 def test_a_site_that_is_not_met_is_an_error_and_leaves_no_hook() -> None:
     model = build("llama")
-    replay = Replay(model)
-    sites = Sites(replay)
+    replay = open_replay(model)
+    sites = find_sites(replay)
     with torch.no_grad():
         recording = replay.record(batch(VOCABULARY))
         forward: Callable[..., Any] = model.model.layers[0].forward
@@ -266,7 +267,7 @@ def test_a_site_that_is_not_met_is_an_error_and_leaves_no_hook() -> None:
 @pytest.mark.parametrize("name", ["llama", "gemma2", "bloom", "olmo3", "mamba", "recurrent_gemma", "rwkv"])
 def test_in_half_precision(name: str) -> None:
     """bfloat16, of the model or of the trainer's autocast, rounds what float64 tells apart; the sites are the same."""
-    expected = Sites(Replay(build(name))).layers
-    assert Sites(Replay(build(name).to(torch.bfloat16))).layers == expected
-    wrapped = Replay(build(name).float(), autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
-    assert Sites(wrapped).layers == expected
+    expected = find_sites(open_replay(build(name))).layers
+    assert find_sites(open_replay(build(name).to(torch.bfloat16))).layers == expected
+    wrapped = open_replay(build(name).float(), autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    assert find_sites(wrapped).layers == expected

@@ -19,6 +19,7 @@ from align_audit.measures.control_variate import ControlVariate, beside_attribut
 from align_audit.measures.patching import patched
 from align_audit.measures.statistics import Interval
 from align_audit.measures.sums import sum_into
+from align_audit.models.gradients import stream_gradients
 from align_audit.models.replay import Recording, Replay
 from align_audit.probes.batches import PairBatch
 from align_audit.record import audit_record
@@ -116,14 +117,14 @@ class Attribution(Measurement):
                 yield from recorded.reference_gradients.items()
                 return
             at = _between(recorded.reference, recorded.policy, point)
-            for layer, (gradient,) in replay.stream_gradients(at, margin, down_to=first):
+            for layer, (gradient,) in stream_gradients(replay, at, margin, down_to=first):
                 if point == 0.0 and self.kept is not None:
                     fresh[layer] = gradient
                 yield layer, gradient
             return
         for start in range(first, self.session.num_layers):
             at = self._patched_partly(replay, recorded, mask, start, point)
-            for layer, (gradient,) in replay.stream_gradients(at, margin, down_to=start):
+            for layer, (gradient,) in stream_gradients(replay, at, margin, down_to=start):
                 if layer == start:
                     yield layer, gradient
 

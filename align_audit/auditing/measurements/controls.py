@@ -18,8 +18,10 @@ from align_audit.auditing.measurements.patching import Patching, constant, patch
 from align_audit.auditing.session.accumulators import PerPair, State
 from align_audit.auditing.session.estimates import beyond, no_shift
 from align_audit.auditing.session.walk import Session
-from align_audit.measures.patching import PatchSummary, noise_directions, noised
-from align_audit.measures.statistics import Interval, disjoint, split_half_agreement
+from align_audit.measures.draws import noise_directions
+from align_audit.measures.patching import PatchSummary, noised
+from align_audit.measures.significance import disjoint, split_half_agreement
+from align_audit.measures.statistics import Interval
 from align_audit.models.replay import Recording, Stream
 from align_audit.probes.batches import PairBatch
 from align_audit.record.audit_record import Control

@@ -9,6 +9,7 @@ from typing import Self
 from align_audit.auditing.session.walk import Session
 from align_audit.config import SiteConfig
 from align_audit.errors import SiteError
+from align_audit.models.find_sites import find_sites
 from align_audit.models.sites import Kind, Sites
 
 
@@ -34,9 +35,9 @@ class ModelSites:
         """Find them, by trying."""
         alike = session.models.alike
         with session.as_policy() as replay:
-            policy = Sites(replay)
+            policy = find_sites(replay)
         with session.as_reference() as replay:
-            return cls(policy, Sites(replay, policy if alike else None), alike)
+            return cls(policy, find_sites(replay, policy if alike else None), alike)
 
     def why_lacking(self, kind: Kind, layer: int) -> str | None:
         """Why a layer of either model has no such site; None where both have it."""

@@ -21,10 +21,12 @@ from align_audit.auditing.measurements.site_units import ModelSites, Unit, units
 from align_audit.auditing.session.estimates import Estimates, estimate, floats
 from align_audit.auditing.session.walk import Session
 from align_audit.config import SiteConfig
-from align_audit.measures.control_variate import ControlVariate, control_variate_means, subset_order
+from align_audit.measures.control_variate import ControlVariate, control_variate_means
+from align_audit.measures.draws import subset_order
 from align_audit.measures.patching import patched
-from align_audit.measures.statistics import benjamini_hochberg, bootstrap_p_values
+from align_audit.measures.significance import benjamini_hochberg, bootstrap_p_values
 from align_audit.measures.sums import sum_into
+from align_audit.models.gradients import inner_gradients
 from align_audit.models.replay import Recording, Replay, Stream
 from align_audit.models.sites import Kind, Place, Sites
 from align_audit.probes.batches import PairBatch
@@ -210,7 +212,8 @@ class SiteCollector:
             return receiver.sites.tapped(layer, receiver.recording, {place.kind for place in inside[layer]})
 
         with receiver.active() as replay:
-            steps = replay.inner_gradients(
+            steps = inner_gradients(
+                replay,
                 receiver.recording,
                 self.session.readout.margin_objective(replay, batch),
                 tap,

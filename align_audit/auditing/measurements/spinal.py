@@ -16,9 +16,11 @@ from align_audit.auditing.session.estimates import floats
 from align_audit.auditing.session.memory import out_of_memory
 from align_audit.auditing.session.reference_cache import ReferenceTrace
 from align_audit.measures import spinal as scores
-from align_audit.measures.spectrum import below_rounding_floor, contraction, keep_rows, row_keys, singular_values
+from align_audit.measures.draws import keep_rows, row_keys
+from align_audit.measures.spectrum import below_rounding_floor, contraction, singular_values
 from align_audit.measures.sums import sum_into
 from align_audit.measures.transport import TransportAccumulator
+from align_audit.models.gradients import stream_gradients
 from align_audit.models.replay import Recording, Replay
 from align_audit.record.audit_record import DepthTrace, Estimate
 from align_audit.record.audit_record import Spinal as SpinalPart
@@ -117,7 +119,7 @@ class Spinal(Measurement):
             return list(readout.summed_logp(replay, top, batch))
 
         objective = each_side if batch.shared else readout.margin_objective(replay, batch)
-        for layer, gradients in replay.stream_gradients(recorded.policy, objective):
+        for layer, gradients in stream_gradients(replay, recorded.policy, objective):
             squares = torch.stack([gradient.double().square().sum(dim=(1, 2)) for gradient in gradients]).sum(0)
             self.state.gradient_norm.put(batch, sum_into(batch.row_pair, squares, batch.num_pairs).sqrt(), layer)
         self.session.meter.sample()

@@ -17,6 +17,7 @@ from align_audit.models.anatomy import Anatomy, unwrap
 from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, check_fit, policy_fingerprint
 from align_audit.models.replay import Replay
+from align_audit.models.verify import open_replay
 from align_audit.models.weights.from_host import placed
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class OpenModels:
         self._stack.close()
 
     def open(self) -> Self:
-        """Open both, the first time; checked as :class:`~align_audit.models.replay.Replay` says.
+        """Open both, the first time; checked as :func:`~align_audit.models.verify.open_replay` says.
 
         Raises:
             AnatomyError: a model cannot be opened between its layers.
@@ -96,10 +97,10 @@ class OpenModels:
 
     def _open_replays(self) -> None:
         source = self.source
-        self.policy = Replay(self.policy_model, self._anatomy, self._autocast)
+        self.policy = open_replay(self.policy_model, self._anatomy, self._autocast)
         with source.active():
             self.alike = source.shares_weights or _built_alike(self.policy.model, source.model())
-            self.reference = Replay(
+            self.reference = open_replay(
                 source.model(),
                 self.policy.anatomy if source.shares_weights else self._anatomy,
                 self.policy.autocast,

@@ -40,7 +40,7 @@ class Readout:
         return chosen, rejected
 
     def margin_objective(self, replay: Replay, batch: PairBatch) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-        """Of a final stream [R, T, d] the sum of the batch's margins, as ``Replay.stream_gradients`` takes it."""
+        """Of a final stream [R, T, d] the sum of the batch's margins, as ``stream_gradients`` takes it."""
 
         def total(top: torch.Tensor) -> list[torch.Tensor]:
             chosen, rejected = self.summed_logp(replay, top, batch)

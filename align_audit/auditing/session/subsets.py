@@ -9,12 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from align_audit.measures.control_variate import (
-    MINIMUM_EXACT,
-    ControlVariate,
-    exact_pairs_needed_safely,
-    subset_order,
-)
+from align_audit.measures.control_variate import MINIMUM_EXACT, ControlVariate
+from align_audit.measures.draws import subset_order
+from align_audit.measures.exact_pairs import exact_pairs_needed_safely
 
 if TYPE_CHECKING:
     from align_audit.config import AuditConfig

@@ -260,68 +260,31 @@ def open_streamed(
         NotStreamable: the model must be loaded whole; says why.
         ReferenceUnavailableError: its files are broken.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     if is_deepspeed_zero3_enabled():
         raise NotStreamable("DeepSpeed ZeRO-3 shards what is loaded")
     folder = _folder(path)
     entries = _checkpoint(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise NotStreamable(f"its configuration cannot be read ({error})") from error
-    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
-        raise NotStreamable("its class is code of its own")
-    if getattr(config, "quantization_config", None) is not None:
-        raise NotStreamable("its weights are quantized")
-
-    def lay_out(hollow: set[str], touched: set[str]) -> nn.Module:
-        """The model as transformers loads it, with the tensors of the keys in ``hollow`` empty."""
-        values = {key: _Lazy(entry, dtype, touched if key in hollow else None) for key, entry in entries.items()}
-        options = {} if attention is None else {"attn_implementation": attention}
-        try:
-            with torch.device("meta"):
-                kind: Any = type(AutoModelForCausalLM.from_config(copy.deepcopy(config), **options))
-            own = config if isinstance(config, kind.config_class) else config.get_text_config()
-            return kind.from_pretrained(None, config=own, state_dict=values, dtype=dtype, **options)
-        except ReferenceUnavailableError:
-            raise
-        except Exception as error:
-            # Whatever a version of transformers does not take: loading whole is what then shows the true error.
-            raise NotStreamable(f"transformers does not lay it out without its weights: {error!r}") from error
-
+    lay_out = _Layout(entries, _configuration(folder, trust_remote_code), dtype, attention)
     # First everything is hollow, to learn which keys are the layers'; then all else is loaded for real, so that ties,
     # conversions and comparisons outside the layers are transformers' own.
-    touched: set[str] = set()
-    outline = lay_out(set(entries), touched)
+    outline = lay_out(set(entries))
     name, members = find_layers(outline, layers)
-    keys = {_key(outline, entries, touched, *place) for part in own_tensors(outline, members) for place in part}
+    keys = {lay_out.key(outline, *place) for part in own_tensors(outline, members) for place in part}
     del outline, members
-    model: Any = lay_out(keys, touched)
+    model: Any = lay_out(keys)
     _, members = find_layers(model, name)
     weights = [
         [
-            Weight(module, place, _at_rest(tensor), entries[_key(model, entries, touched, module, place, tensor)].read)
+            Weight(module, place, _at_rest(tensor), entries[lay_out.key(model, module, place, tensor)].read)
             for module, place, tensor in part
         ]
         for part in own_tensors(model, members)
     ]
-    at: dict[int, Weight] = {}
-    for layer in weights:
-        for weight in layer:
-            weight.put(weight.resting)
-            at[id(weight.resting)] = weight
-    tensors = (*model.named_parameters(), *model.named_buffers(remove_duplicate=False))
-    stored = {full: at[id(tensor)] for full, tensor in tensors if id(tensor) in at}
+    stored = _put_to_rest(model, weights)
     there = torch.device(device) if device is not None else torch.device("cpu")
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and not parameter.is_meta:
-                parameter.data = parameter.data.to(there)
-        for own, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                module._buffers[own] = buffer.to(there)
+    _move(model, there)
     model.config.name_or_path = str(path)
     model.eval()
     stream = LayerStream(members, weights, copy_to(there), pinned=there.type == "cuda")
@@ -335,20 +298,94 @@ def open_streamed(
     return model
 
 
-def _key(
-    model: nn.Module, entries: dict[str, _Entry], touched: set[str], module: nn.Module, name: str, tensor: torch.Tensor
-) -> str:
-    """The key under which exactly this tensor is stored.
+def _configuration(folder: Path, trust_remote_code: bool) -> Any:
+    """Of a saved model whose class is transformers' own.
 
     Raises:
-        NotStreamable: there is none.
+        NotStreamable: it cannot be read, or says that the weights are not what is computed with.
     """
-    key = tensor.key if isinstance(tensor, _Hollow) else None
-    if key is not None and key not in touched and entries[key].shape == tuple(tensor.shape):
-        return key
-    prefix = next(full for full, other in model.named_modules() if other is module)
-    why = "is put together from stored tensors when it is loaded" if tensor.is_meta else "is not in its files"
-    raise NotStreamable(f"{prefix}.{name} {why}")
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise NotStreamable(f"its configuration cannot be read ({error})") from error
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        raise NotStreamable("its class is code of its own")
+    if getattr(config, "quantization_config", None) is not None:
+        raise NotStreamable("its weights are quantized")
+    return config
+
+
+class _Layout:
+    """Lays a saved model out as transformers loads it, some of its tensors hollow; and says which key each stands for."""
+
+    def __init__(self, entries: dict[str, _Entry], config: Any, dtype: torch.dtype, attention: str | None) -> None:
+        self._entries = entries
+        self._config = config
+        self._dtype = dtype
+        self._options = {} if attention is None else {"attn_implementation": attention}
+        self._touched: set[str] = set()
+        """Keys of hollow tensors that were written to: what is in the model is then no longer what is stored."""
+
+    def __call__(self, hollow: set[str]) -> nn.Module:
+        """The model, with the tensors of the keys in ``hollow`` empty.
+
+        Raises:
+            NotStreamable: transformers does not take it.
+            ReferenceUnavailableError: a file is broken.
+        """
+        from transformers import AutoModelForCausalLM
+
+        values = {
+            key: _Lazy(entry, self._dtype, self._touched if key in hollow else None)
+            for key, entry in self._entries.items()
+        }
+        try:
+            with torch.device("meta"):
+                kind: Any = type(AutoModelForCausalLM.from_config(copy.deepcopy(self._config), **self._options))
+            config = self._config if isinstance(self._config, kind.config_class) else self._config.get_text_config()
+            return kind.from_pretrained(None, config=config, state_dict=values, dtype=self._dtype, **self._options)
+        except ReferenceUnavailableError:
+            raise
+        except Exception as error:
+            # Whatever a version of transformers does not take: loading whole is what then shows the true error.
+            raise NotStreamable(f"transformers does not lay it out without its weights: {error!r}") from error
+
+    def key(self, model: nn.Module, module: nn.Module, name: str, tensor: torch.Tensor) -> str:
+        """The key under which exactly this tensor is stored.
+
+        Raises:
+            NotStreamable: there is none.
+        """
+        key = tensor.key if isinstance(tensor, _Hollow) else None
+        if key is not None and key not in self._touched and self._entries[key].shape == tuple(tensor.shape):
+            return key
+        prefix = next(full for full, other in model.named_modules() if other is module)
+        why = "is put together from stored tensors when it is loaded" if tensor.is_meta else "is not in its files"
+        raise NotStreamable(f"{prefix}.{name} {why}")
+
+
+def _put_to_rest(model: nn.Module, weights: list[list[Weight]]) -> dict[str, Weight]:
+    """Every weight of a layer gives way to what stands for it; the weights by their full names in the model."""
+    at: dict[int, Weight] = {}
+    for layer in weights:
+        for weight in layer:
+            weight.put(weight.resting)
+            at[id(weight.resting)] = weight
+    tensors = (*model.named_parameters(), *model.named_buffers(remove_duplicate=False))
+    return {full: at[id(tensor)] for full, tensor in tensors if id(tensor) in at}
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """What is not at rest goes to the device."""
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and not parameter.is_meta:
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
 
 
 def _at_rest(tensor: torch.Tensor) -> torch.Tensor:

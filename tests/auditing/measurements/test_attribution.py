@@ -20,7 +20,9 @@ from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.subsets import PairChoice, choose_pairs, more_pairs
 from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError
-from align_audit.measures.control_variate import control_variate_means, exact_pairs_needed_safely, subset_order
+from align_audit.measures.control_variate import control_variate_means
+from align_audit.measures.draws import subset_order
+from align_audit.measures.exact_pairs import exact_pairs_needed_safely
 from align_audit.models.reference import resolve_reference
 from align_audit.monitoring.checkpoints import audit_saved
 from align_audit.probes.batches import make_batch

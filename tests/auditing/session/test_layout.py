@@ -9,7 +9,7 @@ import pytest
 
 from align_audit.auditing.session.layout import why_not_shared
 from align_audit.config import AuditConfig
-from align_audit.models.replay import Replay
+from align_audit.models.verify import open_replay
 from align_audit.probes.pairs import ProbePair, ProbeSet
 from tests.helpers.audits import audited
 from tests.helpers.tiny import VOCABULARY, perturbed, random_pairs, tiny_model
@@ -69,7 +69,7 @@ def test_both_layouts_give_the_same_numbers(family: str, positions: str) -> None
     ],
 )
 def test_models_in_which_it_would_change_something(name: str, reason: str | None) -> None:
-    found = why_not_shared(Replay(build(name)), random_pairs(6).pairs, TOLERANCE)
+    found = why_not_shared(open_replay(build(name)), random_pairs(6).pairs, TOLERANCE)
     assert found is not None
     if reason is not None:
         assert found.startswith(reason)
@@ -90,7 +90,7 @@ def test_models_in_which_it_would_change_something(name: str, reason: str | None
     ],
 )
 def test_models_in_which_it_changes_nothing(name: str, changes: dict[str, Any]) -> None:
-    assert why_not_shared(Replay(build(name, **changes)), random_pairs(6).pairs, TOLERANCE) is None
+    assert why_not_shared(open_replay(build(name, **changes)), random_pairs(6).pairs, TOLERANCE) is None
 
 
 def test_a_window_that_only_the_longest_pair_fills_is_noticed() -> None:
@@ -101,8 +101,8 @@ def test_a_window_that_only_the_longest_pair_fills_is_noticed() -> None:
     short = tuple(pair for pair, length in zip(probes, lengths, strict=True) if length <= 14)
     longest = probes.pairs[int(np.argmax(lengths))]
     assert max(lengths) > 14
-    assert why_not_shared(Replay(model), short, TOLERANCE) is None
-    assert why_not_shared(Replay(model), (*short, longest), TOLERANCE) is not None
+    assert why_not_shared(open_replay(model), short, TOLERANCE) is None
+    assert why_not_shared(open_replay(model), (*short, longest), TOLERANCE) is not None
 
 
 def test_a_window_that_only_a_chosen_completion_fills_is_noticed() -> None:
@@ -115,10 +115,10 @@ def test_a_window_that_only_a_chosen_completion_fills_is_noticed() -> None:
         return ProbePair(index, (*start, *one), (*start, *other), prompt, prompt)
 
     bulky, long_chosen = pair(0, 2, 12, 12), pair(1, 2, 18, 2)
-    assert why_not_shared(Replay(model), [bulky], TOLERANCE) is None
-    assert why_not_shared(Replay(model), [bulky, long_chosen], TOLERANCE) is not None
+    assert why_not_shared(open_replay(model), [bulky], TOLERANCE) is None
+    assert why_not_shared(open_replay(model), [bulky, long_chosen], TOLERANCE) is not None
     no_prompt = ProbePair(2, tuple(range(20, 38)), tuple(range(40, 45)), 0, 0)
-    assert why_not_shared(Replay(model), [bulky, no_prompt], TOLERANCE) is not None, "it would be a shared row too"
+    assert why_not_shared(open_replay(model), [bulky, no_prompt], TOLERANCE) is not None, "it would be a shared row too"
 
 
 def test_sequences_cut_from_the_left_are_not_shared() -> None:

@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from align_audit import AlignmentAuditCallback, AuditRun
+from align_audit.auditing.measurements import attribution, spinal
 from align_audit.auditing.session.reference_cache import ReferenceCache, ReferenceStreams
 from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError
-from align_audit.models.replay import Replay
+from align_audit.models.gradients import stream_gradients
 from align_audit.probes.batches import make_batch
 from tests.helpers.audits import audited
 from tests.helpers.dpo import build
@@ -62,13 +63,13 @@ def kept(folder: Path) -> set[Path]:
 def backward(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Backward passes through a model so far."""
     calls: list[int] = []
-    real = Replay.stream_gradients
 
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        return real(self, *args, **kwargs)
+        return stream_gradients(*args, **kwargs)
 
-    monkeypatch.setattr(Replay, "stream_gradients", counted)
+    for measurement in (attribution, spinal):
+        monkeypatch.setattr(measurement, "stream_gradients", counted)
     return calls
 
 

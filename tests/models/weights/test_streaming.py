@@ -19,10 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from align_audit.auditing.audit import audit
 from align_audit.config import AuditConfig
 from align_audit.errors import ReferenceUnavailableError
+from align_audit.models.gradients import stream_gradients
 from align_audit.models.guard import untouched
 from align_audit.models.loading import load_model
 from align_audit.models.reference import Reference, resolve_reference
-from align_audit.models.replay import Replay, Stream
+from align_audit.models.replay import Stream
+from align_audit.models.verify import open_replay
 from align_audit.models.weights import from_disk as stored_layers
 from align_audit.models.weights import streaming as layer_stream
 from align_audit.models.weights.fingerprint import fingerprint
@@ -96,7 +98,7 @@ def test_logits_and_streams_are_bit_identical(family: str, kind: str, tmp_path: 
     assert not any(parameter.is_meta for parameter in whole.parameters())
     assert any(parameter.is_meta for parameter in streamed.parameters())
     assert torch.equal(logits(streamed), logits(whole))
-    one, other = Replay(whole), Replay(streamed)
+    one, other = open_replay(whole), open_replay(streamed)
     assert one.anatomy == other.anatomy
     assert one.compute_dtype == other.compute_dtype == wanted
     ours, theirs = one.record(INPUTS, keep_logits=True), other.record(INPUTS, keep_logits=True)
@@ -129,7 +131,7 @@ def test_walks_heads_and_gradients_are_equal(tmp_path: Path) -> None:
     whole, streamed = both(save(tmp_path))
     results = []
     for model in (whole, streamed):
-        replay = Replay(model)
+        replay = open_replay(model)
         recording = replay.record(INPUTS)
         starts = (-1, 0, 0, 2)
         moved = [
@@ -140,7 +142,7 @@ def test_walks_heads_and_gradients_are_equal(tmp_path: Path) -> None:
         assert len(walked) == len(starts)
         rows = recording.after(replay.num_layers - 1)[0]
         gradients = dict(
-            replay.stream_gradients(recording, lambda top, replay=replay: [replay.head(top[:, -1]).square().sum()])
+            stream_gradients(replay, recording, lambda top, replay=replay: [replay.head(top[:, -1]).square().sum()])
         )
         results.append([replay.head(rows), *walked.values(), *(gradients[i][0] for i in range(replay.num_layers))])
     assert len(results[0]) == 1 + 4 + 4
@@ -241,7 +243,7 @@ def test_at_most_two_layers_are_held_and_many_calls_load_once(tmp_path: Path, mo
     handles = [
         layer.mlp.register_forward_pre_hook(lambda m, a, layer=layer: look(layer, a)) for layer in model.model.layers
     ]  # type: ignore[union-attr]
-    replay = Replay(model)
+    replay = open_replay(model)
     assert seen == set(range(6))
     recording = replay.record(INPUTS)
     before = stream.loads
@@ -306,7 +308,7 @@ def test_the_next_layer_is_foreseen(order: Any, loads: int, tmp_path: Path) -> N
 
 def test_stubbed_layers_bring_nothing_in(tmp_path: Path) -> None:
     model = open_streamed(save(tmp_path), dtype=torch.float32)
-    replay = Replay(model)
+    replay = open_replay(model)
     rows = replay.record(INPUTS).after(3)[0]
     stream = stream_of(model)
     assert stream is not None

@@ -1,0 +1,133 @@
+"""Whether an effect over probe pairs is more than chance: p-values, false discoveries, overlap and agreement (METHODS §2).
+
+Random draws come from a local generator made from ``seed``.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from align_audit.measures.statistics import (
+    Interval,
+    Value,
+    check_options,
+    column_means,
+    per_pair_values,
+    resampled_means,
+)
+
+Array = np.ndarray
+
+
+def bootstrap_p_values(values: Array, resamples: int = 1000, seed: int = 0) -> Array:
+    """Two-sided bootstrap p-values of mean ≠ 0, the counterpart of the percentile interval (METHODS §2).
+
+    p = min(1, 2 · (1 + min(#{m* ≤ 0}, #{m* ≥ 0})) / (1 + resamples)) over resampled means m*; the +1 counts the data
+    themselves, so that p is never 0. Like every bootstrap p-value it is too small with a handful of pairs.
+
+    Args:
+        values: ``[N, L]``.
+
+    Returns:
+        float64 ``[L]`` in [2 / (1 + resamples), 1]; 1 where all values are 0. NaN for a column with fewer than 2 pairs
+        or a value that is not finite.
+
+    Raises:
+        ValueError: wrong shape or number of resamples.
+
+    Example:
+        >>> bootstrap_p_values(np.array([[1.0, -1.0], [2.0, 1.0], [1.5, 0.0]]), resamples=99).tolist()
+        [0.02, 1.0]
+    """
+    values = per_pair_values(values)
+    check_options(resamples)
+    if len(values) < 2:
+        return np.full(values.shape[1], np.nan)
+    finite = np.isfinite(values).all(axis=0)
+    values = np.where(finite, values, 0.0)
+    means = resampled_means(values, column_means(values), resamples, seed)
+    fewer = np.minimum((means <= 0).sum(axis=0), (means >= 0).sum(axis=0))
+    return np.where(finite, np.minimum(1.0, 2.0 * (1 + fewer) / (1 + resamples)), np.nan)
+
+
+def benjamini_hochberg(p: Array) -> Array:
+    """P-values adjusted for the false discovery rate over layers (Benjamini & Hochberg 1995).
+
+    Sorted ascending, p_(j) becomes min over k ≥ j of p_(k) · m / k, at most 1. NaNs stay NaN and do not count in m.
+
+    Args:
+        p: ``[L]``.
+
+    Raises:
+        ValueError: wrong shape, or a value outside [0, 1].
+
+    Example:
+        >>> benjamini_hochberg(np.array([0.01, 0.04, np.nan, 0.03])).round(3).tolist()
+        [0.03, 0.04, nan, 0.04]
+    """
+    p = np.asarray(p, dtype=np.float64)
+    finite = np.isfinite(p)
+    if p.ndim != 1 or np.any(np.isinf(p)) or np.any((p[finite] < 0) | (p[finite] > 1)):
+        raise ValueError(f"expected p-values in [0, 1] or NaN, shape [L]; found {p.tolist()}")
+    adjusted = np.full(p.shape, np.nan)
+    order = np.argsort(p[finite], kind="stable")
+    ranked = p[finite][order] * finite.sum() / np.arange(1, finite.sum() + 1)
+    monotone = np.minimum(np.minimum.accumulate(ranked[::-1])[::-1], 1.0)
+    adjusted[np.flatnonzero(finite)[order]] = monotone
+    return adjusted
+
+
+def disjoint(a: Interval, b: Interval) -> bool:
+    """Whether the two intervals share no point; False where a bound is unknown.
+
+    Example:
+        >>> disjoint(Interval(1.0, 0.5, 1.5), Interval(3.0, 2.0, 4.0))
+        True
+    """
+    return a.high < b.low or b.high < a.low
+
+
+def split_half_agreement(values: Array, repeats: int = 100, seed: int = 0) -> Value:
+    """Share of random half splits of the pairs whose halves have their largest column mean in the same layer.
+
+    Args:
+        values: ``[N, L]``, block transplants say. The halves have ⌊N/2⌋ and ⌈N/2⌉ pairs.
+
+    Returns:
+        A share in [0, 1]; a half in which several layers tie for the largest mean agrees with none. By chance alone
+        about 1/L. NaN with a reason: fewer than 4 pairs, one layer, a value that is not finite, no single peak over
+        all pairs (identical models).
+
+    Raises:
+        ValueError: wrong shape, or ``repeats`` below 1.
+
+    Example:
+        >>> split_half_agreement(np.array([[0.0, 2.0, 1.0]] * 6)).value
+        1.0
+    """
+    values = per_pair_values(values)
+    n, layers = values.shape
+    if repeats < 1:
+        raise ValueError(f"expected at least 1 split, found repeats={repeats}")
+    if n < 4:
+        return Value.unknown(f"half splits need at least 4 pairs, found {n}")
+    if layers < 2:
+        return Value.unknown(f"a peak among layers needs at least 2 of them, found {layers}")
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        return Value.unknown(f"{bad} of {values.size} values are not finite")
+    if _peak(column_means(values)) is None:
+        return Value.unknown("no peak to agree on: several layers share the largest mean")
+    generator = np.random.default_rng(seed)
+    agreements = 0
+    for _ in range(repeats):
+        order = generator.permutation(n)
+        first, second = _peak(column_means(values[order[: n // 2]])), _peak(column_means(values[order[n // 2 :]]))
+        agreements += first is not None and first == second
+    return Value(agreements / repeats)
+
+
+def _peak(means: Array) -> int | None:
+    """The one column with the largest mean; None where several share it."""
+    peak = int(np.argmax(means))
+    return peak if (means == means[peak]).sum() == 1 else None

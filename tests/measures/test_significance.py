@@ -1,0 +1,124 @@
+"""P-values, false discoveries and agreement against SciPy, plain loops and planted truths."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import stats
+
+from align_audit.measures.significance import benjamini_hochberg, bootstrap_p_values, disjoint, split_half_agreement
+from align_audit.measures.statistics import Interval, resample_indices
+
+
+def test_p_values_equal_a_plain_loop() -> None:
+    values = np.random.default_rng(7).normal([0.0, 0.4, -0.8], size=(15, 3))
+    indices = resample_indices(15, 199, seed=2)
+    for column, p in enumerate(bootstrap_p_values(values, resamples=199, seed=2)):
+        means = [sum(values[i, column] for i in row) for row in indices]
+        at_or_below, at_or_above = sum(m <= 0 for m in means), sum(m >= 0 for m in means)
+        assert p == min(1.0, 2 * (1 + min(at_or_below, at_or_above)) / 200)
+
+
+def test_p_values_hold_their_level_and_find_effects() -> None:
+    generator = np.random.default_rng(0)
+    null = bootstrap_p_values(generator.normal(size=(64, 1500)), resamples=400)
+    assert 0.03 <= (null < 0.05).mean() <= 0.08
+    assert bootstrap_p_values(generator.normal(1.0, size=(64, 1)), resamples=999)[0] == 2 / 1000
+    assert bootstrap_p_values(generator.normal(-1.0, size=(64, 1)), resamples=999)[0] == 2 / 1000
+
+
+def test_p_values_of_zeros_unknowns_and_single_pairs() -> None:
+    values = np.ones((6, 3))
+    values[:, 0], values[2, 1] = 0.0, np.nan
+    p = bootstrap_p_values(values, resamples=99)
+    assert p[0] == 1.0
+    assert np.isnan(p[1])
+    assert p[2] == 0.02
+    assert np.isnan(bootstrap_p_values(np.ones((1, 2)))).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(hnp.arrays(np.float64, st.integers(1, 20), elements=st.floats(0, 1)), st.data())
+def test_benjamini_hochberg_equals_scipy_and_skips_nan(p: np.ndarray, data: st.DataObject) -> None:
+    adjusted = benjamini_hochberg(p)
+    np.testing.assert_allclose(adjusted, stats.false_discovery_control(p), rtol=1e-12, atol=1e-300)
+    where = data.draw(st.integers(0, len(p)))
+    with_nan = benjamini_hochberg(np.insert(p, where, np.nan))
+    assert np.isnan(with_nan[where])
+    np.testing.assert_array_equal(np.delete(with_nan, where), adjusted)
+
+
+def test_benjamini_hochberg_of_nothing_known() -> None:
+    assert np.isnan(benjamini_hochberg(np.full(3, np.nan))).all()
+    assert benjamini_hochberg(np.zeros(0)).shape == (0,)
+
+
+def test_disjoint() -> None:
+    low, high, touching = Interval(1, 0, 2), Interval(4, 3, 5), Interval(2.5, 2, 3)
+    assert disjoint(low, high)
+    assert disjoint(high, low)
+    assert not disjoint(low, touching)
+    assert not disjoint(touching, high)
+    assert not disjoint(Interval(2, 0, 9), high)
+    assert not disjoint(low, Interval.unknown("no pairs"))
+
+
+def test_split_half_finds_a_shared_peak_and_not_noise() -> None:
+    generator = np.random.default_rng(5)
+    noise = generator.normal(size=(40, 10))
+    planted = noise.copy()
+    planted[:, 3] += 3.0
+    assert split_half_agreement(planted, repeats=200) == (1.0, None)
+    assert split_half_agreement(noise - noise.mean(axis=0), repeats=200).value < 0.3
+    # Two sorts of pairs with different peaks: the halves often disagree although every pair is clear.
+    mixed = np.zeros((40, 4))
+    mixed[:20, 0], mixed[20:, 1] = 1.0, 1.001
+    assert split_half_agreement(mixed, repeats=200).value < 0.5
+
+
+def test_split_half_equals_a_plain_loop() -> None:
+    values = np.random.default_rng(8).normal(size=(7, 3))
+    generator = np.random.default_rng(2)
+    agreements = 0
+    for _ in range(30):
+        order = list(generator.permutation(7))
+        halves = [np.array([values[i] for i in part]).mean(axis=0) for part in (order[:3], order[3:])]
+        agreements += int(np.argmax(halves[0]) == np.argmax(halves[1]))
+    result = split_half_agreement(values, repeats=30, seed=2)
+    assert 0 < result.value < 1
+    assert result.value == agreements / 30
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.ones((3, 5)), "half splits need at least 4 pairs, found 3"),
+        (np.ones((8, 1)), "a peak among layers needs at least 2 of them, found 1"),
+        (np.zeros((8, 5)), "no peak to agree on: several layers share the largest mean"),
+        (np.array([[1.0, np.nan]] * 4), "4 of 8 values are not finite"),
+    ],
+)
+def test_split_half_says_why_it_is_unknown(values: np.ndarray, reason: str) -> None:
+    result = split_half_agreement(values)
+    assert math.isnan(result.value)
+    assert result.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("call", "found"),
+    [
+        (lambda: bootstrap_p_values(np.ones(3)), r"found shape \[3\]"),
+        (lambda: benjamini_hochberg(np.array([0.5, 1.5])), "1.5"),
+        (lambda: benjamini_hochberg(np.array([0.5, np.inf])), "inf"),
+        (lambda: split_half_agreement(np.ones(3)), r"found shape \[3\]"),
+        (lambda: split_half_agreement(np.ones((8, 3)), repeats=0), "repeats=0"),
+    ],
+)
+def test_wrong_arguments_are_refused(call: object, found: str) -> None:
+    with pytest.raises(ValueError, match=found):
+        call()  # type: ignore[operator]
