@@ -18,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import align_audit.monitoring.monitor
-from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
+from align_audit import AlignmentAuditCallback, AuditConfig, AuditRecord, AuditRun
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.errors import ConfigurationError
 from align_audit.models.weights.fingerprint import fingerprint
@@ -369,6 +369,34 @@ def test_steps_trained_again_to_the_same_weights_are_not_audited_again(
     checkpoint = str(resumed.output / "checkpoint-2")
     run(resumed.output, resumed.config, max_steps=4, resume=checkpoint, lr_scheduler_type="constant")
     assert (resumed.output / "align_audit" / "records.jsonl").read_bytes() == before
+
+
+def killed(**_: Any) -> None:
+    raise InterruptedError("killed")
+
+
+def angles(record: AuditRecord) -> dict[str, list[float] | None]:
+    """Principal angles at layer 1 to the audit before, by basis."""
+    return {basis: by_layer[1].principal_angles for basis, by_layer in record.low_rank.items()}
+
+
+def test_a_killed_run_goes_on_with_the_numbers_of_one_that_was_not(tmp_path: Path) -> None:
+    """Its log is ahead of its checkpoint: the audit of step 4 is passed by, and that of step 6 goes on from it."""
+    config = quick(schedule={"every_n_steps": 2}, low_rank={"layers": [1], "ranks": [1, 2], "random_draws": 0})
+    options: dict[str, Any] = {"max_steps": 6, "save_steps": 2}
+    straight, stopped = tmp_path / "straight" / "out", tmp_path / "stopped" / "out"
+    run(straight, config, **options)
+    with pytest.raises(InterruptedError):
+        run(stopped, config, others=[At("on_step_end", 5, killed)], **options)
+    assert steps(stopped) == [0, 2, 4]
+    run(stopped, config, resume=str(stopped / "checkpoint-2"), **options)
+    assert steps(stopped) == steps(straight) == [0, 2, 4, 6]
+    records = {output: AuditRun.load(output).records for output in (straight, stopped)}
+    assert all(angle is not None for angle in angles(records[straight][-1]).values())
+    assert list(angles(records[straight][-1])) == ["activation", "shift"]
+    for one, other in zip(records[straight], records[stopped], strict=True):
+        assert one.key == other.key
+        assert angles(one) == angles(other)
 
 
 def test_an_audit_is_not_judged_by_later_steps(resumed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
