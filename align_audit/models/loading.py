@@ -1,4 +1,4 @@
-"""Load a policy or reference from a path: a saved model, or a PEFT adapter on top of one."""
+"""Load a policy or reference from a path, and its tokenizer: a saved model, or a PEFT adapter on top of one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from align_audit.errors import ReferenceUnavailableError
+from align_audit.errors import ConfigurationError, ReferenceUnavailableError
 
 
 def load_model(
@@ -57,3 +57,31 @@ def load_model(
     if device is not None:
         model = model.to(device)
     return model.eval()
+
+
+def base_of(folder: Path) -> str | None:
+    """What an adapter's folder names as its base model."""
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None  # no adapter, or a damaged one: loading it says so
+    return base or None
+
+
+def load_tokenizer(places: list[Any]) -> Any:
+    """The tokenizer of the first place that has one.
+
+    Raises:
+        ConfigurationError: none has.
+    """
+    from transformers import AutoTokenizer
+
+    reasons = []
+    for place in places:
+        try:
+            return AutoTokenizer.from_pretrained(str(place))
+        except (OSError, ValueError) as error:
+            reasons.append(f"{Path(str(place)).name}: {str(error).splitlines()[0]}")
+    raise ConfigurationError(
+        "no tokenizer found in " + "; ".join(reasons) + ". Save it beside the model (processing_class.save_pretrained)"
+    )

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from align_audit.alerts.detectors import evaluate
-from align_audit.auditing.audit import run_audit
-from align_audit.auditing.previous import left_by
-from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.open_models import OpenModels
-from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.auditing.transfer import run_transfer
 from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError, ReferenceUnavailableError
 from align_audit.models.anatomy import is_peft
-from align_audit.models.loading import load_model
+from align_audit.models.loading import base_of, load_model, load_tokenizer
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
+from align_audit.monitoring.monitor import Moment, Monitor
 from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
-from align_audit.record.log import RunLog, arrays_name
+from align_audit.record.log import RunLog
 from align_audit.record.transfer_record import TransferRecord
 from align_audit.writers.terminal import print_record, progress_bar
 
@@ -51,20 +44,22 @@ def audit_saved(
     """
     log = RunLog(output)
     sets = read_probes(probes, checkpoints, reference, config)
-    cache = ReferenceCache(log.directory / "cache")
+    # An error ends the command.
+    monitor = Monitor(sets, config, log, progress=progress_bar if config.progress else None, strict=True)
     shared = _load_reference(reference, device)
-    found = []
+    records: list[AuditRecord] = []
     for folder, step in checkpoints.items():
         policy = load_policy(folder, device=device)
         resolved = _reference(policy, shared, folder)
-        key = (step, policy_fingerprint(policy), resolved.fingerprint())
-        with OpenModels(policy, resolved) as models:
-            for name, pairs in sets.items():
-                known = _known(key, name, pairs, config, log, one_reference=shared is not None)
-                record = known or _audited(models, AuditRequest(pairs, config, step, probe_name=name), cache, log)
-                found.append(record)
-                print_record(record)
-    return found
+        weights = (policy_fingerprint(policy), resolved.fingerprint())
+        stored = _stored(step, weights, sets, config, log, one_reference=shared is not None)
+        for record in stored.values():
+            print_record(record)
+        monitor.resume(step)
+        outcome = monitor.audit(OpenModels(policy, resolved), Moment(step))
+        by_name = {**stored, **outcome.records}
+        records += [by_name[name] for name in sets]
+    return records
 
 
 def transfer_saved(
@@ -101,7 +96,7 @@ def read_probes(
         paths.update(probes)
     else:
         paths[None] = probes
-    bases = [base for folder in checkpoints if (base := _base_of(folder)) is not None]
+    bases = [base for folder in checkpoints if (base := base_of(folder)) is not None]
     tokenizer = load_tokenizer([*checkpoints, *([reference] if reference is not None else []), *bases])
     return {
         name: ProbeSet.from_dataset(
@@ -133,76 +128,40 @@ def _reference(policy: nn.Module, shared: Reference | None, folder: Path) -> Ref
     return shared if shared is not None else resolve_reference(policy)
 
 
-def _audited(models: OpenModels, request: AuditRequest, cache: ReferenceCache, log: RunLog) -> AuditRecord:
-    name, step, config = request.probe_name, request.step, request.config
-    history = [earlier for earlier in log.records if earlier.step < step and earlier.provenance.probe_name == name]
-    request = replace(request, previous=left_by(history[-1] if history else None, log))
-    result = run_audit(models, request, cache, progress_bar if config.progress else None)
-    record = result.record.model_copy(update={"alerts": evaluate(result.record, history, config.alerts)})
-    log.save_arrays(step, arrays_name(name), result.arrays)
-    log.append(record)
-    return record
-
-
-def _known(
-    key: tuple[int, str, str],
-    name: str | None,
-    pairs: ProbeSet,
+def _stored(
+    step: int,
+    weights: tuple[str, str],
+    sets: Mapping[str | None, ProbeSet],
     config: AuditConfig,
     log: RunLog,
     *,
     one_reference: bool,
-) -> AuditRecord | None:
-    """The record of this very audit, where the log holds it. Other probe sets may stand beside it, under other names.
+) -> dict[str | None, AuditRecord]:
+    """The records of these very audits that the log holds, by the name of their set.
+
+    Args:
+        weights: hashes of policy and reference.
 
     Raises:
-        ConfigurationError: the log holds audits that this one cannot stand beside.
+        ConfigurationError: the log holds audits that these cannot stand beside.
     """
-    step, policy, reference = key
-    found = None
+    policy, reference = weights
+    stored: dict[str | None, AuditRecord] = {}
     for record in log.records:
-        there, odd = record.provenance, None
-        same = there.probe_name == name
-        if same and there.probe_hash != pairs.content_hash:
+        provenance, odd = record.provenance, None
+        name = provenance.probe_name
+        if name in sets and provenance.probe_hash != sets[name].content_hash:
             odd = "on other probe pairs" + (f" called {name!r}" if name is not None else "")
-        elif there.reference_hash != reference and (one_reference or record.step == step):
+        elif provenance.reference_hash != reference and (one_reference or record.step == step):
             odd = "against another reference"
-        elif record.step == step and there.policy_hash != policy:
+        elif record.step == step and provenance.policy_hash != policy:
             odd = "of another model"
-        elif record.step == step and there.config != config.to_dict():
+        elif record.step == step and provenance.config != config.to_dict():
             odd = "with other options"
-        elif record.step == step and same:
-            found = record
+        elif record.step == step and name in sets:
+            stored[name] = record
         if odd is not None:
             raise ConfigurationError(
                 f"{log.directory} holds an audit of step {record.step} {odd}; one log is one run: choose another --output"
             )
-    return found
-
-
-def _base_of(folder: Path) -> str | None:
-    """What an adapter's folder names as its base model."""
-    try:
-        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
-        return None  # no adapter, or a damaged one: loading it says so
-    return base or None
-
-
-def load_tokenizer(places: list[Any]) -> Any:
-    """The tokenizer of the first place that has one.
-
-    Raises:
-        ConfigurationError: none has.
-    """
-    from transformers import AutoTokenizer
-
-    reasons = []
-    for place in places:
-        try:
-            return AutoTokenizer.from_pretrained(str(place))
-        except (OSError, ValueError) as error:
-            reasons.append(f"{Path(str(place)).name}: {str(error).splitlines()[0]}")
-    raise ConfigurationError(
-        "no tokenizer found in " + "; ".join(reasons) + ". Save it beside the model (processing_class.save_pretrained)"
-    )
+    return stored

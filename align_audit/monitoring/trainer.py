@@ -1,14 +1,119 @@
-"""What the trainer says: the one place that knows TRL's and transformers' trainers."""
+"""What the trainer says, read once: the one place that knows TRL's and transformers' trainers."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from align_audit.monitoring.schedule import Training
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-def tensorboard_writer_of(trainer: Any) -> SummaryWriter | None:
+@dataclass(frozen=True)
+class TrainerFacts:
+    """What a trainer and its arguments say, where they say it: any trainer of transformers will do.
+
+    Attributes:
+        attached: the trainer itself is in reach; else only its arguments are.
+        output_dir: where the run's files go.
+        reference: the reference that the trainer holds.
+        beta: of the DPO loss.
+        eval_sets: held-out pairs, or several such sets by name; None: there are none in reach.
+        train_set: the pairs trained on.
+        max_length: tokens that a sequence is cut to.
+        truncation_mode: which end of a sequence is kept.
+        autocast: makes the context the trainer computes in; None: nothing in reach says it (see :meth:`numerics`).
+        amp_dtype: what it computes in where only its arguments are in reach; None: no mixed precision.
+        sync_every: steps between synchronizations of the reference with the policy; None: it is never synchronized.
+        compare_precomputed: its precomputed log-probabilities are plain sums over completion tokens (no ``ld_alpha``).
+        trust_remote_code: models may bring code of their own.
+        loads_best: the best checkpoint is loaded back when training ends.
+        progress: it shows progress bars.
+        summary_writer: what its own TensorBoard curves go through.
+    """
+
+    attached: bool
+    output_dir: str
+    reference: nn.Module | None
+    beta: float | None
+    eval_sets: Any
+    train_set: Any
+    max_length: int | None
+    truncation_mode: str
+    autocast: Callable[[], AbstractContextManager[Any]] | None
+    amp_dtype: torch.dtype | None
+    sync_every: int | None
+    compare_precomputed: bool
+    trust_remote_code: bool
+    loads_best: bool
+    progress: bool
+    summary_writer: SummaryWriter | None
+
+    def numerics(self, model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
+        """The context the trainer computes in: accelerate puts it around the model's forward, out of our reach."""
+        if self.autocast is not None:
+            return self.autocast
+        dtype = self.amp_dtype
+        if dtype is None:
+            return contextlib.nullcontext
+        device = next(model.parameters()).device.type
+        return lambda: torch.autocast(device, dtype=dtype)
+
+    def last_sync_step(self, step: int) -> int | None:
+        """The last step up to ``step`` at which the reference was synchronized; None: it never was."""
+        return (step // self.sync_every * self.sync_every or None) if self.sync_every else None
+
+    def training(self, state: Any, control: Any) -> Training:
+        """What a ``TrainerState`` and a ``TrainerControl`` say, for the schedule."""
+        step = state.global_step
+        return Training(
+            step=step,
+            max_steps=state.max_steps,
+            stopping=bool(control.should_training_stop),
+            syncs_reference=self.sync_every is not None and step % self.sync_every == 0,
+            best_loaded=self.loads_best and state.best_model_checkpoint is not None,
+        )
+
+
+def read_trainer(trainer: Any, args: Any, train_dataloader: Any = None) -> TrainerFacts:
+    """Read a trainer, or the arguments of one that is out of reach.
+
+    Args:
+        trainer: None where the callback was not attached.
+        args: its ``TrainingArguments``, of whatever kind.
+        train_dataloader: what an event gives; holds the training set of a trainer that is out of reach.
+    """
+    attached = trainer is not None
+    amp_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    return TrainerFacts(
+        attached=attached,
+        output_dir=args.output_dir,
+        reference=getattr(trainer, "ref_model", None),
+        beta=getattr(args, "beta", getattr(trainer, "beta", None)),
+        eval_sets=getattr(trainer, "eval_dataset", None),
+        train_set=trainer.train_dataset if attached else getattr(train_dataloader, "dataset", None),
+        max_length=getattr(args, "max_length", 1024),
+        truncation_mode=getattr(args, "truncation_mode", "keep_start"),
+        autocast=trainer.accelerator.autocast if attached else None,
+        amp_dtype=None if attached else amp_dtype,
+        sync_every=args.ref_model_sync_steps if getattr(args, "sync_ref_model", False) else None,
+        compare_precomputed=getattr(args, "ld_alpha", None) is None,
+        trust_remote_code=bool(getattr(args, "trust_remote_code", False)),
+        loads_best=bool(getattr(args, "load_best_model_at_end", False)),
+        progress=not args.disable_tqdm,
+        summary_writer=_tensorboard_writer_of(trainer),
+    )
+
+
+def _tensorboard_writer_of(trainer: Any) -> SummaryWriter | None:
     """The summary writer that the trainer's own curves go through; None where it has none, or there is no trainer."""
     if trainer is None:
         return None

@@ -17,7 +17,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util import tensor_util
 
 import align_audit.auditing.audit
-import align_audit.monitoring.callback
+import align_audit.monitoring.monitor
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRecord, AuditRun, TransferRecord, audit
 from align_audit.alerts.detectors import evaluate
 from align_audit.auditing.audit import run_audit
@@ -299,13 +299,13 @@ def test_resuming_audits_the_sets_that_are_not_in_the_log(trained: Any, monkeypa
     path.write_bytes(b"".join(lines[:-1]))
     missing = AuditRecord.from_json(lines[-1])
     calls: list[tuple[int, str | None]] = []
-    real = align_audit.monitoring.callback.run_audit
+    real = align_audit.monitoring.monitor.run_audit
 
     def counted(models: Any, request: AuditRequest, *rest: Any) -> Any:
         calls.append((request.step, request.probe_name))
         return real(models, request, *rest)
 
-    monkeypatch.setattr(align_audit.monitoring.callback, "run_audit", counted)
+    monkeypatch.setattr(align_audit.monitoring.monitor, "run_audit", counted)
     checkpoint = str(trained.output / "checkpoint-1")
     train(trained.output, trained.config, SETS, max_steps=2, resume=checkpoint, lr_scheduler_type="constant")
     assert calls == [(2, "helpful-1.0")]
@@ -337,14 +337,14 @@ def test_the_trainers_eval_sets_are_taken_by_their_names(tmp_path: Path) -> None
 def test_a_set_that_breaks_leaves_the_others_and_an_alert_on_any_set_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = align_audit.monitoring.callback.run_audit
+    real = align_audit.monitoring.monitor.run_audit
 
     def fails(models: Any, request: AuditRequest, *rest: Any) -> Any:
         if request.probe_name == "harmless" and request.step == 1:
             raise ZeroDivisionError("planted")
         return real(models, request, *rest)
 
-    monkeypatch.setattr(align_audit.monitoring.callback, "run_audit", fails)
+    monkeypatch.setattr(align_audit.monitoring.monitor, "run_audit", fails)
     config = quick(strict=False, schedule={"every_n_steps": 1}, alerts={"action": "stop"})
     made = train(
         tmp_path / "out", config, SETS, others=[AtEvent("on_step_end", 1, poison)], max_steps=3, save_strategy="no"

@@ -15,9 +15,8 @@ import pytest
 
 from align_audit import AlignmentAuditCallback, AuditRun
 from align_audit.cli import app as cli
-from align_audit.models.loading import load_model
+from align_audit.models.loading import load_model, load_tokenizer
 from align_audit.models.weights.fingerprint import fingerprint
-from align_audit.monitoring.checkpoints import load_tokenizer
 from align_audit.writers.plots.gallery import save_all
 from tests.helpers.dpo import ROWS, build, train
 from tests.helpers.tiny import tiny_model
@@ -120,7 +119,7 @@ def test_a_folder_of_checkpoints_is_one_run_and_a_second_time_changes_nothing(
     log = tmp_path / "out" / "align_audit" / "records.jsonl"
     before = log.read_bytes()
 
-    monkeypatch.setattr("align_audit.monitoring.checkpoints.run_audit", None)
+    monkeypatch.setattr("align_audit.monitoring.monitor.run_audit", None)
     second = command(*again, pictures=True)
     assert second.code == 0, second.err
     assert "2 audit(s)" in second.out

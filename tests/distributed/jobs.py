@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from align_audit import AlignmentAuditCallback, AuditConfig
-from align_audit.monitoring.callback import OpenModels
+from align_audit.monitoring import monitor
 from tests.helpers.dpo import build
 
 QUICK: dict[str, Any] = {
@@ -42,10 +42,10 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
         callbacks.append(AlignmentAuditCallback(probes, AuditConfig.from_dict(options)))
     if case.get("break_on") == rank:
 
-        def session(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def run_audit(*_: Any) -> Any:
             raise ValueError("planted")
 
-        OpenModels.session = session  # type: ignore[method-assign]
+        monitor.run_audit = run_audit
     output = folder / "run"
     trained = build(
         output, case.get("mode", "ref_model made"), [*callbacks], base=folder / f"base-{rank}",

@@ -17,9 +17,9 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-import align_audit.monitoring.callback
-from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
-from align_audit.auditing.audit import OpenModels
+import align_audit.monitoring.monitor
+from align_audit import AlignmentAuditCallback, AuditConfig, AuditRecord, AuditRun
+from align_audit.auditing.session.open_models import OpenModels
 from align_audit.errors import ConfigurationError
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.writers.tensorboard import TensorBoardWriter
@@ -193,14 +193,14 @@ def attached(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Every event falls due: n = 2 and saves at 2 and 4 together, an evaluation at 3, the last step 5 with all."""
     output = tmp_path_factory.mktemp("attached") / "out"
     calls: list[int] = []
-    real = align_audit.monitoring.callback.run_audit
+    real = align_audit.monitoring.monitor.run_audit
 
-    def counted(policy: Any, reference: Any, probes: Any, config: Any, step: int, context: Any) -> Any:
-        calls.append(step)
-        return real(policy, reference, probes, config, step, context)
+    def counted(models: Any, request: Any, *more: Any) -> Any:
+        calls.append(request.step)
+        return real(models, request, *more)
 
     with pytest.MonkeyPatch.context() as local:
-        local.setattr(align_audit.monitoring.callback, "run_audit", counted)
+        local.setattr(align_audit.monitoring.monitor, "run_audit", counted)
         trained = run(
             output,
             quick(tensorboard="auto", schedule={"every_n_steps": 2, "on_evaluate": True}, tensorboard_images=False),
@@ -367,22 +367,50 @@ def test_steps_trained_again_to_the_same_weights_are_not_audited_again(
 ) -> None:
     """As after a kill: the log is ahead of the last checkpoint."""
     before = (resumed.output / "align_audit" / "records.jsonl").read_bytes()
-    monkeypatch.setattr(align_audit.monitoring.callback, "run_audit", None)  # strict: would raise
+    monkeypatch.setattr(align_audit.monitoring.monitor, "run_audit", None)  # strict: would raise
     checkpoint = str(resumed.output / "checkpoint-2")
     run(resumed.output, resumed.config, max_steps=4, resume=checkpoint, lr_scheduler_type="constant")
     assert (resumed.output / "align_audit" / "records.jsonl").read_bytes() == before
 
 
+def killed(**_: Any) -> None:
+    raise InterruptedError("killed")
+
+
+def angles(record: AuditRecord) -> dict[str, list[float] | None]:
+    """Principal angles at layer 1 to the audit before, by basis."""
+    return {basis: by_layer[1].principal_angles for basis, by_layer in record.low_rank.items()}
+
+
+def test_a_killed_run_goes_on_with_the_numbers_of_one_that_was_not(tmp_path: Path) -> None:
+    """Its log is ahead of its checkpoint: the audit of step 4 is passed by, and that of step 6 goes on from it."""
+    config = quick(schedule={"every_n_steps": 2}, low_rank={"layers": [1], "ranks": [1, 2], "random_draws": 0})
+    options: dict[str, Any] = {"max_steps": 6, "save_steps": 2}
+    straight, stopped = tmp_path / "straight" / "out", tmp_path / "stopped" / "out"
+    run(straight, config, **options)
+    with pytest.raises(InterruptedError):
+        run(stopped, config, others=[At("on_step_end", 5, killed)], **options)
+    assert steps(stopped) == [0, 2, 4]
+    run(stopped, config, resume=str(stopped / "checkpoint-2"), **options)
+    assert steps(stopped) == steps(straight) == [0, 2, 4, 6]
+    records = {output: AuditRun.load(output).records for output in (straight, stopped)}
+    assert all(angle is not None for angle in angles(records[straight][-1]).values())
+    assert list(angles(records[straight][-1])) == ["activation", "shift"]
+    for one, other in zip(records[straight], records[stopped], strict=True):
+        assert one.key == other.key
+        assert angles(one) == angles(other)
+
+
 def test_an_audit_is_not_judged_by_later_steps(resumed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resumed from step 2 on another course, step 3 is compared with 0 to 2, not with the old 3 and 4."""
     seen: dict[int, list[int]] = {}
-    real = align_audit.monitoring.callback.evaluate
+    real = align_audit.monitoring.monitor.evaluate
 
     def watched(record: Any, before: Any, config: Any) -> Any:
         seen[record.step] = [earlier.step for earlier in before]
         return real(record, before, config)
 
-    monkeypatch.setattr(align_audit.monitoring.callback, "evaluate", watched)
+    monkeypatch.setattr(align_audit.monitoring.monitor, "evaluate", watched)
     checkpoint = str(resumed.output / "checkpoint-2")
     run(resumed.output, resumed.config, max_steps=3, resume=checkpoint, lr_scheduler_type="constant", beta=1.0)
     assert seen == {3: [0, 1, 2]}
@@ -424,21 +452,21 @@ def test_an_audit_of_the_same_start_is_kept_and_of_another_is_set_aside(tmp_path
 
 
 def breaking(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    real = align_audit.monitoring.callback.run_audit
+    real = align_audit.monitoring.monitor.run_audit
 
-    def fails(policy: Any, reference: Any, probes: Any, config: Any, step: int, context: Any) -> Any:
-        if step == at:
+    def fails(models: Any, request: Any, *more: Any) -> Any:
+        if request.step == at:
             raise ZeroDivisionError("planted")
-        return real(policy, reference, probes, config, step, context)
+        return real(models, request, *more)
 
-    monkeypatch.setattr(align_audit.monitoring.callback, "run_audit", fails)
+    monkeypatch.setattr(align_audit.monitoring.monitor, "run_audit", fails)
 
 
 def test_an_audit_that_breaks_is_recorded_and_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     breaking(monkeypatch, at=2)
-    with caplog.at_level(logging.ERROR, logger="align_audit.monitoring.callback"):
+    with caplog.at_level(logging.ERROR, logger="align_audit.monitoring.monitor"):
         # n = 1 and the save at step 2 ask for the same audit: it fails once.
         trained = run(tmp_path / "out", quick(strict=False, schedule={"every_n_steps": 1}))
     assert trained.trainer.state.global_step == 3

@@ -1,0 +1,324 @@
+"""The life of an audit: previous → audit → judge → store → tell → act; and what happens when it breaks.
+
+Every run of audits goes through :class:`Monitor`: training with the callback, and saved checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from align_audit.alerts.detectors import evaluate
+from align_audit.auditing.audit import run_audit
+from align_audit.auditing.previous import PreviousAudit, left_by
+from align_audit.auditing.request import AuditRequest
+from align_audit.auditing.session.open_models import OpenModels
+from align_audit.auditing.session.reference_cache import ReferenceCache
+from align_audit.config import AlertConfig, AuditConfig
+from align_audit.errors import AlignAuditError
+from align_audit.models.reference import policy_fingerprint
+from align_audit.monitoring.curves import Curves
+from align_audit.probes.pairs import ProbeSet
+from align_audit.ranks import Ranks
+from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.log import RunLog, arrays_name
+from align_audit.writers.terminal import print_record
+
+logger = logging.getLogger(__name__)
+
+BREAKS = (Exception, SystemExit)
+"""What must not leave an audit: a library that asks the process to end (rich does, when nobody reads its output any more)
+ends an audit and no training. A keyboard interrupt is the user's, and passes."""
+
+Key = tuple[int, str, str | None]
+"""What marks an audit in a run: step, hash of the policy's weights, name of the probe set."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When an audit is made, and what is known of training then (see :class:`AuditRequest`)."""
+
+    step: int
+    at_start: bool = False
+    beta: float | None = None
+    last_sync_step: int | None = None
+    compare_precomputed: bool = True
+
+
+@dataclass(frozen=True)
+class AuditFailure:
+    """An audit that broke: what is said of it, and what is kept.
+
+    Attributes:
+        kind: the error in a line.
+        probe_name: the probe set it was on, where that is known and has a name.
+        rank: of the process that it broke on.
+    """
+
+    kind: str
+    traceback: str
+    probe_name: str | None = None
+    rank: int = 0
+
+    @classmethod
+    def of(cls, error: BaseException, probe_name: str | None = None) -> Self:
+        """What is worth telling other processes of an error."""
+        return cls(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)), probe_name)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of the audits of one moment, and what it asks of training. Equal on all processes, but for ``records``.
+
+    Attributes:
+        records: of the sets that were audited, by name; empty where no log is kept.
+        alerts: of all those sets.
+        failures: on all processes, by rank.
+        reasons: the rules of the alerts that are serious enough to act on, sorted.
+        save, stop: a checkpoint is wished for; training should end.
+    """
+
+    records: Mapping[str | None, AuditRecord]
+    alerts: list[Alert]
+    failures: list[AuditFailure]
+    reasons: list[str]
+    save: bool
+    stop: bool
+
+    @classmethod
+    def of(
+        cls,
+        records: Mapping[str | None, AuditRecord],
+        alerts: list[Alert],
+        failures: list[AuditFailure],
+        config: AlertConfig,
+    ) -> Self:
+        """With what the options say is to be done about these alerts."""
+        serious = {"error"} if config.action_level == "error" else {"error", "warning"}
+        reasons = sorted({alert.rule for alert in alerts if alert.level in serious})
+        acts = bool(reasons) and config.action != "log"
+        return cls(records, alerts, failures, reasons, save=acts, stop=acts and config.action == "stop")
+
+
+@dataclass
+class _Findings:
+    """Of one process, so far."""
+
+    records: dict[str | None, AuditRecord] = field(default_factory=dict)
+    alerts: list[Alert] = field(default_factory=list)
+    failures: list[AuditFailure] = field(default_factory=list)
+    error: BaseException | None = None
+    """The first."""
+
+    def fail(self, error: BaseException, probe_name: str | None = None) -> None:
+        self.error = self.error or error
+        self.failures.append(AuditFailure.of(error, probe_name))
+
+
+class Monitor:
+    """Audits that belong together: they share a log, are judged by those before them, and go on where those stopped.
+
+    What breaks in an audit is recorded with its traceback and shown once, and never leaves :meth:`audit`.
+
+    Args:
+        probe_sets: by name; None for a single one without a name.
+        log: where records go; None on processes other than the first, which audit for their share of the work only.
+        ranks: the processes of the run.
+        curves: where records are drawn.
+        progress: makes a progress bar of so many batches.
+        strict: an audit that breaks is recorded, and raised on all processes.
+    """
+
+    def __init__(
+        self,
+        probe_sets: Mapping[str | None, ProbeSet],
+        config: AuditConfig,
+        log: RunLog | None = None,
+        *,
+        ranks: Ranks | None = None,
+        curves: Curves | None = None,
+        progress: Callable[[int, str], Any] | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.probe_sets = probe_sets
+        self.config = config
+        self.log = log
+        self.curves = curves
+        self.strict = strict
+        self._ranks = ranks if ranks is not None else Ranks()
+        self._progress = progress
+        self._cache = ReferenceCache(None if log is None else log.directory / "cache")
+        self._previous: dict[str | None, PreviousAudit] = {}
+        records = [] if log is None else log.records
+        self._stored: dict[Key, AuditRecord] = {
+            (record.step, record.provenance.policy_hash, record.provenance.probe_name): record for record in records
+        }
+        """What an earlier process has audited, until this one comes by it."""
+        self._audited: set[Key] = set(self._stored)
+        self._shown: set[str] = set()
+
+    def agree(self) -> None:
+        """Let all processes know what is in the log, which only the first one reads. All of them call it together."""
+        self._audited = self._ranks.share(self._audited)
+
+    def resume(self, step: int) -> None:
+        """Go on from what the log holds of steps before ``step``, instead of the audit made last."""
+        self._previous = {}
+        if self.log is not None:
+            for name, probes in self.probe_sets.items():
+                earlier = comparable(self.log.records, name, probes.content_hash, step)
+                self._previous[name] = left_by(earlier[-1] if earlier else None, self.log)
+
+    def due(self, step: int, policy_hash: str) -> list[str | None]:
+        """The probe sets on which these weights were not audited yet at this step."""
+        return [name for name in self.probe_sets if (step, policy_hash, name) not in self._audited]
+
+    def audit(self, models: OpenModels, moment: Moment) -> Outcome:
+        """Audit every set that is due. The models are closed then.
+
+        Raises:
+            AlignAuditError: an audit broke on another process, with ``strict``; on this one its own error is raised.
+        """
+        findings = _Findings()
+        self._audit_due(models, moment, findings)
+        # The one place where processes wait for each other: whatever happened before, each of them comes here. What
+        # follows is made of what all of them said, so that they save together and stop together.
+        said = self._ranks.gather((findings.alerts, findings.failures))
+        failures = [replace(failure, rank=rank) for rank, (_, broken) in enumerate(said) for failure in broken]
+        for failure in failures:
+            self.record_failure(moment.step, failure)
+        if self.strict and failures:
+            if findings.error is not None:
+                raise findings.error
+            raise AlignAuditError(f"the audit broke on rank {failures[0].rank}: {failures[0].kind}")
+        # Also after a failure: an alert of a set that was audited before it is as true. The first process judges.
+        return Outcome.of(findings.records, said[0][0], failures, self.config.alerts)
+
+    def record_failure(self, step: int, failure: AuditFailure) -> None:
+        """Keep it where this process keeps the log, and say it once."""
+        rank = failure.rank
+        where = "" if rank == 0 else f" on rank {rank}"
+        done = "was recorded"
+        if self.log is not None:
+            text = failure.traceback if rank == 0 else f"On rank {rank}:\n{failure.traceback}"
+            try:
+                self.log.append_failure(step, text, failure.probe_name)
+            except Exception as error:
+                done = f"could not be recorded ({type(error).__name__}: {error})"
+        elif not (self._ranks.size == 1 or rank == self._ranks.rank):
+            return  # that process says it
+        if self.strict:
+            return  # whoever gets the error shows it
+        on = "" if failure.probe_name is None else f" on the probes {failure.probe_name!r}"
+        self._show_once(
+            f"the audit at step {step}{on} broke{where} and {done}; training goes on. {failure.kind} (shown once; the "
+            "traceback is in align_audit/failures.jsonl)",
+            failure.kind,
+        )
+
+    def close(self) -> None:
+        """Let go of the curves and of the other processes, all of these together."""
+        try:
+            self.close_curves()
+        finally:
+            self._ranks.close()
+            self._ranks = Ranks()
+
+    def close_curves(self) -> None:
+        """Nothing is drawn any more."""
+        curves, self.curves = self.curves, None
+        if curves is not None:
+            curves.close()
+
+    def _audit_due(self, models: OpenModels, moment: Moment, findings: _Findings) -> None:
+        try:
+            policy_hash = policy_fingerprint(models.policy_model)
+            due = self.due(moment.step, policy_hash)
+            for name in self.probe_sets:
+                if name not in due:
+                    self._pass_by((moment.step, policy_hash, name))
+            if not due:
+                return
+            with models:
+                for name in due:
+                    # An audit that breaks would break again on the same weights.
+                    self._audited.add((moment.step, policy_hash, name))
+                    try:
+                        self._audit_set(models, moment, name, findings)
+                    except BREAKS as error:
+                        findings.fail(error, name)
+                        if self.strict:
+                            break  # else the other probe sets are audited all the same
+        except BREAKS as error:
+            findings.fail(error)
+
+    def _pass_by(self, key: Key) -> None:
+        """An audit that an earlier process made hands on what it left, as if it had been made now."""
+        record = self._stored.pop(key, None)
+        if record is not None and self.log is not None:
+            self._previous[record.provenance.probe_name] = left_by(record, self.log)
+
+    def _audit_set(self, models: OpenModels, moment: Moment, name: str | None, findings: _Findings) -> None:
+        """One probe set; what its record says in alerts is in ``findings`` before anything is written."""
+        probes = self.probe_sets[name]
+        request = AuditRequest(
+            probes,
+            self.config,
+            moment.step,
+            probe_name=name,
+            at_start=moment.at_start,
+            beta=moment.beta,
+            last_sync_step=moment.last_sync_step,
+            compare_precomputed=moment.compare_precomputed,
+            previous=self._previous.get(name, PreviousAudit()),
+        )
+        result = run_audit(models, request, self._cache, self._progress)
+        self._previous[name] = result.left
+        if self.log is None:
+            return
+        history = self.log.records
+        earlier = comparable(history, name, probes.content_hash, moment.step)
+        record = result.record.model_copy(update={"alerts": evaluate(result.record, earlier, self.config.alerts)})
+        findings.records[name] = record
+        # Acted on whatever follows: neither a full disk nor a closed terminal makes them untrue.
+        findings.alerts += record.alerts
+        self.log.save_arrays(record.step, arrays_name(name), result.arrays)
+        self.log.append(record)
+        self._tell(record, [*history, record])
+
+    def _tell(self, record: AuditRecord, history: list[AuditRecord]) -> None:
+        """Writers come after the log: what breaks in one of them costs no record, and not what the next one shows."""
+        try:
+            if self.curves is not None:
+                self.curves.write(record, history)
+        except BREAKS:
+            logger.warning("align_audit could not write step %d to TensorBoard", record.step, exc_info=True)
+        try:
+            print_record(record)
+        except BREAKS as error:
+            self._show_once(f"align_audit could not print step {record.step}: {type(error).__name__}: {error}")
+
+    def _show_once(self, words: str, key: str | None = None) -> None:
+        """On the error log, the first time that ``key`` (or these words) comes up."""
+        key = words if key is None else key
+        if key not in self._shown:
+            self._shown.add(key)
+            logger.error("%s", words)
+
+
+def comparable(records: Iterable[AuditRecord], probe_name: str | None, probe_hash: str, step: int) -> list[AuditRecord]:
+    """The audits of a log that one at ``step`` goes on from and is judged by, in the order of the log.
+
+    They are of the same pairs under the same name: numbers of other pairs are no trend. And of earlier steps only: a
+    resumed run may find later ones in its log, on the course it took before.
+    """
+    return [
+        record
+        for record in records
+        if record.step < step
+        and record.provenance.probe_name == probe_name
+        and record.provenance.probe_hash == probe_hash
+    ]

@@ -1,0 +1,87 @@
+"""The probe sets of a run: those that were passed, else the trainer's held-out pairs, else pairs of its training set."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from align_audit.config import AuditConfig
+from align_audit.models.guard import untouched
+from align_audit.probes.names import as_name, check_names
+from align_audit.probes.pairs import ProbeSet
+
+if TYPE_CHECKING:
+    from align_audit.monitoring.trainer import TrainerFacts
+
+logger = logging.getLogger(__name__)
+
+
+def given_by_name(probes: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Several sets by name; a mapping with the columns of pairs is one record or a table, which is refused as data."""
+    return isinstance(probes, Mapping) and not {"chosen", "chosen_ids"} & set(probes)
+
+
+def make_probe_sets(given: Any, config: AuditConfig, facts: TrainerFacts, tokenizer: Any) -> dict[str | None, ProbeSet]:
+    """The probe sets by name; a single one without a name is called None.
+
+    Args:
+        given: a ``ProbeSet`` or any data that ``ProbeSet.from_dataset`` takes, or several by name; None: the trainer's.
+
+    Raises:
+        ProbeError: the data holds no usable pair.
+        ConfigurationError: names that cannot be ones.
+    """
+    if given is None:
+        sets = _sets_of_trainer(config, facts, tokenizer)
+    elif given_by_name(given):
+        sets = {name: _probe_set(data, config, facts, tokenizer) for name, data in given.items()}
+    else:
+        sets = {None: _probe_set(given, config, facts, tokenizer)}
+    for name, probes in sets.items():
+        logger.info("align_audit probes%s: %s", "" if name is None else f" {name!r}", probes.summary())
+    return sets
+
+
+def _sets_of_trainer(config: AuditConfig, facts: TrainerFacts, tokenizer: Any) -> dict[str | None, ProbeSet]:
+    """The trainer's eval set, each of several by its name; else pairs of the training set."""
+    evaluation = facts.eval_sets
+    if isinstance(evaluation, dict):
+        check_names(as_name(title) for title in evaluation)
+        return {
+            as_name(title): _probe_set(data, config, facts, tokenizer, f"the trainer's eval set {title!r}", True)
+            for title, data in evaluation.items()
+        }
+    if evaluation is not None:
+        return {None: _probe_set(evaluation, config, facts, tokenizer, "the trainer's eval set", True)}
+    warnings.warn(
+        "align_audit found no held-out pairs and takes its probes from the training set: accuracies and "
+        "margins will look better than they are. Pass probes=..., or give the trainer an eval_dataset"
+        + ("" if facts.attached else " and call callback.attach(trainer)"),
+        stacklevel=4,
+    )
+    return {None: _probe_set(facts.train_set, config, facts, tokenizer, "the training set", False)}
+
+
+def _probe_set(
+    data: Any,
+    config: AuditConfig,
+    facts: TrainerFacts,
+    tokenizer: Any,
+    source: str | None = None,
+    held_out: bool | None = None,
+) -> ProbeSet:
+    if isinstance(data, ProbeSet):
+        return data
+    with untouched():
+        return ProbeSet.from_dataset(
+            data,
+            tokenizer,
+            max_pairs=config.max_pairs,
+            max_length=config.max_length or facts.max_length,
+            truncation_mode=str(config.truncation_mode or facts.truncation_mode),
+            seed=config.seed,
+            source=source,
+            held_out=held_out,
+        )

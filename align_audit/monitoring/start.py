@@ -1,0 +1,195 @@
+"""Before the first step: what cannot work is refused, on all processes together, and the run's log is opened or set aside."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from align_audit.auditing.check import check_audit
+from align_audit.config import AuditConfig
+from align_audit.errors import AlignAuditError, ConfigurationError
+from align_audit.models.anatomy import Anatomy
+from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
+from align_audit.models.weights.sharded import refuse_sharded
+from align_audit.monitoring.curves import Curves
+from align_audit.monitoring.monitor import AuditFailure, Monitor
+from align_audit.monitoring.trainer import TrainerFacts
+from align_audit.probes.pairs import ProbeSet
+from align_audit.ranks import Ranks
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.log import RunLog
+from align_audit.writers.terminal import progress_bar
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is found out when training begins, and holds until it ends."""
+
+    facts: TrainerFacts
+    reference: Reference
+    monitor: Monitor
+
+
+def begin_run(
+    policy: nn.Module,
+    given_reference: nn.Module | str | Path | None,
+    probe_sets: Mapping[str | None, ProbeSet],
+    config: AuditConfig,
+    facts: TrainerFacts,
+    *,
+    step: int,
+    ranks: Ranks,
+    writes: bool,
+    anatomy: Anatomy | None,
+) -> Run:
+    """Find the reference, try what every audit needs, and open what is written to. Nothing waits for another process.
+
+    Args:
+        step: at which training begins, or goes on.
+        writes: this process keeps the log, draws and shows.
+
+    Raises:
+        ConfigurationError, ReferenceUnavailableError, AnatomyError: audits could not work.
+    """
+    reference = find_reference(policy, given_reference, facts)
+    check(policy, reference, probe_sets, config, facts.numerics(policy), anatomy)
+    monitor = Monitor(
+        probe_sets,
+        config,
+        open_log(facts.output_dir, policy, probe_sets, config, step) if writes else None,
+        ranks=ranks,
+        curves=open_curves(facts, config, probe_sets) if writes else None,
+        progress=progress_bar if writes and config.progress and facts.progress else None,
+        strict=config.strict,
+    )
+    monitor.resume(step + 1)
+    return Run(facts, reference, monitor)
+
+
+def refuse_together(ranks: Ranks, error: BaseException | None, config: AuditConfig) -> None:
+    """All processes go on, or none does: one that is missing would be waited for in training's first step.
+
+    Args:
+        error: what this process met; None: it can go on.
+
+    Raises:
+        ConfigurationError: another process cannot go on, or audits with other options.
+    """
+    said = ranks.gather((None if error is None else AuditFailure.of(error), config.to_dict()))
+    if error is not None:
+        raise error
+    for rank, (failure, options) in enumerate(said):
+        if failure is not None:
+            raise ConfigurationError(f"training cannot be audited: on rank {rank} {failure.kind}")
+        if options != said[0][1]:
+            odd = ", ".join(sorted(name for name, value in options.items() if value != said[0][1].get(name)))
+            raise ConfigurationError(
+                f"rank {rank} audits with other options than rank 0 ({odd}); expected the same AuditConfig on all ranks"
+            )
+
+
+def refuse_sharded_models(policy: nn.Module, given: Any, facts: TrainerFacts) -> None:
+    """Refuse models whose weights are spread over processes, before any of them is called.
+
+    Raises:
+        ConfigurationError: one is.
+    """
+    refuse_sharded(policy, "the policy")
+    for model, what in ((facts.reference, "the trainer's ref_model"), (given, "the reference")):
+        if isinstance(model, nn.Module):
+            refuse_sharded(model, what)
+
+
+def find_reference(policy: nn.Module, given: nn.Module | str | Path | None, facts: TrainerFacts) -> Reference:
+    """The reference that the trainer trains against (see :func:`resolve_reference`).
+
+    Raises:
+        ConfigurationError: it moves during training, and is out of reach.
+        ReferenceUnavailableError: there is none.
+    """
+    if facts.sync_every is not None and not facts.attached and not isinstance(given, nn.Module):
+        raise ConfigurationError(
+            "sync_ref_model=True moves the trainer's reference during training, and only the trainer holds it. "
+            "Call callback.attach(trainer) after building the trainer."
+        )
+    return resolve_reference(policy, given, facts.reference, trust_remote_code=facts.trust_remote_code)
+
+
+def check(
+    policy: nn.Module,
+    reference: Reference,
+    probe_sets: Mapping[str | None, ProbeSet],
+    config: AuditConfig,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    anatomy: Anatomy | None,
+) -> None:
+    """Find out now what would otherwise break every audit (raises as :func:`check_audit`)."""
+    try:
+        check_audit(policy, reference, probe_sets.values(), config, autocast=autocast, anatomy=anatomy)
+    except AlignAuditError:
+        raise
+    except Exception as error:
+        # Not a finding of ours: let the first audit meet it, where it is recorded and training goes on.
+        logger.warning("align_audit could not check its set-up: %s", error)
+
+
+def open_log(
+    output_dir: str, policy: nn.Module, probe_sets: Mapping[str | None, ProbeSet], config: AuditConfig, step: int
+) -> RunLog:
+    """The log of a run that goes on at ``step``; audits of another run that began in the same folder are set aside.
+
+    Raises:
+        ConfigurationError: it cannot be written.
+    """
+    log = RunLog(output_dir)
+    if step == 0 and not all(_begins_so(record, policy, probe_sets, config) for record in log.records):
+        aside = log.set_aside()
+        warnings.warn(
+            f"{output_dir} holds the audits of an earlier run, and training starts again from step 0: they "
+            f"were moved to {aside.name}",
+            stacklevel=2,
+        )
+    return log
+
+
+def _begins_so(
+    record: AuditRecord, policy: nn.Module, probe_sets: Mapping[str | None, ProbeSet], config: AuditConfig
+) -> bool:
+    """Is this what our own first audit would find: the same start, read on the same probes in the same way?"""
+    provenance = record.provenance
+    probes = probe_sets.get(provenance.probe_name)
+    return (
+        record.step == 0
+        and provenance.policy_hash == policy_fingerprint(policy)
+        and probes is not None
+        and provenance.probe_hash == probes.content_hash
+        and provenance.config == config.to_dict()
+    )
+
+
+def open_curves(facts: TrainerFacts, config: AuditConfig, probe_sets: Mapping[str | None, ProbeSet]) -> Curves | None:
+    """Where the run's curves go; None where they are switched off.
+
+    Raises:
+        ConfigurationError: they cannot be written.
+    """
+    if config.tensorboard == "off":
+        return None
+    try:
+        return Curves(
+            facts.summary_writer, facts.output_dir, images=config.tensorboard_images, probe_names=list(probe_sets)
+        )
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot write TensorBoard curves below {facts.output_dir}: {error}. Expected a folder that this process may "
+            'write to; free it, or switch the curves off (AuditConfig(tensorboard="off"))'
+        ) from error

@@ -1,0 +1,77 @@
+"""What is read from a trainer, or from the arguments of one that is out of reach."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from align_audit.monitoring.trainer import TrainerFacts, read_trainer
+
+
+def arguments(**changes: Any) -> SimpleNamespace:
+    """What every trainer of transformers has."""
+    return SimpleNamespace(**{"output_dir": "out", "bf16": False, "fp16": False, "disable_tqdm": True, **changes})
+
+
+def test_a_trainer_out_of_reach_says_what_its_arguments_do() -> None:
+    args = arguments(beta=0.3, max_length=77, truncation_mode="keep_end", ld_alpha=0.5, load_best_model_at_end=True)
+    facts = read_trainer(None, args, SimpleNamespace(dataset="pairs"))
+    assert not facts.attached
+    assert (facts.reference, facts.eval_sets, facts.summary_writer) == (None, None, None)
+    assert (facts.train_set, facts.beta, facts.max_length, facts.truncation_mode) == ("pairs", 0.3, 77, "keep_end")
+    assert (facts.compare_precomputed, facts.loads_best, facts.progress) == (False, True, False)
+
+
+def test_a_trainer_that_knows_nothing_of_preferences() -> None:
+    """It has no ``ref_model``, no β and no reference to synchronize."""
+    handler = SimpleNamespace(callbacks=[])
+    accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
+    trainer = SimpleNamespace(
+        train_dataset="trained", eval_dataset="held out", accelerator=accelerator, callback_handler=handler
+    )
+    facts = read_trainer(trainer, arguments(), SimpleNamespace(dataset="loader's"))
+    assert facts.attached
+    assert (facts.reference, facts.beta, facts.sync_every) == (None, None, None)
+    assert (facts.train_set, facts.eval_sets) == ("trained", "held out")
+    assert (facts.max_length, facts.truncation_mode, facts.compare_precomputed) == (1024, "keep_start", True)
+    assert facts.numerics(nn.Linear(1, 1)) is contextlib.nullcontext
+
+
+@pytest.mark.parametrize(("changes", "expected"), [({}, torch.float32), ({"bf16": True}, torch.bfloat16)])
+def test_numerics_of_a_trainer_out_of_reach_are_those_of_its_arguments(
+    changes: dict[str, bool], expected: torch.dtype
+) -> None:
+    layer = nn.Linear(2, 2)
+    with read_trainer(None, arguments(**changes)).numerics(layer)():
+        assert layer(torch.ones(1, 2)).dtype is expected
+
+
+def facts(**changes: Any) -> TrainerFacts:
+    return read_trainer(None, arguments(**changes))
+
+
+def test_the_last_synchronization() -> None:
+    synced = facts(sync_ref_model=True, ref_model_sync_steps=3)
+    assert [synced.last_sync_step(step) for step in range(8)] == [None, None, None, 3, 3, 3, 6, 6]
+    assert facts(sync_ref_model=False, ref_model_sync_steps=3).last_sync_step(6) is None
+
+
+def test_what_the_schedule_is_told() -> None:
+    control = SimpleNamespace(should_training_stop=True)
+
+    def training(step: int, best: str | None = None, **changes: Any) -> Any:
+        state = SimpleNamespace(global_step=step, max_steps=9, best_model_checkpoint=best)
+        return facts(**changes).training(state, control)
+
+    synced = [training(step, sync_ref_model=True, ref_model_sync_steps=2).syncs_reference for step in (1, 2, 3, 4)]
+    assert synced == [False, True, False, True]
+    assert not training(2).syncs_reference
+    assert (training(2).step, training(2).max_steps, training(2).stopping) == (2, 9, True)
+    assert training(2, "checkpoint-1", load_best_model_at_end=True).best_loaded
+    assert not training(2, "checkpoint-1").best_loaded
+    assert not training(2, load_best_model_at_end=True).best_loaded
