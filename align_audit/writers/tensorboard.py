@@ -34,8 +34,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from align_audit.record.audit_record import Alert, AuditRecord, Estimate, LowRankCurve, Margins, SiteCurve
-from align_audit.writers import control_items, is_unknown, one_per_step, site_names, span, why_unknown
+from align_audit.record.audit_record import (
+    Alert,
+    AuditRecord,
+    Estimate,
+    LowRankCurve,
+    Margins,
+    SiteCurve,
+    control_items,
+    site_names,
+)
+from align_audit.record.numbers import is_unknown, span, why_unknown
+from align_audit.record.run import one_per_step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

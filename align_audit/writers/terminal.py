@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from align_audit.record.audit_record import GUARDED, Alert, AuditRecord, Estimate
-from align_audit.writers import control_items, is_unknown, on_probes, overshoot, site_name, span, why_unknown
+from align_audit.record.audit_record import GUARDED, Alert, AuditRecord, Estimate, control_items, site_name
+from align_audit.record.numbers import is_unknown, span, why_unknown
+from align_audit.writers.words import on_probes, overshoot
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult

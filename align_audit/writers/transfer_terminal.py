@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from align_audit.record.audit_record import Estimate
+from align_audit.record.numbers import is_unknown
 from align_audit.record.transfer_record import TransferRecord
-from align_audit.writers import is_unknown
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from align_audit.record.audit_record import Attribution, AuditRecord, Control, Estimate
-from align_audit.record.log import AuditRun
+from align_audit.record.run import AuditRun
 from align_audit.writers.tensorboard import not_known, scalars
 from tests.helpers.make_record import make_record, make_sites
 

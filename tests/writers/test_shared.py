@@ -7,7 +7,8 @@ import sys
 import pytest
 
 from align_audit.record.audit_record import Estimate
-from align_audit.writers import one_per_step, span, why_unknown
+from align_audit.record.numbers import span, why_unknown
+from align_audit.record.run import one_per_step
 from tests.helpers.make_record import make_record, make_run
 
 

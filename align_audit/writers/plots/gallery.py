@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align_audit.record.audit_record import AuditRecord
-from align_audit.writers import by_probe_set
+from align_audit.record.run import by_probe_set
 from align_audit.writers.plots.depth import depth_trace
 from align_audit.writers.plots.layers import (
     block_transplants,

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from align_audit.record.audit_record import AuditRecord, Estimate, LowRankCurve
-from align_audit.writers import is_unknown, overshoot, why_unknown
+from align_audit.record.numbers import is_unknown, why_unknown
 from align_audit.writers.plots.canvas import (
     BLUE,
     DIVERGING,
@@ -27,7 +27,7 @@ from align_audit.writers.plots.canvas import (
     number,
     styled,
 )
-from align_audit.writers.words import failed_controls, titled
+from align_audit.writers.words import failed_controls, overshoot, titled
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from align_audit.record.audit_record import Alert, AuditRecord
-from align_audit.writers import is_unknown, why_unknown
+from align_audit.record.numbers import is_unknown, why_unknown
 from align_audit.writers.plots.canvas import (
     BLUE,
     GREEN,

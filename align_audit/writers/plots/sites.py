@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from align_audit.record.audit_record import AuditRecord, SiteCurve
-from align_audit.writers import is_unknown, site_name, site_names, why_unknown
+from align_audit.record.audit_record import AuditRecord, SiteCurve, site_name, site_names
+from align_audit.record.numbers import is_unknown, why_unknown
 from align_audit.writers.plots.canvas import (
     BLUE,
     GREY,

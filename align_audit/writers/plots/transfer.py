@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align_audit.record.audit_record import Estimate
+from align_audit.record.numbers import is_unknown
 from align_audit.record.transfer_record import TransferRecord
-from align_audit.writers import is_unknown
 from align_audit.writers.plots.canvas import GREY, INK, colour_bar, frame, heat_cells, styled
 from align_audit.writers.transfer_terminal import overlap_notes
 

@@ -10,8 +10,7 @@ import pytest
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
-from align_audit.record.audit_record import SCHEMA_VERSION, AuditRecord
-from align_audit.writers import site_name, site_names
+from align_audit.record.audit_record import SCHEMA_VERSION, AuditRecord, site_name, site_names
 from align_audit.writers.plots import gallery as plots
 from align_audit.writers.plots.canvas import pixels
 from align_audit.writers.plots.sites import head_map, site_curves, site_figures
