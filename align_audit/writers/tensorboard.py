@@ -1,57 +1,25 @@
 """Records as TensorBoard curves, pictures and text.
 
-Tags are ``align_audit/<group>/<name>``, named after the fields of the record, and those of a named probe set
-``align_audit/<probe name>/<group>/<name>``:
-
-- ``margins/<name>``, ``spinal/<name>``, ``cost/<name>``, ``localization/<name>``: single numbers;
-- ``patching/<name>``, and by layer ``patching/<name>/layer_07`` (``effect``, ``recovery``, ``layer_gain``,
-  ``block_transplant``, ``effect_p_adjusted``, and where only some pairs were patched ``attribution/correlation``,
-  ``attribution/joint_correlation``, ``attribution/patched_pairs`` and ``attribution/equivalent_pairs``);
-- ``controls/<name>/passed`` (1 or 0; nothing where the control was not run), ``controls/<name>/effect/layer_07``
-  (``…/rank_08`` for ``random_subspace``), ``controls/split_half/value``;
-- ``localization/<name>/layer_07`` (``lasso_coefficients``, ``selection_frequency``, ``null_selection_frequency``),
-  ``localization/selected_layers`` (how many) and ``localization/null_cv_r2_max``;
-- ``low_rank/<basis>/layer_07/<name>`` (``rank_95``, ``full_effect``, ``largest_principal_angle``) and
-  ``…/effect_fraction/rank_08``, ``…/explained_variance_ratio/rank_08``;
-- ``sites/<site>/layer_07``, of single heads ``sites/head/layer_07_head_03`` (sufficiency), the same below
-  ``sites/<site>/necessity`` and, beside an attribution, ``sites/<site>/correlation``; a site that was patched at other
-  positions, in windows or by another estimator says so (``sites/block_width_2``, ``sites/head_prompt_attribution``);
-- ``spinal/<policy or reference>/<contraction, contraction_r2 or transport>/layer_07``;
-- ``alerts/<level>``: how many.
-
-An estimate stands under its name, the ends of its interval beside it (``shift``, ``shift_low``, ``shift_high``); by layer
-or rank only its mean does, and the pictures show the intervals.
-TensorBoard cannot draw NaN: what is not known is left out and listed, with its reason, in the text
-``align_audit/not_known``. Other texts are ``align_audit/alerts`` and ``align_audit/controls``; the pictures of
-:mod:`align_audit.writers.plots.gallery` stand under ``align_audit/<group>/<function>``.
+Curves are those of :mod:`align_audit.writers.scalars`, under its tags. TensorBoard cannot draw NaN: what is not known is
+left out and listed, with its reason, in the text ``align_audit/not_known``. Other texts are ``align_audit/alerts`` and
+``align_audit/controls``; the pictures of :mod:`align_audit.writers.plots.gallery` stand under
+``align_audit/<group>/<name>``.
 """
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from align_audit.record.audit_record import (
-    Alert,
-    AuditRecord,
-    Estimate,
-    LowRankCurve,
-    Margins,
-    SiteCurve,
-    control_items,
-    site_names,
-)
-from align_audit.record.numbers import is_unknown, span, why_unknown
+from align_audit.record.audit_record import Alert, AuditRecord, SiteCurve, control_items, site_names
+from align_audit.record.numbers import is_unknown, span
 from align_audit.record.run import one_per_step
+from align_audit.writers.scalars import not_known, root_of, scalars
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
-
-ROOT = "align_audit"
 
 
 class TensorBoardWriter:
@@ -84,7 +52,7 @@ class TensorBoardWriter:
                 of other probe sets are left out.
         """
         step, name = record.step, record.provenance.probe_name
-        root = _root(name)
+        root = root_of(name)
         try:
             if not self._layout_written:
                 self._writer.add_custom_scalars(custom_scalars_layout(self._probe_names, record.sites))
@@ -129,178 +97,8 @@ class TensorBoardWriter:
             if measured:
                 # add_figure would go through pyplot, and its global state.
                 self._writer.add_image(
-                    f"{_root(record.provenance.probe_name)}/{tag}", pixels(draw()), record.step, dataformats="HWC"
+                    f"{root_of(record.provenance.probe_name)}/{tag}", pixels(draw()), record.step, dataformats="HWC"
                 )
-
-
-# --- numbers ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Number:
-    """One number of a record: its tag below the root, its value, and its path in the record."""
-
-    tag: str
-    value: float
-    path: str
-    index: int | None = None
-    """Layer or rank, where it is one of many."""
-    reason: str | None = None
-
-
-def scalars(record: AuditRecord) -> dict[str, float]:
-    """Tag → value of everything in a record that is one finite number. See the module's docstring for the tags."""
-    root = _root(record.provenance.probe_name)
-    return {f"{root}/{number.tag}": number.value for number in _numbers(record) if math.isfinite(number.value)}
-
-
-def _root(probe_name: str | None) -> str:
-    return ROOT if probe_name is None else f"{ROOT}/{probe_name}"
-
-
-def not_known(record: AuditRecord) -> dict[tuple[str, str], list[int]]:
-    """What is missing among the scalars: (path in the record, reason) → the layers or ranks concerned, if any."""
-    found: dict[tuple[str, str], list[int]] = {}
-    for number in _numbers(record):
-        if not math.isfinite(number.value):
-            path = number.path if number.index is None else f"{number.path}.{number.index}"
-            # R² and its slope are NaN together, and the reason stands with the slope.
-            path = path.replace(".contraction_r2.", ".contraction.")
-            reason = number.reason or (
-                why_unknown(record, path) if math.isnan(number.value) else f"the value is {number.value}"
-            )
-            places = found.setdefault((number.path, reason), [])
-            if number.index is not None and number.index not in places:
-                places.append(number.index)
-    # Parts that were not measured have reasons, but no numbers.
-    said = {path for path, _ in found}
-    for path, reason in record.reasons.items():
-        if not any(path == other or path.startswith(f"{other}.") for other in said):
-            found.setdefault((path, reason), [])
-    return found
-
-
-def _numbers(record: AuditRecord) -> Iterator[_Number]:
-    layers = record.provenance.num_layers
-    for name in Margins.model_fields:
-        yield from _estimate(f"margins/{name}", getattr(record.margins, name), f"margins.{name}")
-    yield from _patching(record, layers)
-    for name, control in control_items(record):
-        if control.verdict != "not_run":
-            yield _Number(f"controls/{name}/passed", float(control.verdict == "passed"), f"controls.{name}.verdict")
-        if control.value is not None:
-            yield _Number(f"controls/{name}/value", control.value, f"controls.{name}.value", reason=control.reason)
-        if control.effect is not None and name != "identity":  # exactly 0 wherever it passed
-            places, unit, width = list(range(len(control.effect))), "layer", _width(layers - 1)
-            if name == "random_subspace":
-                places, unit = _ranks(record, len(control.effect)), "rank"
-                width = _width(max(places, default=0))
-            for place, estimate in zip(places, control.effect, strict=True):
-                tag = f"controls/{name}/effect/{unit}_{place:0{width}d}"
-                yield from _estimate(tag, estimate, f"controls.{name}.effect", place)
-    if (localization := record.localization) is not None:
-        for name in ("lasso_lambda", "cv_r2", "center_of_mass", "entropy"):
-            yield _Number(f"localization/{name}", getattr(localization, name), f"localization.{name}")
-        yield _Number(
-            "localization/selected_layers", float(len(localization.selected_layers)), "localization.selected_layers"
-        )
-        if localization.null_cv_r2:
-            yield _Number("localization/null_cv_r2_max", max(localization.null_cv_r2), "localization.null_cv_r2")
-        for name in ("lasso_coefficients", "selection_frequency", "null_selection_frequency"):
-            yield from _by_layer(f"localization/{name}", getattr(localization, name), f"localization.{name}", layers)
-    for basis, by_layer in record.low_rank.items():
-        for layer, curve in by_layer.items():
-            tag = f"low_rank/{basis}/layer_{layer:0{_width(layers - 1)}d}"
-            yield from _low_rank(tag, curve, f"low_rank.{basis}.{layer}")
-    yield from _sites(record, layers)
-    if (spinal := record.spinal) is not None:
-        for name in ("delta_align", "coherence", "reference_coherence", "score"):
-            yield _Number(f"spinal/{name}", getattr(spinal, name), f"spinal.{name}")
-        name = "gradient_concentration"
-        yield from _estimate(f"spinal/{name}", spinal.gradient_concentration, f"spinal.{name}")
-        for model, trace in (("policy", spinal.policy), ("reference", spinal.reference)):
-            for name in ("contraction", "contraction_r2", "transport"):
-                path = f"spinal.{model}.{name}"
-                yield from _by_layer(f"spinal/{model}/{name}", getattr(trace, name), path, layers)
-    for level in ("info", "warning", "error"):
-        count = sum(alert.level == level for alert in record.alerts)
-        yield _Number(f"alerts/{level}", float(count), "alerts")
-    for name in ("seconds", "peak_memory", "forward_equivalents"):
-        yield _Number(f"cost/{name}", float(getattr(record.cost, name)), f"cost.{name}")
-
-
-def _patching(record: AuditRecord, layers: int) -> Iterator[_Number]:
-    patching = record.patching
-    if patching is None:
-        return
-    for name in ("embedding_gain", "head_gain", "embedding_transplant", "head_transplant", "additivity"):
-        yield from _estimate(f"patching/{name}", getattr(patching, name), f"patching.{name}")
-    peak = math.nan if patching.peak_layer is None else float(patching.peak_layer)
-    yield _Number("patching/peak_layer", peak, "patching.peak_layer")
-    if (attribution := patching.attribution) is not None:
-        for name in ("correlation", "joint_correlation", "patched_pairs", "equivalent_pairs"):
-            path = f"patching.attribution.{name}"
-            yield from _by_layer(f"patching/attribution/{name}", getattr(attribution, name), path, layers)
-    for name in ("effect", "recovery", "layer_gain", "block_transplant"):
-        for layer, estimate in enumerate(getattr(patching, name)):
-            tag = f"patching/{name}/layer_{layer:0{_width(layers - 1)}d}"
-            yield from _estimate(tag, estimate, f"patching.{name}", layer)
-    name = "effect_p_adjusted"
-    yield from _by_layer(f"patching/{name}", patching.effect_p_adjusted, f"patching.{name}", layers)
-
-
-def _sites(record: AuditRecord, layers: int) -> Iterator[_Number]:
-    for number, (name, curve) in enumerate(zip(site_names(record.sites), record.sites, strict=True)):
-        path, tag = f"sites.{number}", f"sites/{name}"
-        width = _width(max((unit.head or 0 for unit in curve.units), default=0))
-        for place, unit in enumerate(curve.units):
-            where = f"layer_{unit.layer:0{_width(layers - 1)}d}"
-            where += "" if unit.head is None else f"_head_{unit.head:0{width}d}"
-            yield from _estimate(f"{tag}/{where}", curve.sufficiency[place], f"{path}.sufficiency", place)
-            yield from _estimate(f"{tag}/necessity/{where}", curve.necessity[place], f"{path}.necessity", place)
-            if curve.correlation is not None:
-                yield _Number(f"{tag}/correlation/{where}", curve.correlation[place], f"{path}.correlation", place)
-
-
-def _low_rank(tag: str, curve: LowRankCurve, path: str) -> Iterator[_Number]:
-    yield _Number(f"{tag}/rank_95", curve.rank_95, f"{path}.rank_95")
-    yield from _estimate(f"{tag}/full_effect", curve.full_effect, f"{path}.full_effect")
-    if curve.principal_angles:
-        largest = max(curve.principal_angles)
-        yield _Number(f"{tag}/largest_principal_angle", largest, f"{path}.principal_angles")
-    width = _width(max(curve.ranks, default=0))
-    for k, fraction, explained in zip(curve.ranks, curve.effect_fraction, curve.explained_variance_ratio, strict=True):
-        rank = f"rank_{k:0{width}d}"
-        yield from _estimate(f"{tag}/effect_fraction/{rank}", fraction, f"{path}.effect_fraction", k)
-        name = "explained_variance_ratio"
-        yield _Number(f"{tag}/{name}/{rank}", explained, f"{path}.{name}", k)
-
-
-def _estimate(tag: str, estimate: Estimate, path: str, index: int | None = None) -> Iterator[_Number]:
-    yield _Number(tag, estimate.mean, path, index, estimate.reason)
-    if index is None:
-        # One of a row of layers or ranks shows its interval in the pictures: three curves each would bury the rest.
-        yield _Number(f"{tag}_low", estimate.low, path, index, estimate.reason)
-        yield _Number(f"{tag}_high", estimate.high, path, index, estimate.reason)
-
-
-def _by_layer(tag: str, values: Sequence[float], path: str, layers: int) -> Iterator[_Number]:
-    for layer, value in enumerate(values):
-        yield _Number(f"{tag}/layer_{layer:0{_width(layers - 1)}d}", value, path, layer)
-
-
-def _width(largest: int) -> int:
-    # Padded, so that the sorting of tags is the order of layers.
-    return max(2, len(str(largest)))
-
-
-def _ranks(record: AuditRecord, count: int) -> list[int]:
-    """The ranks that the random-subspace control ran along: those of the curves, which share them."""
-    for by_layer in record.low_rank.values():
-        for curve in by_layer.values():
-            if len(curve.ranks) == count:
-                return curve.ranks
-    return list(range(1, count + 1))
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -364,7 +162,7 @@ def custom_scalars_layout(
     """
     layout: dict[str, dict[str, list[Any]]] = {}
     for name in probe_names:
-        layout |= _layout_of(_root(name), sites)
+        layout |= _layout_of(root_of(name), sites)
     return layout
 
 

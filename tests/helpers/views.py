@@ -14,7 +14,7 @@ from typing import Any
 
 from align_audit.record.audit_record import Attribution, AuditRecord, Control, Estimate
 from align_audit.record.run import AuditRun
-from align_audit.writers.tensorboard import not_known, scalars
+from align_audit.writers.scalars import not_known, scalars
 from tests.helpers.make_record import make_record, make_sites
 
 NAN = math.nan

@@ -16,7 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from align_audit.record.audit_record import AuditRecord, Control, Estimate
 from align_audit.writers import tensorboard
-from align_audit.writers.tensorboard import TensorBoardWriter, custom_scalars_layout, not_known, scalars
+from align_audit.writers.scalars import not_known, scalars
+from align_audit.writers.tensorboard import TensorBoardWriter, custom_scalars_layout
 from tests.helpers.make_record import FEW_VALUES, NO_SHIFT, make_record, make_run
 
 LAYOUT_TAG = "custom_scalars__config__"

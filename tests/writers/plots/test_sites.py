@@ -14,7 +14,8 @@ from align_audit.record.audit_record import SCHEMA_VERSION, AuditRecord, site_na
 from align_audit.writers.plots import gallery as plots
 from align_audit.writers.plots.canvas import pixels
 from align_audit.writers.plots.sites import head_map, site_curves, site_figures
-from align_audit.writers.tensorboard import TensorBoardWriter, custom_scalars_layout, not_known, scalars
+from align_audit.writers.scalars import not_known, scalars
+from align_audit.writers.tensorboard import TensorBoardWriter, custom_scalars_layout
 from align_audit.writers.terminal import print_record
 from tests.helpers.make_record import make_record, make_sites
 from tests.writers.test_tensorboard import read
