@@ -19,8 +19,8 @@ from align_audit.record.units import Along, In, Labels, Unit
 
 NO_REASON = "the record gives no reason"
 
-_EVENTS = "alerts"
-"""Alerts repeat numbers of the record, with the limit that each crossed: they are not measured once more."""
+_NO_NUMBERS = frozenset({"alerts", "reasons", "reason", "config", "versions", "pairs_dropped"})
+"""Fields with keys of their own, reasons, which stand with their numbers, and alerts, which repeat numbers of the record."""
 
 _SAME_REASON = {"contraction_r2": "contraction", "contraction_stderr": "contraction"}
 """Of fields that are NaN together, the one with which the reason stands."""
@@ -64,8 +64,7 @@ class Word:
 def numbers(record: AuditRecord) -> Iterator[Number]:
     """Every number of the record, in the order of its fields.
 
-    Not among them: what says along what others run (ranks, units of a curve), the alerts, and the settings, versions and
-    reasons, which have keys of their own.
+    Not among them: what says along what others run (ranks, units of a curve), alerts, settings, and counts of dropped pairs.
 
     Example:
         >>> {number.path: number.unit for number in numbers(record)}["margins.kl"]     # doctest: +SKIP
@@ -119,9 +118,6 @@ class _Place:
             along=self.along if marker.along is None else marker.along,
         )
 
-    def number(self, value: bool | float | None, reason: str | None) -> Number:
-        return Number(self.path, self.unit, value, reason=reason, layer=self.layer)
-
 
 @dataclass(frozen=True)
 class _Walk:
@@ -131,67 +127,71 @@ class _Walk:
         fields = type(part).model_fields
         labels = {marker.along: getattr(part, name) for name in fields if (marker := _marker(fields[name], Labels))}
         place = replace(place, labels=labels)
+        # A control always says why, in its own words.
+        why = part.reason if isinstance(part, Control) else None
         for name, info in fields.items():
-            if name == "reason" or name == _EVENTS or _marker(info, Labels) is not None:
+            if name in _NO_NUMBERS or _marker(info, Labels) is not None:
                 continue
             inner, value = place.into(name).said(_marker(info, In)), getattr(part, name)
-            if isinstance(value, list):
-                yield from self.sequence(value, inner)
-            elif isinstance(value, dict):
-                yield from self.mapping(value, inner)
+            if value is None:
+                yield from self.nothing(info, inner, why)
+            elif name == "extra":
+                # Its parts stand under their own names, as in the reasons.
+                yield from self.value(_parsed(value), place)
             else:
-                yield from self.single(part, info, value, inner)
+                yield from self.value(value, inner, why)
 
-    def single(self, part: Part, info: FieldInfo, value: Any, place: _Place) -> Iterator[Number | Word]:
-        """What a field holds that is no collection; an absent part or list holds nothing."""
-        may_be = {info.annotation, *get_args(info.annotation)}
+    def nothing(self, info: FieldInfo, place: _Place, why: str | None) -> Iterator[Number | Word]:
+        """A field that is None: a number or a word that there is not. An absent part or sequence holds nothing."""
+        may_be = set(get_args(info.annotation))
+        if str in may_be:
+            yield Word(place.path, None)
+        elif may_be & {bool, int, float}:
+            yield self.number(None, place, why)
+
+    def value(self, value: Any, place: _Place, why: str | None = None) -> Iterator[Number | Word]:
+        """What lies at a place; ``why``: the reason of what is not known there, where the record gives none."""
         if isinstance(value, Estimate):
             yield self.estimate(value, place)
         elif isinstance(value, Part):
             yield from self.part(value, place)
-        elif isinstance(value, str) or (value is None and str in may_be):
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                # Keys that are numbers are layers.
+                yield from self.value(
+                    item, replace(place.into(key), layer=key) if isinstance(key, int) else place.into(key)
+                )
+        elif isinstance(value, list):
+            yield from self.sequence(value, place)
+        elif isinstance(value, str):
             yield Word(place.path, value)
-        elif value is not None or may_be & {bool, int, float}:
-            # A control always says why, in its own words.
-            why = part.reason if isinstance(part, Control) else None
-            yield place.number(value, (_reason(self.record, place.path) or why) if is_unknown(value) else None)
+        elif value is not None:
+            yield self.number(value, place, why)
 
     def sequence(self, values: Sequence[Any], place: _Place) -> Iterator[Number | Word]:
-        if values and isinstance(values[0], Part) and not isinstance(values[0], Estimate):
-            for at, part in enumerate(values):
-                yield from self.part(part, place.into(at))
-            return
-        for at, (label, value) in enumerate(zip(self._labels(place, len(values)), values, strict=True)):
+        labels = place.labels.get(place.along)
+        if labels is None:
+            labels = self.ranks(len(values)) if place.along == "rank" else range(len(values))
+        for at, (label, value) in enumerate(zip(labels, values, strict=True)):
             inner = place.into(at)
-            if isinstance(value, Estimate):
-                number = self.estimate(value, inner)
-            else:
-                number = inner.number(value, _reason(self.record, inner.path) if is_unknown(value) else None)
+            if not isinstance(value, Estimate | int | float):
+                yield from self.value(value, inner)
+                continue
+            number = self.estimate(value, inner) if isinstance(value, Estimate) else self.number(value, inner)
             layer = label if place.along == "layer" else label.layer if isinstance(label, SiteUnit) else place.layer
             index = at if isinstance(label, SiteUnit) else label
             yield replace(number, layer=layer, index=index, index_kind=place.along)
 
-    def mapping(self, values: Mapping[Any, Any], place: _Place) -> Iterator[Number | Word]:
-        """Parts by name or, where the keys are numbers, by layer."""
-        for key, value in values.items():
-            inner = replace(place.into(key), layer=key) if isinstance(key, int) else place.into(key)
-            if isinstance(value, Part):
-                yield from self.part(value, inner)
-            elif isinstance(value, dict):
-                yield from self.mapping(value, inner)
+    def number(self, value: bool | float | None, place: _Place, why: str | None = None) -> Number:
+        reason = (_reason(self.record, place.path) or why) if is_unknown(value) else None
+        return Number(place.path, place.unit, value, reason=reason, layer=place.layer)
 
     def estimate(self, value: Estimate, place: _Place) -> Number:
         missing = any(math.isnan(number) for number in (value.mean, value.low, value.high))
         reason = value.reason or (_reason(self.record, place.path) if missing else None)
-        return replace(place.number(value.mean, reason), low=value.low, high=value.high)
+        return Number(place.path, place.unit, value.mean, value.low, value.high, reason, layer=place.layer)
 
-    def _labels(self, place: _Place, count: int) -> Sequence[Any]:
-        labels = place.labels.get(place.along)
-        if labels is None and place.along == "rank":
-            labels = self._ranks(count)
-        return range(count) if labels is None else labels
-
-    def _ranks(self, count: int) -> Sequence[int]:
+    def ranks(self, count: int) -> Sequence[int]:
         """The ranks that the random-subspace control ran along: those of the curves, which share them."""
         curves = (curve for by_layer in self.record.low_rank.values() for curve in by_layer.values())
         return next((curve.ranks for curve in curves if len(curve.ranks) == count), range(1, count + 1))
@@ -202,6 +202,20 @@ _Marker = TypeVar("_Marker", In, Labels)
 
 def _marker(info: FieldInfo, kind: type[_Marker]) -> _Marker | None:
     return next((marker for marker in info.metadata if isinstance(marker, kind)), None)
+
+
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _parsed(value: Any) -> Any:
+    """What plain JSON stands for, where no schema says it: estimates, and numbers that JSON does not know."""
+    if isinstance(value, dict):
+        if {"mean", "low", "high"} <= value.keys():
+            return Estimate.model_validate(value)
+        return {key: _parsed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_parsed(item) for item in value]
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 # --- what is not known ------------------------------------------------------------------------------------------------

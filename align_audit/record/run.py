@@ -17,6 +17,7 @@ from align_audit.record.log import (
     FOLDER,
     RECORDS,
     Failure,
+    RunLog,
     arrays_name,
     by_step,
     load_arrays,
@@ -52,6 +53,12 @@ class AuditRun:
     """Audits that broke."""
     probe_name: str | None = None
     """The probe set that :meth:`select` has narrowed this to, where it has a name."""
+
+    @classmethod
+    def of(cls, log: RunLog) -> Self:
+        """The run of a log that is open for appending, as it stands now. Failures are in the file only."""
+        records = log.records
+        return cls(log.directory, records, [alert for record in records for alert in record.alerts], failures=[])
 
     @property
     def probe_names(self) -> list[str | None]:

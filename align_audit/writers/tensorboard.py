@@ -8,97 +8,158 @@ left out and listed, with its reason, in the text ``align_audit/not_known``. Oth
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
+from align_audit.errors import ConfigurationError
 from align_audit.record.audit_record import Alert, AuditRecord, SiteCurve, control_items, site_names
 from align_audit.record.numbers import is_unknown, span
 from align_audit.record.run import one_per_step
 from align_audit.writers.scalars import not_known, root_of, scalars
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
+    from align_audit.config import AuditConfig
+    from align_audit.record.run import AuditRun
+    from align_audit.writers.writer import Surroundings
 
-class TensorBoardWriter:
-    """Writes audits with a summary writer that belongs to somebody else: it is flushed, never closed.
+
+class TensorBoard:
+    """Curves, pictures and texts of each audit, beside the trainer's own curves.
+
+    Where the trainer has a summary writer, that one is used: it is flushed, never closed. Else, and once the trainer has
+    closed its own, a second event file is opened in the folder that this process has written one to (TensorBoard shows the
+    files of a folder as one run), and where there is none, in ``<output_dir>/align_audit/tensorboard``.
 
     Args:
-        summary_writer: any ``torch.utils.tensorboard.SummaryWriter``; the trainer's own, for curves side by side.
+        output_dir: of the training.
+        trainers: gives the trainer's summary writer, None where it has none (any more). Asked at every audit.
         images: draw heat maps and traces too (a few seconds an audit).
         probe_names: of all sets that will be written; TensorBoard reads one layout, which has to name them all.
     """
 
+    name = "TensorBoard"
+
     def __init__(
-        self, summary_writer: SummaryWriter, images: bool = True, probe_names: Sequence[str | None] = (None,)
+        self,
+        output_dir: str | Path,
+        trainers: Callable[[], SummaryWriter | None],
+        images: bool = True,
+        probe_names: Sequence[str | None] = (None,),
     ) -> None:
-        self._writer = summary_writer
+        self._output_dir = Path(output_dir)
+        self._trainers = trainers
         self._images = images
         self._probe_names = tuple(probe_names)
         self._layout_written = False
+        self._opened: SummaryWriter | None = None
 
-    def redirect(self, summary_writer: SummaryWriter) -> None:
-        """Go on with another writer of the same log folder, because the first was closed."""
-        self._writer = summary_writer
+    @classmethod
+    def of(cls, config: AuditConfig, surroundings: Surroundings) -> Self | None:
+        """None where the configuration switches it off."""
+        if config.tensorboard == "off":
+            return None
+        return cls(
+            surroundings.output_dir,
+            surroundings.trainers_tensorboard,
+            images=config.tensorboard_images,
+            probe_names=surroundings.probe_names,
+        )
 
-    def write(self, record: AuditRecord, history: Sequence[AuditRecord] = ()) -> None:
-        """Write one audit at its step.
+    def start(self, run: AuditRun) -> None:
+        """Open an event file where the trainer has none.
 
-        Args:
-            record: the audit.
-            history: the audits of the run, for the pictures over steps; ``record`` may be among them or not, and those
-                of other probe sets are left out.
+        Raises:
+            ConfigurationError: there cannot be one.
         """
-        step, name = record.step, record.provenance.probe_name
+        try:
+            self._summary_writer()
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot write TensorBoard curves below {self._output_dir}: {error}. Expected a folder that this process may "
+                'write to; free it, or switch the curves off (AuditConfig(tensorboard="off"))'
+            ) from error
+
+    def record(self, record: AuditRecord, history: Sequence[AuditRecord]) -> None:
+        """Write one audit at its step; the pictures over steps are of the audits of its probe set up to then."""
+        board, step, name = self._summary_writer(), record.step, record.provenance.probe_name
         root = root_of(name)
         try:
             if not self._layout_written:
-                self._writer.add_custom_scalars(custom_scalars_layout(self._probe_names, record.sites))
+                board.add_custom_scalars(custom_scalars_layout(self._probe_names, record.sites))
                 self._layout_written = True
             for tag, value in scalars(record).items():
-                self._writer.add_scalar(tag, value, step)
-            self._writer.add_text(f"{root}/controls", controls_table(record), step)
+                board.add_scalar(tag, value, step)
+            board.add_text(f"{root}/controls", controls_table(record), step)
             if record.alerts:
-                self._writer.add_text(f"{root}/alerts", "\n\n".join(map(alert_text, record.alerts)), step)
-            unknown = not_known(record)
-            if unknown:
-                self._writer.add_text(f"{root}/not_known", not_known_table(record), step)
+                board.add_text(f"{root}/alerts", "\n\n".join(map(alert_text, record.alerts)), step)
+            if not_known(record):
+                board.add_text(f"{root}/not_known", not_known_table(record), step)
             if self._images:
-                others = [other for other in history if other.key != record.key and other.provenance.probe_name == name]
-                self._write_images(record, [*others, record])
+                earlier = [each for each in history if each.key != record.key and each.provenance.probe_name == name]
+                _add_images(board, record, [*earlier, record])
         finally:
-            self._writer.flush()
+            board.flush()
 
-    def _write_images(self, record: AuditRecord, records: Sequence[AuditRecord]) -> None:
-        from align_audit.writers.plots import gallery as plots
-        from align_audit.writers.plots.canvas import pixels
-        from align_audit.writers.plots.sites import site_figures
+    def alert(self, alert: Alert, record: AuditRecord) -> None:
+        """It stands in the text of its record."""
 
-        # Later audits may be in the log when an earlier step is written again; a picture at a step shows none of them.
-        records = [other for other in one_per_step(records) if other.step <= record.step]
-        figures: dict[str, tuple[bool, Callable[[], Figure]]] = {
-            "margins/margins_over_steps": (True, lambda: plots.margins_over_steps(records)),
-            "patching/recovery_by_layer_and_step": (
-                record.patching is not None,
-                lambda: plots.recovery_by_layer_and_step(records),
-            ),
-            "patching/layer_gain_by_layer_and_step": (
-                record.patching is not None,
-                lambda: plots.layer_gain_by_layer_and_step(records),
-            ),
-            "patching/block_transplants": (record.patching is not None, lambda: plots.block_transplants(records)),
-            "low_rank/low_rank_curve": (bool(record.low_rank), lambda: plots.low_rank_curve(record)),
-            "spinal/depth_trace": (record.spinal is not None, lambda: plots.depth_trace(record)),
-        }
-        figures |= {f"sites/{name}": (True, draw) for name, draw in site_figures(record).items()}
-        for tag, (measured, draw) in figures.items():
-            if measured:
-                # add_figure would go through pyplot, and its global state.
-                self._writer.add_image(
-                    f"{root_of(record.provenance.probe_name)}/{tag}", pixels(draw()), record.step, dataformats="HWC"
-                )
+    def close(self) -> None:
+        """Close the event file, where the trainer's was not used."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def _summary_writer(self) -> SummaryWriter:
+        if (trainers := self._trainers()) is not None:
+            return trainers
+        if self._opened is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = find_event_folder(self._output_dir) or self._output_dir / "align_audit" / "tensorboard"
+            self._opened = SummaryWriter(log_dir=str(folder), filename_suffix=_SUFFIX)
+        return self._opened
+
+
+_SUFFIX = ".align_audit"
+
+
+def find_event_folder(output_dir: Path) -> Path | None:
+    """The folder of the newest event file this process has written below ``output_dir`` or the logging directory.
+
+    The writer names its files ``events.out.tfevents.<time>.<host>.<process id>.<counter>``.
+    """
+    roots = [output_dir]
+    if logging_dir := os.environ.get("TENSORBOARD_LOGGING_DIR"):
+        roots.append(Path(logging_dir).expanduser())
+    of_this_process = f".{os.getpid()}."
+    files = [
+        file
+        for root in roots
+        if root.is_dir()
+        for file in root.rglob("events.out.tfevents.*")
+        if of_this_process in file.name and not file.name.endswith(_SUFFIX)
+    ]
+    if not files:
+        return None
+    return max(files, key=lambda file: (file.stat().st_mtime_ns, file.name)).parent
+
+
+def _add_images(board: SummaryWriter, record: AuditRecord, records: Sequence[AuditRecord]) -> None:
+    from align_audit.writers.plots.canvas import pixels
+    from align_audit.writers.plots.gallery import pictures_of
+
+    # Later audits may be in the log when an earlier step is written again; a picture at a step shows none of them.
+    records = [each for each in one_per_step(records) if each.step <= record.step]
+    for name, picture in pictures_of(records).items():
+        if picture.measured(record):
+            tag = f"{root_of(record.provenance.probe_name)}/{picture.part}/{name}"
+            # add_figure would go through pyplot, and its global state.
+            board.add_image(tag, pixels(picture.draw(records)), record.step, dataformats="HWC")
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -108,10 +169,10 @@ def alert_text(alert: Alert) -> str:
     """An alert in Markdown."""
     where = f", layers {span(alert.layers)}" if alert.layers else ""
     numbers = {"value": alert.value, "baseline": alert.baseline, "threshold": alert.threshold}
-    known = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if not is_unknown(value))
+    given = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if not is_unknown(value))
     return (
         f"**{alert.level.upper()}: {alert.rule}** (step {alert.step}{where})\n\n"
-        f"{alert.message}\n\n*What to do:* {alert.suggestion}" + (f"\n\n*Numbers:* {known}" if known else "")
+        f"{alert.message}\n\n*What to do:* {alert.suggestion}" + (f"\n\n*Numbers:* {given}" if given else "")
     )
 
 

@@ -7,7 +7,7 @@ import select
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from align_audit.record.audit_record import GUARDED, Alert, AuditRecord, Estimate, control_items, site_name
 from align_audit.record.numbers import is_unknown, span, why_unknown
@@ -15,6 +15,10 @@ from align_audit.writers.words import on_probes, overshoot
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+
+    from align_audit.config import AuditConfig
+    from align_audit.record.run import AuditRun
+    from align_audit.writers.writer import Surroundings
 
 _LEVEL_STYLES = {"info": "cyan", "warning": "yellow", "error": "bold red"}
 _VERDICT_STYLES = {"passed": "green", "failed": "bold red", "not_run": "dim"}
@@ -103,22 +107,49 @@ def alert_panel(alert: Alert, advise: bool = True) -> _AlertPanel:
     return _AlertPanel(alert, advise)
 
 
-def print_record(record: AuditRecord, console: Console | None = None) -> None:
-    """Print the summary of an audit, then its warnings and errors.
+class Terminal:
+    """Prints the summary of each audit, then its warnings and errors.
 
-    What an alert of level info says (a control that failed) stands in the table already; advice that several alerts
-    share is printed with the last of them.
+    What an alert of level info says (a control that failed) stands in the table already; advice that several alerts of an
+    audit share is printed with the last of them.
 
     Args:
         console: where to; None: standard output.
     """
-    console = console or _standard_output()
-    console.print(summary_table(record))
-    loud = [alert for alert in record.alerts if alert.level != "info"]
-    for place, alert in enumerate(loud):
-        console.print(
-            alert_panel(alert, advise=all(later.suggestion != alert.suggestion for later in loud[place + 1 :]))
+
+    name = "standard output"
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console
+
+    @classmethod
+    def of(cls, config: AuditConfig, surroundings: Surroundings) -> Self:
+        """On standard output, whatever the configuration."""
+        return cls()
+
+    def start(self, run: AuditRun) -> None:
+        """Nothing is printed before the first audit."""
+
+    def record(self, record: AuditRecord, history: Sequence[AuditRecord]) -> None:
+        """Print the table."""
+        self._print(summary_table(record))
+
+    def alert(self, alert: Alert, record: AuditRecord) -> None:
+        """Print a warning or an error."""
+        if alert.level == "info":
+            return
+        printed = [each for each in record.alerts if each.level != "info"]
+        last = max((place for place, each in enumerate(printed) if each == alert), default=len(printed))
+        self._print(
+            alert_panel(alert, advise=all(later.suggestion != alert.suggestion for later in printed[last + 1 :]))
         )
+
+    def close(self) -> None:
+        """Standard output is not ours to close."""
+
+    def _print(self, renderable: Any) -> None:
+        console = self._console or _standard_output()
+        console.print(renderable)
 
 
 def _standard_output() -> Console:

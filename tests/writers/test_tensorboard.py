@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch.utils.tensorboard import SummaryWriter
 
+from align_audit.errors import ConfigurationError
 from align_audit.record.audit_record import AuditRecord, Control, Estimate
+from align_audit.record.run import AuditRun
 from align_audit.writers import tensorboard
+from align_audit.writers.plots import gallery
 from align_audit.writers.scalars import not_known, scalars
-from align_audit.writers.tensorboard import TensorBoardWriter, custom_scalars_layout
+from align_audit.writers.tensorboard import TensorBoard, custom_scalars_layout
 from tests.helpers.make_record import FEW_VALUES, NO_SHIFT, make_record, make_run
 
+NO_RUN = AuditRun(Path("nowhere"), [], [], [])
 LAYOUT_TAG = "custom_scalars__config__"
 
 
@@ -39,6 +43,11 @@ def read(folder: Path) -> EventAccumulator:
 def text(events: EventAccumulator, tag: str) -> dict[int, str]:
     found = events.Tensors(f"align_audit/{tag}/text_summary")
     return {event.step: event.tensor_proto.string_val[0].decode() for event in found}
+
+
+def board(summary_writer: Any, **options: Any) -> TensorBoard:
+    """A writer beside this one of a trainer."""
+    return TensorBoard("nowhere", lambda: summary_writer, **options)
 
 
 class Recorder:
@@ -63,8 +72,8 @@ class Recorder:
 def test_what_is_written_can_be_read_back(summary_writer: SummaryWriter, tmp_path: Path) -> None:
     run = make_run("destabilizing", 3, 5)
     for record in run[:2]:
-        TensorBoardWriter(summary_writer, images=False).write(record, run)
-    TensorBoardWriter(summary_writer).write(run[2], run)
+        board(summary_writer, images=False).record(record, run)
+    board(summary_writer).record(run[2], run)
 
     events = read(tmp_path)  # nobody closed the writer: it was flushed
     tags = events.Tags()
@@ -107,7 +116,7 @@ def test_what_is_written_can_be_read_back(summary_writer: SummaryWriter, tmp_pat
 def test_the_layout_is_written_once_and_its_charts_find_their_curves(
     summary_writer: SummaryWriter, tmp_path: Path
 ) -> None:
-    writer = TensorBoardWriter(summary_writer, images=False)
+    writer = board(summary_writer, images=False)
     first = make_record(100, layers=12)
     # In the other, the activation basis reaches 95 % as well.
     reached = {k: curve.model_copy(update={"rank_95": 16.0}) for k, curve in first.low_rank["activation"].items()}
@@ -116,7 +125,7 @@ def test_the_layout_is_written_once_and_its_charts_find_their_curves(
         make_record(150, layers=12, low_rank=False).model_copy(update={"low_rank": {"activation": reached}}),
     ]
     for record in records:
-        writer.write(record)
+        writer.record(record, [])
     events = read(tmp_path)
     (event,) = events.Tensors(LAYOUT_TAG)
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
@@ -228,14 +237,14 @@ def test_a_complete_record_has_nothing_to_list() -> None:
     record = make_record(100, layers=12, low_rank=False, reasons={})
     assert not_known(record) == {}
     recorder = Recorder()
-    TensorBoardWriter(recorder, images=False).write(record)  # type: ignore[arg-type]
+    board(recorder, images=False).record(record, [])
     assert {args[0] for args in recorder.named("add_text")} == {"align_audit/controls"}
 
 
 def test_parts_that_were_switched_off_give_their_reason_and_no_picture() -> None:
     record = make_record(10, layers=3, patching=False, localization=False, low_rank=False, spinal=False)
     recorder = Recorder()
-    TensorBoardWriter(recorder).write(record)  # type: ignore[arg-type]
+    board(recorder).record(record, [])
     assert [args[0] for args in recorder.named("add_image")] == ["align_audit/margins/margins_over_steps"]
     written = {args[0]: args[1] for args in recorder.named("add_text")}
     for part in ("patching", "localization", "spinal"):
@@ -243,38 +252,71 @@ def test_parts_that_were_switched_off_give_their_reason_and_no_picture() -> None
 
 
 def test_the_given_writer_is_flushed_and_never_closed() -> None:
-    recorder = Recorder()
-    writer = TensorBoardWriter(recorder, images=False)  # type: ignore[arg-type]
-    writer.write(make_record(10, layers=2))
+    recorder, other = Recorder(), Recorder()
+    trainers = [recorder, recorder, other]
+    writer = TensorBoard("nowhere", lambda: trainers.pop(0), images=False)  # type: ignore[arg-type, return-value]
+    writer.start(NO_RUN)
+    writer.record(make_record(10, layers=2), [])
     assert recorder.calls[-1][0] == "flush"
     assert not recorder.named("close")
     assert len(recorder.named("add_custom_scalars")) == 1
 
-    other = Recorder()
-    writer.redirect(other)  # type: ignore[arg-type]
-    writer.write(make_record(20, layers=2))
+    writer.record(make_record(20, layers=2), [])
+    writer.close()
     assert not recorder.named("close")
+    assert not other.named("close")
     assert {args[2] for args in other.named("add_scalar")} == {20}
     assert not other.named("add_custom_scalars"), "the same log has its layout"
 
     failing = Recorder(broken="add_text")
     with pytest.raises(RuntimeError, match="disk full"):
-        TensorBoardWriter(failing, images=False).write(make_record(10, layers=2))  # type: ignore[arg-type]
+        board(failing, images=False).record(make_record(10, layers=2), [])
     assert failing.calls[-1][0] == "flush", "what was written before the break is kept"
+
+
+def test_it_goes_on_in_the_same_folder_when_the_trainer_has_closed_its_writer(tmp_path: Path) -> None:
+    first, second, third = make_run("healthy", 3, 2)
+    trainers: list[SummaryWriter | None] = [SummaryWriter(str(tmp_path / "runs" / "today"))]
+    writer = TensorBoard(tmp_path, lambda: trainers[0], images=False)
+    writer.start(NO_RUN)
+    writer.record(first, [])
+    assert trainers[0] is not None
+    trainers[0].close()
+    trainers[0] = None
+    writer.record(second, [])
+    writer.record(third, [])
+    writer.close()
+    files = list(tmp_path.rglob("events.out.*"))
+    assert sorted(file.name.endswith(".align_audit") for file in files) == [False, True]
+    assert {file.parent for file in files} == {tmp_path / "runs" / "today"}
+    shown = read(tmp_path / "runs" / "today").Scalars("align_audit/margins/shift")
+    assert [event.step for event in shown] == [0, 50, 100]
+
+
+def test_without_a_trainers_log_it_has_a_folder_of_its_own_or_refuses(tmp_path: Path) -> None:
+    writer = TensorBoard(tmp_path, lambda: None)
+    assert not (tmp_path / "align_audit").exists(), "nothing is opened before the start"
+    writer.start(NO_RUN)
+    writer.close()
+    assert len(list((tmp_path / "align_audit" / "tensorboard").iterdir())) == 1
+
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigurationError, match=r"cannot write TensorBoard curves below .*tensorboard=\"off\""):
+        TensorBoard(tmp_path / "file", lambda: None).start(NO_RUN)
 
 
 def test_pictures_show_the_history_up_to_the_record_once(monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run("healthy", 4, 2)
     drawn: list[list[int]] = []
 
-    def margins_over_steps(records: list[AuditRecord]) -> Any:
+    def margins_over_steps(records: Sequence[AuditRecord]) -> Any:
         drawn.append([record.step for record in records])
         raise StopIteration
 
-    monkeypatch.setattr("align_audit.writers.plots.gallery.margins_over_steps", margins_over_steps)
+    monkeypatch.setitem(gallery.PICTURES, "margins_over_steps", gallery.Picture("margins", margins_over_steps))
     for history in ([], run[:2], run[:3], run):
         with pytest.raises(StopIteration):
-            TensorBoardWriter(Recorder()).write(run[2], history)  # type: ignore[arg-type]
+            board(Recorder()).record(run[2], history)
     assert drawn == [[100], [0, 50, 100], [0, 50, 100], [0, 50, 100]]
 
 

@@ -8,8 +8,16 @@ import pytest
 from rich.console import Console
 
 from align_audit.record.audit_record import Alert, AuditRecord, Control, Estimate
-from align_audit.writers.terminal import alert_panel, print_record, progress_bar, summary_table
+from align_audit.writers.terminal import Terminal, alert_panel, progress_bar, summary_table
 from tests.helpers.make_record import NO_SHIFT, make_record
+
+
+def print_record(record: AuditRecord, console: Console) -> None:
+    """An audit and its alerts, as a run tells of them."""
+    terminal = Terminal(console)
+    terminal.record(record, [])
+    for alert in record.alerts:
+        terminal.alert(alert, record)
 
 
 def render(thing: Any, terminal: bool = False, width: int = 80, encoding: str = "utf-8") -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from align_audit.record.audit_record import AuditRecord, SiteCurve, site_name, site_names
@@ -32,15 +33,15 @@ _SIGNIFICANT = 0.05
 """Adjusted p-value below which a unit counts as more than chance."""
 
 
-def site_figures(record: AuditRecord) -> dict[str, Callable[[], Figure]]:
+def site_figures(record: AuditRecord) -> dict[str, Callable[[AuditRecord], Figure]]:
     """By name, how to draw each picture that the record has curves for."""
-    names = site_names(record.sites)
-    figures: dict[str, Callable[[], Figure]] = {}
-    for number, curve in enumerate(record.sites):
-        if curve.site == "head":
-            figures[f"{names[number]}_map"] = lambda number=number: head_map(record, number)  # type: ignore[misc]
+    figures: dict[str, Callable[[AuditRecord], Figure]] = {
+        f"{name}_map": partial(head_map, number=number)
+        for number, (name, curve) in enumerate(zip(site_names(record.sites), record.sites, strict=True))
+        if curve.site == "head"
+    }
     if any(curve.site != "head" for curve in record.sites):
-        figures["site_curves"] = lambda: site_curves(record)
+        figures["site_curves"] = site_curves
     return figures
 
 

@@ -15,10 +15,10 @@ from align_audit.writers.plots import gallery as plots
 from align_audit.writers.plots.canvas import pixels
 from align_audit.writers.plots.sites import head_map, site_curves, site_figures
 from align_audit.writers.scalars import not_known, scalars
-from align_audit.writers.tensorboard import TensorBoardWriter, custom_scalars_layout
-from align_audit.writers.terminal import print_record
+from align_audit.writers.tensorboard import TensorBoard, custom_scalars_layout
 from tests.helpers.make_record import make_record, make_sites
 from tests.writers.test_tensorboard import read
+from tests.writers.test_terminal import print_record
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_each_curve_has_a_chart(record: AuditRecord, tmp_path: Path) -> None:
     assert len(charts) == 4
     assert "align_audit: finer sites" not in custom_scalars_layout()
     writer = SummaryWriter(tmp_path)
-    TensorBoardWriter(writer).write(record)
+    TensorBoard(tmp_path, lambda: writer).record(record, [])
     writer.close()
     tags = read(tmp_path).Tags()
     assert {tag for tag in tags["images"] if "/sites/" in tag} == {
@@ -88,7 +88,7 @@ def test_the_terminal_names_the_peaks(record: AuditRecord) -> None:
 def test_pictures_of_every_depth(layers: int) -> None:
     record = make_record(100, layers=layers, sites=make_sites(layers, heads=4 * layers, peak=1))
     for name, draw in site_figures(record).items():
-        image = pixels(draw())
+        image = pixels(draw(record))
         assert image.std() > 10, name
     assert set(plots.draw_all([record])) >= {"head_attribution_map", "site_curves"}
     assert "site_curves" not in plots.draw_all([make_record(100)])
