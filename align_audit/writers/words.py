@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from align_audit.record.audit_record import AuditRecord, LowRankCurve
 from align_audit.record.numbers import is_unknown
 from align_audit.record.run import one_per_step
+from align_audit.record.transfer_record import TransferRecord
 
 
 def on_probes(record: AuditRecord) -> str:
@@ -75,3 +76,18 @@ def failed_controls(records: Sequence[AuditRecord], names: Sequence[str]) -> lis
             )
             warnings.append(f"{doubt} at {where}: {title} control failed")
     return warnings
+
+
+def overlap_notes(record: TransferRecord) -> list[str]:
+    """What the sets of a transfer share, and what was done about it."""
+    notes = []
+    cells = next(iter(next(iter(record.cells.values())).values()))
+    for fitted, by_patch in record.shared_pairs.items():
+        for patched, shared in by_patch.items():
+            if shared:
+                cell = cells[fitted][patched]
+                notes.append(
+                    f"{shared} of {record.provenance[patched].pairs} pairs of {patched} are in {fitted} too: "
+                    f"{cell.cross_fitted} patched with the half of {fitted} they are not in, {cell.excluded} left out"
+                )
+    return notes

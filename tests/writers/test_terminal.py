@@ -112,6 +112,14 @@ def test_what_is_unknown_says_why() -> None:
     assert row(text, "margin shift") == "not known: logits [overflowed]"
 
 
+def test_what_is_infinite_is_printed_as_such() -> None:
+    """The KL of a ruined policy may overflow: no reason to show nothing at all."""
+    record = make_record(100)
+    beyond = record.margins.model_copy(update={"kl": Estimate(mean=math.inf, low=0.1, high=math.inf)})
+    text = render(record.model_copy(update={"margins": beyond}))
+    assert row(text, "KL to reference") == "inf [0.10, inf] nats per token"
+
+
 def test_failed_controls_stand_out_with_their_reason() -> None:
     record = make_record(100)
     noise = Control(verdict="failed", reason="at the peak layer 7 the intervals overlap: [1, 2] against [0.5, 3]")

@@ -10,7 +10,7 @@ from align_audit.record.audit_record import Estimate
 from align_audit.record.numbers import is_unknown
 from align_audit.record.transfer_record import TransferRecord
 from align_audit.writers.plots.canvas import GREY, INK, colour_bar, frame, heat_cells, styled
-from align_audit.writers.transfer_terminal import overlap_notes
+from align_audit.writers.words import overlap_notes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
