@@ -92,17 +92,7 @@ def head_map(record: AuditRecord, number: int) -> Figure:
     if curve.peak is not None:
         unit = curve.units[curve.peak]
         assert unit.head is not None
-        # White below black: seen on the darkest cells too.
-        for colour, width in (("white", 3.2), (INK, 1.4)):
-            axes.scatter(
-                [heads.index(unit.head)],
-                [layers.index(unit.layer)],
-                s=110,
-                facecolors="none",
-                edgecolors=colour,
-                linewidths=width,
-                zorder=4,
-            )
+        _circle(axes, heads.index(unit.head), layers.index(unit.layer))
     for which, names in (("x", heads), ("y", layers)):
         every = max(1, math.ceil(len(names) / 16))
         ticks = list(range(0, len(names), every))
@@ -110,6 +100,12 @@ def head_map(record: AuditRecord, number: int) -> Figure:
     axes.set_xlabel("head (the peak is circled)")
     axes.set_ylabel("layer")
     return figure
+
+
+def _circle(axes: Axes, column: int, row: int) -> None:
+    # White below black: seen on the darkest cells too.
+    for colour, width in (("white", 3.2), (INK, 1.4)):
+        axes.scatter([column], [row], s=110, facecolors="none", edgecolors=colour, linewidths=width, zorder=4)
 
 
 @styled
@@ -182,7 +178,7 @@ def _curve(axes: Axes, curve: SiteCurve, count: int) -> None:
 def _how(curve: SiteCurve) -> str:
     if curve.estimator == "exact":
         return f"Exact, on {curve.exact_pairs} pairs."
-    known = [value for value in curve.correlation or [] if not math.isnan(value)]
-    agreement = f"; correlation to exact effects from {min(known):.2f}" if known else ""
+    correlations = [value for value in curve.correlation or [] if not math.isnan(value)]
+    agreement = f"; correlation to exact effects from {min(correlations):.2f}" if correlations else ""
     words = "By attribution" if curve.estimator == "attribution" else "Exact effects corrected by attribution"
     return f"{words}, {curve.exact_pairs} of {curve.pairs} pairs patched{agreement}."
