@@ -9,7 +9,7 @@ from rich.console import Console
 
 from align_audit.record.audit_record import Alert, AuditRecord, Control, Estimate
 from align_audit.writers.terminal import Terminal, alert_panel, progress_bar, summary_table
-from tests.helpers.make_record import NO_SHIFT, make_record
+from tests.helpers.make_record import NO_SHIFT, make_record, make_sites
 
 
 def print_record(record: AuditRecord, console: Console) -> None:
@@ -135,6 +135,18 @@ def test_failed_controls_stand_out_with_their_reason() -> None:
         "CHECK FAILED: weights differ"
     )
     assert "CHECK FAILED" not in text
+
+
+def test_peaks_of_finer_sites_are_named() -> None:
+    record = make_record(100, layers=12, sites=make_sites())
+    out = io.StringIO()
+    print_record(record, Console(file=out, width=140))
+    text = out.getvalue()
+    assert "attention output" in text
+    assert "peak layer 5: +1.2" in text
+    assert "peak layer 5, head 2: +1.2" in text
+    assert "(attribution, correlation 0.9" in text
+    assert "peak layers 5–6" in text or "peak layers 5-6" in text
 
 
 def test_alerts_follow_the_summary_whole() -> None:
