@@ -14,7 +14,8 @@ from align_audit.record.numbers import Number, Word, by_path, by_series, is_unkn
 from align_audit.record.run import row_of
 from align_audit.record.schema import Part
 from align_audit.record.units import In, Labels
-from tests.helpers.make_record import NO_SHIFT, make_record, make_sites
+from tests.helpers.make_record import make_record, make_sites
+from tests.helpers.record_parts import NO_SHIFT
 from tests.helpers.views import cases
 
 CASES = cases()
@@ -134,6 +135,26 @@ def test_a_part_that_the_schema_gains_is_shown_at_once() -> None:
     row = row_of(later)
     assert math.isnan(row["speed.total"])
     assert row["speed.engine"] == "fast"
+
+
+def test_parts_without_a_field_stand_under_their_own_names_also_when_read_back() -> None:
+    plain = {
+        "runs": 3,
+        "note": "fast",
+        "total": {"mean": math.nan, "low": 0.5, "high": math.inf},
+        "by_hour": [1.5, math.nan],
+    }
+    record = make_record(layers=2, extra={"speed": plain})
+    record = record.model_copy(update={"reasons": {"speed": "no clock"}})
+    shown = [item for item in walk(record) if item.path.startswith("speed.")]
+    assert shown[:2] == [Number("speed.runs", "", 3), Word("speed.note", "fast")]
+    assert [(item.path, str(item.value)) for item in shown[2:]] == [
+        ("speed.total", "nan"), ("speed.by_hour.0", "1.5"), ("speed.by_hour.1", "nan")
+    ]  # fmt: skip
+    again = [item for item in walk(AuditRecord.from_json(record.to_json())) if item.path.startswith("speed.")]
+    assert list(map(str, again)) == list(map(str, shown))
+    assert all(isinstance(item, Number) and item.reason == "no clock" for item in (shown[2], shown[4]))
+    assert shown[2].high == math.inf  # type: ignore[union-attr]
 
 
 def says(cls: type[BaseModel], unit: bool = False, along: bool = False, path: str = "") -> Iterator[tuple[str, str]]:

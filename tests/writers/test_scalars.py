@@ -9,7 +9,8 @@ import pytest
 
 from align_audit.record.audit_record import Estimate
 from align_audit.writers.scalars import not_known, scalars
-from tests.helpers.make_record import FEW_VALUES, NO_SHIFT, make_record, make_sites
+from tests.helpers.make_record import make_record, make_sites
+from tests.helpers.record_parts import FEW_VALUES, NO_SHIFT
 
 
 @pytest.mark.parametrize(("layers", "last"), [(5, "layer_04"), (36, "layer_35"), (120, "layer_119")])

@@ -23,7 +23,8 @@ from align_audit.writers import tensorboard
 from align_audit.writers.plots import gallery
 from align_audit.writers.scalars import not_known, scalars
 from align_audit.writers.tensorboard import TensorBoard, custom_scalars_layout
-from tests.helpers.make_record import NO_SHIFT, make_record, make_run, make_sites
+from tests.helpers.make_record import make_record, make_run, make_sites
+from tests.helpers.record_parts import NO_SHIFT
 
 NO_RUN = AuditRun(Path("nowhere"), [], [], [])
 

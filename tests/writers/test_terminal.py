@@ -9,7 +9,8 @@ from rich.console import Console
 
 from align_audit.record.audit_record import Alert, AuditRecord, Control, Estimate
 from align_audit.writers.terminal import Terminal, alert_panel, progress_bar, summary_table
-from tests.helpers.make_record import NO_SHIFT, make_record, make_sites
+from tests.helpers.make_record import make_record, make_sites
+from tests.helpers.record_parts import NO_SHIFT
 
 
 def print_record(record: AuditRecord, console: Console) -> None:

@@ -12,12 +12,13 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from align_audit.record.audit_record import AuditRecord
 from align_audit.writers.plots import gallery
 from align_audit.writers.plots.canvas import pixels
 from align_audit.writers.plots.layers import block_transplants, layer_gain_by_layer_and_step, recovery_by_layer_and_step
 from align_audit.writers.plots.margins import margins_over_steps
 from tests.helpers.figures import texts
-from tests.helpers.make_record import make_record, make_run
+from tests.helpers.make_record import make_record, make_run, make_sites
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
@@ -73,6 +74,18 @@ def test_save_all_writes_png_files(tmp_path: Path) -> None:
         assert path.read_bytes().startswith(b"\x89PNG")
     assert gallery.save_all([], tmp_path / "none") == {}
     assert not (tmp_path / "none").exists()
+
+
+def test_every_picture_is_of_a_part_that_a_record_may_lack(tmp_path: Path) -> None:
+    record = make_record(100, layers=3, sites=make_sites(3, heads=3, peak=1))
+    pictures = gallery.pictures_of([record])
+    assert set(pictures) == NAMES | {"head_attribution_map", "site_curves"}
+    bare = make_record(100, layers=3, patching=False, low_rank=False, spinal=False)
+    for name, picture in pictures.items():
+        assert picture.part in AuditRecord.model_fields
+        assert picture.measured(record)
+        assert picture.measured(bare) == (name == "margins_over_steps")
+    assert set(gallery.pictures_of([bare])) == NAMES
 
 
 def test_pictures_of_no_record_are_refused() -> None:

@@ -14,7 +14,8 @@ from align_audit.record.audit_record import Control, Estimate
 from align_audit.writers.plots.canvas import RED, pixels
 from align_audit.writers.plots.layers import block_transplants, layer_gain_by_layer_and_step, recovery_by_layer_and_step
 from tests.helpers.figures import FAILED, broken, error_bars, heat, main_axes, texts
-from tests.helpers.make_record import NO_SHIFT, make_record, make_run
+from tests.helpers.make_record import make_record, make_run
+from tests.helpers.record_parts import NO_SHIFT
 
 pytestmark = pytest.mark.usefixtures("no_warnings")
 
