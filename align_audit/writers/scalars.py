@@ -29,8 +29,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from align_audit.record.audit_record import AuditRecord, Margins, control_items, site_names
+from align_audit.record.audit_record import AuditRecord, Margins, control_items
 from align_audit.record.numbers import NO_REASON, Number, by_series
+from align_audit.record.site_names import site_names
 
 ROOT = "align_audit"
 

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from align_audit.errors import ConfigurationError
-from align_audit.record.audit_record import Alert, AuditRecord, SiteCurve, control_items, site_names
+from align_audit.record.audit_record import Alert, AuditRecord, SiteCurve, control_items
 from align_audit.record.numbers import is_unknown, span
 from align_audit.record.run import one_per_step
+from align_audit.record.site_names import site_names
 from align_audit.writers.scalars import not_known, root_of, scalars
 
 if TYPE_CHECKING:

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
-from align_audit.record.audit_record import GUARDED, Alert, AuditRecord, control_items, site_name
+from align_audit.record.audit_record import GUARDED, Alert, AuditRecord, control_items
 from align_audit.record.numbers import NO_REASON, Number, by_path, is_unknown, span, why_unknown
+from align_audit.record.site_names import site_name
 from align_audit.writers.words import on_probes, overshoot
 
 if TYPE_CHECKING:

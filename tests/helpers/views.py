@@ -1,6 +1,6 @@
 """What the views of a record show, of made records that have every kind of part and of gap: for a comparison with a file.
 
-    python -m tests.helpers.views > tests/record/data/views.json
+    python -m tests.helpers.views > tests/record/views.json
 
 rewrites the file; its difference to the one before is what a change does to tags, columns and values.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import pytest
@@ -11,7 +12,7 @@ from pydantic import BaseModel
 
 from align_audit.record.audit_record import Alert, AuditRecord, Control, Estimate
 from align_audit.record.numbers import Number, Word, by_path, by_series, is_unknown, numbers, span, walk, why_unknown
-from align_audit.record.run import row_of
+from align_audit.record.run import AuditRun, row_of
 from align_audit.record.schema import Part
 from align_audit.record.units import In, Labels
 from tests.helpers.make_record import make_record, make_sites
@@ -155,6 +156,16 @@ def test_parts_without_a_field_stand_under_their_own_names_also_when_read_back()
     assert list(map(str, again)) == list(map(str, shown))
     assert all(isinstance(item, Number) and item.reason == "no clock" for item in (shown[2], shown[4]))
     assert shown[2].high == math.inf  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_records_of_older_versions_have_the_same_paths(version: int) -> None:
+    record = AuditRecord.load(Path(__file__).parent / "data" / f"schema-{version}.json")
+    at = by_path(record)
+    assert at["patching.effect.2"].value == record.patching.effect[2].mean  # type: ignore[union-attr]
+    assert at["low_rank.shift.1.effect_fraction.1"].index == 2
+    assert len(AuditRun(Path("run"), [record], [], []).to_pandas(layers=True)) == 3
+    assert row_of(record)["schema_version"] == version
 
 
 def says(cls: type[BaseModel], unit: bool = False, along: bool = False, path: str = "") -> Iterator[tuple[str, str]]:

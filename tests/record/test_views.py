@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.views import cases, views_of
 
-STORED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "views.json").read_text("utf-8"))
+STORED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("views.json").read_text("utf-8"))
 CASES = cases()
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from align_audit.record.audit_record import SCHEMA_VERSION, AuditRecord, site_name, site_names
+from align_audit.record.audit_record import SCHEMA_VERSION, AuditRecord
+from align_audit.record.site_names import site_name, site_names
 from tests.helpers.make_record import make_record, make_sites
 
 
