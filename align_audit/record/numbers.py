@@ -1,7 +1,7 @@
 """The numbers of a record, one after the other, each with its path, unit, interval and the reason where it is not known.
 
-:func:`walk` goes through a record once, by its schema alone. TensorBoard's curves, the tables of a run, the terminal and the
-pictures are views of it: none of them looks for numbers by itself, and a part that the schema gains is in the walk at once.
+:func:`walk` goes through a record once, by its schema alone: a part that the schema gains is in it at once. TensorBoard's
+curves, what is listed as not known, the tables of a run and the terminal's rows are views of it.
 """
 
 from __future__ import annotations
