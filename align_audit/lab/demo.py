@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from align_audit.errors import ConfigurationError
 from align_audit.lab import MODEL_DIR
 from align_audit.lab.corpus import preference_pairs
-from align_audit.record.log import AuditRun
+from align_audit.record.run import AuditRun
 from align_audit.writers.plots.gallery import save_all
 
 _MARKER = ".align-audit-demo"

@@ -161,7 +161,7 @@ class AlignmentAuditCallback(TrainerCallback):
         """Everything that may refuse to start. Nothing in it waits for another process."""
         if self._run is not None:
             # auto_find_batch_size begins training again within one run; what is in the log tells what that repeats.
-            self._run.monitor.close_curves()
+            self._run.monitor.writers.close()
         facts = read_trainer(self._trainer() if self._trainer is not None else None, args, train_dataloader)
         refuse_sharded_models(model, self._given_reference, facts)
         if not self._probe_sets:
@@ -219,8 +219,6 @@ class AlignmentAuditCallback(TrainerCallback):
         assert self._run is not None
         monitor = self._run.monitor
         try:
-            if monitor.curves is not None:
-                monitor.curves.trainer_closed()
             self._at(Event.TRAIN_END, state, control, kwargs["model"])
         finally:
             monitor.close()

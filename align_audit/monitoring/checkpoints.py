@@ -20,7 +20,8 @@ from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import RunLog
 from align_audit.record.transfer_record import TransferRecord
-from align_audit.writers.terminal import print_record, progress_bar
+from align_audit.writers.terminal import Terminal, progress_bar
+from align_audit.writers.writer import Writers
 
 
 def audit_saved(
@@ -44,8 +45,10 @@ def audit_saved(
     """
     log = RunLog(output)
     sets = read_probes(probes, checkpoints, reference, config)
+    writers = Writers([Terminal()])
+    progress = progress_bar if config.progress else None
     # An error ends the command.
-    monitor = Monitor(sets, config, log, progress=progress_bar if config.progress else None, strict=True)
+    monitor = Monitor(sets, config, log, writers=writers, progress=progress, strict=True)
     shared = _load_reference(reference, device)
     records: list[AuditRecord] = []
     for folder, step in checkpoints.items():
@@ -54,7 +57,9 @@ def audit_saved(
         weights = (policy_fingerprint(policy), resolved.fingerprint())
         stored = _stored(step, weights, sets, config, log, one_reference=shared is not None)
         for record in stored.values():
-            print_record(record)
+            writers.record(record, log.records)
+            for alert in record.alerts:
+                writers.alert(alert, record)
         monitor.resume(step)
         outcome = monitor.audit(OpenModels(policy, resolved), Moment(step))
         by_name = {**stored, **outcome.records}

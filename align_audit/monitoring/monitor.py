@@ -20,12 +20,11 @@ from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.config import AlertConfig, AuditConfig
 from align_audit.errors import AlignAuditError
 from align_audit.models.reference import policy_fingerprint
-from align_audit.monitoring.curves import Curves
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Ranks
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.log import RunLog, arrays_name
-from align_audit.writers.terminal import print_record
+from align_audit.writers.writer import Writers
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +126,7 @@ class Monitor:
         probe_sets: by name; None for a single one without a name.
         log: where records go; None on processes other than the first, which audit for their share of the work only.
         ranks: the processes of the run.
-        curves: where records are drawn.
+        writers: those that are told of every record; they were started.
         progress: makes a progress bar of so many batches.
         strict: an audit that breaks is recorded, and raised on all processes.
     """
@@ -139,14 +138,14 @@ class Monitor:
         log: RunLog | None = None,
         *,
         ranks: Ranks | None = None,
-        curves: Curves | None = None,
+        writers: Writers | None = None,
         progress: Callable[[int, str], Any] | None = None,
         strict: bool = False,
     ) -> None:
         self.probe_sets = probe_sets
         self.config = config
         self.log = log
-        self.curves = curves
+        self.writers = writers if writers is not None else Writers()
         self.strict = strict
         self._ranks = ranks if ranks is not None else Ranks()
         self._progress = progress
@@ -220,18 +219,10 @@ class Monitor:
         )
 
     def close(self) -> None:
-        """Let go of the curves and of the other processes, all of these together."""
-        try:
-            self.close_curves()
-        finally:
-            self._ranks.close()
-            self._ranks = Ranks()
-
-    def close_curves(self) -> None:
-        """Nothing is drawn any more."""
-        curves, self.curves = self.curves, None
-        if curves is not None:
-            curves.close()
+        """Let go of the writers and of the other processes, all of these together."""
+        self.writers.close()
+        self._ranks.close()
+        self._ranks = Ranks()
 
     def _audit_due(self, models: OpenModels, moment: Moment, findings: _Findings) -> None:
         try:
@@ -287,23 +278,13 @@ class Monitor:
         findings.alerts += record.alerts
         self.log.save_arrays(record.step, arrays_name(name), result.arrays)
         self.log.append(record)
-        self._tell(record, [*history, record])
+        # Writers come after the log: what breaks in one of them costs no record.
+        self.writers.record(record, [*history, record])
+        for alert in record.alerts:
+            self.writers.alert(alert, record)
 
-    def _tell(self, record: AuditRecord, history: list[AuditRecord]) -> None:
-        """Writers come after the log: what breaks in one of them costs no record, and not what the next one shows."""
-        try:
-            if self.curves is not None:
-                self.curves.write(record, history)
-        except BREAKS:
-            logger.warning("align_audit could not write step %d to TensorBoard", record.step, exc_info=True)
-        try:
-            print_record(record)
-        except BREAKS as error:
-            self._show_once(f"align_audit could not print step {record.step}: {type(error).__name__}: {error}")
-
-    def _show_once(self, words: str, key: str | None = None) -> None:
-        """On the error log, the first time that ``key`` (or these words) comes up."""
-        key = words if key is None else key
+    def _show_once(self, words: str, key: str) -> None:
+        """On the error log, the first time that ``key`` comes up."""
         if key not in self._shown:
             self._shown.add(key)
             logger.error("%s", words)

@@ -18,14 +18,16 @@ from align_audit.errors import AlignAuditError, ConfigurationError
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
 from align_audit.models.weights.sharded import refuse_sharded
-from align_audit.monitoring.curves import Curves
 from align_audit.monitoring.monitor import AuditFailure, Monitor
 from align_audit.monitoring.trainer import TrainerFacts
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Ranks
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import RunLog
+from align_audit.record.run import AuditRun
+from align_audit.writers.registry import writers_for
 from align_audit.writers.terminal import progress_bar
+from align_audit.writers.writer import Surroundings, Writers
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +64,13 @@ def begin_run(
     """
     reference = find_reference(policy, given_reference, facts)
     check(policy, reference, probe_sets, config, facts.numerics(policy), anatomy)
+    log = open_log(facts.output_dir, policy, probe_sets, config, step) if writes else None
     monitor = Monitor(
         probe_sets,
         config,
-        open_log(facts.output_dir, policy, probe_sets, config, step) if writes else None,
+        log,
         ranks=ranks,
-        curves=open_curves(facts, config, probe_sets) if writes else None,
+        writers=None if log is None else open_writers(facts, config, probe_sets, log),
         progress=progress_bar if writes and config.progress and facts.progress else None,
         strict=config.strict,
     )
@@ -176,20 +179,14 @@ def _begins_so(
     )
 
 
-def open_curves(facts: TrainerFacts, config: AuditConfig, probe_sets: Mapping[str | None, ProbeSet]) -> Curves | None:
-    """Where the run's curves go; None where they are switched off.
+def open_writers(
+    facts: TrainerFacts, config: AuditConfig, probe_sets: Mapping[str | None, ProbeSet], log: RunLog
+) -> Writers:
+    """What shows the run, started.
 
     Raises:
-        ConfigurationError: they cannot be written.
+        ConfigurationError: one of them cannot write.
     """
-    if config.tensorboard == "off":
-        return None
-    try:
-        return Curves(
-            facts.summary_writer, facts.output_dir, images=config.tensorboard_images, probe_names=list(probe_sets)
-        )
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot write TensorBoard curves below {facts.output_dir}: {error}. Expected a folder that this process may "
-            'write to; free it, or switch the curves off (AuditConfig(tensorboard="off"))'
-        ) from error
+    writers = writers_for(config, Surroundings(Path(facts.output_dir), tuple(probe_sets), facts.summary_writer))
+    writers.start(AuditRun.of(log))
+    return writers

@@ -37,7 +37,8 @@ class TrainerFacts:
         trust_remote_code: models may bring code of their own.
         loads_best: the best checkpoint is loaded back when training ends.
         progress: it shows progress bars.
-        summary_writer: what its own TensorBoard curves go through.
+        summary_writer: gives what its own TensorBoard curves go through; None where there are none, and once it has closed
+            it (which it does before the last event of ours).
     """
 
     attached: bool
@@ -55,7 +56,7 @@ class TrainerFacts:
     trust_remote_code: bool
     loads_best: bool
     progress: bool
-    summary_writer: SummaryWriter | None
+    summary_writer: Callable[[], SummaryWriter | None]
 
     def numerics(self, model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
         """The context the trainer computes in: accelerate puts it around the model's forward, out of our reach."""
@@ -109,17 +110,16 @@ def read_trainer(trainer: Any, args: Any, train_dataloader: Any = None) -> Train
         trust_remote_code=bool(getattr(args, "trust_remote_code", False)),
         loads_best=bool(getattr(args, "load_best_model_at_end", False)),
         progress=not args.disable_tqdm,
-        summary_writer=_tensorboard_writer_of(trainer),
+        summary_writer=_summary_writer_of(trainer),
     )
 
 
-def _tensorboard_writer_of(trainer: Any) -> SummaryWriter | None:
-    """The summary writer that the trainer's own curves go through; None where it has none, or there is no trainer."""
-    if trainer is None:
-        return None
-    from transformers.integrations import TensorBoardCallback
+def _summary_writer_of(trainer: Any) -> Callable[[], SummaryWriter | None]:
+    """Gives the summary writer that the trainer's own curves go through, as long as it is open."""
+    boards: list[Any] = []
+    if trainer is not None:
+        from transformers.integrations import TensorBoardCallback
 
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            return callback.tb_writer
-    return None
+        callbacks = trainer.callback_handler.callbacks
+        boards = [callback for callback in callbacks if isinstance(callback, TensorBoardCallback)]
+    return lambda: next((board.tb_writer for board in boards if board.tb_writer is not None), None)

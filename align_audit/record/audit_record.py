@@ -9,12 +9,13 @@ lies beside the log in ``step-N/*.safetensors``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from align_audit.record.schema import Migration, Part, Stored
+from align_audit.record.units import In, Labels
 
 SCHEMA_VERSION = 5
 """Version of the fields of a record. Older records are migrated on load; newer ones are refused."""
@@ -46,64 +47,73 @@ class Estimate(Part):
         return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]" if spec else repr(self)
 
 
+Nats = Annotated[Estimate, In("nats")]
+NatsPerToken = Annotated[Estimate, In("nats per token")]
+Share = Annotated[Estimate, In("share")]
+NatsByLayer = Annotated[list[Estimate], In("nats", along="layer")]
+ShareByLayer = Annotated[list[Estimate], In("share", along="layer")]
+Count = Annotated[int, In("count")]
+Bare = Annotated[float, In("")]
+
+
 class Margins(Part):
     """Preference margins and the behavioural side-channel (METHODS, notation and §6). Log-probabilities in nats."""
 
-    reference: Estimate
-    policy: Estimate
-    shift: Estimate
-    accuracy: Estimate
-    ranking_accuracy: Estimate
-    chosen_logp_change: Estimate
-    rejected_logp_change: Estimate
-    chosen_logp_change_per_token: Estimate
-    rejected_logp_change_per_token: Estimate
-    kl: Estimate
+    reference: Nats
+    policy: Nats
+    shift: Nats
+    accuracy: Share
+    ranking_accuracy: Share
+    chosen_logp_change: Nats
+    rejected_logp_change: Nats
+    chosen_logp_change_per_token: NatsPerToken
+    rejected_logp_change_per_token: NatsPerToken
+    kl: NatsPerToken
     """KL(policy ‖ reference) of the next-token distribution, nats per token."""
-    entropy: Estimate
+    entropy: NatsPerToken
     """Of the policy's next-token distribution, nats per token."""
-    reference_entropy: Estimate
-    token_accuracy: Estimate
+    reference_entropy: NatsPerToken
+    token_accuracy: Share
     """Share of chosen completion tokens that are the policy's most likely next token."""
-    reference_token_accuracy: Estimate
+    reference_token_accuracy: Share
 
 
 class Attribution(Part):
     """Attribution patching beside the exact effects, where only some pairs were patched; L values each."""
 
-    exact_pairs: int
+    exact_pairs: Count
     """Patched at every layer; what is not corrected by attribution is of these."""
-    patched_pairs: list[int] = Field(default_factory=list)
+    patched_pairs: Annotated[list[int], In("count", along="layer")] = Field(default_factory=list)
     """Patched at each layer: some layers may need more than others (``exact_pairs`` "auto")."""
-    pairs: int
-    points: list[float] = Field(default_factory=lambda: [0.0])
+    pairs: Count
+    points: Annotated[list[float], In("share", along="place")] = Field(default_factory=lambda: [0.0])
     """Where its gradients were taken, from the reference's streams (0: first order) to the policy's (1)."""
     path: Literal["joint", "layer"] = "joint"
     """All streams together, or the patched layer's alone (integrated gradients); see ``PatchingConfig``."""
-    correlation: list[float]
+    correlation: Annotated[list[float], In("", along="layer")]
     """Between a pair's exact effect and its attribution, over the patched pairs (multiple, with several points)."""
-    joint_correlation: list[float] = Field(default_factory=list)
+    joint_correlation: Annotated[list[float], In("", along="layer")] = Field(default_factory=list)
     """The same with the pair's margin shift beside the attribution, which is known of every pair: what corrects
     ``effect``. Equal to ``correlation`` where there are too few patched pairs for one more slope."""
-    equivalent_pairs: list[float]
+    equivalent_pairs: Annotated[list[float], In("count", along="layer")]
     """Patched pairs that would have given the effect's interval without attribution and shift."""
-    mean: list[Estimate]
+    mean: NatsByLayer
     """Of the attribution itself (averaged over the points), over all pairs: what it would have said alone."""
 
 
 class LayerSet(Part):
     """The layers that stand clear of the others by what they contribute (METHODS §1, §3; ours). Empty with a reason."""
 
-    layers: list[int]
-    gain: Estimate
+    layers: Annotated[list[int], In("layer", along="place")]
+    gain: Share
     """Share of the margin shift gained at these layers: the sum of their ``layer_gain``."""
-    separation: Estimate
+    separation: Annotated[Estimate, In("")]
     """How many times the largest contribution of the others the least of theirs is."""
-    stability: float
+    stability: Annotated[float, In("share")]
     """Share of bootstrap resamples of the pairs that give the same set."""
-    selection_frequency: list[float]
+    selection_frequency: Annotated[list[float], In("share", along="layer")]
     """Share of resamples in which each layer belongs to the set; L values."""
-    contribution: list[Estimate] = Field(default_factory=list)
+    contribution: NatsByLayer = Field(default_factory=list)
     """Of each layer's update to the margin, nats: the geometric mean of its block transplant (what it does alone) and its gain
     (what it adds to those below), each at least its margin of error; L values."""
 
@@ -115,18 +125,18 @@ class Patching(Part):
     estimator: Literal["exact", "control_variate"] = "exact"
     """How ``effect`` was estimated: every pair patched, or some, the others by attribution. The rest is always exact."""
     attribution: Attribution | None = None
-    effect: list[Estimate]
-    effect_p_adjusted: list[float]
+    effect: NatsByLayer
+    effect_p_adjusted: Annotated[list[float], In("probability", along="layer")]
     """Two-sided bootstrap p-values of effect ≠ 0, Benjamini–Hochberg adjusted over layers."""
-    recovery: list[Estimate]
-    layer_gain: list[Estimate]
-    block_transplant: list[Estimate]
-    embedding_gain: Estimate
-    head_gain: Estimate
-    embedding_transplant: Estimate
-    head_transplant: Estimate
-    additivity: Estimate
-    peak_layer: int | None
+    recovery: ShareByLayer
+    layer_gain: ShareByLayer
+    block_transplant: NatsByLayer
+    embedding_gain: Share
+    head_gain: Share
+    embedding_transplant: Nats
+    head_transplant: Nats
+    additivity: Share
+    peak_layer: Annotated[int | None, In("layer")]
     standing_out: LayerSet | None = None
 
 
@@ -143,24 +153,24 @@ class SiteCurve(Part):
 
     site: Literal["attention_output", "mlp_output", "head", "block"]
     positions: str
-    width: int = 1
+    width: Count = 1
     """Adjacent layers in a unit of site ``block``."""
     estimator: Literal["exact", "attribution", "control_variate"] = "exact"
-    pairs: int
+    pairs: Count
     """That the estimates speak of."""
-    exact_pairs: int
+    exact_pairs: Count
     """That were patched; beside an attribution the others were not."""
-    units: list[SiteUnit]
-    sufficiency: list[Estimate]
+    units: Annotated[list[SiteUnit], Labels("unit")]
+    sufficiency: Annotated[list[Estimate], In("nats", along="unit")]
     """The policy's site put into the reference: change of the reference's margin."""
-    necessity: list[Estimate]
+    necessity: Annotated[list[Estimate], In("nats", along="unit")]
     """The reference's site put into the policy: change of the policy's margin."""
-    sufficiency_p_adjusted: list[float]
+    sufficiency_p_adjusted: Annotated[list[float], In("probability", along="unit")]
     """Two-sided bootstrap p-values of sufficiency ≠ 0, Benjamini–Hochberg adjusted over units."""
-    correlation: list[float] | None = None
+    correlation: Annotated[list[float] | None, In("", along="unit")] = None
     """Between attribution and exact sufficiency of a pair, over the patched pairs; None where all is exact."""
-    necessity_correlation: list[float] | None = None
-    peak: int | None = None
+    necessity_correlation: Annotated[list[float] | None, In("", along="unit")] = None
+    peak: Annotated[int | None, In("unit")] = None
     """Index of the unit with the largest mean sufficiency; None, with a reason, where one is not known."""
 
 
@@ -169,24 +179,26 @@ class Control(Part):
 
     verdict: Verdict
     reason: str
-    effect: list[Estimate] | None = None
+    effect: Annotated[list[Estimate] | None, In("nats")] = None
     """L values for ``noise``, ``reverse`` and ``identity``; for ``random_subspace`` one per evaluated rank."""
     value: float | None = None
     """Agreement over half splits for ``split_half``; p-value for ``permuted_targets``."""
-    pairs: int | None = None
+    pairs: Annotated[int | None, In("count")] = None
     """Probe pairs it was measured on."""
 
 
 class Controls(Part):
     """What stands beside the numbers and says whether they are evidence (METHODS §2)."""
 
-    noise: Control
-    reverse: Control
-    identity: Control
-    random_subspace: Control
-    split_half: Control
-    permuted_targets: Control = Control(verdict="not_run", reason=NOT_MEASURED)
+    noise: Annotated[Control, In("", along="layer")]
+    reverse: Annotated[Control, In("", along="layer")]
+    identity: Annotated[Control, In("", along="layer")]
+    random_subspace: Annotated[Control, In("", along="rank")]
+    split_half: Annotated[Control, In("share")]
+    permuted_targets: Annotated[Control, In("probability")] = Control(verdict="not_run", reason=NOT_MEASURED)
 
+
+CONTROL_NAMES = tuple(Controls.model_fields)
 
 GUARDED = {
     "noise": "the patching effects and recovery",
@@ -203,45 +215,45 @@ class Localization(Part):
     """Sparse localization (METHODS §3)."""
 
     target: str
-    lasso_coefficients: list[float]
-    lasso_lambda: float
-    cv_r2: float
+    lasso_coefficients: Annotated[list[float], In("nats", along="layer")]
+    lasso_lambda: Annotated[float, In("nats")]
+    cv_r2: Bare
     """Cross-validated R² at the chosen λ; at or below 0 the layers do not predict the target."""
-    selected_layers: list[int]
-    selection_frequency: list[float]
-    null_selection_frequency: list[float]
+    selected_layers: Annotated[list[int], In("layer", along="place")]
+    selection_frequency: Annotated[list[float], In("share", along="layer")]
+    null_selection_frequency: Annotated[list[float], In("share", along="layer")]
     """The same frequencies with the targets permuted."""
-    null_cv_r2: list[float]
-    center_of_mass: float
-    entropy: float
+    null_cv_r2: Annotated[list[float], In("", along="place")]
+    center_of_mass: Annotated[float, In("share")]
+    entropy: Annotated[float, In("share")]
 
 
 class LowRankCurve(Part):
     """Low-rank reconstruction of one layer in one basis (METHODS §4); sequences run along ``ranks``."""
 
-    ranks: list[int]
-    effect_fraction: list[Estimate]
-    explained_variance_ratio: list[float]
-    rank_95: float
-    rank_95_low: float = math.nan
-    rank_95_high: float = math.nan
+    ranks: Annotated[list[int], Labels("rank")]
+    effect_fraction: Annotated[list[Estimate], In("share", along="rank")]
+    explained_variance_ratio: Annotated[list[float], In("share", along="rank")]
+    rank_95: Annotated[float, In("rank")]
+    rank_95_low: Annotated[float, In("rank")] = math.nan
+    rank_95_high: Annotated[float, In("rank")] = math.nan
     """Its bootstrap interval over pairs; infinite where no evaluated rank is enough."""
-    full_effect: Estimate
-    principal_angles: list[float] | None = None
+    full_effect: Nats
+    principal_angles: Annotated[list[float] | None, In("radians", along="place")] = None
     """Radians, ascending, to the previous audit's subspace of the same layer and basis; None at a run's first."""
 
 
 class DepthTrace(Part):
     """One model's path through its layers (METHODS §5)."""
 
-    contraction: list[float]
-    contraction_r2: list[float]
-    contraction_stderr: list[float]
-    transport: list[float]
+    contraction: Annotated[list[float], In("", along="layer")]
+    contraction_r2: Annotated[list[float], In("", along="layer")]
+    contraction_stderr: Annotated[list[float], In("", along="layer")]
+    transport: Annotated[list[float], In("radians", along="layer")]
     """Length L − 1; radians in [0, π]."""
-    singular_values: list[int]
+    singular_values: Annotated[list[int], In("count", along="layer")]
     """n per layer: min(rows, columns, numerical rank)."""
-    below_rounding_floor: list[int]
+    below_rounding_floor: Annotated[list[int], In("count", along="layer")]
     """Singular values per layer that the dtype of the activations cannot resolve."""
 
 
@@ -250,14 +262,14 @@ class Spinal(Part):
 
     policy: DepthTrace
     reference: DepthTrace
-    terminal_layers: list[int]
-    rows: int
-    rows_available: int
-    delta_align: float
-    coherence: float
-    reference_coherence: float
-    gradient_concentration: Estimate
-    score: float
+    terminal_layers: Annotated[list[int], In("layer", along="place")]
+    rows: Count
+    rows_available: Count
+    delta_align: Bare
+    coherence: Bare
+    reference_coherence: Bare
+    gradient_concentration: Share
+    score: Bare
 
 
 class Alert(Part):
@@ -284,18 +296,18 @@ class ReferenceCheck(Part):
     same_weights: bool
     verdict: Verdict
     reason: str
-    last_sync_step: int | None = None
-    precomputed_margin_difference: float | None = None
+    last_sync_step: Annotated[int | None, In("steps")] = None
+    precomputed_margin_difference: Annotated[float | None, In("nats")] = None
     """Largest absolute difference to the trainer's precomputed reference margins, in nats."""
 
 
 class Cost(Part):
     """What an audit took."""
 
-    seconds: float
-    peak_memory: int
+    seconds: Annotated[float, In("seconds")]
+    peak_memory: Annotated[int, In("bytes")]
     """Bytes above what was allocated when the audit began (device memory on CUDA, resident memory on a CPU)."""
-    forward_equivalents: float
+    forward_equivalents: Annotated[float, In("forwards")]
     """Full forwards of one model over the probe pairs that the same layer calls amount to."""
 
 
@@ -305,9 +317,9 @@ class Provenance(Part):
     created: str
     versions: dict[str, str]
     model_type: str
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
+    num_layers: Count
+    hidden_size: Count
+    vocab_size: Count
     policy_hash: str
     reference_hash: str
     probe_hash: str
@@ -315,19 +327,19 @@ class Provenance(Part):
     """What the run calls this probe set; None where it has one set, without a name."""
     probe_source: str
     probe_held_out: bool | None
-    pairs: int
+    pairs: Count
     pairs_dropped: dict[str, int]
-    seed: int
+    seed: Annotated[int, In("")]
     device: str
     parameter_dtype: str
     compute_dtype: str
-    max_length: int | None
+    max_length: Annotated[int | None, In("tokens")]
     truncation_mode: str
     shared_prompts: bool = False
     """Whether each pair's prompt was computed once for both completions (same numbers, less work)."""
     layout_reason: str | None = None
     """Why it was not."""
-    beta: float | None = None
+    beta: Annotated[float | None, In("")] = None
     config: dict[str, Any]
 
 
@@ -336,7 +348,7 @@ class Finding(Part):
 
     words: str
     localized: bool
-    layers: list[int] = Field(default_factory=list)
+    layers: Annotated[list[int], In("layer", along="place")] = Field(default_factory=list)
     """Of the claim; empty where none is made."""
 
 
@@ -370,9 +382,9 @@ class AuditRecord(Stored):
 
     finding: Finding | None = None
     """None in records of versions before it."""
-    step: int
-    schema_version: int = SCHEMA_VERSION
-    methods_version: int = METHODS_VERSION
+    step: Annotated[int, In("steps")]
+    schema_version: Annotated[int, In("")] = SCHEMA_VERSION
+    methods_version: Annotated[int, In("")] = METHODS_VERSION
     provenance: Provenance
     reference_check: ReferenceCheck
     margins: Margins
@@ -401,3 +413,9 @@ class AuditRecord(Stored):
         """What makes two audits the same: step, policy weights, reference weights, name of the probe set."""
         there = self.provenance
         return (self.step, there.policy_hash, there.reference_hash, there.probe_name)
+
+
+def control_items(record: AuditRecord) -> Iterator[tuple[str, Control]]:
+    """Name and result of each control."""
+    for name in CONTROL_NAMES:
+        yield name, getattr(record.controls, name)

@@ -71,25 +71,25 @@ def _against(record: AuditRecord) -> Iterator[str]:
         yield from _uncontrolled(record, patching, patching.standing_out.layers)
 
 
-def _weak(record: AuditRecord, patching: Patching, found: LayerSet) -> Iterator[str]:
-    who, one = _layers(found.layers), len(found.layers) == 1
+def _weak(record: AuditRecord, patching: Patching, standing: LayerSet) -> Iterator[str]:
+    who, single = _layers(standing.layers), len(standing.layers) == 1
     wanted = float(record.provenance.config.get("patching", {}).get("split_half_agreement", 0.8))
-    if math.isnan(found.gain.low):
-        yield f"what {who} {'carries' if one else 'carry'} of the gain is not known ({found.gain.reason})"
-    elif not found.gain.low > MOST:
-        only = "" if found.gain.mean > MOST else "only "
+    if math.isnan(standing.gain.low):
+        yield f"what {who} {'carries' if single else 'carry'} of the gain is not known ({standing.gain.reason})"
+    elif not standing.gain.low > MOST:
+        only = "" if standing.gain.mean > MOST else "only "
         yield (
-            f"{who} {'stands' if one else 'stand'} out most and {'carries' if one else 'carry'} "
-            f"{only}{_gain(found.gain, record)}"
+            f"{who} {'stands' if single else 'stand'} out most and {'carries' if single else 'carry'} "
+            f"{only}{_gain(standing.gain, record)}"
         )
-    no_effect = [layer for layer in found.layers if not patching.block_transplant[layer].low > 0.0]
+    no_effect = [layer for layer in standing.layers if not patching.block_transplant[layer].low > 0.0]
     if no_effect:
         yield f"the interval of the block transplant includes 0 at {_layers(no_effect)}"
-    elif not found.separation.low > 1.0:
-        apart, clear = found.separation, f"{'does' if one else 'do'} not stand clear of the others"
+    elif not standing.separation.low > 1.0:
+        apart, clear = standing.separation, f"{'does' if single else 'do'} not stand clear of the others"
         yield f"{who} {clear} ({apart.mean:.3g} times as much, {_confidence(record)} CI {apart.low:.3g} to {apart.high:.3g})"
-    elif not found.stability >= wanted:
-        yield f"which layers stand out depends on the pairs: {found.stability:.0%} of resamples agree on {who}"
+    elif not standing.stability >= wanted:
+        yield f"which layers stand out depends on the pairs: {standing.stability:.0%} of resamples agree on {who}"
 
 
 def _uncontrolled(record: AuditRecord, patching: Patching, layers: Sequence[int]) -> Iterator[str]:

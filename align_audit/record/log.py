@@ -1,4 +1,4 @@
-"""The audits of one training run on disk: written line by line while training, read back without any model.
+"""The audits of one training run on disk, written line by line while it trains.
 
 ``<output_dir>/align_audit/`` holds
 
@@ -20,21 +20,19 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from align_audit.errors import ConfigurationError, RecordError
 from align_audit.files import write_atomically
-from align_audit.record.audit_record import SCHEMA_VERSION, Alert, AuditRecord, Control, DepthTrace, Estimate
+from align_audit.record.audit_record import SCHEMA_VERSION, Alert, AuditRecord
 
 if TYPE_CHECKING:
     import numpy as np
-    import pandas as pd
 
 FOLDER = "align_audit"
 RECORDS = "records.jsonl"
@@ -98,14 +96,14 @@ class RunLog:
                 f"cannot write the audit log in {self.directory}: {error}. Expected a folder that this process may "
                 "write to; choose another output_dir, or free the path, its permissions or disk space."
             ) from error
-        self._records = _read_records(self.directory / RECORDS)
+        self._records = read_records(self.directory / RECORDS)
         self._keys = {record.key for record in self._records}
         self._add_missing_alerts()
 
     @property
     def records(self) -> list[AuditRecord]:
         """The records so far, by step, then by creation."""
-        return sorted(self._records, key=_by_step)
+        return sorted(self._records, key=by_step)
 
     def contains(self, key: tuple[int, str, str, str | None]) -> bool:
         """Is an audit of this step, policy, reference and probe set (:attr:`AuditRecord.key`) in the log already?"""
@@ -137,15 +135,15 @@ class RunLog:
         """Start afresh: move all that lies in the log's folder to ``previous-<n>`` in it, and go on with an empty log.
 
         Returns:
-            The new folder; :meth:`AuditRun.load` reads it.
+            The new folder; :meth:`align_audit.record.run.AuditRun.load` reads it.
         """
         number = 1
         while (aside := self.directory / f"previous-{number}").exists():
             number += 1
         aside.mkdir()
-        found = [path for path in self.directory.iterdir() if not path.name.startswith("previous-")]
+        entries = [path for path in self.directory.iterdir() if not path.name.startswith("previous-")]
         # The records go last: as long as they are here, a run that was killed in between starts over with the move.
-        for path in sorted(found, key=lambda path: (path.name == RECORDS, path.name)):
+        for path in sorted(entries, key=lambda path: (path.name == RECORDS, path.name)):
             path.rename(aside / path.name)
         (self.directory / RECORDS).touch()
         _sync_directory(self.directory)
@@ -170,31 +168,27 @@ class RunLog:
         return path
 
     def load_arrays(self, step: int, name: str) -> dict[str, np.ndarray]:
-        """What :meth:`save_arrays` wrote.
-
-        Raises:
-            RecordError: there is no such file, or it is damaged.
-        """
-        return _load_arrays(self.directory, step, name)
+        """What :meth:`save_arrays` wrote: see :func:`load_arrays`."""
+        return load_arrays(self.directory, step, name)
 
     def _append(self, name: str, lines: Sequence[str]) -> None:
         if not lines:
             return
         path = self.directory / name
         with path.open("ab") as file:
-            before = file.seek(0, os.SEEK_END)
+            end = file.seek(0, os.SEEK_END)
             try:
                 file.write("".join(line + "\n" for line in lines).encode())
                 file.flush()
                 os.fsync(file.fileno())
             except OSError:
                 # A disk that ran full leaves half a line; the next one must not be glued to it.
-                os.truncate(path, before)
+                os.truncate(path, end)
                 raise
 
     def _add_missing_alerts(self) -> None:
         """Alerts follow their record, so a kill in between leaves them out of their own file."""
-        logged = Counter(alert.model_dump_json() for alert in _read_lines(self.directory / ALERTS, Alert))
+        logged = Counter(alert.model_dump_json() for alert in read_lines(self.directory / ALERTS, Alert))
         expected = [alert.model_dump_json() for record in self._records for alert in record.alerts]
         missing = []
         for line in expected:
@@ -205,124 +199,12 @@ class RunLog:
         self._append(ALERTS, missing)
 
 
-@dataclass(frozen=True)
-class AuditRun:
-    """A stored run, read-only.
-
-    Example:
-        >>> run = AuditRun.load("runs/dpo")                         # doctest: +SKIP
-        >>> run.records[-1].margins.shift.mean                      # doctest: +SKIP
-        3.2
-        >>> run.to_pandas(layers=True).query("step == 100")         # doctest: +SKIP
-        >>> run.select("harmless").records                          # doctest: +SKIP
-    """
-
-    directory: Path
-    """The folder of the log."""
-    records: list[AuditRecord]
-    """By step, then by creation."""
-    alerts: list[Alert]
-    """By step: those of the records, and any other found in ``alerts.jsonl``."""
-    failures: list[Failure]
-    """Audits that broke."""
-    probe_name: str | None = None
-    """The probe set that :meth:`select` has narrowed this to, where it has a name."""
-
-    @property
-    def probe_names(self) -> list[str | None]:
-        """The probe sets of the run, in the order of their first audits; None for the one without a name."""
-        return list(dict.fromkeys(record.provenance.probe_name for record in self.records))
-
-    def select(self, name: str | None) -> Self:
-        """The same run, of one probe set: its records, alerts and arrays.
-
-        Raises:
-            RecordError: the run has no such set.
-        """
-        if name not in self.probe_names:
-            raise RecordError(
-                f"no audit on the probe set {name!r} in {self.directory}; there are {', '.join(map(repr, self.probe_names))}"
-            )
-        return replace(
-            self,
-            records=[record for record in self.records if record.provenance.probe_name == name],
-            alerts=[alert for alert in self.alerts if alert.probe_name == name],
-            failures=[failure for failure in self.failures if failure.probe_name == name],
-            probe_name=name,
-        )
-
-    @classmethod
-    def load(cls, output_dir: str | Path) -> Self:
-        """Read a run from its output directory, its ``align_audit`` folder, or a ``records.jsonl`` file.
-
-        Nothing on disk changes, also while training goes on: a line that is not whole is left out, with a warning.
-
-        Raises:
-            RecordError: nothing there is a run log, or it was written by a newer align_audit.
-        """
-        path = _find_records(Path(output_dir))
-        records = sorted(_read_records(path), key=_by_step)
-        alerts = [alert for record in records for alert in record.alerts]
-        failures: list[Failure] = []
-        if path.name == RECORDS:
-            known = Counter(alert.model_dump_json() for alert in alerts)
-            for alert in _read_lines(path.with_name(ALERTS), Alert):
-                line = alert.model_dump_json()
-                if known[line]:
-                    known[line] -= 1
-                else:
-                    alerts.append(alert)
-            failures = _read_lines(path.with_name(FAILURES), Failure)
-        alerts.sort(key=lambda alert: alert.step)
-        return cls(directory=path.parent, records=records, alerts=alerts, failures=failures)
-
-    def load_arrays(self, step: int, name: str) -> dict[str, np.ndarray]:
-        """The arrays of ``step-<N>/<name>.safetensors``; a missing or damaged file raises ``RecordError``.
-
-        Of a :meth:`select`-ed set with a name, those of ``<name>-<probe name>``.
-        """
-        return _load_arrays(self.directory, step, arrays_name(self.probe_name, name))
-
-    def to_pandas(self, layers: bool = False) -> pd.DataFrame:
-        """The run as a table.
-
-        Args:
-            layers: False: one row per record, its single numbers in columns named as in the record
-                (``margins.shift.mean``, ``margins.shift.low``, ``controls.noise.verdict``); ``alerts`` counts them.
-                True: one row per record and layer, with the columns ``step``, ``probes``, ``layer``, ``effect``,
-                ``effect_low``, ``effect_high``, …, ``policy_contraction``, ``reference_transport``, …
-
-        ``probes`` is the name of the probe set, None where it has none. What was not measured, or cannot be known, is NaN.
-        """
-        import pandas
-
-        if layers:
-            rows = [row for record in self.records for row in _layer_rows(record)]
-            return pandas.DataFrame(rows, columns=None if rows else ["step", "layer"])
-        wide = [_flatten(record) for record in self.records]
-        return pandas.DataFrame(wide, columns=None if wide else ["step"])
-
-
-def _by_step(record: AuditRecord) -> tuple[int, str]:
+def by_step(record: AuditRecord) -> tuple[int, str]:
+    """The order of a run's records: by step, then by creation."""
     return record.step, record.provenance.created
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-
-
-def _find_records(path: Path) -> Path:
-    if path.is_file():
-        return path
-    # A run whose first audits all broke has a log of failures only; any of the three files makes a folder a log.
-    folders = (path, path / FOLDER)
-    for folder in folders:
-        if any((folder / name).is_file() for name in (RECORDS, ALERTS, FAILURES)):
-            return folder / RECORDS
-    raise RecordError(
-        f"no run log at {path}: looked for {' and '.join(str(folder / RECORDS) for folder in folders)}. "
-        f"Expected the output directory of a training run with an align_audit callback, its {FOLDER} folder, "
-        f"or a {RECORDS} file."
-    )
 
 
 def _whole(data: bytes) -> int:
@@ -376,10 +258,10 @@ def _json_lines(path: Path) -> list[tuple[int, bytes]]:
     except OSError as error:
         raise RecordError(f"cannot read {path}: {error}") from None
     whole = _whole(data)
-    found, unreadable = [], []
+    objects, unreadable = [], []
     for number, line in enumerate(data[:whole].split(b"\n"), start=1):
         if _is_object(line):
-            found.append((number, line))
+            objects.append((number, line))
         elif line.strip():
             unreadable.append(number)
     if unreadable:
@@ -389,10 +271,15 @@ def _json_lines(path: Path) -> list[tuple[int, bytes]]:
             f"{path} ends in the middle of a line (being written, or its writer was stopped); that line is left out",
             stacklevel=4,
         )
-    return found
+    return objects
 
 
-def _read_records(path: Path) -> list[AuditRecord]:
+def read_records(path: Path) -> list[AuditRecord]:
+    """The records of a log in the order of its lines; what cannot be read is left out, with a warning.
+
+    Raises:
+        RecordError: the file cannot be read, or holds records of a newer align_audit.
+    """
     records, invalid = [], []
     for number, line in _json_lines(path):
         where = f"line {number} of {path}"
@@ -409,7 +296,8 @@ def _read_records(path: Path) -> list[AuditRecord]:
     return records
 
 
-def _read_lines(path: Path, kind: type[_Line]) -> list[_Line]:
+def read_lines(path: Path, kind: type[_Line]) -> list[_Line]:
+    """The alerts or failures of a file in the order of its lines, as :func:`read_records` reads records."""
     values, invalid = [], []
     for number, line in _json_lines(path):
         try:
@@ -446,7 +334,12 @@ def _arrays_path(folder: Path, name: str) -> Path:
     return folder / f"{name}.safetensors"
 
 
-def _load_arrays(directory: Path, step: int, name: str) -> dict[str, np.ndarray]:
+def load_arrays(directory: Path, step: int, name: str) -> dict[str, np.ndarray]:
+    """What :meth:`RunLog.save_arrays` wrote into a log's folder.
+
+    Raises:
+        RecordError: there is no such file, or it is damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -455,94 +348,3 @@ def _load_arrays(directory: Path, step: int, name: str) -> dict[str, np.ndarray]
         return load(path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise RecordError(f"cannot read the arrays {path}: {error}") from None
-
-
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-_NOT_COLUMNS = {"versions", "config", "pairs_dropped", "reasons", "reason", "suggestion"}
-
-
-def _flatten(record: AuditRecord) -> dict[str, Any]:
-    name = record.provenance.probe_name
-    row: dict[str, Any] = {"step": record.step, "probes": name, "created": record.provenance.created}
-    for path, value in _scalars(record, ""):
-        row[path] = value
-    for basis, by_layer in record.low_rank.items():
-        for layer, curve in by_layer.items():
-            for path, value in _scalars(curve, f"low_rank.{basis}.{layer}."):
-                row[path] = value
-    row["alerts"] = len(record.alerts)
-    # What the column names say twice.
-    row.pop("provenance.created", None)
-    row.pop("provenance.probe_name", None)
-    return row
-
-
-def _scalars(part: BaseModel, prefix: str) -> Iterator[tuple[str, Any]]:
-    for name in type(part).model_fields:
-        value = getattr(part, name)
-        if name in _NOT_COLUMNS:
-            continue
-        if isinstance(value, BaseModel):
-            yield from _scalars(value, f"{prefix}{name}.")
-        elif isinstance(value, bool | int | float | str):
-            yield f"{prefix}{name}", value
-        elif value is None and {bool, int, float, str} & set(get_args(type(part).model_fields[name].annotation)):
-            # a number that is not known, unlike a part that was not measured or a list
-            yield f"{prefix}{name}", value
-
-
-def _layer_rows(record: AuditRecord) -> list[dict[str, Any]]:
-    count = record.provenance.num_layers
-    columns: dict[str, Sequence[Any]] = {}
-
-    def put_estimates(name: str, values: Sequence[Estimate] | None) -> None:
-        if values is not None and len(values) == count:
-            columns[name] = [value.mean for value in values]
-            columns[f"{name}_low"] = [value.low for value in values]
-            columns[f"{name}_high"] = [value.high for value in values]
-
-    if (patching := record.patching) is not None:
-        put_estimates("effect", patching.effect)
-        columns["effect_p_adjusted"] = patching.effect_p_adjusted
-        put_estimates("recovery", patching.recovery)
-        put_estimates("layer_gain", patching.layer_gain)
-        put_estimates("block_transplant", patching.block_transplant)
-        if patching.standing_out is not None:
-            put_estimates("contribution", patching.standing_out.contribution)
-        if patching.attribution is not None:
-            columns["attribution_correlation"] = patching.attribution.correlation
-            if patching.attribution.joint_correlation:
-                columns["joint_correlation"] = patching.attribution.joint_correlation
-            if patching.attribution.patched_pairs:
-                columns["patched_pairs"] = patching.attribution.patched_pairs
-            columns["equivalent_pairs"] = patching.attribution.equivalent_pairs
-    controls: Iterable[tuple[str, Control]] = (
-        ("noise", record.controls.noise),
-        ("reverse", record.controls.reverse),
-        ("identity", record.controls.identity),
-    )
-    for name, control in controls:
-        put_estimates(f"{name}_effect", control.effect)
-    if (localization := record.localization) is not None:
-        columns["lasso_coefficient"] = localization.lasso_coefficients
-        columns["lasso_selected"] = [layer in localization.selected_layers for layer in range(count)]
-        columns["selection_frequency"] = localization.selection_frequency
-        columns["null_selection_frequency"] = localization.null_selection_frequency
-    for basis, by_layer in record.low_rank.items():
-        columns[f"{basis}_rank_95"] = [
-            by_layer[layer].rank_95 if layer in by_layer else float("nan") for layer in range(count)
-        ]
-    if (spinal := record.spinal) is not None:
-        for model, trace in (("policy", spinal.policy), ("reference", spinal.reference)):
-            for field in DepthTrace.model_fields:
-                columns[f"{model}_{field}"] = getattr(trace, field)
-        columns["terminal"] = [layer in spinal.terminal_layers for layer in range(count)]
-    rows = []
-    for layer in range(count):
-        row: dict[str, Any] = {"step": record.step, "probes": record.provenance.probe_name, "layer": layer}
-        for name, values in columns.items():
-            # transport has one value less than there are layers: nothing lies above the last one
-            row[name] = values[layer] if layer < len(values) else float("nan")
-        rows.append(row)
-    return rows

@@ -115,7 +115,7 @@ class TransferRecord(Stored):
         rows: list[dict[str, Any]] = []
         for basis, layer, fitted, patched, cell in self.each():
             random = self.random.get(basis, {}).get(layer, {}).get(patched)
-            angles = {frozenset(one.between): one.angles for one in self.angles.get(basis, {}).get(layer, [])}
+            angles = {frozenset(pair.between): pair.angles for pair in self.angles.get(basis, {}).get(layer, [])}
             between = angles.get(frozenset((fitted, patched)))
             for place, rank in enumerate(self.ranks):
                 share = cell.effect_fraction[place]

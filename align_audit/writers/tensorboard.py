@@ -1,296 +1,166 @@
 """Records as TensorBoard curves, pictures and text.
 
-Tags are ``align_audit/<group>/<name>``, named after the fields of the record, and those of a named probe set
-``align_audit/<probe name>/<group>/<name>``:
-
-- ``margins/<name>``, ``spinal/<name>``, ``cost/<name>``, ``localization/<name>``: single numbers;
-- ``patching/<name>``, and by layer ``patching/<name>/layer_07`` (``effect``, ``recovery``, ``layer_gain``,
-  ``block_transplant``, ``effect_p_adjusted``, and where only some pairs were patched ``attribution/correlation``,
-  ``attribution/joint_correlation``, ``attribution/patched_pairs`` and ``attribution/equivalent_pairs``);
-- ``controls/<name>/passed`` (1 or 0; nothing where the control was not run), ``controls/<name>/effect/layer_07``
-  (``…/rank_08`` for ``random_subspace``), ``controls/split_half/value``;
-- ``localization/<name>/layer_07`` (``lasso_coefficients``, ``selection_frequency``, ``null_selection_frequency``),
-  ``localization/selected_layers`` (how many) and ``localization/null_cv_r2_max``;
-- ``low_rank/<basis>/layer_07/<name>`` (``rank_95``, ``full_effect``, ``largest_principal_angle``) and
-  ``…/effect_fraction/rank_08``, ``…/explained_variance_ratio/rank_08``;
-- ``sites/<site>/layer_07``, of single heads ``sites/head/layer_07_head_03`` (sufficiency), the same below
-  ``sites/<site>/necessity`` and, beside an attribution, ``sites/<site>/correlation``; a site that was patched at other
-  positions, in windows or by another estimator says so (``sites/block_width_2``, ``sites/head_prompt_attribution``);
-- ``spinal/<policy or reference>/<contraction, contraction_r2 or transport>/layer_07``;
-- ``alerts/<level>``: how many.
-
-An estimate stands under its name, the ends of its interval beside it (``shift``, ``shift_low``, ``shift_high``); by layer
-or rank only its mean does, and the pictures show the intervals.
-TensorBoard cannot draw NaN: what is not known is left out and listed, with its reason, in the text
-``align_audit/not_known``. Other texts are ``align_audit/alerts`` and ``align_audit/controls``; the pictures of
-:mod:`align_audit.writers.plots.gallery` stand under ``align_audit/<group>/<function>``.
+Curves are those of :mod:`align_audit.writers.scalars`, under its tags. TensorBoard cannot draw NaN: what is not known is
+left out and listed, with its reason, in the text ``align_audit/not_known``. Other texts are ``align_audit/alerts`` and
+``align_audit/controls``; the pictures of :mod:`align_audit.writers.plots.gallery` stand under
+``align_audit/<group>/<name>``.
 """
 
 from __future__ import annotations
 
-import math
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
-from align_audit.record.audit_record import Alert, AuditRecord, Estimate, LowRankCurve, Margins, SiteCurve
-from align_audit.writers import control_items, is_unknown, one_per_step, site_names, span, why_unknown
+from align_audit.errors import ConfigurationError
+from align_audit.record.audit_record import Alert, AuditRecord, SiteCurve, control_items
+from align_audit.record.numbers import is_unknown, span
+from align_audit.record.run import one_per_step
+from align_audit.record.site_names import site_names
+from align_audit.writers.scalars import not_known, root_of, scalars
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
-ROOT = "align_audit"
+    from align_audit.config import AuditConfig
+    from align_audit.record.run import AuditRun
+    from align_audit.writers.writer import Surroundings
 
 
-class TensorBoardWriter:
-    """Writes audits with a summary writer that belongs to somebody else: it is flushed, never closed.
+class TensorBoard:
+    """Curves, pictures and texts of each audit, beside the trainer's own curves.
+
+    Where the trainer has a summary writer, that one is used: it is flushed, never closed. Else, and once the trainer has
+    closed its own, a second event file is opened in the folder that this process has written one to (TensorBoard shows the
+    files of a folder as one run), and where there is none, in ``<output_dir>/align_audit/tensorboard``.
 
     Args:
-        summary_writer: any ``torch.utils.tensorboard.SummaryWriter``; the trainer's own, for curves side by side.
+        output_dir: of the training.
+        trainers: gives the trainer's summary writer, None where it has none (any more). Asked at every audit.
         images: draw heat maps and traces too (a few seconds an audit).
         probe_names: of all sets that will be written; TensorBoard reads one layout, which has to name them all.
     """
 
+    name = "TensorBoard"
+
     def __init__(
-        self, summary_writer: SummaryWriter, images: bool = True, probe_names: Sequence[str | None] = (None,)
+        self,
+        output_dir: str | Path,
+        trainers: Callable[[], SummaryWriter | None],
+        images: bool = True,
+        probe_names: Sequence[str | None] = (None,),
     ) -> None:
-        self._writer = summary_writer
+        self._output_dir = Path(output_dir)
+        self._trainers = trainers
         self._images = images
         self._probe_names = tuple(probe_names)
         self._layout_written = False
+        self._opened: SummaryWriter | None = None
 
-    def redirect(self, summary_writer: SummaryWriter) -> None:
-        """Go on with another writer of the same log folder, because the first was closed."""
-        self._writer = summary_writer
+    @classmethod
+    def of(cls, config: AuditConfig, surroundings: Surroundings) -> Self | None:
+        """None where the configuration switches it off."""
+        if config.tensorboard == "off":
+            return None
+        return cls(
+            surroundings.output_dir,
+            surroundings.trainers_tensorboard,
+            images=config.tensorboard_images,
+            probe_names=surroundings.probe_names,
+        )
 
-    def write(self, record: AuditRecord, history: Sequence[AuditRecord] = ()) -> None:
-        """Write one audit at its step.
+    def start(self, run: AuditRun) -> None:
+        """Open an event file where the trainer has none.
 
-        Args:
-            record: the audit.
-            history: the audits of the run, for the pictures over steps; ``record`` may be among them or not, and those
-                of other probe sets are left out.
+        Raises:
+            ConfigurationError: there cannot be one.
         """
-        step, name = record.step, record.provenance.probe_name
-        root = _root(name)
+        try:
+            self._summary_writer()
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot write TensorBoard curves below {self._output_dir}: {error}. Expected a folder that this process may "
+                'write to; free it, or switch the curves off (AuditConfig(tensorboard="off"))'
+            ) from error
+
+    def record(self, record: AuditRecord, history: Sequence[AuditRecord]) -> None:
+        """Write one audit at its step; the pictures over steps are of the audits of its probe set up to then."""
+        board, step, name = self._summary_writer(), record.step, record.provenance.probe_name
+        root = root_of(name)
         try:
             if not self._layout_written:
-                self._writer.add_custom_scalars(custom_scalars_layout(self._probe_names, record.sites))
+                board.add_custom_scalars(custom_scalars_layout(self._probe_names, record.sites))
                 self._layout_written = True
             for tag, value in scalars(record).items():
-                self._writer.add_scalar(tag, value, step)
-            self._writer.add_text(f"{root}/controls", controls_table(record), step)
+                board.add_scalar(tag, value, step)
+            board.add_text(f"{root}/controls", controls_table(record), step)
             if record.alerts:
-                self._writer.add_text(f"{root}/alerts", "\n\n".join(map(alert_text, record.alerts)), step)
-            unknown = not_known(record)
-            if unknown:
-                self._writer.add_text(f"{root}/not_known", not_known_table(record), step)
+                board.add_text(f"{root}/alerts", "\n\n".join(map(alert_text, record.alerts)), step)
+            if not_known(record):
+                board.add_text(f"{root}/not_known", not_known_table(record), step)
             if self._images:
-                others = [other for other in history if other.key != record.key and other.provenance.probe_name == name]
-                self._write_images(record, [*others, record])
+                earlier = [each for each in history if each.key != record.key and each.provenance.probe_name == name]
+                _add_images(board, record, [*earlier, record])
         finally:
-            self._writer.flush()
+            board.flush()
 
-    def _write_images(self, record: AuditRecord, records: Sequence[AuditRecord]) -> None:
-        from align_audit.writers.plots import gallery as plots
-        from align_audit.writers.plots.canvas import pixels
-        from align_audit.writers.plots.sites import site_figures
+    def alert(self, alert: Alert, record: AuditRecord) -> None:
+        """It stands in the text of its record."""
 
-        # Later audits may be in the log when an earlier step is written again; a picture at a step shows none of them.
-        records = [other for other in one_per_step(records) if other.step <= record.step]
-        figures: dict[str, tuple[bool, Callable[[], Figure]]] = {
-            "margins/margins_over_steps": (True, lambda: plots.margins_over_steps(records)),
-            "patching/recovery_by_layer_and_step": (
-                record.patching is not None,
-                lambda: plots.recovery_by_layer_and_step(records),
-            ),
-            "patching/layer_gain_by_layer_and_step": (
-                record.patching is not None,
-                lambda: plots.layer_gain_by_layer_and_step(records),
-            ),
-            "patching/block_transplants": (record.patching is not None, lambda: plots.block_transplants(records)),
-            "low_rank/low_rank_curve": (bool(record.low_rank), lambda: plots.low_rank_curve(record)),
-            "spinal/depth_trace": (record.spinal is not None, lambda: plots.depth_trace(record)),
-        }
-        figures |= {f"sites/{name}": (True, draw) for name, draw in site_figures(record).items()}
-        for tag, (measured, draw) in figures.items():
-            if measured:
-                # add_figure would go through pyplot, and its global state.
-                self._writer.add_image(
-                    f"{_root(record.provenance.probe_name)}/{tag}", pixels(draw()), record.step, dataformats="HWC"
-                )
+    def close(self) -> None:
+        """Close the event file, where the trainer's was not used."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def _summary_writer(self) -> SummaryWriter:
+        if (trainers := self._trainers()) is not None:
+            return trainers
+        if self._opened is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = find_event_folder(self._output_dir) or self._output_dir / "align_audit" / "tensorboard"
+            self._opened = SummaryWriter(log_dir=str(folder), filename_suffix=_SUFFIX)
+        return self._opened
 
 
-# --- numbers ----------------------------------------------------------------------------------------------------------
+_SUFFIX = ".align_audit"
 
 
-@dataclass(frozen=True)
-class _Number:
-    """One number of a record: its tag below the root, its value, and its path in the record."""
+def find_event_folder(output_dir: Path) -> Path | None:
+    """The folder of the newest event file this process has written below ``output_dir`` or the logging directory.
 
-    tag: str
-    value: float
-    path: str
-    index: int | None = None
-    """Layer or rank, where it is one of many."""
-    reason: str | None = None
-
-
-def scalars(record: AuditRecord) -> dict[str, float]:
-    """Tag → value of everything in a record that is one finite number. See the module's docstring for the tags."""
-    root = _root(record.provenance.probe_name)
-    return {f"{root}/{number.tag}": number.value for number in _numbers(record) if math.isfinite(number.value)}
-
-
-def _root(probe_name: str | None) -> str:
-    return ROOT if probe_name is None else f"{ROOT}/{probe_name}"
-
-
-def not_known(record: AuditRecord) -> dict[tuple[str, str], list[int]]:
-    """What is missing among the scalars: (path in the record, reason) → the layers or ranks concerned, if any."""
-    found: dict[tuple[str, str], list[int]] = {}
-    for number in _numbers(record):
-        if not math.isfinite(number.value):
-            path = number.path if number.index is None else f"{number.path}.{number.index}"
-            # R² and its slope are NaN together, and the reason stands with the slope.
-            path = path.replace(".contraction_r2.", ".contraction.")
-            reason = number.reason or (
-                why_unknown(record, path) if math.isnan(number.value) else f"the value is {number.value}"
-            )
-            places = found.setdefault((number.path, reason), [])
-            if number.index is not None and number.index not in places:
-                places.append(number.index)
-    # Parts that were not measured have reasons, but no numbers.
-    said = {path for path, _ in found}
-    for path, reason in record.reasons.items():
-        if not any(path == other or path.startswith(f"{other}.") for other in said):
-            found.setdefault((path, reason), [])
-    return found
+    The writer names its files ``events.out.tfevents.<time>.<host>.<process id>.<counter>``.
+    """
+    roots = [output_dir]
+    if logging_dir := os.environ.get("TENSORBOARD_LOGGING_DIR"):
+        roots.append(Path(logging_dir).expanduser())
+    of_this_process = f".{os.getpid()}."
+    files = [
+        file
+        for root in roots
+        if root.is_dir()
+        for file in root.rglob("events.out.tfevents.*")
+        if of_this_process in file.name and not file.name.endswith(_SUFFIX)
+    ]
+    if not files:
+        return None
+    return max(files, key=lambda file: (file.stat().st_mtime_ns, file.name)).parent
 
 
-def _numbers(record: AuditRecord) -> Iterator[_Number]:
-    layers = record.provenance.num_layers
-    for name in Margins.model_fields:
-        yield from _estimate(f"margins/{name}", getattr(record.margins, name), f"margins.{name}")
-    yield from _patching(record, layers)
-    for name, control in control_items(record):
-        if control.verdict != "not_run":
-            yield _Number(f"controls/{name}/passed", float(control.verdict == "passed"), f"controls.{name}.verdict")
-        if control.value is not None:
-            yield _Number(f"controls/{name}/value", control.value, f"controls.{name}.value", reason=control.reason)
-        if control.effect is not None and name != "identity":  # exactly 0 wherever it passed
-            places, unit, width = list(range(len(control.effect))), "layer", _width(layers - 1)
-            if name == "random_subspace":
-                places, unit = _ranks(record, len(control.effect)), "rank"
-                width = _width(max(places, default=0))
-            for place, estimate in zip(places, control.effect, strict=True):
-                tag = f"controls/{name}/effect/{unit}_{place:0{width}d}"
-                yield from _estimate(tag, estimate, f"controls.{name}.effect", place)
-    if (localization := record.localization) is not None:
-        for name in ("lasso_lambda", "cv_r2", "center_of_mass", "entropy"):
-            yield _Number(f"localization/{name}", getattr(localization, name), f"localization.{name}")
-        yield _Number(
-            "localization/selected_layers", float(len(localization.selected_layers)), "localization.selected_layers"
-        )
-        if localization.null_cv_r2:
-            yield _Number("localization/null_cv_r2_max", max(localization.null_cv_r2), "localization.null_cv_r2")
-        for name in ("lasso_coefficients", "selection_frequency", "null_selection_frequency"):
-            yield from _by_layer(f"localization/{name}", getattr(localization, name), f"localization.{name}", layers)
-    for basis, by_layer in record.low_rank.items():
-        for layer, curve in by_layer.items():
-            tag = f"low_rank/{basis}/layer_{layer:0{_width(layers - 1)}d}"
-            yield from _low_rank(tag, curve, f"low_rank.{basis}.{layer}")
-    yield from _sites(record, layers)
-    if (spinal := record.spinal) is not None:
-        for name in ("delta_align", "coherence", "reference_coherence", "score"):
-            yield _Number(f"spinal/{name}", getattr(spinal, name), f"spinal.{name}")
-        name = "gradient_concentration"
-        yield from _estimate(f"spinal/{name}", spinal.gradient_concentration, f"spinal.{name}")
-        for model, trace in (("policy", spinal.policy), ("reference", spinal.reference)):
-            for name in ("contraction", "contraction_r2", "transport"):
-                path = f"spinal.{model}.{name}"
-                yield from _by_layer(f"spinal/{model}/{name}", getattr(trace, name), path, layers)
-    for level in ("info", "warning", "error"):
-        count = sum(alert.level == level for alert in record.alerts)
-        yield _Number(f"alerts/{level}", float(count), "alerts")
-    for name in ("seconds", "peak_memory", "forward_equivalents"):
-        yield _Number(f"cost/{name}", float(getattr(record.cost, name)), f"cost.{name}")
+def _add_images(board: SummaryWriter, record: AuditRecord, records: Sequence[AuditRecord]) -> None:
+    from align_audit.writers.plots.canvas import pixels
+    from align_audit.writers.plots.gallery import pictures_of
 
-
-def _patching(record: AuditRecord, layers: int) -> Iterator[_Number]:
-    patching = record.patching
-    if patching is None:
-        return
-    for name in ("embedding_gain", "head_gain", "embedding_transplant", "head_transplant", "additivity"):
-        yield from _estimate(f"patching/{name}", getattr(patching, name), f"patching.{name}")
-    peak = math.nan if patching.peak_layer is None else float(patching.peak_layer)
-    yield _Number("patching/peak_layer", peak, "patching.peak_layer")
-    if (attribution := patching.attribution) is not None:
-        for name in ("correlation", "joint_correlation", "patched_pairs", "equivalent_pairs"):
-            path = f"patching.attribution.{name}"
-            yield from _by_layer(f"patching/attribution/{name}", getattr(attribution, name), path, layers)
-    for name in ("effect", "recovery", "layer_gain", "block_transplant"):
-        for layer, estimate in enumerate(getattr(patching, name)):
-            tag = f"patching/{name}/layer_{layer:0{_width(layers - 1)}d}"
-            yield from _estimate(tag, estimate, f"patching.{name}", layer)
-    name = "effect_p_adjusted"
-    yield from _by_layer(f"patching/{name}", patching.effect_p_adjusted, f"patching.{name}", layers)
-
-
-def _sites(record: AuditRecord, layers: int) -> Iterator[_Number]:
-    for number, (name, curve) in enumerate(zip(site_names(record.sites), record.sites, strict=True)):
-        path, tag = f"sites.{number}", f"sites/{name}"
-        width = _width(max((unit.head or 0 for unit in curve.units), default=0))
-        for place, unit in enumerate(curve.units):
-            where = f"layer_{unit.layer:0{_width(layers - 1)}d}"
-            where += "" if unit.head is None else f"_head_{unit.head:0{width}d}"
-            yield from _estimate(f"{tag}/{where}", curve.sufficiency[place], f"{path}.sufficiency", place)
-            yield from _estimate(f"{tag}/necessity/{where}", curve.necessity[place], f"{path}.necessity", place)
-            if curve.correlation is not None:
-                yield _Number(f"{tag}/correlation/{where}", curve.correlation[place], f"{path}.correlation", place)
-
-
-def _low_rank(tag: str, curve: LowRankCurve, path: str) -> Iterator[_Number]:
-    yield _Number(f"{tag}/rank_95", curve.rank_95, f"{path}.rank_95")
-    yield from _estimate(f"{tag}/full_effect", curve.full_effect, f"{path}.full_effect")
-    if curve.principal_angles:
-        largest = max(curve.principal_angles)
-        yield _Number(f"{tag}/largest_principal_angle", largest, f"{path}.principal_angles")
-    width = _width(max(curve.ranks, default=0))
-    for k, fraction, explained in zip(curve.ranks, curve.effect_fraction, curve.explained_variance_ratio, strict=True):
-        rank = f"rank_{k:0{width}d}"
-        yield from _estimate(f"{tag}/effect_fraction/{rank}", fraction, f"{path}.effect_fraction", k)
-        name = "explained_variance_ratio"
-        yield _Number(f"{tag}/{name}/{rank}", explained, f"{path}.{name}", k)
-
-
-def _estimate(tag: str, estimate: Estimate, path: str, index: int | None = None) -> Iterator[_Number]:
-    yield _Number(tag, estimate.mean, path, index, estimate.reason)
-    if index is None:
-        # One of a row of layers or ranks shows its interval in the pictures: three curves each would bury the rest.
-        yield _Number(f"{tag}_low", estimate.low, path, index, estimate.reason)
-        yield _Number(f"{tag}_high", estimate.high, path, index, estimate.reason)
-
-
-def _by_layer(tag: str, values: Sequence[float], path: str, layers: int) -> Iterator[_Number]:
-    for layer, value in enumerate(values):
-        yield _Number(f"{tag}/layer_{layer:0{_width(layers - 1)}d}", value, path, layer)
-
-
-def _width(largest: int) -> int:
-    # Padded, so that the sorting of tags is the order of layers.
-    return max(2, len(str(largest)))
-
-
-def _ranks(record: AuditRecord, count: int) -> list[int]:
-    """The ranks that the random-subspace control ran along: those of the curves, which share them."""
-    for by_layer in record.low_rank.values():
-        for curve in by_layer.values():
-            if len(curve.ranks) == count:
-                return curve.ranks
-    return list(range(1, count + 1))
+    # Later audits may be in the log when an earlier step is written again; a picture at a step shows none of them.
+    records = [each for each in one_per_step(records) if each.step <= record.step]
+    for name, picture in pictures_of(records).items():
+        if picture.measured(record):
+            tag = f"{root_of(record.provenance.probe_name)}/{picture.part}/{name}"
+            # add_figure would go through pyplot, and its global state.
+            board.add_image(tag, pixels(picture.draw(records)), record.step, dataformats="HWC")
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -300,10 +170,10 @@ def alert_text(alert: Alert) -> str:
     """An alert in Markdown."""
     where = f", layers {span(alert.layers)}" if alert.layers else ""
     numbers = {"value": alert.value, "baseline": alert.baseline, "threshold": alert.threshold}
-    known = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if not is_unknown(value))
+    given = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if not is_unknown(value))
     return (
         f"**{alert.level.upper()}: {alert.rule}** (step {alert.step}{where})\n\n"
-        f"{alert.message}\n\n*What to do:* {alert.suggestion}" + (f"\n\n*Numbers:* {known}" if known else "")
+        f"{alert.message}\n\n*What to do:* {alert.suggestion}" + (f"\n\n*Numbers:* {given}" if given else "")
     )
 
 
@@ -354,7 +224,7 @@ def custom_scalars_layout(
     """
     layout: dict[str, dict[str, list[Any]]] = {}
     for name in probe_names:
-        layout |= _layout_of(_root(name), sites)
+        layout |= _layout_of(root_of(name), sites)
     return layout
 
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 import math
 import select
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
-from align_audit.record.audit_record import GUARDED, Alert, AuditRecord, Estimate
-from align_audit.writers import control_items, is_unknown, on_probes, overshoot, site_name, span, why_unknown
+from align_audit.record.audit_record import GUARDED, Alert, AuditRecord, control_items
+from align_audit.record.numbers import NO_REASON, Number, by_path, is_unknown, span, why_unknown
+from align_audit.record.site_names import site_name
+from align_audit.writers.words import on_probes, overshoot
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
+
+    from align_audit.config import AuditConfig
+    from align_audit.record.run import AuditRun
+    from align_audit.writers.writer import Surroundings
 
 _LEVEL_STYLES = {"info": "cyan", "warning": "yellow", "error": "bold red"}
 _VERDICT_STYLES = {"passed": "green", "failed": "bold red", "not_run": "dim"}
@@ -73,9 +79,9 @@ class _AlertPanel:
         if self.advise:
             parts.append(_text([("To do: ", "bold"), (alert.suggestion, "")], options))
         numbers = {"value": alert.value, "baseline": alert.baseline, "threshold": alert.threshold}
-        known = [f"{name} {value:.3g}" for name, value in numbers.items() if not is_unknown(value)]
-        if known:
-            parts.append(_text([(", ".join(known), "dim")], options))
+        given = [f"{name} {value:.3g}" for name, value in numbers.items() if not is_unknown(value)]
+        if given:
+            parts.append(_text([(", ".join(given), "dim")], options))
         if options.is_terminal:
             yield Panel(Group(*parts), title=_text([(title, style)], options), title_align="left", border_style=style)
         else:
@@ -102,22 +108,49 @@ def alert_panel(alert: Alert, advise: bool = True) -> _AlertPanel:
     return _AlertPanel(alert, advise)
 
 
-def print_record(record: AuditRecord, console: Console | None = None) -> None:
-    """Print the summary of an audit, then its warnings and errors.
+class Terminal:
+    """Prints the summary of each audit, then its warnings and errors.
 
-    What an alert of level info says (a control that failed) stands in the table already; advice that several alerts
-    share is printed with the last of them.
+    What an alert of level info says (a control that failed) stands in the table already; advice that several alerts of an
+    audit share is printed with the last of them.
 
     Args:
         console: where to; None: standard output.
     """
-    console = console or _standard_output()
-    console.print(summary_table(record))
-    loud = [alert for alert in record.alerts if alert.level != "info"]
-    for place, alert in enumerate(loud):
-        console.print(
-            alert_panel(alert, advise=all(later.suggestion != alert.suggestion for later in loud[place + 1 :]))
+
+    name = "standard output"
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console
+
+    @classmethod
+    def of(cls, config: AuditConfig, surroundings: Surroundings) -> Self:
+        """On standard output, whatever the configuration."""
+        return cls()
+
+    def start(self, run: AuditRun) -> None:
+        """Nothing is printed before the first audit."""
+
+    def record(self, record: AuditRecord, history: Sequence[AuditRecord]) -> None:
+        """Print the table."""
+        self._print(summary_table(record))
+
+    def alert(self, alert: Alert, record: AuditRecord) -> None:
+        """Print a warning or an error."""
+        if alert.level == "info":
+            return
+        printed = [each for each in record.alerts if each.level != "info"]
+        last = max((place for place, each in enumerate(printed) if each == alert), default=len(printed))
+        self._print(
+            alert_panel(alert, advise=all(later.suggestion != alert.suggestion for later in printed[last + 1 :]))
         )
+
+    def close(self) -> None:
+        """Standard output is not ours to close."""
+
+    def _print(self, renderable: Any) -> None:
+        console = self._console or _standard_output()
+        console.print(renderable)
 
 
 def _standard_output() -> Console:
@@ -158,34 +191,17 @@ def progress_bar(total: int, description: str) -> Any:
 
 
 def _rows(record: AuditRecord) -> Iterator[_Row]:
-    margins = record.margins
-
-    def estimate(label: str, path: str, value: Estimate, unit: str = "", signed: bool = False) -> _Row:
-        if is_unknown(value):
-            return _unknown(label, why_unknown(record, path, value))
-        return _Row.of(label, _estimate(value, signed) + (f" {unit}" if unit else ""))
-
+    at = by_path(record)
     if record.finding is not None:
         yield _Row.of("finding", record.finding.words, "bold" if record.finding.localized else "")
-    yield estimate("margin shift", "margins.shift", margins.shift, "nats", signed=True)
-    yield estimate("accuracy", "margins.accuracy", margins.accuracy)
-    change = margins.chosen_logp_change_per_token
-    yield estimate("chosen log-prob.", "margins.chosen_logp_change_per_token", change, "nats per token", signed=True)
-    yield estimate("KL to reference", "margins.kl", margins.kl, "nats per token")
-    yield from _patching_rows(record, estimate)
+    yield _number_row("margin shift", at["margins.shift"], signed=True)
+    yield _number_row("accuracy", at["margins.accuracy"])
+    yield _number_row("chosen log-prob.", at["margins.chosen_logp_change_per_token"], signed=True)
+    yield _number_row("KL to reference", at["margins.kl"])
+    yield from _patching_rows(record, at)
     yield from _low_rank_rows(record)
-    yield from _site_rows(record)
-    if (spinal := record.spinal) is None:
-        yield _unknown("SPINAL", why_unknown(record, "spinal"))
-    else:
-        for name in ("delta_align", "coherence"):
-            value = getattr(spinal, name)
-            if is_unknown(value):
-                yield _unknown(name, why_unknown(record, f"spinal.{name}"))
-            elif name == "coherence":
-                yield _Row.of(name, f"{_number(value)} (reference {_number(spinal.reference_coherence)})")
-            else:
-                yield _Row.of(name, f"{value:+.3g}")
+    yield from _site_rows(record, at)
+    yield from _spinal_rows(record, at)
     yield from _control_rows(record)
     if record.reference_check.verdict == "failed":
         yield _Row.of("reference", f"CHECK FAILED: {record.reference_check.reason}", "bold red")
@@ -195,19 +211,36 @@ def _rows(record: AuditRecord) -> Iterator[_Row]:
     yield _Row.of("cost", f"{cost.seconds:.1f} s, {size} at the peak, {cost.forward_equivalents:.0f} forwards")
 
 
-def _patching_rows(record: AuditRecord, estimate: Any) -> Iterator[_Row]:
-    patching = record.patching
-    if patching is None:
+def _number_row(label: str, number: Number, signed: bool = False) -> _Row:
+    if is_unknown(number.value):
+        return _unknown(label, number.reason or NO_REASON)
+    return _Row.of(label, _interval(number, signed) + (f" {number.unit}" if number.unit.startswith("nats") else ""))
+
+
+def _patching_rows(record: AuditRecord, at: Mapping[str, Number]) -> Iterator[_Row]:
+    if record.patching is None:
         yield _unknown("patching", why_unknown(record, "patching"))
         return
-    if patching.peak_layer is None:
+    peak = record.patching.peak_layer
+    if peak is None:
         yield _unknown("peak layer", why_unknown(record, "patching.peak_layer"))
     else:
-        transplant = patching.block_transplant[patching.peak_layer]
-        yield _Row.of(
-            "peak layer", f"{patching.peak_layer}, block transplant {_estimate(transplant, signed=True)} nats"
-        )
-    yield estimate("additivity", "patching.additivity", patching.additivity)
+        transplant = _interval(at[f"patching.block_transplant.{peak}"], signed=True)
+        yield _Row.of("peak layer", f"{peak}, block transplant {transplant} nats")
+    yield _number_row("additivity", at["patching.additivity"])
+
+
+def _spinal_rows(record: AuditRecord, at: Mapping[str, Number]) -> Iterator[_Row]:
+    if (spinal := record.spinal) is None:
+        yield _unknown("SPINAL", why_unknown(record, "spinal"))
+        return
+    words = {
+        "delta_align": f"{spinal.delta_align:+.3g}",
+        "coherence": f"{_number(spinal.coherence)} (reference {_number(spinal.reference_coherence)})",
+    }
+    for name, text in words.items():
+        number = at[f"spinal.{name}"]
+        yield _unknown(name, number.reason or NO_REASON) if is_unknown(number.value) else _Row.of(name, text)
 
 
 def _low_rank_rows(record: AuditRecord) -> Iterator[_Row]:
@@ -230,16 +263,16 @@ def _low_rank_rows(record: AuditRecord) -> Iterator[_Row]:
     yield _Row.of("rank_95", ", ".join(said) + more)
 
 
-def _site_rows(record: AuditRecord) -> Iterator[_Row]:
-    for number, curve in enumerate(record.sites):
+def _site_rows(record: AuditRecord, at: Mapping[str, Number]) -> Iterator[_Row]:
+    for place, curve in enumerate(record.sites):
         label = site_name(curve)
         if curve.peak is None:
-            yield _unknown(label, why_unknown(record, f"sites.{number}.peak"))
+            yield _unknown(label, why_unknown(record, f"sites.{place}.peak"))
             continue
         unit = curve.units[curve.peak]
         where = f"layer {unit.layer}" if unit.layer == unit.last_layer else f"layers {unit.layer}–{unit.last_layer}"
         where += "" if unit.head is None else f", head {unit.head}"
-        text = f"peak {where}: {_estimate(curve.sufficiency[curve.peak], signed=True)} nats"
+        text = f"peak {where}: {_interval(at[f'sites.{place}.sufficiency.{curve.peak}'], signed=True)} nats"
         if not curve.sufficiency_p_adjusted[curve.peak] < 0.05:
             text += ", not told from 0"
         if curve.correlation is not None:
@@ -280,13 +313,16 @@ def _number(value: float) -> str:
     return "not known" if math.isnan(value) else f"{value:.3g}"
 
 
-def _estimate(value: Estimate, signed: bool = False) -> str:
+def _interval(number: Number, signed: bool = False) -> str:
+    """An estimate with its interval."""
+    mean, low, high = (math.nan if end is None else end for end in (number.value, number.low, number.high))
     # One number of decimals for all three, from the width of the interval: 9.69 [7.2, 12.1] reads badly.
-    width = value.high - value.low
-    scale = width if width > 0 and math.isfinite(width) else abs(value.mean)
-    decimals = 2 if scale == 0 else min(max(1 - math.floor(math.log10(scale)), 0), 6)
+    width = high - low
+    scale = width if width > 0 and math.isfinite(width) else abs(mean)
+    of_size = scale > 0 and math.isfinite(scale)
+    decimals = min(max(1 - math.floor(math.log10(scale)), 0), 6) if of_size else 2
     sign = "+" if signed else ""
-    return f"{value.mean:{sign}.{decimals}f} [{value.low:{sign}.{decimals}f}, {value.high:{sign}.{decimals}f}]"
+    return f"{mean:{sign}.{decimals}f} [{low:{sign}.{decimals}f}, {high:{sign}.{decimals}f}]"
 
 
 def _text(parts: Sequence[tuple[str, str]], options: ConsoleOptions) -> Any:

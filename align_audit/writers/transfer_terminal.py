@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from align_audit.record.audit_record import Estimate
+from align_audit.record.numbers import is_unknown
 from align_audit.record.transfer_record import TransferRecord
-from align_audit.writers import is_unknown
+from align_audit.writers.words import overlap_notes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -108,8 +109,9 @@ def _rows(record: TransferRecord, basis: str, layer: int, between: str) -> Itera
                 cell = matrix[fitted][patched]
                 text = _estimate(cell.effect_fraction[place], between)
                 beaten = cell.beats_random[place] is False
-                own = fitted == patched
-                cells.append(_Cell(f"({text})" if beaten else text, "dim" if beaten else "" if own else "bold"))
+                cells.append(
+                    _Cell(f"({text})" if beaten else text, "dim" if beaten else "" if fitted == patched else "bold")
+                )
             yield fitted, place, cells
     random = record.random.get(basis, {}).get(layer, {})
     for place in range(len(record.ranks)) if random else ():
@@ -123,48 +125,33 @@ def _rows(record: TransferRecord, basis: str, layer: int, between: str) -> Itera
         )
 
 
-def overlap_notes(record: TransferRecord) -> list[str]:
-    """What the sets share, and what was done about it."""
-    notes = []
-    cells = next(iter(next(iter(record.cells.values())).values()))
-    for fitted, by_patch in record.shared_pairs.items():
-        for patched, shared in by_patch.items():
-            if shared:
-                cell = cells[fitted][patched]
-                notes.append(
-                    f"{shared} of {record.provenance[patched].pairs} pairs of {patched} are in {fitted} too: "
-                    f"{cell.cross_fitted} patched with the half of {fitted} they are not in, {cell.excluded} left out"
-                )
-    return notes
-
-
 def angle_notes(record: TransferRecord, basis: str, layer: int) -> list[str]:
     """For each two sets the largest principal angle between their subspaces, in degrees, by rank."""
     lines = []
-    for one in record.angles.get(basis, {}).get(layer, []):
-        known = [
+    for pair in record.angles.get(basis, {}).get(layer, []):
+        largest = [
             f"{math.degrees(angles[-1]):.0f}° (rank {rank})"
-            for rank, angles in zip(record.ranks, one.angles, strict=True)
+            for rank, angles in zip(record.ranks, pair.angles, strict=True)
             if not math.isnan(angles[-1])
         ]
-        if known:
-            lines.append(f"largest angle between {one.between[0]} and {one.between[1]}: {', '.join(known)}")
+        if largest:
+            lines.append(f"largest angle between {pair.between[0]} and {pair.between[1]}: {', '.join(largest)}")
     return lines
 
 
 def unknown_notes(record: TransferRecord) -> list[str]:
     """Each reason why shares are not known once, with where it holds."""
-    found: dict[str, list[str]] = {}
+    by_reason: dict[str, list[str]] = {}
     for basis, layer, fitted, patched, cell in record.each():
         for share in cell.effect_fraction:
             if share.reason and math.isnan(share.mean):
                 where = f"{fitted} on {patched} (layer {layer}, {basis})"
-                places = found.setdefault(share.reason, [])
+                places = by_reason.setdefault(share.reason, [])
                 if where not in places:
                     places.append(where)
     return [
         f"not known: {', '.join(places[:3])}{f' and {len(places) - 3} more' if len(places) > 3 else ''}: {reason}"
-        for reason, places in found.items()
+        for reason, places in by_reason.items()
     ]
 
 

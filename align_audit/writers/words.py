@@ -1,11 +1,38 @@
-"""Words that several pictures share: titles, warnings about failed controls, and which records are drawn."""
+"""Words that several writers share: titles, warnings about failed controls, and which records are drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from align_audit.record.audit_record import AuditRecord
-from align_audit.writers import one_per_step
+from align_audit.record.audit_record import AuditRecord, LowRankCurve
+from align_audit.record.numbers import is_unknown
+from align_audit.record.run import one_per_step
+from align_audit.record.transfer_record import TransferRecord
+
+
+def on_probes(record: AuditRecord) -> str:
+    """For titles: which probe set, where that has a name.
+
+    Example:
+        ``" on 'harmless'"``, or nothing.
+    """
+    name = record.provenance.probe_name
+    return "" if name is None else f" on {name!r}"
+
+
+def overshoot(curve: LowRankCurve) -> float | None:
+    """The largest effect fraction from ``rank_95`` up, where that is above 1.5; else None.
+
+    ``rank_95`` asks for at least 0.95 of the effect and sets no upper bound. A few directions of the activations throw
+    most of the stream away, which can move the margin by several times the effect; half as much again is far outside the
+    intervals of a fraction near 1.
+    """
+    fractions = [
+        fraction.mean
+        for k, fraction in zip(curve.ranks, curve.effect_fraction, strict=True)
+        if not is_unknown(curve.rank_95) and k >= curve.rank_95
+    ]
+    return max(fractions) if fractions and max(fractions) > 1.5 else None
 
 
 def to_draw(records: Sequence[AuditRecord]) -> list[AuditRecord]:
@@ -14,10 +41,10 @@ def to_draw(records: Sequence[AuditRecord]) -> list[AuditRecord]:
     Raises:
         ValueError: there are none.
     """
-    found = one_per_step(records)
-    if not found:
+    latest = one_per_step(records)
+    if not latest:
         raise ValueError("no records to draw; expected at least one audit")
-    return found
+    return latest
 
 
 def titled(title: str, record: AuditRecord) -> str:
@@ -49,3 +76,18 @@ def failed_controls(records: Sequence[AuditRecord], names: Sequence[str]) -> lis
             )
             warnings.append(f"{doubt} at {where}: {title} control failed")
     return warnings
+
+
+def overlap_notes(record: TransferRecord) -> list[str]:
+    """What the sets of a transfer share, and what was done about it."""
+    notes = []
+    cells = next(iter(next(iter(record.cells.values())).values()))
+    for fitted, by_patch in record.shared_pairs.items():
+        for patched, shared in by_patch.items():
+            if shared:
+                cell = cells[fitted][patched]
+                notes.append(
+                    f"{shared} of {record.provenance[patched].pairs} pairs of {patched} are in {fitted} too: "
+                    f"{cell.cross_fitted} patched with the half of {fitted} they are not in, {cell.excluded} left out"
+                )
+    return notes

@@ -21,7 +21,7 @@ from align_audit.alerts.detectors import evaluate
 from align_audit.config import AlertConfig
 from align_audit.errors import AlignAuditError, AnatomyError, ConfigurationError, ProbeError, ReferenceUnavailableError
 from align_audit.probes.pairs import ProbePair
-from align_audit.writers.tensorboard import not_known, scalars
+from align_audit.writers.scalars import not_known, scalars
 from tests.helpers.dpo import ROWS, build
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 from tests.monitoring.test_callback import quick

@@ -29,9 +29,9 @@ from align_audit.errors import ConfigurationError, ProbeError, RecordError
 from align_audit.measures.subspace import principal_angles
 from align_audit.models.reference import Reference
 from align_audit.record.log import RunLog
-from align_audit.writers import one_per_step
+from align_audit.record.run import one_per_step
 from align_audit.writers.plots import gallery as plots
-from align_audit.writers.tensorboard import scalars
+from align_audit.writers.scalars import scalars
 from tests.cli.test_run import PICTURES, command  # noqa: F401
 from tests.helpers.audits import audited
 from tests.helpers.dpo import ROWS, build

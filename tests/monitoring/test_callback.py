@@ -22,7 +22,7 @@ from align_audit import AlignmentAuditCallback, AuditConfig, AuditRecord, AuditR
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.errors import ConfigurationError
 from align_audit.models.weights.fingerprint import fingerprint
-from align_audit.writers.tensorboard import TensorBoardWriter
+from align_audit.writers.tensorboard import TensorBoard
 from tests.helpers.dpo import Trained, build
 
 pytestmark = pytest.mark.device
@@ -495,7 +495,7 @@ def test_a_writer_that_breaks_costs_no_record(
     def fails(*args: Any, **kwargs: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(TensorBoardWriter, "write", fails)
+    monkeypatch.setattr(TensorBoard, "record", fails)
     run(tmp_path / "out", quick(tensorboard="auto"), max_steps=1, save_strategy="no")
     stored = AuditRun.load(tmp_path / "out")
     assert [record.step for record in stored.records] == [0, 1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from align_audit import AuditConfig, AuditRecord, AuditRun, ProbeSet
+from align_audit import Alert, AuditConfig, AuditRecord, AuditRun, ProbeSet
 from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.errors import AlignAuditError
@@ -20,6 +20,8 @@ from align_audit.monitoring import monitor as module
 from align_audit.monitoring.monitor import Moment, Monitor, Outcome, comparable
 from align_audit.ranks import Ranks
 from align_audit.record.log import RunLog
+from align_audit.writers.terminal import Terminal
+from align_audit.writers.writer import Writers
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 from tests.monitoring.test_callback import quick
 
@@ -98,15 +100,24 @@ class Broken:
 class Curves:
     """Stands for the TensorBoard curves."""
 
+    name = "TensorBoard"
+
     def __init__(self, breaks: bool = False) -> None:
         self.breaks = breaks
         self.told: list[tuple[int, list[int]]] = []
+        self.alerts: list[tuple[str, int]] = []
         self.closed = 0
 
-    def write(self, record: AuditRecord, history: Any) -> None:
+    def start(self, run: AuditRun) -> None:
+        raise AssertionError("started already")
+
+    def record(self, record: AuditRecord, history: Any) -> None:
         if self.breaks:
             raise OSError("no space left on device")
         self.told.append((record.step, [each.step for each in history]))
+
+    def alert(self, alert: Alert, record: AuditRecord) -> None:
+        self.alerts.append((alert.rule, record.step))
 
     def close(self) -> None:
         self.closed += 1
@@ -281,7 +292,7 @@ def test_alerts_become_wishes(
 
 
 def test_curves_that_break_cost_no_record(bench: Any, caplog: pytest.LogCaptureFixture, capsys: Any) -> None:
-    outcome = bench(curves=Curves(breaks=True)).audit(1)
+    outcome = bench(writers=Writers([Curves(breaks=True), Terminal()])).audit(1)
     assert outcome.failures == []
     assert list(outcome.records) == [None]
     assert "could not write step 1 to TensorBoard" in caplog.text
@@ -291,17 +302,23 @@ def test_curves_that_break_cost_no_record(bench: Any, caplog: pytest.LogCaptureF
 def test_a_terminal_that_breaks_costs_no_record(
     bench: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def gone(record: AuditRecord) -> None:
+    def gone(*_: Any) -> None:
         raise SystemExit("nobody reads")
 
-    monkeypatch.setattr(module, "print_record", gone)
+    monkeypatch.setattr(Terminal, "record", gone)
     curves = Curves()
-    first = bench(curves=curves)
+    first = bench(writers=Writers([Terminal(), curves]))
     assert first.audit(1).failures == []
     assert first.audit(2).failures == []
     assert curves.told == [(1, [1]), (2, [1, 2])]
     assert [record.step for record in first.run.records] == [1, 2]
-    assert "could not print step 2: SystemExit: nobody reads" in caplog.text
+    assert "could not write step 2 to standard output: SystemExit: nobody reads" in caplog.text
+
+
+def test_writers_are_told_of_alerts_after_their_record(bench: Any) -> None:
+    curves = Curves()
+    outcome = bench(writers=Writers([curves]), config=quick(alerts=AT_ONCE)).audit(1)
+    assert curves.alerts == [(alert.rule, 1) for alert in outcome.alerts] != []
 
 
 @pytest.mark.parametrize("method", ["save_arrays", "append"])
@@ -440,7 +457,7 @@ def test_strict_raises_on_every_process(bench: Any) -> None:
 
 def test_closing_lets_go_of_curves_and_processes(bench: Any) -> None:
     curves = Curves()
-    first = bench(curves=curves, ranks=broke_beside())
+    first = bench(writers=Writers([curves]), ranks=broke_beside())
     first.monitor.close()
     first.monitor.close()
     assert curves.closed == 1

@@ -71,7 +71,7 @@ def test_training_outlives_the_reader_of_its_output(
         trained = trained_unread(tmp_path / "run", strict=strict)
     assert same_training(trained, plain)
     assert steps(tmp_path / "run") == [0, 2, 3]
-    assert sum("could not print" in record.message for record in caplog.records) == 3
+    assert sum("to standard output" in record.message for record in caplog.records) == 3
 
 
 def test_the_process_keeps_its_output_where_it_was(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def test_a_trainer_out_of_reach_says_what_its_arguments_do() -> None:
     args = arguments(beta=0.3, max_length=77, truncation_mode="keep_end", ld_alpha=0.5, load_best_model_at_end=True)
     facts = read_trainer(None, args, SimpleNamespace(dataset="pairs"))
     assert not facts.attached
-    assert (facts.reference, facts.eval_sets, facts.summary_writer) == (None, None, None)
+    assert (facts.reference, facts.eval_sets, facts.summary_writer()) == (None, None, None)
     assert (facts.train_set, facts.beta, facts.max_length, facts.truncation_mode) == ("pairs", 0.3, 77, "keep_end")
     assert (facts.compare_precomputed, facts.loads_best, facts.progress) == (False, True, False)
 

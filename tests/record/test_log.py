@@ -11,7 +11,8 @@ import pytest
 
 from align_audit.errors import ConfigurationError, RecordError
 from align_audit.record.audit_record import Alert, AuditRecord
-from align_audit.record.log import ALERTS, FAILURES, FOLDER, RECORDS, AuditRun, RunLog
+from align_audit.record.log import ALERTS, FAILURES, FOLDER, RECORDS, RunLog
+from align_audit.record.run import AuditRun
 from tests.helpers.make_record import make_record, make_run
 
 
@@ -70,15 +71,6 @@ def test_what_is_appended_is_loaded(tmp_path: Path) -> None:
         assert run.failures[0].time.endswith("+00:00")
     lines = (tmp_path / FOLDER / ALERTS).read_text().splitlines()
     assert [Alert.model_validate_json(line) for line in lines] == run.alerts
-
-
-def test_a_saved_file_of_another_name_is_a_run_too(tmp_path: Path) -> None:
-    records = make_run("destabilizing", audits=3, layers=2)
-    path = tmp_path / "kept.jsonl"
-    path.write_text("".join(record.to_json() + "\n" for record in records))
-    run = AuditRun.load(path)
-    assert same(run.records, records)
-    assert run.alerts == [found for record in records for found in record.alerts]
 
 
 def test_records_come_sorted_whatever_the_order_of_appending(tmp_path: Path) -> None:
@@ -253,23 +245,6 @@ def test_a_newer_schema_is_refused_by_reader_and_writer(tmp_path: Path) -> None:
             read(tmp_path)
 
 
-def test_a_missing_log_says_what_was_looked_for(tmp_path: Path) -> None:
-    (tmp_path / FOLDER).mkdir()  # a folder of that name is no log: it may be a clone of the package
-    for place in (tmp_path, tmp_path / "absent", tmp_path / RECORDS):
-        with pytest.raises(RecordError) as caught:
-            AuditRun.load(place)
-        assert str(place / FOLDER / RECORDS) in str(caught.value)
-        assert str(place / RECORDS) in str(caught.value)
-
-
-def test_an_empty_log_is_a_run_without_records(tmp_path: Path) -> None:
-    RunLog(tmp_path)
-    run = AuditRun.load(tmp_path)
-    assert (run.records, run.alerts, run.failures) == ([], [], [])
-    assert list(run.to_pandas().columns) == ["step"]
-    assert list(run.to_pandas(layers=True).columns) == ["step", "layer"]
-
-
 @pytest.mark.parametrize("where", ["output_dir", "folder", "log"])
 def test_an_unwritable_place_is_refused_with_what_to_do(tmp_path: Path, where: str) -> None:
     if where == "output_dir":
@@ -424,73 +399,6 @@ def test_absent_arrays_and_names_that_leave_the_folder(tmp_path: Path) -> None:
     for name in ("../escape", "a/b", "", ".."):
         with pytest.raises(ValueError, match="plain name"):
             log.save_arrays(3, name, {"x": np.ones(1)})
-
-
-def test_the_wide_table_has_the_records_numbers_under_their_paths(tmp_path: Path) -> None:
-    records = make_run("destabilizing", audits=4, layers=5)
-    records[3] = records[3].model_copy(update={"spinal": None})
-    log = RunLog(tmp_path)
-    for record in records:
-        log.append(record)
-    table = AuditRun.load(tmp_path).to_pandas()
-    assert table["step"].tolist() == [0, 50, 100, 150]
-    assert table["margins.shift.mean"].tolist() == [record.margins.shift.mean for record in records]
-    assert table["margins.shift.low"].tolist() == [record.margins.shift.low for record in records]
-    assert table["controls.noise.verdict"].tolist() == [record.controls.noise.verdict for record in records]
-    assert table["alerts"].tolist() == [len(record.alerts) for record in records]
-    assert table["provenance.policy_hash"].tolist() == [record.provenance.policy_hash for record in records]
-    assert table["patching.peak_layer"].isna().tolist() == [True, False, False, False]
-    assert table["spinal.delta_align"].isna().tolist() == [False, False, False, True]
-    peak = records[2].patching.peak_layer  # type: ignore[union-attr]
-    curve = records[2].low_rank["shift"][peak]
-    assert table.loc[2, f"low_rank.shift.{peak}.rank_95"] == curve.rank_95
-    kinds = {type(value) for column in table for value in table[column]}
-    assert not kinds & {list, dict, AuditRecord}, "single numbers only"
-    assert "spinal" not in table
-
-
-def test_the_layer_table_is_tidy(tmp_path: Path) -> None:
-    records = make_run(audits=3, layers=5)
-    log = RunLog(tmp_path)
-    for record in records:
-        log.append(record)
-    table = AuditRun.load(tmp_path).to_pandas(layers=True)
-    assert table[["step", "layer"]].to_numpy().tolist() == [[s, layer] for s in (0, 50, 100) for layer in range(5)]
-    last = records[2]
-    assert last.patching is not None
-    assert last.spinal is not None
-    rows = table[table.step == 100]
-    for name, estimates in (
-        ("effect", last.patching.effect),
-        ("recovery", last.patching.recovery),
-        ("layer_gain", last.patching.layer_gain),
-        ("block_transplant", last.patching.block_transplant),
-        ("noise_effect", last.controls.noise.effect),
-        ("reverse_effect", last.controls.reverse.effect),
-    ):
-        assert estimates is not None
-        assert rows[name].tolist() == [estimate.mean for estimate in estimates]
-        assert rows[f"{name}_low"].tolist() == [estimate.low for estimate in estimates]
-        assert rows[f"{name}_high"].tolist() == [estimate.high for estimate in estimates]
-    assert rows["policy_contraction"].tolist() == last.spinal.policy.contraction
-    assert rows["reference_transport"].tolist()[:4] == last.spinal.reference.transport
-    assert math.isnan(rows["reference_transport"].tolist()[4])
-    assert rows["terminal"].tolist() == [layer in last.spinal.terminal_layers for layer in range(5)]
-    measured = rows["shift_rank_95"].notna().tolist()
-    assert measured == [
-        layer in last.low_rank["shift"] and not math.isnan(last.low_rank["shift"][layer].rank_95) for layer in range(5)
-    ]
-    assert table[table.step == 0]["recovery"].isna().all()
-
-
-def test_tables_of_records_with_parts_switched_off(tmp_path: Path) -> None:
-    log = RunLog(tmp_path)
-    log.append(make_record(1, layers=3, patching=False, localization=False, low_rank=False, spinal=False))
-    run = AuditRun.load(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert len(run.to_pandas(layers=True)) == 3
-        assert "patching" not in run.to_pandas()
 
 
 def test_a_good_log_gives_no_warning(tmp_path: Path) -> None:

@@ -8,8 +8,17 @@ import pytest
 from rich.console import Console
 
 from align_audit.record.audit_record import Alert, AuditRecord, Control, Estimate
-from align_audit.writers.terminal import alert_panel, print_record, progress_bar, summary_table
-from tests.helpers.make_record import NO_SHIFT, make_record
+from align_audit.writers.terminal import Terminal, alert_panel, progress_bar, summary_table
+from tests.helpers.make_record import make_record, make_sites
+from tests.helpers.record_parts import NO_SHIFT
+
+
+def print_record(record: AuditRecord, console: Console) -> None:
+    """An audit and its alerts, as a run tells of them."""
+    terminal = Terminal(console)
+    terminal.record(record, [])
+    for alert in record.alerts:
+        terminal.alert(alert, record)
 
 
 def render(thing: Any, terminal: bool = False, width: int = 80, encoding: str = "utf-8") -> str:
@@ -104,6 +113,14 @@ def test_what_is_unknown_says_why() -> None:
     assert row(text, "margin shift") == "not known: logits [overflowed]"
 
 
+def test_what_is_infinite_is_printed_as_such() -> None:
+    """The KL of a ruined policy may overflow: no reason to show nothing at all."""
+    record = make_record(100)
+    beyond = record.margins.model_copy(update={"kl": Estimate(mean=math.inf, low=0.1, high=math.inf)})
+    text = render(record.model_copy(update={"margins": beyond}))
+    assert row(text, "KL to reference") == "inf [0.10, inf] nats per token"
+
+
 def test_failed_controls_stand_out_with_their_reason() -> None:
     record = make_record(100)
     noise = Control(verdict="failed", reason="at the peak layer 7 the intervals overlap: [1, 2] against [0.5, 3]")
@@ -119,6 +136,18 @@ def test_failed_controls_stand_out_with_their_reason() -> None:
         "CHECK FAILED: weights differ"
     )
     assert "CHECK FAILED" not in text
+
+
+def test_peaks_of_finer_sites_are_named() -> None:
+    record = make_record(100, layers=12, sites=make_sites())
+    out = io.StringIO()
+    print_record(record, Console(file=out, width=140))
+    text = out.getvalue()
+    assert "attention output" in text
+    assert "peak layer 5: +1.2" in text
+    assert "peak layer 5, head 2: +1.2" in text
+    assert "(attribution, correlation 0.9" in text
+    assert "peak layers 5–6" in text or "peak layers 5-6" in text
 
 
 def test_alerts_follow_the_summary_whole() -> None:

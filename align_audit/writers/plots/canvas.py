@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 from align_audit.record.audit_record import Estimate
-from align_audit.writers import span
+from align_audit.record.numbers import span
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,18 +127,19 @@ def pixels(figure: Figure, dpi: int = 100) -> np.ndarray:
 class Notes:
     """Collects what is unknown and why, to be said once."""
 
-    found: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    places: dict[tuple[str, str], list[int]] = field(default_factory=dict)
+    """(What, why) → where."""
 
     def unknown(self, what: str, where: int | None, reason: str) -> None:
         """Note that ``what`` is not known at a layer or step (None: throughout)."""
-        places = self.found.setdefault((what, reason), [])
+        places = self.places.setdefault((what, reason), [])
         if where is not None:
             places.append(where)
 
     def lines(self, unit: str) -> list[str]:
         """A sentence for each, places contracted; ``unit`` is what they are, as "layer"."""
         said = []
-        for (what, reason), places in self.found.items():
+        for (what, reason), places in self.places.items():
             number = "s" if len(set(places)) > 1 else ""
             where = f"{unit}{number} {span(places)}" if places else ""
             subject = ", ".join(part for part in (what, where) if part)
@@ -184,15 +185,15 @@ def hatch(axes: Axes, positions: Sequence[float], unknown: Sequence[int], log: b
     for index in unknown:
         here = positions[index]
         alone = len(positions) == 1
-        before = positions[index - 1] if index else (here / 2 if log else here - 1)
-        after = positions[index + 1] if index + 1 < len(positions) else (here * 2 if log else here + 1)
+        below = positions[index - 1] if index else (here / 2 if log else here - 1)
+        above = positions[index + 1] if index + 1 < len(positions) else (here * 2 if log else here + 1)
         if not alone and not log:
             # At the ends as wide as on the inner side.
-            before = before if index else here - (after - here)
-            after = after if index + 1 < len(positions) else here + (here - before)
+            below = below if index else here - (above - here)
+            above = above if index + 1 < len(positions) else here + (here - below)
         axes.axvspan(
-            between(before, here),
-            between(here, after),
+            between(below, here),
+            between(here, above),
             facecolor=UNKNOWN,
             edgecolor="#a8a8a8",
             hatch="////",

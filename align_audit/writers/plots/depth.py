@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from align_audit.record.audit_record import AuditRecord, DepthTrace, Spinal
-from align_audit.writers import why_unknown
+from align_audit.record.numbers import why_unknown
 from align_audit.writers.plots.canvas import (
     BLUE,
     GREY,

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from align_audit.record.audit_record import AuditRecord, Estimate
-from align_audit.writers import control_items, is_unknown, why_unknown
+from align_audit.record.audit_record import AuditRecord, Estimate, control_items
+from align_audit.record.numbers import is_unknown, why_unknown
 from align_audit.writers.plots.canvas import (
     BLUE,
     GREY,
@@ -32,6 +32,7 @@ from align_audit.writers.plots.canvas import (
 from align_audit.writers.words import failed_controls, titled, to_draw
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -49,6 +50,8 @@ def recovery_by_layer_and_step(records: Sequence[AuditRecord]) -> Figure:
             field="recovery",
             title="Recovery: share of the margin shift carried by the policy's stream after each layer",
             read="The curve climbs to 1 by construction. Read where it climbs, not how high it stands: that is the "
+            "layer gain, and which block acts on its own is the transplant.",
+            read_once="The curve climbs to 1 by construction. Read where it climbs, not how high it stands: that is the "
             "layer gain, and which block acts on its own is the transplant.",
             unit="recovery (share of the margin shift)",
             controls=("noise", "reverse", "identity"),
@@ -71,6 +74,7 @@ def layer_gain_by_layer_and_step(records: Sequence[AuditRecord]) -> Figure:
             title="Layer gain: share of the margin shift that each layer adds to those below it",
             read="The column of an audit sums to 1. Red adds, blue takes away; one strong row is a localized change, "
             "even rows a spread one.",
+            read_once="The values sum to 1. One high point is a localized change, an even curve a spread one.",
             unit="layer gain (share of the margin shift)",
             controls=("noise", "reverse", "identity"),
             below="embedding_gain",
@@ -94,6 +98,8 @@ def block_transplants(records: Sequence[AuditRecord]) -> Figure:
             title="Block transplants: margin moved by one policy block alone inside the reference",
             read="Red blocks raise the margin of chosen over rejected, blue ones lower it; the dot is the peak layer. "
             "Blue rows that appear late are blocks that work against the others.",
+            read_once="Blocks above 0 raise the margin of chosen over rejected, those below lower it; the peak layer is "
+            "ringed.",
             unit="block transplant (nats)",
             controls=("noise", "reverse", "identity", "split_half"),
             below="embedding_transplant",
@@ -111,6 +117,9 @@ class _Quantity:
     field: str
     title: str
     read: str
+    """How to read the map over audits."""
+    read_once: str
+    """How to read the curve of one audit."""
     unit: str
     controls: tuple[str, ...]
     below: str | None = None
@@ -126,14 +135,10 @@ class _Quantity:
         if patching is None:
             nothing = Estimate.unknown(why_unknown(record, "patching"))
             return [(f"patching.{name}", nothing) for name in names]
-        values: list[tuple[str, Estimate]] = []
-        if self.below:
-            values.append((f"patching.{self.below}", getattr(patching, self.below)))
-        for layer, estimate in enumerate(getattr(patching, self.field)):
-            values.append((f"patching.{self.field}.{layer}", estimate))
-        if self.above:
-            values.append((f"patching.{self.above}", getattr(patching, self.above)))
-        return values
+        rows = [(f"{self.field}.{layer}", estimate) for layer, estimate in enumerate(getattr(patching, self.field))]
+        below = [(self.below, getattr(patching, self.below))] if self.below else []
+        above = [(self.above, getattr(patching, self.above))] if self.above else []
+        return [(f"patching.{name}", estimate) for name, estimate in [*below, *rows, *above]]
 
 
 def _by_layer_and_step(records: Sequence[AuditRecord], quantity: _Quantity) -> Figure:
@@ -175,41 +180,52 @@ def _heat_map(records: Sequence[AuditRecord], quantity: _Quantity) -> Figure:
     colour_bar(body, image, axes, quantity.unit, clipped=bool(finite.size and finite.max() > limit * 1.0001))
     _row_labels(axes, count, quantity)
     if rows * len(records) <= 80 and len(records) <= 8:
-        for (row, column_index), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                dark = abs(value) > 0.6 * limit
-                axes.text(
-                    column_index,
-                    row,
-                    f"{value:.2f}" if limit < 10 else f"{value:.1f}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color="white" if dark else INK,
-                )
+        _write_cells(axes, values, limit)
     if quantity.peak:
-        offset = 1 if quantity.below else 0
-        peaks = [
-            (index, record.patching.peak_layer + offset)
-            for index, record in enumerate(records)
-            if record.patching is not None and record.patching.peak_layer is not None
-        ]
-        if peaks:
-            small = len(records) > 60
-            # In annotated cells the dot moves aside to leave the number readable.
-            shift = 0.36 if len(records) <= 8 else 0.0
-            axes.scatter(
-                [x - shift for x, _ in peaks],
-                [y for _, y in peaks],
-                s=6 if small else 22,
-                color=INK,
-                edgecolors="white",
-                linewidths=0.3 if small else 0.8,
-                zorder=4,
-            )
+        _mark_peaks(axes, records, offset=1 if quantity.below else 0)
     axes.tick_params(axis="x", bottom=False, labelbottom=False)
     _verdict_strip(strip, records)
     return figure
+
+
+def _write_cells(axes: Axes, values: np.ndarray, limit: float) -> None:
+    """The numbers of a map [rows, columns] in its cells, white where the cell is dark."""
+    import numpy as np
+
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            axes.text(
+                column,
+                row,
+                f"{value:.2f}" if limit < 10 else f"{value:.1f}",
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white" if abs(value) > 0.6 * limit else INK,
+            )
+
+
+def _mark_peaks(axes: Axes, records: Sequence[AuditRecord], offset: int) -> None:
+    """A dot at each audit's peak layer, which stands ``offset`` rows above its number."""
+    peaks = [
+        (index, record.patching.peak_layer + offset)
+        for index, record in enumerate(records)
+        if record.patching is not None and record.patching.peak_layer is not None
+    ]
+    if not peaks:
+        return
+    small = len(records) > 60
+    # In annotated cells the dot moves aside to leave the number readable.
+    aside = 0.36 if len(records) <= 8 else 0.0
+    axes.scatter(
+        [x - aside for x, _ in peaks],
+        [y for _, y in peaks],
+        s=6 if small else 22,
+        color=INK,
+        edgecolors="white",
+        linewidths=0.3 if small else 0.8,
+        zorder=4,
+    )
 
 
 def _row_labels(axes: Axes, count: int, quantity: _Quantity) -> None:
@@ -275,8 +291,6 @@ def _verdict_strip(axes: Axes, records: Sequence[AuditRecord]) -> None:
 def _profile(record: AuditRecord, quantity: _Quantity) -> Figure:
     """One audit: values by layer with their intervals."""
     cells = quantity.of(record)
-    count = record.provenance.num_layers
-    first = -1 if quantity.below else 0
     notes = Notes()
     for path, estimate in cells:
         if is_unknown(estimate):
@@ -290,65 +304,63 @@ def _profile(record: AuditRecord, quantity: _Quantity) -> Figure:
         9.0,
         3.6,
         titled(f"Step {record.step}. {quantity.title}", record),
-        quantity.read.replace("The column of an audit sums", "The values sum")
-        .replace(
-            "Red adds, blue takes away; one strong row is a localized change, even rows a spread one.",
-            "One high point is a localized change, an even curve a spread one.",
-        )
-        .replace(
-            "Red blocks raise the margin of chosen over rejected, blue ones lower it; the dot is the peak layer. "
-            "Blue rows that appear late are blocks that work against the others.",
-            "Blocks above 0 raise the margin of chosen over rejected, those below lower it; the peak layer is ringed.",
-        ),
+        quantity.read_once,
         failed_controls([record], quantity.controls),
         [*notes.lines("step"), f"Controls: {verdicts}."],
     )
     axes = body.subplots()
+    first = -1 if quantity.below else 0
     positions = list(range(first, first + len(cells)))
-    estimates = [estimate for _, estimate in cells]
     axes.axhline(0, color=GREY, linewidth=0.8)
-    if all(is_unknown(estimate) for estimate in estimates):
+    if all(is_unknown(estimate) for _, estimate in cells):
         fill_unknown(axes, "not known (reason below)")
     else:
-        inside = slice(1 if quantity.below else 0, len(cells) - (1 if quantity.above else 0))
-        for part, mark in ((inside, "o"), (slice(0, inside.start), "D"), (slice(inside.stop, None), "D")):
-            chosen = estimates[part]
-            if chosen:
-                axes.errorbar(
-                    positions[part],
-                    [e.mean for e in chosen],
-                    yerr=bars(chosen),
-                    color=BLUE,
-                    marker=mark,
-                    markersize=5,
-                    linewidth=1.4 if mark == "o" else 0,
-                    elinewidth=1.1,
-                    capsize=2.5,
-                    zorder=3,
-                    label=f"{quantity.field.replace('_', ' ')}, with interval" if part is inside else None,
-                )
-        hatch(axes, positions, [index for index, estimate in enumerate(estimates) if is_unknown(estimate)])
-        if quantity.field == "recovery":
-            axes.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
-            _draw_noise(axes, record)
-        if quantity.peak and record.patching is not None and record.patching.peak_layer is not None:
-            peak = record.patching.peak_layer
-            axes.scatter(
-                [peak],
-                [record.patching.block_transplant[peak].mean],
-                s=130,
-                facecolors="none",
-                edgecolors=INK,
-                linewidths=1.4,
-                zorder=4,
-                label=f"peak layer {peak}",
-            )
-        axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.2)
+        _draw_profile(axes, record, quantity, positions, [estimate for _, estimate in cells])
+    count = record.provenance.num_layers
     layer_axis(axes, count, "x", embedding=bool(quantity.below), head=bool(quantity.above))
     axes.set_xlim(positions[0] - 0.5, positions[-1] + 0.5)
     axes.set_xlabel("layer")
     axes.set_ylabel(quantity.unit.replace(" (", "\n("))
     return figure
+
+
+def _draw_profile(
+    axes: Axes, record: AuditRecord, quantity: _Quantity, positions: Sequence[int], estimates: Sequence[Estimate]
+) -> None:
+    """A line through the layers, embedding and head apart from it, and what the quantity is to be compared with."""
+    inside = slice(1 if quantity.below else 0, len(estimates) - (1 if quantity.above else 0))
+    for part, mark in ((inside, "o"), (slice(0, inside.start), "D"), (slice(inside.stop, None), "D")):
+        if estimates[part]:
+            axes.errorbar(
+                positions[part],
+                [e.mean for e in estimates[part]],
+                yerr=bars(estimates[part]),
+                color=BLUE,
+                marker=mark,
+                markersize=5,
+                linewidth=1.4 if mark == "o" else 0,
+                elinewidth=1.1,
+                capsize=2.5,
+                zorder=3,
+                label=f"{quantity.field.replace('_', ' ')}, with interval" if part is inside else None,
+            )
+    hatch(axes, positions, [index for index, estimate in enumerate(estimates) if is_unknown(estimate)])
+    if quantity.field == "recovery":
+        axes.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
+        _draw_noise(axes, record)
+    if quantity.peak and record.patching is not None and record.patching.peak_layer is not None:
+        peak = record.patching.peak_layer
+        axes.scatter(
+            [peak],
+            [record.patching.block_transplant[peak].mean],
+            s=130,
+            facecolors="none",
+            edgecolors=INK,
+            linewidths=1.4,
+            zorder=4,
+            label=f"peak layer {peak}",
+        )
+    axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.2)
 
 
 def _draw_noise(axes: Axes, record: AuditRecord) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from align_audit.record.audit_record import AuditRecord, Estimate, LowRankCurve
-from align_audit.writers import is_unknown, overshoot, why_unknown
+from align_audit.record.numbers import is_unknown, why_unknown
 from align_audit.writers.plots.canvas import (
     BLUE,
     DIVERGING,
@@ -27,11 +27,13 @@ from align_audit.writers.plots.canvas import (
     number,
     styled,
 )
-from align_audit.writers.words import failed_controls, titled
+from align_audit.writers.words import failed_controls, overshoot, titled
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 
 @styled
@@ -82,8 +84,8 @@ def low_rank_curve(record: AuditRecord) -> Figure:
                 _draw_random(axes, random[2], random[3], failed=control.verdict == "failed")
     # Fractions of a small effect can run away; the band around 0..1 is what is read.
     shown = [e.mean for by_layer in curves.values() for c in by_layer.values() for e in c.effect_fraction]
-    known = [value for value in shown if not math.isnan(value)] or [0.0]
-    panels[0][0].set_ylim(max(min(-0.08, min(known) - 0.1), -1.0), min(max(1.15, max(known) + 0.1), 2.0))
+    finite = [value for value in shown if not math.isnan(value)] or [0.0]
+    panels[0][0].set_ylim(max(min(-0.08, min(finite) - 0.1), -1.0), min(max(1.15, max(finite) + 0.1), 2.0))
     handles = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
@@ -109,16 +111,16 @@ def _low_rank_notes(record: AuditRecord, curves: Mapping[str, Mapping[int, LowRa
 
 def _overshoot_notes(curves: Mapping[str, Mapping[int, LowRankCurve]]) -> list[str]:
     """What to make of curves that go far above 1."""
-    found = []
+    notes = []
     for basis, by_layer in curves.items():
         most = {layer: share for layer, curve in by_layer.items() if (share := overshoot(curve)) is not None}
         if most:
             where = f"layer {min(most)}" if len(most) == 1 else f"{len(most)} layers"
-            found.append(
+            notes.append(
                 f"In the {basis} basis the share reaches {number(max(most.values()))} ({where}): what is left out of the "
                 "stream moves the margin more than what is patched. Its rank 95 is no evidence of a low-rank change."
             )
-    return found
+    return notes
 
 
 def _rank_95_words(curve: LowRankCurve) -> str:
@@ -215,11 +217,9 @@ def _low_rank_map(
     read = (
         "Dark red is the whole effect. The ring marks rank 95: from there on each rank keeps 95 % of it, none far more."
     )
-    notes = []
-    height = min(max(1.6 + 0.19 * len(layers), 3.2), 9.0)
     control = record.controls.random_subspace
     footers = [f"Random subspaces: {control.verdict.replace('_', ' ')}, {control.reason}."]
-    grids = {}
+    grids, reasons = {}, []
     for basis, by_layer in curves.items():
         ranks = sorted({k for curve in by_layer.values() for k in curve.ranks})
         grid = np.full((len(layers), len(ranks)), math.nan)
@@ -227,37 +227,19 @@ def _low_rank_map(
             for k, estimate in zip(curve.ranks, curve.effect_fraction, strict=True):
                 grid[layers.index(layer), ranks.index(k)] = estimate.mean
                 if is_unknown(estimate):
-                    notes.append(why_unknown(record, f"low_rank.{basis}.{layer}.effect_fraction", estimate))
+                    reasons.append(why_unknown(record, f"low_rank.{basis}.{layer}.effect_fraction", estimate))
         grids[basis] = ranks, grid
     footers += _overshoot_notes(curves)
     if any(np.isnan(grid).any() for _, grid in grids.values()):
-        notes.append("not measured")
-    if notes:
-        footers.insert(0, f"Hatched is not known: {'; '.join(dict.fromkeys(notes))}.")
+        reasons.append("not measured")
+    if reasons:
+        footers.insert(0, f"Hatched is not known: {'; '.join(dict.fromkeys(reasons))}.")
+    height = min(max(1.6 + 0.19 * len(layers), 3.2), 9.0)
     body, figure = frame(4.2 * len(curves) + 1.0, height, title, read, warnings, footers)
     panels = body.subplots(1, len(curves), squeeze=False, sharey=True)[0]
     for axes, (basis, (ranks, grid)) in zip(panels, grids.items(), strict=True):
-        axes.set_facecolor(UNKNOWN)
-        axes.patch.set(hatch="////", edgecolor="#a8a8a8")
-        image = axes.imshow(
-            np.ma.masked_invalid(grid),
-            origin="lower",
-            aspect="auto",
-            cmap=DIVERGING,
-            vmin=-1,
-            vmax=1,
-            interpolation="nearest",
-        )
-        rings = [
-            (ranks.index(int(curve.rank_95)), layers.index(layer))
-            for layer, curve in curves[basis].items()
-            if not is_unknown(curve.rank_95) and overshoot(curve) is None
-        ]
-        if rings:
-            axes.scatter(*zip(*rings, strict=True), s=26, facecolors="none", edgecolors="white", linewidths=1.3)
+        image = _draw_low_rank_map(axes, curves[basis], layers, ranks, grid)
         axes.set_title(f"{basis} basis", loc="left", fontweight="bold")
-        axes.set_xticks(range(len(ranks)), [str(k) for k in ranks])
-        axes.set_xlabel("rank k")
     every = max(1, math.ceil(len(layers) / 16))
     ticks = list(range(0, len(layers), every))
     panels[0].set_yticks(ticks, [str(layers[index]) for index in ticks])
@@ -266,3 +248,33 @@ def _low_rank_map(
     bar.set_label("share of the layer's effect")
     bar.outline.set_visible(False)
     return figure
+
+
+def _draw_low_rank_map(
+    axes: Axes, curves: Mapping[int, LowRankCurve], layers: Sequence[int], ranks: Sequence[int], grid: np.ndarray
+) -> AxesImage:
+    """The shares [layers, ranks] of one basis, with a ring at each layer's rank 95."""
+    import numpy as np
+
+    axes.set_facecolor(UNKNOWN)
+    axes.patch.set(hatch="////", edgecolor="#a8a8a8")
+    image = axes.imshow(
+        np.ma.masked_invalid(grid),
+        origin="lower",
+        aspect="auto",
+        cmap=DIVERGING,
+        vmin=-1,
+        vmax=1,
+        interpolation="nearest",
+    )
+    rings = [
+        (ranks.index(int(curve.rank_95)), layers.index(layer))
+        for layer, curve in curves.items()
+        if not is_unknown(curve.rank_95) and overshoot(curve) is None
+    ]
+    if rings:
+        columns, rows = zip(*rings, strict=True)
+        axes.scatter(columns, rows, s=26, facecolors="none", edgecolors="white", linewidths=1.3)
+    axes.set_xticks(range(len(ranks)), [str(k) for k in ranks])
+    axes.set_xlabel("rank k")
+    return image

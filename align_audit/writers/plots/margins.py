@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from align_audit.record.audit_record import Alert, AuditRecord
-from align_audit.writers import is_unknown, why_unknown
+from align_audit.record.audit_record import Alert, AuditRecord, Estimate
+from align_audit.record.numbers import is_unknown, why_unknown
 from align_audit.writers.plots.canvas import (
     BLUE,
     GREEN,
@@ -116,42 +116,45 @@ def margins_over_steps(records: Sequence[AuditRecord]) -> Figure:
     return figure
 
 
+_PANELS_ONCE: tuple[tuple[str, float, tuple[tuple[str, str, str], ...]], ...] = (
+    (
+        "nats",
+        0.0,
+        (
+            ("shift", "margin shift", BLUE),
+            ("policy", "margin, policy", BLUE),
+            ("reference", "margin, reference", ORANGE),
+        ),
+    ),
+    (
+        "nats per token",
+        0.0,
+        (
+            ("chosen_logp_change_per_token", "log-prob. change, chosen", BLUE),
+            ("rejected_logp_change_per_token", "log-prob. change, rejected", BLUE),
+            ("kl", "KL(policy ‖ reference)", BLUE),
+            ("entropy", "entropy, policy", BLUE),
+            ("reference_entropy", "entropy, reference", ORANGE),
+        ),
+    ),
+    (
+        "share",
+        0.5,
+        (
+            ("accuracy", "pairs with a margin shift > 0", BLUE),
+            ("ranking_accuracy", "pairs with a margin > 0", BLUE),
+            ("token_accuracy", "next tokens right, policy", BLUE),
+            ("reference_token_accuracy", "next tokens right, reference", ORANGE),
+        ),
+    ),
+)
+"""Unit and what is no change, then field, name and colour of each estimate."""
+
+
 def _margins_once(record: AuditRecord) -> Figure:
     """One audit: every estimate as a point with its interval, one panel for each unit."""
-    panels: tuple[tuple[str, float, tuple[tuple[str, str, str], ...]], ...] = (
-        (
-            "nats",
-            0.0,
-            (
-                ("shift", "margin shift", BLUE),
-                ("policy", "margin, policy", BLUE),
-                ("reference", "margin, reference", ORANGE),
-            ),
-        ),
-        (
-            "nats per token",
-            0.0,
-            (
-                ("chosen_logp_change_per_token", "log-prob. change, chosen", BLUE),
-                ("rejected_logp_change_per_token", "log-prob. change, rejected", BLUE),
-                ("kl", "KL(policy ‖ reference)", BLUE),
-                ("entropy", "entropy, policy", BLUE),
-                ("reference_entropy", "entropy, reference", ORANGE),
-            ),
-        ),
-        (
-            "share",
-            0.5,
-            (
-                ("accuracy", "pairs with a margin shift > 0", BLUE),
-                ("ranking_accuracy", "pairs with a margin > 0", BLUE),
-                ("token_accuracy", "next tokens right, policy", BLUE),
-                ("reference_token_accuracy", "next tokens right, reference", ORANGE),
-            ),
-        ),
-    )
     notes = Notes()
-    for _, _, rows in panels:
+    for _, _, rows in _PANELS_ONCE:
         for name, label, _ in rows:
             if is_unknown(getattr(record.margins, name)):
                 notes.unknown(label, None, why_unknown(record, f"margins.{name}", getattr(record.margins, name)))
@@ -160,25 +163,18 @@ def _margins_once(record: AuditRecord) -> Figure:
     ]
     body, figure = frame(
         9.0,
-        0.6 * len(panels) + 0.24 * sum(len(rows) for _, _, rows in panels),
+        0.6 * len(_PANELS_ONCE) + 0.24 * sum(len(rows) for _, _, rows in _PANELS_ONCE),
         titled(f"Step {record.step}. Margins and behaviour on the probe pairs, against the reference", record),
         "A margin that grew while the chosen log-probability fell and KL climbed was bought with damage. Points are "
         "means over pairs with their bootstrap intervals, the reference's own in orange.",
         warnings,
         notes.lines("step"),
     )
-    column = body.subplots(len(panels), 1, height_ratios=[1.2 + len(rows) for _, _, rows in panels])
-    for axes, (unit, zero, rows) in zip(column, panels, strict=True):
-        axes.axvline(zero, color=GREY, linewidth=0.8, zorder=1)
+    column = body.subplots(len(_PANELS_ONCE), 1, height_ratios=[1.2 + len(rows) for _, _, rows in _PANELS_ONCE])
+    for axes, (unit, no_change, rows) in zip(column, _PANELS_ONCE, strict=True):
+        axes.axvline(no_change, color=GREY, linewidth=0.8, zorder=1)
         for row, (name, _, colour) in enumerate(rows):
-            estimate = getattr(record.margins, name)
-            if is_unknown(estimate):
-                axes.axhspan(row - 0.4, row + 0.4, facecolor=UNKNOWN, edgecolor="#a8a8a8", hatch="////", linewidth=0)
-                continue
-            axes.errorbar([estimate.mean], [row], xerr=bars([estimate]), color=colour, marker="o", capsize=3, zorder=3)
-            axes.annotate(
-                f"{estimate.mean:.3g}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8
-            )
+            _draw_point(axes, row, getattr(record.margins, name), colour)
         axes.set_yticks(range(len(rows)), [label for _, label, _ in rows])
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.tick_params(axis="y", length=0)
@@ -188,13 +184,22 @@ def _margins_once(record: AuditRecord) -> Figure:
     return figure
 
 
+def _draw_point(axes: Axes, row: int, estimate: Estimate, colour: str) -> None:
+    """An estimate with its interval in a row, its number at the right; hatched where it is not known."""
+    if is_unknown(estimate):
+        axes.axhspan(row - 0.4, row + 0.4, facecolor=UNKNOWN, edgecolor="#a8a8a8", hatch="////", linewidth=0)
+        return
+    axes.errorbar([estimate.mean], [row], xerr=bars([estimate]), color=colour, marker="o", capsize=3, zorder=3)
+    axes.annotate(f"{estimate.mean:.3g}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+
+
 def _draw_alerts(axes: Axes, alerts: Sequence[Alert], rules: Sequence[str]) -> None:
     for level, (mark, colour) in LEVEL_MARKS.items():
-        found = [alert for alert in alerts if alert.level == level]
-        if found:
+        of_level = [alert for alert in alerts if alert.level == level]
+        if of_level:
             axes.scatter(
-                [a.step for a in found],
-                [rules.index(a.rule) for a in found],
+                [alert.step for alert in of_level],
+                [rules.index(alert.rule) for alert in of_level],
                 marker=mark,
                 color=colour,
                 s=32,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from align_audit.record.audit_record import AuditRecord, SiteCurve
-from align_audit.writers import is_unknown, site_name, site_names, why_unknown
+from align_audit.record.numbers import is_unknown, why_unknown
+from align_audit.record.site_names import site_name, site_names
 from align_audit.writers.plots.canvas import (
     BLUE,
     GREY,
@@ -32,15 +34,15 @@ _SIGNIFICANT = 0.05
 """Adjusted p-value below which a unit counts as more than chance."""
 
 
-def site_figures(record: AuditRecord) -> dict[str, Callable[[], Figure]]:
+def site_figures(record: AuditRecord) -> dict[str, Callable[[AuditRecord], Figure]]:
     """By name, how to draw each picture that the record has curves for."""
-    names = site_names(record.sites)
-    figures: dict[str, Callable[[], Figure]] = {}
-    for number, curve in enumerate(record.sites):
-        if curve.site == "head":
-            figures[f"{names[number]}_map"] = lambda number=number: head_map(record, number)  # type: ignore[misc]
+    figures: dict[str, Callable[[AuditRecord], Figure]] = {
+        f"{name}_map": partial(head_map, number=number)
+        for number, (name, curve) in enumerate(zip(site_names(record.sites), record.sites, strict=True))
+        if curve.site == "head"
+    }
     if any(curve.site != "head" for curve in record.sites):
-        figures["site_curves"] = lambda: site_curves(record)
+        figures["site_curves"] = site_curves
     return figures
 
 
@@ -91,17 +93,7 @@ def head_map(record: AuditRecord, number: int) -> Figure:
     if curve.peak is not None:
         unit = curve.units[curve.peak]
         assert unit.head is not None
-        # White below black: seen on the darkest cells too.
-        for colour, width in (("white", 3.2), (INK, 1.4)):
-            axes.scatter(
-                [heads.index(unit.head)],
-                [layers.index(unit.layer)],
-                s=110,
-                facecolors="none",
-                edgecolors=colour,
-                linewidths=width,
-                zorder=4,
-            )
+        _circle(axes, heads.index(unit.head), layers.index(unit.layer))
     for which, names in (("x", heads), ("y", layers)):
         every = max(1, math.ceil(len(names) / 16))
         ticks = list(range(0, len(names), every))
@@ -109,6 +101,12 @@ def head_map(record: AuditRecord, number: int) -> Figure:
     axes.set_xlabel("head (the peak is circled)")
     axes.set_ylabel("layer")
     return figure
+
+
+def _circle(axes: Axes, column: int, row: int) -> None:
+    # White below black: seen on the darkest cells too.
+    for colour, width in (("white", 3.2), (INK, 1.4)):
+        axes.scatter([column], [row], s=110, facecolors="none", edgecolors=colour, linewidths=width, zorder=4)
 
 
 @styled
@@ -181,7 +179,7 @@ def _curve(axes: Axes, curve: SiteCurve, count: int) -> None:
 def _how(curve: SiteCurve) -> str:
     if curve.estimator == "exact":
         return f"Exact, on {curve.exact_pairs} pairs."
-    known = [value for value in curve.correlation or [] if not math.isnan(value)]
-    agreement = f"; correlation to exact effects from {min(known):.2f}" if known else ""
+    correlations = [value for value in curve.correlation or [] if not math.isnan(value)]
+    agreement = f"; correlation to exact effects from {min(correlations):.2f}" if correlations else ""
     words = "By attribution" if curve.estimator == "attribution" else "Exact effects corrected by attribution"
     return f"{words}, {curve.exact_pairs} of {curve.pairs} pairs patched{agreement}."

@@ -1,0 +1,265 @@
+"""One run read back: its records, alerts and failures, and the tables made of them. No model is needed, and none loads."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from align_audit.errors import RecordError
+from align_audit.record.audit_record import Alert, AuditRecord, DepthTrace
+from align_audit.record.log import (
+    ALERTS,
+    FAILURES,
+    FOLDER,
+    RECORDS,
+    Failure,
+    RunLog,
+    arrays_name,
+    by_step,
+    load_arrays,
+    read_lines,
+    read_records,
+)
+from align_audit.record.numbers import Word, by_series, walk
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class AuditRun:
+    """A stored run, read-only.
+
+    Example:
+        >>> run = AuditRun.load("runs/dpo")                         # doctest: +SKIP
+        >>> run.records[-1].margins.shift.mean                      # doctest: +SKIP
+        3.2
+        >>> run.to_pandas(layers=True).query("step == 100")         # doctest: +SKIP
+        >>> run.select("harmless").records                          # doctest: +SKIP
+    """
+
+    directory: Path
+    """The folder of the log."""
+    records: list[AuditRecord]
+    """By step, then by creation."""
+    alerts: list[Alert]
+    """By step: those of the records, and any other that is in ``alerts.jsonl``."""
+    failures: list[Failure]
+    """Audits that broke."""
+    probe_name: str | None = None
+    """The probe set that :meth:`select` has narrowed this to, where it has a name."""
+
+    @classmethod
+    def of(cls, log: RunLog) -> Self:
+        """The run of a log that is open for appending, as it stands now. Failures are in the file only."""
+        records = log.records
+        return cls(log.directory, records, [alert for record in records for alert in record.alerts], failures=[])
+
+    @property
+    def probe_names(self) -> list[str | None]:
+        """The probe sets of the run, in the order of their first audits; None for the one without a name."""
+        return list(dict.fromkeys(record.provenance.probe_name for record in self.records))
+
+    def select(self, name: str | None) -> Self:
+        """The same run, of one probe set: its records, alerts and arrays.
+
+        Raises:
+            RecordError: the run has no such set.
+        """
+        if name not in self.probe_names:
+            raise RecordError(
+                f"no audit on the probe set {name!r} in {self.directory}; there are {', '.join(map(repr, self.probe_names))}"
+            )
+        return replace(
+            self,
+            records=[record for record in self.records if record.provenance.probe_name == name],
+            alerts=[alert for alert in self.alerts if alert.probe_name == name],
+            failures=[failure for failure in self.failures if failure.probe_name == name],
+            probe_name=name,
+        )
+
+    @classmethod
+    def load(cls, output_dir: str | Path) -> Self:
+        """Read a run from its output directory, its ``align_audit`` folder, or a ``records.jsonl`` file.
+
+        Nothing on disk changes, also while training goes on: a line that is not whole is left out, with a warning.
+
+        Raises:
+            RecordError: nothing there is a run log, or it was written by a newer align_audit.
+        """
+        path = find_records(Path(output_dir))
+        records = sorted(read_records(path), key=by_step)
+        alerts = [alert for record in records for alert in record.alerts]
+        failures: list[Failure] = []
+        if path.name == RECORDS:
+            in_records = Counter(alert.model_dump_json() for alert in alerts)
+            for alert in read_lines(path.with_name(ALERTS), Alert):
+                line = alert.model_dump_json()
+                if in_records[line]:
+                    in_records[line] -= 1
+                else:
+                    alerts.append(alert)
+            failures = read_lines(path.with_name(FAILURES), Failure)
+        alerts.sort(key=lambda alert: alert.step)
+        return cls(directory=path.parent, records=records, alerts=alerts, failures=failures)
+
+    def load_arrays(self, step: int, name: str) -> dict[str, np.ndarray]:
+        """The arrays of ``step-<N>/<name>.safetensors``; a missing or damaged file raises ``RecordError``.
+
+        Of a :meth:`select`-ed set with a name, those of ``<name>-<probe name>``.
+        """
+        return load_arrays(self.directory, step, arrays_name(self.probe_name, name))
+
+    def to_pandas(self, layers: bool = False) -> pd.DataFrame:
+        """The run as a table.
+
+        Args:
+            layers: False: one row per record, its single numbers in columns named as in the record
+                (``margins.shift.mean``, ``margins.shift.low``, ``controls.noise.verdict``); ``alerts`` counts them.
+                True: one row per record and layer, with the columns ``step``, ``probes``, ``layer``, ``effect``,
+                ``effect_low``, ``effect_high``, …, ``policy_contraction``, ``reference_transport``, …
+
+        ``probes`` is the name of the probe set, None where it has none. What was not measured, or cannot be known, is NaN.
+        """
+        import pandas
+
+        if layers:
+            by_layer = [row for record in self.records for row in layer_rows(record)]
+            return pandas.DataFrame(by_layer, columns=None if by_layer else ["step", "layer"])
+        rows = [row_of(record) for record in self.records]
+        return pandas.DataFrame(rows, columns=None if rows else ["step"])
+
+
+def find_records(path: Path) -> Path:
+    """The ``records.jsonl`` of a run: of its output directory, of its ``align_audit`` folder, or the file itself.
+
+    Raises:
+        RecordError: nothing there is a run log.
+    """
+    if path.is_file():
+        return path
+    # A run whose first audits all broke has a log of failures only; any of the three files makes a folder a log.
+    folders = (path, path / FOLDER)
+    for folder in folders:
+        if any((folder / name).is_file() for name in (RECORDS, ALERTS, FAILURES)):
+            return folder / RECORDS
+    raise RecordError(
+        f"no run log at {path}: looked for {' and '.join(str(folder / RECORDS) for folder in folders)}. "
+        f"Expected the output directory of a training run with an align_audit callback, its {FOLDER} folder, "
+        f"or a {RECORDS} file."
+    )
+
+
+def one_per_step(records: Iterable[AuditRecord]) -> list[AuditRecord]:
+    """The latest record of each step, by step: a resumed run may have audited a step twice.
+
+    Raises:
+        ValueError: the records are of several probe sets, which are not one curve.
+    """
+    records = list(records)
+    names = list(dict.fromkeys(record.provenance.probe_name for record in records))
+    if len(names) > 1:
+        raise ValueError(
+            f"found records of the probe sets {', '.join(map(repr, names))}; expected those of one: AuditRun.select(name)"
+        )
+    latest: dict[int, AuditRecord] = {}
+    for record in sorted(records, key=by_step):
+        latest[record.step] = record
+    return list(latest.values())
+
+
+def by_probe_set(records: Iterable[AuditRecord]) -> dict[str | None, list[AuditRecord]]:
+    """Records by the name of their probe set, in the order of the first of each; None for the set without a name."""
+    sets: dict[str | None, list[AuditRecord]] = {}
+    for record in records:
+        sets.setdefault(record.provenance.probe_name, []).append(record)
+    return sets
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def row_of(record: AuditRecord) -> dict[str, Any]:
+    """One record as a row: column → value, of all that stands alone in it; see :meth:`AuditRun.to_pandas`."""
+    provenance = record.provenance
+    row: dict[str, Any] = {"step": record.step, "probes": provenance.probe_name, "created": provenance.created}
+    # Curves of single layers come last: of which layers they are differs from record to record.
+    for item in sorted(walk(record), key=lambda item: item.path.startswith("low_rank.")):
+        if item.path.startswith("sites."):
+            continue
+        if isinstance(item, Word) or (item.index is None and item.low is None):
+            row[item.path] = item.value
+        elif item.index is None:
+            row |= {f"{item.path}.mean": item.value, f"{item.path}.low": item.low, f"{item.path}.high": item.high}
+    row["alerts"] = len(record.alerts)
+    # What the column names say twice.
+    del row["provenance.created"], row["provenance.probe_name"]
+    return row
+
+
+_LAYER_COLUMNS = {
+    "effect": "patching.effect",
+    "effect_p_adjusted": "patching.effect_p_adjusted",
+    "recovery": "patching.recovery",
+    "layer_gain": "patching.layer_gain",
+    "block_transplant": "patching.block_transplant",
+    "contribution": "patching.standing_out.contribution",
+    "attribution_correlation": "patching.attribution.correlation",
+    "joint_correlation": "patching.attribution.joint_correlation",
+    "patched_pairs": "patching.attribution.patched_pairs",
+    "equivalent_pairs": "patching.attribution.equivalent_pairs",
+    "noise_effect": "controls.noise.effect",
+    "reverse_effect": "controls.reverse.effect",
+    "identity_effect": "controls.identity.effect",
+    "lasso_coefficient": "localization.lasso_coefficients",
+    "lasso_selected": "localization.selected_layers",
+    "selection_frequency": "localization.selection_frequency",
+    "null_selection_frequency": "localization.null_selection_frequency",
+}
+"""Column → the sequence of the record that it shows."""
+
+_SETS = ("localization.selected_layers", "spinal.terminal_layers")
+"""Sets of layers, of which a table says at each layer whether it belongs."""
+
+_MAY_BE_EMPTY = ("spinal.policy.transport", "spinal.reference.transport")
+"""Columns of NaN where they are empty: above the only layer of a model there is none to travel to."""
+
+
+def layer_rows(record: AuditRecord) -> list[dict[str, Any]]:
+    """One record as a row for each layer: column → value; see :meth:`AuditRun.to_pandas`."""
+    layers, series = range(record.provenance.num_layers), by_series(record)
+    measured = {path.rpartition(".")[0] for path in series}
+    for basis, curves in record.low_rank.items():
+        series[f"low_rank.{basis}.rank_95"] = [series[f"low_rank.{basis}.{layer}.rank_95"][0] for layer in curves]
+    columns: dict[str, dict[int | None, Any]] = {}
+    for name, path in _layer_columns(record).items():
+        numbers, part = series.get(path, []), path.rpartition(".")[0]
+        if path in _SETS and part in measured:
+            members = {number.value for number in numbers}
+            columns[name] = {layer: layer in members for layer in layers}
+        elif numbers or (path in _MAY_BE_EMPTY and part in measured):
+            columns[name] = {number.layer: number.value for number in numbers}
+            if any(number.low is not None for number in numbers):
+                columns[f"{name}_low"] = {number.layer: number.low for number in numbers}
+                columns[f"{name}_high"] = {number.layer: number.high for number in numbers}
+    return [
+        {"step": record.step, "probes": record.provenance.probe_name, "layer": layer}
+        | {name: values.get(layer, math.nan) for name, values in columns.items()}
+        for layer in layers
+    ]
+
+
+def _layer_columns(record: AuditRecord) -> dict[str, str]:
+    """Column → sequence of the record."""
+    low_rank = {f"{basis}_rank_95": f"low_rank.{basis}.rank_95" for basis in record.low_rank}
+    traces = {
+        f"{model}_{name}": f"spinal.{model}.{name}"
+        for model in ("policy", "reference")
+        for name in DepthTrace.model_fields
+    }
+    return _LAYER_COLUMNS | low_rank | traces | {"terminal": "spinal.terminal_layers"}
