@@ -16,9 +16,10 @@ from torch import nn
 
 from align_audit.auditing.measurements.attribution import Attribution
 from align_audit.auditing.measurements.behaviour import Behaviour
-from align_audit.auditing.measurements.low_rank import Fit, Key, Reconstruction, TokenGrams, layers_to_reconstruct
+from align_audit.auditing.measurements.low_rank import layers_to_reconstruct
 from align_audit.auditing.measurements.measurement import AuditTask
 from align_audit.auditing.measurements.patching import Patching
+from align_audit.auditing.measurements.subspaces import Fit, Key, Reconstruction, TokenGrams
 from align_audit.auditing.measurements.transfer_cells import EXCLUDED, HELD_OUT, Cells, ProbeSide, held_out_spans
 from align_audit.auditing.passes import first_pass, second_pass
 from align_audit.auditing.progress import ticker

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from align_audit.auditing.measurements.behaviour import Behaviour
-from align_audit.auditing.measurements.low_rank import Fit, Key, Reconstruction
 from align_audit.auditing.measurements.measurement import AuditTask
 from align_audit.auditing.measurements.patching import Patching
+from align_audit.auditing.measurements.subspaces import Fit, Key, Reconstruction
 from align_audit.auditing.session.estimates import Estimates, beyond, estimate, floats
 from align_audit.auditing.session.walk import Session
 from align_audit.measures.subspace import explained_variance_ratio, gram_rank, principal_angles, rank_95

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -11,15 +10,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from align_audit.auditing.session.batching import Batching
 from align_audit.auditing.session.estimates import Estimates
 from align_audit.auditing.session.layout import why_not_shared
-from align_audit.auditing.session.memory import MemoryMeter, out_of_memory, usual_working_bytes
+from align_audit.auditing.session.memory import MemoryMeter
 from align_audit.auditing.session.open_models import OpenModels, check_vocabulary
 from align_audit.auditing.session.readout import Readout
 from align_audit.auditing.session.subsets import CONTROL, PATCHED, PairChoice, choose_pairs
-from align_audit.errors import AuditMemoryError, ProbeError
+from align_audit.errors import ProbeError
 from align_audit.models.replay import Recording, Replay, Stream
-from align_audit.probes.batches import PairBatch, make_batch, pair_tokens, plan_batches
+from align_audit.probes.batches import PairBatch
 
 if TYPE_CHECKING:
     from align_audit.config import AuditConfig
@@ -27,16 +27,6 @@ if TYPE_CHECKING:
     from align_audit.record.audit_record import Attribution
 
 logger = logging.getLogger(__name__)
-
-_CPU_BYTES = 2**20
-"""Size of one layer call's stream on a CPU: matrix products are as fast as they get, and the cache still helps."""
-_DEVICE_TOKENS = 8192
-"""Tokens of one layer call on an accelerator."""
-_PADDING = {"cpu": 0.1}
-_DEVICE_PADDING = 0.5
-"""How much of a batch may be empty: a CPU pays for every empty token, an accelerator above all for every call."""
-_PAD_TOKEN = 0
-"""Any token of any vocabulary: what stands there is masked."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +45,7 @@ class Unpatched:
     checked_everywhere: bool
 
 
-class Session:
+class Session(Batching):
     """One probe set between two open models: its batches, and what is walked on them.
 
     Args:
@@ -68,8 +58,6 @@ class Session:
         exact_pairs: places of the pairs that everything is patched on; of the others effects at some layers, or attributions
             only.
         control_pairs: places of the pairs that controls are measured on, some of those that are patched.
-        layout_reason: why each completion has its own copy of the prompt; None where the prompt is computed once.
-        plan: places of the pairs, batch by batch.
         reference_strays: replaying a recording of the reference did not give it back bit by bit, on some batch.
 
     Raises:
@@ -107,26 +95,6 @@ class Session:
         self._roles = self.choice.roles()
         self.layout_reason = self._why_not_shared(truncation_mode)
         self.plan = self.batches(range(len(pairs)))
-
-    @property
-    def num_layers(self) -> int:
-        """L."""
-        return self.models.num_layers
-
-    @property
-    def width(self) -> int:
-        """d, of the residual stream."""
-        return self.models.policy.anatomy.hidden_size
-
-    @property
-    def device(self) -> torch.device:
-        """Where both models compute."""
-        return self.models.device
-
-    @property
-    def shared(self) -> bool:
-        """Whether a pair's prompt is computed once for both completions."""
-        return self.layout_reason is None
 
     def take_choice(self, choice: PairChoice) -> None:
         """Which layers each pair is patched at, from now on; roles, and so batches, stay what they are."""
@@ -168,79 +136,6 @@ class Session:
     def is_control(self, batch: PairBatch) -> bool:
         """Whether controls are measured on this batch: on all of its pairs, or on none."""
         return bool(self._roles[int(batch.pair_index[0])] == CONTROL)
-
-    # -- batches -------------------------------------------------------------------------------------------------------
-
-    def batch(self, group: Sequence[int]) -> PairBatch:
-        """The pairs at those places as one batch, on the models' device."""
-        pairs = [self.pairs[i] for i in group]
-        return make_batch(pairs, group, _PAD_TOKEN, shared=self.shared).to(self.device)
-
-    def batches(self, places: Sequence[int]) -> list[list[int]]:
-        """The pairs at ``places`` in batches as large as memory is known to allow: first those that controls are measured
-        on, then those that are patched, then the others."""
-        plan = []
-        padding = _PADDING.get(self.device.type, _DEVICE_PADDING)
-        for role in range(int(self._roles.max()) + 1):
-            alike = [i for i in places if self._roles[i] == role]
-            pairs = [self.pairs[i] for i in alike]
-            groups = plan_batches(pairs, self._batch_tokens(), shared=self.shared, padding=padding)
-            plan += [[alike[i] for i in group] for group in groups]
-        return plan
-
-    def each_batch(self, work: Callable[[PairBatch], None], places: Sequence[int] | None = None) -> None:
-        """Do ``work`` on all pairs (or those at ``places``), longest first, batch by batch; smaller batches after running
-        out of memory.
-
-        ``work`` may be called again on pairs of a batch in which it ran out; it must leave nothing behind then.
-
-        Raises:
-            AuditMemoryError: one pair and one stream at a time is still too much.
-        """
-        waiting = list(self.plan) if places is None else self.batches(places)
-        while waiting:
-            group = waiting.pop(0)
-            try:
-                work(self.batch(group))
-                continue
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-                words = str(error).splitlines()[0] if str(error) else type(error).__name__
-            # Out of the handler, so that the failed call's tensors are free.
-            self.free_memory()
-            waiting = self._halved(group, waiting, words)
-
-    def free_memory(self) -> None:
-        """Give back what nothing refers to any more."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _halved(self, group: list[int], waiting: list[list[int]], words: str) -> list[list[int]]:
-        """What is left to do after ``group`` ran out of memory, in batches and groups of streams half as large."""
-        longest = max(pair_tokens(self.pairs[i], self.shared) for i in group)
-        tokens = longest * len(group) * (1 if self.shared else 2)
-        if len(group) == 1 and self._working_bytes() // 2 < tokens * self._stream_bytes():
-            pair = self.pairs[group[0]]
-            raise AuditMemoryError(
-                f"out of memory with a single pair of {len(pair.chosen_ids)} and {len(pair.rejected_ids)} tokens in a "
-                f"batch and a single patched stream at a time ({words}). Expected room for two recordings of "
-                f"{self.num_layers + 1} streams beside the models: a shorter max_length, or a smaller training batch."
-            )
-        bounds = self.models.bounds
-        # A budget far above what is used would take many halvings to matter: half of what this batch was.
-        bounds.tokens = max(1, tokens // 2)
-        # A batch's streams: recordings, transplants, and several walked together for each layer.
-        used = 8 * self.num_layers * tokens * self._stream_bytes()
-        bounds.bytes = max(1, min(self._working_bytes(), used) // 2)
-        logger.warning(
-            "the audit ran out of memory (%s); it goes on with half the batch (at most %d tokens)", words, bounds.tokens
-        )
-        everything = range(len(self.pairs))
-        left = sorted([*group, *(i for later in waiting for i in later)])
-        self.plan = self.batches(everything)
-        return list(self.plan) if len(left) == len(everything) else self.batches(left)
 
     # -- runs of a batch -----------------------------------------------------------------------------------------------
 
@@ -330,38 +225,8 @@ class Session:
             for key, patched in self.readout.each_margin(replay, walked, batch):
                 yield key, patched - margins if patched is not None else torch.zeros_like(margins)
 
-    # -- memory and work -----------------------------------------------------------------------------------------------
-
-    def max_streams(self, stream: torch.Tensor) -> int:
-        """How many streams like this one may be walked together within the working memory."""
-        return max(1, self._working_bytes() // 2 // (stream.numel() * stream.element_size()))
-
-    def has_room(self, size: int) -> bool:
-        """Whether so many bytes may be held through a whole pass beside the streams: a quarter of the working memory."""
-        return size <= self._working_bytes() // 4
-
     def forward_equivalents(self, pairs: Sequence[ProbePair] | None = None) -> float:
         """Layer calls so far, as full forwards over both sequences of every probe pair (or of these ``pairs``)."""
         over = self.pairs if pairs is None else pairs
         once = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in over) * self.num_layers
         return (self.models.layer_tokens - self._work_so_far) / once
-
-    def _working_bytes(self) -> int:
-        asked = self.config.working_memory_mb
-        wanted = usual_working_bytes(self.device) if asked is None else asked * 2**20
-        return min(wanted, self.models.bounds.bytes)
-
-    def _stream_bytes(self) -> int:
-        """Of one token's residual stream."""
-        return self.width * torch.finfo(self.models.policy.stream_dtype).bits // 8
-
-    def _batch_tokens(self) -> int:
-        """Padded tokens a batch: as asked, unless the recordings of both models alone would fill the working memory."""
-        wanted = self.config.batch_tokens
-        if wanted is None:
-            wanted = _CPU_BYTES // self._stream_bytes() if self.device.type == "cpu" else _DEVICE_TOKENS
-        # Two recordings of L + 1 streams and L transplanted ones live at once, in half of the working memory; and before
-        # anything is transplanted two recordings, one between them, and gradients on their way to disk.
-        streams = (4 if self.config.patching.keep_reference else 3) * self.num_layers + 4
-        recorded = self._working_bytes() // 2 // (streams * self._stream_bytes())
-        return max(1, min(wanted, self.models.bounds.tokens, recorded))

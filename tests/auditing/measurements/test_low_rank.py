@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from align_audit.auditing.measurements.low_rank import TokenGrams
+from align_audit.auditing.measurements.subspaces import TokenGrams
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.auditing.session.walk import Session
