@@ -10,9 +10,11 @@ import torch
 
 from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.low_rank import split_halves
+from align_audit.auditing.session import open_models
 from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.models.replay import Replay
+from align_audit.models.verify import open_replay
 from tests.helpers import oracle
 from tests.helpers.audits import audited
 from tests.helpers.tiny import DEVICE, FAMILIES, perturbed, random_pairs, tiny_model
@@ -269,17 +271,16 @@ def test_where_replay_strays_the_unpatched_run_is_walked_too(monkeypatch: pytest
     exact, ours = run(policy, reference, random_pairs(6), settings)
     real = Replay.layer
 
+    checked: list[Replay] = []
+
     def drifting(self: Replay, index: int, stream: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
-        return real(self, index, stream, *rest, **options) * (1 + 1e-10 if self.ready else 1)
+        return real(self, index, stream, *rest, **options) * (1 + 1e-10 if self in checked else 1)
 
-    opened = Replay.__init__
+    def opening(*args: Any, **options: Any) -> Replay:
+        checked.append(open_replay(*args, **options))
+        return checked[-1]
 
-    def opening(self: Any, *args: Any, **options: Any) -> None:
-        self.ready = False
-        opened(self, *args, **options)
-        self.ready = True
-
-    monkeypatch.setattr(Replay, "__init__", opening)
+    monkeypatch.setattr(open_models, "open_replay", opening)
     monkeypatch.setattr(Replay, "layer", drifting)
     unsteady, theirs = run(policy, reference, random_pairs(6), settings)
     assert exact.controls.identity.verdict == "passed"
