@@ -29,7 +29,7 @@ from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.models.anatomy import Anatomy
-from align_audit.models.reference import Reference, load_policy, resolve_reference
+from align_audit.models.reference import Reference, load_policy, refuse_itself, resolve_reference
 from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
@@ -81,19 +81,19 @@ def audit(
         AnatomyError: the model cannot be opened between its layers.
         ProbeError: there are no pairs.
     """
-    if isinstance(probes, Mapping):
-        check_names(probes)
+    sets: Mapping[Any, ProbeSet] = probes if isinstance(probes, Mapping) else {None: probes}
+    if sets is probes:
+        check_names(sets)
     if not isinstance(policy, nn.Module):
         policy = load_policy(policy)
     resolved = resolve_reference(policy, reference)
-    config = config or AuditConfig()
-    if not isinstance(probes, Mapping):
-        return audit_once(policy, resolved, probes, config, anatomy=anatomy, step=step).record
-    with OpenModels(policy, resolved, anatomy=anatomy) as models:
-        return {
-            name: run_audit(models, AuditRequest(pairs, config, step, probe_name=name)).record
-            for name, pairs in probes.items()
+    with memory_explained(), OpenModels(policy, resolved, anatomy=anatomy) as models:
+        refuse_itself(models.open().hashes[0], resolved, models.hashes[1])
+        asked = {
+            name: AuditRequest(pairs, config or AuditConfig(), step, probe_name=name) for name, pairs in sets.items()
         }
+        records = {name: run_audit(models, request).record for name, request in asked.items()}
+    return records if sets is probes else records[None]
 
 
 def audit_once(

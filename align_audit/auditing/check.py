@@ -37,5 +37,5 @@ def check_audit(
     with OpenModels(policy, reference, autocast=autocast, anatomy=anatomy, keep_loaded=True) as models:
         session = Session(models, sets[0].pairs[:1], config)
         for probes in sets:
-            check_vocabulary(probes.pairs, models.policy.anatomy.vocab_size)
+            check_vocabulary(probes.pairs, models)
         SiteCollector(session)

@@ -58,6 +58,8 @@ def compare_readouts(
 ) -> tuple[TokenReadout, TokenReadout, torch.Tensor]:
     """:func:`token_readout` of both models and :func:`kl_divergence`, with each softmax computed once.
 
+    Where one vocabulary is longer, the divergence is that of both distributions over the tokens they have in common.
+
     Example:
         >>> ours, theirs, kl = compare_readouts(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([1]))
         >>> round(ours.entropy.item(), 6), kl.item()
@@ -76,6 +78,11 @@ def _compare(
 ) -> tuple[TokenReadout, TokenReadout, torch.Tensor]:
     ours, logp, p = _read(policy_logits, target)
     theirs, logq, _ = _read(reference_logits, target)
+    if logp.shape[-1] != logq.shape[-1]:
+        # Embeddings are padded for speed: what only one of them has is no token of anything, and both go without.
+        width = min(logp.shape[-1], logq.shape[-1])
+        logp, logq = logp[:, :width].log_softmax(-1), logq[:, :width].log_softmax(-1)
+        p = logp.exp()
     terms = logp.sub_(logq).mul_(p)
     # A token that the policy never says adds nothing, whatever the reference makes of it: 0·(−inf), 0·(inf − inf).
     terms.masked_fill_((p == 0) & ~logq.isnan(), 0.0)

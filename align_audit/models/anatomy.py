@@ -80,15 +80,20 @@ class Anatomy:
         return tuple(changed)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The causal LM itself: out of data-parallel and compile wrappers and out of PEFT, whose layers stay in place."""
+def unwrap_only(model: nn.Module) -> nn.Module:
+    """Out of data-parallel and compile wrappers; a PEFT model stays one."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif hasattr(model, "_orig_mod") and isinstance(model._orig_mod, nn.Module):
             model = model._orig_mod
         else:
-            break
+            return model
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The causal LM itself: out of data-parallel and compile wrappers and out of PEFT, whose layers stay in place."""
+    model = unwrap_only(model)
     if is_peft(model):
         configs: Any = model.peft_config
         if any(config.is_prompt_learning for config in configs.values()):

@@ -14,7 +14,7 @@ from torch import nn
 
 from align_audit.errors import ReferenceUnavailableError
 from align_audit.models.adapters import adapters_kept
-from align_audit.models.anatomy import is_peft
+from align_audit.models.anatomy import is_peft, unwrap_only
 from align_audit.models.loading import load_model
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.models.weights.from_disk import open_streamed
@@ -26,6 +26,10 @@ REFERENCE_ADAPTER = "ref"
 """The name under which DPOTrainer keeps a frozen copy of a pretrained adapter, in memory and in its checkpoints."""
 
 
+_PADDED = 128
+"""Rows that an embedding is padded by at most, for speed; of a large one, a hundredth."""
+
+
 class Reference:
     """Where the reference is and how to reach it.
 
@@ -35,6 +39,7 @@ class Reference:
 
     Attributes:
         source: in words, for the record; says why, where a reference could not be streamed.
+        own_source: nobody named it: it was found where the policy says that it was loaded from.
         shares_weights: True when it is the policy's own module in another adapter state.
     """
 
@@ -46,8 +51,10 @@ class Reference:
         adapter_of: nn.Module | None = None,
         stream: Callable[[], nn.Module] | None = None,
         whole: str | None = None,
+        own_source: bool = False,
     ) -> None:
         self.source = source
+        self.own_source = own_source
         self._stream = stream
         self._whole = whole
         self._model = model
@@ -162,22 +169,21 @@ def resolve_reference(
         ReferenceUnavailableError: none of these can be had.
     """
     if isinstance(given, nn.Module):
-        if given is policy:
-            raise ReferenceUnavailableError(
-                "the reference passed is the policy itself; expected another model, a path, or None to let it be found"
-            )
-        return Reference("a model that was passed", model=given)
+        return _passed(policy, given, "a model that was passed")
     if given is not None:
         return _saved(given, Path(given).name, policy, trust_remote_code, stream)
     if trainer_reference is not None:
-        return Reference("the trainer's ref_model", model=trainer_reference)
+        return _passed(policy, trainer_reference, "the trainer's ref_model")
     if is_peft(policy):
         if REFERENCE_ADAPTER in policy.peft_config:  # type: ignore[operator]
             return Reference(f"the policy's {REFERENCE_ADAPTER!r} adapter", adapter_of=policy)
         return Reference("the policy with its adapters off", adapter_of=policy)
-    path = getattr(getattr(policy, "config", None), "_name_or_path", "")
+    config = getattr(policy, "config", None)
+    path = getattr(config, "_name_or_path", "")
     if path:
-        return _saved(path, f"the policy's own source, {Path(path).name}", policy, trust_remote_code, stream)
+        where = f"the policy's own source, {Path(path).name}"
+        place = _snapshot(path, getattr(config, "_commit_hash", None))
+        return _saved(place, where, policy, trust_remote_code, stream, own_source=True)
     raise ReferenceUnavailableError(
         "no reference model can be had: none was passed, the trainer holds none, the policy has no adapters, and it "
         "was not loaded from a path. Pass `reference=` (a model, a directory or a hub name) to AlignmentAuditCallback "
@@ -185,7 +191,77 @@ def resolve_reference(
     )
 
 
-def _saved(path: str | Path, where: str, policy: nn.Module, trust_remote_code: bool, stream: bool) -> Reference:
+def _passed(policy: nn.Module, model: nn.Module, source: str) -> Reference:
+    """A reference in memory, which must not be the policy in another guise.
+
+    PEFT puts adapters into the very model object that it is given, so whoever keeps that object keeps the policy. What it
+    was before training is the policy with its adapters off, and that is what is taken.
+
+    Raises:
+        ReferenceUnavailableError: it is the policy itself, or holds parameters of the policy that train.
+    """
+    if model is policy or unwrap_only(model) is unwrap_only(policy):
+        raise ReferenceUnavailableError(
+            f"the reference ({source}) is the policy itself; expected another model, a path, or None to let it be found"
+        )
+    if is_peft(policy) and any(model is part for part in policy.modules()):
+        peft: Any = policy
+        if REFERENCE_ADAPTER in peft.peft_config:
+            raise ReferenceUnavailableError(
+                f"the reference ({source}) is the policy's own base model, while the policy holds a {REFERENCE_ADAPTER!r} "
+                "adapter that training compares it with; leave the reference out, and that adapter is taken"
+            )
+        return Reference(f"the policy with its adapters off ({source} is its own base)", adapter_of=policy)
+    trained = {id(parameter): name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    shared = [trained[id(parameter)] for parameter in model.parameters() if id(parameter) in trained]
+    if shared:
+        raise ReferenceUnavailableError(
+            f"the reference ({source}) shares {len(shared)} parameters with the policy that training moves, such as "
+            f"{shared[0]}; expected a model of its own (a deep copy, or loaded a second time), or a path"
+        )
+    return Reference(source, model=model)
+
+
+def refuse_itself(policy_hash: str, reference: Reference, reference_hash: str) -> None:
+    """Refuse to compare a policy after training with itself, taken for its own source.
+
+    Raises:
+        ReferenceUnavailableError: the reference was found at the path that the policy was loaded from, and is the policy.
+    """
+    if reference.own_source and policy_hash == reference_hash:
+        raise ReferenceUnavailableError(
+            f"no reference: the only one to be found is {reference.source.partition(' from ')[2] or reference.source}, which "
+            "holds the policy itself (equal weights). A saved full model does not say what it was trained from; pass that "
+            "model as `reference` (an object, a directory or a hub name)"
+        )
+
+
+def _snapshot(path: str, commit: str | None) -> str | Path:
+    """The folder in the cache of a hub name at a commit; anything else as it is.
+
+    A name alone means the newest revision, and the policy may have been loaded at another.
+    """
+    if commit is None or Path(path).exists():
+        return path
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(path, "config.json", revision=commit)
+    except HFValidationError:
+        return path
+    return Path(config).parent if isinstance(config, str) else path
+
+
+def _saved(
+    path: str | Path,
+    where: str,
+    policy: nn.Module,
+    trust_remote_code: bool,
+    stream: bool,
+    *,
+    own_source: bool = False,
+) -> Reference:
     """A reference on disk, in the policy's dtype, on its device and with its attention."""
     # PEFT's wrapper hides the model's own attributes; the embedding says dtype and device for both.
     core = policy.get_base_model() if is_peft(policy) else policy  # type: ignore[operator]
@@ -198,18 +274,26 @@ def _saved(path: str | Path, where: str, policy: nn.Module, trust_remote_code: b
     }
     whole = f"loaded from {where}"
     if not stream or (Path(path) / "adapter_config.json").is_file():
-        return Reference(whole, load=lambda: load_model(path, **options))
+        return Reference(whole, load=lambda: load_model(path, **options), own_source=own_source)
     return Reference(
         f"streamed from {where}",
         load=lambda: load_model(path, **options),
         stream=lambda: open_streamed(path, **options),
         whole=whole,
+        own_source=own_source,
     )
 
 
 def check_fit(policy: Any, reference: Any) -> None:
-    """Refuse a reference whose streams or vocabulary cannot be compared with the policy's (arguments: ``Anatomy``s)."""
-    for field, words in (("num_layers", "decoder layers"), ("hidden_size", "width"), ("vocab_size", "vocabulary size")):
+    """Refuse a reference whose streams cannot be compared with the policy's (arguments: ``Anatomy``s).
+
+    Vocabularies may differ by as much as embeddings are padded by, or resized for some added tokens: each model has to know
+    the probes' tokens, and distributions are compared over the tokens that both have.
+    """
+    sizes = policy.vocab_size, reference.vocab_size
+    padded = abs(sizes[0] - sizes[1]) <= max(_PADDED, max(sizes) // 100)
+    fields = [("num_layers", "decoder layers"), ("hidden_size", "width"), ("vocab_size", "vocabulary size")]
+    for field, words in fields[: 2 if padded else 3]:
         ours, theirs = getattr(policy, field), getattr(reference, field)
         if ours != theirs:
             raise ReferenceUnavailableError(

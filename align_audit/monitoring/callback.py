@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import operator
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from align_audit.monitoring.monitor import BREAKS, AuditFailure, Moment, Outcome
 from align_audit.monitoring.probe_sets import given_by_name, make_probe_sets
 from align_audit.monitoring.schedule import Decision, Event, decide
 from align_audit.monitoring.start import Run, begin_run, refuse_sharded_models, refuse_together
-from align_audit.monitoring.trainer import read_trainer
+from align_audit.monitoring.trainer import TrainerFacts, read_trainer
 from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Ranks
@@ -43,8 +44,8 @@ def _guarded(
     def guarded(
         self: AlignmentAuditCallback, args: Any, state: TrainerState, *rest: _P.args, **kwargs: _P.kwargs
     ) -> None:
-        if self._run is None:
-            return  # such as an evaluation before training: there is nothing yet to audit against
+        if self._run is None or not self._training:
+            return  # such as an evaluation before training, or after it, when the best checkpoint was loaded back
         try:
             event(self, args, state, *rest, **kwargs)
         except BREAKS as error:
@@ -106,8 +107,12 @@ class AlignmentAuditCallback(TrainerCallback):
         self._anatomy = anatomy
         self._trainer: weakref.ref[DPOTrainer] | None = None
         self._probe_sets: dict[str | None, ProbeSet] = {}
+        self._probed: tuple[Any, ...] = ()
+        """The data that the probe sets were drawn from, where none were given."""
         self._ranks = Ranks()
         self._run: Run | None = None
+        self._training = False
+        """Between the events that begin and end it: what happens outside belongs to no step."""
         self._pending = False
         self._save_next = False
 
@@ -126,10 +131,15 @@ class AlignmentAuditCallback(TrainerCallback):
                 "before callback.attach(trainer)"
             )
         self._trainer = weakref.ref(trainer)
-        if not self._probe_sets:
-            facts = read_trainer(trainer, trainer.args)
-            self._probe_sets = make_probe_sets(self._given_probes, self.config, facts, trainer.processing_class)
+        self._find_probes(read_trainer(trainer, trainer.args), trainer.processing_class)
         return self
+
+    def _find_probes(self, facts: TrainerFacts, tokenizer: Any) -> None:
+        """The probe sets of this training; those of an earlier one are not taken over from other data."""
+        data = (facts.eval_sets, facts.train_set) if self._given_probes is None else ()
+        if not self._probe_sets or any(map(operator.is_not, data, self._probed)):
+            self._probe_sets = make_probe_sets(self._given_probes, self.config, facts, tokenizer)
+            self._probed = data
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -144,6 +154,7 @@ class AlignmentAuditCallback(TrainerCallback):
             error = raised
         refuse_together(self._ranks, error, self.config)
         assert self._run is not None
+        self._training = True
         self._run.monitor.agree()
         self._at(Event.TRAIN_BEGIN, state, control, kwargs["model"])
         self._run.reference.release()  # loaded for the check, and left in memory where no audit followed
@@ -164,8 +175,7 @@ class AlignmentAuditCallback(TrainerCallback):
             self._run.monitor.writers.close()
         facts = read_trainer(self._trainer() if self._trainer is not None else None, args, train_dataloader)
         refuse_sharded_models(model, self._given_reference, facts)
-        if not self._probe_sets:
-            self._probe_sets = make_probe_sets(self._given_probes, self.config, facts, processing_class)
+        self._find_probes(facts, processing_class)
         return begin_run(
             model,
             self._given_reference,
@@ -221,6 +231,7 @@ class AlignmentAuditCallback(TrainerCallback):
         try:
             self._at(Event.TRAIN_END, state, control, kwargs["model"])
         finally:
+            self._training = False
             monitor.close()
 
     def _at(self, event: Event, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:

@@ -142,17 +142,24 @@ class OpenModels:
         return self.policy.layer_tokens + self.reference.layer_tokens
 
 
-def check_vocabulary(pairs: Sequence[ProbePair], size: int) -> None:
-    """Refuse probe pairs that were tokenized for a larger vocabulary than the policy's.
+def check_vocabulary(pairs: Sequence[ProbePair], models: OpenModels) -> None:
+    """Refuse probe pairs that were tokenized for a larger vocabulary than a model's.
 
     Raises:
-        ConfigurationError: a token id is ``size`` or larger.
+        ConfigurationError: a token id is not in the policy's vocabulary, or not in the reference's.
     """
     largest = max(max(*pair.chosen_ids, *pair.rejected_ids) for pair in pairs)
-    if largest >= size:
+    policy, reference = models.policy.anatomy.vocab_size, models.reference.anatomy.vocab_size
+    if largest >= policy:
         raise ConfigurationError(
-            f"the probes hold token id {largest}, the policy's vocabulary has {size}: they were tokenized with "
+            f"the probes hold token id {largest}, the policy's vocabulary has {policy}: they were tokenized with "
             "another model's tokenizer"
+        )
+    if largest >= reference:
+        raise ConfigurationError(
+            f"the probes hold token id {largest}, which the policy (vocabulary of {policy}) has and the reference "
+            f"({reference}) has not: they use tokens that were added for training, of which the reference says nothing. "
+            "Give it the same tokens before training starts (resize_token_embeddings), or probes without them"
         )
 
 

@@ -88,7 +88,7 @@ class Session(Batching):
         """Batches whose recordings were replayed as a check, by whether the model is the reference."""
         self._strays: dict[bool, bool] = {}
         self.reference_strays = False
-        check_vocabulary(pairs, models.policy.anatomy.vocab_size)
+        check_vocabulary(pairs, models)
         self.take_choice(choose_pairs([pair.index for pair in pairs], self.num_layers, config, previous))
         self.exact_pairs = self.choice.everywhere
         self.control_pairs = self.choice.control_pairs
