@@ -227,7 +227,7 @@ def _random_pairs(spec: JobSpec) -> list[Pair]:
 
 def split_halves(count: int, seed: int) -> np.ndarray:
     """The halves align_audit cross-fits on: booleans [N]."""
-    from align_audit.auditing.measurements.low_rank import split_halves as halves
+    from align_audit.auditing.measurements.subspaces import split_halves as halves
 
     return halves(count, seed)
 
