@@ -20,7 +20,7 @@ from align_audit.models.anatomy import Anatomy
 from align_audit.monitoring.monitor import BREAKS, AuditFailure, Moment, Outcome
 from align_audit.monitoring.probe_sets import given_by_name, make_probe_sets
 from align_audit.monitoring.schedule import Decision, Event, decide
-from align_audit.monitoring.start import Run, begin_run, refuse_sharded_models, refuse_together
+from align_audit.monitoring.start import Run, begin_run, refuse_together
 from align_audit.monitoring.trainer import TrainerFacts, read_trainer
 from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
@@ -174,7 +174,6 @@ class AlignmentAuditCallback(TrainerCallback):
             # auto_find_batch_size begins training again within one run; what is in the log tells what that repeats.
             self._run.monitor.writers.close()
         facts = read_trainer(self._trainer() if self._trainer is not None else None, args, train_dataloader)
-        refuse_sharded_models(model, self._given_reference, facts)
         self._find_probes(facts, processing_class)
         return begin_run(
             model,
@@ -225,14 +224,13 @@ class AlignmentAuditCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Audit the last step where nothing before could tell that it was, and close the TensorBoard log."""
+        """Audit the last step where nothing before could tell that it was, and let go of the writers."""
         assert self._run is not None
-        monitor = self._run.monitor
         try:
             self._at(Event.TRAIN_END, state, control, kwargs["model"])
         finally:
             self._training = False
-            monitor.close()
+            self._run.monitor.close()
 
     def _at(self, event: Event, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         """Do what the schedule decides at an event."""

@@ -45,10 +45,9 @@ def audit_saved(
     """
     log = RunLog(output)
     sets = read_probes(probes, checkpoints, reference, config)
-    writers = Writers([Terminal()])
     progress = progress_bar if config.progress else None
     # An error ends the command.
-    monitor = Monitor(sets, config, log, writers=writers, progress=progress, strict=True)
+    monitor = Monitor(sets, config, log, writers=Writers([Terminal()]), progress=progress, strict=True)
     shared = _load_reference(reference, device)
     records: list[AuditRecord] = []
     for folder, step in checkpoints.items():
@@ -57,9 +56,7 @@ def audit_saved(
         weights = (policy_fingerprint(policy), resolved.fingerprint())
         stored = _stored(step, weights, sets, config, log, one_reference=shared is not None)
         for record in stored.values():
-            writers.record(record, log.records)
-            for alert in record.alerts:
-                writers.alert(alert, record)
+            monitor.tell(record)
         monitor.resume(step)
         outcome = monitor.audit(OpenModels(policy, resolved), Moment(step))
         by_name = {**stored, **outcome.records}

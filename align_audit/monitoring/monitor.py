@@ -196,6 +196,12 @@ class Monitor:
         # Also after a failure: an alert of a set that was audited before it is as true. The first process judges.
         return Outcome.of(findings.records, said[0][0], failures, self.config.alerts)
 
+    def tell(self, record: AuditRecord) -> None:
+        """Let the writers show an audit, among those of the log, and what it alerts to."""
+        self.writers.record(record, [] if self.log is None else self.log.records)
+        for alert in record.alerts:
+            self.writers.alert(alert, record)
+
     def record_failure(self, step: int, failure: AuditFailure) -> None:
         """Keep it where this process keeps the log, and say it once."""
         rank = failure.rank
@@ -212,11 +218,13 @@ class Monitor:
         if self.strict:
             return  # whoever gets the error shows it
         on = "" if failure.probe_name is None else f" on the probes {failure.probe_name!r}"
-        self._show_once(
-            f"the audit at step {step}{on} broke{where} and {done}; training goes on. {failure.kind} (shown once; the "
-            "traceback is in align_audit/failures.jsonl)",
-            failure.kind,
-        )
+        if failure.kind not in self._shown:
+            self._shown.add(failure.kind)
+            logger.error(
+                "the audit at step %d%s broke%s and %s; training goes on. %s (shown once; the traceback is in "
+                "align_audit/failures.jsonl)",
+                *(step, on, where, done, failure.kind),
+            )
 
     def close(self) -> None:
         """Let go of the writers and of the other processes, all of these together."""
@@ -270,8 +278,7 @@ class Monitor:
         self._previous[name] = result.left
         if self.log is None:
             return
-        history = self.log.records
-        earlier = comparable(history, name, probes.content_hash, moment.step)
+        earlier = comparable(self.log.records, name, probes.content_hash, moment.step)
         record = result.record.model_copy(update={"alerts": evaluate(result.record, earlier, self.config.alerts)})
         findings.records[name] = record
         # Acted on whatever follows: neither a full disk nor a closed terminal makes them untrue.
@@ -279,15 +286,7 @@ class Monitor:
         self.log.save_arrays(record.step, arrays_name(name), result.arrays)
         self.log.append(record)
         # Writers come after the log: what breaks in one of them costs no record.
-        self.writers.record(record, [*history, record])
-        for alert in record.alerts:
-            self.writers.alert(alert, record)
-
-    def _show_once(self, words: str, key: str) -> None:
-        """On the error log, the first time that ``key`` comes up."""
-        if key not in self._shown:
-            self._shown.add(key)
-            logger.error("%s", words)
+        self.tell(record)
 
 
 def comparable(records: Iterable[AuditRecord], probe_name: str | None, probe_hash: str, step: int) -> list[AuditRecord]:

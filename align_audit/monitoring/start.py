@@ -62,6 +62,7 @@ def begin_run(
     Raises:
         ConfigurationError, ReferenceUnavailableError, AnatomyError: audits could not work.
     """
+    refuse_sharded_models(policy, given_reference, facts)
     reference = find_reference(policy, given_reference, facts)
     check(policy, reference, probe_sets, config, facts.numerics(policy), anatomy)
     log = open_log(facts.output_dir, policy, probe_sets, config, step) if writes else None

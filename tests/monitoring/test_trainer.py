@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import PrinterCallback
+from transformers.integrations import TensorBoardCallback
 
 from align_audit.monitoring.trainer import TrainerFacts, read_trainer
 
@@ -40,6 +42,19 @@ def test_a_trainer_that_knows_nothing_of_preferences() -> None:
     assert (facts.train_set, facts.eval_sets) == ("trained", "held out")
     assert (facts.max_length, facts.truncation_mode, facts.compare_precomputed) == (1024, "keep_start", True)
     assert facts.numerics(nn.Linear(1, 1)) is contextlib.nullcontext
+
+
+def test_the_trainers_curves_are_in_reach_while_it_draws_them() -> None:
+    drawing = TensorBoardCallback()
+    handler = SimpleNamespace(callbacks=[PrinterCallback(), drawing])
+    accelerator = SimpleNamespace(autocast=contextlib.nullcontext)
+    trainer = SimpleNamespace(train_dataset=None, accelerator=accelerator, callback_handler=handler)
+    facts = read_trainer(trainer, arguments())
+    assert facts.summary_writer() is None, "training has not begun"
+    drawing.tb_writer = writer = SimpleNamespace()
+    assert facts.summary_writer() is writer
+    drawing.tb_writer = None
+    assert facts.summary_writer() is None, "it has ended"
 
 
 @pytest.mark.parametrize(("changes", "expected"), [({}, torch.float32), ({"bf16": True}, torch.bfloat16)])
