@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from align_audit.auditing.measurements.behaviour import Behaviour
-from align_audit.auditing.measurements.low_rank import split_halves
+from align_audit.auditing.measurements.subspaces import split_halves
 from align_audit.auditing.session import open_models
 from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
