@@ -85,7 +85,7 @@ def audit(
     if sets is probes:
         check_names(sets)
     if not isinstance(policy, nn.Module):
-        policy = load_policy(policy)
+        policy = load_policy(policy, reference=reference)
     resolved = resolve_reference(policy, reference)
     with memory_explained(), OpenModels(policy, resolved, anatomy=anatomy) as models:
         refuse_itself(models.open().hashes[0], resolved, models.hashes[1])

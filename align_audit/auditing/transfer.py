@@ -87,7 +87,7 @@ def transfer(
         raise ConfigurationError(f"expected probe sets by name, {{'harmless': …}}; found {type(probes).__name__}")
     check_names(probes)
     if not isinstance(policy, nn.Module):
-        policy = load_policy(policy)
+        policy = load_policy(policy, reference=reference)
     resolved = resolve_reference(policy, reference)
     return run_transfer(policy, resolved, probes, config or AuditConfig(), step, anatomy=anatomy)
 

@@ -73,8 +73,14 @@ def run(
     max_length: Annotated[int | None, typer.Option(help="Tokens per sequence, as in training (DPOConfig).")] = None,
     step: Annotated[int | None, typer.Option(help="The step to record; by default N of checkpoint-N, else 0.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that is saved with a model (auto_map).")
+    ] = False,
 ) -> None:
     """Audit saved checkpoints against their reference.
+
+    Of several checkpoints, one that cannot be read is named on stderr, the others are audited, and the exit status is 1.
+    It is 2 where nothing could be audited.
 
     Example: align-audit run runs/dpo/checkpoint-500 --reference base-model --probes held-out.jsonl
     """
@@ -89,8 +95,19 @@ def run(
     from align_audit.monitoring.checkpoints import audit_saved  # loads torch: after what can be refused without it
 
     began = time.perf_counter()
-    records = audit_saved(steps, reference, sets, options, output, device_option(device))
-    _conclude(records, output, time.perf_counter() - began)
+    audits = audit_saved(
+        steps,
+        reference,
+        sets,
+        options,
+        output,
+        device_option(device),
+        trust_remote_code=trust_remote_code,
+        tell=_complain,
+    )
+    _conclude(audits.records, output, time.perf_counter() - began)
+    if audits.broken:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -113,6 +130,9 @@ def transfer(
     max_pairs: Annotated[int | None, typer.Option(help="Probe pairs to draw from each set.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per sequence, as in training (DPOConfig).")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "auto",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the code that is saved with a model (auto_map).")
+    ] = False,
 ) -> None:
     """Patch the subspaces fitted on one probe set on the pairs of another: does what was learned on one carry the other?
 
@@ -145,7 +165,15 @@ def transfer(
     from align_audit.writers.transfer_terminal import print_transfer
 
     began = time.perf_counter()
-    record = transfer_saved(folders[0], reference, sets, options, step_of(folders[0]), device_option(device))
+    record = transfer_saved(
+        folders[0],
+        reference,
+        sets,
+        options,
+        step_of(folders[0]),
+        device_option(device),
+        trust_remote_code=trust_remote_code,
+    )
     record.save(output / "transfer.json")
     print_transfer(record)
     pictures = save_transfer(record, output / "pictures")
@@ -163,12 +191,16 @@ def _conclude(records: list[AuditRecord], output: Path, seconds: float) -> None:
         typer.echo(f"  {path}")
 
 
+def _complain(words: str) -> None:
+    typer.echo(f"align-audit: {words}", err=True)
+
+
 def main() -> None:
     """Entry point: our own errors are messages, not tracebacks."""
     try:
         app()
     except AlignAuditError as error:
-        typer.echo(f"align-audit: {error}", err=True)
+        _complain(str(error))
         sys.exit(2)
 
 

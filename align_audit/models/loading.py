@@ -1,15 +1,29 @@
-"""Load a policy or reference from a path, and its tokenizer: a saved model, or a PEFT adapter on top of one."""
+"""Load a policy or reference from a path, and its tokenizer: a saved model, or a PEFT adapter on top of one.
+
+Everything that transformers and peft read for us is read here, and whatever they raise leaves as one sentence.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from align_audit.errors import ConfigurationError, ReferenceUnavailableError
+from align_audit.errors import AlignAuditError, ConfigurationError, ReferenceUnavailableError
+
+logger = logging.getLogger(__name__)
+
+_VOCABULARY_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json", "*.tiktoken",
+)  # fmt: skip
+"""What tokenizers keep their tokens in, beside the names that a tokenizer's class gives."""
 
 
 def load_model(
@@ -19,69 +33,263 @@ def load_model(
     device: torch.device | str | None = None,
     attention: str | None = None,
     trust_remote_code: bool = False,
+    base: str | Path | None = None,
 ) -> nn.Module:
     """A causal LM in eval mode from a directory or hub name; one with ``adapter_config.json`` becomes a PEFT model.
+
+    Args:
+        dtype: of the weights; None: as they are stored.
+        attention: the attention implementation; None: transformers' choice.
+        trust_remote_code: whether code that is saved with the model may run.
+        base: where an adapter's base model is looked for if it is no longer where the adapter's folder says.
 
     Raises:
         ReferenceUnavailableError: nothing loadable is there; the message keeps the loader's own reason.
     """
-    from transformers import AutoModelForCausalLM
-
     options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     if attention is not None:
         options["attn_implementation"] = attention
     folder = Path(path)
-    adapter = folder / "adapter_config.json"
     if folder.exists() and not folder.is_dir():
         raise ReferenceUnavailableError(f"{path} is a file; expected a directory with a saved model, or a hub name")
-    try:
-        if adapter.is_file():
-            from peft import PeftModel
-
-            base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-            if not base:
-                raise ReferenceUnavailableError(
-                    f"{adapter} names no base model; load the adapter yourself and pass the model instead of the path"
-                )
-            inner = AutoModelForCausalLM.from_pretrained(base, **options)
-            model = PeftModel.from_pretrained(inner, folder)
+    with loader_errors(path):
+        if (folder / "adapter_config.json").is_file():
+            model = _load_adapted(folder, base, options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(str(path), **options)
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, ReferenceUnavailableError):
-            raise
-        raise ReferenceUnavailableError(
-            f"cannot load a causal language model from {path}: {error}. Expected a directory saved with "
-            "`save_pretrained` (or a checkpoint of the trainer), or the name of a model that is in reach."
-        ) from error
-    if device is not None:
-        model = model.to(device)
+            model = _load_whole(path, options)
+        if device is not None:
+            model = model.to(device)
     return model.eval()
+
+
+@contextlib.contextmanager
+def loader_errors(path: str | Path) -> Iterator[None]:
+    """Whatever a library raises while it reads the model at ``path`` becomes one sentence that names the path.
+
+    Raises:
+        ReferenceUnavailableError: something was raised inside; the error it came from is its cause.
+    """
+    try:
+        yield
+    except AlignAuditError:
+        raise
+    except Exception as error:  # the kinds are the libraries' own: safetensors', json's, torch's size mismatches, …
+        words = _first_words(error)
+        if "trust_remote_code" in str(error):
+            raise ReferenceUnavailableError(
+                f"{path} comes with code of its own, which runs only where it is trusted. Pass --trust-remote-code to "
+                "the command, or load the model yourself with trust_remote_code=True and pass the model"
+            ) from error
+        raise ReferenceUnavailableError(
+            f"cannot load a causal language model from {path}: {words}. Expected a directory saved with "
+            "`save_pretrained` (or a checkpoint of the trainer), or the name of a model that is in reach"
+        ) from error
+
+
+def _first_words(error: BaseException) -> str:
+    """The first line of what an error says; with the next one where that only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    words = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
+    words = words.rstrip(".")
+    return words if words and isinstance(error, OSError | ValueError) else f"{type(error).__name__}: {words}"
+
+
+def _load_whole(path: str | Path, options: dict[str, Any]) -> Any:
+    """A saved model that is no adapter.
+
+    Raises:
+        ReferenceUnavailableError: weights that its class has are not in its files, and would be random.
+    """
+    model, report = _opener(path, options).from_pretrained(str(path), output_loading_info=True, **options)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ReferenceUnavailableError(
+            f"{path} lacks {len(missing)} of the weights of {type(model).__name__}, such as {missing[0]}, which would be "
+            "random. Expected a whole causal language model with its head; save it again with `save_pretrained`"
+        )
+    return model
+
+
+def _opener(path: str | Path, options: dict[str, Any]) -> Any:
+    """The class that opens a saved model as it was saved.
+
+    That is ``AutoModelForCausalLM`` wherever it takes the configuration. A model of text and images (or sound) is opened
+    by the class that its configuration names.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(str(path), trust_remote_code=options["trust_remote_code"])
+    written = getattr(config, "auto_map", None) or {}
+    if type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in written:
+        return AutoModelForCausalLM
+    for name in getattr(config, "architectures", None) or ():
+        named = getattr(transformers, name, None)
+        if isinstance(named, type) and issubclass(named, transformers.GenerationMixin):
+            return named
+    if type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM  # which says what it takes
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
 
 
 def base_of(folder: Path) -> str | None:
     """What an adapter's folder names as its base model."""
     try:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None  # no adapter, or a damaged one: loading it says so
     return base or None
 
 
-def load_tokenizer(places: list[Any]) -> Any:
-    """The tokenizer of the first place that has one.
+def _load_adapted(folder: Path, base: str | Path | None, options: dict[str, Any]) -> Any:
+    """An adapter on top of its base model.
 
     Raises:
-        ConfigurationError: none has.
+        ReferenceUnavailableError: the base is not to be had, or lacks embeddings that only training had.
+    """
+    from peft import PeftModel
+
+    adapter = folder / "adapter_config.json"
+    named = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not named:
+        raise ReferenceUnavailableError(
+            f"{adapter} names no base model; load the adapter yourself and pass the model instead of the path"
+        )
+    place = _base_place(folder, named, base)
+    with loader_errors(place):
+        inner = _load_whole(place, options)
+    resized = _resize(inner, folder)
+    model = PeftModel.from_pretrained(inner, folder)
+    if resized is not None and any(bool(parameter.isnan().any()) for parameter in model.parameters()):
+        raise ReferenceUnavailableError(
+            f"{folder} was trained on a base with {resized[1]} embeddings, {place} has {resized[0]}, and the adapter does "
+            "not hold those that were added. Save the base with its resized embeddings, and name its folder as "
+            f"base_model_name_or_path in {adapter.name}"
+        )
+    return model
+
+
+def _base_place(folder: Path, named: str, instead: str | Path | None) -> str:
+    """Where an adapter's base is: where its folder says, else at ``instead``."""
+    if _holds_model(named):
+        return named
+    if instead is not None and not (Path(instead) / "adapter_config.json").is_file() and _holds_model(instead):
+        logger.warning(
+            "align_audit reads the base of %s from %s: %s, which its adapter_config.json names, is not there",
+            folder.name, instead, named,
+        )  # fmt: skip
+        return str(instead)
+    raise ReferenceUnavailableError(
+        f"the base model of {folder}, {named}, is not there"
+        + (f", and {instead} holds no whole model" if instead is not None else "")
+        + ". Pass its folder as --reference (in Python: `reference`), or correct base_model_name_or_path in "
+        "adapter_config.json"
+    )
+
+
+def _holds_model(place: str | Path) -> bool:
+    """Whether a configuration is at ``place``, readable or not: in a directory, or under a hub name in reach."""
+    from transformers import PretrainedConfig
+
+    if Path(place).is_dir():
+        return (Path(place) / "config.json").is_file()
+    try:
+        return bool(PretrainedConfig.get_config_dict(str(place))[0])
+    except Exception:  # a bad name, no network, no such model: each library's own kind
+        return False
+
+
+def _resize(base: Any, folder: Path) -> tuple[int, int] | None:
+    """Give the base the embeddings that the adapter was saved with, where those are more. What is added is NaN.
+
+    What is still NaN when the adapter is loaded was in neither.
+
+    Returns:
+        How many the base had, and how many it has now; None where nothing was to be done.
+    """
+    size = base.get_input_embeddings().weight.shape[0]
+    sizes = _saved_sizes(base, folder)
+    if len(sizes) != 1 or max(sizes) <= size:
+        return None
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        base.resize_token_embeddings(max(sizes), mean_resizing=False)
+        for module in _ends(base):
+            for parameter in module.parameters(recurse=False):
+                if parameter.shape[0] == max(sizes):
+                    parameter[size:] = torch.nan
+    return size, max(sizes)
+
+
+def _ends(model: Any) -> list[nn.Module]:
+    """The input embedding and the output head."""
+    return [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+
+
+def _saved_sizes(base: Any, folder: Path) -> set[int]:
+    """How many embeddings an adapter's file holds, in the input embedding and in the head."""
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return set()
+    from safetensors import safe_open
+
+    ends = _ends(base)
+    names = tuple(f"{name}." for name, module in base.named_modules() if any(module is end for end in ends))
+    width = base.get_input_embeddings().weight.shape[1]
+    with safe_open(file, "pt") as opened:
+        shapes = {
+            key: tuple(opened.get_slice(key).get_shape())
+            for key in opened.keys()  # noqa: SIM118  (no mapping)
+            if key.endswith(".weight") and "lora_" not in key and any(name in key for name in names)
+        }
+    return {shape[0] for shape in shapes.values() if len(shape) == 2 and shape[1] == width}
+
+
+# -- tokenizers --------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(places: Iterable[Any], *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of the first place that has one. A place that is passed over is named in a warning.
+
+    For many kinds of models transformers makes a tokenizer of a folder that holds none: it has no tokens but special ones.
+    Such a one is not taken.
+
+    Raises:
+        ConfigurationError: no place has one.
     """
     from transformers import AutoTokenizer
 
-    reasons = []
-    for place in places:
+    reasons: list[str] = []
+    for place in dict.fromkeys(map(str, places)):
+        name = Path(place).name
         try:
-            return AutoTokenizer.from_pretrained(str(place))
-        except (OSError, ValueError) as error:
-            reasons.append(f"{Path(str(place)).name}: {str(error).splitlines()[0]}")
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+            lack = _lack(tokenizer, Path(place))
+        except Exception as error:  # as in loader_errors
+            lack = "its code is not trusted (--trust-remote-code)" if "trust_remote_code" in str(error) else ""
+            lack = lack or _first_words(error)
+        if lack is None:
+            if reasons:
+                logger.warning("align_audit takes the tokenizer of %s; none in %s", name, "; ".join(reasons))
+            return tokenizer
+        reasons.append(f"{name}: {lack}")
     raise ConfigurationError(
         "no tokenizer found in " + "; ".join(reasons) + ". Save it beside the model (processing_class.save_pretrained)"
     )
+
+
+def _lack(tokenizer: Any, folder: Path) -> str | None:
+    """What a tokenizer that was made from ``folder`` lacks; None: nothing."""
+    special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    if len(tokenizer) <= len(special):
+        return f"a tokenizer of {len(tokenizer)} tokens, all of them special"
+    if not folder.is_dir():
+        return None
+    by_class = tuple((getattr(tokenizer, "vocab_files_names", None) or {}).values())
+    # A tokenizer of bytes has no vocabulary to save.
+    expected = (*_VOCABULARY_FILES, *by_class) if by_class else (*_VOCABULARY_FILES, "tokenizer_config.json")
+    if any(any(folder.glob(name)) for name in expected):
+        return None
+    return "no tokenizer files"

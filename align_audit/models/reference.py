@@ -15,7 +15,7 @@ from torch import nn
 from align_audit.errors import ReferenceUnavailableError
 from align_audit.models.adapters import adapters_kept
 from align_audit.models.anatomy import is_peft, unwrap_only
-from align_audit.models.loading import load_model
+from align_audit.models.loading import load_model, loader_errors
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.models.weights.from_disk import open_streamed
 from align_audit.models.weights.streaming import NotStreamable, close
@@ -134,16 +134,27 @@ def policy_fingerprint(policy: nn.Module) -> str:
     return fingerprint(policy)
 
 
-def load_policy(path: str | Path, *, device: torch.device | str | None = None) -> nn.Module:
+def load_policy(
+    path: str | Path,
+    *,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    reference: Any = None,
+) -> nn.Module:
     """A saved policy; the frozen reference adapter of a trainer's checkpoint comes with it, inactive.
+
+    Args:
+        reference: what the policy is compared with. Where it is a path, an adapter whose base has moved finds it there.
 
     Raises:
         ReferenceUnavailableError: as :func:`~align_audit.models.loading.load_model`.
     """
-    policy: Any = load_model(path, device=device)
+    base = reference if isinstance(reference, str | Path) else None
+    policy: Any = load_model(path, device=device, trust_remote_code=trust_remote_code, base=base)
     frozen = Path(path) / REFERENCE_ADAPTER
     if is_peft(policy) and (frozen / "adapter_config.json").is_file():
-        policy.load_adapter(frozen, adapter_name=REFERENCE_ADAPTER)
+        with loader_errors(frozen):
+            policy.load_adapter(frozen, adapter_name=REFERENCE_ADAPTER)
         policy.eval()
     return policy
 

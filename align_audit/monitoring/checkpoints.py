@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.transfer import run_transfer
 from align_audit.config import AuditConfig
-from align_audit.errors import ConfigurationError, ReferenceUnavailableError
+from align_audit.errors import AlignAuditError, AnatomyError, ConfigurationError, ReferenceUnavailableError
 from align_audit.models.anatomy import is_peft
-from align_audit.models.loading import base_of, load_model, load_tokenizer
+from align_audit.models.loading import base_of, load_tokenizer
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
 from align_audit.monitoring.monitor import Moment, Monitor
 from align_audit.probes.names import check_names
@@ -23,6 +26,21 @@ from align_audit.record.transfer_record import TransferRecord
 from align_audit.writers.terminal import Terminal, progress_bar
 from align_audit.writers.writer import Writers
 
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SavedAudits:
+    """What came of a folder of checkpoints.
+
+    Attributes:
+        records: in the order of the checkpoints and, for each, of the probe sets.
+        broken: why a checkpoint could not be audited, by its folder.
+    """
+
+    records: list[AuditRecord]
+    broken: dict[Path, AlignAuditError]
+
 
 def audit_saved(
     checkpoints: Mapping[Path, int],
@@ -31,37 +49,63 @@ def audit_saved(
     config: AuditConfig,
     output: str | Path,
     device: str = "cpu",
-) -> list[AuditRecord]:
+    *,
+    trust_remote_code: bool = False,
+    tell: Callable[[str], None] = logger.error,
+) -> SavedAudits:
     """Audit each checkpoint (folder → step) against ``reference`` and append to the log in ``output``.
 
     With several probe sets (name → path), each checkpoint is opened once and audited on each of them.
 
     A checkpoint whose weights are in the log already, at that step, is not audited again. Alerts compare each with
-    those before it.
+    those before it. Of several checkpoints, those that cannot be opened are passed over.
+
+    Args:
+        trust_remote_code: whether code that is saved with a model or tokenizer may run.
+        tell: is given a line for each checkpoint that is passed over, as it is.
 
     Raises:
-        ConfigurationError: the log in ``output`` is another run's.
-        ConfigurationError, ProbeError, ReferenceUnavailableError, AnatomyError: as :func:`align_audit.audit`.
+        ConfigurationError: the log in ``output`` is another run's, or no checkpoint could be audited.
+        ConfigurationError, ProbeError, ReferenceUnavailableError, AnatomyError: as :func:`align_audit.audit`; of the
+            only checkpoint, or of all together.
     """
     log = RunLog(output)
-    sets = read_probes(probes, checkpoints, reference, config)
+    sets = read_probes(probes, checkpoints, reference, config, trust_remote_code=trust_remote_code)
     progress = progress_bar if config.progress else None
-    # An error ends the command.
+    # An error ends the audit of a checkpoint.
     monitor = Monitor(sets, config, log, writers=Writers([Terminal()]), progress=progress, strict=True)
-    shared = _load_reference(reference, device)
+    shared = SharedReference(reference, trust_remote_code)
     records: list[AuditRecord] = []
+    broken: dict[Path, AlignAuditError] = {}
     for folder, step in checkpoints.items():
-        policy = load_policy(folder, device=device)
-        resolved = _reference(policy, shared, folder)
+        try:
+            policy = load_policy(folder, device=device, trust_remote_code=trust_remote_code, reference=reference)
+        except ReferenceUnavailableError as error:
+            if len(checkpoints) == 1:
+                raise
+            broken[folder] = error
+            tell(f"{folder.name} is passed over: {error}")
+            continue
+        resolved = shared.of(policy, folder)
         weights = (policy_fingerprint(policy), resolved.fingerprint())
-        stored = _stored(step, weights, sets, config, log, one_reference=shared is not None)
+        stored = _stored(step, weights, sets, config, log, one_reference=reference is not None)
         for record in stored.values():
             monitor.tell(record)
         monitor.resume(step)
-        outcome = monitor.audit(OpenModels(policy, resolved), Moment(step))
+        try:
+            outcome = monitor.audit(OpenModels(policy, resolved), Moment(step))
+        except (AnatomyError, ReferenceUnavailableError) as error:
+            if len(checkpoints) == 1:
+                raise
+            broken[folder] = error
+            tell(f"{folder.name} is passed over: {error}")
+            continue
         by_name = {**stored, **outcome.records}
         records += [by_name[name] for name in sets]
-    return records
+    if not records:
+        first = next(iter(broken.values()))
+        raise type(first)(f"none of the {len(checkpoints)} checkpoints could be audited; the first: {first}") from first
+    return SavedAudits(records, broken)
 
 
 def transfer_saved(
@@ -71,18 +115,23 @@ def transfer_saved(
     config: AuditConfig,
     step: int = 0,
     device: str = "cpu",
+    *,
+    trust_remote_code: bool = False,
 ) -> TransferRecord:
     """The transfer matrix of one saved policy over several probe sets (name → path).
+
+    Args:
+        trust_remote_code: whether code that is saved with a model or tokenizer may run.
 
     Raises:
         ConfigurationError, ProbeError, ReferenceUnavailableError, AnatomyError: as :func:`align_audit.transfer`.
     """
-    sets = read_probes(probes, [policy], reference, config)
-    shared = _load_reference(reference, device)
-    model = load_policy(policy, device=device)
+    sets = read_probes(probes, [policy], reference, config, trust_remote_code=trust_remote_code)
+    model = load_policy(policy, device=device, trust_remote_code=trust_remote_code, reference=reference)
+    resolved = SharedReference(reference, trust_remote_code).of(model, policy)
     progress = progress_bar if config.progress else None
     named = {name: pairs for name, pairs in sets.items() if name is not None}
-    return run_transfer(model, _reference(model, shared, policy), named, config, step, progress=progress)
+    return run_transfer(model, resolved, named, config, step, progress=progress)
 
 
 def read_probes(
@@ -90,6 +139,8 @@ def read_probes(
     checkpoints: Iterable[Path],
     reference: str | None,
     config: AuditConfig,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str | None, ProbeSet]:
     """The probe sets at those paths, tokenized with the models' tokenizer; a single path's set is called None."""
     paths: dict[str | None, str | Path] = {}
@@ -99,7 +150,8 @@ def read_probes(
     else:
         paths[None] = probes
     bases = [base for folder in checkpoints if (base := base_of(folder)) is not None]
-    tokenizer = load_tokenizer([*checkpoints, *([reference] if reference is not None else []), *bases])
+    places = [*checkpoints, *([reference] if reference is not None else []), *bases]
+    tokenizer = load_tokenizer(places, trust_remote_code=trust_remote_code)
     return {
         name: ProbeSet.from_dataset(
             path,
@@ -113,21 +165,42 @@ def read_probes(
     }
 
 
-def _load_reference(reference: str | None, device: str) -> Reference | None:
-    if reference is None:
-        return None
-    return Reference(f"loaded from {Path(reference).name}", model=load_model(reference, device=device))
+class SharedReference:
+    """The reference that was asked for, loaded whole and once for all checkpoints; else the one each policy names.
 
+    It is loaded as :func:`~align_audit.models.reference.resolve_reference` loads one for the policy: in its dtype, with
+    its attention. A policy of another dtype has it loaded again.
 
-def _reference(policy: nn.Module, shared: Reference | None, folder: Path) -> Reference:
-    """The reference that was asked for, else the one the saved policy names."""
-    if shared is None and not is_peft(policy):
-        # A saved full model names its own folder as its source: that is the policy again, not its reference.
-        raise ReferenceUnavailableError(
-            f"{folder.name} is a full model and does not say what it was trained from; pass --reference with the model "
-            "that training started from"
-        )
-    return shared if shared is not None else resolve_reference(policy)
+    Args:
+        path: a folder or hub name; None: the reference that an adapter comes with.
+    """
+
+    def __init__(self, path: str | None, trust_remote_code: bool = False) -> None:
+        self._path = path
+        self._trust_remote_code = trust_remote_code
+        self._held: tuple[torch.dtype, Reference] | None = None
+
+    def of(self, policy: nn.Module, folder: Path) -> Reference:
+        """The reference of ``policy``, which came from ``folder``.
+
+        Raises:
+            ReferenceUnavailableError: it cannot be loaded, or a full model was given without any.
+        """
+        if self._path is None:
+            if not is_peft(policy):
+                # A saved full model names its own folder as its source: that is the policy again, not its reference.
+                raise ReferenceUnavailableError(
+                    f"{folder.name} is a full model and does not say what it was trained from; pass --reference with "
+                    "the model that training started from"
+                )
+            return resolve_reference(policy)
+        dtype = next(weight.dtype for weight in policy.parameters() if weight.is_floating_point())
+        if self._held is None or self._held[0] != dtype:
+            self._held = None  # lets go of it first
+            loaded = resolve_reference(policy, self._path, trust_remote_code=self._trust_remote_code, stream=False)
+            # Held as a model, which an audit does not let go of.
+            self._held = dtype, Reference(loaded.source, model=loaded.model())
+        return self._held[1]
 
 
 def _stored(

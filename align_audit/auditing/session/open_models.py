@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from align_audit.auditing.session.memory import MemoryBounds
-from align_audit.errors import ConfigurationError
+from align_audit.errors import AnatomyError, ConfigurationError, ReferenceUnavailableError
 from align_audit.models.anatomy import Anatomy, unwrap
 from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, check_fit, policy_fingerprint
 from align_audit.models.replay import Replay
 from align_audit.models.verify import open_replay
 from align_audit.models.weights.from_host import placed
+from align_audit.models.weights.streaming import stream_of
 
 if TYPE_CHECKING:
     from align_audit.probes.pairs import ProbePair
@@ -73,7 +74,7 @@ class OpenModels:
         """Open both, the first time; checked as :func:`~align_audit.models.verify.open_replay` says.
 
         Raises:
-            AnatomyError: a model cannot be opened between its layers.
+            AnatomyError: a model cannot be opened between its layers, or its weights are not in memory.
             ReferenceUnavailableError: the reference cannot be had, or does not fit the policy.
         """
         if not self._opened:
@@ -83,6 +84,7 @@ class OpenModels:
         return self
 
     def _enter(self) -> None:
+        check_in_memory(self.policy_model, "policy")
         stack = self._stack
         if not self._keep_loaded:
             stack.callback(self.source.release)
@@ -90,6 +92,7 @@ class OpenModels:
         with untouched(self.policy_model):  # loading a reference draws random numbers
             reference = self.source.model()
         if reference is not self.policy_model:
+            check_in_memory(reference, "reference")
             stack.enter_context(placed(reference, next(self.policy_model.parameters()).device))
             models.append(reference)
         stack.enter_context(untouched(*models))
@@ -98,6 +101,8 @@ class OpenModels:
     def _open_replays(self) -> None:
         source = self.source
         self.policy = open_replay(self.policy_model, self._anatomy, self._autocast)
+        if not source.shares_weights:
+            check_dtype(self.policy, source.model())
         with source.active():
             self.alike = source.shares_weights or _built_alike(self.policy.model, source.model())
             self.reference = open_replay(
@@ -140,6 +145,53 @@ class OpenModels:
     def layer_tokens(self) -> int:
         """Layer calls × tokens of both so far."""
         return self.policy.layer_tokens + self.reference.layer_tokens
+
+
+def check_in_memory(model: nn.Module, role: str) -> None:
+    """Refuse a model that accelerate has offloaded, or that was never loaded.
+
+    Args:
+        role: what the model is, for the message.
+
+    Raises:
+        AnatomyError: some of its weights are on the meta device. Those of a reference that is streamed by us may be.
+    """
+    if stream_of(model) is not None:
+        return
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    absent = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if absent:
+        raise AnatomyError(
+            f"{len(absent)} of the {len(tensors)} tensors of the {role} hold no data, such as {absent[0]}: they were "
+            "offloaded (device_map) or never loaded; expected all weights in memory. Load the model without offloading, on "
+            "one device or a larger machine; a reference may be passed as a path, and is then read layer by layer"
+        )
+
+
+def check_dtype(policy: Replay, reference: nn.Module) -> None:
+    """Refuse a reference of another dtype, whose layers cannot take the policy's streams.
+
+    Inside autocast both compute in its dtype, whatever their weights are stored in.
+
+    Raises:
+        ReferenceUnavailableError: the weights' dtypes differ and there is no autocast.
+    """
+    with policy.autocast():
+        if torch.is_autocast_enabled(policy.device.type):
+            return
+    ours, theirs = (
+        next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+        for model in (unwrap(policy.model), unwrap(reference))
+    )
+    if ours != theirs:
+        raise ReferenceUnavailableError(
+            f"the policy computes in {_plain(ours)}, the reference in {_plain(theirs)}; expected one dtype for both. Load "
+            f"the reference with dtype={ours} (nothing is lost in a wider one), or pass its path: it is then loaded so"
+        )
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_vocabulary(pairs: Sequence[ProbePair], models: OpenModels) -> None:

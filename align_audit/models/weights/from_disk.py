@@ -173,7 +173,13 @@ def _checkpoint(folder: Path) -> dict[str, _Entry]:
         return _entries(single)
     if not index.is_file():
         raise NotStreamable("its weights are not in safetensors files")
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ReferenceUnavailableError(
+            f"{index} cannot be read ({error!r}). Expected the index that `save_pretrained` writes beside its shards; save "
+            "or download the model again"
+        ) from error
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise ReferenceUnavailableError(
@@ -308,7 +314,8 @@ def _configuration(folder: Path, trust_remote_code: bool) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # Of whatever kind: loading whole is what then shows the true error.
         raise NotStreamable(f"its configuration cannot be read ({error})") from error
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         raise NotStreamable("its class is code of its own")

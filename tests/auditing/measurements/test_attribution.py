@@ -391,6 +391,6 @@ def test_a_training_chooses_by_its_last_audit_and_a_resumed_one_does_too(tmp_pat
     probes = tmp_path / "probes.jsonl"
     probes.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     folders = {tmp_path / "straight" / "run" / f"checkpoint-{step}": step for step in (1, 2, 3)}
-    saved = audit_saved(folders, str(tmp_path / "straight" / "base"), probes, config, tmp_path / "again")
+    saved = audit_saved(folders, str(tmp_path / "straight" / "base"), probes, config, tmp_path / "again").records
     for one, other in zip(saved, straight[1:], strict=True):
         assert one.patching.attribution.patched_pairs == other.patching.attribution.patched_pairs
