@@ -259,13 +259,11 @@ def load_tokenizer(places: Iterable[Any], *, trust_remote_code: bool = False) ->
     Raises:
         ConfigurationError: no place has one.
     """
-    from transformers import AutoTokenizer
-
     reasons: list[str] = []
     for place in dict.fromkeys(map(str, places)):
         name = Path(place).name
         try:
-            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+            tokenizer = _open_tokenizer(place, trust_remote_code)
             lack = _lack(tokenizer, Path(place))
         except Exception as error:  # as in loader_errors
             lack = "its code is not trusted (--trust-remote-code)" if "trust_remote_code" in str(error) else ""
@@ -278,6 +276,20 @@ def load_tokenizer(places: Iterable[Any], *, trust_remote_code: bool = False) ->
     raise ConfigurationError(
         "no tokenizer found in " + "; ".join(reasons) + ". Save it beside the model (processing_class.save_pretrained)"
     )
+
+
+def _open_tokenizer(place: str, trust_remote_code: bool) -> Any:
+    """The tokenizer that was saved, also where transformers would put the usual one of the model's kind in its place."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    saved, described = Path(place) / "tokenizer.json", Path(place) / "tokenizer_config.json"
+    if saved.is_file() and described.is_file():
+        kind = json.loads(described.read_text(encoding="utf-8")).get("tokenizer_class")
+        # This class has no rules of its own: all that it does is in the file.
+        if kind in ("TokenizersBackend", "PreTrainedTokenizerFast") and type(tokenizer) is not PreTrainedTokenizerFast:
+            return PreTrainedTokenizerFast.from_pretrained(place)
+    return tokenizer
 
 
 def _lack(tokenizer: Any, folder: Path) -> str | None:

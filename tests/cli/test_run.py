@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import subprocess
 import sys
@@ -14,11 +13,10 @@ from typing import Any
 import pytest
 
 from align_audit import AlignmentAuditCallback, AuditRun
-from align_audit.cli import app as cli
 from align_audit.models.loading import load_model, load_tokenizer
 from align_audit.models.weights.fingerprint import fingerprint
-from align_audit.writers.plots.gallery import save_all
-from tests.helpers.dpo import ROWS, build, train
+from tests.cli.commands import arguments, refused
+from tests.helpers.dpo import build, train
 from tests.helpers.tiny import tiny_model
 from tests.monitoring.test_callback import quick
 from tests.monitoring.test_reference_modes import begin
@@ -27,40 +25,6 @@ PICTURES = {
     "margins_over_steps.png", "recovery_by_layer_and_step.png", "layer_gain_by_layer_and_step.png",
     "block_transplants.png", "low_rank_curve.png", "depth_trace.png",
 }  # fmt: skip
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """``align-audit`` with these arguments, as the installed command runs it; drawing is slow, so only on demand."""
-
-    def call(*arguments: Any, pictures: bool = False) -> SimpleNamespace:
-        monkeypatch.setattr("align_audit.writers.plots.gallery.save_all", save_all if pictures else lambda *_: {})
-        monkeypatch.setenv("COLUMNS", "400")  # a terminal that no path is too long for
-        monkeypatch.setattr(sys, "argv", ["align-audit", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit:
-            code = exit.code if isinstance(exit.code, int) else int(bool(exit.code))
-        captured = capsys.readouterr()
-        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """Probe pairs and audit options as files, and a full fine-tuning with checkpoints 1 and 2, audited while it ran."""
-    folder = tmp_path_factory.mktemp("cli")
-    probes, options = folder / "probes.jsonl", folder / "audit.yaml"
-    probes.write_text("".join(json.dumps(row) + "\n" for row in ROWS[16:]), encoding="utf-8")
-    config = quick()
-    config.to_yaml(options)
-    full = folder / "full" / "out"
-    callback = AlignmentAuditCallback(probes=str(probes), config=config)
-    train(full, "ref_model made", callback, max_steps=2, save_steps=1)
-    return SimpleNamespace(folder=folder, probes=probes, options=options, full=full, base=folder / "full" / "base")
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +37,6 @@ def adapters(place: SimpleNamespace) -> dict[str, Path]:
         train(output, mode, callback, max_steps=1, save_steps=1)
         found[mode] = output
     return found
-
-
-def arguments(place: SimpleNamespace, checkpoint: Path, output: Path, *more: Any) -> list[Any]:
-    return ["run", checkpoint, "--probes", place.probes, "--config", place.options, "--output", output, *more]
 
 
 # -- full models -------------------------------------------------------------------------------------------------------
@@ -199,16 +159,6 @@ def test_an_adapter_saved_without_tokenizer_takes_its_bases(
 
 
 # -- bad arguments: one clear message, exit code 2, no traceback -------------------------------------------------------
-
-
-def refused(done: SimpleNamespace, *words: str) -> None:
-    assert done.code == 2
-    assert "Traceback" not in done.out + done.err
-    # What comes before is the progress of loading.
-    message = done.err[done.err.index("align-audit: ") :]
-    for word in words:
-        assert word in message
-    assert "records.jsonl" not in done.out
 
 
 def test_a_missing_checkpoint(command: Any, place: SimpleNamespace, tmp_path: Path) -> None:

@@ -1,0 +1,132 @@
+"""What both models must be before anything of an audit runs: in memory, and of one dtype."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from align_audit import audit
+from align_audit.auditing.session.open_models import OpenModels
+from align_audit.errors import AnatomyError, ReferenceUnavailableError
+from align_audit.models.reference import resolve_reference
+from align_audit.probes.pairs import ProbeSet
+from tests.helpers.tiny import perturbed, random_pairs, tiny_model
+from tests.monitoring.test_callback import quick
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def margin(model: Any, pairs: ProbeSet) -> float:
+    """Mean margin, of plain forwards."""
+
+    def logp(ids: Any, start: int) -> float:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([list(ids)])).logits[0].double()
+        each = logits[:-1].log_softmax(-1).gather(1, torch.tensor(list(ids[1:]))[:, None])[:, 0]
+        return float(each[max(start, 1) - 1 :].sum())
+
+    shares = [
+        logp(pair.chosen_ids, pair.chosen_start) - logp(pair.rejected_ids, pair.rejected_start) for pair in pairs.pairs
+    ]
+    return sum(shares) / len(shares)
+
+
+def saved(model: Any, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+# -- dtypes ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("form", ["path", "model"])
+def test_a_reference_on_disk_computes_in_the_policys_dtype(form: str, stored: torch.dtype, tmp_path: Path) -> None:
+    """A float32 policy of a base in 16 bits: the shift is that of plain float32 forwards."""
+    base = saved(tiny_model(dtype=stored), tmp_path / "base")
+    wide: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    policy = perturbed(wide)
+    pairs = random_pairs(4)
+    record = audit(saved(policy, tmp_path / "policy") if form == "path" else policy, base, pairs, quick())
+    assert record.margins.reference.mean == pytest.approx(margin(wide, pairs), rel=1e-4)
+    assert record.margins.shift.mean == pytest.approx(margin(policy, pairs) - margin(wide, pairs), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("policy", "reference"), [(one, other) for one in DTYPES for other in DTYPES if one != other], ids=str
+)
+def test_two_models_of_different_dtypes_are_refused_before_an_audit(
+    policy: torch.dtype, reference: torch.dtype
+) -> None:
+    calls: list[Any] = []
+    other: Any = tiny_model(dtype=reference)
+    other.register_forward_pre_hook(lambda *_: calls.append(None))
+    words = f"policy computes in {policy}, the reference in {reference}; expected one dtype".replace("torch.", "")
+    with pytest.raises(ReferenceUnavailableError, match=words) as refusal:
+        audit(tiny_model(dtype=policy), other, random_pairs(2), quick())
+    assert f"dtype={policy}" in str(refusal.value)
+    assert not calls
+
+
+def test_inside_autocast_dtypes_of_weights_may_differ() -> None:
+    def autocast() -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+
+    policy = tiny_model(dtype=torch.float32)
+    reference = resolve_reference(policy, tiny_model(dtype=torch.bfloat16))
+    with OpenModels(policy, reference, autocast=autocast) as models:
+        assert models.open().policy.compute_dtype == models.reference.compute_dtype == torch.bfloat16
+
+
+# -- weights that are not in memory ------------------------------------------------------------------------------------
+
+
+def on_disk(folder: Path) -> nn.Module:
+    saved(tiny_model(dtype=torch.float32), folder / "whole")
+    ends = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    layers = {f"model.layers.{layer}": "disk" if layer > 1 else "cpu" for layer in range(4)}
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "whole", dtype=torch.float32, device_map={**ends, **layers}, offload_folder=str(folder / "offload")
+    )
+
+
+def kept_on_the_cpu(folder: Path) -> nn.Module:
+    return accelerate.cpu_offload(tiny_model(dtype=torch.float32), torch.device("cpu"))
+
+
+def never_loaded(folder: Path) -> nn.Module:
+    config = tiny_model().config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def one_weight_lost(folder: Path) -> nn.Module:
+    model: Any = tiny_model(dtype=torch.float32)
+    model.lm_head.to("meta")
+    return model
+
+
+def under_an_adapter(folder: Path) -> nn.Module:
+    return get_peft_model(on_disk(folder), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))  # type: ignore[arg-type]
+
+
+ABSENT: list[Callable[[Path], nn.Module]] = [on_disk, kept_on_the_cpu, never_loaded, one_weight_lost, under_an_adapter]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("role", ["policy", "reference"])
+@pytest.mark.parametrize("make", ABSENT)
+def test_a_model_that_is_not_in_memory_is_refused(make: Callable[[Path], nn.Module], role: str, tmp_path: Path) -> None:
+    absent, whole = make(tmp_path), tiny_model(dtype=torch.float32)
+    models = (absent, whole) if role == "policy" else (whole, absent)
+    with pytest.raises(AnatomyError, match=f"tensors of the {role} hold no data, such as .*expected all weights"):
+        audit(*models, random_pairs(2), quick())

@@ -1,0 +1,161 @@
+"""``align-audit run`` and ``transfer`` on a folder of which a checkpoint cannot be read, and with code of their own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from align_audit import AlignmentAuditCallback, AuditRun
+from tests.cli.commands import arguments, refused
+from tests.helpers.dpo import train
+from tests.models.test_loading import ADAPTER_DAMAGE, FULL_DAMAGE, with_code
+from tests.monitoring.test_callback import quick
+
+OTHER_DEPTH = "of another depth"
+
+
+def of_another_depth(folder: Path) -> None:
+    """Whole, but not of the model that training started from."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    del model.model.layers[-1]
+    model.config.num_hidden_layers = len(model.model.layers)
+    model.config.layer_types = None
+    model.save_pretrained(folder)
+
+
+DAMAGE = {**FULL_DAMAGE, OTHER_DEPTH: of_another_depth, "not a folder": None}
+ABSENT_IN_THIS_MODEL = {"a weight is not there"}
+
+
+@pytest.mark.parametrize("damage", sorted(set(DAMAGE) - ABSENT_IN_THIS_MODEL))
+def test_one_damaged_checkpoint_is_named_and_the_others_are_audited(
+    damage: str, command: Any, place: SimpleNamespace, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for step, source in ((1, 1), (2, 2), (3, 1)):
+        shutil.copytree(place.full / f"checkpoint-{source}", run / f"checkpoint-{step}")
+    harm = DAMAGE[damage]
+    if harm is None:
+        shutil.rmtree(run / "checkpoint-2")
+        (run / "checkpoint-2").write_text("")
+    else:
+        harm(run / "checkpoint-2")
+    done = command(*arguments(place, run, tmp_path / "out", "--reference", place.base))
+    assert done.code == 1, done.err
+    assert "Traceback" not in done.out + done.err
+    (line,) = [line for line in done.err.splitlines() if "align-audit: " in line]
+    assert "align-audit: checkpoint-2 is passed over: " in line
+    records = AuditRun.load(tmp_path / "out").records
+    assert [record.step for record in records] == [1, 3]
+    ours = AuditRun.load(place.full).select(None).records
+    expected = next(record for record in ours if record.step == 1)
+    for record in records:
+        assert record.margins.shift.mean == pytest.approx(expected.margins.shift.mean, rel=1e-6)
+    assert "2 audit(s)" in done.out
+
+    alone = command(*arguments(place, run / "checkpoint-2", tmp_path / "alone", "--reference", place.base))
+    assert alone.code == 2
+    assert "Traceback" not in alone.out + alone.err
+    assert len([line for line in alone.err.splitlines() if "align-audit: " in line]) == 1
+
+
+@pytest.mark.parametrize("damage", ADAPTER_DAMAGE)
+def test_one_damaged_adapter_is_named_and_the_others_are_audited(
+    damage: str, command: Any, place: SimpleNamespace, lora: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    for step in (1, 2):
+        shutil.copytree(lora / "checkpoint-1", run / f"checkpoint-{step}")
+    ADAPTER_DAMAGE[damage](run / "checkpoint-1")
+    done = command(*arguments(place, run, tmp_path / "out"))
+    assert done.code == 1, done.err
+    (line,) = [line for line in done.err.splitlines() if "align-audit: " in line]
+    assert "align-audit: checkpoint-1 is passed over: " in line
+    assert [record.step for record in AuditRun.load(tmp_path / "out").records] == [2]
+
+
+@pytest.fixture(scope="module")
+def lora(place: SimpleNamespace) -> Path:
+    output = place.folder / "lora" / "out"
+    train(
+        output,
+        "new adapter",
+        AlignmentAuditCallback(probes=str(place.probes), config=quick()),
+        max_steps=1,
+        save_steps=1,
+    )
+    return output
+
+
+def test_where_no_checkpoint_can_be_audited_the_command_fails(
+    command: Any, place: SimpleNamespace, tmp_path: Path
+) -> None:
+    shutil.copytree(place.full, tmp_path / "run")
+    for step in (1, 2):
+        FULL_DAMAGE["weights cut off"](tmp_path / "run" / f"checkpoint-{step}")
+    done = command(*arguments(place, tmp_path / "run", tmp_path / "out", "--reference", place.base))
+    assert done.code == 2
+    assert "none of the 2 checkpoints could be audited; the first: cannot load" in done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_damaged_tokenizer_does_not_hide_a_whole_model(command: Any, place: SimpleNamespace, tmp_path: Path) -> None:
+    shutil.copytree(place.full, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint-1" / "tokenizer.json").write_text("{")
+    done = command(*arguments(place, tmp_path / "run", tmp_path / "out", "--reference", place.base))
+    assert done.code == 0, done.err
+    records, ours = AuditRun.load(tmp_path / "out").records, AuditRun.load(place.full).records
+    assert [record.step for record in records] == [1, 2]
+    assert {record.provenance.probe_hash for record in records} == {ours[0].provenance.probe_hash}
+
+
+# -- the reference's dtype, and code of its own ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16], ids=str)
+def test_a_base_in_16_bits_is_compared_in_the_checkpoints_dtype(
+    stored: torch.dtype, command: Any, place: SimpleNamespace, tmp_path: Path
+) -> None:
+    """As if it had been saved in float32 after rounding, to the bit."""
+    for name, dtype in (("narrow", stored), ("wide", torch.float32)):
+        rounded: Any = AutoModelForCausalLM.from_pretrained(place.base, dtype=stored)
+        rounded.to(dtype).save_pretrained(tmp_path / name)
+        done = command(*arguments(place, place.full, tmp_path / f"{name}-out", "--reference", tmp_path / name))
+        assert done.code == 0, done.err
+    narrow, wide = (AuditRun.load(tmp_path / f"{name}-out").records for name in ("narrow", "wide"))
+    assert [record.step for record in narrow] == [1, 2]
+    for one, other in zip(narrow, wide, strict=True):
+        assert one.margins == other.margins
+        assert one.patching.effect == other.patching.effect
+        assert one.provenance.reference_hash == other.provenance.reference_hash
+
+
+@pytest.mark.parametrize("name", ["run", "transfer"])
+def test_code_of_its_own_is_run_where_the_option_says_so(
+    name: str, command: Any, place: SimpleNamespace, tmp_path: Path
+) -> None:
+    folder = with_code(shutil.copytree(place.full / "checkpoint-2", tmp_path / "checkpoint-2"))
+    if name == "run":
+        call = arguments(place, folder, tmp_path / "out", "--reference", place.base)
+    else:
+        sets = [part for kind in ("one", "two") for part in ("--probes", f"{kind}={place.probes}")]
+        options = tmp_path / "transfer.yaml"
+        quick(low_rank={"layers": [1], "ranks": [1], "random_draws": 0}).to_yaml(options)
+        call = ["transfer", folder, "--reference", place.base, *sets, "--config", options, "--output", tmp_path / "out"]
+    refused(command(*call), str(folder), "--trust-remote-code")
+    assert "--trust-remote-code" in command(name, "--help").out
+    done = command(*call, "--trust-remote-code")
+    assert done.code == 0, done.err
+    if name == "run":
+        (record,) = AuditRun.load(tmp_path / "out").records
+        ours = {record.step: record for record in AuditRun.load(place.full).records}[2]
+        assert record.margins.shift.mean == pytest.approx(ours.margins.shift.mean, rel=1e-6)
+    else:
+        assert json.loads((tmp_path / "out" / "transfer.json").read_text())
