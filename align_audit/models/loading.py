@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from align_audit.errors import AlignAuditError, ConfigurationError, ReferenceUnavailableError
@@ -38,7 +39,7 @@ def load_model(
     """A causal LM in eval mode from a directory or hub name; one with ``adapter_config.json`` becomes a PEFT model.
 
     Args:
-        dtype: of the weights; None: as they are stored.
+        dtype: of the weights; None: as they are stored, and of an adapter's base at least the adapter's.
         attention: the attention implementation; None: transformers' choice.
         trust_remote_code: whether code that is saved with the model may run.
         base: where an adapter's base model is looked for if it is no longer where the adapter's folder says.
@@ -160,7 +161,7 @@ def _load_adapted(folder: Path, base: str | Path | None, options: dict[str, Any]
         )
     place = _base_place(folder, named, base)
     with loader_errors(place):
-        inner = _load_whole(place, options)
+        inner = _load_whole(place, {**options, "dtype": _base_dtype(folder, place, options["dtype"])})
     resized = _resize(inner, folder)
     model = PeftModel.from_pretrained(inner, folder)
     if resized is not None and any(bool(parameter.isnan().any()) for parameter in model.parameters()):
@@ -170,6 +171,26 @@ def _load_adapted(folder: Path, base: str | Path | None, options: dict[str, Any]
             f"base_model_name_or_path in {adapter.name}"
         )
     return model
+
+
+def _base_dtype(folder: Path, place: str, dtype: Any) -> Any:
+    """In what an adapter's base is loaded: where ``"auto"`` was asked for, in float32 under an adapter that is stored so.
+
+    A trainer of TRL reads a model in 16 bits as float32 and trains the adapter in that; the shift of a young adapter can be
+    smaller than what 16 bits round off. Widening loses nothing.
+    """
+    from transformers import PretrainedConfig
+
+    file = folder / "adapter_model.safetensors"
+    if dtype != "auto" or not file.is_file():
+        return dtype
+    config = PretrainedConfig.get_config_dict(place)[0]
+    narrow = config.get("dtype", config.get("torch_dtype")) in ("bfloat16", "float16")
+    if not narrow or config.get("quantization_config") is not None:
+        return dtype
+    with safe_open(file, "pt") as opened:
+        stored = {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118  (no mapping)
+    return torch.float32 if "F32" in stored else dtype
 
 
 def _base_place(folder: Path, named: str, instead: str | Path | None) -> str:
@@ -233,8 +254,6 @@ def _saved_sizes(base: Any, folder: Path) -> set[int]:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         return set()
-    from safetensors import safe_open
-
     ends = _ends(base)
     names = tuple(f"{name}." for name, module in base.named_modules() if any(module is end for end in ends))
     width = base.get_input_embeddings().weight.shape[1]

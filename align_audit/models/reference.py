@@ -137,6 +137,7 @@ def policy_fingerprint(policy: nn.Module) -> str:
 def load_policy(
     path: str | Path,
     *,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
     reference: Any = None,
@@ -144,13 +145,14 @@ def load_policy(
     """A saved policy; the frozen reference adapter of a trainer's checkpoint comes with it, inactive.
 
     Args:
+        dtype: of the weights; None: as :func:`~align_audit.models.loading.load_model`.
         reference: what the policy is compared with. Where it is a path, an adapter whose base has moved finds it there.
 
     Raises:
         ReferenceUnavailableError: as :func:`~align_audit.models.loading.load_model`.
     """
     base = reference if isinstance(reference, str | Path) else None
-    policy: Any = load_model(path, device=device, trust_remote_code=trust_remote_code, base=base)
+    policy: Any = load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code, base=base)
     frozen = Path(path) / REFERENCE_ADAPTER
     if is_peft(policy) and (frozen / "adapter_config.json").is_file():
         with loader_errors(frozen):

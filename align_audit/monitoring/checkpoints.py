@@ -50,6 +50,7 @@ def audit_saved(
     output: str | Path,
     device: str = "cpu",
     *,
+    dtype: str | None = None,
     trust_remote_code: bool = False,
     tell: Callable[[str], None] = logger.error,
 ) -> SavedAudits:
@@ -61,6 +62,7 @@ def audit_saved(
     those before it. Of several checkpoints, those that cannot be opened are passed over.
 
     Args:
+        dtype: of policy and reference; None: the policy's.
         trust_remote_code: whether code that is saved with a model or tokenizer may run.
         tell: is given a line for each checkpoint that is passed over, as it is.
 
@@ -79,7 +81,9 @@ def audit_saved(
     broken: dict[Path, AlignAuditError] = {}
     for folder, step in checkpoints.items():
         try:
-            policy = load_policy(folder, device=device, trust_remote_code=trust_remote_code, reference=reference)
+            policy = load_policy(
+                folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, reference=reference
+            )
         except ReferenceUnavailableError as error:
             if len(checkpoints) == 1:
                 raise
@@ -116,18 +120,20 @@ def transfer_saved(
     step: int = 0,
     device: str = "cpu",
     *,
+    dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> TransferRecord:
     """The transfer matrix of one saved policy over several probe sets (name → path).
 
     Args:
+        dtype: of policy and reference; None: the policy's.
         trust_remote_code: whether code that is saved with a model or tokenizer may run.
 
     Raises:
         ConfigurationError, ProbeError, ReferenceUnavailableError, AnatomyError: as :func:`align_audit.transfer`.
     """
     sets = read_probes(probes, [policy], reference, config, trust_remote_code=trust_remote_code)
-    model = load_policy(policy, device=device, trust_remote_code=trust_remote_code, reference=reference)
+    model = load_policy(policy, dtype=dtype, device=device, trust_remote_code=trust_remote_code, reference=reference)
     resolved = SharedReference(reference, trust_remote_code).of(model, policy)
     progress = progress_bar if config.progress else None
     named = {name: pairs for name, pairs in sets.items() if name is not None}
