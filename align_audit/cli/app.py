@@ -12,6 +12,7 @@ import typer
 from align_audit.cli.options import (
     bases_option,
     device_option,
+    dtype_option,
     find_checkpoints,
     layers_option,
     read_arguments,
@@ -73,6 +74,9 @@ def run(
     max_length: Annotated[int | None, typer.Option(help="Tokens per sequence, as in training (DPOConfig).")] = None,
     step: Annotated[int | None, typer.Option(help="The step to record; by default N of checkpoint-N, else 0.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16 or float64; left out: what the policy is saved in.")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code that is saved with a model (auto_map).")
     ] = False,
@@ -102,6 +106,7 @@ def run(
         options,
         output,
         device_option(device),
+        dtype=dtype_option(dtype),
         trust_remote_code=trust_remote_code,
         tell=_complain,
     )
@@ -130,6 +135,9 @@ def transfer(
     max_pairs: Annotated[int | None, typer.Option(help="Probe pairs to draw from each set.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per sequence, as in training (DPOConfig).")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16 or float64; left out: what the policy is saved in.")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the code that is saved with a model (auto_map).")
     ] = False,
@@ -172,6 +180,7 @@ def transfer(
         options,
         step_of(folders[0]),
         device_option(device),
+        dtype=dtype_option(dtype),
         trust_remote_code=trust_remote_code,
     )
     record.save(output / "transfer.json")

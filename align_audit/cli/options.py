@@ -107,6 +107,12 @@ def settings(
     return AuditConfig.from_dict(values)
 
 
+def dtype_option(name: str | None) -> str | None:
+    if name not in (None, "float32", "bfloat16", "float16", "float64"):
+        raise ConfigurationError(f"--dtype: expected float32, bfloat16, float16 or float64; found {name!r}")
+    return name
+
+
 def device_option(name: str) -> str:
     import torch
 

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from align_audit import AlignmentAuditCallback, AuditRun
+from align_audit.models.weights.fingerprint import fingerprint
 from tests.cli.commands import arguments, refused
 from tests.helpers.dpo import train
 from tests.models.test_loading import ADAPTER_DAMAGE, FULL_DAMAGE, with_code
@@ -134,6 +135,22 @@ def test_a_base_in_16_bits_is_compared_in_the_checkpoints_dtype(
         assert one.margins == other.margins
         assert one.patching.effect == other.patching.effect
         assert one.provenance.reference_hash == other.provenance.reference_hash
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float32"])
+def test_both_models_are_read_in_the_dtype_asked_for(
+    dtype: str, command: Any, place: SimpleNamespace, tmp_path: Path
+) -> None:
+    call = arguments(place, place.full / "checkpoint-2", tmp_path / "out", "--reference", place.base)
+    refused(command(*call, "--dtype", "int8"), "--dtype: expected float32, bfloat16", "found 'int8'")
+    done = command(*call, "--dtype", dtype)
+    assert done.code == 0, done.err
+    (record,) = AuditRun.load(tmp_path / "out").records
+    for path, found in (
+        (place.full / "checkpoint-2", record.provenance.policy_hash),
+        (place.base, record.provenance.reference_hash),
+    ):
+        assert found == fingerprint(AutoModelForCausalLM.from_pretrained(path, dtype=dtype))
 
 
 @pytest.mark.parametrize("name", ["run", "transfer"])

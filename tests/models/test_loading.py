@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -289,6 +289,39 @@ def test_code_of_its_own_runs_only_where_it_is_trusted(
     assert type(inner).__name__ == "OwnForCausalLM"
     if kind != "adapter":
         assert torch.equal(logits(trusted), logits(tiny_model(dtype=torch.float32)))
+
+
+# -- the dtype under an adapter ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("base", "trained", "asked", "expected"),
+    [
+        (torch.bfloat16, torch.float32, None, torch.float32),
+        (torch.float16, torch.float32, None, torch.float32),
+        (torch.bfloat16, torch.bfloat16, None, torch.bfloat16),
+        (torch.float32, torch.float32, None, torch.float32),
+        (torch.float64, torch.float32, None, torch.float64),
+        (torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_a_base_in_16_bits_is_read_in_float32_under_an_adapter_of_float32(
+    base: torch.dtype, trained: torch.dtype, asked: torch.dtype | None, expected: torch.dtype, tmp_path: Path
+) -> None:
+    """As a trainer reads it. Bit for bit the adapter on the base that is loaded so by hand."""
+    tiny_model(dtype=base).save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=trained)
+    torch.manual_seed(1)
+    get_peft_model(model, LoraConfig(**LORA), autocast_adapter_dtype=False).save_pretrained(tmp_path / "adapter")
+    loaded: Any = load_policy(tmp_path / "adapter", dtype=asked)
+    inner: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=expected)
+    assert loaded.get_input_embeddings().weight.dtype == expected
+    assert torch.equal(logits(loaded), logits(PeftModel.from_pretrained(inner, tmp_path / "adapter").eval()))
+    with loaded.disable_adapter():
+        assert torch.equal(
+            logits(loaded), logits(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=expected).eval())
+        )
 
 
 # -- a base that moved -------------------------------------------------------------------------------------------------
