@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import reprlib
+
 
 class AlignAuditError(Exception):
     """Base of every error that align_audit raises on purpose."""
@@ -33,3 +35,50 @@ class AuditMemoryError(AlignAuditError, MemoryError):
 
 class RecordError(AlignAuditError, ValueError):
     """A stored record or run log cannot be read: not a record, or written by a newer align_audit."""
+
+
+# --- outside text in messages -----------------------------------------------------------------------------------------
+
+SHOWN = 200
+"""Characters of a foreign value that a message quotes."""
+
+_REPR = reprlib.Repr()
+# Nested values may be exponentially larger than what they were read from (YAML aliases): only their beginning is formed.
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 4, SHOWN, SHOWN
+_REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxfrozenset = 12
+
+
+def plain(text: object, limit: int | None = None) -> str:
+    """Outside text (a path, a name) for a message: control characters escaped, cut to ``limit`` characters.
+
+    Example:
+        >>> plain("a\\x1b[2Jb\\n"), plain("abcdef", 4)
+        ('a\\\\x1b[2Jb\\\\n', 'abc…')
+    """
+    words = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in _start(str(text), limit))
+    return words if limit is None or len(words) <= limit else words[: limit - 1] + "…"
+
+
+def quoted(value: object, limit: int = SHOWN) -> str:
+    """The ``repr`` of a foreign value for a message, cut to ``limit`` characters; of a large one only its beginning is formed.
+
+    Example:
+        >>> quoted({"a": [1, 2]}), len(quoted("x" * 10**6))
+        ("{'a': [1, 2]}", 200)
+    """
+    if isinstance(value, str):
+        return plain(repr(_start(value, limit)), limit)
+    try:
+        return plain(_REPR.repr(value), limit)
+    except Exception:  # a foreign repr, or an integer too long to be written
+        return type(value).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says is wrong: the first line of its words, for a message of one line."""
+    words = str(error).strip()
+    return plain(words.splitlines()[0], SHOWN) if words else type(error).__name__
+
+
+def _start(text: str, limit: int | None) -> str:
+    return text if limit is None else text[: limit + 1]

@@ -10,12 +10,13 @@
 - ``previous-<n>/``: the same of runs that began again in the same output directory.
 
 The logs only grow, and survive a kill between any two bytes: a line is whole once its newline is there, and a torn end
-is moved aside, never lost and never in the way of the next audit.
+is moved aside, never lost and never in the way of the next audit. A log that is deleted during the run is written again.
+One process at a time writes it.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import tempfile
 import warnings
@@ -23,13 +24,15 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from align_audit.errors import ConfigurationError, RecordError
-from align_audit.files import write_atomically
-from align_audit.record.audit_record import SCHEMA_VERSION, Alert, AuditRecord
+from align_audit.errors import ConfigurationError, RecordError, first_line, plain
+from align_audit.files import append_whole, is_folder_here, remove_abandoned, write_atomically
+from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.lines import read_lines, read_records, repair
+from align_audit.record.lock import identity_of, lock
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,8 +41,6 @@ FOLDER = "align_audit"
 RECORDS = "records.jsonl"
 ALERTS = "alerts.jsonl"
 FAILURES = "failures.jsonl"
-
-_Line = TypeVar("_Line", Alert, "Failure")
 
 
 def arrays_name(probe_name: str | None, name: str = "arrays") -> str:
@@ -76,25 +77,32 @@ class RunLog:
         output_dir: the training's output directory; the log lies in its ``align_audit`` folder, made when absent.
 
     Raises:
-        ConfigurationError: the folder cannot be made or written to.
+        ConfigurationError: the folder cannot be made or written to, or another living process writes this log.
         RecordError: the log holds records of a newer align_audit.
     """
 
     def __init__(self, output_dir: str | Path) -> None:
-        self.directory = Path(output_dir) / FOLDER
+        # Absolute now: the working directory may change while the run goes on.
+        self.directory = Path(os.path.abspath(output_dir)) / FOLDER
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             # Permission bits do not tell (read-only mounts, quotas, root): only writing does.
             with tempfile.TemporaryFile(dir=self.directory) as probe:
                 probe.write(b"\n")
+            self._hold()
+            self._remove_leftovers()
             for name in (RECORDS, ALERTS, FAILURES):
-                _repair(self.directory / name)
-            (self.directory / RECORDS).touch()
+                repair(self.directory / name)
             _sync_directory(self.directory)
+        except BlockingIOError as error:
+            raise ConfigurationError(
+                f"another process that is still running writes the audit log in {plain(self.directory)}; one log is one "
+                "run. Choose another output_dir, or stop that process first."
+            ) from error
         except OSError as error:
             raise ConfigurationError(
-                f"cannot write the audit log in {self.directory}: {error}. Expected a folder that this process may "
-                "write to; choose another output_dir, or free the path, its permissions or disk space."
+                f"cannot write the audit log in {plain(self.directory)}: {first_line(error)}. Expected a folder that this "
+                "process may write to; choose another output_dir, or free the path, its permissions or disk space."
             ) from error
         self._records = read_records(self.directory / RECORDS)
         self._keys = {record.key for record in self._records}
@@ -117,10 +125,11 @@ class RunLog:
         """
         if self.contains(record.key):
             return False
+        self._restore()
         self._append(RECORDS, [record.to_json()])
         self._records.append(record)
         self._keys.add(record.key)
-        self._append(ALERTS, [alert.model_dump_json() for alert in record.alerts])
+        self._append_alerts([alert.model_dump_json() for alert in record.alerts])
         return True
 
     def append_failure(self, step: int, error_text: str, probe_name: str | None = None) -> None:
@@ -129,6 +138,7 @@ class RunLog:
         # A traceback may hold undecodable bytes of file names, which are no valid UTF-8.
         error_text = error_text.encode(errors="backslashreplace").decode()
         failure = Failure(step=step, time=time, error=error_text, probe_name=probe_name)
+        self._restore()
         self._append(FAILURES, [failure.model_dump_json()])
 
     def set_aside(self) -> Path:
@@ -145,7 +155,7 @@ class RunLog:
         # The records go last: as long as they are here, a run that was killed in between starts over with the move.
         for path in sorted(entries, key=lambda path: (path.name == RECORDS, path.name)):
             path.rename(aside / path.name)
-        (self.directory / RECORDS).touch()
+        self._hold()
         _sync_directory(self.directory)
         self._records, self._keys = [], set()
         return aside
@@ -153,7 +163,7 @@ class RunLog:
     def step_dir(self, step: int) -> Path:
         """The folder for what is large of one step, made when absent."""
         path = _step_path(self.directory, step)
-        path.mkdir(exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         return path
 
     def save_arrays(self, step: int, name: str, arrays: dict[str, np.ndarray]) -> Path:
@@ -174,17 +184,54 @@ class RunLog:
     def _append(self, name: str, lines: Sequence[str]) -> None:
         if not lines:
             return
-        path = self.directory / name
-        with path.open("ab") as file:
-            end = file.seek(0, os.SEEK_END)
-            try:
-                file.write("".join(line + "\n" for line in lines).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                # A disk that ran full leaves half a line; the next one must not be glued to it.
-                os.truncate(path, end)
-                raise
+        append_whole(self.directory / name, "".join(line + "\n" for line in lines).encode())
+
+    def _append_alerts(self, lines: Sequence[str]) -> None:
+        try:
+            self._append(ALERTS, lines)
+        except OSError as error:  # the records hold them, and the next opening adds what is missing
+            path = plain(self.directory / ALERTS)
+            warnings.warn(f"alerts could not be copied to {path}: {first_line(error)}", stacklevel=4)
+
+    def _hold(self) -> None:
+        """Lock the log against other processes, and remember which file it is."""
+        self._lock = lock(self.directory / RECORDS)
+        self._identity: tuple[int, int] | None = self._lock.identity
+
+    def _restore(self) -> None:
+        """Where the log is no longer the file that this run wrote (its folder was deleted, or a link in its path now leads
+        elsewhere), write the records so far to the one that is there now."""
+        path = self.directory / RECORDS
+        if identity_of(path) == self._identity:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(BlockingIOError):  # a run that is under way loses no audit to a lock
+            self._lock = lock(path)
+        present: set[tuple[int, str, str, str | None]] = set()
+        with contextlib.suppress(RecordError):
+            present = {record.key for record in read_records(path)}
+        missing = [record for record in self._records if record.key not in present]
+        self._append(RECORDS, [record.to_json() for record in missing])
+        self._append_alerts([alert.model_dump_json() for record in missing for alert in record.alerts])
+        _sync_directory(self.directory)
+        self._identity = identity_of(path)
+        warnings.warn(
+            f"the audit log {plain(path)} was deleted or replaced while the run went on; its {len(missing)} records that "
+            "were missing there were written again (failures and arrays of earlier audits were not: they are where the log "
+            "was, if anywhere)",
+            stacklevel=4,
+        )
+
+    def _remove_leftovers(self) -> None:
+        """Clear what killed processes left: files never finished, and a move to ``previous-<n>`` that broke off."""
+        for folder in (self.directory, *self.directory.glob("step-*")):
+            remove_abandoned(folder)
+        for aside in self.directory.glob("previous-*"):
+            # The records are moved last: without them the move broke off, and its arrays belong to the records here.
+            if is_folder_here(aside) and not (aside / RECORDS).exists():
+                for path in list(aside.iterdir()):
+                    if not (self.directory / path.name).exists():
+                        path.rename(self.directory / path.name)
 
     def _add_missing_alerts(self) -> None:
         """Alerts follow their record, so a kill in between leaves them out of their own file."""
@@ -196,7 +243,7 @@ class RunLog:
                 logged[line] -= 1
             else:
                 missing.append(line)
-        self._append(ALERTS, missing)
+        self._append_alerts(missing)
 
 
 def by_step(record: AuditRecord) -> tuple[int, str]:
@@ -205,113 +252,6 @@ def by_step(record: AuditRecord) -> tuple[int, str]:
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
-
-
-def _whole(data: bytes) -> int:
-    """Length of a log up to the end of its last whole line: less than all of it where that line is torn."""
-    start = data.rfind(b"\n", 0, len(data.rstrip())) + 1
-    line = data[start:].strip()
-    return start if line and not _is_object(line) else len(data)
-
-
-def _is_object(line: bytes) -> bool:
-    # A proper prefix of a JSON object is never one itself: whatever parses is whole.
-    try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
-
-
-def _repair(path: Path) -> None:
-    """Make the log end with a whole line: what a kill left behind it goes to ``<name>.torn-<n>``."""
-    if not path.exists():
-        return
-    data = path.read_bytes()
-    whole = _whole(data)
-    if whole < len(data):
-        number = 1
-        while (aside := path.with_name(f"{path.name}.torn-{number}")).exists():
-            number += 1
-        # First the copy, then the cut: a kill between the two costs nothing but a second copy.
-        with aside.open("xb") as file:
-            file.write(data[whole:])
-            file.flush()
-            os.fsync(file.fileno())
-        os.truncate(path, whole)
-        warnings.warn(
-            f"{path} ended in the middle of a line (the process that wrote it was stopped); its last "
-            f"{len(data) - whole} bytes were moved to {aside.name}, and the log goes on after its last whole line",
-            stacklevel=4,
-        )
-    elif data and not data.endswith(b"\n"):
-        # Only the newline is missing: the line itself is whole and stays.
-        with path.open("ab") as file:
-            file.write(b"\n")
-
-
-def _json_lines(path: Path) -> list[tuple[int, bytes]]:
-    """Numbered JSON objects of a log; the rest is skipped with one warning. An absent log is an empty one."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise RecordError(f"cannot read {path}: {error}") from None
-    whole = _whole(data)
-    objects, unreadable = [], []
-    for number, line in enumerate(data[:whole].split(b"\n"), start=1):
-        if _is_object(line):
-            objects.append((number, line))
-        elif line.strip():
-            unreadable.append(number)
-    if unreadable:
-        _warn_skipped(path, unreadable, "not JSON")
-    if whole < len(data):
-        warnings.warn(
-            f"{path} ends in the middle of a line (being written, or its writer was stopped); that line is left out",
-            stacklevel=4,
-        )
-    return objects
-
-
-def read_records(path: Path) -> list[AuditRecord]:
-    """The records of a log in the order of its lines; what cannot be read is left out, with a warning.
-
-    Raises:
-        RecordError: the file cannot be read, or holds records of a newer align_audit.
-    """
-    records, invalid = [], []
-    for number, line in _json_lines(path):
-        where = f"line {number} of {path}"
-        try:
-            records.append(AuditRecord.from_json(line, where=where))
-        except RecordError as error:
-            version = json.loads(line).get("schema_version")
-            if isinstance(version, int) and version > SCHEMA_VERSION:
-                raise
-            # The first of its problems is enough.
-            invalid.append((number, " ".join(str(error).replace(where, "it").splitlines()[:3])))
-    if invalid:
-        _warn_skipped(path, [number for number, _ in invalid], invalid[0][1])
-    return records
-
-
-def read_lines(path: Path, kind: type[_Line]) -> list[_Line]:
-    """The alerts or failures of a file in the order of its lines, as :func:`read_records` reads records."""
-    values, invalid = [], []
-    for number, line in _json_lines(path):
-        try:
-            values.append(kind.model_validate_json(line))
-        except ValidationError:
-            invalid.append(number)
-    if invalid:
-        _warn_skipped(path, invalid, f"no {kind.__name__}")
-    return values
-
-
-def _warn_skipped(path: Path, numbers: Sequence[int], why: str) -> None:
-    where = f"line {numbers[0]}" if len(numbers) == 1 else f"lines {', '.join(map(str, numbers))}"
-    warnings.warn(f"{where} of {path} cannot be read and is skipped (it stays in the file): {why}", stacklevel=5)
 
 
 def _sync_directory(path: Path) -> None:
@@ -347,4 +287,4 @@ def load_arrays(directory: Path, step: int, name: str) -> dict[str, np.ndarray]:
     try:
         return load(path.read_bytes())
     except (OSError, SafetensorError) as error:
-        raise RecordError(f"cannot read the arrays {path}: {error}") from None
+        raise RecordError(f"cannot read the arrays {plain(path)}: {first_line(error)}") from None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from align_audit.errors import RecordError
 from align_audit.record.audit_record import Alert, AuditRecord, DepthTrace
+from align_audit.record.lines import read_lines, read_records
 from align_audit.record.log import (
     ALERTS,
     FAILURES,
@@ -21,8 +22,6 @@ from align_audit.record.log import (
     arrays_name,
     by_step,
     load_arrays,
-    read_lines,
-    read_records,
 )
 from align_audit.record.numbers import Word, by_series, walk
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from align_audit.errors import RecordError
+from align_audit.errors import RecordError, first_line, plain, quoted
 from align_audit.files import write_atomically
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
@@ -58,23 +58,32 @@ class Stored(Part):
         where = where or f"the {cls.kind}"
         try:
             values = json.loads(text)
-        except ValueError as error:
-            raise RecordError(f"{where} is not JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"{where} is not JSON: {first_line(error)}") from None
+        return cls.from_values(values, where)
+
+    @classmethod
+    def from_values(cls, values: Any, where: str) -> Self:
+        """The record of values that were parsed from its JSON; ``where`` and errors as of :meth:`from_json`."""
         if not isinstance(values, dict) or not set(cls.telling) <= set(values):
             raise RecordError(f"{where} is not an align_audit {cls.kind}: no {' and '.join(cls.telling)} in it")
         version = values["schema_version"]
         if not isinstance(version, int) or version > cls.newest:
             raise RecordError(
-                f"{where} has schema version {version}; this align_audit reads up to {cls.newest}. "
+                f"{where} has schema version {quoted(version)}; this align_audit reads up to {cls.newest}. "
                 "Upgrade with `pip install --upgrade align-audit`."
             )
-        for older in range(version, cls.newest):
-            if older in cls.migrations:
-                values = cls.migrations[older](values)
+        if version < 1:
+            raise RecordError(f"{where} is not a valid {cls.kind}: schema version {quoted(version)}; they begin at 1")
         try:
+            for older in range(version, cls.newest):
+                if older in cls.migrations:
+                    values = cls.migrations[older](values)
             return cls.model_validate(values)
         except ValidationError as error:
             raise RecordError(f"{where} is not a valid {cls.kind}: {error}") from None
+        except Exception as error:  # values that no version ever wrote
+            raise RecordError(f"{where} is not a valid {cls.kind}: {first_line(error)}") from error
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON, atomically: a reader sees the old file or the new one, never a part."""
@@ -92,5 +101,5 @@ class Stored(Part):
         try:
             text = Path(path).read_bytes()
         except OSError as error:
-            raise RecordError(f"cannot read {path}: {error}") from None
-        return cls.from_json(text, where=str(path))
+            raise RecordError(f"cannot read {plain(path)}: {first_line(error)}") from None
+        return cls.from_json(text, where=plain(path))

@@ -1,0 +1,81 @@
+"""One run, one log: a lock on its file, which ends with the process that holds it, however that ends."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # no such locks on this system
+    fcntl = None  # type: ignore[assignment]
+
+
+class FileLock:
+    """A lock on a file, held until the last reference to this object is gone.
+
+    Attributes:
+        identity: device and inode of the file that is locked.
+    """
+
+    def __init__(self, descriptor: int, identity: tuple[int, int]) -> None:
+        self.identity = identity
+        self._close = weakref.finalize(self, os.close, descriptor)
+
+    def forget(self) -> None:
+        """Close this process's handle; another process that shares it keeps the lock."""
+        self._close()
+
+
+_held: weakref.WeakValueDictionary[tuple[int, int], FileLock] = weakref.WeakValueDictionary()
+"""Locks of this process by file: a second log of the same run, as a second ``train()`` opens it, shares them."""
+
+
+def identity_of(path: Path) -> tuple[int, int] | None:
+    """Device and inode of a file; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def lock(path: Path) -> FileLock:
+    """Lock a file, made when absent, against other processes. A file system that has no locks lets everybody go on.
+
+    Raises:
+        BlockingIOError: another living process holds it.
+        OSError: the file cannot be made or opened for writing.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        status = os.fstat(descriptor)
+        identity = (status.st_dev, status.st_ino)
+        held = _held.get(identity)
+        if held is None and fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise
+            except OSError:
+                pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    if held is not None:
+        os.close(descriptor)
+        return held
+    taken = _held[identity] = FileLock(descriptor, identity)
+    return taken
+
+
+def _forget_in_child() -> None:
+    # A forked worker that outlives its parent would go on holding the parent's lock.
+    for held in list(_held.values()):
+        held.forget()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)
