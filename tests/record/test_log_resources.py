@@ -205,14 +205,15 @@ from align_audit.record.log import RunLog
 log = RunLog(sys.argv[1])
 child = os.fork()
 if child == 0:
+    print(os.getpid(), flush=True)
     time.sleep(60)
-print(child, flush=True)
-os.kill(os.getpid(), 9)
+time.sleep(60)
 """
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=env) as process:
         assert process.stdout is not None
         child = int(process.stdout.readline())
+        process.kill()
         process.wait()
         try:
             os.kill(child, 0)

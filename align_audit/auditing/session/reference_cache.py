@@ -11,9 +11,9 @@ import importlib.metadata
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -23,7 +23,8 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from align_audit.files import write_atomically
+from align_audit.errors import first_line, plain
+from align_audit.files import is_file_here, is_folder_here, is_old, remove_abandoned, write_atomically
 from align_audit.probes.batches import PairBatch
 from align_audit.record.audit_record import METHODS_VERSION, DepthTrace
 
@@ -34,8 +35,11 @@ logger = logging.getLogger(__name__)
 
 _FREE = 0.5
 """Share of a disk's free space that a batch may take at most."""
-_ABANDONED = 3600.0
-"""Seconds after which a file that was never finished is somebody's who was killed."""
+_BATCH = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}-[0-9a-f]{16}\.safetensors")
+"""Names of kept batches: digests of the weights, of all else the tensors depend on, and of the layout."""
+_WORKING = re.compile(r"tmp[a-z0-9_]{8}")
+"""Names of the folders in which a batch is written, as ``tempfile.mkdtemp`` gives them."""
+_WHOLE = "batch.safetensors"
 
 
 class ReferenceTrace(BaseModel):
@@ -57,7 +61,11 @@ class ReferenceCache:
     """
 
     def __init__(self, directory: str | Path | None = None) -> None:
-        self.directory = Path(directory) if directory is not None else None
+        # Absolute now: the working directory may change while the run goes on.
+        self.directory = Path(os.path.abspath(directory)) if directory is not None else None
+        if self.directory is not None:
+            with contextlib.suppress(OSError):
+                remove_abandoned(self.directory)
         self._known: dict[tuple[str, ...], ReferenceTrace] = {}
 
     def get(self, key: tuple[str, ...]) -> ReferenceTrace | None:
@@ -69,7 +77,9 @@ class ReferenceCache:
             except FileNotFoundError:
                 return None
             except (OSError, ValidationError) as error:
-                logger.warning("%s cannot be used (%s); the reference is measured again", path, error)
+                logger.warning(
+                    "%s cannot be used (%s); the reference is measured again", plain(path), first_line(error)
+                )
                 return None
             if found.key == list(key) and found.methods_version == METHODS_VERSION:
                 self._known[key] = found
@@ -84,7 +94,8 @@ class ReferenceCache:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 write_atomically(self._path(self.directory, key), kept.model_dump_json().encode())
             except OSError as error:
-                logger.warning("align_audit could not keep the reference's trace in %s: %s", self.directory, error)
+                place = plain(self.directory)
+                logger.warning("align_audit could not keep the reference's trace in %s: %s", place, first_line(error))
         return kept
 
     @staticmethod
@@ -119,12 +130,7 @@ class ReferenceStreams:
         self._refused = False
         self._used: set[str] = set()
         with contextlib.suppress(OSError):
-            for path in self._folder.iterdir():
-                if path.is_dir():
-                    if time.time() - path.stat().st_mtime > _ABANDONED:
-                        shutil.rmtree(path, ignore_errors=True)
-                elif not path.name.startswith(self._weights):
-                    path.unlink(missing_ok=True)
+            self._remove_outdated()
 
     @classmethod
     def of(cls, session: Session, directory: Path, *, probes: str, weights: str, build: str, read: bool) -> Self:
@@ -164,7 +170,7 @@ class ReferenceStreams:
         except FileNotFoundError:  # nothing was put yet
             return {}
         except (OSError, SafetensorError) as error:
-            logger.warning("%s cannot be used (%s); the reference is computed again", path, error)
+            logger.warning("%s cannot be used (%s); the reference is computed again", plain(path), first_line(error))
         return {}
 
     def put(self, batch: PairBatch, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -178,7 +184,7 @@ class ReferenceStreams:
             if size > _FREE * shutil.disk_usage(self._folder).free:
                 raise OSError(f"a batch takes {size / 2**30:.2f} GiB, more than half of what is free on this disk")
             working = tempfile.mkdtemp(dir=self._folder)
-            whole = os.path.join(working, "batch.safetensors")
+            whole = os.path.join(working, _WHOLE)
             save_file(_apart(tensors), whole, {"key": self._key})
             os.replace(whole, self._path(batch))
             self._used.add(self._path(batch).name)
@@ -188,8 +194,8 @@ class ReferenceStreams:
             self._refused = True
             logger.warning(
                 "align_audit could not keep the reference's streams in %s: %s; it computes them at every audit",
-                self._folder,
-                error,
+                plain(self._folder),
+                first_line(error),
             )
         finally:
             if working is not None:
@@ -198,9 +204,27 @@ class ReferenceStreams:
     def forget_the_rest(self) -> None:
         """Remove what this audit had no use for: batches of pairs that now go together otherwise."""
         with contextlib.suppress(OSError):
-            for path in self._folder.glob(f"{self._prefix}*"):
-                if path.name not in self._used:
+            for path in self._batches():
+                if path.name.startswith(self._prefix) and path.name not in self._used:
                     path.unlink(missing_ok=True)
+
+    def _remove_outdated(self) -> None:
+        for path in self._batches():
+            if not path.name.startswith(self._weights):
+                path.unlink(missing_ok=True)
+        if is_folder_here(self._folder):
+            for path in self._folder.glob("tmp*"):
+                if _WORKING.fullmatch(path.name) and is_folder_here(path) and is_old(path):
+                    if is_file_here(path / _WHOLE):
+                        (path / _WHOLE).unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # somebody else's file is in it
+                        path.rmdir()
+
+    def _batches(self) -> list[Path]:
+        """The files that a store wrote here, and nothing else: somebody's files may lie here, or links to them."""
+        if not is_folder_here(self._folder):
+            return []
+        return [path for path in self._folder.iterdir() if _BATCH.fullmatch(path.name) and is_file_here(path)]
 
     def _path(self, batch: PairBatch) -> Path:
         layout = [list(batch.input_ids.shape), batch.pair_index.tolist()]

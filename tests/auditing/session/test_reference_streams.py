@@ -201,7 +201,7 @@ def test_batches_of_an_earlier_plan_and_abandoned_files_go(tmp_path: Path) -> No
     first.forget_the_rest()
     assert len(kept(tmp_path)) == 2
     (folder,) = tmp_path.iterdir()
-    for name, age in (("now", 0), ("killed", 7200)):
+    for name, age in (("now", 0), ("tmp0killed_", 7200)):
         (folder / name).mkdir()
         os.utime(folder / name, times=(time.time() - age,) * 2)
     second = ReferenceStreams(tmp_path, "probes", "weights", "", cpu)
@@ -209,6 +209,42 @@ def test_batches_of_an_earlier_plan_and_abandoned_files_go(tmp_path: Path) -> No
     second.forget_the_rest()
     assert len(kept(tmp_path)) == 1
     assert [path.name for path in folder.iterdir() if path.is_dir()] == ["now"]
+
+
+def test_only_files_that_a_store_wrote_are_removed(tmp_path: Path) -> None:
+    """Notes, somebody's folder, and links to somebody's files and folders stay where they are, and what they lead to."""
+    batch, cpu = make_batch(random_pairs(1).pairs, [0], 0), torch.device("cpu")
+    cache, foreign = tmp_path / "cache", tmp_path / "foreign"
+    foreign.mkdir()
+    ReferenceStreams(cache, "probes", "weights", "", cpu).put(batch, {"stream.0": torch.ones(2)})
+    (folder,) = cache.iterdir()
+    (written,) = folder.iterdir()
+    digits = "0" * 16
+    old = (time.time() - 7200,) * 2
+    for path in (folder / "notes.txt", folder / f"{digits}-model.safetensors", foreign / "batch.safetensors"):
+        path.write_text("somebody's")
+    (folder / "tmp0mine000").mkdir()
+    (folder / "tmp0mine000" / "results.csv").write_text("somebody's")
+    (folder / "tmp0linked0").symlink_to(foreign, target_is_directory=True)
+    (folder / f"{digits}-{digits}-{digits}.safetensors").symlink_to(foreign / "batch.safetensors")
+    for path in folder.iterdir():
+        os.utime(path, old, follow_symlinks=False)
+    os.utime(foreign, old)
+    kept_names = {path.name for path in folder.iterdir()} - {written.name}
+    ReferenceStreams(cache, "probes", "moved", "", cpu).forget_the_rest()
+    assert {path.name for path in folder.iterdir()} == kept_names
+    assert (folder / "tmp0mine000" / "results.csv").exists()
+    assert (foreign / "batch.safetensors").read_text() == "somebody's"
+
+
+def test_a_cache_folder_that_is_a_link_loses_nothing(tmp_path: Path) -> None:
+    batch, cpu = make_batch(random_pairs(1).pairs, [0], 0), torch.device("cpu")
+    ReferenceStreams(tmp_path / "cache", "probes", "weights", "", cpu).put(batch, {"stream.0": torch.ones(2)})
+    (folder,) = (tmp_path / "cache").iterdir()
+    folder.rename(tmp_path / "archive")
+    folder.symlink_to(tmp_path / "archive", target_is_directory=True)
+    ReferenceStreams(tmp_path / "cache", "probes", "moved", "", cpu)
+    assert len(list((tmp_path / "archive").iterdir())) == 1
 
 
 def test_tensors_that_share_memory_are_kept(tmp_path: Path) -> None:
