@@ -8,10 +8,14 @@ from typing import Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from align_audit.errors import ConfigurationError
+from align_audit.errors import SHOWN, ConfigurationError, first_line, plain, quoted
 
 Positions = Literal["all", "prompt", "completion", "last_prompt_token"]
 Basis = Literal["activation", "shift"]
+
+_EXPLAINED = 20
+"""Problems of a configuration that are told; the rest are counted."""
+
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
@@ -279,20 +283,32 @@ class AuditConfig(_Part):
         """Read a YAML file of options; those left out keep their defaults."""
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigurationError(f"cannot read the audit configuration {path}: {error}") from error
+        except Exception as error:  # PyYAML raises many kinds on what is no YAML, or YAML that is too deep
+            raise ConfigurationError(
+                f"cannot read the audit configuration {plain(path)}: {_in_a_line(error)}"
+            ) from error
         if values is None:
             values = {}
         if not isinstance(values, dict):
-            raise ConfigurationError(f"{path}: expected a mapping of options, found {type(values).__name__}")
+            raise ConfigurationError(f"{plain(path)}: expected a mapping of options, found {type(values).__name__}")
+        if unnamed := [key for key in values if not isinstance(key, str)]:
+            raise ConfigurationError(f"{plain(path)}: expected names of options, found {quoted(unnamed[0])}")
         return cls.from_dict(values)
+
+
+def _in_a_line(error: Exception) -> str:
+    """What PyYAML found, and where: its own text is of several lines."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and (mark := error.problem_mark):
+        return f"{plain(error.problem, SHOWN)} (line {mark.line + 1}, column {mark.column + 1})"
+    return first_line(error)
 
 
 def _explain(error: ValidationError) -> str:
     """Say each problem in one line: where, what was found, what is allowed."""
     lines = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"]) or "AuditConfig"
+    problems = error.errors(include_url=False)
+    for problem in problems[:_EXPLAINED]:
+        where = ".".join(plain(part, 60) for part in problem["loc"]) or "AuditConfig"
         if problem["type"] == "extra_forbidden":
             part: Any = AuditConfig
             for name in problem["loc"][:-1]:
@@ -300,5 +316,7 @@ def _explain(error: ValidationError) -> str:
                 part = get_args(part)[0] if isinstance(name, int) else part.model_fields[name].annotation
             lines.append(f"unknown option {where!r}; the options there are {', '.join(part.model_fields)}")
         else:
-            lines.append(f"{where}: {problem['msg']} (found {problem['input']!r})")
+            lines.append(f"{where}: {plain(problem['msg'], 500)} (found {quoted(problem['input'])})")
+    if len(problems) > _EXPLAINED:
+        lines.append(f"and {len(problems) - _EXPLAINED} more")
     return "invalid audit configuration:\n  " + "\n  ".join(lines)

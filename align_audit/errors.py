@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterable
 
 
 class AlignAuditError(Exception):
@@ -42,6 +43,8 @@ class RecordError(AlignAuditError, ValueError):
 SHOWN = 200
 """Characters of a foreign value that a message quotes."""
 
+_LISTED = 20
+
 _REPR = reprlib.Repr()
 # Nested values may be exponentially larger than what they were read from (YAML aliases): only their beginning is formed.
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother = 4, SHOWN, SHOWN
@@ -72,6 +75,18 @@ def quoted(value: object, limit: int = SHOWN) -> str:
         return plain(_REPR.repr(value), limit)
     except Exception:  # a foreign repr, or an integer too long to be written
         return type(value).__name__
+
+
+def listed(names: Iterable[object]) -> str:
+    """Foreign names (columns, keys) in a row for a message: each escaped and cut, the first twenty of them.
+
+    Example:
+        >>> listed(["prompt", "cho\x07sen"])
+        'prompt, cho\\x07sen'
+    """
+    words = [plain(name, 60) for name in names]
+    more = f" and {len(words) - _LISTED} more" if len(words) > _LISTED else ""
+    return ", ".join(words[:_LISTED]) + more
 
 
 def first_line(error: BaseException) -> str:

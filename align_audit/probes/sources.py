@@ -8,16 +8,17 @@ from __future__ import annotations
 import gzip
 import io
 import json
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
-from align_audit.errors import ProbeError
+from align_audit.errors import SHOWN, ProbeError, first_line, listed, plain, quoted
 
 PREPARED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -43,7 +44,11 @@ STREAM_MAX_BUFFERS = 16
 """Buffers after which a stream is given up, however few usable pairs were met: it may have no end."""
 
 _FILE_KINDS = ".jsonl, .ndjson, .json (each also with .gz), .parquet, or a directory written by Dataset.save_to_disk"
-_READ_ERRORS = (OSError, EOFError, zlib.error, UnicodeDecodeError)
+
+MAX_UNZIPPED = 2 * 2**30
+"""Bytes that a .gz file may unzip to: a thousandfold of a small file is possible, and would fill the memory."""
+MAX_LINE = 64 * 2**20
+"""Characters of one record: far above any preference pair, and far below what fills the memory."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,9 @@ def _map_style(rows: Sequence[Any], description: str, seed: int) -> Source:
 
     def walk() -> Iterator[tuple[int, Mapping[str, Any]]]:
         for index in np.random.default_rng(seed).permutation(len(rows)).tolist():
-            yield index, _as_record(rows[index], index)
+            yield index, _row(rows, index, description)
 
-    return Source(description, _as_record(rows[0], 0), walk())
+    return Source(description, _row(rows, 0, description), walk())
 
 
 def _stream(rows: Iterable[Any], description: str, buffer_size: int, seed: int) -> Source:
@@ -130,9 +135,17 @@ def _as_record(value: Any, index: int) -> Mapping[str, Any]:
     return value
 
 
+def _row(rows: Sequence[Any], index: int, description: str) -> Mapping[str, Any]:
+    try:
+        value = rows[index]
+    except Exception as error:  # a damaged file that is read only now, or a user's transform
+        raise ProbeError(f"{description}: record {index} cannot be read: {first_line(error)}") from error
+    return _as_record(value, index)
+
+
 def shown(value: Any) -> str:
     """A value in an error message: its type, and the beginning of it."""
-    return f"{type(value).__name__} {value!r:.60}"
+    return f"{type(value).__name__} {quoted(value, 60)}"
 
 
 def _plain_rows(dataset: Any) -> Any:
@@ -143,41 +156,49 @@ def _plain_rows(dataset: Any) -> Any:
 
 
 def _explain_mapping(dataset: Mapping[Any, Any]) -> str:
-    keys = [str(key) for key in dataset]
+    keys = [plain(key, 60) for key in dataset]
     if "chosen" in keys or "chosen_ids" in keys:
         return (
-            f"found a single dict with the keys {', '.join(keys)}; expected one record per pair: pass a list of such "
+            f"found a single dict with the keys {listed(keys)}; expected one record per pair: pass a list of such "
             "dicts, or datasets.Dataset.from_dict(...) for a dict of columns"
         )
     if not keys:
         return f"found an empty {type(dataset).__name__}; expected one data set with preference pairs"
     return (
-        f"found {type(dataset).__name__} with the splits {', '.join(keys)}; expected one data set: choose a split, "
-        f"such as dataset[{keys[-1]!r}]"
+        f"found {type(dataset).__name__} with the splits {listed(keys)}; expected one data set: choose a split, "
+        f"such as dataset[{quoted(list(dataset)[-1], 60)}]"
     )
 
 
 def _read_path(path: Path) -> tuple[Any, str]:
     """Rows of a file or saved data set (something with ``len`` and integer access), and a description."""
-    if path.is_dir():
+    # The description goes into records: a name that is no valid text must not keep them from being written.
+    where, called = plain(path), plain(path.name, SHOWN)
+    try:
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a null byte
+        raise ProbeError(f"{plain(path, SHOWN)}: no path of a file: {first_line(error)}") from None
+    if is_folder:
         rows = _plain_rows(_load_saved(path))
-        return rows, f"{path.name} ({len(rows)} rows saved to disk)"
-    if not path.exists():
+        return rows, f"{called} ({len(rows)} rows saved to disk)"
+    if not exists:
         raise ProbeError(
-            f"{path}: no such file or directory; expected {_FILE_KINDS}. A data set of the Hugging Face Hub has to be "
+            f"{where}: no such file or directory; expected {_FILE_KINDS}. A data set of the Hugging Face Hub has to be "
             "loaded first: datasets.load_dataset(name, split=...)"
         )
     name = path.name.lower()
     stem = name.removesuffix(".gz")
     if stem.endswith((".jsonl", ".ndjson")):
-        rows = _parse_lines(path, _read_text(path))
+        with _text_of(path) as text:
+            rows = _parse_lines(where, text)
     elif stem.endswith(".json"):
-        rows = _parse_json(path, _read_text(path))
+        with _text_of(path) as text:
+            rows = _parse_json(where, text.read())
     elif name.endswith(".parquet"):
         rows = _read_parquet(path)
     else:
-        raise ProbeError(f"{path}: unknown kind of file; expected {_FILE_KINDS}")
-    return rows, f"{path.name} ({len(rows)} records)"
+        raise ProbeError(f"{where}: unknown kind of file; expected {_FILE_KINDS}")
+    return rows, f"{called} ({len(rows)} records)"
 
 
 def _load_saved(path: Path) -> Any:
@@ -186,14 +207,15 @@ def _load_saved(path: Path) -> Any:
     try:
         saved = load_from_disk(str(path))
     except Exception as error:  # datasets raises many kinds here, some of them bare
-        raise ProbeError(f"{path}: cannot be loaded as a saved data set ({error}); expected {_FILE_KINDS}") from error
+        raise ProbeError(
+            f"{plain(path)}: cannot be loaded as a saved data set ({first_line(error)}); expected {_FILE_KINDS}"
+        ) from error
     if isinstance(saved, Mapping):
-        raise ProbeError(f"{path}: {_explain_mapping(saved)}; or pass the path of one split's directory")
+        raise ProbeError(f"{plain(path)}: {_explain_mapping(saved)}; or pass the path of one split's directory")
     return saved
 
 
 def _read_parquet(path: Path) -> Any:
-    import pyarrow as pa  # type: ignore[import-untyped]
     from datasets import Dataset
     from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
 
@@ -201,49 +223,88 @@ def _read_parquet(path: Path) -> Any:
         with ParquetFile(path) as file:
             # Not Dataset.from_parquet, which would write a copy into the user's cache directory.
             return _plain_rows(Dataset(file.read()))
-    except (pa.ArrowException, OSError) as error:
-        raise ProbeError(f"{path}: cannot be read as Parquet: {error}") from error
+    except Exception as error:  # pyarrow and datasets raise many kinds on damaged files
+        raise ProbeError(f"{plain(path)}: cannot be read as Parquet: {first_line(error)}") from error
 
 
-def _read_text(path: Path) -> str:
-    opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
+class _Bounded(io.RawIOBase):
+    """The unzipped bytes of a file, up to :data:`MAX_UNZIPPED`."""
+
+    def __init__(self, file: gzip.GzipFile, where: str) -> None:
+        self._file, self._where, self._left = file, where, MAX_UNZIPPED
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._file.read(len(buffer))
+        self._left -= len(data)
+        if self._left < 0:
+            raise ProbeError(
+                f"{self._where}: unzips to more than {MAX_UNZIPPED / 2**30:.3g} GiB; unzip it, or pass a part of it or a "
+                "Parquet file"
+            )
+        buffer[: len(data)] = data
+        return len(data)
+
+
+@contextmanager
+def _text_of(path: Path) -> Iterator[TextIO]:
+    """A text file, opened, unzipped as it is read; whatever is wrong with its bytes is a ProbeError."""
+    is_zipped = path.name.lower().endswith(".gz")
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            return file.read()
-    except _READ_ERRORS as error:
+        with path.open("rb") as file:
+            binary: Any = io.BufferedReader(_Bounded(gzip.GzipFile(fileobj=file), plain(path))) if is_zipped else file
+            with io.TextIOWrapper(binary, encoding="utf-8-sig") as text:
+                yield text
+    except ProbeError:
+        raise
+    except Exception as error:  # damaged in one of many ways
         raise ProbeError(
-            f"{path}: cannot be read as {'gzipped ' * (opener is gzip.open)}UTF-8 text: {error}"
+            f"{plain(path)}: cannot be read as {'gzipped ' * is_zipped}UTF-8 text: {first_line(error)}"
         ) from error
 
 
-def _parse_lines(path: Path, text: str) -> list[dict[str, Any]]:
+def _parse_lines(where: str, text: TextIO) -> list[dict[str, Any]]:
     records = []
     # Not str.splitlines, which would also break at U+2028 and its like inside a JSON string.
-    for number, line in enumerate(io.StringIO(text), start=1):
+    for number, line in enumerate(iter(partial(text.readline, MAX_LINE + 1), ""), start=1):
+        if len(line) > MAX_LINE:
+            raise ProbeError(f"{where}, line {number}: longer than {MAX_LINE} characters; expected one record a line")
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = _parse(f"{where}, line {number}", line)
         except json.JSONDecodeError as error:
-            raise ProbeError(f"{path}, line {number}: not valid JSON: {error.msg} (column {error.colno})") from error
+            raise ProbeError(f"{where}, line {number}: not valid JSON: {error.msg} (column {error.colno})") from error
         if not isinstance(value, dict):
-            raise ProbeError(f"{path}, line {number}: expected a JSON object, found {shown(value)}")
+            raise ProbeError(f"{where}, line {number}: expected a JSON object, found {shown(value)}")
         records.append(value)
     return records
 
 
-def _parse_json(path: Path, text: str) -> list[dict[str, Any]]:
+def _parse_json(where: str, text: str) -> list[dict[str, Any]]:
     try:
-        value = json.loads(text)
+        value = _parse(where, text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # JSON lines under the name .json, as many tools write them
-            return _parse_lines(path, text)
-        where = f"line {error.lineno}, column {error.colno}"
-        raise ProbeError(f"{path}: not valid JSON: {error.msg} ({where})") from error
+            return _parse_lines(where, io.StringIO(text))
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ProbeError(f"{where}: not valid JSON: {error.msg} ({place})") from error
     if isinstance(value, dict):
         if "format_version" in value:
-            raise ProbeError(f"{path}: this looks like a saved ProbeSet; read it with ProbeSet.load({path.name!r})")
-        raise ProbeError(f"{path}: expected a JSON list of records; {_explain_mapping(value)}")
+            raise ProbeError(f"{where}: this looks like a saved ProbeSet; read it with ProbeSet.load(path)")
+        raise ProbeError(f"{where}: expected a JSON list of records; {_explain_mapping(value)}")
     if not isinstance(value, list):
-        raise ProbeError(f"{path}: expected a JSON list of records, found {shown(value)}")
+        raise ProbeError(f"{where}: expected a JSON list of records, found {shown(value)}")
     return value
+
+
+def _parse(where: str, text: str) -> Any:
+    """A JSON value; a syntax error is left to the caller, who knows the line."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:  # an integer of too many digits, or too deep
+        raise ProbeError(f"{where}: not JSON that can be read: {first_line(error)}") from error

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from align_audit.errors import ProbeError
+from align_audit.errors import ProbeError, listed, quoted
 from align_audit.probes.sources import ACCEPTED_COLUMNS, PREPARED_COLUMNS, REFERENCE_COLUMNS, VISION_COLUMNS, shown
 
 Format = Literal["text", "conversation"]
@@ -116,7 +116,7 @@ class PairTokenizer:
             return
         if "chosen" not in first or "rejected" not in first:
             raise ProbeError(
-                f"found the columns {', '.join(map(str, first)) or '(none)'}; expected one of these sets: "
+                f"found the columns {listed(first) or '(none)'}; expected one of these sets: "
                 f"{ACCEPTED_COLUMNS}. Rename the columns, or choose another data set"
             )
         self._check_tokenizer()
@@ -228,7 +228,7 @@ class PairTokenizer:
 def _kind(index: int, name: str, record: Mapping[str, Any]) -> Format:
     if name not in record:
         raise ProbeError(
-            f"record {index}: column {name!r} is missing (found {', '.join(map(str, record)) or 'none'}), though "
+            f"record {index}: column {name!r} is missing (found {listed(record) or 'none'}), though "
             "record 0 has it; complete or remove the record"
         )
     value = record[name]
@@ -269,7 +269,7 @@ def _read_prepared(index: int, record: Mapping[str, Any]) -> TokenizedPair:
         chosen_logp, rejected_logp = (float(value) for value in logps)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise ProbeError(
-            f"record {index}: {' and '.join(REFERENCE_COLUMNS)} hold {logps!r:.60}; expected two numbers"
+            f"record {index}: {' and '.join(REFERENCE_COLUMNS)} hold {quoted(logps, 60)}; expected two numbers"
         ) from None
     return TokenizedPair(prompt_ids, chosen_ids, rejected_ids, (chosen_logp, rejected_logp))
 
