@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -20,8 +19,8 @@ from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 
-from align_audit.errors import ProbeError
-from align_audit.probes.sources import open_source
+from align_audit.errors import ProbeError, first_line, plain, quoted
+from align_audit.probes.sources import open_source, text_of
 from align_audit.probes.tokens import PairTokenizer, TokenizedPair, shared_prefix, tokenizer_untouched, truncate
 
 if TYPE_CHECKING:
@@ -271,17 +270,17 @@ class ProbeSet:
         """
         path = Path(path)
         try:
-            data = path.read_bytes()
-            content = json.loads(gzip.decompress(data) if path.name.endswith(".gz") else data)
-        except (OSError, EOFError, zlib.error, ValueError) as error:
-            raise ProbeError(f"{path}: cannot be read as a saved ProbeSet: {error}") from error
+            with text_of(path, is_zipped=path.name.endswith(".gz")) as text:
+                content = json.loads(text.read())
+        except (ValueError, RecursionError) as error:
+            raise ProbeError(f"{plain(path)}: cannot be read as a saved ProbeSet: {first_line(error)}") from error
         if not isinstance(content, dict) or not isinstance(content.get("format_version"), int):
             raise ProbeError(
-                f"{path}: not a saved ProbeSet (no format_version); for preference pairs use ProbeSet.from_dataset"
+                f"{plain(path)}: not a saved ProbeSet (no format_version); for preference pairs use ProbeSet.from_dataset"
             )
         if content["format_version"] > FORMAT_VERSION:
             raise ProbeError(
-                f"{path}: has format version {content['format_version']}, this align_audit reads up to "
+                f"{plain(path)}: has format version {quoted(content['format_version'])}, this align_audit reads up to "
                 f"{FORMAT_VERSION}; upgrade align_audit or draw the probes again"
             )
         try:
@@ -289,12 +288,12 @@ class ProbeSet:
             probes = cls(pairs, **{name: content[name] for name in _SAVED_FIELDS})
             intact = probes.content_hash == content["content_hash"]
         except (KeyError, TypeError, ValueError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise ProbeError(f"{path}: damaged ProbeSet ({reason}); draw the probes again") from error
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise ProbeError(f"{plain(path)}: damaged ProbeSet ({reason}); draw the probes again") from error
         if not intact:
             raise ProbeError(
-                f"{path}: damaged ProbeSet: the pairs do not match the stored content hash {content['content_hash']}; "
-                "draw the probes again"
+                f"{plain(path)}: damaged ProbeSet: the pairs do not match the stored content hash "
+                f"{quoted(content['content_hash'])}; draw the probes again"
             )
         return probes
 

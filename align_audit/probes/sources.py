@@ -189,10 +189,10 @@ def _read_path(path: Path) -> tuple[Any, str]:
     name = path.name.lower()
     stem = name.removesuffix(".gz")
     if stem.endswith((".jsonl", ".ndjson")):
-        with _text_of(path) as text:
+        with text_of(path, is_zipped=name != stem) as text:
             rows = _parse_lines(where, text)
     elif stem.endswith(".json"):
-        with _text_of(path) as text:
+        with text_of(path, is_zipped=name != stem) as text:
             rows = _parse_json(where, text.read())
     elif name.endswith(".parquet"):
         rows = _read_parquet(path)
@@ -249,9 +249,8 @@ class _Bounded(io.RawIOBase):
 
 
 @contextmanager
-def _text_of(path: Path) -> Iterator[TextIO]:
+def text_of(path: Path, *, is_zipped: bool) -> Iterator[TextIO]:
     """A text file, opened, unzipped as it is read; whatever is wrong with its bytes is a ProbeError."""
-    is_zipped = path.name.lower().endswith(".gz")
     try:
         with path.open("rb") as file:
             binary: Any = io.BufferedReader(_Bounded(gzip.GzipFile(fileobj=file), plain(path))) if is_zipped else file

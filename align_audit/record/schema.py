@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from align_audit.errors import RecordError, first_line, plain, quoted
 from align_audit.files import write_atomically
@@ -42,8 +43,14 @@ class Stored(Part):
     telling: ClassVar[tuple[str, ...]] = ("schema_version",)
 
     def to_json(self) -> str:
-        """One line of JSON; :meth:`from_json` gives an equal record back."""
-        return self.model_dump_json()
+        """One line of JSON; :meth:`from_json` gives an equal record back.
+
+        What is no valid text (undecodable bytes of a file's name) is written with backslashes.
+        """
+        try:
+            return self.model_dump_json()
+        except PydanticSerializationError:
+            return type(self).model_validate(_as_text(self.model_dump())).model_dump_json()
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str | None = None) -> Self:
@@ -103,3 +110,14 @@ class Stored(Part):
         except OSError as error:
             raise RecordError(f"cannot read {plain(path)}: {first_line(error)}") from None
         return cls.from_json(text, where=plain(path))
+
+
+def _as_text(value: Any) -> Any:
+    """The same nested values, with valid text in place of what is none."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    if isinstance(value, dict):
+        return {_as_text(key): _as_text(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_text(part) for part in value]
+    return value

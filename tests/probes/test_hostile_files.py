@@ -14,6 +14,7 @@ import pytest
 from datasets import Dataset
 
 from align_audit.errors import ProbeError, first_line, listed, plain, quoted
+from align_audit.probes.pairs import ProbeSet
 from align_audit.probes.sources import MAX_UNZIPPED, open_source
 
 ROW = {"prompt": "a", "chosen": "b", "rejected": "c"}
@@ -85,6 +86,7 @@ def test_a_small_file_that_unzips_to_more_than_the_bound(tmp_path: Path) -> None
 import resource, sys
 from pathlib import Path
 from align_audit.errors import ProbeError
+from align_audit.probes.pairs import ProbeSet
 from align_audit.probes.sources import open_source
 start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
@@ -98,6 +100,17 @@ except ProbeError as error:
     assert "unzips to more than 2 GiB" in words
     if sys.platform == "linux":
         assert int(growth) < 2**19, "kilobytes"
+
+
+@pytest.mark.parametrize("name", ["probes.json", "probes.json.gz"])
+@pytest.mark.parametrize("data", [b"[" * 100_000, b"9" * 5000, b"\xff", b'{"format_version": ' + b"9" * 4000 + b"}"])
+def test_saved_probes_that_are_none(tmp_path: Path, name: str, data: bytes) -> None:
+    path = written(tmp_path / name, data)
+    with pytest.raises(ProbeError) as caught:
+        ProbeSet.load(path)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_line_without_an_end(tmp_path: Path) -> None:

@@ -301,6 +301,20 @@ def test_no_line_makes_a_run_unloadable(tmp_path: Path, line: bytes) -> None:
         assert RunLog(tmp_path).append(small(2))
 
 
+def test_a_record_with_undecodable_names_is_written(tmp_path: Path) -> None:
+    record = make_record(1, layers=2)
+    named = record.provenance.model_copy(
+        update={"probe_source": "a\udcff (3 records)", "config": {"\udcfe": ["\udcfd"]}}
+    )
+    record = record.model_copy(update={"provenance": named})
+    assert RunLog(tmp_path).append(record)
+    (loaded,) = AuditRun.load(tmp_path).records
+    assert loaded.provenance.probe_source == "a\\udcff (3 records)"
+    assert loaded.provenance.config == {"\\udcfe": ["\\udcfd"]}
+    assert loaded.margins.model_dump_json() == record.margins.model_dump_json()
+    assert not RunLog(tmp_path).append(record)
+
+
 def test_control_characters_of_a_path_reach_no_message(tmp_path: Path) -> None:
     place = tmp_path / "run\x1b[31m"
     log = RunLog(place)
