@@ -82,7 +82,7 @@ def listed(names: Iterable[object]) -> str:
 
     Example:
         >>> listed(["prompt", "cho\x07sen"])
-        'prompt, cho\\x07sen'
+        'prompt, cho\\\\x07sen'
     """
     words = [plain(name, 60) for name in names]
     more = f" and {len(words) - _LISTED} more" if len(words) > _LISTED else ""

@@ -17,10 +17,11 @@ class FileLock:
 
     Attributes:
         identity: device and inode of the file that is locked.
+        path: the path it was locked by, absolute.
     """
 
-    def __init__(self, descriptor: int, identity: tuple[int, int]) -> None:
-        self.identity = identity
+    def __init__(self, descriptor: int, identity: tuple[int, int], path: Path) -> None:
+        self.identity, self.path = identity, path
         self._close = weakref.finalize(self, os.close, descriptor)
 
     def forget(self) -> None:
@@ -42,7 +43,9 @@ def identity_of(path: Path) -> tuple[int, int] | None:
 
 
 def lock(path: Path) -> FileLock:
-    """Lock a file, made when absent, against other processes. A file system that has no locks lets everybody go on.
+    """Lock a file (an absolute path), made when absent, against other processes.
+
+    A file system that has no locks lets everybody go on.
 
     Raises:
         BlockingIOError: another living process holds it.
@@ -57,8 +60,11 @@ def lock(path: Path) -> FileLock:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise
-            except OSError:
+                # Some network file systems give one file another inode at every look: then the holder is this process.
+                held = next((holder for holder in list(_held.values()) if holder.path == path), None)
+                if held is None:
+                    raise
+            except OSError:  # no locks here
                 pass
     except BaseException:
         os.close(descriptor)
@@ -66,7 +72,7 @@ def lock(path: Path) -> FileLock:
     if held is not None:
         os.close(descriptor)
         return held
-    taken = _held[identity] = FileLock(descriptor, identity)
+    taken = _held[identity] = FileLock(descriptor, identity, path)
     return taken
 
 

@@ -215,12 +215,13 @@ class RunLog:
         self._append_alerts([alert.model_dump_json() for record in missing for alert in record.alerts])
         _sync_directory(self.directory)
         self._identity = identity_of(path)
-        warnings.warn(
-            f"the audit log {plain(path)} was deleted or replaced while the run went on; its {len(missing)} records that "
-            "were missing there were written again (failures and arrays of earlier audits were not: they are where the log "
-            "was, if anywhere)",
-            stacklevel=4,
-        )
+        if missing:
+            warnings.warn(
+                f"the audit log {plain(path)} was deleted or replaced while the run went on; its {len(missing)} records that "
+                "were missing there were written again (failures and arrays of earlier audits were not: they are where the log "
+                "was, if anywhere)",
+                stacklevel=4,
+            )
 
     def _remove_leftovers(self) -> None:
         """Clear what killed processes left: files never finished, and a move to ``previous-<n>`` that broke off."""
