@@ -1,0 +1,66 @@
+"""Weights that are spread over processes are seen without calling the model; whole ones are not mistaken for such."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from align_audit.errors import ConfigurationError
+from align_audit.models.weights.sharded import how_sharded, refuse_sharded
+from tests.helpers.tiny import tiny_model
+
+
+def uncallable(model: nn.Module) -> nn.Module:
+    def called(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the model was called")
+
+    model.forward = called
+    return model
+
+
+@pytest.fixture
+def one_process() -> object:
+    """A process group of this process alone, in which torch shards for real."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    os.environ.pop("MASTER_ADDR", None)
+
+
+def test_whole_weights_are_whole() -> None:
+    model = uncallable(tiny_model("llama"))
+    assert how_sharded(model) is None
+    refuse_sharded(model, "the policy")
+
+
+def test_fsdp2_and_tensor_parallelism_are_told_apart(one_process: object) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (1,))
+    model = tiny_model("llama", dtype=torch.float32)
+    parallelize_module(model.model.layers[0].mlp, mesh, {"gate_proj": ColwiseParallel()})
+    assert how_sharded(uncallable(model)) == "tensor parallelism"
+    sharded = tiny_model("llama", dtype=torch.float32)
+    fully_shard(sharded.model.layers[1], mesh=mesh)
+    assert how_sharded(uncallable(sharded)) == "FSDP2"
+    with pytest.raises(ConfigurationError, match=r"the weights of the policy are spread over processes \(FSDP2\)"):
+        refuse_sharded(sharded, "the policy")
+
+
+def test_a_parameter_that_deepspeed_has_partitioned_is_known_by_its_marks() -> None:
+    """As ``deepspeed.zero.Init`` leaves it: empty, with its own size and state as attributes."""
+    model = uncallable(tiny_model("llama"))
+    weight = model.model.layers[1].mlp.down_proj.weight
+    weight.ds_numel, weight.ds_status = weight.numel(), "NOT_AVAILABLE"
+    weight.data = torch.empty(0, dtype=weight.dtype)
+    assert how_sharded(model) == "DeepSpeed ZeRO-3"
