@@ -32,7 +32,8 @@ from align_audit.record.log import RunLog
 from align_audit.record.run import one_per_step
 from align_audit.writers.plots import gallery as plots
 from align_audit.writers.scalars import scalars
-from tests.cli.test_run import PICTURES, command  # noqa: F401
+from tests.cli.conftest import command  # noqa: F401
+from tests.cli.test_run import PICTURES
 from tests.helpers.audits import audited
 from tests.helpers.dpo import ROWS, build
 from tests.helpers.make_record import make_run

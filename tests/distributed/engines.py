@@ -1,4 +1,4 @@
-"""How a process of a test becomes a rank, and how FSDP is had without an accelerator."""
+"""How a process of a test becomes a rank, and how FSDP and DeepSpeed are had without an accelerator."""
 
 from __future__ import annotations
 
@@ -26,6 +26,28 @@ def become_rank(rank: int, size: int, port: int, engine: str) -> None:
     if engine == "fsdp2":
         os.environ.update(FSDP2)
         _fsdp_without_accelerator()
+    if engine.startswith("zero"):
+        os.environ.pop("ACCELERATE_USE_CPU")
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        _deepspeed_without_accelerator()
+
+
+def deepspeed_options(engine: str) -> dict[str, Any]:
+    """What ``DPOConfig`` is given for an engine: DeepSpeed's own configuration, or nothing."""
+    if not engine.startswith("zero"):
+        return {}
+    stage = int(engine.removeprefix("zero"))
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": False, "contiguous_gradients": True}
+    if stage == 3:
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    return {
+        "use_cpu": False,
+        "deepspeed": {
+            "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True, "communication_data_type": "fp32",
+        },
+    }  # fmt: skip
 
 
 def _fsdp_without_accelerator() -> None:
@@ -41,3 +63,18 @@ def _fsdp_without_accelerator() -> None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
 
     state.AcceleratorState.__init__ = keep_the_plugin
+
+
+def _deepspeed_without_accelerator() -> None:
+    """With ``use_cpu`` accelerate drops DeepSpeed; without it nobody names a backend, and one process is counted."""
+    from accelerate import state
+    from accelerate.utils import DistributedType
+
+    plain = state.PartialState._prepare_backend
+
+    def prepare(self: Any, cpu: bool, sagemaker_dp: bool = False, backend: Any = None) -> Any:
+        if not cpu and int(os.environ.get("LOCAL_RANK", -1)) != -1:
+            return "gloo", DistributedType.MULTI_CPU
+        return plain(self, cpu, sagemaker_dp, backend)
+
+    state.PartialState._prepare_backend = prepare

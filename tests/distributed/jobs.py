@@ -11,6 +11,7 @@ import torch
 
 from align_audit import AlignmentAuditCallback, AuditConfig
 from align_audit.monitoring import monitor
+from tests.distributed.engines import deepspeed_options
 from tests.helpers.dpo import build
 
 QUICK: dict[str, Any] = {
@@ -49,7 +50,10 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
     output = folder / "run"
     trained = build(
         output, case.get("mode", "ref_model made"), [*callbacks], base=folder / f"base-{rank}",
-        **{"max_steps": 4, "per_device_train_batch_size": 2, **case.get("trainer", {})},
+        **{
+            "max_steps": 4, "per_device_train_batch_size": 2, **deepspeed_options(case.get("engine", "ddp")),
+            **case.get("trainer", {}),
+        },
     )  # fmt: skip
     engine = type(trained.trainer.model).__name__
     if callbacks and case.get("attach", True) and case.get("refuse_on") != rank:
