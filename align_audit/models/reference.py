@@ -168,6 +168,7 @@ def resolve_reference(
     trust_remote_code: bool = False,
     *,
     stream: bool = True,
+    revision: str | None = None,
 ) -> Reference:
     """Find the reference of ``policy`` (DESIGN, "Which reference").
 
@@ -177,6 +178,7 @@ def resolve_reference(
     Args:
         stream: a reference on disk leaves its decoder layers there and reads them as they are called, where that can
             be done exactly; else it is loaded whole, and its ``source`` says why. False: always loaded whole.
+        revision: at which the policy was loaded from its own source, where its configuration does not keep that.
 
     Raises:
         ReferenceUnavailableError: none of these can be had.
@@ -195,7 +197,7 @@ def resolve_reference(
     path = getattr(config, "_name_or_path", "")
     if path:
         where = f"the policy's own source, {Path(path).name}"
-        place = _snapshot(path, getattr(config, "_commit_hash", None))
+        place = _snapshot(path, getattr(config, "_commit_hash", None) or revision)
         return _saved(place, where, policy, trust_remote_code, stream, own_source=True)
     raise ReferenceUnavailableError(
         "no reference model can be had: none was passed, the trainer holds none, the policy has no adapters, and it "
@@ -249,18 +251,18 @@ def refuse_itself(policy_hash: str, reference: Reference, reference_hash: str) -
         )
 
 
-def _snapshot(path: str, commit: str | None) -> str | Path:
-    """The folder in the cache of a hub name at a commit; anything else as it is.
+def _snapshot(path: str, revision: str | None) -> str | Path:
+    """The folder in the cache of a hub name at a revision; anything else as it is.
 
     A name alone means the newest revision, and the policy may have been loaded at another.
     """
-    if commit is None or Path(path).exists():
+    if revision is None or Path(path).exists():
         return path
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        config = try_to_load_from_cache(path, "config.json", revision=commit)
+        config = try_to_load_from_cache(path, "config.json", revision=revision)
     except HFValidationError:
         return path
     return Path(config).parent if isinstance(config, str) else path

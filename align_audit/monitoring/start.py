@@ -125,7 +125,9 @@ def find_reference(policy: nn.Module, given: nn.Module | str | Path | None, fact
             "sync_ref_model=True moves the trainer's reference during training, and only the trainer holds it. "
             "Call callback.attach(trainer) after building the trainer."
         )
-    return resolve_reference(policy, given, facts.reference, trust_remote_code=facts.trust_remote_code)
+    return resolve_reference(
+        policy, given, facts.reference, trust_remote_code=facts.trust_remote_code, revision=facts.revision
+    )
 
 
 def check(

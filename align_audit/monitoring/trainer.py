@@ -35,6 +35,7 @@ class TrainerFacts:
         sync_every: steps between synchronizations of the reference with the policy; None: it is never synchronized.
         compare_precomputed: its precomputed log-probabilities are plain sums over completion tokens (no ``ld_alpha``).
         trust_remote_code: models may bring code of their own.
+        revision: of the hub name that the trainer loaded its model from; None: nothing was said, or it was given a model.
         loads_best: the best checkpoint is loaded back when training ends.
         progress: it shows progress bars.
         summary_writer: gives what its own TensorBoard curves go through; None where there are none, and once it has closed
@@ -54,6 +55,7 @@ class TrainerFacts:
     sync_every: int | None
     compare_precomputed: bool
     trust_remote_code: bool
+    revision: str | None
     loads_best: bool
     progress: bool
     summary_writer: Callable[[], SummaryWriter | None]
@@ -93,6 +95,7 @@ def read_trainer(trainer: Any, args: Any, train_dataloader: Any = None) -> Train
         train_dataloader: what an event gives; holds the training set of a trainer that is out of reach.
     """
     attached = trainer is not None
+    loading = getattr(args, "model_init_kwargs", None) or {}
     amp_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
     return TrainerFacts(
         attached=attached,
@@ -107,7 +110,8 @@ def read_trainer(trainer: Any, args: Any, train_dataloader: Any = None) -> Train
         amp_dtype=None if attached else amp_dtype,
         sync_every=args.ref_model_sync_steps if getattr(args, "sync_ref_model", False) else None,
         compare_precomputed=getattr(args, "ld_alpha", None) is None,
-        trust_remote_code=bool(getattr(args, "trust_remote_code", False)),
+        trust_remote_code=bool(getattr(args, "trust_remote_code", False) or loading.get("trust_remote_code", False)),
+        revision=loading.get("revision"),
         loads_best=bool(getattr(args, "load_best_model_at_end", False)),
         progress=not args.disable_tqdm,
         summary_writer=_summary_writer_of(trainer),

@@ -18,6 +18,7 @@ from align_audit import AlignmentAuditCallback, AuditRun, audit
 from align_audit.errors import ReferenceUnavailableError
 from align_audit.measures.margin import compare_readouts
 from align_audit.models.reference import resolve_reference
+from align_audit.monitoring.trainer import read_trainer
 from tests.helpers.dpo import ROWS, build, saved_model
 from tests.helpers.probe_tokenizer import make_tokenizer
 from tests.helpers.tiny import random_pairs, tiny_model
@@ -124,8 +125,9 @@ def test_a_saved_policy_is_not_its_own_reference(tmp_path: Path, as_path: bool) 
 # -- the reference is loaded as the policy was -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kept_by", ["the model", "the trainer"])
 def test_the_policys_own_source_is_taken_at_the_policys_own_revision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_by: str
 ) -> None:
     """A hub name means its newest revision; a cache is laid out here with two, of which the policy is the older one."""
     repository = tmp_path / "hub" / "models--someone--tiny"
@@ -137,8 +139,14 @@ def test_the_policys_own_source_is_taken_at_the_policys_own_revision(
         (repository / "refs" / name).write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     policy: Any = loaded(str(repository / "snapshots" / commits["v1"]))
-    policy.config._name_or_path, policy.config._commit_hash = "someone/tiny", commits["v1"]
-    reference: Any = resolve_reference(policy)
+    policy.config._name_or_path, policy.config._commit_hash = "someone/tiny", None
+    if kept_by == "the model":
+        policy.config._commit_hash = commits["v1"]
+    revision = None
+    if kept_by == "the trainer":
+        arguments = DPOConfig(str(tmp_path), use_cpu=True, model_init_kwargs={"revision": "v1"})
+        revision = read_trainer(None, arguments).revision
+    reference: Any = resolve_reference(policy, revision=revision)
     weights = [dict(model.named_parameters())["lm_head.weight"] for model in (policy, reference.model())]
     assert torch.equal(*weights)
     reference.release()
