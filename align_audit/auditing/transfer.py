@@ -32,7 +32,7 @@ from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError, ProbeError
 from align_audit.models.anatomy import Anatomy
-from align_audit.models.reference import Reference, load_policy, resolve_reference
+from align_audit.models.reference import Reference, load_policy, policy_fingerprint, refuse_itself, resolve_reference
 from align_audit.probes.names import check_names
 from align_audit.record.audit_record import Cost
 from align_audit.record.transfer_record import RandomSubspaces, SubspaceAngles, TransferCell, TransferRecord
@@ -89,6 +89,7 @@ def transfer(
     if not isinstance(policy, nn.Module):
         policy = load_policy(policy, reference=reference)
     resolved = resolve_reference(policy, reference)
+    refuse_itself(policy_fingerprint(policy), resolved, resolved.fingerprint() if resolved.own_source else "")
     return run_transfer(policy, resolved, probes, config or AuditConfig(), step, anatomy=anatomy)
 
 

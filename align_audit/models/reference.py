@@ -39,7 +39,7 @@ class Reference:
 
     Attributes:
         source: in words, for the record; says why, where a reference could not be streamed.
-        own_source: nobody named it: it was found where the policy says that it was loaded from.
+        own_source: it is read from where the policy says that it was loaded from.
         shares_weights: True when it is the policy's own module in another adapter state.
     """
 
@@ -186,7 +186,9 @@ def resolve_reference(
     if isinstance(given, nn.Module):
         return _passed(policy, given, "a model that was passed")
     if given is not None:
-        return _saved(given, Path(given).name, policy, trust_remote_code, stream)
+        return _saved(
+            given, Path(given).name, policy, trust_remote_code, stream, own_source=_is_source_of(policy, given)
+        )
     if trainer_reference is not None:
         return _passed(policy, trainer_reference, "the trainer's ref_model")
     if is_peft(policy):
@@ -238,17 +240,24 @@ def _passed(policy: nn.Module, model: nn.Module, source: str) -> Reference:
 
 
 def refuse_itself(policy_hash: str, reference: Reference, reference_hash: str) -> None:
-    """Refuse to compare a policy after training with itself, taken for its own source.
+    """Refuse to compare a policy after training with itself, read once more from where it was loaded from.
 
     Raises:
-        ReferenceUnavailableError: the reference was found at the path that the policy was loaded from, and is the policy.
+        ReferenceUnavailableError: the reference is at the path that the policy was loaded from, and is the policy.
     """
     if reference.own_source and policy_hash == reference_hash:
+        reference.release()
         raise ReferenceUnavailableError(
-            f"no reference: the only one to be found is {reference.source.partition(' from ')[2] or reference.source}, which "
+            f"no reference: the one that was named or found, {reference.source.partition(' from ')[2] or reference.source}, "
             "holds the policy itself (equal weights). A saved full model does not say what it was trained from; pass that "
             "model as `reference` (an object, a directory or a hub name)"
         )
+
+
+def _is_source_of(policy: nn.Module, path: str | Path) -> bool:
+    """Whether ``path`` is where the policy says that it was loaded from."""
+    source = str(getattr(getattr(policy, "config", None), "_name_or_path", ""))
+    return bool(source) and (source == str(path) or Path(source).resolve() == Path(path).resolve())
 
 
 def _snapshot(path: str, revision: str | None) -> str | Path:

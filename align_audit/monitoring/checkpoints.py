@@ -84,32 +84,31 @@ def audit_saved(
             policy = load_policy(
                 folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, reference=reference
             )
-        except ReferenceUnavailableError as error:
-            if len(checkpoints) == 1:
-                raise
-            broken[folder] = error
-            tell(f"{folder.name} is passed over: {error}")
-            continue
-        resolved = shared.of(policy, folder)
-        weights = (policy_fingerprint(policy), resolved.fingerprint())
-        stored = _stored(step, weights, sets, config, log, one_reference=reference is not None)
-        for record in stored.values():
-            monitor.tell(record)
-        monitor.resume(step)
-        try:
-            outcome = monitor.audit(OpenModels(policy, resolved), Moment(step))
+            records += _audit_checkpoint(policy, shared.of(policy, folder), step, monitor, log)
         except (AnatomyError, ReferenceUnavailableError) as error:
             if len(checkpoints) == 1:
                 raise
             broken[folder] = error
             tell(f"{folder.name} is passed over: {error}")
-            continue
-        by_name = {**stored, **outcome.records}
-        records += [by_name[name] for name in sets]
     if not records:
         first = next(iter(broken.values()))
         raise type(first)(f"none of the {len(checkpoints)} checkpoints could be audited; the first: {first}") from first
     return SavedAudits(records, broken)
+
+
+def _audit_checkpoint(
+    policy: nn.Module, reference: Reference, step: int, monitor: Monitor, log: RunLog
+) -> list[AuditRecord]:
+    """The records of one checkpoint, by probe set: those that the log holds, and new ones."""
+    sets = monitor.probe_sets
+    weights = (policy_fingerprint(policy), reference.fingerprint())
+    stored = _stored(step, weights, sets, monitor.config, log, one_reference=not reference.shares_weights)
+    for record in stored.values():
+        monitor.tell(record)
+    monitor.resume(step)
+    outcome = monitor.audit(OpenModels(policy, reference), Moment(step))
+    by_name = {**stored, **outcome.records}
+    return [by_name[name] for name in sets]
 
 
 def transfer_saved(
@@ -190,7 +189,8 @@ class SharedReference:
         """The reference of ``policy``, which came from ``folder``.
 
         Raises:
-            ReferenceUnavailableError: it cannot be loaded, or a full model was given without any.
+            ReferenceUnavailableError: it cannot be loaded, it is the policy's own folder, or a full model was given without
+                any.
         """
         if self._path is None:
             if not is_peft(policy):
@@ -200,6 +200,11 @@ class SharedReference:
                     "the model that training started from"
                 )
             return resolve_reference(policy)
+        if Path(self._path).is_dir() and Path(self._path).resolve() == folder.resolve():
+            raise ReferenceUnavailableError(
+                f"--reference is {folder.name} itself, the checkpoint to be audited; expected the model that its training "
+                "started from"
+            )
         dtype = next(weight.dtype for weight in policy.parameters() if weight.is_floating_point())
         if self._held is None or self._held[0] != dtype:
             self._held = None  # lets go of it first

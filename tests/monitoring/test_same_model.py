@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from align_audit import AlignmentAuditCallback, AuditRun, audit
+from align_audit import AlignmentAuditCallback, AuditRun, audit, transfer
 from align_audit.errors import ReferenceUnavailableError
 from align_audit.measures.margin import compare_readouts
 from align_audit.models.reference import resolve_reference
+from align_audit.monitoring.checkpoints import audit_saved, transfer_saved
 from align_audit.monitoring.trainer import read_trainer
 from tests.helpers.dpo import ROWS, build, saved_model
 from tests.helpers.probe_tokenizer import make_tokenizer
@@ -120,6 +122,50 @@ def test_a_saved_policy_is_not_its_own_reference(tmp_path: Path, as_path: bool) 
     with torch.no_grad():
         moved.model.layers[0].mlp.down_proj.weight.mul_(1.5)
     assert audit(moved, None, random_pairs(4), quick(), step=4).margins.shift.mean != 0.0, "trained since it was loaded"
+
+
+def same_path_audit(folder: str, pairs: Path) -> None:
+    audit(folder, folder, random_pairs(4), quick(), step=4)
+
+
+def same_path_transfer(folder: str, pairs: Path) -> None:
+    transfer(folder, folder, {"a": random_pairs(4), "b": random_pairs(4, seed=2)}, quick())
+
+
+def own_source_transfer(folder: str, pairs: Path) -> None:
+    transfer(loaded(folder), None, {"a": random_pairs(4), "b": random_pairs(4, seed=2)}, quick())
+
+
+def same_path_saved(folder: str, pairs: Path) -> None:
+    audit_saved({Path(folder): 4}, f"{folder}/../{Path(folder).name}", pairs, quick(), pairs.parent / "out")
+
+
+def same_path_transfer_saved(folder: str, pairs: Path) -> None:
+    transfer_saved(Path(folder), folder, {"a": pairs, "b": pairs}, quick())
+
+
+@pytest.mark.parametrize(
+    "entry", [same_path_audit, same_path_transfer, own_source_transfer, same_path_saved, same_path_transfer_saved]
+)
+def test_no_entry_point_compares_a_checkpoint_with_itself(tmp_path: Path, entry: Any) -> None:
+    folder, pairs = saved_model(tmp_path / "checkpoint-4"), tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:8]))
+    with pytest.raises(ReferenceUnavailableError, match=r"the policy itself|checkpoint-4 itself"):
+        entry(folder, pairs)
+
+
+def test_a_folder_goes_on_where_one_checkpoint_has_no_reference(tmp_path: Path) -> None:
+    """An adapter says what it was trained from, a full model beside it does not: it is passed over."""
+    base, said = saved_model(tmp_path / "base"), []
+    get_peft_model(loaded(base), LORA).save_pretrained(tmp_path / "checkpoint-2")
+    saved_model(tmp_path / "checkpoint-4")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:8]))
+    folders = {tmp_path / f"checkpoint-{step}": step for step in (2, 4)}
+    audits = audit_saved(folders, None, pairs, quick(), tmp_path / "out", tell=said.append)
+    assert [record.step for record in audits.records] == [2]
+    assert list(audits.broken) == [tmp_path / "checkpoint-4"]
+    assert "checkpoint-4 is passed over: checkpoint-4 is a full model" in said[0]
 
 
 # -- the reference is loaded as the policy was -------------------------------------------------------------------------
