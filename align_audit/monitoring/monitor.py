@@ -227,8 +227,10 @@ class Monitor:
             )
 
     def close(self) -> None:
-        """Let go of the writers and of the other processes, all of these together."""
+        """Let go of the writers, of the log and of the other processes, all of these together."""
         self.writers.close()
+        if self.log is not None:
+            self.log.close()
         self._ranks.close()
         self._ranks = Ranks()
 

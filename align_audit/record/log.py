@@ -32,7 +32,7 @@ from align_audit.errors import ConfigurationError, RecordError, first_line, plai
 from align_audit.files import append_whole, is_folder_here, remove_abandoned, write_atomically
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.lines import read_lines, read_records, repair
-from align_audit.record.lock import identity_of, lock
+from align_audit.record.lock import FileLock, identity_of, lock
 
 if TYPE_CHECKING:
     import numpy as np
@@ -81,6 +81,10 @@ class RunLog:
         RecordError: the log holds records of a newer align_audit.
     """
 
+    _lock: FileLock | None
+    _identity: tuple[int, int] | None
+    """The file that this run writes; None: it has let go of it."""
+
     def __init__(self, output_dir: str | Path) -> None:
         # Absolute now: the working directory may change while the run goes on.
         self.directory = Path(os.path.abspath(output_dir)) / FOLDER
@@ -107,6 +111,10 @@ class RunLog:
         self._records = read_records(self.directory / RECORDS)
         self._keys = {record.key for record in self._records}
         self._add_missing_alerts()
+
+    def close(self) -> None:
+        """Let other processes write this log; it is taken again where this one writes after all."""
+        self._lock = self._identity = None
 
     @property
     def records(self) -> list[AuditRecord]:
@@ -195,8 +203,8 @@ class RunLog:
 
     def _hold(self) -> None:
         """Lock the log against other processes, and remember which file it is."""
-        self._lock = lock(self.directory / RECORDS)
-        self._identity: tuple[int, int] | None = self._lock.identity
+        held = lock(self.directory / RECORDS)
+        self._lock, self._identity = held, held.identity
 
     def _restore(self) -> None:
         """Where the log is no longer the file that this run wrote (its folder was deleted, or a link in its path now leads

@@ -325,3 +325,16 @@ def test_control_characters_of_a_path_reach_no_message(tmp_path: Path) -> None:
     assert len(records) == 1
     assert "\\x1b[31m" in str(caught[0].message)
     assert "\x1b" not in str(caught[0].message)
+
+
+def test_a_run_that_has_ended_lets_go_of_its_log(tmp_path: Path) -> None:
+    """A notebook keeps its trainer, and another process goes on with the run; what this one still writes is not lost."""
+    log = RunLog(tmp_path)
+    log.append(small(1))
+    log.close()
+    opener = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    assert subprocess.run(opener, input=b"", capture_output=True, env=env).returncode == 0
+    log.append(small(2))
+    assert same(AuditRun.load(tmp_path).records, [small(1), small(2)])
+    assert subprocess.run(opener, input=b"", capture_output=True, env=env).returncode != 0, "taken again"
