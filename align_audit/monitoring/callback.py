@@ -145,7 +145,7 @@ class AlignmentAuditCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what cannot work, open the log, and audit the start."""
-        self._pending = False
+        self._pending = self._training = False
         self._ranks = Ranks.of_this_run()
         error: BaseException | None = None
         try:
