@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import math
 import time
 from typing import Any
 
@@ -106,6 +107,15 @@ def _against_the_start(behaviour: Behaviour, request: AuditRequest) -> tuple[Ver
     )
 
 
+def _plain(value: Any) -> Any:
+    """What a part without a field in the record is stored as: JSON has no NaN, so what is not known is None there."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def make_record(task: AuditTask, began: float) -> AuditRecord:
     """What every measurement says, its reasons under the name of its part.
 
@@ -121,7 +131,7 @@ def make_record(task: AuditTask, began: float) -> AuditRecord:
             continue
         part, why = measurement.part()
         fields = parts if measurement.name in AuditRecord.model_fields else extra
-        fields[measurement.name] = part
+        fields[measurement.name] = part if fields is parts else _plain(part)
         reasons |= {f"{measurement.name}.{path}" if path else measurement.name: reason for path, reason in why.items()}
     session.meter.sample()
     record = AuditRecord(

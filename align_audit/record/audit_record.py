@@ -397,7 +397,7 @@ class AuditRecord(Stored):
     """In the order of the configuration."""
     spinal: Spinal | None
     extra: dict[str, Any] = Field(default_factory=dict)
-    """Parts of measurements that have no field of their own here, by their name: plain JSON values."""
+    """Parts of measurements that have no field of their own here, by their name: plain JSON values, None where not known."""
     alerts: list[Alert] = Field(default_factory=list)
     cost: Cost
     reasons: dict[str, str] = Field(default_factory=dict)

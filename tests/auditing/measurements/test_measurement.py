@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -55,7 +56,8 @@ class Halfway(Measurement):
 
     def part(self) -> tuple[Any, Reasons]:
         mean = self.estimates.mean(self.state.halfway.values)
-        return {"effect": mean.mean, "of_nothing": None}, {"of_nothing": "there is nothing to take it of"}
+        unknown = {"of_nothing": math.nan, "by_layer": [1.0, math.inf]}
+        return {"effect": mean.mean, **unknown}, {"of_nothing": "there is nothing to take it of"}
 
 
 def settings(**changes: Any) -> AuditConfig:
@@ -81,6 +83,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> tuple[AuditRecord, dict[str, np
 def test_its_part_and_its_reasons_stand_in_the_record(measured: Any) -> None:
     record, arrays, *_ = measured
     assert record.extra["halfway"]["effect"] == pytest.approx(arrays["per_pair.halfway"].mean())
+    assert record.extra["halfway"]["of_nothing"] is None
+    assert record.extra["halfway"]["by_layer"] == [1.0, None]
     assert record.reasons["halfway.of_nothing"] == "there is nothing to take it of"
     assert AuditRecord.from_json(record.to_json()).extra == record.extra
 
