@@ -37,11 +37,6 @@ class Ranks:
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
 
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that writes."""
-        return self.rank == 0
-
     def gather(self, value: _Value) -> list[_Value]:
         """What every process says, in the order of their ranks; the same list everywhere."""
         if self._group is None:
@@ -61,10 +56,6 @@ class Ranks:
         said: list[Any] = [value]
         dist.broadcast_object_list(said, src=0, group=self._group)
         return said[0]
-
-    def any(self, value: bool) -> bool:
-        """Whether it holds on at least one of them."""
-        return any(self.gather(value))
 
     def close(self) -> None:
         """Let go of the group, all processes together."""

@@ -25,12 +25,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 """From the ground up. A room imports from floors below its own, and from itself; ``errors`` and ``files`` are for all."""
 
-ROOMS_WITHIN: dict[str, tuple[tuple[str, ...], ...]] = {
-    "models": (("weights", "anatomy", "loading"), ("",)),
-    "auditing": (("session",), ("measurements",), ("",)),
-    "writers": (("writer", "words"), ("plots", "web"), ("",)),
-}
-
 
 @dataclass(frozen=True)
 class Import:

@@ -10,6 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from align_audit.cli.options import (
+    ConfigOption,
+    DeviceOption,
+    DtypeOption,
+    MaxLengthOption,
+    ReferenceOption,
+    TrustOption,
     bases_option,
     device_option,
     dtype_option,
@@ -64,22 +70,15 @@ def run(
             "probe sets that are audited side by side."
         ),
     ],
-    reference: Annotated[
-        str | None,
-        typer.Option(help="The model training started from: a folder or a hub name. Left out: an adapter's base."),
-    ] = None,
+    reference: ReferenceOption = None,
     output: Annotated[Path, typer.Option(help="Where the record log and the pictures go.")] = Path("align-audit-run"),
-    config: Annotated[Path | None, typer.Option(help="A YAML file of audit options.")] = None,
+    config: ConfigOption = None,
     max_pairs: Annotated[int | None, typer.Option(help="Probe pairs to draw.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens per sequence, as in training (DPOConfig).")] = None,
+    max_length: MaxLengthOption = None,
     step: Annotated[int | None, typer.Option(help="The step to record; by default N of checkpoint-N, else 0.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "auto",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16 or float64; left out: what the policy is saved in.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that is saved with a model (auto_map).")
-    ] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Audit saved checkpoints against their reference.
 
@@ -122,25 +121,18 @@ def transfer(
         list[str],
         typer.Option(help="NAME=PATH of preference pairs, at least two times; files as in `align-audit run`."),
     ],
-    reference: Annotated[
-        str | None,
-        typer.Option(help="The model training started from: a folder or a hub name. Left out: an adapter's base."),
-    ] = None,
+    reference: ReferenceOption = None,
     layer: Annotated[
         str | None, typer.Option(help="N, several as N,M, all, or auto: those that each set would choose by itself.")
     ] = None,
     basis: Annotated[str | None, typer.Option(help="shift, activation or both.")] = None,
     output: Annotated[Path, typer.Option(help="Where the record and the pictures go.")] = Path("align-audit-transfer"),
-    config: Annotated[Path | None, typer.Option(help="A YAML file of audit options.")] = None,
+    config: ConfigOption = None,
     max_pairs: Annotated[int | None, typer.Option(help="Probe pairs to draw from each set.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Tokens per sequence, as in training (DPOConfig).")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")] = "auto",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16 or float64; left out: what the policy is saved in.")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run the code that is saved with a model (auto_map).")
-    ] = False,
+    max_length: MaxLengthOption = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Patch the subspaces fitted on one probe set on the pairs of another: does what was learned on one carry the other?
 

@@ -5,13 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from align_audit.errors import ConfigurationError
 from align_audit.probes.names import check_names
 
 if TYPE_CHECKING:
     from align_audit.config import AuditConfig
+
+ReferenceOption = Annotated[
+    str | None,
+    typer.Option(help="The model training started from: a folder or a hub name. Left out: an adapter's base."),
+]
+ConfigOption = Annotated[Path | None, typer.Option(help="A YAML file of audit options.")]
+MaxLengthOption = Annotated[int | None, typer.Option(help="Tokens per sequence, as in training (DPOConfig).")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, float16 or float64; left out: what the policy is saved in.")
+]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that is saved with a model (auto_map).")
+]
 
 
 def read_arguments(arguments: Sequence[str]) -> dict[str, Path] | Path:

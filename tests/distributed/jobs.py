@@ -12,19 +12,8 @@ import torch
 from align_audit import AlignmentAuditCallback, AuditConfig
 from align_audit.monitoring import monitor
 from tests.distributed.engines import deepspeed_options
+from tests.helpers.audits import QUICK
 from tests.helpers.dpo import build
-
-QUICK: dict[str, Any] = {
-    "max_pairs": 4,
-    "patching": {"noise_draws": 1, "reverse": False},
-    "statistics": {"bootstrap_resamples": 100},
-    "localization": {"enabled": False},
-    "low_rank": {"enabled": False},
-    "spinal": {"enabled": False},
-    "tensorboard": "off",
-    "progress": False,
-}
-"""The least that is an audit."""
 
 
 def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:

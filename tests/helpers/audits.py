@@ -15,6 +15,18 @@ from align_audit.models.reference import Reference, resolve_reference
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
 
+QUICK: dict[str, Any] = {
+    "max_pairs": 4,
+    "patching": {"noise_draws": 1, "reverse": False},
+    "statistics": {"bootstrap_resamples": 100},
+    "localization": {"enabled": False},
+    "low_rank": {"enabled": False},
+    "spinal": {"enabled": False},
+    "tensorboard": "off",
+    "progress": False,
+}
+"""The least that is an audit."""
+
 
 def audited(
     policy: nn.Module, reference: Any, probes: ProbeSet, config: AuditConfig, **asked: Any

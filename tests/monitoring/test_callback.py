@@ -23,6 +23,7 @@ from align_audit.auditing.session.open_models import OpenModels
 from align_audit.errors import ConfigurationError
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.writers.tensorboard import TensorBoard
+from tests.helpers.audits import QUICK
 from tests.helpers.dpo import Trained, build
 
 pytestmark = pytest.mark.device
@@ -32,18 +33,7 @@ CREATED = "ref_model made"
 
 def quick(**changes: Any) -> AuditConfig:
     """The least that is an audit: margins and patching on four pairs."""
-    values: dict[str, Any] = {
-        "max_pairs": 4,
-        "patching": {"noise_draws": 1, "reverse": False},
-        "statistics": {"bootstrap_resamples": 100},
-        "localization": {"enabled": False},
-        "low_rank": {"enabled": False},
-        "spinal": {"enabled": False},
-        "tensorboard": "off",
-        "progress": False,
-        "strict": True,
-    }
-    return AuditConfig.from_dict({**values, **changes})
+    return AuditConfig.from_dict({**QUICK, "strict": True, **changes})
 
 
 def run(
