@@ -14,7 +14,7 @@ from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.controls import Controls
 from align_audit.auditing.measurements.localization import Localization
 from align_audit.auditing.measurements.low_rank import LowRank
-from align_audit.auditing.measurements.measurement import AuditTask, Measurement
+from align_audit.auditing.measurements.measurement import PER_PAIR, AuditTask, Measurement
 from align_audit.auditing.measurements.patching import Patching
 from align_audit.auditing.measurements.sites import FinerSites
 from align_audit.auditing.measurements.spinal import Spinal
@@ -143,5 +143,9 @@ def run_audit(
         looks = [look for measurement in task for look in measurement.second_looks()]
         second_pass(session, task[Behaviour], looks, tick)
         record = make_record(task, began)
-        arrays = {name: values for measurement in task for name, values in measurement.arrays().items()}
+        arrays = {
+            name: values[session.places] if name.startswith(PER_PAIR) else values
+            for measurement in task
+            for name, values in measurement.arrays().items()
+        }
         return AuditResult(record, arrays, PreviousAudit(task[LowRank].spanned, record.attribution))

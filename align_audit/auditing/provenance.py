@@ -15,6 +15,7 @@ from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.measurement import AuditTask
 from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.walk import Session
+from align_audit.probes.pairs import REPEATED
 from align_audit.record.audit_record import AuditRecord, Cost, Provenance, ReferenceCheck, Verdict
 from align_audit.record.finding import find
 
@@ -39,8 +40,9 @@ def provenance_of(session: Session, request: AuditRequest) -> Provenance:
         probe_name=request.probe_name,
         probe_source=probes.source,
         probe_held_out=probes.held_out,
-        pairs=len(probes),
-        pairs_dropped=dict(probes.dropped),
+        pairs=len(session.pairs),
+        groups=session.estimates.independent,
+        pairs_dropped=_dropped(session, request),
         seed=session.config.seed,
         device=str(session.device),
         parameter_dtype=str(weight.dtype).removeprefix("torch."),
@@ -54,6 +56,14 @@ def provenance_of(session: Session, request: AuditRequest) -> Provenance:
     )
 
 
+def _dropped(session: Session, request: AuditRequest) -> dict[str, int]:
+    """What the draw dropped, and pairs of a set made otherwise that repeat another."""
+    dropped = dict(request.probes.dropped)
+    if session.repeated:
+        dropped[REPEATED] = dropped.get(REPEATED, 0) + session.repeated
+    return dropped
+
+
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -65,7 +75,7 @@ def check_reference(session: Session, behaviour: Behaviour, request: AuditReques
     """Is the reference what it should be: the policy's starting point, and the one the trainer precomputed with?"""
     verdict, reason = _against_the_start(behaviour, request)
     difference = None
-    precomputed = [pair.reference_logps for pair in request.probes.pairs]
+    precomputed = [pair.reference_logps for pair in session.pairs]
     if request.compare_precomputed and all(logps is not None for logps in precomputed):
         expected = np.array([logps[0] - logps[1] for logps in precomputed if logps is not None])
         difference = float(np.abs(behaviour.reference_margin - expected).max())

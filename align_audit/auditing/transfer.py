@@ -31,6 +31,7 @@ from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError, ProbeError
+from align_audit.measures.resampling import LEAST_GROUPS
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, refuse_itself, resolve_reference
 from align_audit.probes.names import check_names
@@ -110,9 +111,11 @@ def run_transfer(
     """
     if len(probes) < 2:
         raise ConfigurationError(f"a transfer is between at least two probe sets; found {', '.join(probes)} alone")
-    if all(len(own) < 2 for own in probes.values()):
+    most = max(len({pair.group for pair in own}) for own in probes.values())
+    if most < LEAST_GROUPS:
         raise ProbeError(
-            "no probe set has two pairs, so nothing has an interval; expected at least 2 pairs in one of them"
+            f"no probe set has more than {most} independent pairs (those that share a prompt are one), so nothing has an "
+            f"interval; expected at least {LEAST_GROUPS} in one of them"
         )
     began = time.perf_counter()
     with memory_explained(), OpenModels(policy, reference, anatomy=anatomy) as models:

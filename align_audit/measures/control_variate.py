@@ -14,8 +14,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import stdtr, stdtrit
 
+from align_audit.measures.resampling import LEAST_GROUPS, Groups
+from align_audit.measures.significance import mean_p_values
 from align_audit.measures.statistics import Interval, check_options, mean_intervals
 
 Array = np.ndarray
@@ -36,6 +38,8 @@ class ControlVariate:
     """
 
     interval: Interval
+    p: float
+    """Two-sided, of a mean effect of 0: the counterpart of the interval; NaN where that is unknown."""
     correlation: float
     """Of exact and proxy over the exact pairs (Pearson; with several proxies the multiple correlation, ≥ 0); NaN where
     either does not vary."""
@@ -57,6 +61,7 @@ def control_variate_means(
     resamples: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
+    groups: Array | None = None,
 ) -> list[ControlVariate]:
     """Mean exact effect per layer from n exact pairs and N ≥ n proxies, with an interval.
 
@@ -83,6 +88,10 @@ def control_variate_means(
     and, with x the second term and κ the kurtosis of b·A, x² (2/(N − 1) + max(κ − 3, 0)/N) + 4 x s²ᵣ/(nN); at
     least n − 1 − K.
 
+    Pairs that share a prompt do not vary independently of each other: each of the two terms is multiplied by how much more the
+    sums over groups vary than independent pairs' would (at least 1), and n in the degrees of freedom is the number of groups
+    with an exact pair.
+
     Every slope costs exact pairs: with fewer than 8 + 2(K − 1) of them the K proxies are averaged into one.
 
     A percentile bootstrap of 8 normal values covers 88 % where it says 95 %. This covers 92–98 % in the
@@ -91,7 +100,7 @@ def control_variate_means(
     values show too little of their tail, and the bootstrap of as many equivalent exact pairs does no better (76–92 %).
 
     Where all N pairs are exact the result is that of :func:`~align_audit.measures.statistics.mean_intervals`, the plain
-    percentile bootstrap, bit for bit. Where the proxy cannot be used (see ``reason``) it is the plain mean of the exact
+    interval, bit for bit. Where the proxy cannot be used (see ``reason``) it is the plain mean of the exact
     pairs with their t interval of n − 1 degrees of freedom.
 
     Args:
@@ -100,11 +109,12 @@ def control_variate_means(
         proxy: ``[N, L]``, or ``[N, L, K]`` for K of them; any unit: they are only used through their slopes.
         resamples, seed: of the bootstrap, where all pairs are exact.
         confidence: of the interval, in (0, 1).
+        groups: ``[N]``, which pairs belong together; None: none do.
 
     Returns:
         L results in the unit of ``exact``. An interval is NaN, with a reason, where no pair is exact or a measured value
-        is infinite; with one exact pair the mean is kept and the bounds are NaN. Equal exact values have low = high =
-        mean, exactly.
+        is infinite; with exact pairs in fewer than 8 groups the mean is kept and the bounds are NaN. Equal exact values have
+        low = high = mean, exactly.
 
     Raises:
         ValueError: wrong or different shapes, no pairs, confidence or resamples out of range.
@@ -121,19 +131,30 @@ def control_variate_means(
     """
     check_options(resamples, confidence)
     sample = _working_units(exact, proxy)
+    together = Groups.of(groups, sample.pairs)
     slopes = _slopes(sample)
     estimates = _estimates(sample, slopes)
-    error = _error(sample, slopes)
-    reach = sample.scale * np.sqrt(error.variance) * stdtrit(error.freedom, (1 + confidence) / 2)
+    error = _error(sample, slopes, together)
+    spread = sample.scale * np.sqrt(error.variance)
+    reach = spread * stdtrit(error.freedom, (1 + confidence) / 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = 2 * stdtr(error.freedom, -np.where(estimates == 0.0, 0.0, np.abs(estimates) / spread))
     correlation = _correlation(sample, slopes)
     explained, equivalent = _worth(sample, error)
 
     complete = sample.count == sample.pairs
     # On all columns at once: a product over fewer columns may differ in its last bits.
-    plain = mean_intervals(exact, resamples, confidence, seed=seed) if complete.any() else []
+    plain = mean_intervals(exact, resamples, confidence, seed=seed, groups=groups) if complete.any() else []
+    if complete.any():
+        p = np.where(complete, mean_p_values(np.where(complete, exact, 0.0), resamples, seed, groups), p)
+    intervals = [
+        plain[layer] if complete[layer] else _interval(sample, layer, estimates[layer], reach[layer], together)
+        for layer in range(len(sample.count))
+    ]
     return [
         ControlVariate(
-            interval=plain[layer] if complete[layer] else _interval(sample, layer, estimates[layer], reach[layer]),
+            interval=intervals[layer],
+            p=math.nan if math.isnan(intervals[layer].low) else float(p[layer]),
             correlation=float(correlation[layer]),
             explained=float(explained[layer]),
             coefficient=float(slopes.slope[layer, 0] * sample.scale[layer] / sample.proxy_scale[layer, 0]),
@@ -327,20 +348,39 @@ class _Error:
     """ν."""
 
 
-def _error(sample: _Sample, slopes: _Slopes) -> _Error:
+def _error(sample: _Sample, slopes: _Slopes, groups: Groups) -> _Error:
     pairs = sample.pairs
-    freedom = np.maximum(sample.count - 1 - np.where(sample.usable, sample.width, 0), 1)
-    residual = ((sample.y - (slopes.without * sample.d).sum(axis=2)) ** 2).sum(axis=0) / freedom
+    slopes_fitted = np.where(sample.usable, sample.width, 0)
+    freedom = np.maximum(sample.count - 1 - slopes_fitted, 1)
+    left = sample.y - (slopes.without * sample.d).sum(axis=2)
+    residual = (left**2).sum(axis=0) / freedom
     predicted = ((sample.proxies - sample.proxies.mean(axis=0)) * slopes.slope).sum(axis=2)
     square = (predicted**2).sum(axis=0)
     kurtosis = _ratio(pairs * (predicted**4).sum(axis=0), square**2, square > _ROUNDING)
     first, second = residual / sample.divisor, square / max(pairs - 1, 1) / pairs
+    first, second = first * _design_effect(left, groups), second * _design_effect(predicted, groups)
+    freedom = np.maximum(_exact_groups(sample, groups) - 1 - slopes_fitted, 1)
     variance = first + second
     # The variance of V itself: of its two terms, and what they have in common.
     spread = 2 * first**2 / freedom
     spread = spread + second**2 * (2 / max(pairs - 1, 1) + np.maximum(kurtosis - 3, 0) / pairs)
     spread = spread + 4 * second * first / pairs
     return _Error(residual, variance, np.maximum(_ratio(2 * variance**2, spread, spread > 0.0), freedom))
+
+
+def _design_effect(values: Array, groups: Groups) -> Array:
+    """``[L]``, at least 1: how much more the sums of ``values`` ``[N, L]`` over groups vary than those of single pairs."""
+    if groups.alone:
+        return np.ones(values.shape[1])
+    alone, together = (values**2).sum(axis=0), (groups.sums(values) ** 2).sum(axis=0)
+    return np.maximum(_ratio(together, alone, alone > _ROUNDING**2), 1.0)
+
+
+def _exact_groups(sample: _Sample, groups: Groups) -> Array:
+    """``[L]``: in how many groups there is an exact pair."""
+    if groups.alone:
+        return sample.count
+    return (groups.sums(sample.measured.astype(np.float64)) > 0).sum(axis=0)
 
 
 def _correlation(sample: _Sample, slopes: _Slopes) -> Array:
@@ -360,14 +400,15 @@ def _worth(sample: _Sample, error: _Error) -> tuple[Array, Array]:
     return explained, _ratio(np.ones(len(total)), per_pair, sample.count > 0)
 
 
-def _interval(sample: _Sample, layer: int, estimate: float, reach: float) -> Interval:
+def _interval(sample: _Sample, layer: int, estimate: float, reach: float, groups: Groups) -> Interval:
     """Of a layer at which not all pairs are exact: ``estimate`` ± ``reach``, where there is such a thing."""
     exact_pairs = int(sample.count[layer])
     if sample.infinite[layer]:
         return Interval.unknown(f"{sample.infinite[layer]} of {exact_pairs} exact values are infinite")
     mean, half = float(estimate), float(reach)
-    if exact_pairs < 2:
-        few = f"an interval needs at least 2 exact pairs, found {exact_pairs}"
+    independent = int(_exact_groups(sample, groups)[layer])
+    if independent < LEAST_GROUPS:
+        few = f"an interval needs at least {LEAST_GROUPS} exact independent pairs, found {independent}"
         return Interval(mean, math.nan, math.nan, few) if exact_pairs else Interval.unknown(few)
     return Interval(mean, mean - half, mean + half)
 

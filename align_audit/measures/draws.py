@@ -7,6 +7,7 @@ Neither batches, nor the order of the pairs, nor what else is drawn changes them
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,15 +15,19 @@ import torch
 
 Array = np.ndarray
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN, _WORD = 0x9E3779B97F4A7C15, 2**64 - 1
 
 
-def subset_order(pair_ids: Sequence[int] | Sequence[str], seed: int = 0) -> Array:
+def subset_order(pair_ids: Sequence[int] | Sequence[str], seed: int = 0, groups: Sequence[int] | None = None) -> Array:
     """A random order of the pairs; the first n are the exact ones, at every layer and for every n.
 
     Pairs are sorted by the BLAKE2b hash of (seed, identity): no measured value, no position and no other pair enters, so
     a prefix is a simple random subset, a longer prefix contains the shorter, and a pair keeps its rank against another
-    when pairs are added, dropped or reordered. Pairs with the same identity keep their order, next to each other.
+    when pairs are added, dropped or reordered. Where pairs share a prompt, one of each group comes before a second of any:
+    pairs of different groups say more.
+
+    Args:
+        groups: of each pair; None: every pair is a group of its own.
 
     Returns:
         int64 ``[N]``, a permutation of 0 … N − 1: positions in ``pair_ids``.
@@ -32,48 +37,75 @@ def subset_order(pair_ids: Sequence[int] | Sequence[str], seed: int = 0) -> Arra
         [1, 3, 2, 4, 0]
         >>> subset_order([14, 12, 10], seed=0).tolist()
         [1, 0, 2]
+        >>> subset_order([10, 11, 12, 13, 14], seed=0, groups=[0, 1, 1, 1, 0]).tolist()
+        [1, 4, 3, 0, 2]
     """
     keys = [hashlib.blake2b(f"{seed}:{identity}".encode(), digest_size=16).digest() for identity in pair_ids]
-    return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    if groups is not None:
+        seen: Counter[int] = Counter()
+        turn = {}
+        for place in order:
+            turn[place] = seen[groups[place]]
+            seen[groups[place]] += 1
+        order.sort(key=turn.__getitem__)
+    return np.array(order, dtype=np.int64)
 
 
-def row_keys(pair_index: Array | int, side: Array | int, position: Array | int, seed: int) -> Array:
-    """A pseudo-random key for every token row, from what the row *is*, not from when it is seen.
-
-    (pair, side, position) are packed into 64 bits and mixed twice with the SplitMix64 finalizer (Steele et al. 2014),
-    the seed entering between: a bijection, so different rows have different keys.
+def halves(groups: Sequence[int], seed: int = 0) -> Array:
+    """Which of two random halves each pair is in, whole groups at a time, going by hashes of the groups alone.
 
     Args:
-        pair_index: 0 … 2³¹ − 1. The arguments broadcast against each other.
-        side: 0 for chosen (and rows common to both), 1 for rejected.
-        position: 0 … 2³² − 1.
+        groups: of each pair.
+
+    Returns:
+        bool ``[N]``: True for the second half. They differ by at most the largest group; the second is not the smaller one
+        where every pair is a group of its own.
+
+    Example:
+        >>> halves([1, 2, 3, 3, 4], seed=0).tolist()
+        [True, True, False, False, True]
+    """
+    sizes = Counter(groups)
+    keys = {group: hashlib.blake2b(f"{seed}:half:{group}".encode(), digest_size=16).digest() for group in sizes}
+    second: dict[int, bool] = {}
+    balance = 0
+    for group in sorted(sizes, key=keys.__getitem__):
+        second[group] = balance <= 0
+        balance += sizes[group] if second[group] else -sizes[group]
+    return np.array([second[group] for group in groups], dtype=bool)
+
+
+def prefix_keys(ids: Sequence[int], seed: int) -> Array:
+    """A pseudo-random key for every position of a sequence, made of all tokens up to it: what its row of activations is.
+
+    Two positions whose whole prefixes are equal have equal keys, in whatever pair, side or batch they stand; two others do
+    not, but for chance (2⁻⁶⁴ for any two). The state is multiplied and mixed token by token with SplitMix64's finalizer
+    (Steele et al. 2014).
+
+    Args:
+        ids: tokens, each of at least 0.
         seed: 0 … 2⁶⁴ − 1.
 
     Returns:
-        int64, spread evenly over its whole range (negative keys included).
+        int64 ``[len(ids)]``, spread evenly over its whole range (negative keys included).
 
     Raises:
-        ValueError: an argument is no integer or outside its range.
+        ValueError: the seed is outside its range.
 
     Example:
-        >>> row_keys(np.array([0, 0, 1]), 0, np.array([0, 1, 0]), seed=0).tolist()
-        [5197578548964807871, -2529857523242969672, -1506547071961215988]
+        >>> one, other = prefix_keys([5, 6, 7], seed=0), prefix_keys([5, 6, 8], seed=0)
+        >>> (one == other).tolist()
+        [True, True, False]
     """
-    given = {"pair_index": (pair_index, 1 << 31), "side": (side, 2), "position": (position, 1 << 32)}
-    parts = []
-    for name, (integers, limit) in given.items():
-        values = np.asarray(integers)
-        if values.dtype.kind not in "iu":
-            raise ValueError(f"expected integers for {name}; found {values.dtype}")
-        if values.size and not 0 <= int(values.min()) <= int(values.max()) < limit:
-            raise ValueError(f"expected {name} in [0, {limit}); found {values.min()} … {values.max()}")
-        parts.append(values.astype(np.uint64))
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"expected a seed in [0, 2**64), found {seed}")
-    pair, chosen_or_rejected, where = np.broadcast_arrays(*parts)
-    packed = (pair << np.uint64(33)) | (chosen_or_rejected << np.uint64(32)) | where
-    with np.errstate(over="ignore"):  # arithmetic modulo 2**64 is meant
-        return _mix(_mix(packed + _GOLDEN) + np.uint64(seed) * _GOLDEN).view(np.int64)
+    keys = np.empty(len(ids), dtype=np.uint64)
+    state = _mixed(seed + _GOLDEN)
+    for place, token in enumerate(ids):
+        state = _mixed(state * _GOLDEN + token + 1)
+        keys[place] = state
+    return keys.view(np.int64)
 
 
 def keep_rows(keys: Array, max_rows: int) -> Array:
@@ -104,6 +136,8 @@ def keep_rows(keys: Array, max_rows: int) -> Array:
 def noise_directions(seed: int, pairs: Sequence[int], layer: int, draw: int, length: int, width: int) -> torch.Tensor:
     """Random unit directions u, float32 [len(pairs), length, width], drawn from (seed, pair, layer, position, draw).
 
+    ``pairs`` are identities, each of at least 0.
+
     The direction of a pair at a position does not depend on which other pairs are asked for, nor on ``length``: both
     completions of a pair share it, batches may be cut differently, and no global random state is touched.
     """
@@ -123,8 +157,9 @@ def _checked_keys(keys: Array) -> Array:
     return keys
 
 
-def _mix(z: Array) -> Array:
+def _mixed(z: int) -> int:
     """SplitMix64's finalizer: a bijection of 64-bit words (arithmetic modulo 2⁶⁴)."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    z &= _WORD
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _WORD
+    return z ^ (z >> 31)

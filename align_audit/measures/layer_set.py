@@ -7,16 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align_audit.measures.statistics import Interval, resample_indices
+from align_audit.measures.resampling import Groups, resampled_means, standard_errors, widened_tail
+from align_audit.measures.statistics import Interval, mean_intervals
 
 Array = np.ndarray
 
 CLEAR = math.e
 """A layer that stands out contributes at least so many times what each of the others does: one unit of a natural logarithm."""
 MARGIN = 2.0
-"""Standard errors of a mean that it counts as at least: a smaller one is not told from nothing."""
+"""Standard errors of a mean that a layer is compared as at least: a smaller one is not told from nothing."""
 FLOOR = 0.01
-"""A layer counts as at least this share of the largest: how small a small one is does not matter."""
+"""A layer is compared as at least this share of the largest: how small a small one is does not matter."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,19 +33,21 @@ class LayerSet:
     selection_frequency: Array
     """``[L]``, in [0, 1]: share of resamples in which the layer belongs to the set."""
     contribution: list[Interval]
-    """L, nats, at least the margin of error."""
+    """L, nats; 0 where the transplant or the gain does not lie above 0 with its whole interval, the upper bound then being
+    what it could be."""
     reason: str | None = None
 
 
-def standing_clear(contribution: Array) -> tuple[int, ...]:
-    """The layers each of which contributes at least ``CLEAR`` times what any other layer does, at most half of them.
+def standing_clear(height: Array, contributes: Array | None = None) -> tuple[int, ...]:
+    """The layers each of which contributes at least ``CLEAR`` times what any other layer could, at most half of them.
 
-    With w sorted, largest first, the k largest for the largest k ≤ ⌊L/2⌋ with w_k ≥ ``CLEAR`` · w_{k+1}. The last such step
-    and not the widest one: where one layer does ten times the work of a second, and that three times the work of all others,
-    both stand out.
+    With w sorted, largest first, the k largest for the largest k ≤ ⌊L/2⌋ with w_k ≥ ``CLEAR`` · w_{k+1} and all k of them
+    contributing. The last such step and not the widest one: where one layer does ten times the work of a second, and that
+    three times the work of all others, both stand out.
 
     Args:
-        contribution: ``[L]``, positive.
+        height: ``[L]``, what each layer is compared as, positive.
+        contributes: bool ``[L]``: what it contributes is more than spread; None: all do.
 
     Returns:
         layers, ascending; empty where there is no such step.
@@ -55,9 +58,10 @@ def standing_clear(contribution: Array) -> tuple[int, ...]:
         >>> standing_clear(np.array([0.5, 0.5, 0.4]))
         ()
     """
-    order = np.argsort(-contribution, kind="stable")
-    height = contribution[order]
-    steps = np.flatnonzero(height[:-1] >= CLEAR * height[1:])
+    order = np.argsort(-height, kind="stable")
+    sorted_height = height[order]
+    all_contribute = np.cumprod(np.ones(len(height)) if contributes is None else contributes[order]).astype(bool)
+    steps = np.flatnonzero((sorted_height[:-1] >= CLEAR * sorted_height[1:]) & all_contribute[:-1])
     steps = steps[steps < len(height) // 2]
     return tuple(sorted(order[: steps[-1] + 1].tolist())) if len(steps) else ()
 
@@ -83,11 +87,12 @@ def contributions(transplants: Array, gains: Array, least: tuple[Array, Array]) 
     return np.sqrt(np.maximum(transplants, least[0]) * np.maximum(gains, least[1]))
 
 
-def least_means(values: Array) -> Array:
-    """What the mean of each layer counts as at least: ``MARGIN`` standard errors, and ``FLOOR`` of the largest mean.
+def least_means(values: Array, groups: Array | None = None) -> Array:
+    """What the mean of each layer is compared as at least: ``MARGIN`` standard errors, and ``FLOOR`` of the largest mean.
 
     Args:
-        values: ``[N, L]``, N ≥ 2, nats.
+        values: ``[N, L]``, of at least 2 groups, nats.
+        groups: ``[N]``, which pairs belong together; None: none do.
 
     Returns:
         ``[L]``, nats, ≥ 0.
@@ -96,31 +101,38 @@ def least_means(values: Array) -> Array:
         >>> least_means(np.array([[3.0, 0.0], [5.0, 0.0]])).tolist()
         [2.0, 0.04]
     """
-    error = values.std(axis=0, ddof=1) / math.sqrt(len(values))
-    return np.maximum(MARGIN * error, FLOOR * max(values.mean(axis=0).max(), 0.0))
+    return np.maximum(MARGIN * standard_errors(values, groups), FLOOR * max(values.mean(axis=0).max(), 0.0))
 
 
 def layer_set(
-    transplants: Array, gains: Array, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
+    transplants: Array,
+    gains: Array,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+    groups: Array | None = None,
 ) -> LayerSet:
     """The layers that stand out of the contributions to the margin shift.
 
-    Every bootstrap resample of the pairs finds its own set; ``stability`` is the share that finds the same one. The
-    separation, min over the set / max over the others, is resampled for the set of all pairs, and its interval is the
-    percentile one. Choosing the set by the same pairs makes the separation look too good where resamples disagree on
-    it, which is what the stability shows.
+    A layer contributes what its update does alone (t) and on top of those below (g), √(t · g), where the interval of either
+    lies above 0; spread is no contribution. What does not is still compared as what it could be, :func:`least_means`: a layer
+    stands out only of what is known to be small. Every bootstrap resample of the groups finds its own set; ``stability`` is the
+    share that finds the same one. The separation, min over the set / max over the others, is resampled for the set of all
+    pairs, and its interval is the percentile one. Choosing the set by the same pairs makes the separation look too good where
+    resamples disagree on it, which is what the stability shows.
 
     Args:
-        transplants: ``[N, L]``, block transplants, nats.
-        gains: ``[N, L]``, effect_ℓ − effect_{ℓ−1}, nats; the transplant where a gain was not measured.
+        transplants: ``[N, L]``, block transplants in the direction of the mean margin shift, nats.
+        gains: ``[N, L]``, effect_ℓ − effect_{ℓ−1} in that direction, nats; the transplant where a gain was not measured.
+        groups: ``[N]``, which pairs belong together; None: none do.
 
     Raises:
         ValueError: wrong shape.
 
     Example:
         >>> pairs = np.tile([0.0, 2.0, 0.1, 0.1], (8, 1))
-        >>> found = layer_set(pairs, pairs, resamples=50)
-        >>> found.layers, found.stability, round(found.separation.low, 6)
+        >>> stands = layer_set(pairs, pairs, resamples=50)
+        >>> stands.layers, stands.stability, round(stands.separation.low, 6)
         ((1,), 1.0, 20.0)
     """
     alone, added = np.asarray(transplants, dtype=np.float64), np.asarray(gains, dtype=np.float64)
@@ -136,34 +148,59 @@ def layer_set(
 
     if not (np.isfinite(alone).all() and np.isfinite(added).all()):
         return nothing("a block transplant or a gain is not finite")
-    if pairs < 2:
-        return nothing("an interval needs at least 2 pairs, found 1")
-    least = (least_means(alone), least_means(added))
-    draws = resample_indices(pairs, resamples, seed)
-    quantiles = [(1 - confidence) / 2, (1 + confidence) / 2]
-    found = contributions(alone.mean(axis=0), added.mean(axis=0), least)
-    resampled = contributions(alone[draws].mean(axis=1), added[draws].mean(axis=1), least)
-    bounds = np.quantile(resampled, quantiles, axis=0)
-    each = [Interval(float(mean), float(low), float(high)) for mean, low, high in zip(found, *bounds, strict=True)]
+    together = Groups.of(groups, pairs)
+    few = together.too_few()
+    if few is not None:
+        return nothing(few)
+    contributes = _above_zero(alone, resamples, confidence, seed, groups)
+    contributes &= _above_zero(added, resamples, confidence, seed, groups)
+    height, resampled = _heights(alone, added, resamples, seed, groups)
+    tail = widened_tail(together.count, confidence)
+    low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
+    each = [
+        Interval(float(height[layer]), float(low[layer]), float(high[layer]))
+        if contributes[layer]
+        else Interval(0.0, 0.0, float(high[layer]))
+        for layer in range(layers)
+    ]
     if layers < 2:
         return nothing("one layer cannot stand out of others", each)
-    if not (alone.mean(axis=0).max() > 0.0 and added.mean(axis=0).max() > 0.0):
-        return nothing("no layer raises the margin", each)
-    chosen = standing_clear(found)
+    if not contributes.any():
+        return nothing("no layer moves the margin in the direction of the shift, alone and on top of those below", each)
+    chosen = standing_clear(height, contributes)
     if not chosen:
-        return nothing(f"no layer stands out by contributing at least {CLEAR:.1f} times what any other does", each)
+        return nothing(f"no layer stands out by contributing at least {CLEAR:.1f} times what any other could", each)
     inside = np.zeros(layers, dtype=bool)
     inside[list(chosen)] = True
     apart = resampled[:, inside].min(axis=1) / resampled[:, ~inside].max(axis=1)
-    low, high = np.quantile(apart, quantiles)
-    sets = [standing_clear(row) for row in resampled]
+    apart_low, apart_high = np.quantile(apart, [tail, 1 - tail])
+    sets = [standing_clear(row, contributes) for row in resampled]
     frequency = np.zeros(layers)
-    for one in sets:
-        frequency[list(one)] += 1
+    for stands in sets:
+        frequency[list(stands)] += 1
     return LayerSet(
         chosen,
-        Interval(float(found[inside].min() / found[~inside].max()), float(low), float(high)),
-        sum(one == chosen for one in sets) / resamples,
+        Interval(float(height[inside].min() / height[~inside].max()), float(apart_low), float(apart_high)),
+        sum(stands == chosen for stands in sets) / resamples,
         frequency / resamples,
         each,
+    )
+
+
+def _above_zero(values: Array, resamples: int, confidence: float, seed: int, groups: Array | None) -> Array:
+    """bool ``[L]``: the mean's whole interval lies above 0."""
+    intervals = mean_intervals(values, resamples, confidence, seed=seed, groups=groups)
+    return np.array([interval.low > 0.0 for interval in intervals])
+
+
+def _heights(alone: Array, added: Array, resamples: int, seed: int, groups: Array | None) -> tuple[Array, Array]:
+    """What the layers are compared as, ``[L]``, and over resamples of the groups, ``[resamples, L]``."""
+    layers = alone.shape[1]
+    least = (least_means(alone, groups), least_means(added, groups))
+    both = np.concatenate([alone, added], axis=1)
+    means = both.mean(axis=0)
+    drawn = resampled_means(both, means, resamples, seed, groups)
+    return (
+        contributions(means[:layers], means[layers:], least),
+        contributions(drawn[:, :layers], drawn[:, layers:], least),
     )

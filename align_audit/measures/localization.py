@@ -2,6 +2,8 @@
 
 Source: *Alignment is Localized* (arXiv 2510.16167, §4.1), with selection frequencies and a permutation null added: the
 shifts of neighbouring layers are strongly collinear, so a single fit is unstable.
+
+scikit-learn is imported where it fits: it takes longer to load than everything else of a start.
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import Lasso, LassoCV
-from sklearn.model_selection import KFold
 
+from align_audit.measures.resampling import Groups
 from align_audit.measures.statistics import Value
 
 Array = np.ndarray
+Folds = list[tuple[Array, Array]]
+"""Places of the pairs that are fitted on, and of those that are predicted, for each fold."""
 
 _LAMBDAS = 100
 _NULL_LAMBDAS = 20
@@ -49,27 +51,35 @@ class LassoFit:
 
 
 def lasso_localization(
-    X: Array, y: Array, folds: int = 5, resamples: int = 50, permutations: int = 20, seed: int = 0
+    X: Array,
+    y: Array,
+    folds: int = 5,
+    resamples: int = 50,
+    permutations: int = 20,
+    seed: int = 0,
+    groups: Array | None = None,
 ) -> LassoFit:
     """LASSO of the target on standardized layer features, λ by cross-validation, with stability and null.
 
     w = argmin ‖y − ȳ − Xw‖² / (2N) + λ‖w‖₁, X standardized to mean 0 and population standard deviation 1. λ is chosen
     by scikit-learn's ``LassoCV`` from 100 values, geometric from max_ℓ |X_ℓᵀ(y − ȳ)| / N down to a thousandth of that,
-    over ``folds`` folds shuffled with ``seed``; w is then solved for at that λ to a tighter tolerance.
+    over ``folds`` folds of groups of pairs, shuffled with ``seed``; w is then solved for at that λ to a tighter tolerance.
 
     Choosing λ anew for every resample is costly, so selection frequencies are those of the LASSO *at the λ of the
-    original fit*: over bootstrap resamples of the pairs (features standardized again), and over permutations of the
-    target as what that λ selects by chance. The null of ``cv_r2`` does choose λ anew for each permutation (from 20
-    values of the same range, by the same folds): the choice is part of what it is the null of, and at the fixed λ the
-    permuted targets would be overfitted and look worse than chance.
+    original fit*: over bootstrap resamples of the groups (features standardized again), and over permutations of the
+    target as what that λ selects by chance. Targets are permuted by group: laid out one group behind the other, in another
+    order of the groups, so that what the pairs of a group have in common stays together. The null of ``cv_r2`` does choose λ
+    anew for each permutation (from 20 values of the same range, by the same folds): the choice is part of what it is the
+    null of, and at the fixed λ the permuted targets would be overfitted and look worse than chance.
 
     Args:
         X: ``[N, L]``, RMS activation distances.
         y: ``[N]``, margin shifts or patched effects (nats).
+        groups: ``[N]``, which pairs belong together; None: none do.
 
     Returns:
         See :class:`LassoFit`. A feature that is the same for every pair gets coefficient 0. NaN with a reason: fewer
-        than 2·folds pairs, a value that is not finite, a constant target, or no feature that varies. ``reason`` with
+        than 2·folds groups, a value that is not finite, a constant target, or no feature that varies. ``reason`` with
         numbers beside it: the solver had not fully converged.
 
     Raises:
@@ -89,26 +99,28 @@ def lasso_localization(
             f"expected at least 2 folds, 1 resample and 1 permutation; "
             f"found folds={folds}, resamples={resamples}, permutations={permutations}"
         )
-    reason = _unfit(X, y, folds)
+    together = Groups.of(groups, len(y))
+    reason = _unfit(X, y, folds, together.count)
     if reason is not None:
         coefficients, chosen, by_chance = np.full((3, X.shape[1]), np.nan)
         null_cv_r2 = np.full(permutations, np.nan)
         return LassoFit(coefficients, math.nan, math.nan, (), chosen, by_chance, null_cv_r2, reason)
 
-    n = len(y)
     generator = np.random.default_rng(seed)
     standard = _standardize(X)
-    cv = KFold(folds, shuffle=True, random_state=seed % 2**32)
+    cv = _folds(together, folds, seed)
     alpha, cv_r2 = _cross_validated(standard, y, cv, _LAMBDAS, max_iter=10_000)
     coefficients, converged = _solve(standard, y, alpha)
 
     chosen = np.zeros(X.shape[1])
     for _ in range(resamples):
-        rows = generator.integers(0, n, size=n)
+        rows = together.rows(generator.integers(0, together.count, size=together.count))
         chosen += _selected_at(_standardize(X[rows]), y[rows], alpha)
+    in_order = together.rows(np.arange(together.count))
     by_chance, null_cv_r2 = np.zeros(X.shape[1]), np.empty(permutations)
     for index in range(permutations):
-        permuted = generator.permutation(y)
+        permuted = np.empty_like(y)
+        permuted[in_order] = y[together.rows(generator.permutation(together.count))]
         by_chance += _selected_at(standard, permuted, alpha)
         null_cv_r2[index] = _cross_validated(standard, permuted, cv, _NULL_LAMBDAS, max_iter=1_000)[1]
     return LassoFit(
@@ -185,10 +197,17 @@ def _shares(w: Array) -> tuple[Array, str | None]:
     return w / w.sum(), None
 
 
-def _unfit(X: Array, y: Array, folds: int) -> str | None:
+def _folds(groups: Groups, folds: int, seed: int) -> Folds:
+    """Groups of pairs in ``folds`` random parts, each of which is predicted from all others."""
+    parts = np.array_split(np.random.default_rng([seed, 0xF0]).permutation(groups.count), folds)
+    everything = np.arange(groups.count)
+    return [(groups.rows(np.setdiff1d(everything, part)), groups.rows(np.sort(part))) for part in parts]
+
+
+def _unfit(X: Array, y: Array, folds: int, groups: int) -> str | None:
     """Why no fit can be made, if so."""
-    if len(y) < 2 * folds:
-        return f"{folds}-fold cross-validation needs at least {2 * folds} pairs, found {len(y)}"
+    if groups < 2 * folds:
+        return f"{folds}-fold cross-validation needs at least {2 * folds} independent pairs, found {groups}"
     for name, values in (("features", X), ("targets", y)):
         bad = int((~np.isfinite(values)).sum())
         if bad:
@@ -211,8 +230,11 @@ def _standardize(X: Array) -> Array:
     return np.where(constant, 0.0, centred / np.where(constant, 1.0, X.std(axis=0)))
 
 
-def _cross_validated(X: Array, y: Array, cv: KFold, lambdas: int, max_iter: int) -> tuple[float, float]:
+def _cross_validated(X: Array, y: Array, cv: Folds, lambdas: int, max_iter: int) -> tuple[float, float]:
     """The best λ and its cross-validated R². Fits at far smaller λ may stop early: they lose the comparison anyway."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LassoCV
+
     largest = float(np.abs(X.T @ (y - y.mean())).max()) / len(y)
     grid = np.geomspace(largest, largest * _LAMBDA_RANGE, lambdas)
     with warnings.catch_warnings():
@@ -224,6 +246,9 @@ def _cross_validated(X: Array, y: Array, cv: KFold, lambdas: int, max_iter: int)
 
 def _solve(X: Array, y: Array, alpha: float) -> tuple[Array, bool]:
     """Coefficients at λ, iterating longer until they converge; and whether they did."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import Lasso
+
     for max_iter in (10_000, 100_000, 1_000_000):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
@@ -234,6 +259,9 @@ def _solve(X: Array, y: Array, alpha: float) -> tuple[Array, bool]:
 
 
 def _selected_at(X: Array, y: Array, alpha: float) -> Array:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import Lasso
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model = Lasso(alpha, tol=1e-6, max_iter=10_000, random_state=_UNUSED_SEED).fit(X, y)

@@ -12,7 +12,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 
-from align_audit.measures.significance import benjamini_hochberg, bootstrap_p_values
+from align_audit.measures.significance import benjamini_hochberg, mean_p_values
 from align_audit.measures.statistics import (
     Interval,
     Method,
@@ -41,6 +41,7 @@ class Options(TypedDict):
     confidence: float
     method: Method
     seed: int
+    groups: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,18 @@ def summarize_patching(
     confidence: float,
     method: Method,
     seed: int,
+    groups: np.ndarray | None = None,
 ) -> PatchSummary:
     """From per-pair numbers to recovery, gains, additivity and the peak layer.
 
     recovery_l = Σ_i effect_il / Σ_i Δ_i; layer_gain_l = recovery_l − recovery_{l−1}; head_gain = 1 − recovery_{L−1};
-    additivity = Σ (all transplants) / Σ_i Δ_i; peak_layer = argmax_l of mean block_transplant.
+    additivity = Σ (all transplants) / Σ_i Δ_i; peak_layer = argmax_l of mean block_transplant along the mean shift.
 
     Args:
         effects: [N, L + 1]; column 0 patches h_{−1}.
         transplants: [N, L + 2]; column 0 the embedding, 1 … L the blocks, L + 1 the head.
         shift: [N] margin shifts Δ_i.
+        groups: [N], which pairs belong together; None: none do.
     """
     layers = effects.shape[1] - 1
     if transplants.shape != (effects.shape[0], layers + 2) or shift.shape != (effects.shape[0],):
@@ -87,15 +90,19 @@ def summarize_patching(
             f"expected effects [N, L+1], transplants [N, L+2], shift [N]; found {effects.shape}, {transplants.shape}, "
             f"{shift.shape}"
         )
-    options: Options = {"resamples": resamples, "confidence": confidence, "method": method, "seed": seed}
+    options: Options = {
+        "resamples": resamples, "confidence": confidence, "method": method, "seed": seed, "groups": groups,
+    }  # fmt: skip
     means = mean_intervals(effects[:, 1:], **options)
     moved = mean_intervals(transplants, **options)
     shares = _shares(effects, transplants, shift, options)
     blocks = np.array([interval.mean for interval in moved[1:-1]])
-    peak, reason = peak_layer(blocks)
+    peak, reason = peak_layer(blocks, float(shift.mean()))
     return PatchSummary(
         effect=means,
-        effect_p_adjusted=[float(p) for p in benjamini_hochberg(bootstrap_p_values(effects[:, 1:], resamples, seed))],
+        effect_p_adjusted=[
+            float(p) for p in benjamini_hochberg(mean_p_values(effects[:, 1:], resamples, seed, groups))
+        ],
         recovery=shares[1 : layers + 1],
         layer_gain=shares[layers + 1 : 2 * layers + 1],
         block_transplant=moved[1:-1],
@@ -148,12 +155,26 @@ def gain_of(effects: np.ndarray, shift: np.ndarray, layers: Sequence[int], optio
     return ratio_interval(gained, shift, **options, denominator_name="margin shift")
 
 
-def peak_layer(block_transplants: np.ndarray) -> tuple[int | None, str | None]:
-    """argmax of mean block transplants [L]; None and the reason where no layer stands out at all."""
-    if not np.isfinite(block_transplants).all():
-        return None, "a block transplant is not finite"
-    if not block_transplants.any() or (
-        len(block_transplants) > 1 and np.all(block_transplants == block_transplants[0])
-    ):
+def peak_layer(block_transplants: np.ndarray, shift: float) -> tuple[int | None, str | None]:
+    """The layer whose block alone moves the margin furthest in the direction of the mean shift; None and the reason if none.
+
+    Args:
+        block_transplants: [L], means over pairs, nats.
+        shift: the mean margin shift, nats.
+
+    Example:
+        >>> peak_layer(np.array([0.0, -2.0, 0.5]), shift=-1.0)
+        (1, None)
+    """
+    if not np.isfinite(block_transplants).all() or not np.isfinite(shift):
+        return None, "a block transplant or the mean margin shift is not finite"
+    along = np.sign(shift) * block_transplants
+    if shift == 0.0 and block_transplants.any():
+        return None, "the mean margin shift is 0: it has no direction"
+    if not along.any() or (len(along) > 1 and np.all(along == along[0])):
         return None, f"every block transplant is {block_transplants[0]:.3g}: no layer stands out"
-    return int(np.argmax(block_transplants)), None
+    if not along.max() > 0.0:
+        return None, f"no block alone moves the margin in the direction of the mean shift, {shift:.3g} nats"
+    if (along == along.max()).sum() > 1:
+        return None, "several block transplants share the largest value"
+    return int(np.argmax(along)), None

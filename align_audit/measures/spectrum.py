@@ -18,6 +18,10 @@ from torch import Tensor
 
 Array = np.ndarray
 
+MARGIN = 10.0
+"""Rounding units by which an entry of a layer's output is wrong, at most: what was rounded on the way to it adds up. On small
+models noise has 1 to 4 such units in bfloat16, 5 to 10 in float32 (``benchmarks/evidence/rounding_noise.py``)."""
+
 
 @dataclass(frozen=True)
 class Contraction:
@@ -68,21 +72,60 @@ def singular_values(H: Tensor) -> Array:
     return sigma.cpu().numpy()
 
 
+def numerical_rank(H: Tensor, eps: float) -> int:
+    """How many dimensions the rows span beyond what rounding alone would, at the precision they were computed in.
+
+    Rounding is relative to each entry, so columns are scaled to one root mean square first (a few of a language model's are
+    a hundred times larger than all others). Errors of ``MARGIN`` · eps of every entry, in any direction, then make singular
+    values of up to about MARGIN · eps · ‖H‖_F / √min(rows, d): the rank counts those above.
+
+    Args:
+        H: ``[rows, d]``, any floating dtype.
+        eps: of the dtype the model computes in, ``torch.finfo(dtype).eps``: 2⁻⁷ for bfloat16, 2⁻²³ for float32.
+
+    Returns:
+        0 … min(rows, d); 0 where H has an entry that is not finite.
+
+    Raises:
+        ValueError: H is not a floating tensor ``[rows, d]``, or ``eps`` not in (0, 1).
+
+    Example:
+        Two rows that are one but for rounding.
+
+        >>> numerical_rank(torch.tensor([[1.0, 2.0], [1.0, 2.0 + 2**-22]]), eps=2**-23)
+        1
+    """
+    if H.dim() != 2 or not H.is_floating_point() or not 0.0 < eps < 1.0:
+        raise ValueError(
+            f"expected a floating tensor [rows, d] and eps in (0, 1); found {list(H.shape)}, {H.dtype}, {eps}"
+        )
+    if not H.numel() or not torch.isfinite(H).all():
+        return 0
+    wide = (H.cpu() if H.device.type == "mps" else H).detach().double()
+    scale = wide.square().mean(dim=0).sqrt()
+    wide = torch.where(scale > 0, wide / scale, 0.0)
+    # Squares keep what is asked: the threshold lies far above the root of float64's rounding.
+    squares = torch.linalg.eigvalsh(wide @ wide.T if len(wide) < wide.shape[1] else wide.T @ wide)
+    return int((squares > (MARGIN * eps) ** 2 * float(squares.sum()) / len(squares)).sum())
+
+
 def contraction(
     singular_values: Array,
     rows: int,
     columns: int,
+    rank: int | None = None,
     window: tuple[float, float] = (0.1, 0.9),
     min_values: int = 16,
 ) -> Contraction:
     """α = − d log σ_k / d log k, least squares over a window of ranks.
 
-    n = min(rows, columns, numerical rank), where the numerical rank counts σ > σ_1 · max(rows, columns) · 2⁻⁵² (NumPy's
-    convention in float64). The window is ranks k = ⌈window₀·n⌉ … ⌊window₁·n⌋, 1-based.
+    n = min(rows, columns, rank). The window is ranks k = ⌈window₀·n⌉ … ⌊window₁·n⌋, 1-based.
 
     Args:
         singular_values: ``[min(rows, columns)]``, in any order.
         rows, columns: shape of H.
+        rank: :func:`numerical_rank` of the rows, at the precision they were computed in. None: of rows that are exact to
+            float64, whose σ ≤ σ_1 · max(rows, columns) · 2⁻⁵² are rounding.
         window: shares of n, ascending, in (0, 1].
         min_values: fewest singular values a fit is made of.
 
@@ -120,6 +163,7 @@ def contraction(
     sigma = np.sort(sigma)[::-1]
     floor = sigma[0] * max(rows, columns) * np.finfo(np.float64).eps if len(sigma) else 0.0
     n = int((sigma > floor).sum())
+    n = n if rank is None else min(n, rank)
     # The decimals that were written, not their binary neighbours: ⌈0.07·100⌉ is 7, not 8.
     first, last = math.ceil(Fraction(str(low)) * n), math.floor(Fraction(str(high)) * n)
     m = last - first + 1 if n else 0

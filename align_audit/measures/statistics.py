@@ -1,7 +1,13 @@
 """Intervals over probe pairs (METHODS §2).
 
-Pairs are the only thing resampled: all columns of a call see the same resampled pairs, so that differences between
-layers keep their correlation. Every random draw comes from a local generator made from ``seed``.
+Groups of pairs that share a prompt are the only thing resampled (``groups``, one name a pair; None: every pair is a group of
+its own), and all columns of a call see the same ones, so that differences between layers keep their correlation.
+
+- Fewer than 8 groups: no interval.
+- From 8 to 31: Student's interval around the estimate with the jackknife's standard error (a group is left out at a time)
+  and G − 1 degrees of freedom.
+- From 32: the bootstrap's, percentile or BCa, whose tails are widened as the percentile interval of a mean needs it
+  (Hesterberg 2015, doi:10.1080/00031305.2015.1089789): Φ(−√(G/(G−1)) · t) in place of (1 − confidence)/2.
 """
 
 from __future__ import annotations
@@ -12,7 +18,16 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
-from scipy.special import ndtr, ndtri
+from scipy.special import gammaincinv, ndtr, ndtri, stdtrit
+
+from align_audit.measures.resampling import (
+    BOOTSTRAP_FROM,
+    Groups,
+    column_means,
+    leave_one_out_means,
+    resampled_means,
+    widened_tail,
+)
 
 Array = np.ndarray
 Method = Literal["percentile", "bca"]
@@ -45,42 +60,25 @@ class Interval:
         return cls(math.nan, math.nan, math.nan, reason)
 
 
-def resample_indices(n: int, resamples: int, seed: int) -> Array:
-    """Bootstrap draws of ``n`` pairs with replacement.
-
-    Returns:
-        int64 ``[resamples, n]``, entries in [0, n). The same for the same arguments, whatever else drew numbers before.
-
-    Raises:
-        ValueError: ``n`` or ``resamples`` is below 1.
-
-    Example:
-        >>> resample_indices(4, 2, seed=0).tolist()
-        [[3, 2, 2, 1], [1, 0, 0, 0]]
-    """
-    if n < 1 or resamples < 1:
-        raise ValueError(f"expected at least 1 pair and 1 resample, found n={n}, resamples={resamples}")
-    return np.random.default_rng(seed).integers(0, n, size=(resamples, n))
-
-
 def mean_interval(
     values: Array,
     resamples: int = 1000,
     confidence: float = 0.95,
     method: Method = "percentile",
     seed: int = 0,
+    groups: Array | None = None,
 ) -> Interval:
     """Mean of ``values`` ``[N]`` with its bootstrap interval; see :func:`mean_intervals`.
 
     Example:
         >>> interval = mean_interval(np.arange(10.0))
         >>> [round(float(x), 2) for x in (interval.mean, interval.low, interval.high)]
-        [4.5, 2.7, 6.4]
+        [4.5, 2.33, 6.67]
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1:
         raise ValueError(f"expected one value per pair, shape [N]; found shape {list(values.shape)}")
-    return mean_intervals(values[:, None], resamples, confidence, method, seed)[0]
+    return mean_intervals(values[:, None], resamples, confidence, method, seed, groups)[0]
 
 
 def mean_intervals(
@@ -89,17 +87,19 @@ def mean_intervals(
     confidence: float = 0.95,
     method: Method = "percentile",
     seed: int = 0,
+    groups: Array | None = None,
 ) -> list[Interval]:
     """Column means with bootstrap intervals over pairs, the same resampled pairs for every column.
 
-    ``percentile``: the (1 ∓ confidence)/2 quantiles of the resampled means. ``bca``: the same quantiles shifted by the
-    bias correction z₀ and the jackknife acceleration a (Efron 1987).
+    ``percentile``: widened (1 ∓ confidence)/2 quantiles of the resampled means. ``bca``: the same quantiles shifted by the
+    bias correction z₀ and the jackknife acceleration a (Efron 1987). Fewer than 32 groups: Student's, with either.
 
     Args:
         values: ``[N, L]``, in any unit; the result has the same.
+        groups: ``[N]``, which pairs belong together; None: none do.
 
     Returns:
-        L intervals. A column with a value that is not finite is NaN throughout. With fewer than 2 pairs the mean is
+        L intervals. A column with a value that is not finite is NaN throughout. With fewer than 8 groups the mean is
         kept and its bounds are NaN. A column whose values are all equal has low = high = mean, exactly.
 
     Raises:
@@ -110,7 +110,7 @@ def mean_intervals(
         [0.0, 0.0]
     """
     values = per_pair_values(values)
-    intervals = statistic_intervals(values, lambda means: means, resamples, confidence, method, seed)
+    intervals = statistic_intervals(values, lambda means: means, resamples, confidence, method, seed, groups=groups)
     bad = (~np.isfinite(values)).sum(axis=0)
     n = len(values)
     return [
@@ -119,18 +119,25 @@ def mean_intervals(
     ]
 
 
-def share_interval(hits: Array, confidence: float = 0.95) -> Interval:
+def share_interval(hits: Array, confidence: float = 0.95, groups: Array | None = None) -> Interval:
     """Share of pairs for which something holds, with Wilson's score interval (Wilson 1927, doi:10.2307/2276774).
+
+    Next to 0 and 1 its outer bound comes from the Poisson distribution (Brown, Cai & DasGupta 2001, §4.1.1,
+    doi:10.1214/ss/1009213286): with one, two or (from 51 pairs) three hits, or misses, Wilson's alone covers as little as 84 %.
 
     The bootstrap cannot do this near 0 or 1: 64 pairs that all agree resample to 1 whatever the truth (measured by
     ``benchmarks/evidence/interval_coverage.py``: an interval of [1, 1] in 72 % of draws where the truth is 0.99).
 
+    Of pairs that share prompts the sample size is that of as many independent pairs as give the share the same variance
+    over groups: at most N, at least N² / Σ size², which is what they are worth if a group's pairs all say the same.
+
     Args:
         hits: ``[N]``, 1 or True where it holds, 0 where not, NaN where that is not known.
+        groups: ``[N]``, which pairs belong together; None: none do.
 
     Returns:
         mean and bounds in [0, 1]; NaN with a reason where a value is not known or there are no pairs, and NaN bounds
-        with one pair.
+        with fewer than 8 groups.
 
     Raises:
         ValueError: not one-dimensional, or a value that is neither 0, 1 nor NaN.
@@ -148,13 +155,32 @@ def share_interval(hits: Array, confidence: float = 0.95) -> Interval:
     n = len(hits)
     if bad.any():
         return Interval.unknown(f"{int(bad.sum())} of {n} values are not finite")
-    if n < 2:
-        few = f"an interval needs at least 2 pairs, found {n}"
-        return Interval(float(hits[0]), math.nan, math.nan, few) if n else Interval.unknown(few)
+    together = Groups.of(groups, n)
+    few = together.too_few()
+    if few is not None:
+        return Interval(float(hits.mean()), math.nan, math.nan, few) if n else Interval.unknown(few)
     share, z2 = float(hits.mean()), float(ndtri((1 + confidence) / 2)) ** 2
-    center = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = math.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return Interval(share, 0.0 if share == 0.0 else center - half, 1.0 if share == 1.0 else center + half)
+    worth = _independent(hits, share, together)
+    center = (share + z2 / (2 * worth)) / (1 + z2 / worth)
+    half = math.sqrt(z2 * (share * (1 - share) / worth + z2 / (4 * worth * worth))) / (1 + z2 / worth)
+    low, high = center - half, center + half
+    rare = 3 if worth > 50 else 2
+    if 0.0 < share * worth <= rare:
+        low = float(gammaincinv(share * worth, 1 - confidence)) / worth
+    if 0.0 < (1 - share) * worth <= rare:
+        high = 1.0 - float(gammaincinv((1 - share) * worth, 1 - confidence)) / worth
+    return Interval(share, 0.0 if share == 0.0 else low, 1.0 if share == 1.0 else high)
+
+
+def _independent(hits: Array, share: float, groups: Groups) -> float:
+    """How many independent pairs give the share of ``hits`` the variance that it has over the groups."""
+    n = len(hits)
+    if groups.alone:
+        return float(n)
+    least = n**2 / float(np.square(groups.sizes).sum())
+    spread = groups.sums((hits - share)[:, None])
+    variance = float(np.square(spread).sum()) * groups.count / (groups.count - 1) / n**2
+    return min(max(share * (1 - share) / variance, least), n) if variance > 0.0 else least
 
 
 def ratio_interval(
@@ -165,18 +191,19 @@ def ratio_interval(
     method: Method = "percentile",
     seed: int = 0,
     denominator_name: str = "the denominator",
+    groups: Array | None = None,
 ) -> Interval:
     """Σ numerator / Σ denominator over pairs, ``[N]`` each; see :func:`ratio_intervals`.
 
     Example:
-        >>> ratio_interval(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0])).high
+        >>> ratio_interval(np.arange(1.0, 9.0), 2 * np.arange(1.0, 9.0)).high
         0.5
     """
     numerator = np.asarray(numerator, dtype=np.float64)
     if numerator.ndim != 1:
         raise ValueError(f"expected one numerator per pair, shape [N]; found shape {list(numerator.shape)}")
     return ratio_intervals(
-        numerator[:, None], denominator, resamples, confidence, method, seed, denominator_name=denominator_name
+        numerator[:, None], denominator, resamples, confidence, method, seed, denominator_name, groups
     )[0]
 
 
@@ -188,6 +215,7 @@ def ratio_intervals(
     method: Method = "percentile",
     seed: int = 0,
     denominator_name: str = "the denominator",
+    groups: Array | None = None,
 ) -> list[Interval]:
     """Ratios of sums Σᵢ numeratorᵢ / Σᵢ denominatorᵢ with bootstrap intervals (METHODS §1, recovery).
 
@@ -206,8 +234,8 @@ def ratio_intervals(
         ValueError: wrong shapes, or as :func:`mean_intervals`.
 
     Example:
-        >>> ratio_intervals(np.ones((3, 1)), np.array([-1.0, 0.0, 1.0]), denominator_name="margin shift")[0].reason
-        'the 95% interval of mean margin shift, [-1, 1], includes 0'
+        >>> ratio_intervals(np.ones((8, 1)), np.array([-1.0, 1.0] * 4), denominator_name="margin shift")[0].reason
+        'the 95% interval of mean margin shift, [-0.8937, 0.8937], includes 0'
     """
     numerators = per_pair_values(numerators)
     denominator = np.asarray(denominator, dtype=np.float64)
@@ -224,6 +252,7 @@ def ratio_intervals(
         seed,
         guard=-1,
         guard_name=denominator_name,
+        groups=groups,
     )
     bad = (~np.isfinite(numerators)).sum(axis=0)
     n = len(numerators)
@@ -242,20 +271,21 @@ def statistic_intervals(
     seed: int = 0,
     guard: int | None = None,
     guard_name: str = "the denominator",
+    groups: Array | None = None,
 ) -> list[Interval]:
     """Bootstrap intervals of any function of column means: layer gains, additivity, fractions of effects.
 
     Args:
         per_pair: ``[N, C]``.
         statistic: column means ``[..., C]`` → K statistics ``[..., K]``, vectorized over the leading axes. It is called
-            once on the means, once on all resampled means and, for ``bca``, once on the leave-one-out means. NumPy's
+            once on the means and once on all resampled means, leave-one-out means, or (``bca``) each of these. NumPy's
             floating-point warnings are off while it runs.
         guard: a column whose mean the statistic divides by: where the interval of that mean includes 0, or cannot be
             known, every result is NaN with that reason.
 
     Returns:
         K intervals; ``mean`` is the statistic of the column means. NaN, with a reason: where the statistic is not
-        finite, and (the bounds only) with fewer than 2 pairs or where a resample gives no finite value.
+        finite, and (the bounds only) with fewer than 8 groups or where a resample gives no finite value.
 
     Raises:
         ValueError: wrong shape, method, confidence, guard or number of resamples; or the statistic returns another
@@ -264,11 +294,11 @@ def statistic_intervals(
     Example:
         Gains from cumulative recoveries, which share their denominator (last column).
 
-        >>> pairs = np.array([[1.0, 3.0, 4.0], [3.0, 5.0, 8.0], [2.0, 4.0, 6.0]])
+        >>> pairs = np.array([[1.0, 3.0, 4.0], [3.0, 5.0, 8.0], [2.0, 4.0, 6.0]] * 3)
         >>> gain = lambda m: (m[..., 1:2] - m[..., 0:1]) / m[..., 2:3]
         >>> interval = statistic_intervals(pairs, gain, guard=2)[0]
         >>> [round(float(x), 3) for x in (interval.mean, interval.low, interval.high)]
-        [0.333, 0.25, 0.5]
+        [0.333, 0.259, 0.407]
     """
     values = per_pair_values(per_pair)
     n, columns = values.shape
@@ -288,30 +318,35 @@ def statistic_intervals(
         if bad[guard]:
             divisor = Interval.unknown(f"{bad[guard]} of {n} values are not finite")
         else:
-            divisor = mean_interval(values[:, guard], resamples, confidence, method, seed)
+            divisor = mean_interval(values[:, guard], resamples, confidence, method, seed, groups)
         reason = _no_denominator(divisor, confidence, guard_name)
         if reason is not None:
             return [Interval.unknown(reason)] * len(estimates)
-    if n < 2:
-        few = f"an interval needs at least 2 pairs, found {n}"
+    together = Groups.of(groups, n)
+    few = together.too_few()
+    if few is not None:
         return [Interval(float(e), math.nan, math.nan, few) if n else Interval.unknown(few) for e in estimates]
 
-    resampled = resampled_means(values, means, resamples, seed)
-    leave_one_out = values[:0]
-    if method == "bca":
-        # Around the mean, so that columns of equal values stay exactly equal.
-        leave_one_out = means - (values - means) / (n - 1)
-    with np.errstate(all="ignore"):
-        bootstrap = np.asarray(statistic(resampled), dtype=np.float64)
-        jackknife = np.asarray(statistic(leave_one_out), dtype=np.float64)
-    if bootstrap.shape != (resamples, len(estimates)):
-        raise ValueError(
-            f"expected the statistic to map [{resamples}, {columns}] to [{resamples}, {len(estimates)}]; "
-            f"found {list(bootstrap.shape)}"
-        )
+    def of(name: str, means: Array) -> Array:
+        with np.errstate(all="ignore"):
+            values = np.asarray(statistic(means), dtype=np.float64)
+        if values.shape != (len(means), len(estimates)):
+            raise ValueError(
+                f"expected the statistic to map {name} means [{len(means)}, {columns}] to [{len(means)}, {len(estimates)}]; "
+                f"found {list(values.shape)}"
+            )
+        return values
+
+    lost = int(bad.sum())
+    without = leave_one_out_means(values, means, groups)
+    if together.count < BOOTSTRAP_FROM:
+        jackknife = of("leave-one-out", without)
+        return [_student(float(e), jackknife[:, k], confidence, lost) for k, e in enumerate(estimates)]
+    bootstrap = of("resampled", resampled_means(values, means, resamples, seed, groups))
+    jackknife = of("leave-one-out", without[:0] if method == "percentile" else without)
+    tail = widened_tail(together.count, confidence)
     return [
-        _interval(float(estimates[k]), bootstrap[:, k], jackknife[:, k], confidence, method, int(bad.sum()))
-        for k in range(len(estimates))
+        _bootstrapped(float(e), bootstrap[:, k], jackknife[:, k], tail, method, lost) for k, e in enumerate(estimates)
     ]
 
 
@@ -341,31 +376,6 @@ def check_options(resamples: int = 1, confidence: float = 0.95, method: str = "p
         raise ValueError(f"expected method 'percentile' or 'bca', found {method!r}")
 
 
-def column_means(values: Array) -> Array:
-    """Column means ``[C]``, exactly the common value where all values of a column are equal; NaN without rows."""
-    if not len(values):
-        return np.full(values.shape[1], np.nan)
-    equal = (values == values[0]).all(axis=0)
-    return np.where(equal, values[0], values.mean(axis=0))
-
-
-def resampled_means(values: Array, means: Array, resamples: int, seed: int) -> Array:
-    """Column means of bootstrap resamples ``[resamples, C]``, as one product with the counts of every pair.
-
-    Args:
-        values: ``[N, C]``, N ≥ 1.
-        means: ``[C]``, of :func:`column_means`, which a column of equal values keeps in every resample, exactly.
-    """
-    n = len(values)
-    indices = resample_indices(n, resamples, seed)
-    flat = (indices + n * np.arange(resamples)[:, None]).ravel()
-    counts = np.bincount(flat, minlength=resamples * n).reshape(resamples, n).astype(np.float64)
-    resampled = counts @ values / n
-    equal = (values == values[0]).all(axis=0)
-    resampled[:, equal] = means[equal]
-    return resampled
-
-
 def _no_denominator(mean: Interval, confidence: float, name: str) -> str | None:
     """Why nothing can be divided by a mean with this interval, if so."""
     if math.isnan(mean.low) or math.isnan(mean.high):
@@ -375,19 +385,34 @@ def _no_denominator(mean: Interval, confidence: float, name: str) -> str | None:
     return None
 
 
-def _interval(
-    estimate: float, bootstrap: Array, jackknife: Array, confidence: float, method: Method, bad: int
+def _student(estimate: float, jackknife: Array, confidence: float, bad: int) -> Interval:
+    """``estimate`` ± t · √((G − 1)/G · Σ (θ₋g − θ₋)²), the statistic θ without each group in turn."""
+    groups = len(jackknife)
+    if not math.isfinite(estimate):
+        return _not_finite(bad)
+    if (jackknife == estimate).all():
+        return Interval(estimate, estimate, estimate)
+    lost = int((~np.isfinite(jackknife)).sum())
+    if lost:
+        reason = f"without {lost} of {groups} independent pairs, each for itself, there is no finite value"
+        return Interval(estimate, math.nan, math.nan, reason)
+    error = math.sqrt((groups - 1) / groups * float(np.square(jackknife - jackknife.mean()).sum()))
+    reach = float(stdtrit(groups - 1, (1 + confidence) / 2)) * error
+    return Interval(estimate, estimate - reach, estimate + reach)
+
+
+def _bootstrapped(
+    estimate: float, bootstrap: Array, jackknife: Array, tail: float, method: Method, bad: int
 ) -> Interval:
     if not math.isfinite(estimate):
-        because = f": {bad} of the values per pair are not" if bad else ""
-        return Interval.unknown(f"the statistic is not finite{because}")
+        return _not_finite(bad)
     if (bootstrap == estimate).all():
         return Interval(estimate, estimate, estimate)
     lost = int((~np.isfinite(bootstrap)).sum())
     if lost:
         reason = f"{lost} of {len(bootstrap)} resamples give no finite value"
         return Interval(estimate, math.nan, math.nan, reason)
-    tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
+    tails = np.array([tail, 1 - tail])
     if method == "bca":
         # Efron 1987; ties with the estimate count half.
         below = ((bootstrap < estimate).sum() + (bootstrap <= estimate).sum()) / (2 * len(bootstrap))
@@ -402,3 +427,8 @@ def _interval(
         tails = ndtr(z0 + shifted / (1 - acceleration * shifted))
     low, high = np.quantile(bootstrap, tails)
     return Interval(estimate, float(low), float(high))
+
+
+def _not_finite(bad: int) -> Interval:
+    because = f": {bad} of the values per pair are not" if bad else ""
+    return Interval.unknown(f"the statistic is not finite{because}")

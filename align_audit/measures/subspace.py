@@ -17,7 +17,8 @@ import torch
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
-from align_audit.measures.statistics import Value, resample_indices
+from align_audit.measures.resampling import Groups, column_means, resampled_means, widened_tail
+from align_audit.measures.statistics import Value
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,22 +254,24 @@ def rank_95_interval(
     confidence: float = 0.95,
     seed: int = 0,
     threshold: float = 0.95,
+    groups: np.ndarray | None = None,
 ) -> tuple[float, float]:
     """Bootstrap interval of :func:`rank_95` over pairs: percentiles of the rank that every resample of the pairs gives.
 
     Args:
         fitted: ``[N, K]`` effects of the rank-k patches, per pair.
         full: ``[N]`` effects of the full patch.
+        groups: ``[N]``, which pairs belong together; None: none do.
 
     Returns:
         (low, high), each one of ``ranks``, or infinity where that share of the resamples finds no evaluated rank enough.
-        NaN twice with fewer than 2 pairs or a value that is not finite.
+        NaN twice with fewer than 8 groups or a value that is not finite.
 
     Raises:
         ValueError: shapes do not fit the ranks.
 
     Example:
-        >>> full = np.array([1.0, 2.0, 3.0, 2.0])
+        >>> full = np.array([1.0, 2.0, 3.0, 2.0] * 2)
         >>> rank_95_interval([1, 2], np.column_stack([0.5 * full, full]), full, resamples=20)
         (2.0, 2.0)
     """
@@ -277,15 +280,18 @@ def rank_95_interval(
         raise ValueError(
             f"expected effects [N, {len(ranks)}] and [N]; found {list(fitted.shape)} and {list(full.shape)}"
         )
-    if len(full) < 2 or not (np.isfinite(fitted).all() and np.isfinite(full).all()):
+    together = Groups.of(groups, len(full))
+    if together.too_few() is not None or not (np.isfinite(fitted).all() and np.isfinite(full).all()):
         return math.nan, math.nan
-    rows = resample_indices(len(full), resamples, seed)
+    values = np.column_stack([fitted, full])
+    means = resampled_means(values, column_means(values), resamples, seed, groups)
     with np.errstate(all="ignore"):
-        fractions = fitted[rows].mean(axis=1) / full[rows].mean(axis=1)[:, None]
+        fractions = means[:, :-1] / means[:, -1:]
     # From the largest rank downwards, how many in a row are enough (NaN is not).
     enough = np.cumprod((fractions >= threshold)[:, ::-1], axis=1).sum(axis=1)
     least = np.concatenate([[math.inf], np.asarray(ranks, dtype=np.float64)[::-1]])[enough]
-    low, high = np.quantile(least, [(1 - confidence) / 2, (1 + confidence) / 2], method="inverted_cdf")
+    tail = widened_tail(together.count, confidence)
+    low, high = np.quantile(least, [tail, 1 - tail], method="inverted_cdf")
     return float(low), float(high)
 
 

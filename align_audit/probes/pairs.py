@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,6 +34,7 @@ PROMPT_FILLS = "prompt fills max_length"
 EQUAL = "equal completions"
 UNSCORABLE = "no completion token left to score"
 EQUAL_TRUNCATED = "equal after truncation"
+REPEATED = "repeats another pair"
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ProbePair:
     """One preference pair as two token sequences, each prompt + completion after truncation.
 
     Attributes:
-        index: position in the source data set: the pair's identity, which also seeds its noise.
+        index: position in the source data set, by which messages name the pair.
         chosen_ids, rejected_ids: token ids as the trainer's collator feeds them, without padding.
         chosen_start, rejected_start: index of the first completion token; 0 where ``keep_end`` cut the whole prompt.
         reference_logps: the trainer's precomputed summed log-probabilities (nats) of chosen and rejected under the
@@ -67,6 +68,21 @@ class ProbePair:
                     f"pair {self.index}: {side} has {length} tokens with its completion starting at {start}; expected "
                     "a completion token at a position of at least 1"
                 )
+
+    @cached_property
+    def identity(self) -> int:
+        """63 bits made of the tokens: the same pair wherever it stands, and what its random draws depend on."""
+        return _digest([self.chosen_ids, self.rejected_ids, self.chosen_start, self.rejected_start])
+
+    @cached_property
+    def group(self) -> int:
+        """63 bits made of the prompt: pairs that share it are not independent of each other, and are resampled together.
+
+        A prompt of no token, or of one (which begins every sequence of many tokenizers), is none: such a pair is a group of
+        its own.
+        """
+        prompt = self.chosen_ids[: self.chosen_start]
+        return self.identity if len(prompt) < 2 else _digest([prompt])
 
     @cached_property
     def common_prefix(self) -> int:
@@ -152,7 +168,8 @@ class ProbeSet:
             held_out: whether the policy does not train on these pairs, if known.
 
         Returns:
-            The usable pairs, ordered by index, and counts of those met and dropped: under ``keep_start`` a prompt that
+            The usable pairs, ordered by index, and counts of those met and dropped: a pair whose two sequences repeat
+            another's token for token; under ``keep_start`` a prompt that
             alone fills ``max_length`` (the trainer drops these too); completions that are equal; a side without a
             completion token that could be scored; sequences that truncation made equal.
 
@@ -165,14 +182,18 @@ class ProbeSet:
         opened = open_source(dataset, max_pairs, seed)
         pairs: list[ProbePair] = []
         dropped: dict[str, int] = {}
+        met: set[int] = set()
         tokenize = PairTokenizer(tokenizer, opened.first)
         with nullcontext() if tokenizer is None else tokenizer_untouched(tokenizer):
             for index, record in opened.records:
                 pair = _make_pair(index, tokenize(index, record), max_length, truncation_mode)
+                if not isinstance(pair, str) and pair.identity in met:
+                    pair = REPEATED
                 if isinstance(pair, str):
                     dropped[pair] = dropped.get(pair, 0) + 1
                     continue
                 pairs.append(pair)
+                met.add(pair.identity)
                 if len(pairs) == max_pairs:
                     break
         if not pairs:
@@ -296,6 +317,25 @@ class ProbeSet:
                 f"{quoted(content['content_hash'])}; draw the probes again"
             )
         return probes
+
+
+def in_canonical_order(pairs: Sequence[ProbePair]) -> tuple[tuple[ProbePair, ...], np.ndarray]:
+    """Pairs without repetitions in an order that only their tokens decide: groups one behind the other.
+
+    Whatever goes by place then goes by what a pair is, and no number depends on the order in which the pairs were given.
+
+    Returns:
+        the pairs, and for each given one the place of it, or of the one it repeats, among them: int64 ``[N]``.
+    """
+    distinct = {(pair.group, pair.identity): pair for pair in reversed(pairs)}
+    order = {key: place for place, key in enumerate(sorted(distinct))}
+    places = np.array([order[pair.group, pair.identity] for pair in pairs], dtype=np.int64)
+    return tuple(distinct[key] for key in order), places
+
+
+def _digest(content: list[Any]) -> int:
+    digest = hashlib.blake2b(json.dumps(content, separators=(",", ":")).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 _SAVED_FIELDS = ("source", "dropped", "max_length", "truncation_mode", "held_out")

@@ -17,10 +17,10 @@ from pydantic import Field
 from align_audit.record.schema import Migration, Part, Stored
 from align_audit.record.units import In, Labels
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 """Version of the fields of a record. Older records are migrated on load; newer ones are refused."""
 
-METHODS_VERSION = 1
+METHODS_VERSION = 2
 """Version of the definitions of the measures. Numbers of different versions are not comparable."""
 
 NOT_MEASURED = "not measured by the version that wrote this record"
@@ -124,10 +124,12 @@ class Patching(Part):
     positions: str
     estimator: Literal["exact", "control_variate"] = "exact"
     """How ``effect`` was estimated: every pair patched, or some, the others by attribution. The rest is always exact."""
+    groups: Annotated[int | None, In("pairs")] = None
+    """Independent pairs among those that everything was patched on: pairs that share a prompt count once."""
     attribution: Attribution | None = None
     effect: NatsByLayer
     effect_p_adjusted: Annotated[list[float], In("probability", along="layer")]
-    """Two-sided bootstrap p-values of effect ≠ 0, Benjamini–Hochberg adjusted over layers."""
+    """Two-sided p-values of effect ≠ 0, of the same estimates, Benjamini–Hochberg adjusted over layers."""
     recovery: ShareByLayer
     layer_gain: ShareByLayer
     block_transplant: NatsByLayer
@@ -166,7 +168,7 @@ class SiteCurve(Part):
     necessity: Annotated[list[Estimate], In("nats", along="unit")]
     """The reference's site put into the policy: change of the policy's margin."""
     sufficiency_p_adjusted: Annotated[list[float], In("probability", along="unit")]
-    """Two-sided bootstrap p-values of sufficiency ≠ 0, Benjamini–Hochberg adjusted over units."""
+    """Two-sided p-values of sufficiency ≠ 0, of the same estimates, Benjamini–Hochberg adjusted over units."""
     correlation: Annotated[list[float] | None, In("", along="unit")] = None
     """Between attribution and exact sufficiency of a pair, over the patched pairs; None where all is exact."""
     necessity_correlation: Annotated[list[float] | None, In("", along="unit")] = None
@@ -328,6 +330,8 @@ class Provenance(Part):
     probe_source: str
     probe_held_out: bool | None
     pairs: Count
+    groups: Annotated[int | None, In("pairs")] = None
+    """Of them, those that are independent of each other: pairs that share a prompt count once. None: not in older records."""
     pairs_dropped: dict[str, int]
     seed: Annotated[int, In("")]
     device: str

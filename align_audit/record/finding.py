@@ -3,12 +3,14 @@
 A localization is claimed when all of this holds (thresholds below; how often a claim is false is measured by
 ``benchmarks/evidence/null_audits.py``):
 
-1. the mean margin shift lies above 0 with its whole interval: a preference was learned;
+1. the mean margin shift lies above 0 with its whole interval, over at least 24 independent pairs: a preference was learned;
 2. some layers stand out by what they contribute (``patching.standing_out``), the block transplant of every one of them with
    its whole interval above 0, the least contribution above all others with the whole interval of their ratio, and the same
    layers in at least ``patching.split_half_agreement`` of the bootstrap resamples;
 3. together they carry most of the gain: the interval of their share lies above one half;
-4. the controls hold: patching with itself changes nothing, noise of the same length does not do the same at any of
+4. nothing works against them: neither the embedding, nor the head, nor another layer takes back more than a quarter of the
+   shift, on top of what is below it or alone;
+5. the controls hold: patching with itself changes nothing, noise of the same length does less at every one of
    these layers, and the reference's stream takes the effect away again.
 """
 
@@ -25,6 +27,13 @@ if TYPE_CHECKING:
 
 MOST = 0.5
 """Share of the gain that the layers of a claim carry at least, with the whole interval."""
+TAKEN_BACK = 0.25
+"""Share of the mean margin shift that no part outside a claim takes back more of."""
+CLAIMED_FROM = 24
+"""Fewest independent pairs that a localization is claimed from."""
+
+
+_SAME = "policy and reference give the same margins"
 
 
 def find(record: AuditRecord) -> Finding:
@@ -53,9 +62,12 @@ def _against(record: AuditRecord) -> Iterator[str]:
     """Every reason not to claim a localization; where there is nothing to localize, that one only."""
     shift, patching = record.margins.shift, record.patching
     if math.isnan(shift.low) or math.isnan(shift.high):
+        if record.reference_check.same_weights:
+            yield _SAME
+            return
         yield f"the mean margin shift is not known ({shift.reason or record.reasons.get('margins.shift', 'no reason')})"
     elif shift.low == shift.high == 0.0:
-        yield "policy and reference give the same margins"
+        yield _SAME
     elif shift.low <= 0.0 <= shift.high:
         yield f"the interval of the mean margin shift, [{shift.low:.3g}, {shift.high:.3g}] nats, includes 0"
     elif shift.high < 0.0:
@@ -67,8 +79,42 @@ def _against(record: AuditRecord) -> Iterator[str]:
     elif not patching.standing_out.layers:
         yield patching.standing_out.gain.reason or "no layer stands out"
     else:
+        yield from _few(record)
         yield from _weak(record, patching, patching.standing_out)
+        yield from _opposed(record, patching, patching.standing_out)
         yield from _uncontrolled(record, patching, patching.standing_out.layers)
+
+
+def _few(record: AuditRecord) -> Iterator[str]:
+    patching = record.patching
+    assert patching is not None
+    if patching.groups is not None and patching.groups < CLAIMED_FROM:
+        yield f"a localization is claimed from {CLAIMED_FROM} independent patched pairs, found {patching.groups}"
+
+
+def _opposed(record: AuditRecord, patching: Patching, standing: LayerSet) -> Iterator[str]:
+    """What takes back more than a quarter of the shift, on top of what is below it (a gain) or alone (a transplant)."""
+    shift, single = record.margins.shift.mean, len(standing.layers) == 1
+    against: dict[str, float] = {}
+    parts = [
+        ("the embedding", patching.embedding_gain, patching.embedding_transplant),
+        ("the head", patching.head_gain, patching.head_transplant),
+        *(
+            (_layers([layer]), gain, patching.block_transplant[layer])
+            for layer, gain in enumerate(patching.layer_gain)
+            if layer not in standing.layers
+        ),
+    ]
+    for name, gain, transplant in parts:
+        shares = [share for share in (gain.mean, transplant.mean / shift) if not math.isnan(share)]
+        if shares and min(shares) < -TAKEN_BACK:
+            against[name] = min(shares)
+    if against:
+        pushes = f"{_layers(standing.layers)} {'pushes' if single else 'push'} up by {standing.gain.mean * 100:.0f} %"
+        backs = [
+            f"{name} takes {-share * 100:.0f} % back" for name, share in sorted(against.items(), key=lambda x: x[1])
+        ]
+        yield f"{pushes} of the shift, {', '.join(backs)}"
 
 
 def _weak(record: AuditRecord, patching: Patching, standing: LayerSet) -> Iterator[str]:
@@ -100,7 +146,7 @@ def _uncontrolled(record: AuditRecord, patching: Patching, layers: Sequence[int]
     if controls.noise.verdict == "not_run" or controls.noise.effect is None:
         yield f"the noise control {_said(controls.noise)}"
         return
-    noisy = [layer for layer in layers if _overlap(patching.effect[layer], controls.noise.effect[layer])]
+    noisy = [layer for layer in layers if not patching.effect[layer].low > controls.noise.effect[layer].high]
     if controls.noise.verdict == "failed" and not noisy:
         yield f"the noise control {_said(controls.noise)}"
     elif noisy:
@@ -111,22 +157,21 @@ def _said(control: Control) -> str:
     return f"failed ({control.reason})" if control.verdict == "failed" else f"was not run ({control.reason})"
 
 
-def _overlap(real: Estimate, noise: Estimate) -> bool:
-    """Not disjoint; also where a bound is not known."""
-    return not (real.low > noise.high or real.high < noise.low)
-
-
 def _rank(record: AuditRecord, layers: Sequence[int]) -> str:
-    curves: list[LowRankCurve] = [curve for layer, curve in record.low_rank.get("shift", {}).items() if layer in layers]
+    measured_at = [layer for layer in record.low_rank.get("shift", {}) if layer in layers]
+    curves: list[LowRankCurve] = [record.low_rank["shift"][layer] for layer in measured_at]
     if not curves:
         return "rank not measured there"
     if record.controls.random_subspace.verdict == "failed":
         return "rank not claimed (random subspaces do as well)"
     high = max(curve.rank_95 if math.isnan(curve.rank_95_high) else curve.rank_95_high for curve in curves)
+    where = "" if len(curves) == len(layers) else f" at {_layers(measured_at)}, the others not measured"
     if math.isfinite(high):
-        return f"rank ≤ {high:.0f}"
+        return f"rank ≤ {high:.0f}{where}"
     measured = all(math.isfinite(share.mean) for curve in curves for share in curve.effect_fraction)
-    return f"rank not shown to be ≤ {max(max(curve.ranks) for curve in curves)}" if measured else "rank not known"
+    return (
+        f"rank not shown to be ≤ {max(max(curve.ranks) for curve in curves)}{where}" if measured else "rank not known"
+    )
 
 
 def _controls(record: AuditRecord) -> str:

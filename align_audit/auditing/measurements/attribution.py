@@ -17,6 +17,7 @@ from align_audit.auditing.session.estimates import floats
 from align_audit.auditing.session.reference_cache import ReferenceStreams
 from align_audit.measures.control_variate import ControlVariate, beside_attribution, control_variate_means
 from align_audit.measures.patching import patched
+from align_audit.measures.significance import benjamini_hochberg
 from align_audit.measures.statistics import Interval
 from align_audit.measures.sums import sum_into
 from align_audit.models.gradients import stream_gradients
@@ -148,13 +149,16 @@ class Attribution(Measurement):
             effects: [N, L] nats, NaN where not patched.
         """
         estimates = self.estimates
-        options = (estimates.resamples, estimates.confidence, estimates.seed)
+        options = (estimates.resamples, estimates.confidence, estimates.seed, estimates.groups)
         attributed = self.state.attribution.values[:, 1:]
         beside = beside_attribution(attributed, self.task[Behaviour].shift, len(self.session.exact_pairs))
         return control_variate_means(effects, beside, *options), control_variate_means(effects, attributed, *options)
 
-    def correct(self, effects: np.ndarray) -> tuple[list[Interval], audit_record.Attribution, dict[str, str]]:
-        """Each layer's effect as corrected, the record's words on the correction, and why numbers of them are NaN."""
+    def correct(
+        self, effects: np.ndarray
+    ) -> tuple[list[Interval], list[float], audit_record.Attribution, dict[str, str]]:
+        """Each layer's effect as corrected and its p-value among them all, the record's words on the correction, and why
+        numbers of them are NaN."""
         combined, alone = self.corrected(effects)
         config = self.config.patching
         part = audit_record.Attribution(
@@ -178,7 +182,8 @@ class Attribution(Measurement):
             ):  # fmt: skip
                 if math.isnan(value) or joint.reason is not None:
                     reasons[f"{name}.{layer}"] = joint.reason or flat
-        return [variate.interval for variate in combined], part, reasons
+        p_adjusted = floats(benjamini_hochberg(np.array([variate.p for variate in combined])))
+        return [variate.interval for variate in combined], p_adjusted, part, reasons
 
     def look_closer(self, tick: Callable[[], None]) -> None:
         """What of the kept streams no batch had use for goes."""

@@ -16,12 +16,11 @@ from align_audit.auditing.measurements.low_rank import LowRank
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement, Reasons, RecordedBatch, SecondLook
 from align_audit.auditing.measurements.patching import Patching, constant, patch_with
 from align_audit.auditing.session.accumulators import PerPair, State
-from align_audit.auditing.session.estimates import beyond, no_shift
+from align_audit.auditing.session.estimates import beyond, estimate, no_shift
 from align_audit.auditing.session.walk import Session
 from align_audit.measures.draws import noise_directions
 from align_audit.measures.patching import PatchSummary, noised
-from align_audit.measures.significance import disjoint, split_half_agreement
-from align_audit.measures.statistics import Interval
+from align_audit.measures.significance import split_half_agreement
 from align_audit.models.replay import Recording, Stream
 from align_audit.probes.batches import PairBatch
 from align_audit.record.audit_record import Control
@@ -43,6 +42,9 @@ class ControlsState(State):
     noise: PerPair
 
 
+_AS_MUCH = "a random shift of this length does as much"
+
+
 class Controls(Measurement):
     """Noise, reverse and identity are walked beside the patching; the other verdicts are of numbers measured already."""
 
@@ -53,7 +55,6 @@ class Controls(Measurement):
         super().__init__(task)
         pairs, layers, config = len(self.session.pairs), self.session.num_layers, self.config.patching
         self.enabled = config.enabled
-        self._identity_pairs: list[int] = []
         if self.enabled:
             self.state = ControlsState(
                 PerPair(pairs, layers + 1), PerPair(pairs, layers), PerPair(pairs, config.noise_draws, layers)
@@ -84,9 +85,7 @@ class Controls(Measurement):
             for layer in range(self.session.num_layers):
                 make = noise_with(self.session, batch, recorded.policy, recorded.reference, layer, 0)
                 yield Stream(("noise", 0, layer), layer, make)
-        if recorded.unpatched.checked_everywhere:
-            places = batch.pair_index.tolist()
-            self._identity_pairs += [place for place in places if place not in self._identity_pairs]
+        if self.session.is_exact(batch):
             # Where a recording replays to itself, patching it with itself cannot change anything.
             for layer in range(self.session.num_layers):
                 self.state.identity.put(batch, torch.zeros_like(recorded.unpatched.margins), layer)
@@ -126,7 +125,7 @@ class Controls(Measurement):
         return ControlsPart(
             noise=self._noise(summary).model_copy(update=pairs),
             reverse=self._reverse(summary).model_copy(update=pairs),
-            identity=self._identity().model_copy(update={"pairs": len(self._identity_pairs)}),
+            identity=self._identity().model_copy(update={"pairs": len(session.exact_pairs)}),
             random_subspace=self._random_subspace(summary).model_copy(update=pairs),
             split_half=self._split_half().model_copy(update={"pairs": len(session.exact_pairs)}),
             permuted_targets=permuted,
@@ -142,42 +141,65 @@ class Controls(Measurement):
         # One direction at every layer, and all of them at the layer that the verdict is of.
         layers = range(draws.shape[2])
         by_layer = [draws[:, : None if layer == summary.peak_layer else 1, layer].mean(axis=1) for layer in layers]
-        effect = self.estimates.means(np.stack(by_layer, axis=1))
+        effect = self.session.control_estimates.means(np.stack(by_layer, axis=1))
         reason = self._no_shift()
         if reason is not None:
             return Control(verdict="not_run", reason=reason, effect=effect)
         if summary.peak_layer is None:
             return Control(verdict="not_run", reason=summary.peak_reason or "no peak layer", effect=effect)
-        real, noise = summary.effect[summary.peak_layer], effect[summary.peak_layer]
-        apart = disjoint(real, Interval(noise.mean, noise.low, noise.high))
+        real, noise = estimate(summary.effect[summary.peak_layer]), effect[summary.peak_layer]
         words = f"[{real.low:.3g}, {real.high:.3g}] against [{noise.low:.3g}, {noise.high:.3g}] nats of noise"
+        if math.isnan(real.low) or math.isnan(noise.low):
+            return Control(verdict="not_run", reason=real.reason or noise.reason, effect=effect)
+        passed = beyond([real], [noise], self._direction)[0]
         return Control(
-            verdict="passed" if apart else "failed",
-            reason=f"at the peak layer {summary.peak_layer} the intervals "
-            + (f"are disjoint: {words}" if apart else f"overlap: {words}; a random shift of this length does the same"),
+            verdict="passed" if passed else "failed",
+            reason=f"at the peak layer {summary.peak_layer} the effect's interval lies "
+            + (f"beyond the noise's: {words}" if passed else f"not beyond the noise's: {words}; {_AS_MUCH}"),
             effect=effect,
         )
 
+    @property
+    def _direction(self) -> float:
+        """Sign of the mean margin shift."""
+        return math.copysign(1.0, self.task[Behaviour].mean_shift.mean)
+
     def _reverse(self, summary: PatchSummary) -> Control:
+        """Over the pairs of the controls alone, so that both directions are known as well.
+
+        Passed when, over the layers whose patch moves the margin along the shift, putting the reference's stream back moves it
+        against the shift by the interval of its mean over these layers; at the peak layer by its own, if that is one of them;
+        and at none of them along the shift by its own.
+        """
         if not self.config.patching.reverse:
             return Control(verdict="not_run", reason="switched off (patching.reverse)")
-        effect = self.estimates.means(self.state.reverse.values[self.session.control_pairs, 1:])
-        raised = [layer for layer, real in enumerate(summary.effect) if real.low > 0.0]
-        if not raised:
-            reason = "no layer's patch raises the margin beyond its interval"
+        session, along = self.session, self._direction
+        values = self.state.reverse.values[session.control_pairs, 1:]
+        effect = session.control_estimates.means(values)
+        patched = session.control_estimates.means(
+            along * self.task[Patching].state.effect.values[session.control_pairs, 1:]
+        )
+        moved = [layer for layer, real in enumerate(patched) if real.low > 0.0]
+        if not moved:
+            reason = patched[0].reason or (
+                "no layer's patch moves the margin in the direction of the shift beyond its interval"
+            )
             return Control(verdict="not_run", reason=reason, effect=effect)
-        against = [layer for layer in raised if not effect[layer].mean < 0.0]
-        if against:
-            reason = f"putting the reference's stream back does not lower the margin at layers {against}"
+        back = session.control_estimates.means(-along * values)
+        pooled = session.control_estimates.mean(-along * values[:, moved].mean(axis=1))
+        wrong = [layer for layer in moved if not back[layer].high > 0.0]
+        weak = [layer for layer in moved if layer == summary.peak_layer and not back[layer].low > 0.0]
+        where = f"{len(moved)} layers whose patch moves the margin ([{pooled.low:.3g}, {pooled.high:.3g}] nats back on average)"
+        if wrong or weak or not pooled.low > 0.0:
+            at = f" at layers {wrong or weak}" if wrong or weak else ""
+            reason = f"putting the reference's stream back does not take the effect away{at}; over the {where}"
             return Control(verdict="failed", reason=reason, effect=effect)
-        reason = f"the reference's stream lowers the policy's margin at all {len(raised)} layers whose patch raised it"
+        reason = f"the reference's stream takes the effect away over the {where}"
         return Control(verdict="passed", reason=reason, effect=effect)
 
     def _identity(self) -> Control:
-        if not self._identity_pairs:
-            return Control(verdict="not_run", reason="no batch was replayed at every layer")
-        values = self.state.identity.values[sorted(self._identity_pairs)]
-        effect = self.estimates.means(values)
+        values = self.state.identity.values[self.session.exact_pairs]
+        effect = self.session.exact_estimates.means(values)
         off = [layer for layer in range(values.shape[1]) if np.any(values[:, layer] != 0.0)]
         if not np.isfinite(values).all():
             return Control(verdict="failed", reason="the reference's own margins are not finite", effect=effect)
@@ -187,8 +209,8 @@ class Controls(Measurement):
             return Control(verdict="failed", reason=reason, effect=effect)
         return Control(
             verdict="passed",
-            reason=f"the reference patched with its own stream moves by exactly 0 (on {len(values)} pairs at every layer, "
-            "on each other batch at one)",
+            reason="the reference patched with its own stream moves by exactly 0 (computed again layer by layer: at every "
+            "layer on the first batch, at one on each other batch)",
             effect=effect,
         )
 
@@ -200,17 +222,20 @@ class Controls(Measurement):
         peak = summary.peak_layer if summary.peak_layer in layers else layers[0]
         if ("shift", peak) not in findings.fitted:
             return Control(verdict="not_run", reason="the shift basis was not fitted (low_rank.bases)")
-        effect = self.estimates.means(findings.random["shift", peak][self.session.control_pairs].mean(axis=-1))
+        effect = self.session.control_estimates.means(
+            findings.random["shift", peak][self.session.control_pairs].mean(axis=-1)
+        )
         reason = self._no_shift()
         if reason is not None:
             return Control(verdict="not_run", reason=reason, effect=effect)
-        fitted = self.estimates.means(findings.fitted["shift", peak][self.session.exact_pairs])
+        fitted = self.session.exact_estimates.means(findings.fitted["shift", peak][self.session.exact_pairs])
+        spanned = findings.ranks[: findings.spanned["shift", peak]]
         more = beyond(fitted, effect, math.copysign(1.0, summary.effect[peak].mean))
-        losing = [rank for rank, does in zip(findings.ranks, more, strict=True) if not does]
+        losing = [rank for rank, does in zip(spanned, more, strict=False) if not does]
         if losing:
             reason = f"at layer {peak} random subspaces of rank {losing} do as well as the fitted one"
             return Control(verdict="failed", reason=reason, effect=effect)
-        reason = f"at layer {peak} the fitted subspace beats random ones at every rank of {findings.ranks}"
+        reason = f"at layer {peak} the fitted subspace beats random ones at every rank of {spanned}"
         return Control(verdict="passed", reason=reason, effect=effect)
 
     def _split_half(self) -> Control:
@@ -221,7 +246,12 @@ class Controls(Measurement):
         if not config.transplants:
             return Control(verdict="not_run", reason="block transplants are switched off (patching.transplants)")
         transplants = self.task[Patching].state.transplant.values[self.session.exact_pairs, 1:-1]
-        agreement, why = split_half_agreement(transplants, config.split_half_repeats, self.estimates.seed)
+        agreement, why = split_half_agreement(
+            self._direction * transplants,
+            config.split_half_repeats,
+            self.estimates.seed,
+            self.session.exact_estimates.groups,
+        )
         if why is not None:
             return Control(verdict="not_run", reason=why)
         passed = agreement >= config.split_half_agreement
@@ -288,7 +318,7 @@ def noise_with(
 
     def make() -> torch.Tensor:
         base = reference.after(layer)
-        pairs = [session.pairs[int(i)].index for i in batch.pair_index]
+        pairs = [session.pairs[int(i)].identity for i in batch.pair_index]
         longest = int(batch.place.max()) + 1
         directions = noise_directions(session.config.seed, pairs, layer, draw, longest, base.shape[2]).to(base.device)
         mask = batch.position_mask(session.config.patching.positions)

@@ -74,6 +74,7 @@ class Localization(Measurement):
             resamples=config.selection_resamples,
             permutations=config.permutations,
             seed=self.estimates.seed,
+            groups=self.session.groups[pairs],
         )
         if fit.reason is not None:
             for name in (
@@ -102,7 +103,9 @@ class Localization(Measurement):
         elif not self.config.patching.transplants:
             reason = "block transplants are switched off (patching.transplants)"
         else:
-            blocks = np.array([interval.mean for interval in summary.block_transplant])
+            # In the direction of the shift: of a policy that moved towards rejected, what moved it there.
+            along = np.sign(self.task[Behaviour].shift[self.session.exact_pairs].mean())
+            blocks = along * np.array([interval.mean for interval in summary.block_transplant])
             reason = None if np.isfinite(blocks).all() else "a block transplant is not finite"
         if reason is not None:
             return math.nan, math.nan, {"center_of_mass": reason, "entropy": reason}

@@ -16,7 +16,7 @@ import torch
 
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement, Reasons, RecordedBatch, SecondLook
 from align_audit.auditing.measurements.patching import Patching
-from align_audit.auditing.measurements.subspaces import Fit, LowRankEffects, Reconstruction, TokenGrams
+from align_audit.auditing.measurements.subspaces import NO_HALVES, Fit, LowRankEffects, Reconstruction, TokenGrams
 from align_audit.auditing.previous import Subspaces
 from align_audit.auditing.session.estimates import estimate, floats
 from align_audit.auditing.session.walk import Session
@@ -27,7 +27,7 @@ from align_audit.measures.subspace import (
     rank_95,
     rank_95_interval,
 )
-from align_audit.record.audit_record import LowRankCurve
+from align_audit.record.audit_record import Estimate, LowRankCurve
 
 
 class LowRank(Measurement):
@@ -51,7 +51,7 @@ class LowRank(Measurement):
         """What the first pass gathers; None where the layers are not known yet, or where beside all else that it holds
         there is no room: in a pass of their own there may be."""
         layers = named_layers(self.session)
-        if not layers or len(self.session.pairs) < 2:
+        if not layers or self.session.estimates.independent < 2:
             return None
         grams = TokenGrams(self.session, layers)
         return grams if self.session.has_room(grams.bytes) else None
@@ -81,8 +81,8 @@ class LowRank(Measurement):
         summary = self.task[Patching].summary
         if not self.enabled or summary is None:
             return
-        if len(self.session.pairs) < 2:
-            self._nothing = "cross-fitting needs two halves: at least 2 pairs, found 1"
+        if self.session.estimates.independent < 2:
+            self._nothing = NO_HALVES
             return
         layers = layers_to_reconstruct(self.session, summary)
         if not layers:
@@ -110,25 +110,34 @@ class LowRank(Measurement):
         return curves, reasons
 
     def _curve(self, basis: str, layer: int, effects: LowRankEffects) -> tuple[LowRankCurve, Reasons]:
-        exact, estimates, reasons = self.session.exact_pairs, self.estimates, {}
+        exact, estimates, reasons = self.session.exact_pairs, self.session.exact_estimates, {}
         full, fitted = self.task[Patching].effect(layer)[exact], effects.fitted[basis, layer][exact]
-        fractions = [estimate(interval) for interval in estimates.fractions(fitted, full)]
-        least, why = rank_95(effects.ranks, [fraction.mean for fraction in fractions])
+        spanned = effects.spanned[basis, layer]
+        beyond = _beyond(effects.dimensions[basis, layer])
+        fractions = [estimate(interval) for interval in estimates.fractions(fitted[:, :spanned], full)]
+        ranks, unknown = effects.ranks[:spanned], [Estimate.unknown(beyond)] * (len(effects.ranks) - spanned)
+        if unknown:
+            reasons["explained_variance_ratio"] = beyond
+        least, low, high = math.nan, math.nan, math.nan
+        why: str | None = beyond
+        if ranks:
+            least, why = rank_95(ranks, [fraction.mean for fraction in fractions])
+            why = why and (fractions[-1].reason or why)
+            if not math.isnan(fractions[-1].mean):
+                low, high = rank_95_interval(
+                    ranks, fitted[:, :spanned], full, estimates.resamples, estimates.confidence, estimates.seed,
+                    groups=estimates.groups,
+                )  # fmt: skip
         if why is not None:
-            reasons["rank_95"] = fractions[-1].reason or why
-        low, high = math.nan, math.nan
-        if not math.isnan(fractions[-1].mean):
-            low, high = rank_95_interval(
-                effects.ranks, fitted, full, estimates.resamples, estimates.confidence, estimates.seed
-            )
+            reasons["rank_95"] = why
         for bound, value in (("low", low), ("high", high)):
             if math.isnan(value):
-                reasons[f"rank_95_{bound}"] = (
-                    fractions[-1].reason or "an effect is not finite, or there are fewer than 2 pairs"
+                reasons[f"rank_95_{bound}"] = (fractions[-1].reason if ranks else beyond) or (
+                    "an effect is not finite, or there are too few independent pairs"
                 )
         return LowRankCurve(
             ranks=effects.ranks,
-            effect_fraction=fractions,
+            effect_fraction=fractions + unknown,
             explained_variance_ratio=floats(effects.explained[basis, layer]),
             rank_95=least,
             rank_95_low=low,
@@ -158,6 +167,11 @@ class LowRank(Measurement):
                 for (_, layer), values in effects.random.items()
             },
         }
+
+
+def _beyond(dimensions: int) -> str:
+    """Why a rank is not evaluated."""
+    return f"the token rows of a half of the pairs span {dimensions} dimensions: what lies beyond is arbitrary"
 
 
 def layers_to_reconstruct(session: Session, summary: PatchSummary) -> list[int]:

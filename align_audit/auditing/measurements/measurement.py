@@ -26,6 +26,8 @@ _Kind = TypeVar("_Kind", bound="Measurement")
 
 Part = Any
 """A part of the record, or a mapping or list of such, as the record's field of that name holds it."""
+PER_PAIR = "per_pair."
+"""What the name of an array begins with that has a row for each pair of the session; stored, it has one for each given pair."""
 Reasons = dict[str, str]
 """Why a number of a part is NaN or None: dotted path below the part (empty: the part itself) → reason."""
 
@@ -133,7 +135,7 @@ class Measurement:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What is too large for the record, by name: every number per pair."""
-        return {f"per_pair.{name}": values for name, values in self.state.per_pair()}
+        return {f"{PER_PAIR}{name}": values for name, values in self.state.per_pair()}
 
 
 class AuditTask:

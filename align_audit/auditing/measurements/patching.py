@@ -169,7 +169,7 @@ class Patching(Measurement):
             self.state.effect.values[exact],
             self.state.transplant.values[exact],
             self.task[Behaviour].shift[exact],
-            **self.estimates.options,
+            **self.session.exact_estimates.options,
         )
         return _without_what_was_switched_off(
             summary, embedding=self.config.patching.embedding, transplants=self.config.patching.transplants
@@ -183,20 +183,21 @@ class Patching(Measurement):
         reasons: Reasons = {}
         if summary.peak_reason is not None:
             reasons["peak_layer"] = summary.peak_reason
-        if any(math.isnan(p) for p in summary.effect_p_adjusted):
-            reasons["effect_p_adjusted"] = "an effect is not finite, or there are too few pairs for a test"
-        effect, attribution = summary.effect, None
+        effect, attribution, p_adjusted = summary.effect, None, summary.effect_p_adjusted
         if Attribution in self.task and self.task[Attribution].enabled:
-            effect, attribution, why = self.task[Attribution].correct(self.state.effect.values[:, 1:])
+            effect, p_adjusted, attribution, why = self.task[Attribution].correct(self.state.effect.values[:, 1:])
             reasons |= {f"attribution.{path}": reason for path, reason in why.items()}
+        if any(math.isnan(p) for p in p_adjusted):
+            reasons["effect_p_adjusted"] = "an effect is not finite, or there are too few pairs for a test"
         standing, why = self._standing_out()
         reasons |= {f"standing_out{path and '.'}{path}": reason for path, reason in why.items()}
         part = audit_record.Patching(
             positions=self.config.patching.positions,
             estimator="exact" if attribution is None else "control_variate",
             attribution=attribution,
+            groups=self.session.exact_estimates.independent,
             effect=[estimate(interval) for interval in effect],
-            effect_p_adjusted=summary.effect_p_adjusted,
+            effect_p_adjusted=p_adjusted,
             recovery=[estimate(interval) for interval in summary.recovery],
             layer_gain=[estimate(interval) for interval in summary.layer_gain],
             block_transplant=[estimate(interval) for interval in summary.block_transplant],
@@ -211,7 +212,8 @@ class Patching(Measurement):
         return part, reasons
 
     def _standing_out(self) -> tuple[LayerSet | None, Reasons]:
-        config, exact, estimates = self.config.patching, self.session.exact_pairs, self.estimates
+        config, exact, estimates = self.config.patching, self.session.exact_pairs, self.session.exact_estimates
+        shift = self.task[Behaviour].shift[exact]
         if not config.transplants:
             return None, {"": "block transplants are switched off (patching.transplants)"}
         effects, transplants = self.state.effect.values[exact], self.state.transplant.values[exact]
@@ -219,7 +221,15 @@ class Patching(Measurement):
         gains = np.diff(effects, axis=1) if config.positions == "all" else transplants[:, 1:-1].copy()
         if not config.embedding:
             gains[:, 0] = transplants[:, 1]
-        stands = layer_set(transplants[:, 1:-1], gains, estimates.resamples, estimates.confidence, estimates.seed)
+        along = float(np.sign(shift.mean()))
+        stands = layer_set(
+            along * transplants[:, 1:-1],
+            along * gains,
+            estimates.resamples,
+            estimates.confidence,
+            estimates.seed,
+            estimates.groups,
+        )
         reasons: Reasons = {}
         if stands.reason is not None:
             reasons = {"stability": stands.reason, "selection_frequency": stands.reason}
@@ -227,7 +237,7 @@ class Patching(Measurement):
         elif 0 in stands.layers and not config.embedding:
             gain = Interval.unknown("the gain of layer 0 is switched off (patching.embedding)")
         else:
-            gain = gain_of(effects, self.task[Behaviour].shift[exact], stands.layers, estimates.options)
+            gain = gain_of(effects, shift, stands.layers, estimates.options)
         return LayerSet(
             layers=list(stands.layers),
             gain=estimate(gain),

@@ -24,7 +24,7 @@ from align_audit.config import SiteConfig
 from align_audit.measures.control_variate import ControlVariate, control_variate_means
 from align_audit.measures.draws import subset_order
 from align_audit.measures.patching import patched
-from align_audit.measures.significance import benjamini_hochberg, bootstrap_p_values
+from align_audit.measures.significance import benjamini_hochberg, mean_p_values
 from align_audit.measures.sums import sum_into
 from align_audit.models.gradients import inner_gradients
 from align_audit.models.replay import Recording, Replay, Stream
@@ -77,7 +77,7 @@ class SiteCollector:
         configs = session.config.sites
         self._sites = ModelSites.of(session) if any(config.site != "block" for config in configs) else None
         count = len(session.pairs)
-        self._order = subset_order([pair.index for pair in session.pairs], session.config.seed)
+        self._order = subset_order([pair.identity for pair in session.pairs], session.config.seed, list(session.groups))
         self._sizes = [min(count, self._exact_pairs(config)) for config in configs]
         self.measured: list[SiteFindings] = []
         for number, (config, size) in enumerate(zip(configs, self._sizes, strict=True)):
@@ -353,19 +353,16 @@ def _curve(estimates: Estimates, findings: SiteFindings, pairs: int) -> tuple[Si
     reasons = {} if findings.absent is None else {"units": findings.absent}
     effects: dict[str, list[Estimate]] = {}
     correlation: dict[str, list[float] | None] = {}
+    sufficiency: list[ControlVariate] | None = None
     for direction in findings.exact:
         effects[direction], variates = _estimated(estimates, findings, direction)
+        sufficiency = variates if direction == "sufficiency" else sufficiency
         correlation[direction] = None if variates is None else floats([variate.correlation for variate in variates])
         name = "correlation" if direction == "sufficiency" else "necessity_correlation"
         for place, variate in enumerate(variates or []):
             if np.isnan(variate.correlation):
                 reasons[f"{name}.{place}"] = _why_uncorrelated(variate)
-    tested = (
-        findings.attribution["sufficiency"]
-        if config.estimator == "attribution"
-        else findings.exact["sufficiency"][exact_pairs]
-    )
-    p_values = floats(benjamini_hochberg(bootstrap_p_values(tested, estimates.resamples, estimates.seed)))
+    p_values = floats(benjamini_hochberg(_p_values(estimates, findings, sufficiency)))
     if any(np.isnan(p_values)):
         reasons["sufficiency_p_adjusted"] = "an effect is not finite, or there are too few pairs for a test"
     peak, why = _peak(np.array([effect.mean for effect in effects["sufficiency"]]))
@@ -394,13 +391,24 @@ def _estimated(
     """Each unit's effect as the configuration wants it estimated, and its control variate; None where all is exact."""
     exact, estimator = findings.exact[direction], findings.config.estimator
     if estimator == "exact":
-        return estimates.means(exact[findings.exact_pairs]), None
+        return estimates.over(findings.exact_pairs).means(exact[findings.exact_pairs]), None
     attribution = findings.attribution[direction]
-    options = (estimates.resamples, estimates.confidence, estimates.seed)
+    options = (estimates.resamples, estimates.confidence, estimates.seed, estimates.groups)
     variates = control_variate_means(exact, attribution, *options)
     if estimator == "attribution":
         return estimates.means(attribution), variates
     return [estimate(variate.interval) for variate in variates], variates
+
+
+def _p_values(estimates: Estimates, findings: SiteFindings, variates: list[ControlVariate] | None) -> np.ndarray:
+    """[U] of the same estimates as the sufficiencies: of exact effects, of attributions, or of the control variates."""
+    if findings.config.estimator == "control_variate" and variates is not None:
+        return np.array([variate.p for variate in variates])
+    if findings.config.estimator == "attribution":
+        tested, over = findings.attribution["sufficiency"], estimates
+    else:
+        tested, over = findings.exact["sufficiency"][findings.exact_pairs], estimates.over(findings.exact_pairs)
+    return mean_p_values(tested, over.resamples, over.seed, over.groups)
 
 
 def _peak(means: np.ndarray) -> tuple[int | None, str | None]:

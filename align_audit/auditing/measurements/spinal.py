@@ -16,8 +16,8 @@ from align_audit.auditing.session.estimates import floats
 from align_audit.auditing.session.memory import out_of_memory
 from align_audit.auditing.session.reference_cache import ReferenceTrace
 from align_audit.measures import spinal as scores
-from align_audit.measures.draws import keep_rows, row_keys
-from align_audit.measures.spectrum import below_rounding_floor, contraction, singular_values
+from align_audit.measures.draws import keep_rows, prefix_keys
+from align_audit.measures.spectrum import below_rounding_floor, contraction, numerical_rank, singular_values
 from align_audit.measures.sums import sum_into
 from align_audit.measures.transport import TransportAccumulator
 from align_audit.models.gradients import stream_gradients
@@ -35,6 +35,23 @@ class SpinalState(State):
     reference_rows: Rows
 
 
+@dataclass(frozen=True, eq=False)
+class SampledRows:
+    """Which token rows enter the spectra.
+
+    Attributes:
+        keys: int64 [n], of every position of every sequence, pair by pair, chosen before rejected.
+        first: [2 N] where each sequence begins among them.
+        kept: bool [n].
+        available: how many different rows there are to draw from.
+    """
+
+    keys: np.ndarray
+    first: np.ndarray
+    kept: np.ndarray
+    available: int
+
+
 class Spinal(Measurement):
     """Depth traces of both models on the same rows, and the scores made of them."""
 
@@ -45,8 +62,7 @@ class Spinal(Measurement):
         super().__init__(task)
         self.enabled = self.config.spinal.enabled
         self.state = SpinalState(PerPair(len(self.session.pairs), self.session.num_layers), Rows(), Rows())
-        self.rows_available = 0
-        self._sampled = self._sample_rows() if self.enabled else {}
+        self._sampled = self._sample_rows() if self.enabled else None
         self._reference_trace = task.cache.get(self._trace_key()) if self.enabled else None
         self._policy_transport = self._reference_transport = np.empty((0, 0))
 
@@ -60,37 +76,37 @@ class Spinal(Measurement):
 
     # -- rows and gradients --------------------------------------------------------------------------------------------
 
-    def _sample_rows(self) -> dict[int, np.ndarray]:
-        """Which prediction entries enter the spectra: chosen by hash before anything runs, so batches cannot matter."""
-        pairs, sides, positions = [], [], []
-        for index, pair in enumerate(self.session.pairs):
-            for side, (ids, start) in enumerate(
-                ((pair.chosen_ids, pair.chosen_start), (pair.rejected_ids, pair.rejected_start))
-            ):
-                read = np.arange(max(start, 1) - 1, len(ids) - 1)
-                # A prefix common to both completions counts once: equal rows would make singular values of 0.
-                if side == 1:
-                    counted = (read < pair.common_prefix) & np.isin(read, pair.chosen_predictions)
-                    read = read[~counted]
-                pairs.append(np.full(len(read), index))
-                sides.append(np.full(len(read), side))
-                positions.append(read)
-        owner, side_of, place = (np.concatenate(parts) for parts in (pairs, sides, positions))
-        keys = row_keys(owner, side_of, place, self.config.seed)
-        kept = keep_rows(keys, self.config.spinal.max_rows)
-        self.rows_available = len(keys)
-        return {int(pair): keys[kept & (owner == pair)] for pair in np.unique(owner)}
+    def _sample_rows(self) -> SampledRows:
+        """Which prediction entries enter the spectra: chosen by hash before anything runs, so batches cannot matter.
+
+        A position whose whole prefix occurs before, in the pair or in any other, counts once: equal rows would make singular
+        values of rounding errors.
+        """
+        pairs = self.session.pairs
+        keys = [prefix_keys(ids, self.config.seed) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+        lengths = np.array([len(each) for each in keys])
+        flat, first = np.concatenate(keys), np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        read = np.zeros(len(flat), dtype=bool)
+        for place, pair in enumerate(pairs):
+            for side, positions in enumerate((pair.chosen_predictions, pair.rejected_predictions)):
+                start = first[2 * place + side]
+                read[start + positions.start : start + positions.stop] = True
+        at = np.flatnonzero(read)
+        distinct, places = np.unique(flat[at], return_index=True)
+        kept = np.zeros(len(flat), dtype=bool)
+        kept[at[places[keep_rows(distinct, self.config.spinal.max_rows)]]] = True
+        return SampledRows(flat, first, kept, len(distinct))
 
     def commit(self, recorded: RecordedBatch) -> None:
         """The batch's sampled rows of both models, and on pairs of the controls the policy's gradients."""
-        if not self.enabled:
+        if self._sampled is None:
             return
         batch, state = recorded.batch, self.state
         owner = batch.pair_index[batch.pair].cpu().numpy()
         place = batch.place[batch.row, batch.position].cpu().numpy()
-        keys = row_keys(owner, batch.side.cpu().numpy(), place, self.config.seed)
-        wanted = np.concatenate([self._sampled.get(int(i), np.empty(0, keys.dtype)) for i in batch.pair_index.cpu()])
-        chosen = np.flatnonzero(np.isin(keys, wanted) & batch.distinct.cpu().numpy())
+        entries = self._sampled.first[2 * owner + batch.side.cpu().numpy()] + place
+        chosen = np.flatnonzero(self._sampled.kept[entries] & batch.distinct.cpu().numpy())
+        keys = self._sampled.keys[entries]
         picked = torch.from_numpy(chosen).to(batch.row.device)
         at = (batch.row[picked], batch.position[picked])
         if self.config.spinal.gradient_concentration and self.session.is_control(batch):
@@ -170,10 +186,10 @@ class Spinal(Measurement):
         """Both traces and the scores; the reference's trace is taken from the run's cache, or kept there from now on."""
         if not self.enabled:
             return None, {"": "switched off (spinal.enabled)"}
-        epsilon = torch.finfo(self.session.models.policy.compute_dtype).eps
-        policy, why = self.depth_trace(self.state.policy_rows, self._policy_transport, epsilon)
+        models = self.session.models
+        policy, why = self.depth_trace(self.state.policy_rows, self._policy_transport, _epsilon(models.policy))
         if self._reference_trace is None:
-            traced = self.depth_trace(self.state.reference_rows, self._reference_transport, epsilon)
+            traced = self.depth_trace(self.state.reference_rows, self._reference_transport, _epsilon(models.reference))
             self._reference_trace = self.task.cache.put(self._trace_key(), *traced)
         part, reasons = self._scores(policy, self._reference_trace)
         reasons |= {f"policy.{path}": reason for path, reason in why.items()}
@@ -194,7 +210,8 @@ class Spinal(Measurement):
             # One layer at a time, in the order of the keys: no second copy of all rows, and batches cannot matter.
             pooled = torch.cat([part[:, layer] for part in rows.parts])[order]
             spectrum = singular_values(pooled)
-            fit = contraction(spectrum, pooled.shape[0], pooled.shape[1], window=self.config.spinal.window)
+            rank = numerical_rank(pooled, epsilon)
+            fit = contraction(spectrum, len(pooled), pooled.shape[1], rank, self.config.spinal.window)
             if fit.reason is not None:
                 for name in ("contraction", "contraction_r2", "contraction_stderr"):
                     why[f"{name}.{layer}"] = fit.reason
@@ -222,7 +239,7 @@ class Spinal(Measurement):
         reference_coherence, no_reference = scores.coherence(*of_reference, *of_reference, terminal)
         if config.gradient_concentration:
             norms = self.state.gradient_norm.values[self.session.control_pairs]
-            concentration = self.estimates.mean(scores.gradient_share(norms, terminal))
+            concentration = self.session.control_estimates.mean(scores.gradient_share(norms, terminal))
         else:
             concentration = Estimate.unknown("switched off (spinal.gradient_concentration)")
         score, no_score = scores.spinal_score(delta, coherence, concentration.mean, config.weights)
@@ -239,7 +256,7 @@ class Spinal(Measurement):
             reference=reference,
             terminal_layers=[int(layer) for layer in terminal],
             rows=len(self.state.policy_rows),
-            rows_available=self.rows_available,
+            rows_available=0 if self._sampled is None else self._sampled.available,
             delta_align=delta,
             coherence=coherence,
             reference_coherence=reference_coherence,
@@ -247,6 +264,11 @@ class Spinal(Measurement):
             score=score,
         )
         return part, reasons
+
+
+def _epsilon(replay: Replay) -> float:
+    """Rounding unit of the dtype that a model computes in."""
+    return float(torch.finfo(replay.compute_dtype).eps)
 
 
 def _stretch(parts: list[torch.Tensor], first: int, end: int) -> torch.Tensor:

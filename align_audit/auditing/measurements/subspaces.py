@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from align_audit.auditing.session.walk import Session
+from align_audit.measures.draws import halves
 from align_audit.measures.patching import patched
 from align_audit.measures.subspace import (
     Gram,
     GramAccumulator,
     explained_variance_ratio,
+    gram_rank,
     random_basis,
     top_basis,
 )
@@ -27,6 +29,9 @@ from align_audit.probes.batches import PairBatch
 Key = tuple[str, int]
 """Basis name and layer."""
 
+NO_HALVES = "cross-fitting needs two halves: at least 2 independent pairs (those that share a prompt are one), found 1"
+"""Why nothing is reconstructed on the pairs that a subspace is fitted on."""
+
 
 @dataclass
 class LowRankEffects:
@@ -34,11 +39,15 @@ class LowRankEffects:
 
     Attributes:
         ranks: evaluated ranks; those above the model's width are left out.
-        fitted: per (basis, layer): [N, K] effect of the rank-k patch, basis fitted on the half the pair is not in.
+        fitted: per (basis, layer): [N, K] effect of the rank-k patch, basis fitted on the half the pair is not in; NaN at ranks
+            that no half spans.
         random: per (form, layer): [N, K, D] effects of D random subspaces of each pair's own, patched in the form that a
             basis of that name is; NaN for pairs that no control is measured on.
         explained: per (basis, layer): [K] explained variance ratio on held-out halves.
-        bases: per (basis, layer): [d, K_max] fitted on all pairs.
+        bases: per (basis, layer): [d, K_max] fitted on all pairs; fewer columns where these span fewer dimensions.
+        spanned: per (basis, layer): how many of the ranks the token rows of either half span. Directions of a higher rank are
+            arbitrary.
+        dimensions: per (basis, layer): how many dimensions the rows of either half span at least.
         skipped: why a (basis, layer) is missing.
     """
 
@@ -47,6 +56,8 @@ class LowRankEffects:
     random: dict[Key, np.ndarray] = field(default_factory=dict)
     explained: dict[Key, list[float]] = field(default_factory=dict)
     bases: dict[Key, np.ndarray] = field(default_factory=dict)
+    spanned: dict[Key, int] = field(default_factory=dict)
+    dimensions: dict[Key, int] = field(default_factory=dict)
     skipped: dict[Key, str] = field(default_factory=dict)
 
 
@@ -55,7 +66,7 @@ class TokenGrams:
 
     def __init__(self, session: Session, layers: Sequence[int]) -> None:
         self.session, self.layers = session, list(layers)
-        self.halves = split_halves(len(session.pairs), session.config.seed)
+        self.halves = halves(session.groups.tolist(), session.config.seed)
         width = session.width
         self._sums = {
             (basis, layer): (GramAccumulator(width), GramAccumulator(width))
@@ -122,7 +133,9 @@ class Fit:
         spans: per (basis, layer), three bases [d, K_max]: for pairs of the first half (fitted on the second), for pairs of
             the second (fitted on the first), and for pairs that are in neither (fitted on all).
         grams: per (basis, layer): Σ h hᵀ of each half's rows.
-        explained: per (basis, layer): [K] explained variance ratio on held-out halves.
+        explained: per (basis, layer): [K] explained variance ratio on held-out halves; NaN at ranks that no half spans.
+        dimensions: per (basis, layer): how many dimensions the rows of either half span at least.
+        spanned: how many of the ranks that is enough for.
         skipped: why a (basis, layer) is missing.
     """
 
@@ -133,9 +146,11 @@ class Fit:
         self.halves = grams.halves
         self.spans: dict[Key, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.explained: dict[Key, list[float]] = {}
+        self.dimensions: dict[Key, int] = {}
+        self.spanned: dict[Key, int] = {}
         self.skipped: dict[Key, str] = {}
         self.grams = grams.take()
-        alone = len(session.pairs) < 2  # no halves: good for the pairs of other sets only
+        alone = self.halves.all()  # no halves: good for the pairs of other sets only
         for key, (one, other) in self.grams.items():
             halves_span = one.matrix.any() and other.matrix.any()
             if not (torch.isfinite(one.matrix).all() and torch.isfinite(other.matrix).all()):
@@ -154,7 +169,11 @@ class Fit:
                     np.array(explained_variance_ratio(held, basis, self.ranks)) * float(held.matrix.trace())
                     for held, basis in zip((one, other), spans, strict=False)
                 ]
-                self.explained[key] = list(np.sum(captured, axis=0) / float((one + other).matrix.trace()))
+                explained = np.sum(captured, axis=0) / float((one + other).matrix.trace())
+                dimensions = self.dimensions[key] = min(gram_rank(one), gram_rank(other))
+                spanned = self.spanned[key] = sum(rank <= dimensions for rank in self.ranks)
+                explained[spanned:] = np.nan
+                self.explained[key] = list(explained)
 
     @property
     def own(self) -> np.ndarray:
@@ -163,8 +182,11 @@ class Fit:
 
     @property
     def bases(self) -> dict[Key, np.ndarray]:
-        """Per (basis, layer): [d, K_max] fitted on all pairs."""
-        return {key: spans[2].cpu().numpy() for key, spans in self.spans.items()}
+        """Per (basis, layer): [d, K_max] fitted on all pairs, without directions that their rows do not span."""
+        return {
+            key: spans[2][:, : gram_rank(self.grams[key][0] + self.grams[key][1])].cpu().numpy()
+            for key, spans in self.spans.items()
+        }
 
 
 class Reconstruction:
@@ -187,9 +209,17 @@ class Reconstruction:
     ) -> None:
         self.session = session
         self._fit = fit
+        self._cross_fitted = which is None
         self._which = fit.own if which is None else which
         bases = fit.bases if which is None else {}
-        self.effects = effects = LowRankEffects(fit.ranks, explained=fit.explained, bases=bases, skipped=fit.skipped)
+        self.effects = effects = LowRankEffects(
+            fit.ranks,
+            explained=fit.explained,
+            bases=bases,
+            spanned=fit.spanned,
+            dimensions=fit.dimensions,
+            skipped=fit.skipped,
+        )
         count, draws = len(session.pairs), session.config.low_rank.random_draws
         for key in fit.spans:
             effects.fitted[key] = np.full((count, len(fit.ranks)), np.nan)
@@ -209,7 +239,7 @@ class Reconstruction:
         mask = batch.position_mask(self.session.config.patching.positions)
         which = _by_row(batch, self._which)
         for (basis, layer), spans in self._fit.spans.items():
-            for column, rank in enumerate(self.effects.ranks):
+            for column, rank in enumerate(self._ranks(basis, layer)):
                 make = _reconstruction(policy, reference, mask, layer, basis, spans, which, rank)
                 yield Stream(("fitted", basis, layer, column), layer, make)
         if not self.session.is_control(batch):
@@ -221,13 +251,18 @@ class Reconstruction:
                     make = _reconstruction(policy, reference, mask, layer, form, own, torch.zeros_like(which), rank)
                     yield Stream(("random", form, layer, column, draw), layer, make)
 
+    def _ranks(self, basis: str, layer: int) -> list[int]:
+        """Those that are patched; of another set's fit all, since which of its spans a pair gets is that set's matter."""
+        spanned = self.effects.spanned[basis, layer] if self._cross_fitted else len(self.effects.ranks)
+        return self.effects.ranks[:spanned]
+
     def _random_spans(self, batch: PairBatch, layer: int, draw: int) -> torch.Tensor:
         """[R, d, K] a random subspace for each row's pair: as many subspaces as pairs average better than a few for all."""
         spans = [
             random_basis(
                 self.session.width,
                 self.effects.ranks[-1],
-                _seed(self.session.config.seed, layer, draw, self.session.pairs[int(place)].index),
+                _seed(self.session.config.seed, layer, draw, self.session.pairs[int(place)].identity),
             )
             for place in batch.pair_index.cpu()
         ]
@@ -239,14 +274,6 @@ class Reconstruction:
             self.effects.fitted[key[1], key[2]][places, key[3]] = effect
         else:
             self.effects.random[key[1], key[2]][places, key[3], key[4]] = effect
-
-
-def split_halves(count: int, seed: int) -> np.ndarray:
-    """Which of two random halves each pair is in, booleans [N]; with an odd number the first is the smaller."""
-    order = np.random.default_rng([seed, 0x5B]).permutation(count)
-    halves = np.zeros(count, dtype=bool)
-    halves[order[count // 2 :]] = True
-    return halves
 
 
 def _seed(*parts: int) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.measurement import AuditTask
 from align_audit.auditing.measurements.patching import Patching
-from align_audit.auditing.measurements.subspaces import Fit, Key, Reconstruction
+from align_audit.auditing.measurements.subspaces import NO_HALVES, Fit, Key, Reconstruction
 from align_audit.auditing.session.estimates import Estimates, beyond, estimate, floats
 from align_audit.auditing.session.walk import Session
 from align_audit.measures.subspace import explained_variance_ratio, gram_rank, principal_angles, rank_95
@@ -62,9 +62,8 @@ class ProbeSide:
 def held_out_spans(pairs: Sequence[ProbePair], fitted_on: Sequence[ProbePair], halves: np.ndarray) -> np.ndarray:
     """[N] which span of a fit each of ``pairs`` may be patched with, without having been part of it.
 
-    A pair occurs in the fitted set when that holds one of its two sequences, token for token: its rows are then among
-    those the subspace was made of, also where chosen and rejected are swapped. Pairs that share only their prompt count
-    as others.
+    A pair occurs in the fitted set when that holds its prompt or one of its two sequences, token for token: rows of it are
+    then among those the subspace was made of, also where chosen and rejected are swapped.
 
     Args:
         halves: [M] booleans, the half each of ``fitted_on`` is in.
@@ -74,22 +73,22 @@ def held_out_spans(pairs: Sequence[ProbePair], fitted_on: Sequence[ProbePair], h
         index is fitted on the other half); ``EXCLUDED`` where it occurs in both.
 
     Example:
-        >>> one, two = ProbePair(0, (1, 2), (1, 3), 1, 1), ProbePair(1, (1, 4), (1, 5), 1, 1)
-        >>> new = ProbePair(0, (1, 6), (1, 7), 1, 1)
+        >>> one, two = ProbePair(0, (1, 1, 2), (1, 1, 3), 2, 2), ProbePair(1, (1, 4, 4), (1, 4, 5), 2, 2)
+        >>> new = ProbePair(0, (1, 6, 6), (1, 6, 7), 2, 2)
         >>> held_out_spans([one, two, new], [one, two], np.array([False, True])).tolist()
         [0, 1, 2]
     """
-    where: dict[tuple[int, ...], set[int]] = {}
+    where: dict[object, set[int]] = {}
     for pair, half in zip(fitted_on, halves.tolist(), strict=True):
-        for ids in (pair.chosen_ids, pair.rejected_ids):
-            where.setdefault(ids, set()).add(int(half))
-    found = np.full(len(pairs), HELD_OUT)
+        for content in (pair.group, pair.chosen_ids, pair.rejected_ids):
+            where.setdefault(content, set()).add(int(half))
+    spans = np.full(len(pairs), HELD_OUT)
     for place, pair in enumerate(pairs):
-        met = where.get(pair.chosen_ids, set()) | where.get(pair.rejected_ids, set())
+        met = set().union(*(where.get(content, ()) for content in (pair.group, pair.chosen_ids, pair.rejected_ids)))
         if met:
-            # A set of one pair has no other half to fit on.
-            found[place] = next(iter(met)) if len(met) == 1 and len(fitted_on) > 1 else EXCLUDED
-    return found
+            # A set of one group has no other half to fit on.
+            spans[place] = next(iter(met)) if len(met) == 1 and not halves.all() else EXCLUDED
+    return spans
 
 
 class Cells:
@@ -106,8 +105,10 @@ class Cells:
         effects = own.effects.random[key][places].mean(axis=-1)
         full = side.effect(key[1])[places]
         return RandomSubspaces(
-            effect=side.estimates.means(effects),
-            effect_fraction=[estimate(interval) for interval in side.estimates.fractions(effects, full)],
+            effect=side.session.control_estimates.means(effects),
+            effect_fraction=[
+                estimate(interval) for interval in side.session.control_estimates.fractions(effects, full)
+            ],
             pairs=len(places),
         )
 
@@ -139,8 +140,8 @@ class Cells:
         full = patched.effect(layer)[places]
         ranks = fitted.fitted.ranks
         why = fitted.fitted.skipped.get(key)
-        if itself and len(fitted.session.pairs) < 2:
-            why = "cross-fitting needs two halves: at least 2 pairs, found 1"
+        if itself and fitted.session.estimates.independent < 2:
+            why = NO_HALVES
         elif not len(places):
             why = f"every pair of {patched.name!r} occurs in {fitted.name!r}, and no half of that is free of it"
         if why is not None or look is None:
@@ -150,35 +151,38 @@ class Cells:
                 effect_fraction=[Estimate.unknown(why)] * len(ranks),
                 explained_variance_ratio=[math.nan] * len(ranks),
                 rank_95=math.nan,
-                full_effect=patched.estimates.mean(full) if len(places) else Estimate.unknown(why),
+                full_effect=patched.estimates.over(places).mean(full) if len(places) else Estimate.unknown(why),
                 beats_random=[None] * len(ranks),
                 control=Control(verdict="not_run", reason=why, pairs=len(places)),
                 **counts,
             )
         effects = look.effects.fitted[key][places]
-        fractions = [estimate(interval) for interval in patched.estimates.fractions(effects, full)]
-        known = len(ranks)
+        estimates = patched.estimates.over(places)
+        fractions = [estimate(interval) for interval in estimates.fractions(effects, full)]
         if itself:
+            known, spanned = fitted.fitted.spanned[key], fitted.fitted.dimensions[key]
             explained = floats(look.effects.explained[key])
         else:
             one, other = fitted.fitted.grams[key]
             made_of = {0: other, 1: one, HELD_OUT: one + other}
             spanned = min(gram_rank(made_of[span]) for span in np.unique(which[places]).tolist())
             known = sum(rank <= spanned for rank in ranks)
-            beyond = f"the rows of {fitted.name!r} span {spanned} dimensions, so what lies beyond is arbitrary"
-            fractions = [*fractions[:known], *[Estimate.unknown(beyond)] * (len(ranks) - known)]
             explained = self._explained(fitted, patched, which, key, path)
-            explained = [*explained[:known], *[math.nan] * (len(ranks) - known)]
-            if known < len(ranks):
-                self.reasons.setdefault(f"{path}.explained_variance_ratio", beyond)
+        beyond = f"the rows of {fitted.name!r} span {spanned} dimensions, so what lies beyond is arbitrary"
+        fractions = [*fractions[:known], *[Estimate.unknown(beyond)] * (len(ranks) - known)]
+        explained = [*explained[:known], *[math.nan] * (len(ranks) - known)]
+        if known < len(ranks):
+            self.reasons.setdefault(f"{path}.explained_variance_ratio", beyond)
         least, reason = math.nan, fractions[0].reason
         if known:
             least, why = rank_95(ranks[:known], [fraction.mean for fraction in fractions[:known]])
             reason = None if why is None else fractions[known - 1].reason or why
         if reason is not None:
             self.reasons[f"{path}.rank_95"] = reason
-        whole = patched.estimates.mean(full)
-        beats, control = self._control(fitted, patched, ranks[:known], effects, whole, random)
+        whole = estimates.mean(full)
+        beats, control = self._control(
+            fitted, patched, ranks[:known], estimates.means(effects[:, :known]), whole, random
+        )
         return TransferCell(
             effect_fraction=fractions,
             explained_variance_ratio=explained,
@@ -211,7 +215,7 @@ class Cells:
         fitted: ProbeSide,
         patched: ProbeSide,
         ranks: Sequence[int],
-        effects: np.ndarray,
+        ours: Sequence[Estimate],
         full: Estimate,
         random: RandomSubspaces | None,
     ) -> tuple[list[bool | None], Control]:
@@ -226,7 +230,6 @@ class Cells:
             reason = f"the interval of the full patch's effect on {patched.name!r}: {found}"
             return unknown, Control(verdict="not_run", reason=reason)
         sign = math.copysign(1.0, full.mean)
-        ours = patched.estimates.means(effects[:, : len(ranks)])
         beats = beyond(ours, random.effect[: len(ranks)], sign)
         losing = [rank for rank, more in zip(ranks, beats, strict=True) if not more]
         what = f"the subspace of {fitted.name!r}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 
@@ -14,43 +16,56 @@ from align_audit.record.audit_record import Estimate
 
 
 class Estimates:
-    """Makes the estimates of one audit: ``statistics`` and ``seed`` of its options.
+    """Makes the estimates of one audit: ``statistics`` and ``seed`` of its options, over pairs of which some share a prompt.
+
+    Args:
+        groups: [N], which pairs belong together.
 
     Attributes:
         resamples, confidence, method, seed: how intervals are made.
     """
 
-    def __init__(self, config: AuditConfig) -> None:
+    def __init__(self, config: AuditConfig, groups: np.ndarray) -> None:
         self.resamples = config.statistics.bootstrap_resamples
         self.confidence = config.statistics.confidence
         self.method = config.statistics.interval
         self.seed = config.seed
+        self.groups = groups
+
+    def over(self, places: np.ndarray) -> Self:
+        """The same for values of the pairs at ``places`` alone, in that order."""
+        some = copy.copy(self)
+        some.groups = self.groups[places]
+        return some
+
+    @property
+    def independent(self) -> int:
+        """How many groups the pairs form."""
+        return len(np.unique(self.groups))
 
     @property
     def options(self) -> Options:
         """For functions that make intervals themselves."""
         return {
             "resamples": self.resamples, "confidence": self.confidence, "method": self.method, "seed": self.seed,
+            "groups": self.groups,
         }  # fmt: skip
 
     def mean(self, values: np.ndarray) -> Estimate:
         """Mean of per-pair values [N] with its interval."""
-        return estimate(mean_interval(values, self.resamples, self.confidence, self.method, self.seed))
+        return estimate(mean_interval(values, **self.options))
 
     def means(self, values: np.ndarray) -> list[Estimate]:
-        """Means of the columns of [N, K], all from the same resampled pairs."""
-        intervals = mean_intervals(values, self.resamples, self.confidence, self.method, self.seed)
-        return [estimate(interval) for interval in intervals]
+        """Means of the columns of [N, K], all from the same resampled groups."""
+        return [estimate(interval) for interval in mean_intervals(values, **self.options)]
 
     def share(self, hits: np.ndarray) -> Estimate:
         """Share of pairs [N] for which something holds (1 or 0; NaN: not known), with its interval."""
-        return estimate(share_interval(hits, self.confidence))
+        return estimate(share_interval(hits, self.confidence, self.groups))
 
     def fractions(self, parts: np.ndarray, full: np.ndarray) -> list[Interval]:
         """Effects of partial patches [N, K] over the full patch's [N]: ratios of sums."""
-        return ratio_intervals(
-            parts, full, self.resamples, self.confidence, self.method, self.seed, "effect of the full patch"
-        )
+        return ratio_intervals(parts, full, **self.options, denominator_name="effect of the full patch")
 
 
 def estimate(interval: Interval) -> Estimate:

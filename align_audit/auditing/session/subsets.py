@@ -15,6 +15,7 @@ from align_audit.measures.exact_pairs import exact_pairs_needed_safely
 
 if TYPE_CHECKING:
     from align_audit.config import AuditConfig
+    from align_audit.probes.pairs import ProbePair
     from align_audit.record.audit_record import Attribution
 
 _STEP = 8
@@ -73,7 +74,7 @@ class PairChoice:
 
 
 def choose_pairs(
-    identities: Sequence[int], layers: int, config: AuditConfig, before: Attribution | None = None
+    pairs: Sequence[ProbePair], layers: int, config: AuditConfig, before: Attribution | None = None
 ) -> PairChoice:
     """``patching.exact_pairs``, for these pairs; with "auto" where to begin: see :func:`more_pairs`.
 
@@ -81,22 +82,22 @@ def choose_pairs(
     will be needed, so many at once.
 
     Args:
-        identities: of the N pairs, such as their index in the data set.
+        pairs: N of them.
         layers: L.
         before: what the audit before said of attribution on these pairs.
     """
-    patching, pairs = config.patching, len(identities)
-    order = subset_order(identities, config.seed)
+    patching, count = config.patching, len(pairs)
+    order = subset_order([pair.identity for pair in pairs], config.seed, [pair.group for pair in pairs])
     if patching.exact_pairs != "auto":
-        exact = min(patching.exact_pairs or pairs, pairs)
+        exact = min(patching.exact_pairs or count, count)
         return PairChoice(order, np.full(layers + 1, exact), min(exact, patching.control_pairs), (exact,))
-    least = min(pairs, max(patching.control_pairs, MINIMUM_EXACT + 2 * len(patching.attribution_points)))
+    least = min(count, max(patching.control_pairs, MINIMUM_EXACT + 2 * len(patching.attribution_points)))
     # What enters layer 0 has no curve of its own, only a gain, which is of the pairs patched everywhere.
     choice = PairChoice(
         order,
         np.full(layers + 1, least),
         min(least, patching.control_pairs),
-        (*range(least, pairs, _STEP), pairs),
+        (*range(least, count, _STEP), count),
     )
     if before is None or len(before.joint_correlation) != layers:
         return choice
@@ -109,7 +110,7 @@ def choose_pairs(
             continue
         # Fitted slopes explain some of anything.
         explained = 1 - (1 - correlation**2) * (pilot - 1) / (pilot - 1 - slopes)
-        needed.append(_needed(explained, pilot, pairs, patching.equivalent_pairs))
+        needed.append(_needed(explained, pilot, count, patching.equivalent_pairs))
     return choice.raised(needed)
 
 

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from align_audit.auditing.session.batching import Batching
@@ -20,6 +21,7 @@ from align_audit.auditing.session.subsets import CONTROL, PATCHED, PairChoice, c
 from align_audit.errors import ProbeError
 from align_audit.models.replay import Recording, Replay, Stream
 from align_audit.probes.batches import PairBatch
+from align_audit.probes.pairs import in_canonical_order
 
 if TYPE_CHECKING:
     from align_audit.config import AuditConfig
@@ -37,24 +39,25 @@ class Unpatched:
         margins: [B] float64 on the CPU.
         strays: layers at which a replay strays from the recording; None where it does not stray at all, and patching a
             layer with itself cannot change anything.
-        checked_everywhere: replaying was compared with the recording at every layer.
     """
 
     margins: torch.Tensor
     strays: list[int] | None
-    checked_everywhere: bool
 
 
 class Session(Batching):
     """One probe set between two open models: its batches, and what is walked on them.
 
     Args:
-        pairs: at least one.
+        pairs: at least one. Those that repeat another are left out, and the rest are put in an order that only their tokens
+            decide: what goes by place then goes by what a pair is.
         truncation_mode: of the pairs; cut from the left, two sequences have no common beginning to rely on.
         previous: what the previous audit said of attribution on the pairs.
 
     Attributes:
-        estimates: makes intervals as the options say.
+        pairs: the N distinct ones in that order.
+        places: for each given pair its place among them, or that of the one it repeats.
+        estimates: makes intervals as the options say, over all N pairs.
         exact_pairs: places of the pairs that everything is patched on; of the others effects at some layers, or attributions
             only.
         control_pairs: places of the pairs that controls are measured on, some of those that are patched.
@@ -77,9 +80,10 @@ class Session(Batching):
         if len(pairs) == 0:
             raise ProbeError("the probe set is empty; expected at least one preference pair")
         self.models = models.open()
-        self.pairs = pairs
+        self.pairs, self.places = in_canonical_order(pairs)
         self.config = config
-        self.estimates = Estimates(config)
+        self.groups = np.array([pair.group for pair in self.pairs])
+        self.estimates = Estimates(config, self.groups)
         self.meter = MemoryMeter(models.device)
         self.readout = Readout(self.meter.sample)
         self.as_policy, self.as_reference = models.as_policy, models.as_reference
@@ -88,13 +92,28 @@ class Session(Batching):
         """Batches whose recordings were replayed as a check, by whether the model is the reference."""
         self._strays: dict[bool, bool] = {}
         self.reference_strays = False
-        check_vocabulary(pairs, models)
-        self.take_choice(choose_pairs([pair.index for pair in pairs], self.num_layers, config, previous))
+        check_vocabulary(self.pairs, models)
+        self.take_choice(choose_pairs(self.pairs, self.num_layers, config, previous))
         self.exact_pairs = self.choice.everywhere
         self.control_pairs = self.choice.control_pairs
         self._roles = self.choice.roles()
         self.layout_reason = self._why_not_shared(truncation_mode)
-        self.plan = self.batches(range(len(pairs)))
+        self.plan = self.batches(range(len(self.pairs)))
+
+    @property
+    def exact_estimates(self) -> Estimates:
+        """Makes intervals over the pairs that everything is patched on."""
+        return self.estimates.over(self.exact_pairs)
+
+    @property
+    def control_estimates(self) -> Estimates:
+        """Makes intervals over the pairs that controls are measured on."""
+        return self.estimates.over(self.control_pairs)
+
+    @property
+    def repeated(self) -> int:
+        """How many of the given pairs repeat another, and were left out."""
+        return len(self.places) - len(self.pairs)
 
     def take_choice(self, choice: PairChoice) -> None:
         """Which layers each pair is patched at, from now on; roles, and so batches, stay what they are."""
@@ -174,12 +193,11 @@ class Session(Batching):
         Args:
             margins: [B] of the recording.
         """
-        first = self._replayed.get(is_reference, 0) == 0
         strays = self._replay_check(replay, recording, is_reference)
         if strays is not None:
             margins = self.readout.margins(replay, replay.unpatched(recording), batch)
             self.reference_strays |= is_reference
-        return Unpatched(margins, strays, first or strays is not None)
+        return Unpatched(margins, strays)
 
     def _replay_check(self, replay: Replay, recording: Recording, is_reference: bool) -> list[int] | None:
         """Layers at which a replay strays from the recording; None where it does not stray at all."""
