@@ -63,7 +63,7 @@ def asked(**changes: Any) -> AuditConfig:
 
 def probe_set(pairs: Iterable[ProbePair]) -> ProbeSet:
     """These pairs as a probe set, in this order."""
-    return ProbeSet(tuple(pairs), "random tokens", {}, None, "keep_start", None)
+    return ProbeSet(tuple(pairs), "random tokens", {}, 64, "keep_start", None)
 
 
 def pair_of(index: int, prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int]) -> ProbePair:

@@ -146,6 +146,24 @@ def test_reverse_does_not_pass_by_the_sign_of_a_mean(seed: int) -> None:
     assert record.controls.reverse.verdict != "passed", record.controls.reverse
 
 
+def test_reverse_does_not_pass_where_putting_the_stream_back_raises_the_margin() -> None:
+    """Layer 0 raises the reference's margin and lowers the policy's, whose layers above are others."""
+    reference, other = small_llama(layers=3, width=16, seed=4), small_llama(layers=3, width=16, seed=104)
+    pairs = random_pairs(24, seed=4, longest=4)
+    policy = together(reference, pushed(reference, pairs, layer(0), 1.0))
+    for name, weight in weights_of(policy).items():
+        if name.startswith((layer(1), layer(2))):
+            weight.add_(2.0 * weights_of(other)[name])
+    policy = pushed(policy, pairs, layer(2), 4.0 - float((margins(policy, pairs) - margins(reference, pairs)).mean()))
+    back = {name: value for name, value in weights_of(reference).items() if name.startswith(layer(0))}
+    policy = pushed(policy, pairs, layer(0), float((margins(policy, pairs, back) - margins(policy, pairs)).mean()) - 0.9)
+    record = audit(policy, reference, pairs, asked())
+    assert record.patching is not None and record.controls.reverse.effect is not None
+    assert record.patching.effect[0].low > 0 and record.controls.reverse.effect[0].low > 0
+    assert record.patching.effect[2].low > 0 and record.controls.reverse.effect[2].high < 0
+    assert record.controls.reverse.verdict == "failed", record.controls.reverse
+
+
 # -- ranks in the words ------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from align_audit import AuditConfig, AuditRecord, ProbeSet, audit
 from tests.helpers.misleading import asked, differences, layer, pair_of, probe_set, pushed, shuffles, small_llama
 from tests.helpers.tiny import VOCABULARY, perturbed, random_pairs
 
-REFERENCE = small_llama(layers=3, width=20, seed=2)
+REFERENCE = small_llama(layers=2, width=20, seed=2)
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "every pair": {},
@@ -22,13 +22,22 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+SITES: tuple[dict[str, Any], ...] = (
+    {"site": "attention_output"},
+    {"site": "head", "layers": (1,), "estimator": "control_variate", "pairs": 10},
+)
+
+
 def everything(patching: str = "every pair", **changes: Any) -> AuditConfig:
     """All that there is to measure."""
     return asked(
         patching={"noise_draws": 2, "split_half_repeats": 40, **CONFIGURATIONS[patching]},
-        localization={"selection_resamples": 10, "permutations": 5},
-        low_rank={"ranks": (1, 2, 4), "layers": (1, 2)},
+        localization={
+            "selection_resamples": 5, "permutations": 3, "target": "effect" if patching == "every pair" else "shift",
+        },
+        low_rank={"ranks": (1, 3), "layers": (1,)},
         spinal={"max_rows": 64},
+        sites=SITES if patching == "twelve patched" else (),
         **changes,
     )
 
@@ -40,7 +49,7 @@ def probes() -> ProbeSet:
     shared = [
         pair_of(100 + i, (7, 8, 9), *generator.integers(3, VOCABULARY, size=(2, 4)).tolist()) for i in range(3)
     ]
-    return probe_set([*random_pairs(27, seed=6, longest=5).pairs, *shared])
+    return probe_set([*random_pairs(23, seed=6, longest=4).pairs, *shared])
 
 
 @cache

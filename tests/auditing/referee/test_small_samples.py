@@ -27,7 +27,8 @@ def planted() -> nn.Module:
 
 @cache
 def record_of(count: int) -> AuditRecord:
-    return audit(planted(), REFERENCE, probe_set(PROBES.pairs[:count]), asked(low_rank={"layers": (1,), "ranks": (1,)}))
+    low_rank = {"layers": (1,), "ranks": (1,), "enabled": count < 8}
+    return audit(planted(), REFERENCE, probe_set(PROBES.pairs[:count]), asked(low_rank=low_rank))
 
 
 def estimates(path: str, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -106,3 +107,23 @@ def claim_rests_on(probes: ProbeSet) -> bool:
 def test_pairs_given_again_make_no_claim_possible() -> None:
     twelve = PROBES.pairs[:12]
     assert not claim_rests_on(probe_set([*twelve, *twelve, *twelve]))
+
+
+def test_a_claim_rests_on_the_pairs_that_were_patched() -> None:
+    """Forty pairs are there, but the transplants that would be claimed are of twelve."""
+    pairs = random_pairs(40, seed=6, longest=4)
+    policy = pushed(REFERENCE, pairs, layer(1), 3.0)
+    record = audit(policy, REFERENCE, pairs, asked(patching={"exact_pairs": 12, "control_pairs": 10}))
+    assert record.patching is not None and record.patching.attribution is not None
+    assert record.patching.attribution.exact_pairs == 12
+    assert record.finding is not None and not record.finding.localized, record.finding.words
+
+
+def test_controls_of_few_pairs_have_no_interval_either() -> None:
+    config = asked(patching={"control_pairs": 4}, low_rank={"layers": (1,), "ranks": (1, 2)})
+    controls = audit(planted(), REFERENCE, PROBES, config).controls
+    for control in (controls.noise, controls.reverse, controls.random_subspace):
+        assert control.effect is not None and control.pairs == 4
+        for one in control.effect:
+            assert math.isnan(one.low) and math.isnan(one.high), one
+        assert control.verdict != "passed", control.reason
