@@ -7,7 +7,7 @@
 Null models of ``align_audit.lab.planting.plant_nothing``, in turn: weight noise in every layer (of 0.3 % to 10 % of its norm),
 the same orthogonal to the margin's gradient, DPO on pairs half of whose labels are swapped, and next-token training on both
 completions. Each is audited with the default settings on its own 64 probe pairs (``--pairs``). Whatever it claims is false.
-Printed per kind and base model: claims with Wilson's interval, what spoke against the others, and how often each control passes.
+Printed per kind and base model: claims with Wilson's interval, what spoke against the others, how often each control passes.
 
 ``--trained`` audits runs that did learn: DPO with some layers S at the full rate and the rest at a tenth, and counts how
 often the claim is made and names S.
