@@ -156,7 +156,9 @@ def test_reverse_does_not_pass_where_putting_the_stream_back_raises_the_margin()
             weight.add_(2.0 * weights_of(other)[name])
     policy = pushed(policy, pairs, layer(2), 4.0 - float((margins(policy, pairs) - margins(reference, pairs)).mean()))
     back = {name: value for name, value in weights_of(reference).items() if name.startswith(layer(0))}
-    policy = pushed(policy, pairs, layer(0), float((margins(policy, pairs, back) - margins(policy, pairs)).mean()) - 0.9)
+    policy = pushed(
+        policy, pairs, layer(0), float((margins(policy, pairs, back) - margins(policy, pairs)).mean()) - 0.9
+    )
     record = audit(policy, reference, pairs, asked())
     assert record.patching is not None and record.controls.reverse.effect is not None
     assert record.patching.effect[0].low > 0 and record.controls.reverse.effect[0].low > 0

@@ -209,7 +209,11 @@ def test_split_halves_hold_whole_prompts() -> None:
     record = audit(moved, REFERENCE, pairs, asked(patching={"split_half_repeats": 400}))
     assert record.margins.shift.low > 0
     value = record.controls.split_half.value
-    assert value is not None and abs(value - by_prompt) < min(0.1, (by_pair - by_prompt) / 2), (value, by_prompt, by_pair)
+    assert value is not None and abs(value - by_prompt) < min(0.1, (by_pair - by_prompt) / 2), (
+        value,
+        by_prompt,
+        by_pair,
+    )
 
 
 def together_for_disagreement(pairs: ProbeSet) -> nn.Module:

@@ -33,7 +33,9 @@ def everything(patching: str = "every pair", **changes: Any) -> AuditConfig:
     return asked(
         patching={"noise_draws": 2, "split_half_repeats": 40, **CONFIGURATIONS[patching]},
         localization={
-            "selection_resamples": 5, "permutations": 3, "target": "effect" if patching == "every pair" else "shift",
+            "selection_resamples": 5,
+            "permutations": 3,
+            "target": "effect" if patching == "every pair" else "shift",
         },
         low_rank={"ranks": (1, 3), "layers": (1,)},
         spinal={"max_rows": 64},
@@ -46,9 +48,7 @@ def everything(patching: str = "every pair", **changes: Any) -> AuditConfig:
 def probes() -> ProbeSet:
     """Pairs of their own prompt, and three that share one; the repeats of prefixes are many."""
     generator = np.random.default_rng(12)
-    shared = [
-        pair_of(100 + i, (7, 8, 9), *generator.integers(3, VOCABULARY, size=(2, 4)).tolist()) for i in range(3)
-    ]
+    shared = [pair_of(100 + i, (7, 8, 9), *generator.integers(3, VOCABULARY, size=(2, 4)).tolist()) for i in range(3)]
     return probe_set([*random_pairs(23, seed=6, longest=4).pairs, *shared])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -62,10 +63,7 @@ def steps_of(model: nn.Module, rows: list[Floats]) -> list[float]:
         model.lm_head(model.model.norm(torch.as_tensor(one).to(like))).double().softmax(-1).sqrt()  # type: ignore[union-attr, operator]
         for one in rows
     ]
-    return [
-        float((4 * torch.arcsin((one - two).norm(dim=-1) / 2)).mean())
-        for one, two in zip(read[:-1], read[1:], strict=True)
-    ]
+    return [float((4 * torch.arcsin((one - two).norm(dim=-1) / 2)).mean()) for one, two in pairwise(read)]
 
 
 def slope(rows: Floats, precision: float) -> tuple[float, int]:
@@ -161,7 +159,8 @@ def test_each_model_counts_at_its_own_floor() -> None:
     try:
         spinal = spinal_of(policy, reference, probes(), asked(spinal={}, patching={"enabled": False}))
     except AlignAuditError as refusal:
-        assert "bfloat16" in str(refusal) and "float32" in str(refusal)
+        if "dtype" not in str(refusal):
+            raise
         pytest.skip(f"two dtypes in one audit are refused: {refusal}")
     assert spinal.reference.below_rounding_floor == [0, 0]
     rows = rows_of(policy, probes())[0]
