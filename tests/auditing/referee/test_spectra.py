@@ -102,12 +102,14 @@ def test_contraction_is_the_fit_of_rows_that_differ(dtype: torch.dtype) -> None:
 
 
 def test_contraction_is_the_same_however_it_is_batched() -> None:
-    """In float32, where a row computed in another batch differs in its last bits."""
+    """In float32, where a row computed in another batch differs in its last bits: with fewer rows than columns, what
+    rounding makes of repeats would be singular values."""
     reference = small_llama(layers=2, width=WIDTH, seed=8, dtype=torch.float32)
     policy = perturbed(reference, 0.1)
     traces = []
     for order, batch_tokens in ((1, 1), (1, 50), (-1, 100_000)):
-        pairs = probe_set(probes().pairs[::order])
+        pairs = probe_set(probes().pairs[:10][::order])
+        assert len(prefixes(pairs)) < WIDTH
         config = asked(spinal={}, patching={"enabled": False}, batch_tokens=batch_tokens)
         spinal = spinal_of(policy, reference, pairs, config)
         traces.append([*spinal.policy.contraction, *spinal.reference.contraction])
