@@ -167,8 +167,8 @@ class Controls(Measurement):
     def _reverse(self, summary: PatchSummary) -> Control:
         """Over the pairs of the controls alone, so that both directions are known of the same ones.
 
-        Passed when at every layer whose patch moves the margin along the shift, with its whole interval, putting the reference's
-        stream back moves it against the shift, with its whole interval.
+        Passed when at every layer whose patch moves the margin along the shift, with its whole interval, putting the
+        reference's stream back moves it against the shift, with its whole interval.
         """
         if not self.config.patching.reverse:
             return Control(verdict="not_run", reason="switched off (patching.reverse)")
