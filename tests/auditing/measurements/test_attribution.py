@@ -29,7 +29,7 @@ from align_audit.probes.batches import make_batch
 from align_audit.record.audit_record import Attribution, AuditRecord, Estimate
 from align_audit.writers.scalars import not_known, scalars
 from align_audit.writers.terminal import summary_table
-from tests.helpers.audits import audited, session_of
+from tests.helpers.audits import QUICK_LASSO, audited, session_of
 from tests.helpers.dpo import ROWS, build
 from tests.helpers.probe_tokenizer import make_tokenizer
 from tests.helpers.tiny import DEVICE, perturbed, random_pairs, tiny_model
@@ -41,8 +41,11 @@ LOW_RANK = {"layers": (1,), "ranks": (1, 4)}
 
 def run(policy: Any, reference: Any, pairs: int, **changes: Any) -> tuple[AuditRecord, dict[str, np.ndarray]]:
     config = AuditConfig.from_dict(
-        {"low_rank": LOW_RANK, "statistics": {"bootstrap_resamples": 200}, "batch_tokens": 100, **changes}
-    )
+        {
+            "low_rank": LOW_RANK, "localization": QUICK_LASSO, "statistics": {"bootstrap_resamples": 200},
+            "batch_tokens": 100, **changes,
+        }
+    )  # fmt: skip
     return audited(policy, reference, random_pairs(pairs), config)
 
 
@@ -322,7 +325,7 @@ def test_an_audit_patches_each_layer_on_as_many_pairs_as_its_interval_needs() ->
         config = AuditConfig.from_dict(
             {
                 "patching": {"attribution_points": (0.0,), "control_pairs": 10, **patching}, "batch_tokens": 100,
-                "low_rank": LOW_RANK, "spinal": {"enabled": False},
+                "low_rank": LOW_RANK, "localization": QUICK_LASSO, "spinal": {"enabled": False},
             }
         )  # fmt: skip
         return audited(policy, resolved, probes, config, previous=previous)
