@@ -29,7 +29,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def pair_of_models() -> Iterator[Callable[[str], tuple[nn.Module, nn.Module]]]:
-    """``pair_of_models(family)``: a policy and its reference, float64, made once; whoever takes them leaves them as they are."""
+    """``pair_of_models(family)``: a policy and its reference, float64, made once; who takes them leaves them as they are."""
     hashes: dict[nn.Module, str] = {}
 
     @functools.cache
