@@ -18,7 +18,7 @@ from tests.helpers.tiny import perturbed, tiny_model
 from align_audit import AuditConfig, ProbeSet
 from tests.helpers.audits import QUICK_LASSO, audited
 
-sizes = dict(hidden_size=128, intermediate_size=256, max_position_embeddings=4096, num_hidden_layers=6)
+sizes = dict(hidden_size=128, intermediate_size=256, max_position_embeddings=4096, num_hidden_layers=3)
 reference = tiny_model("llama", dtype=torch.float32, **sizes)
 policy = perturbed(reference)
 plan = []
@@ -81,7 +81,7 @@ def audits() -> list[dict[str, Any]]:
 
     One that has all it wants; one that has too little for all pairs at once; one of long pairs that has too little for any.
     """
-    cases = [(100_000, 24, 60, True), (96, 24, 60, True), (24, 2, 1500, False)]
+    cases = [(100_000, 24, 60, True), (80, 24, 60, True), (24, 2, 1500, False)]
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(cases)],
         capture_output=True,
