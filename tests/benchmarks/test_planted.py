@@ -11,7 +11,7 @@ import pytest
 @pytest.fixture(scope="module")
 def bench() -> planted.Bench:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planted, "PROBE_PAIRS", 10)
+        patch.setattr(planted, "PROBE_PAIRS", 16)
         return planted.Bench("llama", None)
 
 
