@@ -89,8 +89,8 @@ def control_variate_means(
     least n − 1 − K.
 
     Pairs that share a prompt do not vary independently of each other: each of the two terms is multiplied by how much more the
-    sums over groups vary than independent pairs' would (at least 1), and n in the degrees of freedom is the number of groups
-    with an exact pair.
+    sums over groups vary than independent pairs' would (at least 1), n in the degrees of freedom is the number of groups with an
+    exact pair, and a pair is corrected with the slope of the other groups.
 
     Every slope costs exact pairs: with fewer than 8 + 2(K − 1) of them the K proxies are averaged into one.
 
@@ -132,7 +132,7 @@ def control_variate_means(
     check_options(resamples, confidence)
     sample = _working_units(exact, proxy)
     together = Groups.of(groups, sample.pairs)
-    slopes = _slopes(sample)
+    slopes = _slopes(sample, together)
     estimates = _estimates(sample, slopes)
     error = _error(sample, slopes, together)
     spread = sample.scale * np.sqrt(error.variance)
@@ -316,16 +316,25 @@ class _Slopes:
     slope: Array
     """``[L, K]``: b, the same with 0 where no proxy is used."""
     without: Array
-    """``[N, L, K]``: b₋ᵢ, of the exact pairs but one; 0 where that one is not exact or no proxy is used."""
+    """``[N, L, K]``: b₋ᵢ, of the exact pairs but those of one's group; 0 where that one is not exact or no proxy is used."""
 
 
-def _slopes(sample: _Sample) -> _Slopes:
+def _slopes(sample: _Sample, groups: Groups) -> _Slopes:
     d, y, usable = sample.d, sample.y, sample.usable
     fitted = _solve(sample.sxx, sample.sxy, np.full(len(sample.count), _ROUNDING))
-    correction = (sample.divisor / np.maximum(sample.count - 1, 1))[:, None]
-    matrix = sample.sxx - correction[:, :, None] * d[:, :, :, None] * d[:, :, None, :]
-    without = _solve(matrix, sample.sxy - correction * d * y[:, :, None], _ROUNDING * sample.proxy_spread)
+    # Of a group g of m exact pairs: Sxx − Σ_g d dᵀ − (Σ_g d)(Σ_g d)ᵀ / (n − m), and Sxy alike.
+    outer, product = d[:, :, :, None] * d[:, :, None, :], d * y[:, :, None]
+    left = np.maximum(sample.count - _by_group(sample.measured.astype(np.float64), groups), 1)[:, :, None]
+    moved, raised = _by_group(d, groups), _by_group(y, groups)[:, :, None]
+    matrix = sample.sxx - _by_group(outer, groups) - moved[:, :, :, None] * moved[:, :, None, :] / left[..., None]
+    vector = sample.sxy - _by_group(product, groups) - moved * raised / left
+    without = _solve(matrix, vector, _ROUNDING * sample.proxy_spread)
     return _Slopes(fitted, fitted * usable[:, None], without * (sample.measured & usable)[:, :, None])
+
+
+def _by_group(values: Array, groups: Groups) -> Array:
+    """``[N, …]``: the sum of ``values`` over the group that each pair belongs to."""
+    return groups.sums(values.reshape(len(values), -1))[groups.labels].reshape(values.shape)
 
 
 def _estimates(sample: _Sample, slopes: _Slopes) -> Array:
@@ -358,29 +367,16 @@ def _error(sample: _Sample, slopes: _Slopes, groups: Groups) -> _Error:
     square = (predicted**2).sum(axis=0)
     kurtosis = _ratio(pairs * (predicted**4).sum(axis=0), square**2, square > _ROUNDING)
     first, second = residual / sample.divisor, square / max(pairs - 1, 1) / pairs
-    first, second = first * _design_effect(left, groups), second * _design_effect(predicted, groups)
-    freedom = np.maximum(_exact_groups(sample, groups) - 1 - slopes_fitted, 1)
+    met = groups.met(sample.measured)
+    by_groups = np.maximum(met - 1 - slopes_fitted, 1)
+    first = first * groups.design_effect(left) * (met / sample.divisor) * (freedom / by_groups)
+    second, freedom = second * groups.design_effect(predicted), by_groups
     variance = first + second
     # The variance of V itself: of its two terms, and what they have in common.
     spread = 2 * first**2 / freedom
     spread = spread + second**2 * (2 / max(pairs - 1, 1) + np.maximum(kurtosis - 3, 0) / pairs)
     spread = spread + 4 * second * first / pairs
     return _Error(residual, variance, np.maximum(_ratio(2 * variance**2, spread, spread > 0.0), freedom))
-
-
-def _design_effect(values: Array, groups: Groups) -> Array:
-    """``[L]``, at least 1: how much more the sums of ``values`` ``[N, L]`` over groups vary than those of single pairs."""
-    if groups.alone:
-        return np.ones(values.shape[1])
-    alone, together = (values**2).sum(axis=0), (groups.sums(values) ** 2).sum(axis=0)
-    return np.maximum(_ratio(together, alone, alone > _ROUNDING**2), 1.0)
-
-
-def _exact_groups(sample: _Sample, groups: Groups) -> Array:
-    """``[L]``: in how many groups there is an exact pair."""
-    if groups.alone:
-        return sample.count
-    return (groups.sums(sample.measured.astype(np.float64)) > 0).sum(axis=0)
 
 
 def _correlation(sample: _Sample, slopes: _Slopes) -> Array:
@@ -406,7 +402,7 @@ def _interval(sample: _Sample, layer: int, estimate: float, reach: float, groups
     if sample.infinite[layer]:
         return Interval.unknown(f"{sample.infinite[layer]} of {exact_pairs} exact values are infinite")
     mean, half = float(estimate), float(reach)
-    independent = int(_exact_groups(sample, groups)[layer])
+    independent = int(groups.met(sample.measured)[layer])
     if independent < LEAST_GROUPS:
         few = f"an interval needs at least {LEAST_GROUPS} exact independent pairs, found {independent}"
         return Interval(mean, math.nan, math.nan, few) if exact_pairs else Interval.unknown(few)

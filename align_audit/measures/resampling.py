@@ -76,6 +76,17 @@ class Groups:
         starts = ends - self.sizes.astype(np.int64)
         return np.concatenate([order[starts[group] : ends[group]] for group in chosen.tolist()])
 
+    def design_effect(self, values: Array) -> Array:
+        """How much more the sums of deviations ``[n, C]`` over groups vary than those of single pairs, ``[C]``, at least 1."""
+        if self.alone:
+            return np.ones(values.shape[1])
+        alone, together = np.square(values).sum(axis=0), np.square(self.sums(values)).sum(axis=0)
+        return np.maximum(together / np.where(alone > 0.0, alone, 1.0), 1.0)
+
+    def met(self, chosen: Array) -> Array:
+        """In how many groups there is a chosen pair: ``[C]`` from bool ``[n, C]``."""
+        return np.asarray((self.sums(chosen.astype(np.float64)) > 0).sum(axis=0))
+
     def too_few(self) -> str | None:
         """Why no interval is made of them, if so."""
         if self.count >= LEAST_GROUPS:

@@ -104,9 +104,12 @@ def numerical_rank(H: Tensor, eps: float) -> int:
     wide = (H.cpu() if H.device.type == "mps" else H).detach().double()
     scale = wide.square().mean(dim=0).sqrt()
     wide = torch.where(scale > 0, wide / scale, 0.0)
-    # Squares keep what is asked: the threshold lies far above the root of float64's rounding.
     squares = torch.linalg.eigvalsh(wide @ wide.T if len(wide) < wide.shape[1] else wide.T @ wide)
-    return int((squares > (MARGIN * eps) ** 2 * float(squares.sum()) / len(squares)).sum())
+    least = (MARGIN * eps) ** 2 * float(squares.sum()) / len(squares)
+    if least < 16 * len(squares) * 2.0**-52 * float(squares[-1]):
+        # Squares have lost what is asked for: their own rounding is as large.
+        squares = torch.linalg.svdvals(wide).square()
+    return int((squares > least).sum())
 
 
 def contraction(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -91,6 +92,13 @@ def held_out_spans(pairs: Sequence[ProbePair], fitted_on: Sequence[ProbePair], h
     return spans
 
 
+def _dimensions(fitted: ProbeSide, spans: np.ndarray, key: Key) -> int:
+    """How many dimensions the rows span, at least, that the ``spans`` in use were fitted on."""
+    first, second = fitted.fitted.grams[key]
+    fitted_on = {0: second, 1: first, HELD_OUT: first + second}
+    return min(gram_rank(fitted_on[span]) for span in np.unique(spans).tolist())
+
+
 class Cells:
     """Turns effects into cells; ``reasons`` fills with why a number is NaN (dotted path → reason)."""
 
@@ -127,71 +135,77 @@ class Cells:
             which: [N] as :func:`held_out_spans`, of all of the patched set's pairs.
             look: holds the effects; None where nothing was patched.
         """
-        basis, layer = key
-        path = f"cells.{basis}.{layer}.{fitted.name}.{patched.name}"
-        itself = fitted is patched
-        exact = patched.session.exact_pairs
+        path = f"cells.{key[0]}.{key[1]}.{fitted.name}.{patched.name}"
+        itself, exact = fitted is patched, patched.session.exact_pairs
         places = exact if itself else exact[which[exact] != EXCLUDED]
         counts = {
             "pairs": len(places),
             "cross_fitted": len(places) if itself else int((which[places] != HELD_OUT).sum()),
             "excluded": len(exact) - len(places),
         }
-        full = patched.effect(layer)[places]
-        ranks = fitted.fitted.ranks
         why = fitted.fitted.skipped.get(key)
         if itself and fitted.session.estimates.independent < 2:
             why = NO_HALVES
         elif not len(places):
             why = f"every pair of {patched.name!r} occurs in {fitted.name!r}, and no half of that is free of it"
-        if why is not None or look is None:
-            why = why or "nothing was patched"
-            self.reasons[path] = why
-            return TransferCell(
-                effect_fraction=[Estimate.unknown(why)] * len(ranks),
-                explained_variance_ratio=[math.nan] * len(ranks),
-                rank_95=math.nan,
-                full_effect=patched.estimates.over(places).mean(full) if len(places) else Estimate.unknown(why),
-                beats_random=[None] * len(ranks),
-                control=Control(verdict="not_run", reason=why, pairs=len(places)),
-                **counts,
-            )
-        effects = look.effects.fitted[key][places]
-        estimates = patched.estimates.over(places)
-        fractions = [estimate(interval) for interval in estimates.fractions(effects, full)]
-        if itself:
-            known, spanned = fitted.fitted.spanned[key], fitted.fitted.dimensions[key]
-            explained = floats(look.effects.explained[key])
+        if why is None and look is not None:
+            return TransferCell(**self._measured(fitted, patched, which, places, look, key, random, path), **counts)
+        why = why or "nothing was patched"
+        self.reasons[path] = why
+        ranks, full = fitted.fitted.ranks, patched.effect(key[1])[places]
+        return TransferCell(
+            effect_fraction=[Estimate.unknown(why)] * len(ranks),
+            explained_variance_ratio=[math.nan] * len(ranks),
+            rank_95=math.nan,
+            full_effect=patched.estimates.over(places).mean(full) if len(places) else Estimate.unknown(why),
+            beats_random=[None] * len(ranks),
+            control=Control(verdict="not_run", reason=why, pairs=len(places)),
+            **counts,
+        )
+
+    def _measured(
+        self,
+        fitted: ProbeSide,
+        patched: ProbeSide,
+        which: np.ndarray,
+        places: np.ndarray,
+        look: Reconstruction,
+        key: Key,
+        random: RandomSubspaces | None,
+        path: str,
+    ) -> dict[str, Any]:
+        """What a cell says of the pairs at ``places``, all but how many they are."""
+        ranks, estimates = fitted.fitted.ranks, patched.estimates.over(places)
+        effects, full = look.effects.fitted[key][places], patched.effect(key[1])[places]
+        if fitted is patched:
+            dimensions, explained = fitted.fitted.dimensions[key], floats(look.effects.explained[key])
         else:
-            one, other = fitted.fitted.grams[key]
-            made_of = {0: other, 1: one, HELD_OUT: one + other}
-            spanned = min(gram_rank(made_of[span]) for span in np.unique(which[places]).tolist())
-            known = sum(rank <= spanned for rank in ranks)
+            dimensions = _dimensions(fitted, which[places], key)
             explained = self._explained(fitted, patched, which, key, path)
-        beyond = f"the rows of {fitted.name!r} span {spanned} dimensions, so what lies beyond is arbitrary"
-        fractions = [*fractions[:known], *[Estimate.unknown(beyond)] * (len(ranks) - known)]
-        explained = [*explained[:known], *[math.nan] * (len(ranks) - known)]
-        if known < len(ranks):
-            self.reasons.setdefault(f"{path}.explained_variance_ratio", beyond)
-        least, reason = math.nan, fractions[0].reason
-        if known:
-            least, why = rank_95(ranks[:known], [fraction.mean for fraction in fractions[:known]])
-            reason = None if why is None else fractions[known - 1].reason or why
+        spanned = sum(rank <= dimensions for rank in ranks)
+        arbitrary = f"the rows of {fitted.name!r} span {dimensions} dimensions, so what lies beyond is arbitrary"
+        if spanned < len(ranks):
+            self.reasons.setdefault(f"{path}.explained_variance_ratio", arbitrary)
+        fractions = [estimate(interval) for interval in estimates.fractions(effects[:, :spanned], full)]
+        least = math.nan
+        reason: str | None = arbitrary
+        if spanned:
+            least, why = rank_95(ranks[:spanned], [fraction.mean for fraction in fractions])
+            reason = why and (fractions[-1].reason or why)
         if reason is not None:
             self.reasons[f"{path}.rank_95"] = reason
         whole = estimates.mean(full)
-        beats, control = self._control(
-            fitted, patched, ranks[:known], estimates.means(effects[:, :known]), whole, random
-        )
-        return TransferCell(
-            effect_fraction=fractions,
-            explained_variance_ratio=explained,
-            rank_95=least,
-            full_effect=whole,
-            beats_random=[*beats, *[None] * (len(ranks) - known)],
-            control=control.model_copy(update={"pairs": None if random is None else random.pairs}),
-            **counts,
-        )
+        does = estimates.means(effects[:, :spanned])
+        beats, control = self._control(fitted, patched, ranks[:spanned], does, whole, random)
+        unspanned = len(ranks) - spanned
+        return {
+            "effect_fraction": fractions + [Estimate.unknown(arbitrary)] * unspanned,
+            "explained_variance_ratio": explained[:spanned] + [math.nan] * unspanned,
+            "rank_95": least,
+            "full_effect": whole,
+            "beats_random": beats + [None] * unspanned,
+            "control": control.model_copy(update={"pairs": None if random is None else random.pairs}),
+        }
 
     def _explained(self, fitted: ProbeSide, patched: ProbeSide, which: np.ndarray, key: Key, path: str) -> list[float]:
         """Of the whole basis on all rows of the patched set, which is held out only where no pair is in both sets."""
