@@ -111,7 +111,7 @@ def run_transfer(
     """
     if len(probes) < 2:
         raise ConfigurationError(f"a transfer is between at least two probe sets; found {', '.join(probes)} alone")
-    most = max(len({pair.group for pair in own}) for own in probes.values())
+    most = max(pairs.groups for pairs in probes.values())
     if most < LEAST_GROUPS:
         raise ProbeError(
             f"no probe set has more than {most} independent pairs (those that share a prompt are one), so nothing has an "

@@ -113,8 +113,8 @@ def control_variate_means(
 
     Returns:
         L results in the unit of ``exact``. An interval is NaN, with a reason, where no pair is exact or a measured value
-        is infinite; with exact pairs in fewer than 8 groups the mean is kept and the bounds are NaN. Equal exact values have low = high =
-        mean, exactly.
+        is infinite; with exact pairs in fewer than 8 groups the mean is kept and the bounds are NaN. Equal exact values have
+        low = high = mean, exactly.
 
     Raises:
         ValueError: wrong or different shapes, no pairs, confidence or resamples out of range.

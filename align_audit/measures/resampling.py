@@ -17,7 +17,7 @@ Array = np.ndarray
 LEAST_GROUPS = 8
 """Fewest groups that an interval is made of: percentile intervals of 2, 4 and 8 pairs cover 50, 80 and 87 %, not 95."""
 BOOTSTRAP_FROM = 32
-"""Fewest groups that are resampled; of fewer, intervals are Student's with the jackknife's standard error."""
+"""Fewest groups whose resampled means make a percentile interval; of fewer, intervals are Student's and studentized."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +110,13 @@ def column_means(values: Array) -> Array:
     return np.where(equal, values[0], values.mean(axis=0))
 
 
+def resample_counts(groups: int, resamples: int, seed: int) -> Array:
+    """How often each group is in each resample: float64 ``[resamples, groups]``, of :func:`resample_indices`."""
+    indices = resample_indices(groups, resamples, seed)
+    flat = (indices + groups * np.arange(resamples)[:, None]).ravel()
+    return np.bincount(flat, minlength=resamples * groups).reshape(resamples, groups).astype(np.float64)
+
+
 def resampled_means(values: Array, means: Array, resamples: int, seed: int, groups: Array | None = None) -> Array:
     """Column means of bootstrap resamples of groups ``[resamples, C]``, as one product with the counts of every group.
 
@@ -121,10 +128,7 @@ def resampled_means(values: Array, means: Array, resamples: int, seed: int, grou
         groups: ``[N]``, which pairs belong together; None: none do.
     """
     together = Groups.of(groups, len(values))
-    n = together.count
-    indices = resample_indices(n, resamples, seed)
-    flat = (indices + n * np.arange(resamples)[:, None]).ravel()
-    counts = np.bincount(flat, minlength=resamples * n).reshape(resamples, n).astype(np.float64)
+    counts = resample_counts(together.count, resamples, seed)
     resampled = counts @ together.sums(values) / (counts @ together.sizes)[:, None]
     equal = (values == values[0]).all(axis=0)
     resampled[:, equal] = means[equal]
@@ -153,6 +157,25 @@ def standard_errors(values: Array, groups: Array | None = None) -> Array:
     """
     without = leave_one_out_means(values, column_means(values), groups)
     return np.sqrt((len(without) - 1) / len(without) * np.square(without - without.mean(axis=0)).sum(axis=0))
+
+
+def studentized(influence: Array, resamples: int, seed: int) -> Array:
+    """t of bootstrap resamples of G groups: their mean influence over its own standard error, ``[resamples, K]``.
+
+    Args:
+        influence: ``[G, K]``, how much each group moves each of K statistics: (G − 1) · (mean of the leave-one-out values −
+            that without the group). Columns have mean 0; of a mean it is the group's distance from it.
+
+    A resample of one group alone, G times, has no spread: its t is infinite, with the sign of that group's influence.
+    """
+    groups = len(influence)
+    counts = resample_counts(groups, resamples, seed)
+    scale = np.abs(influence).max(axis=0)
+    unit = influence / np.where(scale > 0.0, scale, 1.0)
+    means = counts @ unit / groups
+    spread = np.maximum(counts @ unit**2 / groups - means**2, 0.0) / (groups - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(means == 0.0, 0.0, means / np.sqrt(np.where(spread > 1e-24, spread, 0.0)))
 
 
 def widened_tail(groups: int, confidence: float) -> float:

@@ -12,8 +12,10 @@ from align_audit.measures.resampling import (
     BOOTSTRAP_FROM,
     Groups,
     column_means,
+    leave_one_out_means,
     resampled_means,
     standard_errors,
+    studentized,
 )
 from align_audit.measures.statistics import Value, check_options, per_pair_values
 
@@ -24,7 +26,8 @@ def mean_p_values(values: Array, resamples: int = 1000, seed: int = 0, groups: A
     """Two-sided p-values of mean ≠ 0, the counterpart of the intervals (METHODS §2).
 
     From 32 groups p = min(1, 2 · (1 + min(#{m* ≤ 0}, #{m* ≥ 0})) / (1 + resamples)) over resampled means m*; the +1 counts the
-    data themselves, so that p is never 0. Of 8 to 31 groups Student's, with the jackknife's standard error.
+    data themselves, so that p is never 0. Of 8 to 31 groups the larger of Student's, with the jackknife's standard error, and
+    of the studentized bootstrap's, p = min(1, 2 · (1 + min(#{t* ≤ t}, #{t* ≥ t})) / (1 + resamples)).
 
     Args:
         values: ``[N, L]``.
@@ -55,8 +58,13 @@ def mean_p_values(values: Array, resamples: int = 1000, seed: int = 0, groups: A
         return np.where(finite, np.minimum(1.0, 2.0 * (1 + fewer) / (1 + resamples)), np.nan)
     error = standard_errors(values, groups)
     with np.errstate(divide="ignore", invalid="ignore"):
-        distance = np.where(means == 0.0, 0.0, np.abs(means) / error)
-    return np.where(finite, 2.0 * stdtr(together.count - 1, -distance), np.nan)
+        t = np.where(means == 0.0, 0.0, means / error)
+    without = leave_one_out_means(values, means, groups)
+    drawn = studentized((together.count - 1) * (without.mean(axis=0) - without), resamples, seed)
+    fewer = np.minimum((drawn <= t).sum(axis=0), (drawn >= t).sum(axis=0))
+    student = 2.0 * stdtr(together.count - 1, -np.abs(t))
+    resampled_p = np.where(t == 0.0, 1.0, np.minimum(1.0, 2.0 * (1 + fewer) / (1 + resamples)))
+    return np.where(finite, np.maximum(student, resampled_p), np.nan)
 
 
 def benjamini_hochberg(p: Array) -> Array:

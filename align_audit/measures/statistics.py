@@ -4,8 +4,10 @@ Groups of pairs that share a prompt are the only thing resampled (``groups``, on
 its own), and all columns of a call see the same ones, so that differences between layers keep their correlation.
 
 - Fewer than 8 groups: no interval.
-- From 8 to 31: Student's interval around the estimate with the jackknife's standard error (a group is left out at a time)
-  and G − 1 degrees of freedom.
+- From 8 to 31: from the lower of the lower bounds to the upper of the upper ones of two intervals with the jackknife's
+  standard error s (a group is left out at a time): Student's, estimate ± t · s with G − 1 degrees of freedom, and the
+  studentized bootstrap's (Efron & Tibshirani 1993, ch. 12), whose t are those of resamples of the groups' influences. Where
+  values are skewed Student's alone covers 90 % of the time, where they are not the other is the shorter.
 - From 32: the bootstrap's, percentile or BCa, whose tails are widened as the percentile interval of a mean needs it
   (Hesterberg 2015, doi:10.1080/00031305.2015.1089789): Φ(−√(G/(G−1)) · t) in place of (1 − confidence)/2.
 """
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
-from scipy.special import ndtr, ndtri, stdtrit
+from scipy.special import gammaincinv, ndtr, ndtri, stdtrit
 
 from align_audit.measures.resampling import (
     BOOTSTRAP_FROM,
@@ -26,6 +28,7 @@ from align_audit.measures.resampling import (
     column_means,
     leave_one_out_means,
     resampled_means,
+    studentized,
     widened_tail,
 )
 
@@ -73,7 +76,7 @@ def mean_interval(
     Example:
         >>> interval = mean_interval(np.arange(10.0))
         >>> [round(float(x), 2) for x in (interval.mean, interval.low, interval.high)]
-        [4.5, 2.33, 6.67]
+        [4.5, 2.33, 6.68]
     """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1:
@@ -92,7 +95,8 @@ def mean_intervals(
     """Column means with bootstrap intervals over pairs, the same resampled pairs for every column.
 
     ``percentile``: widened (1 ∓ confidence)/2 quantiles of the resampled means. ``bca``: the same quantiles shifted by the
-    bias correction z₀ and the jackknife acceleration a (Efron 1987). Fewer than 32 groups: Student's, with either.
+    bias correction z₀ and the jackknife acceleration a (Efron 1987). Fewer than 32 groups: Student's and the
+    studentized bootstrap's, with either.
 
     Args:
         values: ``[N, L]``, in any unit; the result has the same.
@@ -121,6 +125,9 @@ def mean_intervals(
 
 def share_interval(hits: Array, confidence: float = 0.95, groups: Array | None = None) -> Interval:
     """Share of pairs for which something holds, with Wilson's score interval (Wilson 1927, doi:10.2307/2276774).
+
+    Next to 0 and 1 its outer bound comes from the Poisson distribution (Brown, Cai & DasGupta 2001, §4.1.1,
+    doi:10.1214/ss/1009213286): with one, two or (from 51 pairs) three hits, or misses, Wilson's alone covers as little as 84 %.
 
     The bootstrap cannot do this near 0 or 1: 64 pairs that all agree resample to 1 whatever the truth (measured by
     ``benchmarks/evidence/interval_coverage.py``: an interval of [1, 1] in 72 % of draws where the truth is 0.99).
@@ -160,7 +167,13 @@ def share_interval(hits: Array, confidence: float = 0.95, groups: Array | None =
     worth = _independent(hits, share, together)
     center = (share + z2 / (2 * worth)) / (1 + z2 / worth)
     half = math.sqrt(z2 * (share * (1 - share) / worth + z2 / (4 * worth * worth))) / (1 + z2 / worth)
-    return Interval(share, 0.0 if share == 0.0 else center - half, 1.0 if share == 1.0 else center + half)
+    low, high = center - half, center + half
+    rare = 3 if worth > 50 else 2
+    if 0.0 < share * worth <= rare:
+        low = float(gammaincinv(share * worth, 1 - confidence)) / worth
+    if 0.0 < (1 - share) * worth <= rare:
+        high = 1.0 - float(gammaincinv((1 - share) * worth, 1 - confidence)) / worth
+    return Interval(share, 0.0 if share == 0.0 else low, 1.0 if share == 1.0 else high)
 
 
 def _independent(hits: Array, share: float, groups: Groups) -> float:
@@ -226,7 +239,7 @@ def ratio_intervals(
 
     Example:
         >>> ratio_intervals(np.ones((8, 1)), np.array([-1.0, 1.0] * 4), denominator_name="margin shift")[0].reason
-        'the 95% interval of mean margin shift, [-0.8937, 0.8937], includes 0'
+        'the 95% interval of mean margin shift, [-1.134, 1.134], includes 0'
     """
     numerators = per_pair_values(numerators)
     denominator = np.asarray(denominator, dtype=np.float64)
@@ -289,7 +302,7 @@ def statistic_intervals(
         >>> gain = lambda m: (m[..., 1:2] - m[..., 0:1]) / m[..., 2:3]
         >>> interval = statistic_intervals(pairs, gain, guard=2)[0]
         >>> [round(float(x), 3) for x in (interval.mean, interval.low, interval.high)]
-        [0.333, 0.259, 0.407]
+        [0.333, 0.247, 0.407]
     """
     values = per_pair_values(per_pair)
     n, columns = values.shape
@@ -332,7 +345,10 @@ def statistic_intervals(
     without = leave_one_out_means(values, means, groups)
     if together.count < BOOTSTRAP_FROM:
         jackknife = of("leave-one-out", without)
-        return [_student(float(e), jackknife[:, k], confidence, lost) for k, e in enumerate(estimates)]
+        with np.errstate(invalid="ignore"):
+            influence = (together.count - 1) * (jackknife.mean(axis=0) - jackknife)
+        distances = studentized(np.where(np.isfinite(influence), influence, 0.0), resamples, seed)
+        return [_student(float(e), jackknife[:, k], distances[:, k], confidence, lost) for k, e in enumerate(estimates)]
     bootstrap = of("resampled", resampled_means(values, means, resamples, seed, groups))
     jackknife = of("leave-one-out", without[:0] if method == "percentile" else without)
     tail = widened_tail(together.count, confidence)
@@ -376,8 +392,8 @@ def _no_denominator(mean: Interval, confidence: float, name: str) -> str | None:
     return None
 
 
-def _student(estimate: float, jackknife: Array, confidence: float, bad: int) -> Interval:
-    """``estimate`` ± t · √((G − 1)/G · Σ (θ₋g − θ₋)²), the statistic θ without each group in turn."""
+def _student(estimate: float, jackknife: Array, distances: Array, confidence: float, bad: int) -> Interval:
+    """The hull of estimate ± t · s and of estimate − t* · s, s² = (G − 1)/G · Σ (θ₋g − θ₋)², t* quantiles of ``distances``."""
     groups = len(jackknife)
     if not math.isfinite(estimate):
         return _not_finite(bad)
@@ -388,8 +404,10 @@ def _student(estimate: float, jackknife: Array, confidence: float, bad: int) -> 
         reason = f"without {lost} of {groups} independent pairs, each for itself, there is no finite value"
         return Interval(estimate, math.nan, math.nan, reason)
     error = math.sqrt((groups - 1) / groups * float(np.square(jackknife - jackknife.mean()).sum()))
-    reach = float(stdtrit(groups - 1, (1 + confidence) / 2)) * error
-    return Interval(estimate, estimate - reach, estimate + reach)
+    tail = (1 - confidence) / 2
+    reach = float(stdtrit(groups - 1, 1 - tail))
+    lower, upper = np.quantile(distances, [1 - tail, tail], method="inverted_cdf")
+    return Interval(estimate, estimate - max(reach, float(lower)) * error, estimate + max(reach, -float(upper)) * error)
 
 
 def _bootstrapped(

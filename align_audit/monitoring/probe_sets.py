@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from align_audit.config import AuditConfig
+from align_audit.measures.resampling import LEAST_GROUPS
 from align_audit.models.guard import untouched
 from align_audit.probes.names import as_name, check_names
 from align_audit.probes.pairs import ProbeSet
+from align_audit.record.finding import CLAIMED_FROM
 
 if TYPE_CHECKING:
     from align_audit.monitoring.trainer import TrainerFacts
@@ -40,7 +42,15 @@ def make_probe_sets(given: Any, config: AuditConfig, facts: TrainerFacts, tokeni
     else:
         sets = {None: _probe_set(given, config, facts, tokenizer)}
     for name, probes in sets.items():
-        logger.info("align_audit probes%s: %s", "" if name is None else f" {name!r}", probes.summary())
+        called = "" if name is None else f" {name!r}"
+        logger.info("align_audit probes%s: %s", called, probes.summary())
+        if probes.groups < LEAST_GROUPS:
+            logger.warning(
+                "align_audit probes%s: %d independent pairs. No interval is made of fewer than %d (pairs that share a prompt "
+                "count once), so that alert rules which need one stay silent, and a localization is claimed from %d only. Give "
+                "more held-out pairs (probes=..., eval_dataset, max_pairs)",
+                called, probes.groups, LEAST_GROUPS, CLAIMED_FROM,
+            )  # fmt: skip
     return sets
 
 

@@ -208,6 +208,11 @@ class ProbeSet:
         content = [[pair.chosen_ids, pair.rejected_ids, pair.chosen_start, pair.rejected_start] for pair in self.pairs]
         return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode()).hexdigest()[:16]
 
+    @cached_property
+    def groups(self) -> int:
+        """How many of the pairs are independent of each other: those that share a prompt, or repeat each other, count once."""
+        return len({pair.group for pair in self.pairs})
+
     @property
     def num_tokens(self) -> int:
         """Tokens of all sequences, chosen and rejected, without padding."""
@@ -255,6 +260,8 @@ class ProbeSet:
         """One line for logs: size, truncation, origin and what was dropped."""
         cut = "not truncated" if self.max_length is None else f"at most {self.max_length} each, {self.truncation_mode}"
         parts = [f"{_count(len(self), 'pair')}, {_count(self.num_tokens, 'token')} ({cut})", f"from {self.source}"]
+        if self.groups < len(self):
+            parts.append(f"{self.groups} independent of each other (those that share a prompt count once)")
         if self.held_out is not None:
             parts.append("held out" if self.held_out else "trained on")
         if self.dropped:

@@ -1,11 +1,12 @@
-"""Do the intervals hold? Coverage of nominal 95 % over repeated draws of 64 pairs from a large probe set.
+"""Do the intervals hold? Coverage of nominal 95 % over repeated draws of 8 to 64 pairs from a large probe set.
 
-    python benchmarks/evidence/interval_coverage.py --json coverage.json       # both models: about ten minutes on one core
+    python benchmarks/evidence/interval_coverage.py --json coverage.json       # both models: half an hour on one core
 
-The policies of ``trained.py`` are audited once on 600 pairs, whose means are the truth; then 64 pairs are drawn with
+The policies of ``trained.py`` are audited once on 600 pairs, whose means are the truth; then pairs are drawn with
 replacement, again and again, and every interval that a record gives is made from them alone by the code that makes a
-record's. Printed per model, step and quantity: the least and the largest coverage over layers (with the layer), and how many
-of the draws gave an interval at all. Monte Carlo error at 2,000 draws: 0.5 points.
+record's. Each pair has a prompt of its own, so that 8 pairs are 8 groups. Printed per model, step, number of pairs and
+quantity: the least and the largest coverage over layers (with the layer), and how many of the draws gave an interval at all.
+Monte Carlo error at 2,000 draws: 0.5 points.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def intervals(pair: dict[str, np.ndarray], exact: int, **options: Any) -> dict[s
         "margins.accuracy": [accuracy],
         "margins.kl": [kl],
         "effect": summary.effect,
-        SOME_PATCHED: [one.interval for one in combined],
+        SOME_PATCHED: [variate.interval for variate in combined],
         "recovery": summary.recovery,
         "layer_gain": summary.layer_gain,
         "block_transplant": summary.block_transplant,
@@ -69,11 +70,34 @@ def intervals(pair: dict[str, np.ndarray], exact: int, **options: Any) -> dict[s
     }
 
 
+def covered(
+    pair: dict[str, np.ndarray],
+    truth: dict[str, list[float]],
+    pairs: int,
+    options: argparse.Namespace,
+    how: dict[str, Any],
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Per quantity and layer: in how many draws of so many pairs the interval holds the truth, and in how many there is one."""
+    hits: dict[str, np.ndarray] = {}
+    known: dict[str, np.ndarray] = {}
+    generator = np.random.default_rng(1)
+    population = len(pair["shift"])
+    for draw in range(options.draws):
+        taken = generator.integers(0, population, size=pairs)
+        drawn = intervals({key: values[taken] for key, values in pair.items()}, options.exact, seed=draw, **how)
+        for key, values in drawn.items():
+            inside = [each.low <= true <= each.high for each, true in zip(values, truth[key], strict=True)]
+            have = [not np.isnan(each.low) for each in values]
+            hits[key] = hits.get(key, 0) + np.array(inside, dtype=int)
+            known[key] = known.get(key, 0) + np.array(have, dtype=int)
+    return {key: (hits[key], known[key]) for key in hits}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(trained.NAMES), choices=trained.NAMES)
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 160])
-    parser.add_argument("--pairs", type=int, default=64)
+    parser.add_argument("--pairs", type=int, nargs="+", default=[8, 12, 16, 24, 32, 64])
     parser.add_argument("--exact", type=int, default=24, help="patched pairs where not all are")
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--interval", choices=("percentile", "bca"), default="percentile")
@@ -82,50 +106,52 @@ def main() -> None:
     from align_audit import ProbeSet
 
     began, results = time.perf_counter(), []
-    print(f"{'model':>8}{'step':>5}  {'quantity':<26}{'coverage over layers':>22}{'draws with an interval':>24}")
+    header = f"{'quantity':<26}{'coverage over layers':>22}{'draws with an interval':>24}"
+    print(f"{'model':>8}{'step':>5}{'pairs':>6}  {header}")
     for name in trained.available(options.models):
         run = trained.train(name, options.steps)
         rows = run.held_out + run.rows
         probes = ProbeSet.from_dataset(rows, run.tokenizer, max_pairs=600, max_length=512)
+        assert len({pair.group for pair in probes}) == len(probes), "pairs of this set share prompts"
         for step in options.steps:
             pair = measured(run.at(step), run.reference, probes)
             how: dict[str, Any] = {"resamples": 1000, "confidence": 0.95, "method": options.interval}
             truth = {
-                key: [one.mean for one in values] for key, values in intervals(pair, len(probes), seed=0, **how).items()
+                key: [each.mean for each in values]
+                for key, values in intervals(pair, len(probes), seed=0, **how).items()
             }
             truth[SOME_PATCHED] = truth["effect"]
-            hits: dict[str, np.ndarray] = {}
-            known: dict[str, np.ndarray] = {}
-            generator = np.random.default_rng(1)
-            for draw in range(options.draws):
-                taken = generator.integers(0, len(probes), size=options.pairs)
-                found = intervals({key: values[taken] for key, values in pair.items()}, options.exact, seed=draw, **how)
-                for key, values in found.items():
-                    inside = [one.low <= true <= one.high for one, true in zip(values, truth[key], strict=True)]
-                    have = [not np.isnan(one.low) for one in values]
-                    hits[key] = hits.get(key, 0) + np.array(inside, dtype=int)
-                    known[key] = known.get(key, 0) + np.array(have, dtype=int)
-            for key in hits:
-                share = hits[key] / np.maximum(known[key], 1)
-                low, high = int(share.argmin()), int(share.argmax())
-                words = (
-                    f"{share[low]:.3f} ({low}) … {share[high]:.3f} ({high})" if len(share) > 1 else f"{share[0]:.3f}"
-                )
-                print(f"{name:>8}{step:>5}  {key:<26}{words:>22}{known[key].min():>18} of {options.draws}", flush=True)
-                results.append(
-                    {
-                        "model": name, "step": step, "quantity": key, "coverage": share.tolist(),
-                        "known": known[key].tolist(), "draws": options.draws, "pairs": options.pairs,
-                    }
-                )  # fmt: skip
-    every = np.concatenate([row["coverage"] for row in results])
-    inside = ((every >= 0.92) & (every <= 0.98)).sum()
-    print(
-        f"\n{inside} of {len(every)} intervals cover 92–98 %; least {every.min():.3f}, largest {every.max():.3f}; "
-        f"{time.perf_counter() - began:.0f} s"
-    )
+            for pairs in options.pairs:
+                for key, (hits, known) in covered(pair, truth, pairs, options, how).items():
+                    if key == SOME_PATCHED and pairs <= options.exact:
+                        continue
+                    share = hits / np.maximum(known, 1)
+                    low, high = int(share.argmin()), int(share.argmax())
+                    words = f"{share[low]:.3f} ({low}) … {share[high]:.3f} ({high})"
+                    words = words if len(share) > 1 else f"{share[0]:.3f}"
+                    have = f"{known.min():>18} of {options.draws}"
+                    print(f"{name:>8}{step:>5}{pairs:>6}  {key:<26}{words:>22}{have}", flush=True)
+                    results.append(
+                        {
+                            "model": name, "step": step, "quantity": key, "coverage": share.tolist(),
+                            "known": known.tolist(), "draws": options.draws, "pairs": pairs,
+                        }
+                    )  # fmt: skip
+    summarize(results, options.pairs)
+    print(f"{time.perf_counter() - began:.0f} s")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+def summarize(results: list[dict[str, Any]], sizes: list[int]) -> None:
+    """By number of pairs: how many intervals cover 93 to 97 %, and the extremes."""
+    for pairs in sizes:
+        every = np.concatenate([row["coverage"] for row in results if row["pairs"] == pairs])
+        inside = ((every >= 0.925) & (every < 0.975)).sum()
+        print(
+            f"{pairs} pairs: {inside} of {len(every)} intervals cover 93–97 %; mean {every.mean():.3f}, least "
+            f"{every.min():.3f}, largest {every.max():.3f}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """How often does an audit claim a localization where no preference was learned? And where one was?
 
     python benchmarks/evidence/null_audits.py --audits 240 --processes 2 --json null_audits.json  # 20 minutes on two cores
+    python benchmarks/evidence/null_audits.py --pairs 24 --audits 240 --processes 2                   # the fewest that claim
     python benchmarks/evidence/null_audits.py --audits 24                                             # a taste
 
 Null models of ``align_audit.lab.planting.plant_nothing``, in turn: weight noise in every layer (of 0.3 % to 10 % of its norm),
 the same orthogonal to the margin's gradient, DPO on pairs half of whose labels are swapped, and next-token training on both
-completions. Each is audited with the default settings on its own 64 probe pairs. Whatever it claims is false. Printed per
-kind and base model: claims with Wilson's interval, what spoke against the others, and how often each control passes.
+completions. Each is audited with the default settings on its own 64 probe pairs (``--pairs``). Whatever it claims is false.
+Printed per kind and base model: claims with Wilson's interval, what spoke against the others, how often each control passes.
 
 ``--trained`` audits runs that did learn: DPO with some layers S at the full rate and the rest at a tenth, and counts how
 often the claim is made and names S.
@@ -34,6 +35,7 @@ SIZES = (0.003, 0.01, 0.03, 0.1)
 STEPS = (8, 24)
 RATES = (1e-4, 3e-4)
 PAIRS = 64
+"""Probe pairs of an audit, where nothing else is asked for; each has a prompt of its own."""
 TRAINING_PAIRS = 192
 PROBES_FROM = 10_000
 """Seeds of probe pairs, apart from those of the pairs that anything is trained on."""
@@ -61,15 +63,15 @@ def base(family: str, folder: str | None) -> tuple[Any, Any, list[dict[str, str]
     return _bases[family]
 
 
-def audited(policy: Any, reference: Any, tokenizer: Any, number: int) -> dict[str, Any]:
-    """What an audit on fresh probe pairs says."""
+def audited(policy: Any, reference: Any, tokenizer: Any, number: int, pairs: int) -> dict[str, Any]:
+    """What an audit on so many fresh probe pairs says."""
     from align_audit.auditing.audit import audit_once
     from align_audit.config import AuditConfig
     from align_audit.lab.corpus import preference_pairs
     from align_audit.models.reference import resolve_reference
     from align_audit.probes.pairs import ProbeSet
 
-    probes = ProbeSet.from_dataset(preference_pairs(PAIRS, PROBES_FROM + number), tokenizer, max_pairs=PAIRS)
+    probes = ProbeSet.from_dataset(preference_pairs(pairs, PROBES_FROM + number), tokenizer, max_pairs=pairs)
     config = AuditConfig.from_dict({**SETTINGS, "seed": number})
     record = audit_once(policy, resolve_reference(policy, reference), probes, config).record
     assert record.finding is not None
@@ -86,7 +88,7 @@ def audited(policy: Any, reference: Any, tokenizer: Any, number: int) -> dict[st
     }
 
 
-def null_audit(number: int, family: str, folder: str | None) -> dict[str, Any]:
+def null_audit(number: int, family: str, folder: str | None, pairs: int) -> dict[str, Any]:
     """One null model and its audit."""
     from align_audit.lab.planting import plant_nothing
     from align_audit.probes.pairs import ProbeSet
@@ -100,12 +102,12 @@ def null_audit(number: int, family: str, folder: str | None) -> dict[str, Any]:
     how = {"size": SIZES[turn % 4], "steps": STEPS[turn % 2], "learning_rate": RATES[turn // 2 % 2]}
     planted = plant_nothing(model, planting, kind, seed=number, tokenizer=tokenizer, rows=chosen, **how)
     return {
-        "number": number, "kind": kind, "family": family, **how, **audited(planted.policy, model, tokenizer, number),
+        "number": number, "kind": kind, "family": family, **how, **audited(planted.policy, model, tokenizer, number, pairs),
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
 
 
-def trained_audit(number: int, family: str, folder: str | None) -> dict[str, Any]:
+def trained_audit(number: int, family: str, folder: str | None, pairs: int) -> dict[str, Any]:
     """One DPO run with one or two layers at the full rate, the rest at a tenth, and its audit."""
     from align_audit.lab.planting import train_dpo
 
@@ -118,7 +120,7 @@ def trained_audit(number: int, family: str, folder: str | None) -> dict[str, Any
     planted = train_dpo(model, tokenizer, chosen, layers, rest=0.1, steps=steps, learning_rate=3e-4, seed=number)
     return {
         "number": number, "kind": f"{len(layers)} of {count} layers", "family": family, "steps": steps,
-        "planted": layers, **audited(planted.policy, model, tokenizer, number),
+        "planted": layers, **audited(planted.policy, model, tokenizer, number, pairs),
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
 
@@ -165,6 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--audits", type=int, default=240)
     parser.add_argument("--first", type=int, default=0, help="number of the first audit, which seeds everything")
+    parser.add_argument("--pairs", type=int, default=PAIRS, help="probe pairs of an audit")
     parser.add_argument("--families", nargs="+", default=["llama", "gpt2", "gemma2"])
     parser.add_argument("--bases", help="folder of the pretrained families; default: the cache")
     parser.add_argument("--trained", action="store_true", help="runs that learned a preference, instead of null models")
@@ -179,7 +182,13 @@ def main() -> None:
     with concurrent.futures.ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         # Families in blocks, so that every kind meets every family.
         jobs = [
-            pool.submit(work, number, options.families[number // len(KINDS) % len(options.families)], options.bases)
+            pool.submit(
+                work,
+                number,
+                options.families[number // len(KINDS) % len(options.families)],
+                options.bases,
+                options.pairs,
+            )
             for number in range(options.first, options.first + options.audits)
         ]
         for done in concurrent.futures.as_completed(jobs):
@@ -193,7 +202,7 @@ def main() -> None:
     rows.sort(key=lambda row: row["number"])
     (report_trained if options.trained else report_null)(rows)
     print(
-        f"\n{len(rows)} audits of {PAIRS} pairs; {time.perf_counter() - began:.0f} s in {options.processes} processes"
+        f"\n{len(rows)} audits of {options.pairs} pairs; {time.perf_counter() - began:.0f} s in {options.processes} processes"
     )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")

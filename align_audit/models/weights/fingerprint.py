@@ -50,30 +50,28 @@ def belongs_to(model: nn.Module, name: str, adapters: tuple[str, ...]) -> bool:
 def bit_sums(tensor: torch.Tensor) -> tuple[int, int]:
     """Plain and position-weighted sums of the weights' bits as integers, modulo 2⁶⁴.
 
-    Weights are taken in blocks of rows and columns; only the sums of rows and columns are weighted, so a weight costs two
-    additions. Both are exact in 64 bits before they are weighted: a flipped sign here does not cancel one there.
+    Weights are taken in blocks of rows and columns. Within a block a weight counts times a multiplier of its row and one of its
+    column, Σ w · r · c: were rows and columns weighted apart, what has equal sums along both (+d, −d over −d, +d) would cancel.
     """
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}[tensor.element_size()]
     flat = tensor.contiguous().view(-1).view(width)
     block = _ROWS * _COLUMNS
     step = block * _BLOCKS.get(tensor.device.type, _BLOCKS_ELSEWHERE)
-    by_row, by_column = [], []
+    by_row = _weights(torch.arange(_ROWS, device=flat.device))[:, None]
+    by_column = _weights(torch.arange(_COLUMNS, device=flat.device) + 2**20)
+    plain, weighted = [], []
     for first in range(0, flat.numel(), step):
         part = flat[first : first + step].to(torch.int64)
         if part.numel() % block:
             part = torch.cat([part, part.new_zeros(-part.numel() % block)])
         part = part.view(-1, _ROWS, _COLUMNS)
-        by_row.append(part.sum(2))
-        by_column.append(part.sum(1))
-    if not by_row:
+        plain.append(part.sum((1, 2)))
+        weighted.append(((part * by_row).sum(1) * by_column).sum(1))
+    if not plain:
         return 0, 0
-    rows, columns = torch.cat(by_row).flatten(), torch.cat(by_column)
-    place = torch.arange(len(rows), device=flat.device)
-    within = _weights(torch.arange(_COLUMNS, device=flat.device))
-    weighted = (rows * _weights(place)).sum() + (
-        (columns * within).sum(1) * _weights(place[: len(columns)] + 2**40)
-    ).sum()
-    return int(rows.sum()) % 2**64, int(weighted) % 2**64
+    blocks = torch.cat(weighted)
+    of_blocks = _weights(torch.arange(len(blocks), device=flat.device) + 2**40)
+    return int(torch.cat(plain).sum()) % 2**64, int((blocks * of_blocks).sum()) % 2**64
 
 
 def _weights(places: torch.Tensor) -> torch.Tensor:
