@@ -13,7 +13,6 @@ import torch
 from scipy.linalg import subspace_angles
 
 from align_audit import AuditConfig, ProbeSet, TransferRecord, audit, transfer
-from align_audit.auditing.measurements.subspaces import split_halves
 from align_audit.auditing.measurements.transfer_cells import EXCLUDED, held_out_spans
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.errors import ConfigurationError, ProbeError, RecordError

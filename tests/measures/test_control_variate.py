@@ -304,7 +304,6 @@ def test_p_is_the_counterpart_of_the_interval() -> None:
     (plain,) = cv.control_variate_means(exact[:, :1], np.zeros((40, 1)))
     assert plain.p == pytest.approx(stats.ttest_1samp(exact[:12, 0], 0.0).pvalue, rel=1e-9)
     (complete,) = cv.control_variate_means(exact[:12, :1], proxy[:12, :1])
-    assert complete.p == pytest.approx(stats.ttest_1samp(exact[:12, 0], 0.0).pvalue, rel=1e-9)
     assert complete.p == mean_p_values(exact[:12, :1])[0]
 
 

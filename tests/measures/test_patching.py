@@ -12,6 +12,7 @@ from scipy import stats
 from align_audit.measures.draws import noise_directions
 from align_audit.measures.patching import noised, patched, peak_layer, summarize_patching
 from tests.helpers.oracle import summary as oracle_summary
+from tests.helpers.small_samples import hull, p_value, without_each
 
 OPTIONS = {"resamples": 200, "confidence": 0.9, "method": "percentile", "seed": 3}
 
@@ -95,23 +96,20 @@ def test_point_estimates_against_plain_loops() -> None:
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("few", [False, True])
 def test_intervals_against_plain_loops(few: bool, grouped: bool) -> None:
-    """A bootstrap of 34 groups, Student's of 12."""
+    """A bootstrap of 34 groups; of 12 the wider of Student's and the studentized one."""
     count = 12 if few else 34
     effects, transplants, shift = numbers(pairs=2 * count if grouped else count)
     groups = np.random.default_rng(1).permutation(np.repeat(np.arange(count), 2)) if grouped else np.arange(count)
     found = summarize_patching(effects, transplants, shift, **OPTIONS, groups=groups if grouped else None)
     members = [np.flatnonzero(groups == group) for group in range(count)]
     drawn = np.random.default_rng(OPTIONS["seed"]).integers(0, count, size=(200, count))
-    t = stats.t.ppf(0.95, count - 1)
+    tail = stats.norm.cdf(-stats.t.ppf(0.95, count - 1) * np.sqrt(count / (count - 1)))
 
     def interval(statistic: object) -> list[float]:
         if few:
             without = [statistic(np.flatnonzero(groups != group)) for group in range(count)]  # type: ignore[operator]
-            reach = t * np.sqrt((count - 1) * np.var(without))
-            estimate = statistic(np.arange(len(groups)))  # type: ignore[operator]
-            return [float(estimate - reach), float(estimate + reach)]
+            return hull(statistic(np.arange(len(groups))), without, 0.9, 200, 3)  # type: ignore[operator]
         values = [statistic(np.concatenate([members[group] for group in draw])) for draw in drawn]  # type: ignore[operator]
-        tail = stats.norm.cdf(-t * np.sqrt(count / (count - 1)))
         return [float(np.quantile(values, tail)), float(np.quantile(values, 1 - tail))]
 
     def share(columns: np.ndarray) -> list[float]:
@@ -139,7 +137,8 @@ def test_p_values_are_adjusted_over_layers_and_leave_the_embedding_out() -> None
     effects, transplants, shift = numbers()
     effects[:, 1] = np.resize([1.0, -1.0], 12)  # no effect at layer 0
     found = summarize_patching(effects, transplants, shift, **OPTIONS)
-    expected = stats.false_discovery_control(stats.ttest_1samp(effects[:, 1:], 0.0).pvalue)
+    alone = [p_value(column.mean(), without_each(column), 200, 3) for column in effects[:, 1:].T]
+    expected = stats.false_discovery_control(alone)
     assert found.effect_p_adjusted == pytest.approx(expected.tolist(), rel=1e-9)
     assert found.effect_p_adjusted[0] == pytest.approx(1.0)
     effects, transplants, shift = numbers(pairs=40)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from align_audit.measures import resampling as r
+from tests.helpers.small_samples import studentized_draws
 
 LABELS = st.lists(st.integers(-3, 6), min_size=1, max_size=30)
 
@@ -119,6 +120,32 @@ def test_standard_errors_are_the_means_own_and_those_of_groups_the_jackknifes() 
     groups = generator.permutation(np.repeat(np.arange(5), 4))
     of_groups = np.array([values[groups == group].mean(axis=0) for group in range(5)])
     np.testing.assert_allclose(r.standard_errors(values, groups), stats.sem(of_groups), rtol=1e-12)
+
+
+def test_resample_counts_say_how_often_each_group_was_drawn() -> None:
+    counts = r.resample_counts(9, 20, seed=4)
+    for row, drawn in zip(counts, r.resample_indices(9, 20, seed=4), strict=True):
+        assert row.tolist() == [list(drawn).count(group) for group in range(9)]
+
+
+def test_studentized_draws_equal_a_plain_loop() -> None:
+    values = np.random.default_rng(2).exponential(size=(9, 2))
+    without = r.leave_one_out_means(values, r.column_means(values))
+    drawn = r.studentized(8 * (without.mean(axis=0) - without), 150, seed=7)
+    for column in range(2):
+        expected = studentized_draws(without[:, column].tolist(), 150, 7)
+        np.testing.assert_allclose(np.sort(drawn[:, column]), expected, rtol=1e-8, atol=1e-12)
+    assert (r.studentized(np.zeros((9, 1)), 50, seed=0) == 0.0).all()
+
+
+def test_a_resample_of_one_group_alone_is_infinitely_far_away() -> None:
+    influence = np.array([[2.0], [-1.0], [-1.0]])
+    drawn = r.studentized(influence, 200, seed=0)[:, 0]
+    for t, row in zip(drawn, r.resample_indices(3, 200, seed=0), strict=True):
+        values = influence[row, 0]
+        assert math.isinf(t) == (len(set(values)) == 1)
+        assert np.sign(t) == np.sign(values.sum())
+    assert np.isinf(drawn).any()
 
 
 @pytest.mark.parametrize(("groups", "confidence"), [(8, 0.9), (32, 0.95), (64, 0.95), (1000, 0.8)])

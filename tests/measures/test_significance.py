@@ -14,6 +14,7 @@ from scipy import stats
 from align_audit.measures.resampling import resample_indices
 from align_audit.measures.significance import benjamini_hochberg, mean_p_values, split_half_agreement
 from align_audit.measures.statistics import mean_intervals
+from tests.helpers.small_samples import p_value, without_each
 
 
 def test_p_values_equal_a_plain_loop() -> None:
@@ -37,13 +38,24 @@ def test_p_values_of_groups_resample_groups() -> None:
 
 
 @pytest.mark.parametrize("pairs", [8, 15, 31])
-def test_p_values_of_few_pairs_are_those_of_the_t_test(pairs: int) -> None:
-    values = np.random.default_rng(pairs).normal([0.0, 0.4, -0.8, 9.0], size=(pairs, 4))
-    expected = stats.ttest_1samp(values, 0.0).pvalue
-    np.testing.assert_allclose(mean_p_values(values), expected, rtol=1e-9)
+def test_p_values_of_few_pairs_are_the_larger_of_two(pairs: int) -> None:
+    values = np.random.default_rng(pairs).normal([0.0, 0.4, -0.8, 9.0], size=(pairs, 4)) ** 3
+    found = mean_p_values(values, resamples=299, seed=6)
+    expected = [p_value(column.mean(), without_each(column), 299, 6) for column in values.T]
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    assert (found >= stats.ttest_1samp(values, 0.0).pvalue * (1 - 1e-9)).all()
     # Pairs that say the same twice are no more than once.
     twice = np.repeat(values, 3, axis=0)
-    np.testing.assert_allclose(mean_p_values(twice, groups=np.repeat(np.arange(pairs), 3)), expected, rtol=1e-9)
+    again = mean_p_values(twice, resamples=299, seed=6, groups=np.repeat(np.arange(pairs), 3))
+    np.testing.assert_allclose(again, expected, rtol=1e-9)
+
+
+def test_p_values_of_few_groups_leave_out_a_group_at_a_time() -> None:
+    generator = np.random.default_rng(2)
+    groups = generator.permutation(np.resize(np.arange(11), 40))
+    values = generator.normal(0.3, size=(40, 3))
+    expected = [p_value(column.mean(), without_each(column, groups), 299, 6) for column in values.T]
+    np.testing.assert_allclose(mean_p_values(values, 299, 6, groups), expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("pairs", [8, 31])
@@ -54,27 +66,29 @@ def test_p_values_of_few_pairs_are_the_counterpart_of_their_interval(pairs: int)
     p = mean_p_values(values, groups=groups)
     beyond = np.array([not interval.low <= 0.0 <= interval.high for interval in mean_intervals(values, groups=groups)])
     assert 0 < beyond.sum() < 300
-    np.testing.assert_array_equal(p < 0.05, beyond)
+    apart = abs(p - 0.05) > 0.0021  # p counts the data as a resample more, the interval does not
+    assert apart.mean() > 0.95
+    np.testing.assert_array_equal((p < 0.05)[apart], beyond[apart])
 
 
 @pytest.mark.parametrize(("pairs", "columns"), [(8, 3000), (16, 3000), (64, 1500)])
 def test_p_values_hold_their_level_and_find_effects(pairs: int, columns: int) -> None:
     generator = np.random.default_rng(0)
     null = mean_p_values(generator.normal(size=(pairs, columns)), resamples=400)
-    assert 0.03 <= (null < 0.05).mean() <= 0.08
+    assert (0.03 if pairs == 64 else 0.02) <= (null < 0.05).mean() <= (0.08 if pairs == 64 else 0.06)
     for mean in (1.0, -1.0):
         found = mean_p_values(generator.normal(mean, size=(64, 1)), resamples=999)[0]
         assert found == 2 / 1000
 
 
 def test_p_values_of_zeros_unknowns_and_single_pairs() -> None:
-    for pairs, least in ((12, 0.0), (40, 0.02)):
+    for pairs in (12, 40):
         values = np.ones((pairs, 3))
         values[:, 0], values[2, 1] = 0.0, np.nan
         p = mean_p_values(values, resamples=99)
         assert p[0] == 1.0
         assert np.isnan(p[1])
-        assert p[2] == least
+        assert p[2] == 0.02
     assert np.isnan(mean_p_values(np.ones((7, 2)))).all()
     assert np.isnan(mean_p_values(np.ones((40, 2)), groups=np.resize(np.arange(7), 40))).all()
 

@@ -14,6 +14,7 @@ from scipy import stats
 
 from align_audit.measures import statistics as s
 from align_audit.measures.resampling import resample_indices
+from tests.helpers.small_samples import hull, without_each
 
 
 def finite(shape: object) -> st.SearchStrategy[np.ndarray]:
@@ -24,14 +25,6 @@ def widened(groups: int, confidence: float) -> float:
     """The share of resamples in either tail, as Student's t and a variance of (G − 1)/G of the true one ask for."""
     t = stats.t.ppf((1 - confidence) / 2, groups - 1)
     return float(stats.norm.cdf(t * math.sqrt(groups / (groups - 1))))
-
-
-def jackknife_interval(values: list[float], estimate: float, confidence: float) -> tuple[float, float]:
-    """Student's around the estimate, from its values without each group in turn."""
-    count, center = len(values), sum(values) / len(values)
-    error = math.sqrt((count - 1) / count * sum((value - center) ** 2 for value in values))
-    reach = float(stats.t.ppf((1 + confidence) / 2, count - 1)) * error
-    return estimate - reach, estimate + reach
 
 
 def same(a: s.Interval, b: s.Interval, rtol: float = 1e-12) -> None:
@@ -87,27 +80,31 @@ def test_intervals_over_groups_equal_a_plain_loop() -> None:
 
 @pytest.mark.parametrize("method", ["percentile", "bca"])
 @pytest.mark.parametrize("pairs", [8, 20, 31])
-def test_intervals_of_few_pairs_are_students(method: s.Method, pairs: int) -> None:
-    values = np.random.default_rng(pairs).exponential(size=(pairs, 2))
-    for column, interval in enumerate(s.mean_intervals(values, confidence=0.9, method=method)):
-        expected = stats.ttest_1samp(values[:, column], 0.0).confidence_interval(0.9)
-        assert (interval.mean, interval.low, interval.high) == pytest.approx(
-            (values[:, column].mean(), expected.low, expected.high), rel=1e-12
-        )
+def test_intervals_of_few_pairs_are_the_wider_of_two(method: s.Method, pairs: int) -> None:
+    values = np.random.default_rng(pairs).exponential(size=(pairs, 2)) ** 2
+    found = s.mean_intervals(values, resamples=300, confidence=0.9, method=method, seed=4)
+    for column, interval in enumerate(found):
+        mean = values[:, column].mean()
+        student = stats.ttest_1samp(values[:, column], 0.0).confidence_interval(0.9)
+        low, high = hull(mean, without_each(values[:, column]), 0.9, 300, 4)
+        assert (interval.mean, interval.low, interval.high) == pytest.approx((mean, low, high), rel=1e-9)
+        assert interval.low <= student.low * (1 + 1e-12)
+        assert interval.high >= student.high * (1 - 1e-12)
+        assert interval.high - mean > 1.05 * (mean - interval.low)  # skewed to the right, as the values are
 
 
 def test_intervals_of_few_groups_leave_out_a_group_at_a_time() -> None:
     generator = np.random.default_rng(6)
     groups = np.array([3, 3, 3, 0, 8, 8, 1, 2, 2, 4, 5, 6, 6, 7])
     pairs = generator.gamma(3.0, size=(14, 2))
-    (found,) = s.statistic_intervals(pairs, lambda m: m[..., :1] / m[..., 1:], confidence=0.9, groups=groups)
+    (found,) = s.statistic_intervals(pairs, lambda m: m[..., :1] / m[..., 1:], 200, confidence=0.9, groups=groups)
     ratios = []
     for left_out in range(9):
         kept = [pairs[i] for i in range(14) if groups[i] != left_out]
         ratios.append(sum(pair[0] for pair in kept) / sum(pair[1] for pair in kept))
     estimate = pairs[:, 0].sum() / pairs[:, 1].sum()
     assert (found.mean, found.low, found.high) == pytest.approx(
-        (estimate, *jackknife_interval(ratios, estimate, 0.9)), rel=1e-10
+        (estimate, *hull(estimate, ratios, 0.9, 200, 0)), rel=1e-9
     )
 
 
@@ -130,11 +127,13 @@ def test_pairs_that_repeat_themselves_narrow_no_interval(groups: int) -> None:
     assert apart.high - apart.low < 0.5 * (whole.high - whole.low)  # as copies of their own they would
 
 
+@pytest.mark.parametrize("skewed", [False, True])
 @pytest.mark.parametrize("pairs", [8, 16, 31, 32])
-def test_coverage_of_few_pairs(pairs: int) -> None:
-    values = np.random.default_rng(pairs).normal(2.0, size=(pairs, 3000))
+def test_coverage_of_few_pairs(pairs: int, skewed: bool) -> None:
+    generator = np.random.default_rng(pairs)
+    values = generator.gamma(2.0, size=(pairs, 3000)) if skewed else generator.normal(2.0, size=(pairs, 3000))
     intervals = s.mean_intervals(values, resamples=400)
-    assert 0.935 <= np.mean([interval.low <= 2.0 <= interval.high for interval in intervals]) <= 0.97
+    assert 0.925 <= np.mean([interval.low <= 2.0 <= interval.high for interval in intervals]) <= 0.975
 
 
 def test_methods_differ_on_skewed_values() -> None:
@@ -226,11 +225,14 @@ def test_ratio_is_paired_and_of_sums() -> None:
     assert s.ratio_interval(np.zeros(8), denominator) == s.Interval(0.0, 0.0, 0.0)
 
 
+SYMMETRIC = np.array([-3.0, 1.0, 3.0, -1.0] * 2)
+HULL = hull(0.0, without_each(SYMMETRIC), 0.95, 500, 0)
+
+
 @pytest.mark.parametrize(
     ("denominator", "reason"),
     [
-        # ± 2.3646 · √(40 / 7) / √8, Student's t of 7 degrees of freedom
-        (np.array([-3.0, 1.0, 3.0, -1.0] * 2), "the 95% interval of mean Δ, [-1.998, 1.998], includes 0"),
+        (SYMMETRIC, f"the 95% interval of mean Δ, [{HULL[0]:.4g}, {HULL[1]:.4g}], includes 0"),
         (np.zeros(8), "the 95% interval of mean Δ, [0, 0], includes 0"),
         (np.where(np.arange(8) == 1, np.nan, 1.0), "the interval of mean Δ is unknown: 1 of 8 values are not finite"),
     ],
@@ -361,14 +363,30 @@ def test_wrong_arguments_are_refused(call: object, found: str) -> None:
         call()  # type: ignore[operator]
 
 
-def test_share_interval_is_wilsons() -> None:
-    for hits in (0, 1, 40, 63, 64):
-        values = (np.arange(64) < hits).astype(float)
+@pytest.mark.parametrize("pairs", [40, 64])
+def test_share_interval_is_wilsons(pairs: int) -> None:
+    """But for its outer bound beside 0 and 1, where it is Poisson's: of 3 hits from 51 pairs on, else of 2."""
+    rare = 3 if pairs > 50 else 2
+    for hits in (0, 1, 2, 3, 4, 30, pairs - 4, pairs - 3, pairs - 2, pairs - 1, pairs):
+        values = (np.arange(pairs) < hits).astype(float)
         found = s.share_interval(values, 0.9)
-        expected = stats.binomtest(hits, 64).proportion_ci(0.9, method="wilson")
-        np.testing.assert_allclose(
-            (found.mean, found.low, found.high), (hits / 64, expected.low, expected.high), atol=1e-12
-        )
+        expected = stats.binomtest(hits, pairs).proportion_ci(0.9, method="wilson")
+        low, high = expected.low, expected.high
+        if 0 < hits <= rare:
+            low = stats.chi2.ppf(0.1, 2 * hits) / 2 / pairs
+        if 0 < pairs - hits <= rare:
+            high = 1 - stats.chi2.ppf(0.1, 2 * (pairs - hits)) / 2 / pairs
+        np.testing.assert_allclose((found.mean, found.low, found.high), (hits / pairs, low, high), atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.95, 0.98, 0.99, 0.995, 0.998])
+def test_share_interval_covers_beside_one_whatever_the_share(share: float) -> None:
+    """Exactly, by the binomial distribution: Wilson's alone covers 84 % at some."""
+    covered = 0.0
+    for hits in range(65):
+        interval = s.share_interval((np.arange(64) < hits).astype(float))
+        covered += stats.binom.pmf(hits, 64, share) * (interval.low <= share <= interval.high)
+    assert covered >= 0.92
 
 
 def test_share_interval_covers_near_one_where_the_bootstrap_does_not() -> None:
