@@ -142,7 +142,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place:
             pairs = job.pairs[: options.peer_pairs]
             small = Job(
-                replace(spec, pairs=len(pairs)), job.reference, job.policy, pairs, split_halves(len(pairs), 0), ""
+                replace(spec, pairs=len(pairs)), job.reference, job.policy, pairs, split_halves(pairs, 0), ""
             )
             small.save(Path(place))
             shape = Shape.of(spec)

@@ -221,10 +221,25 @@ def test_positions_of_a_pair() -> None:
         [2, 3],
         [1],
     ]
-    assert oracle.spectral_positions(PAIRS[0]) == ([2, 3, 4], [3, 4, 5])
-    assert oracle.spectral_positions(PAIRS[1]) == ([1, 2, 3], [3])
-    assert oracle.spectral_positions(Pair((2, 7, 18, 28), (2, 7, 18, 45), 2, 2)) == ([1, 2], [])
-    assert oracle.spectral_positions(PAIRS[3]) == ([0, 1], [0, 1, 2])
+    assert oracle.spectral_positions(PAIRS[:1]) == [([2, 3, 4], [3, 4, 5])]
+    assert oracle.spectral_positions(PAIRS[1:2]) == [([1, 2, 3], [3])]
+    assert oracle.spectral_positions([Pair((2, 7, 18, 28), (2, 7, 18, 45), 2, 2)]) == [([1, 2], [])]
+    assert oracle.spectral_positions(PAIRS[3:]) == [([0, 1], [0, 1, 2])]
+    # Of a second pair with the same prompt what it shares with the first is known already.
+    second = Pair((3, 14, 15, 9, 26, 8), (3, 14, 15, 1, 1), 3, 3)
+    assert oracle.spectral_positions([PAIRS[0], second]) == [([2, 3, 4], [3, 4, 5]), ([], [3])]
+
+
+def test_halves_are_of_whole_groups() -> None:
+    same = [Pair((9, 8, completion, 3), (9, 8, completion, 4), 2, 2) for completion in range(5)]
+    short = [Pair((1, completion, 3), (1, completion, 4), 1, 1) for completion in range(6)]
+    assert len({oracle.prompt_group(pair) for pair in same}) == 1
+    assert len({oracle.prompt_group(pair) for pair in short}) == 6
+    for seed in range(4):
+        halves = oracle.halves([*same, *short], seed)
+        assert len(set(halves[:5].tolist())) == 1
+        assert abs(int(halves.sum()) - int((~halves).sum())) == 1
+    assert len({tuple(oracle.halves(short, seed).tolist()) for seed in range(10)}) > 3
 
 
 def test_activation_features_from_the_models_hidden_states() -> None:
