@@ -42,7 +42,7 @@ def run(policy: Any, reference: Any, probes: Any, settings: AuditConfig) -> Any:
 def case(request: pytest.FixtureRequest) -> dict[str, Any]:
     reference = tiny_model(request.param)
     policy = perturbed(reference)
-    probes = random_pairs(9)
+    probes = random_pairs(8)
     record, arrays = run(policy, reference, probes, config())
     _, chosen, rejected = oracle.margins(reference, probes.pairs)
     # Norms and softmax of several families compute in float32 whatever the model's dtype, so numbers that pass through

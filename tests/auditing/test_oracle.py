@@ -150,8 +150,9 @@ def test_one_changed_block_is_found_where_it_is(family: str) -> None:
     assert found["additivity"] == pytest.approx(1)
     assert found["head_gain"] == pytest.approx(0, abs=1e-9)
     assert found["layer_gain"] == pytest.approx(np.eye(DEPTH)[planted])
-    signed = oracle.summary(effects, transplants * np.sign(delta.sum()), delta)
-    assert signed["peak_layer"] == planted
+    assert found["peak_layer"] == planted  # whichever way the margin moved
+    turned = oracle.summary(-effects, -transplants, -delta)
+    assert turned["peak_layer"] == planted
     reverse = oracle.patch_effects(reference, policy, FEW)
     np.testing.assert_allclose(reverse[:, planted + 1 :], -delta[:, None].repeat(DEPTH - planted, 1), atol=1e-9)
     features = oracle.activation_features(policy, reference, FEW)
@@ -238,7 +239,7 @@ def test_halves_are_of_whole_groups() -> None:
     for seed in range(4):
         halves = oracle.halves([*same, *short], seed)
         assert len(set(halves[:5].tolist())) == 1
-        assert abs(int(halves.sum()) - int((~halves).sum())) == 1
+        assert abs(int(halves.sum()) - int((~halves).sum())) <= 5
     assert len({tuple(oracle.halves(short, seed).tolist()) for seed in range(10)}) > 3
 
 
@@ -348,8 +349,8 @@ def test_spectra_and_their_rows() -> None:
 def test_transport_is_the_bhattacharyya_angle(family: str) -> None:
     model = make(family)
     expected: list[list[float]] = [[] for _ in range(DEPTH - 1)]
-    for pair in FEW:
-        for (ids, _), positions in zip(oracle.sides(pair), oracle.spectral_positions(pair), strict=True):
+    for pair, places in zip(FEW, oracle.spectral_positions(FEW), strict=True):
+        for (ids, _), positions in zip(oracle.sides(pair), places, strict=True):
             run = oracle.forward(model, ids)
             with torch.no_grad():
                 p = [norm_and_head(model, family, run.h(layer)).double().softmax(-1) for layer in range(DEPTH)]

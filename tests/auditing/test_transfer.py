@@ -292,7 +292,7 @@ def test_a_set_of_one_pair_is_good_for_others_only(models: tuple[Any, Any]) -> N
 
 def test_nothing_to_find_is_an_error_or_has_its_reason(models: tuple[Any, Any]) -> None:
     reference = models[1]
-    sets = {"one": random_pairs(8), "two": random_pairs(4, seed=9)}
+    sets = {"one": random_pairs(8), "two": random_pairs(8, seed=9)}
     with pytest.raises(ConfigurationError, match=r"no layer to reconstruct at \(on 'one' every block transplant is 0"):
         transfer(copy.deepcopy(reference), reference, sets, settings(layers="auto"))
     record = transfer(copy.deepcopy(reference), reference, sets, settings())
