@@ -285,7 +285,9 @@ def test_a_set_of_one_pair_is_good_for_others_only(models: tuple[Any, Any]) -> N
     cells = record.cells["shift"][1]
     assert cells["many"]["many"].effect_fraction[0].reason is None
     assert cells["one"]["many"].effect_fraction[0].reason is None, "its pair spans a subspace for the others"
-    assert "at least 2 independent pairs (those that share a prompt are one), found 1" in (cells["one"]["one"].effect_fraction[0].reason or "")
+    assert "at least 2 independent pairs (those that share a prompt are one), found 1" in (
+        cells["one"]["one"].effect_fraction[0].reason or ""
+    )
     assert cells["many"]["one"].effect_fraction[0].reason
     assert unexplained(record) == []  # type: ignore[arg-type]
 

@@ -243,7 +243,9 @@ def halves(pairs: Sequence[PairLike], seed: int) -> NDArray[np.bool_]:
     members: dict[int, list[int]] = {}
     for place, pair in enumerate(pairs):
         members.setdefault(prompt_group(pair), []).append(place)
-    order = sorted(members, key=lambda group: hashlib.blake2b(f"{seed}:half:{group}".encode(), digest_size=16).hexdigest())
+    order = sorted(
+        members, key=lambda group: hashlib.blake2b(f"{seed}:half:{group}".encode(), digest_size=16).hexdigest()
+    )
     second = np.zeros(len(pairs), dtype=bool)
     counts = [0, 0]
     for group in order:

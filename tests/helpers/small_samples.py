@@ -26,7 +26,9 @@ def studentized_draws(without: Sequence[float], resamples: int, seed: int) -> li
     for row in np.random.default_rng(seed).integers(0, count, size=(resamples, count)):
         values = [influence[group] for group in row]
         mean, error = math.fsum(values) / count, np.std(values, ddof=1) / math.sqrt(count)
-        drawn.append(0.0 if mean == 0.0 else float(mean / error) if len(set(row)) > 1 else math.copysign(math.inf, mean))
+        drawn.append(
+            0.0 if mean == 0.0 else float(mean / error) if len(set(row)) > 1 else math.copysign(math.inf, mean)
+        )
     return sorted(drawn)
 
 

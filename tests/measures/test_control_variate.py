@@ -285,7 +285,9 @@ def test_too_few_exact_pairs() -> None:
     assert all(math.isnan(result.p) for result in (none, one, seven))
     # Nine exact pairs in seven groups are seven.
     (shared,) = cv.control_variate_means(
-        first(population(20, 1)[0], 9), proxy[:, :1], groups=np.where(np.arange(20) < 9, np.arange(20) % 7, np.arange(20))
+        first(population(20, 1)[0], 9),
+        proxy[:, :1],
+        groups=np.where(np.arange(20) < 9, np.arange(20) % 7, np.arange(20)),
     )
     assert math.isnan(shared.interval.low)
     assert shared.interval.reason == "an interval needs at least 8 exact independent pairs, found 7"
@@ -321,7 +323,9 @@ def test_pairs_that_repeat_themselves_do_not_narrow_the_interval() -> None:
         # Slopes are fitted with the other copies of a pair, so residuals look somewhat smaller than they are.
         assert 0.7 * width < as_groups < 1.05 * width
         assert as_pairs < 0.65 * width
-    unused = [cv.control_variate_means(m, np.zeros(m.shape), groups=g) for m, g in ((measured, None), (copies[0], groups))]
+    unused = [
+        cv.control_variate_means(m, np.zeros(m.shape), groups=g) for m, g in ((measured, None), (copies[0], groups))
+    ]
     for one, grouped in zip(*unused, strict=True):
         assert numbers(grouped)[0] == pytest.approx(numbers(one)[0])
         assert numbers(grouped)[2] == pytest.approx(numbers(one)[2], rel=0.05)

@@ -66,7 +66,9 @@ def test_one_of_each_group_comes_before_a_second_of_any() -> None:
 def test_halves_keep_groups_whole_and_are_about_equal(groups: list[int], seed: int) -> None:
     second = halves(groups, seed)
     assert second.dtype == np.bool_
-    sides = {group: {bool(half) for half, name in zip(second, groups, strict=True) if name == group} for group in groups}
+    sides = {
+        group: {bool(half) for half, name in zip(second, groups, strict=True) if name == group} for group in groups
+    }
     assert all(len(side) == 1 for side in sides.values())
     assert abs(int(second.sum()) - int((~second).sum())) <= max(Counter(groups).values())
     backwards = halves(groups[::-1], seed)

@@ -108,7 +108,9 @@ def test_leave_one_out_means_equal_a_plain_loop() -> None:
     values = np.random.default_rng(0).normal(size=(7, 2))
     without = r.leave_one_out_means(values, r.column_means(values), np.array(groups))
     for mean, left_out in zip(without, [0, 1, 4, 7], strict=True):
-        np.testing.assert_allclose(mean, np.mean([v for v, g in zip(values, groups, strict=True) if g != left_out], axis=0))
+        np.testing.assert_allclose(
+            mean, np.mean([v for v, g in zip(values, groups, strict=True) if g != left_out], axis=0)
+        )
 
 
 def test_standard_errors_are_the_means_own_and_those_of_groups_the_jackknifes() -> None:
@@ -116,7 +118,9 @@ def test_standard_errors_are_the_means_own_and_those_of_groups_the_jackknifes() 
     values = generator.normal(size=(20, 3))
     np.testing.assert_allclose(r.standard_errors(values), stats.sem(values), rtol=1e-12)
     # Copies say nothing new; of groups of one size it is the error of the groups' means.
-    np.testing.assert_allclose(r.standard_errors(np.repeat(values, 4, axis=0), np.repeat(np.arange(20), 4)), stats.sem(values))
+    np.testing.assert_allclose(
+        r.standard_errors(np.repeat(values, 4, axis=0), np.repeat(np.arange(20), 4)), stats.sem(values)
+    )
     groups = generator.permutation(np.repeat(np.arange(5), 4))
     of_groups = np.array([values[groups == group].mean(axis=0) for group in range(5)])
     np.testing.assert_allclose(r.standard_errors(values, groups), stats.sem(of_groups), rtol=1e-12)

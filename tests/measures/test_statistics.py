@@ -417,7 +417,9 @@ def test_share_interval_of_correlated_pairs_covers() -> None:
     """Twenty prompts of six pairs, of which most agree: the interval of independent pairs would miss far more often."""
     generator = np.random.default_rng(1)
     own = generator.random((1000, 20, 1)) < 0.6
-    hits = np.where(generator.random((1000, 20, 6)) < 0.8, own, generator.random((1000, 20, 6)) < 0.6).reshape(1000, 120)
+    hits = np.where(generator.random((1000, 20, 6)) < 0.8, own, generator.random((1000, 20, 6)) < 0.6).reshape(
+        1000, 120
+    )
     names = np.repeat(np.arange(20), 6)
     grouped = [s.share_interval(row, groups=names) for row in hits]
     assert 0.92 <= np.mean([one.low <= 0.6 <= one.high for one in grouped]) <= 0.98

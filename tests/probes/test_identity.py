@@ -18,7 +18,9 @@ TOKENS = st.lists(st.integers(0, 2), max_size=3).map(tuple)
 @st.composite
 def pairs(draw: Any) -> ProbePair:
     prompt, chosen, rejected = draw(TOKENS), draw(TOKENS), draw(TOKENS)
-    return ProbePair(draw(st.integers(0, 99)), (*prompt, *chosen, 5, 7), (*prompt, *rejected, 5, 8), len(prompt), len(prompt))
+    return ProbePair(
+        draw(st.integers(0, 99)), (*prompt, *chosen, 5, 7), (*prompt, *rejected, 5, 8), len(prompt), len(prompt)
+    )
 
 
 def content(pair: ProbePair) -> Any:
