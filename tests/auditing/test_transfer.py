@@ -195,7 +195,7 @@ def test_a_matrix_of_two_sets_is_what_its_definition_says(models: tuple[Any, Any
 
 
 def test_pairs_in_both_sets_are_held_out_of_what_they_are_patched_with(models: tuple[Any, Any]) -> None:
-    """One pair with chosen and rejected swapped, one that shares its prompt alone, one with something of both halves, new ones."""
+    """One pair with chosen and rejected swapped, one that shares its prompt, one with something of both halves, new ones."""
     policy, reference = models
     first, new = list(random_pairs(9)), list(random_pairs(6, seed=9))
     halves = oracle.halves(first, 3)
@@ -301,7 +301,7 @@ def test_nothing_to_find_is_an_error_or_has_its_reason(models: tuple[Any, Any]) 
     assert "there is no shift to span" in (record.cells["shift"][1]["one"]["two"].effect_fraction[0].reason or "")
     assert "includes 0" in (record.cells["activation"][1]["one"]["two"].effect_fraction[0].reason or "")
     assert unexplained(record) == []  # type: ignore[arg-type]
-    with pytest.raises(ProbeError, match="no probe set has more than 7 independent pairs .*at least 8 in one of them"):
+    with pytest.raises(ProbeError, match=r"no probe set has more than 7 independent pairs .*at least 8 in one of them"):
         transfer(*models, {"one": random_pairs(7), "two": random_pairs(5, seed=9)}, settings())
     with pytest.raises(ConfigurationError, match="at least two probe sets; found one alone"):
         transfer(*models, {"one": sets["one"]}, settings())
