@@ -1,49 +1,73 @@
-"""The recipe is a program that runs: full fine-tuning and LoRA, on local files."""
+"""The recipe is a program that runs: full fine-tuning and LoRA, on local files.
+
+Once it runs as a process; the other times in this one, which has its imports already.
+"""
 
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from align_audit import AuditRun
+from align_audit import AuditConfig, AuditRun
+from tests.helpers.audits import QUICK
 from tests.helpers.dpo import ROWS, saved_model
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "dpo.py"
 
 
-@pytest.mark.parametrize("extra", [[], ["--use_peft", "--lora_r", "4"]], ids=["full", "lora"])
-def test_the_recipe_trains_and_audits(extra: list[str], tmp_path: Path) -> None:
-    model = saved_model(tmp_path / "base")
-    pairs = tmp_path / "pairs.jsonl"
+def arguments(folder: Path) -> list[str]:
+    """A training of two steps, on a model, pairs and an audit configuration in ``folder``."""
+    model, pairs, audit = saved_model(folder / "base"), folder / "pairs.jsonl", folder / "audit.yaml"
     pairs.write_text("\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
+    AuditConfig.from_dict({**QUICK, "seed": 5}).to_yaml(audit)
     options = {
-        "model_name_or_path": model, "dtype": "float32", "dataset_name": pairs, "output_dir": tmp_path / "out",
+        "model_name_or_path": model, "dtype": "float32", "dataset_name": pairs, "output_dir": folder / "out",
         "max_steps": 2, "save_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-3, "bf16": False,
-        "report_to": "tensorboard", "audit_pairs": 3, "audit_held_out": 6,
+        "report_to": "tensorboard", "audit_pairs": 3, "audit_held_out": 6, "audit_config": audit,
     }  # fmt: skip
-    arguments = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    done = subprocess.run(
-        [sys.executable, str(RECIPE), *arguments, "--use_cpu", *extra], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    run = AuditRun.load(tmp_path / "out")
+    return [*(text for name, value in options.items() for text in (f"--{name}", str(value))), "--use_cpu"]
+
+
+def check(folder: Path, said: str, source: str) -> None:
+    """What a training of :func:`arguments` leaves and prints."""
+    run = AuditRun.load(folder / "out")
     assert [record.step for record in run.records] == [0, 1, 2]
-    assert run.records[0].reference_check.verdict == "passed"
-    assert run.records[0].provenance.probe_held_out
-    assert ("adapters off" in run.records[0].reference_check.source) == bool(extra)
-    assert "align_audit, step 2" in done.stdout
+    first = run.records[0]
+    assert first.reference_check.verdict == "passed"
+    assert first.provenance.probe_held_out
+    assert (first.provenance.pairs, first.provenance.seed) == (3, 5), "the command line, then the file"
+    assert source in first.reference_check.source
+    assert "align_audit, step 2" in said
 
 
-def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_the_recipe_trains_and_audits(tmp_path: Path) -> None:
+    command = [sys.executable, str(RECIPE), *arguments(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    check(tmp_path, done.stdout, "")
+    assert "adapters off" not in AuditRun.load(tmp_path / "out").records[0].reference_check.source
+
+
+def called(monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", [str(RECIPE), *options])
+    runpy.run_path(str(RECIPE), run_name="__main__")
+
+
+def test_it_trains_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    called(monkeypatch, *arguments(tmp_path), "--use_peft", "--lora_r", "4")
+    check(tmp_path, capsys.readouterr().out, "adapters off")
+
+
+def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = tmp_path / "pairs.txt"
     wrong.write_text("nothing", encoding="utf-8")
-    arguments = ["--model_name_or_path", "x", "--dataset_name", str(wrong), "--output_dir", str(tmp_path / "out")]
-    done = subprocess.run(
-        [sys.executable, str(RECIPE), *arguments, "--use_cpu"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode != 0
-    assert "expected a file ending in .jsonl" in done.stderr
+    options = ["--model_name_or_path", "x", "--dataset_name", str(wrong), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match=r"pairs\.txt: expected a file ending in \.jsonl") as ended:
+        called(monkeypatch, *options, "--use_cpu")
+    assert "\n" not in str(ended.value)

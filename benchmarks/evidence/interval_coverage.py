@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,27 @@ def measured(policy: Any, reference: Any, probes: Any) -> dict[str, np.ndarray]:
         "effect": pair["effect"], "transplant": pair["transplant"], "shift": shift, "kl": pair["kl"],
         "attribution": pair["attribution"][:, 1:],
     }  # fmt: skip
+
+
+def populations(name: str, steps: list[int], folder: Path | None) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+    """Of each step what is measured of 600 pairs that share no prompt; kept in ``folder``, and taken from there."""
+    from align_audit import ProbeSet
+
+    files = {step: folder / f"{name}-{step}.npz" for step in steps} if folder is not None else {}
+    if files and all(file.is_file() for file in files.values()):
+        for step, file in files.items():
+            with np.load(file) as kept:
+                yield step, {key: kept[key] for key in kept.files}
+        return
+    run = trained.train(name, steps)
+    probes = ProbeSet.from_dataset(run.held_out + run.rows, run.tokenizer, max_pairs=600, max_length=512)
+    assert probes.groups == len(probes), "pairs of this set share prompts"
+    for step in steps:
+        pair = measured(run.at(step), run.reference, probes)
+        if files:
+            files[step].parent.mkdir(parents=True, exist_ok=True)
+            np.savez(files[step], **pair)
+        yield step, pair
 
 
 def intervals(pair: dict[str, np.ndarray], exact: int, **options: Any) -> dict[str, list[Any]]:
@@ -102,23 +124,17 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--interval", choices=("percentile", "bca"), default="percentile")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--arrays", type=Path, help="folder to keep the pairs' numbers in, and to take them from")
     options = parser.parse_args()
-    from align_audit import ProbeSet
-
     began, results = time.perf_counter(), []
     header = f"{'quantity':<26}{'coverage over layers':>22}{'draws with an interval':>24}"
     print(f"{'model':>8}{'step':>5}{'pairs':>6}  {header}")
     for name in trained.available(options.models):
-        run = trained.train(name, options.steps)
-        rows = run.held_out + run.rows
-        probes = ProbeSet.from_dataset(rows, run.tokenizer, max_pairs=600, max_length=512)
-        assert len({pair.group for pair in probes}) == len(probes), "pairs of this set share prompts"
-        for step in options.steps:
-            pair = measured(run.at(step), run.reference, probes)
+        for step, pair in populations(name, options.steps, options.arrays):
             how: dict[str, Any] = {"resamples": 1000, "confidence": 0.95, "method": options.interval}
             truth = {
                 key: [each.mean for each in values]
-                for key, values in intervals(pair, len(probes), seed=0, **how).items()
+                for key, values in intervals(pair, len(pair["shift"]), seed=0, **how).items()
             }
             truth[SOME_PATCHED] = truth["effect"]
             for pairs in options.pairs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ from engine.contenders import CONTENDERS
 from engine.contenders.common import Pair, make_batches
 from engine.contenders.hooks import Hooks
 from engine.job import Job, JobSpec, load_job, make_job, make_pairs, tokenize
+from engine.main import main
 from engine.scaling import exponent
 from torch.utils.flop_counter import FlopCounterMode
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SPEC = JobSpec(layers=3, width=64, vocab=97, pairs=5, max_tokens=40, dtype="float64")
 
 
@@ -145,16 +144,21 @@ def test_exponent_of_a_power_law() -> None:
     assert exponent([12, 24, 36], [5 * n**1.5 for n in (12, 24, 36)]) == pytest.approx(1.5)
 
 
-def test_a_contender_that_is_not_installed_is_listed(tmp_path: Path) -> None:
-    """The command itself, on the smallest job, with an interpreter that has nothing for one contender."""
+def test_a_contender_that_is_not_installed_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the command calls, on the smallest job, with an interpreter that has nothing for one contender.
+
+    That the command itself starts is seen in ``test_commands.py``.
+    """
     out = tmp_path / "engine.json"
     command = [
-        sys.executable, str(BENCHMARKS / "engine"), "--layers", "2", "--width", "64", "--vocab", "97", "--pairs", "2",
+        "engine", "--layers", "2", "--width", "64", "--vocab", "97", "--pairs", "2",
         "--max-tokens", "24", "--repeats", "1", "--threads", "1", "--contenders", "pyvene", "hooks",
         "--peer-python", f"pyvene={tmp_path / 'no-python'}", "--json", str(out),
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", command)
+    main()
     rows = {row["contender"]: row for row in json.loads(out.read_text())["rows"]}
-    assert "no-python" in rows["pyvene"]["problem"] and "pyvene" in done.stdout
+    assert "no-python" in rows["pyvene"]["problem"] and "pyvene" in capsys.readouterr().out
     assert rows["hooks"]["cpu_seconds"] and rows["hooks"]["max_difference"] == 0.0

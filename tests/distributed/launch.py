@@ -6,6 +6,7 @@ other. A case that does not end in time is killed, and its result says so: a dea
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -89,6 +90,8 @@ def main() -> None:
     import align_audit.monitoring.callback  # noqa: F401  (once, for all ranks of all cases)
     import tests.distributed.jobs  # noqa: F401
 
+    # Every rank collects garbage, and would look through all that was imported, and copy its pages.
+    gc.freeze()
     cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
     results = {name: _case(folder / name, size, case) for name, case in cases.items()}
     (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")

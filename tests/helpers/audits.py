@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import nn
@@ -27,10 +27,14 @@ QUICK: dict[str, Any] = {
 }
 """The least that is an audit."""
 
+QUICK_LASSO: dict[str, Any] = {"folds": 2, "selection_resamples": 1, "permutations": 1}
+"""Localization by the fewest fits, where there has to be one and no claim rests on its numbers."""
 
-def audited(
-    policy: nn.Module, reference: Any, probes: ProbeSet, config: AuditConfig, **asked: Any
-) -> tuple[AuditRecord, dict[str, np.ndarray]]:
+Audited: TypeAlias = tuple[AuditRecord, dict[str, np.ndarray]]
+"""A record, and the arrays beside it."""
+
+
+def audited(policy: nn.Module, reference: Any, probes: ProbeSet, config: AuditConfig, **asked: Any) -> Audited:
     """The record and the arrays; ``reference``: a model, a path, None, or a ``Reference``."""
     resolved = reference if isinstance(reference, Reference) else resolve_reference(policy, reference)
     result = audit_once(policy, resolved, probes, config, **asked)

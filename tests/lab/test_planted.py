@@ -8,28 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_audit.config import AuditConfig
-from align_audit.lab import MODEL_DIR
-from align_audit.lab.corpus import preference_pairs
 from align_audit.probes.pairs import ProbeSet
 from tests.helpers import oracle
-from tests.helpers.audits import audited
 
 LARGE, SMALL = 0.1, 0.01
 """Norm of the weight noise over the weights' own: on the planted layer, and on all others."""
-
-
-@pytest.fixture(scope="module")
-def base() -> Any:
-    return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float64).eval()
-
-
-@pytest.fixture(scope="module")
-def probes() -> ProbeSet:
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    return ProbeSet.from_dataset(preference_pairs(10, seed=11), tokenizer, max_pairs=10)
 
 
 def with_noise(base: Any, planted: int, seed: int) -> Any:
@@ -45,12 +29,11 @@ def with_noise(base: Any, planted: int, seed: int) -> Any:
 
 
 @pytest.mark.parametrize("planted", [0, 2, 5])
-def test_the_planted_layer_stands_out_by_what_restoring_it_does(base: Any, probes: ProbeSet, planted: int) -> None:
+def test_the_planted_layer_stands_out_by_what_restoring_it_does(
+    base: Any, probes: ProbeSet, audited: Any, planted: int
+) -> None:
     policy = with_noise(base, planted, seed=planted)
-    settings = AuditConfig.from_dict(
-        {"low_rank": {"enabled": False}, "patching": {"noise_draws": 0}, "spinal": {"enabled": False}}
-    )
-    _, arrays = audited(policy, base, probes, settings)
+    _, arrays = audited(policy, base, probes, patching={"noise_draws": 0})
     blocks = arrays["per_pair.transplant"][:, 1:-1]
 
     # The truth, by other means: put one layer's new weights into the reference, or its old ones into the policy.
@@ -67,14 +50,13 @@ def test_the_planted_layer_stands_out_by_what_restoring_it_does(base: Any, probe
     assert size[planted] > 2 * np.delete(size, planted).max()
 
 
-def test_a_change_that_moves_no_margin_is_no_effect(base: Any, probes: ProbeSet) -> None:
+def test_a_change_that_moves_no_margin_is_no_effect(base: Any, probes: ProbeSet, audited: Any) -> None:
     """A rescaled gate undone in the next product: weights move, no activation of the stream does."""
     policy = copy.deepcopy(base)
     with torch.no_grad():
         policy.model.layers[3].mlp.up_proj.weight.mul_(2.0)
         policy.model.layers[3].mlp.down_proj.weight.div_(2.0)
-    settings = AuditConfig.from_dict({"low_rank": {"enabled": False}, "spinal": {"enabled": False}})
-    record, arrays = audited(policy, base, probes, settings)
+    record, arrays = audited(policy, base, probes, patching={})
     assert record.provenance.policy_hash != record.provenance.reference_hash
     assert np.abs(arrays["per_pair.effect"]).max() < 1e-9
     assert record.patching.recovery[3].reason is not None

@@ -12,10 +12,8 @@ import torch
 from ruined_runs import DATA, Case, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_audit.config import AuditConfig
 from align_audit.probes.pairs import ProbeSet
 from tests.helpers import oracle
-from tests.helpers.audits import audited
 
 pytestmark = [
     pytest.mark.real_data,
@@ -36,12 +34,11 @@ def models() -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("name", ["stories-pairs/pairs.jsonl", "hh-harmless/pairs.jsonl.gz"])
-def test_audit_equals_the_plain_computation_on_real_pairs(models: tuple[Any, Any], name: str) -> None:
+def test_audit_equals_the_plain_computation_on_real_pairs(models: tuple[Any, Any], audited: Any, name: str) -> None:
     policy, reference = models
     tokenizer = AutoTokenizer.from_pretrained(DATA / "stories260k")
     probes = ProbeSet.from_dataset(DATA / name, tokenizer, max_pairs=4, max_length=160, seed=2)
-    settings = AuditConfig.from_dict({"low_rank": {"enabled": False}, "patching": {"noise_draws": 1}})
-    record, arrays = audited(policy, reference, probes, settings)
+    record, arrays = audited(policy, reference, probes)
     _, chosen, rejected = oracle.margins(reference, probes.pairs)
     atol = 1e-6 * float(np.max(np.abs(chosen) + np.abs(rejected)))
     effects = oracle.patch_effects(policy, reference, probes.pairs)

@@ -19,7 +19,7 @@ def test_margins_equal_the_trainers(mode: str, tmp_path: Path) -> None:
         config=AuditConfig.from_dict(
             {
                 "low_rank": {"enabled": False}, "spinal": {"enabled": False}, "patching": {"enabled": False},
-                "strict": True, "progress": False,
+                "tensorboard": "off", "strict": True, "progress": False,
             }
         )
     )  # fmt: skip

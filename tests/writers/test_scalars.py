@@ -16,11 +16,12 @@ from tests.helpers.record_parts import FEW_VALUES, NO_SHIFT
 @pytest.mark.parametrize(("layers", "last"), [(5, "layer_04"), (36, "layer_35"), (120, "layer_119")])
 def test_layers_are_padded_so_that_tags_sort_by_layer(layers: int, last: str) -> None:
     record = make_record(100, layers=layers)
-    tags = [tag for tag in scalars(record) if re.fullmatch(r"align_audit/patching/effect/layer_\d+", tag)]
+    values = scalars(record)
+    tags = [tag for tag in values if re.fullmatch(r"align_audit/patching/effect/layer_\d+", tag)]
     assert tags == sorted(tags)
     assert tags[-1].endswith(f"/{last}")
     assert record.patching is not None
-    assert [scalars(record)[tag] for tag in tags] == [estimate.mean for estimate in record.patching.effect]
+    assert [values[tag] for tag in tags] == [estimate.mean for estimate in record.patching.effect]
 
 
 def test_estimates_stand_beside_the_ends_of_their_interval() -> None:

@@ -82,14 +82,14 @@ def test_what_is_written_can_be_read_back(summary_writer: SummaryWriter, tmp_pat
 
     events = read(tmp_path)  # nobody closed the writer: it was flushed
     tags = events.Tags()
-    expected = {tag for record in run for tag in scalars(record)}
-    assert set(tags["scalars"]) == expected
-    for tag in expected:
+    expected = {record.step: scalars(record) for record in run}
+    assert set(tags["scalars"]) == {tag for values in expected.values() for tag in values}
+    for tag in tags["scalars"]:
         values = {event.step: event.value for event in events.Scalars(tag)}
-        assert set(values) == {record.step for record in run if tag in scalars(record)}
+        assert set(values) == {step for step in expected if tag in expected[step]}
         for record in run:
             if record.step in values:
-                assert values[record.step] == np.float32(scalars(record)[tag])
+                assert values[record.step] == np.float32(expected[record.step][tag])
                 assert math.isfinite(values[record.step])
 
     assert set(tags["images"]) == {

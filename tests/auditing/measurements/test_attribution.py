@@ -29,7 +29,7 @@ from align_audit.probes.batches import make_batch
 from align_audit.record.audit_record import Attribution, AuditRecord, Estimate
 from align_audit.writers.scalars import not_known, scalars
 from align_audit.writers.terminal import summary_table
-from tests.helpers.audits import audited, session_of
+from tests.helpers.audits import QUICK_LASSO, audited, session_of
 from tests.helpers.dpo import ROWS, build
 from tests.helpers.probe_tokenizer import make_tokenizer
 from tests.helpers.tiny import DEVICE, perturbed, random_pairs, tiny_model
@@ -41,15 +41,17 @@ LOW_RANK = {"layers": (1,), "ranks": (1, 4)}
 
 def run(policy: Any, reference: Any, pairs: int, **changes: Any) -> tuple[AuditRecord, dict[str, np.ndarray]]:
     config = AuditConfig.from_dict(
-        {"low_rank": LOW_RANK, "statistics": {"bootstrap_resamples": 200}, "batch_tokens": 100, **changes}
-    )
+        {
+            "low_rank": LOW_RANK, "localization": QUICK_LASSO, "statistics": {"bootstrap_resamples": 200},
+            "batch_tokens": 100, **changes,
+        }
+    )  # fmt: skip
     return audited(policy, reference, random_pairs(pairs), config)
 
 
 @pytest.fixture(scope="module")
-def models() -> tuple[Any, Any]:
-    reference = tiny_model("llama")
-    return perturbed(reference), reference
+def models(pair_of_models: Any) -> tuple[Any, Any]:
+    return pair_of_models("llama")
 
 
 def test_controls_on_fewer_pairs_are_those_of_the_whole(models: tuple[Any, Any]) -> None:
@@ -124,12 +126,12 @@ def plain_attribution(policy: Any, reference: Any, pairs: Any, point: float) -> 
 
 
 @pytest.mark.parametrize("shared", [True, False])
-def test_attribution_equals_plain_autograd(models: tuple[Any, Any], shared: bool) -> None:
+def test_attribution_equals_plain_autograd(models: tuple[Any, Any], probes: Any, shared: bool) -> None:
     record, arrays = run(*models, 10, patching={"exact_pairs": 8}, share_prompts=shared)
     assert record.provenance.shared_prompts == shared
     assert record.patching.attribution.points == [0.0, 0.5]
     for place, point in enumerate((0.0, 0.5)):
-        expected = plain_attribution(*models, random_pairs(10).pairs, point)
+        expected = plain_attribution(*models, probes(10).pairs, point)
         assert np.abs(expected).max() > 1e-2
         np.testing.assert_allclose(arrays["per_pair.attribution"][:, :, place], expected, rtol=1e-6, atol=1e-7)
 
@@ -226,11 +228,11 @@ def test_too_few_exact_pairs_are_refused() -> None:
         AuditConfig.from_dict({"patching": {"exact_pairs": 3}})
 
 
-def test_batches_do_not_mix_roles(models: tuple[Any, Any]) -> None:
+def test_batches_do_not_mix_roles(models: tuple[Any, Any], probes: Any) -> None:
     policy, reference = models
     config = AuditConfig.from_dict({"patching": {"exact_pairs": 9, "control_pairs": 4}, "batch_tokens": 400})
     with OpenModels(policy, resolve_reference(policy, reference)) as opened:
-        session = session_of(opened, random_pairs(14), config)
+        session = session_of(opened, probes(14), config)
     roles = []
     for group in session.plan:
         batch = make_batch([session.pairs[i] for i in group], group, 0)
@@ -322,7 +324,7 @@ def test_an_audit_patches_each_layer_on_as_many_pairs_as_its_interval_needs() ->
         config = AuditConfig.from_dict(
             {
                 "patching": {"attribution_points": (0.0,), "control_pairs": 10, **patching}, "batch_tokens": 100,
-                "low_rank": LOW_RANK, "spinal": {"enabled": False},
+                "low_rank": LOW_RANK, "localization": QUICK_LASSO, "spinal": {"enabled": False},
             }
         )  # fmt: skip
         return audited(policy, resolved, probes, config, previous=previous)

@@ -11,25 +11,16 @@ from typing import Any
 import pytest
 
 PROGRAM = """
-import json, logging, resource, sys
+import json, logging, os, resource, sys
 import numpy as np, scipy.linalg, torch
 torch.set_num_threads(1)
 from tests.helpers.tiny import perturbed, tiny_model
 from align_audit import AuditConfig, ProbeSet
-from tests.helpers.audits import audited
+from tests.helpers.audits import QUICK_LASSO, audited
 
-spare, length, shared = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "shared"
-sizes = dict(hidden_size=128, intermediate_size=256, max_position_embeddings=4096, num_hidden_layers=6)
+sizes = dict(hidden_size=128, intermediate_size=256, max_position_embeddings=4096, num_hidden_layers=3)
 reference = tiny_model("llama", dtype=torch.float32, **sizes)
 policy = perturbed(reference)
-generator = np.random.default_rng(0)
-tokens = lambda: generator.integers(3, 61, size=length).tolist()
-rows = [{"prompt_ids": tokens(), "chosen_ids": tokens(), "rejected_ids": tokens()} for _ in range(24)]
-probes = ProbeSet.from_dataset(rows, None, max_pairs=24, max_length=None)
-config = AuditConfig.from_dict({
-    "batch_tokens": 10**6, "share_prompts": shared, "working_memory_mb": 4096, "patching": {"noise_draws": 1},
-    "low_rank": {"layers": (1,), "ranks": (1, 2)}, "statistics": {"bootstrap_resamples": 100},
-})
 plan = []
 import align_audit.auditing.session.walk as sessions
 class Seen(sessions.Session):
@@ -42,44 +33,69 @@ warnings = []
 handler = logging.Handler()
 handler.emit = lambda record: warnings.append(record.getMessage())
 logging.getLogger("align_audit").addHandler(handler)
-run = lambda which: audited(policy, reference, which, config)
-short = [{name: ids[:8] for name, ids in row.items()} for row in rows[:2]]
-run(ProbeSet.from_dataset(short, None, max_pairs=2, max_length=None))  # what libraries allocate once
-# Too short for NumPy's and SciPy's OpenBLAS to be called: each takes 32 MiB at its first product, and where it cannot it
-# ends the process without a word to Python.
-square = np.ones((256, 256))
-square @ square
-scipy.linalg.blas.dgemm(1.0, square, square)
-plan.clear()
-status = open("/proc/self/status").read()
-size = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmSize"))) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (size + spare * 2**20, resource.RLIM_INFINITY))
-try:
-    record, arrays = run(probes)
-    known = {name: bool(np.isfinite(values).all()) for name, values in arrays.items() if "identity" not in name}
-    print(json.dumps({"plan": plan, "warnings": warnings, "known": known, "effect": arrays["per_pair.effect"].tolist(),
-                      "rows": record.spinal.rows, "available": record.spinal.rows_available}))
-except Exception as error:
-    print(json.dumps({"error": f"{type(error).__name__}: {error}", "plan": plan}))
+
+def outcome(spare, pairs, length, shared):
+    generator = np.random.default_rng(0)
+    tokens = lambda: generator.integers(3, 61, size=length).tolist()
+    rows = [{"prompt_ids": tokens(), "chosen_ids": tokens(), "rejected_ids": tokens()} for _ in range(pairs)]
+    probes = ProbeSet.from_dataset(rows, None, max_pairs=pairs, max_length=None)
+    config = AuditConfig.from_dict({
+        "batch_tokens": 10**6, "share_prompts": shared, "working_memory_mb": 4096, "patching": {"noise_draws": 1},
+        "low_rank": {"layers": (1,), "ranks": (1, 2)}, "statistics": {"bootstrap_resamples": 100},
+        "localization": QUICK_LASSO,
+    })
+    run = lambda which: audited(policy, reference, which, config)
+    short = [{name: ids[:8] for name, ids in row.items()} for row in rows[:2]]
+    run(ProbeSet.from_dataset(short, None, max_pairs=2, max_length=None))  # what libraries allocate once
+    # Too short for NumPy's and SciPy's OpenBLAS to be called: each takes 32 MiB at its first product, and where it cannot
+    # it ends the process without a word to Python.
+    square = np.ones((256, 256))
+    square @ square
+    scipy.linalg.blas.dgemm(1.0, square, square)
+    plan.clear()
+    status = open("/proc/self/status").read()
+    size = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmSize"))) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (size + spare * 2**20, resource.RLIM_INFINITY))
+    try:
+        record, arrays = run(probes)
+        known = {name: bool(np.isfinite(values).all()) for name, values in arrays.items() if "identity" not in name}
+        return {"plan": plan, "warnings": warnings, "known": known, "effect": arrays["per_pair.effect"].tolist(),
+                "rows": record.spinal.rows, "available": record.spinal.rows_available}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "plan": plan}
+
+# Each in a process of its own, forked from this one, so that what all import is imported once.
+for case in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        print(json.dumps(outcome(*case)), flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print(json.dumps({"error": "the process was ended"}), flush=True)
 """
 
 
-def audit_within(spare_mb: int, length: int = 60, layout: str = "shared") -> dict[str, Any]:
-    """The audit of 24 pairs in a process that may take ``spare_mb`` more memory than it has when the audit begins."""
+@pytest.fixture(scope="module")
+def audits() -> list[dict[str, Any]]:
+    """Audits, each in a process that may take so many MiB more than it has when the audit begins.
+
+    One that has all it wants; one that has too little for all pairs at once; one of long pairs that has too little for any.
+    """
+    cases = [(100_000, 24, 60, True), (80, 24, 60, True), (24, 2, 1500, False)]
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(spare_mb), str(length), layout],
+        [sys.executable, "-c", PROGRAM, json.dumps(cases)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
         env={**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(cases) :]]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
-def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost() -> None:
-    free, tight = audit_within(100_000), audit_within(96)
+def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost(audits: list[dict[str, Any]]) -> None:
+    free, tight, _ = audits
     assert free["plan"][0] == 24
     assert free["warnings"] == []
     assert "error" not in tight, tight
@@ -93,8 +109,8 @@ def test_a_batch_that_does_not_fit_is_halved_and_nothing_is_lost() -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
-def test_a_single_pair_that_does_not_fit_says_so() -> None:
-    found = audit_within(24, length=1500, layout="separate")
+def test_a_single_pair_that_does_not_fit_says_so(audits: list[dict[str, Any]]) -> None:
+    found = audits[-1]
     assert found["error"].startswith("AuditMemoryError: out of memory with a single pair of 3000 and 3000 tokens"), (
         found
     )

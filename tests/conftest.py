@@ -1,0 +1,59 @@
+"""What tests of several rooms share: pairs of models, probe pairs and quick audits; and a garbage collector that is quick."""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from torch import nn
+
+from align_audit.config import AuditConfig
+from align_audit.models.weights.fingerprint import fingerprint
+from align_audit.probes.pairs import ProbeSet
+from tests.helpers import audits
+from tests.helpers.tiny import perturbed, random_pairs, tiny_model
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of every later collection of garbage.
+
+    Each training collects once and each reference that is released too, and half a million objects of torch and transformers
+    take longer to look through than a tiny model takes to train.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def pair_of_models() -> Iterator[Callable[[str], tuple[nn.Module, nn.Module]]]:
+    """``pair_of_models(family)``: a policy and its reference, float64, made once; who takes them leaves them as they are."""
+    hashes: dict[nn.Module, str] = {}
+
+    @functools.cache
+    def made(family: str) -> tuple[nn.Module, nn.Module]:
+        reference = tiny_model(family)
+        models = perturbed(reference), reference
+        hashes.update({model: fingerprint(model) for model in models})
+        return models
+
+    yield made
+    assert {model: fingerprint(model) for model in hashes} == hashes
+
+
+@pytest.fixture(scope="session")
+def probes() -> Callable[[int], ProbeSet]:
+    """``probes(n)``: n random pairs with prompts and completions of unequal length, always the same."""
+    return functools.cache(random_pairs)
+
+
+@pytest.fixture(scope="session")
+def audited() -> Callable[..., audits.Audited]:
+    """``audited(policy, reference, probes, **changes)``: record and arrays of a quick audit, but for what ``changes`` say."""
+
+    def audit(policy: nn.Module, reference: Any, probes: ProbeSet, **changes: Any) -> audits.Audited:
+        return audits.audited(policy, reference, probes, AuditConfig.from_dict({**audits.QUICK, **changes}))
+
+    return audit
