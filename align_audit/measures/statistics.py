@@ -168,7 +168,7 @@ def share_interval(hits: Array, confidence: float = 0.95, groups: Array | None =
     center = (share + z2 / (2 * worth)) / (1 + z2 / worth)
     half = math.sqrt(z2 * (share * (1 - share) / worth + z2 / (4 * worth * worth))) / (1 + z2 / worth)
     low, high = center - half, center + half
-    rare = 3 if worth > 50 else 2
+    rare = (3 if worth > 50 else 2) + 1e-9  # (1 − 38/40) · 40 is 2, but for its last bits
     if 0.0 < share * worth <= rare:
         low = float(gammaincinv(share * worth, 1 - confidence)) / worth
     if 0.0 < (1 - share) * worth <= rare:

@@ -141,9 +141,7 @@ def main() -> None:
         others: dict[str, float] = {}
         with tempfile.TemporaryDirectory() as place:
             pairs = job.pairs[: options.peer_pairs]
-            small = Job(
-                replace(spec, pairs=len(pairs)), job.reference, job.policy, pairs, split_halves(len(pairs), 0), ""
-            )
+            small = Job(replace(spec, pairs=len(pairs)), job.reference, job.policy, pairs, split_halves(pairs, 0), "")
             small.save(Path(place))
             shape = Shape.of(spec)
             share = hooks_sweep(shape, job.pairs[:EXACT]).total / hooks_sweep(shape, pairs).total

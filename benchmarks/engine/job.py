@@ -12,7 +12,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,7 @@ def make_job(spec: JobSpec, *, with_bases: bool = False, random_tokens: bool = F
     """Build models and pairs; with ``with_bases`` also what the rank sweep projects on."""
     reference, policy = make_models(spec)
     pairs, source = (_random_pairs(spec), "random tokens") if random_tokens else make_pairs(spec)
-    halves = split_halves(len(pairs), seed=0)
+    halves = split_halves(pairs, seed=0)
     job = Job(spec, reference, policy, pairs, halves, source)
     if with_bases:
         job.bases = fit_bases(reference, policy, pairs, halves, max(spec.ranks))
@@ -225,11 +225,14 @@ def _random_pairs(spec: JobSpec) -> list[Pair]:
 # -- bases -----------------------------------------------------------------------------------------------------------
 
 
-def split_halves(count: int, seed: int) -> np.ndarray:
+def split_halves(pairs: Sequence[Pair], seed: int) -> np.ndarray:
     """The halves align_audit cross-fits on: booleans [N]."""
-    from align_audit.auditing.measurements.subspaces import split_halves as halves
+    from align_audit.measures.draws import halves
+    from align_audit.probes.pairs import ProbePair
 
-    return halves(count, seed)
+    starts = [len(pair.prompt) for pair in pairs]
+    probes = [ProbePair(i, *pair.sides, starts[i], starts[i]) for i, pair in enumerate(pairs)]
+    return halves([probe.group for probe in probes], seed)
 
 
 def fit_bases(reference: Any, policy: Any, pairs: list[Pair], halves: np.ndarray, rank: int) -> torch.Tensor:

@@ -35,7 +35,7 @@ import numpy as np
 
 from align_audit.measures.control_variate import MINIMUM_EXACT, control_variate_means
 from align_audit.measures.exact_pairs import exact_pairs_needed_safely
-from align_audit.measures.statistics import resample_indices
+from align_audit.measures.resampling import resample_indices
 
 FAMILIES = ("normal", "t5", "lognormal")
 RELATIONS = ("linear", "curved", "scaled")

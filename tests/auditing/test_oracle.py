@@ -150,8 +150,9 @@ def test_one_changed_block_is_found_where_it_is(family: str) -> None:
     assert found["additivity"] == pytest.approx(1)
     assert found["head_gain"] == pytest.approx(0, abs=1e-9)
     assert found["layer_gain"] == pytest.approx(np.eye(DEPTH)[planted])
-    signed = oracle.summary(effects, transplants * np.sign(delta.sum()), delta)
-    assert signed["peak_layer"] == planted
+    assert found["peak_layer"] == planted  # whichever way the margin moved
+    turned = oracle.summary(-effects, -transplants, -delta)
+    assert turned["peak_layer"] == planted
     reverse = oracle.patch_effects(reference, policy, FEW)
     np.testing.assert_allclose(reverse[:, planted + 1 :], -delta[:, None].repeat(DEPTH - planted, 1), atol=1e-9)
     features = oracle.activation_features(policy, reference, FEW)
@@ -221,10 +222,25 @@ def test_positions_of_a_pair() -> None:
         [2, 3],
         [1],
     ]
-    assert oracle.spectral_positions(PAIRS[0]) == ([2, 3, 4], [3, 4, 5])
-    assert oracle.spectral_positions(PAIRS[1]) == ([1, 2, 3], [3])
-    assert oracle.spectral_positions(Pair((2, 7, 18, 28), (2, 7, 18, 45), 2, 2)) == ([1, 2], [])
-    assert oracle.spectral_positions(PAIRS[3]) == ([0, 1], [0, 1, 2])
+    assert oracle.spectral_positions(PAIRS[:1]) == [([2, 3, 4], [3, 4, 5])]
+    assert oracle.spectral_positions(PAIRS[1:2]) == [([1, 2, 3], [3])]
+    assert oracle.spectral_positions([Pair((2, 7, 18, 28), (2, 7, 18, 45), 2, 2)]) == [([1, 2], [])]
+    assert oracle.spectral_positions(PAIRS[3:]) == [([0, 1], [0, 1, 2])]
+    # Of a second pair with the same prompt what it shares with the first is known already.
+    second = Pair((3, 14, 15, 9, 26, 8), (3, 14, 15, 1, 1), 3, 3)
+    assert oracle.spectral_positions([PAIRS[0], second]) == [([2, 3, 4], [3, 4, 5]), ([], [3])]
+
+
+def test_halves_are_of_whole_groups() -> None:
+    same = [Pair((9, 8, completion, 3), (9, 8, completion, 4), 2, 2) for completion in range(5)]
+    short = [Pair((1, completion, 3), (1, completion, 4), 1, 1) for completion in range(6)]
+    assert len({oracle.prompt_group(pair) for pair in same}) == 1
+    assert len({oracle.prompt_group(pair) for pair in short}) == 6
+    for seed in range(4):
+        halves = oracle.halves([*same, *short], seed)
+        assert len(set(halves[:5].tolist())) == 1
+        assert abs(int(halves.sum()) - int((~halves).sum())) <= 5
+    assert len({tuple(oracle.halves(short, seed).tolist()) for seed in range(10)}) > 3
 
 
 def test_activation_features_from_the_models_hidden_states() -> None:
@@ -333,8 +349,8 @@ def test_spectra_and_their_rows() -> None:
 def test_transport_is_the_bhattacharyya_angle(family: str) -> None:
     model = make(family)
     expected: list[list[float]] = [[] for _ in range(DEPTH - 1)]
-    for pair in FEW:
-        for (ids, _), positions in zip(oracle.sides(pair), oracle.spectral_positions(pair), strict=True):
+    for pair, places in zip(FEW, oracle.spectral_positions(FEW), strict=True):
+        for (ids, _), positions in zip(oracle.sides(pair), places, strict=True):
             run = oracle.forward(model, ids)
             with torch.no_grad():
                 p = [norm_and_head(model, family, run.h(layer)).double().softmax(-1) for layer in range(DEPTH)]

@@ -13,7 +13,6 @@ import torch
 from scipy.linalg import subspace_angles
 
 from align_audit import AuditConfig, ProbeSet, TransferRecord, audit, transfer
-from align_audit.auditing.measurements.subspaces import split_halves
 from align_audit.auditing.measurements.transfer_cells import EXCLUDED, held_out_spans
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.errors import ConfigurationError, ProbeError, RecordError
@@ -166,7 +165,7 @@ def models() -> tuple[Any, Any]:
 @pytest.mark.parametrize("basis", ["shift", "activation"])
 def test_a_matrix_of_two_sets_is_what_its_definition_says(models: tuple[Any, Any], basis: str) -> None:
     policy, reference = models
-    sets = {"one": random_pairs(5), "two": random_pairs(4, seed=9)}
+    sets = {"one": random_pairs(9), "two": random_pairs(8, seed=9)}
     record = transfer(policy, reference, sets, settings(bases=(basis,)))
     for fitted, patched in (("one", "two"), ("two", "one")):
         pairs = list(sets[patched])
@@ -196,35 +195,52 @@ def test_a_matrix_of_two_sets_is_what_its_definition_says(models: tuple[Any, Any
 
 
 def test_pairs_in_both_sets_are_held_out_of_what_they_are_patched_with(models: tuple[Any, Any]) -> None:
-    """One pair with chosen and rejected swapped, one that stands in both halves of the other set, and new ones."""
+    """One pair with chosen and rejected swapped, one that shares its prompt, one with something of both halves, new ones."""
     policy, reference = models
-    first, new = list(random_pairs(5)), list(random_pairs(3, seed=9))
-    halves = split_halves(6, 3)
-    twice = next(i for i in range(1, 6) if halves[i] != halves[0])
-    first.insert(twice, copy.copy(first[0]))
-    swapped = first[1 if twice != 1 else 2]
-    place = first.index(swapped)
+    first, new = list(random_pairs(9)), list(random_pairs(6, seed=9))
+    halves = oracle.halves(first, 3)
+    swapped, asked = (next(pair for pair in first[begin:] if pair.chosen_start > 1) for begin in (0, 4))
     back = ProbePair(7, swapped.rejected_ids, swapped.chosen_ids, swapped.rejected_start, swapped.chosen_start)
-    second = [*new, back, first[0]]
-    assert held_out_spans(second, first, halves).tolist() == [2, 2, 2, int(halves[place]), EXCLUDED]
+    prompt = asked.chosen_ids[: asked.chosen_start]
+    again = ProbePair(8, (*prompt, 5, 6, 7), (*prompt, 5, 9), len(prompt), len(prompt))
+    unmet = [place for place in range(9) if first[place] not in (swapped, asked)]
+    one = next(place for place in unmet if not halves[place])
+    other = next(place for place in unmet if halves[place])
+    both = ProbePair(
+        9, first[one].chosen_ids, first[other].chosen_ids, first[one].chosen_start, first[other].chosen_start
+    )
+    second = [*new, back, again, both]
+    met = [int(halves[first.index(pair)]) for pair in (swapped, asked)]
+    assert held_out_spans(second, first, halves).tolist() == [2] * 6 + met + [EXCLUDED]
 
     record = transfer(policy, reference, {"one": made_of(first), "two": made_of(second)}, settings(bases=("shift",)))
     cell = record.cells["shift"][1]["one"]["two"]
-    assert (cell.pairs, cell.cross_fitted, cell.excluded) == (4, 1, 1)
-    assert record.shared_pairs == {"one": {"two": 2}, "two": {"one": 3}}
-    other = [pair for pair, half in zip(first, halves, strict=True) if half != halves[place]]
-    effects, full = expected(policy, reference, [first] * 3 + [other], second[:4], 1, "shift", record.ranks)
+    assert (cell.pairs, cell.cross_fitted, cell.excluded) == (8, 2, 1)
+    assert record.shared_pairs == {"one": {"two": 3}, "two": {"one": 4}}
+    left = [[pair for pair, half in zip(first, halves, strict=True) if int(half) != own] for own in met]
+    effects, full = expected(policy, reference, [first] * 6 + left, second[:8], 1, "shift", record.ranks)
     shares = [share.mean for share in cell.effect_fraction]
     np.testing.assert_allclose(shares, effects.sum(0) / full.sum(), rtol=1e-5, atol=1e-6)
     assert np.isnan(cell.explained_variance_ratio).all()
     assert unexplained(record) == []  # type: ignore[arg-type]
 
 
+def test_a_pair_given_twice_counts_once(models: tuple[Any, Any]) -> None:
+    pairs = list(random_pairs(9))
+    sets = {"one": made_of(pairs), "two": random_pairs(8, seed=9)}
+    record = transfer(*models, sets, settings(bases=("shift",)))
+    repeated = transfer(*models, {**sets, "one": made_of([pairs[3], *pairs[::-1]])}, settings(bases=("shift",)))
+    assert repeated.provenance["one"].pairs == 9
+    assert dict(repeated.provenance["one"].pairs_dropped) == {"repeats another pair": 1}
+    assert repeated.cells["shift"][1]["one"] == record.cells["shift"][1]["one"]
+    assert repeated.cells["shift"][1]["two"] == record.cells["shift"][1]["two"]
+
+
 @pytest.mark.parametrize("layers", ["auto", (0, 2)], ids=["auto", "given"])
 def test_the_diagonal_is_the_ordinary_audits_and_the_models_are_untouched(models: tuple[Any, Any], layers: Any) -> None:
     policy, reference = models
     before = fingerprint(policy), fingerprint(reference), torch.get_rng_state()
-    sets = {"one": random_pairs(7), "two": random_pairs(6, seed=9)}
+    sets = {"one": random_pairs(9), "two": random_pairs(8, seed=9)}
     config = settings(layers=layers)
     record = transfer(policy, reference, sets, config)
     assert (fingerprint(policy), fingerprint(reference)) == before[:2]
@@ -256,7 +272,7 @@ def test_models_are_opened_once(models: tuple[Any, Any], monkeypatch: pytest.Mon
         real(self)
 
     monkeypatch.setattr(OpenModels, "_open_replays", counted)
-    transfer(*models, {name: random_pairs(3, seed=i) for i, name in enumerate("abc")}, settings(random_draws=0))
+    transfer(*models, {name: random_pairs(8, seed=i) for i, name in enumerate("abc")}, settings(random_draws=0))
     assert len(opened) == 1
 
 
@@ -264,27 +280,29 @@ def test_models_are_opened_once(models: tuple[Any, Any], monkeypatch: pytest.Mon
 
 
 def test_a_set_of_one_pair_is_good_for_others_only(models: tuple[Any, Any]) -> None:
-    sets = {"many": random_pairs(6), "one": random_pairs(1, seed=9)}
+    sets = {"many": random_pairs(9), "one": random_pairs(1, seed=9)}
     record = transfer(*models, sets, settings())
     cells = record.cells["shift"][1]
     assert cells["many"]["many"].effect_fraction[0].reason is None
     assert cells["one"]["many"].effect_fraction[0].reason is None, "its pair spans a subspace for the others"
-    assert "at least 2 pairs, found 1" in (cells["one"]["one"].effect_fraction[0].reason or "")
+    assert "at least 2 independent pairs (those that share a prompt are one), found 1" in (
+        cells["one"]["one"].effect_fraction[0].reason or ""
+    )
     assert cells["many"]["one"].effect_fraction[0].reason
     assert unexplained(record) == []  # type: ignore[arg-type]
 
 
 def test_nothing_to_find_is_an_error_or_has_its_reason(models: tuple[Any, Any]) -> None:
     reference = models[1]
-    sets = {"one": random_pairs(4), "two": random_pairs(4, seed=9)}
+    sets = {"one": random_pairs(8), "two": random_pairs(8, seed=9)}
     with pytest.raises(ConfigurationError, match=r"no layer to reconstruct at \(on 'one' every block transplant is 0"):
         transfer(copy.deepcopy(reference), reference, sets, settings(layers="auto"))
     record = transfer(copy.deepcopy(reference), reference, sets, settings())
     assert "there is no shift to span" in (record.cells["shift"][1]["one"]["two"].effect_fraction[0].reason or "")
     assert "includes 0" in (record.cells["activation"][1]["one"]["two"].effect_fraction[0].reason or "")
     assert unexplained(record) == []  # type: ignore[arg-type]
-    with pytest.raises(ProbeError, match="no probe set has two pairs"):
-        transfer(*models, {"one": random_pairs(1), "two": random_pairs(1, seed=9)}, settings())
+    with pytest.raises(ProbeError, match=r"no probe set has more than 7 independent pairs .*at least 8 in one of them"):
+        transfer(*models, {"one": random_pairs(7), "two": random_pairs(5, seed=9)}, settings())
     with pytest.raises(ConfigurationError, match="at least two probe sets; found one alone"):
         transfer(*models, {"one": sets["one"]}, settings())
     with pytest.raises(ConfigurationError, match="expected probe sets by name"):

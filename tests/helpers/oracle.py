@@ -12,6 +12,8 @@ Numbers come back in float64 NumPy; the models run in whatever dtype they have.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -212,16 +214,45 @@ def patched_positions(ids: Sequence[int], start: int, positions: Positions) -> l
     raise ValueError(f"unknown positions {positions!r}")
 
 
-def spectral_positions(pair: PairLike) -> tuple[list[int], list[int]]:
-    """Prediction positions of (chosen, rejected); one whose tokens 0 … p are the same in both stays only in chosen."""
-    chosen = prediction_positions(pair.chosen_ids, pair.chosen_start)
-    rejected = []
-    for position in prediction_positions(pair.rejected_ids, pair.rejected_start):
-        prefix = position + 1
-        common = tuple(pair.chosen_ids[:prefix]) == tuple(pair.rejected_ids[:prefix])
-        if not (common and position in chosen):
-            rejected.append(position)
-    return chosen, rejected
+def spectral_positions(pairs: Sequence[PairLike]) -> list[tuple[list[int], list[int]]]:
+    """Prediction positions of (chosen, rejected) of each pair; one whose tokens 0 … p occurred before is left out."""
+    met: set[tuple[int, ...]] = set()
+    places = []
+    for pair in pairs:
+        kept: tuple[list[int], list[int]] = ([], [])
+        for out, (ids, start) in zip(kept, sides(pair), strict=True):
+            for position in prediction_positions(ids, start):
+                prefix = ids[: position + 1]
+                if prefix not in met:
+                    met.add(prefix)
+                    out.append(position)
+        places.append(kept)
+    return places
+
+
+def prompt_group(pair: PairLike) -> int:
+    """63 bits of the hash of the prompt; of the whole pair where that has fewer than two tokens."""
+    prompt = list(pair.chosen_ids[: pair.chosen_start])
+    whole = [list(pair.chosen_ids), list(pair.rejected_ids), pair.chosen_start, pair.rejected_start]
+    text = json.dumps([prompt] if len(prompt) > 1 else whole, separators=(",", ":"))
+    return int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16) // 2
+
+
+def halves(pairs: Sequence[PairLike], seed: int) -> NDArray[np.bool_]:
+    """Whole groups, in the order of their hashes, each to the half that has fewer pairs; the second where both have as many."""
+    members: dict[int, list[int]] = {}
+    for place, pair in enumerate(pairs):
+        members.setdefault(prompt_group(pair), []).append(place)
+    order = sorted(
+        members, key=lambda group: hashlib.blake2b(f"{seed}:half:{group}".encode(), digest_size=16).hexdigest()
+    )
+    second = np.zeros(len(pairs), dtype=bool)
+    counts = [0, 0]
+    for group in order:
+        half = int(counts[1] <= counts[0])
+        counts[half] += len(members[group])
+        second[members[group]] = bool(half)
+    return second
 
 
 def log_probs(logits: Tensor, ids: Sequence[int], start: int) -> Tensor:
@@ -304,7 +335,8 @@ def block_transplants(policy: nn.Module, reference: nn.Module, pairs: Sequence[P
 
 
 def summary(effects: Floats, transplants: Floats, delta: Floats) -> dict[str, Any]:
-    """recovery [L+1] (column 0: layer -1), layer_gain [L], embedding_gain, head_gain, additivity, peak_layer.
+    """recovery [L+1] (column 0: layer -1), layer_gain [L], embedding_gain, head_gain, additivity, peak_layer (in the direction
+    of the mean delta).
 
     Raw ratios: the rule that turns them into NaN when the interval of mean delta contains 0 is not applied here.
     """
@@ -317,7 +349,7 @@ def summary(effects: Floats, transplants: Floats, delta: Floats) -> dict[str, An
         "embedding_gain": float(recovery[0]),
         "head_gain": float(1 - recovery[-1]),
         "additivity": float(additivity),
-        "peak_layer": int(np.argmax(transplants[:, 1:-1].mean(axis=0))),
+        "peak_layer": int(np.argmax(np.sign(delta.mean()) * transplants[:, 1:-1].mean(axis=0))),
     }
 
 
@@ -427,8 +459,8 @@ def spectral_rows(model: nn.Module, pairs: Sequence[PairLike]) -> list[Floats]:
     """H_l for every layer: the rows h_l at the prediction positions, common prefixes once -> L arrays [rows, d]."""
     depth = len(decoder_layers(model))
     rows: list[list[Floats]] = [[] for _ in range(depth)]
-    for pair in pairs:
-        for (ids, _), positions in zip(sides(pair), spectral_positions(pair), strict=True):
+    for pair, places in zip(pairs, spectral_positions(pairs), strict=True):
+        for (ids, _), positions in zip(sides(pair), places, strict=True):
             run = forward(model, ids)
             for layer in range(depth):
                 for position in positions:
@@ -454,18 +486,25 @@ def tail_slope(singular_values: Floats, n: int) -> tuple[float, float, float]:
     return float(-slope), float(r2), float(error)
 
 
-def numerical_rank(singular_values: Floats, shape: tuple[int, ...]) -> int:
-    """How many singular values exceed sigma_1 · max(rows, columns) · eps of float64 (``numpy.linalg.matrix_rank``)."""
-    return int((singular_values > singular_values[0] * max(shape) * np.finfo(np.float64).eps).sum())
+ROUNDING_UNITS = 10
+"""By how many units in the last place an entry of a stream is wrong, at most."""
+
+
+def numerical_rank(rows: Floats, eps: float) -> int:
+    """Singular values above what errors of ``ROUNDING_UNITS`` · eps of every entry make, columns scaled to one size."""
+    size = np.sqrt((rows**2).mean(axis=0))
+    scaled = rows[:, size > 0] / size[size > 0]
+    noise = ROUNDING_UNITS * eps * np.linalg.norm(scaled) / np.sqrt(min(rows.shape))
+    return int((np.linalg.svd(scaled, compute_uv=False) > noise).sum())
 
 
 def spectra(model: nn.Module, pairs: Sequence[PairLike]) -> tuple[Floats, Floats, list[Floats]]:
     """(contraction [L], R^2 [L], all singular values of each H_l, descending)."""
+    eps = torch.finfo(next(model.parameters()).dtype).eps
     alphas, r2s, values = [], [], []
     for rows in spectral_rows(model, pairs):
         singular_values = np.linalg.svd(rows, compute_uv=False).astype(np.float64)
-        n = min(*rows.shape, numerical_rank(singular_values, rows.shape))
-        alpha, r2, _ = tail_slope(singular_values, n)
+        alpha, r2, _ = tail_slope(singular_values, min(*rows.shape, numerical_rank(rows, eps)))
         alphas.append(alpha)
         r2s.append(r2)
         values.append(singular_values)
@@ -476,8 +515,8 @@ def transport(model: nn.Module, pairs: Sequence[PairLike]) -> Floats:
     """Mean Fisher-Rao distance between the logit lens distributions of layers l and l+1, same rows -> [L-1]."""
     depth = len(decoder_layers(model))
     distances: list[list[float]] = [[] for _ in range(depth - 1)]
-    for pair in pairs:
-        for (ids, _), positions in zip(sides(pair), spectral_positions(pair), strict=True):
+    for pair, places in zip(pairs, spectral_positions(pairs), strict=True):
+        for (ids, _), positions in zip(sides(pair), places, strict=True):
             run = forward(model, ids)
             roots = []  # sqrt of the lens distribution [T, V], layer by layer
             for layer in range(depth):

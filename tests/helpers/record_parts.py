@@ -105,6 +105,7 @@ class Maker:
             zeros, unknown = [ZERO] * count, Estimate.unknown(NO_SHIFT)
             return Patching(
                 positions="all",
+                groups=PAIRS,
                 effect=zeros,
                 effect_p_adjusted=[1.0] * count,
                 recovery=[unknown] * count,
@@ -122,6 +123,7 @@ class Maker:
         gains = np.diff(recovery, prepend=embedding)
         return Patching(
             positions="all",
+            groups=PAIRS,
             effect=[_estimate(r * mean, 0.5 + 0.7 * abs(r * mean)) for r in recovery.tolist()],
             effect_p_adjusted=np.clip(0.2 * np.exp(-12 * recovery), 1e-3, 1.0).tolist(),
             recovery=[_estimate(r, 0.05 + 0.3 * math.sqrt(r * abs(1 - r))) for r in recovery.tolist()],
@@ -412,6 +414,7 @@ class Maker:
             probe_source="the evaluation dataset of the trainer",
             probe_held_out=True,
             pairs=PAIRS,
+            groups=PAIRS,
             pairs_dropped={"too_long": 2},
             seed=self.seed,
             device="cpu",

@@ -11,7 +11,9 @@ import pytest
 from scipy import stats
 
 from align_audit.measures import control_variate as cv
-from align_audit.measures.statistics import mean_interval, mean_intervals
+from align_audit.measures.resampling import resample_indices
+from align_audit.measures.significance import mean_p_values
+from align_audit.measures.statistics import mean_intervals
 
 
 def population(pairs: int, columns: int, seed: int = 0, noise: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
@@ -83,6 +85,7 @@ def test_estimate_and_interval_equal_a_plain_loop() -> None:
         assert result.explained < fit.rvalue**2
         assert result.equivalent_pairs == pytest.approx(1 / ((1 - explained) / n + explained / 20))
         assert (result.exact_pairs, result.pairs, result.reason) == (n, 20, None)
+        assert result.p == pytest.approx(2 * stats.t.sf(abs(mean) / math.sqrt(residual / n + x), nu), rel=1e-8)
 
 
 def two_proxies(pairs: int, columns: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -253,11 +256,13 @@ def test_rounding_is_not_a_slope(n: int) -> None:
 def test_zeros_are_exactly_zero() -> None:
     _, proxy = population(20, 1)
     for proxies in (proxy, np.zeros((20, 1))):
-        for n in (2, 8, 12, 20):
+        for n in (8, 12, 20):
             (result,) = cv.control_variate_means(first(np.zeros((20, 1)), n), proxies)
             assert numbers(result) == (0.0, 0.0, 0.0)
+            assert result.p == 1.0
     (equal,) = cv.control_variate_means(first(np.full((20, 1), 0.1), 12), proxy)
     assert numbers(equal) == (0.1, 0.1, 0.1)
+    assert equal.p == 0.0
 
 
 def test_too_few_exact_pairs() -> None:
@@ -267,14 +272,85 @@ def test_too_few_exact_pairs() -> None:
     exact[7:, 2] = np.nan
     none, one, seven = cv.control_variate_means(exact, proxy)
     assert math.isnan(none.interval.mean)
-    assert none.interval.reason == "an interval needs at least 2 exact pairs, found 0"
+    assert none.interval.reason == "an interval needs at least 8 exact independent pairs, found 0"
     assert none.equivalent_pairs == 0.0
     assert one.interval.mean == exact[0, 1]
     assert math.isnan(one.interval.low)
-    np.testing.assert_allclose(numbers(seven), plain_t(exact[:7, 2]), rtol=1e-12)
-    assert seven.interval.reason is None
+    assert seven.interval.mean == pytest.approx(exact[:7, 2].mean(), rel=1e-12)
+    assert math.isnan(seven.interval.low)
+    assert math.isnan(seven.interval.high)
+    assert seven.interval.reason == "an interval needs at least 8 exact independent pairs, found 7"
     assert seven.reason == "proxy not used: a slope needs at least 8 exact pairs, found 7"
     assert seven.correlation == pytest.approx(np.corrcoef(exact[:7, 2], proxy[:7, 2])[0, 1])
+    assert all(math.isnan(result.p) for result in (none, one, seven))
+    # Nine exact pairs in seven groups are seven.
+    (shared,) = cv.control_variate_means(
+        first(population(20, 1)[0], 9),
+        proxy[:, :1],
+        groups=np.where(np.arange(20) < 9, np.arange(20) % 7, np.arange(20)),
+    )
+    assert math.isnan(shared.interval.low)
+    assert shared.interval.reason == "an interval needs at least 8 exact independent pairs, found 7"
+
+
+def test_p_is_the_counterpart_of_the_interval() -> None:
+    generator = np.random.default_rng(8)
+    proxy = generator.normal(0.3, size=(40, 200))
+    exact = first(proxy + 0.5 * generator.normal(size=(40, 200)), 12)
+    for confidence in (0.8, 0.95):
+        results = cv.control_variate_means(exact, proxy, confidence=confidence)
+        apart = np.array([not r.interval.low <= 0.0 <= r.interval.high for r in results])
+        assert 0 < apart.sum() < 200
+        np.testing.assert_array_equal(np.array([r.p for r in results]) < 1 - confidence, apart)
+    # Without a proxy it is that of the t test; where every pair is exact, that of the plain mean.
+    (plain,) = cv.control_variate_means(exact[:, :1], np.zeros((40, 1)))
+    assert plain.p == pytest.approx(stats.ttest_1samp(exact[:12, 0], 0.0).pvalue, rel=1e-9)
+    (complete,) = cv.control_variate_means(exact[:12, :1], proxy[:12, :1])
+    assert complete.p == mean_p_values(exact[:12, :1])[0]
+
+
+def test_pairs_that_repeat_themselves_do_not_narrow_the_interval() -> None:
+    """Both terms of the variance, and the degrees of freedom, are those of as many pairs as there are groups."""
+    exact, proxy = population(30, 4, seed=2)
+    measured = first(exact, 12)
+    groups = np.repeat(np.arange(30), 4)
+    once = cv.control_variate_means(measured, proxy)
+    copies = np.repeat(measured, 4, axis=0), np.repeat(proxy, 4, axis=0)
+    again = cv.control_variate_means(*copies, groups=groups)
+    apart = cv.control_variate_means(*copies)
+    for one, grouped, single in zip(once, again, apart, strict=True):
+        width, as_groups, as_pairs = (r.interval.high - r.interval.low for r in (one, grouped, single))
+        # Slopes are fitted with the other copies of a pair, so residuals look somewhat smaller than they are.
+        assert 0.7 * width < as_groups < 1.05 * width
+        assert as_pairs < 0.65 * width
+    unused = [
+        cv.control_variate_means(m, np.zeros(m.shape), groups=g) for m, g in ((measured, None), (copies[0], groups))
+    ]
+    for one, grouped in zip(*unused, strict=True):
+        assert numbers(grouped)[0] == pytest.approx(numbers(one)[0])
+        assert numbers(grouped)[2] == pytest.approx(numbers(one)[2], rel=0.05)
+        assert grouped.p == pytest.approx(one.p, rel=0.3)
+    alone = np.arange(30)[::-1]
+    assert cv.control_variate_means(measured, proxy, groups=alone) == once
+
+
+def test_coverage_with_groups() -> None:
+    """Four pairs a prompt whose effects and proxies have half their variance in common."""
+    generator = np.random.default_rng(4)
+    prompts, each, columns = 24, 4, 1500
+    names = np.repeat(np.arange(prompts), each)
+    common = generator.standard_normal((2, prompts, columns))[:, names]
+    draws = (common + generator.standard_normal((2, prompts * each, columns))) / math.sqrt(2)
+    proxy, effect = draws[0], 0.8 * draws[0] + 0.6 * draws[1]
+    order = np.argsort(np.arange(prompts * each) % each, kind="stable")  # one pair of each prompt comes first
+    for n in (16, 48):
+        measured = np.full(effect.shape, np.nan)
+        measured[order[:n]] = effect[order[:n]]
+        grouped = [numbers(r) for r in cv.control_variate_means(measured, proxy, groups=names)]
+        _, low, high = np.array(grouped).T
+        assert 0.92 <= ((low <= 0) & (high >= 0)).mean() <= 0.985
+    single = np.array([numbers(r) for r in cv.control_variate_means(measured, proxy)])
+    assert ((single[:, 1] <= 0) & (single[:, 2] >= 0)).mean() < 0.88
 
 
 def test_values_that_are_not_finite() -> None:
@@ -364,8 +440,8 @@ def test_narrower_than_the_exact_pairs_alone() -> None:
 def test_mean_interval_is_what_the_percentile_bootstrap_lacks_at_eight_pairs() -> None:
     """Why the interval is not a bootstrap: 88 % at n = 8, on the same normal effects that the t interval covers."""
     values = np.random.default_rng(5).standard_normal((8, 1000))
-    plain = [mean_interval(values[:, i], resamples=300) for i in range(1000)]
-    assert np.mean([p.low <= 0 <= p.high for p in plain]) < 0.91
+    bounds = np.quantile(values[resample_indices(8, 300, seed=0)].mean(axis=1), [0.025, 0.975], axis=0)
+    assert np.mean((bounds[0] <= 0) & (bounds[1] >= 0)) < 0.91
     padded = np.vstack([values, np.full((56, 1000), np.nan)])
     ours = cv.control_variate_means(padded, np.zeros((64, 1000)))
     assert 0.93 <= np.mean([r.interval.low <= 0 <= r.interval.high for r in ours]) <= 0.97

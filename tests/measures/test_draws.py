@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from align_audit.measures.draws import keep_rows, noise_directions, row_keys, subset_order
+from align_audit.measures.draws import halves, keep_rows, noise_directions, prefix_keys, subset_order
 
 # -- pairs -------------------------------------------------------------------------------------------------------------
 
@@ -43,6 +44,47 @@ def test_every_pair_is_as_likely_to_be_exact() -> None:
     assert together / 4000 == pytest.approx(5 * 4 / (20 * 19), abs=0.015)
 
 
+def test_one_of_each_group_comes_before_a_second_of_any() -> None:
+    ids, groups = list(range(200, 230)), [place % 7 if place < 21 else 100 + place for place in range(30)]
+    order = subset_order(ids, seed=4, groups=groups).tolist()
+    assert sorted(order) == list(range(30))
+    turns = []
+    for place, pair in enumerate(order):
+        turns.append(sum(groups[earlier] == groups[pair] for earlier in order[:place]))
+    assert turns == [0] * 16 + [1] * 7 + [2] * 7
+    plain = subset_order(ids, seed=4).tolist()
+    for turn in range(3):  # within a turn the hashes decide, as without groups
+        of_turn = [pair for pair, at in zip(order, turns, strict=True) if at == turn]
+        assert of_turn == sorted(of_turn, key=plain.index)
+    assert subset_order(ids, seed=4, groups=list(range(30))).tolist() == plain
+    backwards = subset_order(ids[::-1], seed=4, groups=groups[::-1])
+    assert [29 - place for place in backwards.tolist()] == order
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=40), st.integers(0, 99))
+def test_halves_keep_groups_whole_and_are_about_equal(groups: list[int], seed: int) -> None:
+    second = halves(groups, seed)
+    assert second.dtype == np.bool_
+    sides = {
+        group: {bool(half) for half, name in zip(second, groups, strict=True) if name == group} for group in groups
+    }
+    assert all(len(side) == 1 for side in sides.values())
+    assert abs(int(second.sum()) - int((~second).sum())) <= max(Counter(groups).values())
+    backwards = halves(groups[::-1], seed)
+    np.testing.assert_array_equal(backwards[::-1], second)
+
+
+def test_halves_of_single_pairs_are_random_ones() -> None:
+    splits = [halves(range(50, 61), seed).tolist() for seed in range(2000)]
+    assert {sum(split) for split in splits} == {6}  # of 11 the second half is the larger
+    assert stats.chisquare(np.sum(splits, axis=0)).pvalue > 1e-4
+    together = np.mean([split[0] == split[1] for split in splits])
+    assert together == pytest.approx((6 * 5 + 5 * 4) / (11 * 10), abs=0.04)
+    assert halves([9], 0).tolist() == [True]
+    assert halves([], 0).shape == (0,)
+
+
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
@@ -54,31 +96,41 @@ def splitmix(z: int) -> int:
     return z ^ (z >> 31)
 
 
-def test_row_keys_equal_plain_integers() -> None:
+def test_prefix_keys_equal_plain_integers() -> None:
     golden, word = 0x9E3779B97F4A7C15, (1 << 64) - 1
     assert splitmix(golden) == 0xE220A8397B1DCDAF  # the published first output of SplitMix64 at seed 0
-    pairs, sides, positions = [0, 3, 2**31 - 1], [0, 1, 1], [0, 17, 2**32 - 1]
+    ids = [0, 17, 2**31 - 1, 17]
     for seed in (0, 1, 2**64 - 1):
-        keys = row_keys(np.array(pairs), np.array(sides), np.array(positions), seed)
+        keys = prefix_keys(ids, seed)
         assert keys.dtype == np.int64
-        for key, pair, side, position in zip(keys.tolist(), pairs, sides, positions, strict=True):
-            packed = (pair << 33) | (side << 32) | position
-            expected = splitmix((splitmix((packed + golden) & word) + seed * golden) & word)
-            assert key % (1 << 64) == expected
+        state = splitmix((seed + golden) & word)
+        for key, token in zip(keys.tolist(), ids, strict=True):
+            state = splitmix((state * golden + token + 1) & word)
+            assert key % (1 << 64) == state
+    assert prefix_keys([], 0).shape == (0,)
 
 
-def test_row_keys_are_distinct_even_and_seeded() -> None:
-    pair, side, position = np.meshgrid(np.arange(50), np.arange(2), np.arange(300), indexing="ij")
-    keys = row_keys(pair, side, position, seed=7)
-    assert keys.shape == (50, 2, 300)
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(0, 3), max_size=8), st.lists(st.integers(0, 3), max_size=8), st.integers(0, 2**64 - 1))
+def test_positions_have_equal_keys_where_their_prefixes_are_equal(one: list[int], other: list[int], seed: int) -> None:
+    first, second = prefix_keys(one, seed).tolist(), prefix_keys(other, seed).tolist()
+    for i in range(len(one)):
+        for j in range(len(other)):
+            assert (first[i] == second[j]) == (one[: i + 1] == other[: j + 1])
+
+
+def test_prefix_keys_are_distinct_even_and_seeded() -> None:
+    generator = np.random.default_rng(0)
+    sequences = [[number, *generator.integers(0, 5, size=299).tolist()] for number in range(100)]
+    keys = np.stack([prefix_keys(ids, seed=7) for ids in sequences])
     assert len(np.unique(keys)) == keys.size
     assert stats.kstest(keys.ravel() / 2.0**64 + 0.5, "uniform").pvalue > 1e-3
-    mask = keep_rows(keys.ravel(), 3000).reshape(keys.shape)  # a tenth of every pair, side and position, roughly
-    assert abs(mask.mean(axis=(1, 2)) - 0.1).max() < 0.06
-    assert abs(mask.mean(axis=(0, 2)) - 0.1).max() < 0.01
-    other = keep_rows(row_keys(pair, side, position, seed=8).ravel(), 3000).reshape(keys.shape)
+    mask = keep_rows(keys.ravel(), 3000).reshape(keys.shape)  # a tenth of every sequence and position, roughly
+    assert abs(mask.mean(axis=1) - 0.1).max() < 0.07
+    assert abs(mask.mean(axis=0) - 0.1).max() < 0.13
+    other = keep_rows(np.stack([prefix_keys(ids, seed=8) for ids in sequences]).ravel(), 3000).reshape(keys.shape)
     assert (mask & other).sum() < 450  # 300 by chance
-    np.testing.assert_array_equal(row_keys(4, 1, np.arange(300), seed=7), keys[4, 1])
+    np.testing.assert_array_equal(prefix_keys(sequences[4][:20], seed=7), keys[4, :20])
 
 
 @settings(max_examples=50, deadline=None)
@@ -98,10 +150,8 @@ def test_keep_rows_caps_equal_keys() -> None:
 @pytest.mark.parametrize(
     ("call", "found"),
     [
-        (lambda: row_keys(np.array([0.5]), 0, 0, seed=0), "pair_index; found float64"),
-        (lambda: row_keys(np.array([0]), 2, 0, seed=0), r"side in \[0, 2\); found 2"),
-        (lambda: row_keys(np.array([0]), 0, np.array([3, -1]), seed=0), "position .* found -1"),
-        (lambda: row_keys(np.array([0]), 0, 0, seed=-1), "found -1"),
+        (lambda: prefix_keys([0], seed=-1), "found -1"),
+        (lambda: prefix_keys([0], seed=2**64), "found 18446744073709551616"),
         (lambda: keep_rows(np.array([0.5]), 1), "float64"),
         (lambda: keep_rows(np.array([1]), 0), "found 0"),
     ],

@@ -60,6 +60,23 @@ def test_a_mean_counts_as_its_margin_of_error_or_a_share_of_the_largest() -> Non
     error = values[:, 1].std(ddof=1) / 8
     np.testing.assert_allclose(least_means(values)[1:], [MARGIN * error, FLOOR * values[:, 0].mean()])
     assert (least_means(-np.ones((4, 3))) == 0).all()
+    twice = least_means(np.repeat(values, 2, axis=0), np.repeat(np.arange(64), 2))
+    np.testing.assert_allclose(twice, least_means(values))
+
+
+def test_only_layers_that_contribute_stand_clear_and_are_still_compared() -> None:
+    profile = np.array([1.0, 20.0, 1.0, 60.0, 0.9, 0.8])
+    assert standing_clear(profile) == (1, 3)
+    everything = np.ones(6, dtype=bool)
+    assert standing_clear(profile, everything) == (1, 3)
+    without = everything.copy()
+    without[1] = False  # what it could be is a third of layer 3, so that stands clear and it does not
+    assert standing_clear(profile, without) == (3,)
+    without[[1, 3]] = True, False  # the largest may be spread: nothing is clear of it
+    assert standing_clear(profile, without) == ()
+    without = everything.copy()
+    without[[0, 2, 4, 5]] = False
+    assert standing_clear(profile, without) == (1, 3)
 
 
 def pairs_around(profile: list[float], spread: float, seed: int, count: int = 64) -> np.ndarray:
@@ -71,12 +88,18 @@ def test_a_planted_set_is_found_with_its_separation() -> None:
     alone, added = pairs_around(profile, 1.0, 1), pairs_around(profile, 1.0, 2)
     found = layer_set(alone, added, resamples=400)
     assert (found.layers, found.reason) == ((2, 3), None)
-    means = [interval.mean for interval in found.contribution]
     least = [MARGIN * values.std(axis=0, ddof=1) / 8 for values in (alone, added)]
-    for layer in (2, 3, 6):
+    height = []
+    for layer in range(8):
         parts = [max(v[:, layer].mean(), m[layer]) for v, m in zip((alone, added), least, strict=True)]
-        assert means[layer] == pytest.approx(math.sqrt(parts[0] * parts[1]))
-    assert found.separation.mean == pytest.approx(means[3] / max(means[:2] + means[4:]))
+        height.append(math.sqrt(parts[0] * parts[1]))
+    for layer, interval in enumerate(found.contribution):
+        if layer in (2, 3):
+            assert interval.mean == pytest.approx(height[layer])
+        else:  # spread is no contribution, but what it could be is known
+            assert (interval.mean, interval.low) == (0.0, 0.0)
+            assert interval.high > height[layer] * 0.9
+    assert found.separation.mean == pytest.approx(height[3] / max(height[:2] + height[4:]))
     assert CLEAR < found.separation.low < found.separation.mean < found.separation.high
     assert found.stability > 0.98
     assert found.selection_frequency[2] == found.selection_frequency[3] == 1.0
@@ -91,13 +114,54 @@ def test_a_layer_that_works_only_on_top_of_another_is_found() -> None:
     assert layer_set(alone, added, resamples=100).layers == (0, 2)
 
 
-def test_layers_that_do_nothing_do_not_stand_out_in_any_resample() -> None:
-    """Few pairs, one of which does it all: a resample without it is all zeros."""
+def test_one_pair_that_does_it_all_is_no_contribution_of_a_layer() -> None:
+    """A resample without it is all zeros."""
     pairs = np.zeros((12, 6))
     pairs[0, 0] = 100.0
     found = layer_set(pairs, pairs, resamples=200)
+    assert found.layers == ()
+    assert (found.contribution[0].mean, found.contribution[0].low) == (0.0, 0.0)
+    assert found.contribution[0].high > 8.0
+    assert "no layer moves the margin" in (found.reason or "")
+
+
+def test_layers_that_do_nothing_do_not_stand_out_in_any_resample() -> None:
+    pairs = np.zeros((12, 6))
+    pairs[:, 0] = np.linspace(0.1, 100.0, 12)
+    found = layer_set(pairs, pairs, resamples=200)
+    assert found.layers == (0,)
     assert (found.selection_frequency[1:] == 0).all()
     assert all(math.isfinite(value) for value in (found.separation.low, found.separation.mean, found.separation.high))
+
+
+def test_a_layer_that_lowers_the_margin_does_not_contribute() -> None:
+    """Surely lowered, by nine standard errors and more: its spread is no contribution, alone nor in a resample."""
+    alone, added = (pairs_around([0.0, 4.0, -12.0, 0.0, 0.0, 0.0], 0.5, seed) for seed in (1, 2))
+    alone[:, 2] -= 8.0 * np.random.default_rng(3).normal(size=64)
+    found = layer_set(alone, added, resamples=200)
+    assert (found.contribution[2].mean, found.contribution[2].low) == (0.0, 0.0)
+    assert found.selection_frequency[2] == 0.0
+    # Only alone or only on top of the others above 0 is not enough, either.
+    for lowered in (0, 1):
+        both = [pairs_around([0.0, 4.0, 4.0, 0.0, 0.0, 0.0], 0.5, seed) for seed in (1, 2)]
+        both[lowered][:, 2] -= 8.0
+        found = layer_set(*both, resamples=200)
+        assert found.layers == (1,)
+        assert (found.contribution[2].mean, found.selection_frequency[2]) == (0.0, 0.0)
+
+
+def test_pairs_that_repeat_themselves_make_no_layer_stand_out() -> None:
+    values = pairs_around([0.0, 5.0, 1.0, 0.0, 0.0, 0.0], 1.5, 6, count=12)
+    groups = np.repeat(np.arange(12), 4)
+    once = layer_set(values, values, resamples=200)
+    again = layer_set(np.repeat(values, 4, axis=0), np.repeat(values, 4, axis=0), resamples=200, groups=groups)
+    assert once.layers == again.layers
+    assert again.stability == once.stability
+    np.testing.assert_array_equal(again.selection_frequency, once.selection_frequency)
+    for one, other in zip(once.contribution, again.contribution, strict=True):
+        assert (one.mean, one.low, one.high) == pytest.approx((other.mean, other.low, other.high))
+    seven = layer_set(np.repeat(values, 4, axis=0)[:28], np.repeat(values, 4, axis=0)[:28], groups=groups[:28])
+    assert "at least 8 independent pairs, found 7 in 28" in (seven.reason or "")
 
 
 def test_noise_has_no_layer_that_stands_out() -> None:
@@ -114,16 +178,16 @@ def test_noise_has_no_layer_that_stands_out() -> None:
 
 
 def test_what_cannot_be_known_says_why() -> None:
-    flat = np.ones((4, 4))
+    flat = np.ones((8, 4))
     cases = [
-        (np.ones((4, 1)), "one layer cannot stand out of others"),
+        (np.ones((8, 1)), "one layer cannot stand out of others"),
         (np.array([[1.0, np.nan], [1.0, 2.0]]), "a block transplant or a gain is not finite"),
         (np.array([[np.nan, 1.0], [np.nan, 2.0]]), "a block transplant or a gain is not finite"),
-        (np.array([[1.0, 2.0]]), "an interval needs at least 2 pairs, found 1"),
-        (-flat, "no layer raises the margin"),
+        (np.ones((7, 2)), "an interval needs at least 8 independent pairs, found 7"),
+        (-flat, "no layer moves the margin in the direction of the shift, alone and on top of those below"),
         (
             flat,
-            "no layer stands out by contributing at least 2.7 times what any other does",
+            "no layer stands out by contributing at least 2.7 times what any other could",
         ),
     ]
     for values, reason in cases:

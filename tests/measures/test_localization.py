@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from sklearn import linear_model
 from sklearn.linear_model import Lasso
-from sklearn.model_selection import KFold
 
 from align_audit.measures import localization as loc
 
@@ -31,6 +31,19 @@ def planted(n: int = 64, L: int = 10, seed: int = 0, rho: float = 0.8) -> tuple[
     X = correlated(n, L, seed, rho)
     noise = np.random.default_rng(seed + 1000).normal(size=n)
     return X, 2.0 * (X[:, INFORMATIVE] - 5.0) + 0.5 * noise
+
+
+def folds_of(groups: list[int], folds: int = 5, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Groups in random parts of about one size: what is fitted on, and what is predicted."""
+    names = sorted(set(groups))
+    order = np.random.default_rng([seed, 0xF0]).permutation(len(names)).tolist()
+    parts, begin = [], 0
+    for part in range(folds):
+        end = begin + len(names) // folds + (part < len(names) % folds)
+        inside = np.isin(groups, [names[place] for place in order[begin:end]])
+        parts.append((np.flatnonzero(~inside), np.flatnonzero(inside)))
+        begin = end
+    return parts
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +94,7 @@ def test_lambda_and_score_equal_a_plain_double_loop(fit: loc.LassoFit) -> None:
     errors = []
     for alpha in grid:
         fold_errors = []
-        for train, test in KFold(5, shuffle=True, random_state=0).split(Z):
+        for train, test in folds_of(list(range(64))):
             model = Lasso(alpha, max_iter=100_000).fit(Z[train], y[train])
             fold_errors.append(np.mean((model.predict(Z[test]) - y[test]) ** 2))
         errors.append(np.mean(fold_errors))
@@ -107,6 +120,54 @@ def test_frequencies_are_those_at_the_chosen_lambda(fit: loc.LassoFit) -> None:
     np.testing.assert_array_equal(fit.null_selection_frequency, by_chance)
     assert fit.null_cv_r2.shape == (20,)
     assert len(set(fit.null_cv_r2.tolist())) > 1
+
+
+def test_folds_are_of_whole_groups() -> None:
+    groups = np.random.default_rng(0).integers(0, 13, size=40)
+    parts = loc._folds(loc.Groups.of(groups, 40), 5, 3)
+    assert sorted(place for _, test in parts for place in test.tolist()) == list(range(40))
+    for (train, test), (expected_train, expected_test) in zip(parts, folds_of(groups.tolist(), 5, 3), strict=True):
+        assert not set(groups[train]) & set(groups[test])
+        assert sorted(train.tolist()) == expected_train.tolist()
+        assert sorted(test.tolist()) == expected_test.tolist()
+
+
+def test_resamples_and_permutations_are_of_groups() -> None:
+    X, y = planted(n=60, L=6)
+    groups = np.random.default_rng(1).permutation(np.resize(np.arange(23), 60))
+    fit = loc.lasso_localization(X, y, resamples=20, permutations=10, seed=4, groups=groups)
+    members = [np.flatnonzero(groups == group) for group in range(23)]
+    in_order = np.concatenate(members)
+    generator = np.random.default_rng(4)
+
+    def selected(X: np.ndarray, y: np.ndarray) -> np.ndarray:
+        Z = (X - X.mean(axis=0)) / X.std(axis=0)
+        return Lasso(fit.alpha, tol=1e-6, max_iter=10_000).fit(Z, y).coef_ != 0
+
+    chosen = np.zeros(6)
+    for _ in range(20):
+        rows = np.concatenate([members[group] for group in generator.integers(0, 23, size=23)])
+        chosen += selected(X[rows], y[rows])
+    np.testing.assert_array_equal(fit.selection_frequency, chosen / 20)
+    by_chance = np.zeros(6)
+    for _ in range(10):
+        permuted = np.empty(60)
+        permuted[in_order] = y[np.concatenate([members[group] for group in generator.permutation(23)])]
+        by_chance += selected(X, permuted)
+    np.testing.assert_array_equal(fit.null_selection_frequency, by_chance / 10)
+
+
+def test_copies_of_pairs_are_not_predicted_from_themselves() -> None:
+    """Noise, each pair eight times: across folds of single pairs a copy would predict the others."""
+    y = np.random.default_rng(2).normal(size=16)
+    X = np.random.default_rng(3).normal(size=(16, 10))
+    copies = np.repeat(X, 8, axis=0), np.repeat(y, 8)
+    as_groups = loc.lasso_localization(*copies, resamples=1, permutations=1, groups=np.repeat(np.arange(16), 8))
+    as_pairs = loc.lasso_localization(*copies, resamples=1, permutations=1)
+    assert as_pairs.cv_r2 > 0.3
+    assert as_groups.cv_r2 < 0.1
+    few = loc.lasso_localization(*copies, groups=np.repeat(np.arange(16), 8) // 2)
+    assert few.reason == "5-fold cross-validation needs at least 10 independent pairs, found 8"
 
 
 def test_units_do_not_matter_and_the_seed_decides(fit: loc.LassoFit) -> None:
@@ -144,7 +205,7 @@ def test_no_global_state_and_no_warnings_leak(capfd: pytest.CaptureFixture[str])
 
 def test_solver_iterates_longer_until_it_converges(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
-    real = loc.Lasso
+    real = linear_model.Lasso
 
     def impatient(alpha: float, tol: float, max_iter: int, random_state: int) -> Lasso:
         tried.append(max_iter)
@@ -152,7 +213,7 @@ def test_solver_iterates_longer_until_it_converges(monkeypatch: pytest.MonkeyPat
 
     X, y = planted(rho=0.99)
     Z = (X - X.mean(axis=0)) / X.std(axis=0)
-    monkeypatch.setattr(loc, "Lasso", impatient)
+    monkeypatch.setattr(linear_model, "Lasso", impatient)
     limit = 100_000
     coefficients, converged = loc._solve(Z, y, 0.01)
     assert converged
@@ -169,7 +230,7 @@ def test_solver_iterates_longer_until_it_converges(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda X, y: (X[:9], y[:9]), "5-fold cross-validation needs at least 10 pairs, found 9"),
+        (lambda X, y: (X[:9], y[:9]), "5-fold cross-validation needs at least 10 independent pairs, found 9"),
         (lambda X, y: (X, np.full(len(y), 0.1)), "the target is the same for every pair"),
         (lambda X, y: (0 * X, 0 * y), "the target is the same for every pair"),
         (lambda X, y: (np.full_like(X, 0.1), y), "no feature varies over the pairs"),

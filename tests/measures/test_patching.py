@@ -7,10 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from align_audit.measures.draws import noise_directions
 from align_audit.measures.patching import noised, patched, peak_layer, summarize_patching
 from tests.helpers.oracle import summary as oracle_summary
+from tests.helpers.small_samples import hull, p_value, without_each
 
 OPTIONS = {"resamples": 200, "confidence": 0.9, "method": "percentile", "seed": 3}
 
@@ -91,14 +93,24 @@ def test_point_estimates_against_plain_loops() -> None:
     assert found.peak_layer == oracle["peak_layer"]
 
 
-def test_intervals_against_a_plain_bootstrap() -> None:
-    effects, transplants, shift = numbers()
-    found = summarize_patching(effects, transplants, shift, **OPTIONS)
-    draws = np.random.default_rng(OPTIONS["seed"]).integers(0, 12, size=(200, 12))
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("few", [False, True])
+def test_intervals_against_plain_loops(few: bool, grouped: bool) -> None:
+    """A bootstrap of 34 groups; of 12 the wider of Student's and the studentized one."""
+    count = 12 if few else 34
+    effects, transplants, shift = numbers(pairs=2 * count if grouped else count)
+    groups = np.random.default_rng(1).permutation(np.repeat(np.arange(count), 2)) if grouped else np.arange(count)
+    found = summarize_patching(effects, transplants, shift, **OPTIONS, groups=groups if grouped else None)
+    members = [np.flatnonzero(groups == group) for group in range(count)]
+    drawn = np.random.default_rng(OPTIONS["seed"]).integers(0, count, size=(200, count))
+    tail = stats.norm.cdf(-stats.t.ppf(0.95, count - 1) * np.sqrt(count / (count - 1)))
 
     def interval(statistic: object) -> list[float]:
-        values = [statistic(draw) for draw in draws]  # type: ignore[operator]
-        return [float(np.quantile(values, 0.05)), float(np.quantile(values, 0.95))]
+        if few:
+            without = [statistic(np.flatnonzero(groups != group)) for group in range(count)]  # type: ignore[operator]
+            return hull(statistic(np.arange(len(groups))), without, 0.9, 200, 3)  # type: ignore[operator]
+        values = [statistic(np.concatenate([members[group] for group in draw])) for draw in drawn]  # type: ignore[operator]
+        return [float(np.quantile(values, tail)), float(np.quantile(values, 1 - tail))]
 
     def share(columns: np.ndarray) -> list[float]:
         return interval(lambda draw: columns[draw].sum() / shift[draw].sum())
@@ -125,6 +137,13 @@ def test_p_values_are_adjusted_over_layers_and_leave_the_embedding_out() -> None
     effects, transplants, shift = numbers()
     effects[:, 1] = np.resize([1.0, -1.0], 12)  # no effect at layer 0
     found = summarize_patching(effects, transplants, shift, **OPTIONS)
+    alone = [p_value(column.mean(), without_each(column), 200, 3) for column in effects[:, 1:].T]
+    expected = stats.false_discovery_control(alone)
+    assert found.effect_p_adjusted == pytest.approx(expected.tolist(), rel=1e-9)
+    assert found.effect_p_adjusted[0] == pytest.approx(1.0)
+    effects, transplants, shift = numbers(pairs=40)
+    effects[:, 1] = np.resize([1.0, -1.0], 40)
+    found = summarize_patching(effects, transplants, shift, **OPTIONS)
     assert len(found.effect_p_adjusted) == 4
     assert found.effect_p_adjusted[0] > 0.5
     least = 2 / 201
@@ -149,10 +168,11 @@ def test_a_falling_margin_has_shares_too() -> None:
     assert [r.mean for r in down.recovery] == pytest.approx([r.mean for r in up.recovery])
     assert down.additivity.mean == pytest.approx(up.additivity.mean)
     assert down.effect[0].mean == pytest.approx(-up.effect[0].mean)
+    assert up.peak_layer == down.peak_layer is not None  # what moved the margin, whichever way
 
 
 def test_identical_models_give_exactly_zero_and_no_peak() -> None:
-    found = summarize_patching(np.zeros((6, 5)), np.zeros((6, 6)), np.zeros(6), **OPTIONS)
+    found = summarize_patching(np.zeros((8, 5)), np.zeros((8, 6)), np.zeros(8), **OPTIONS)
     for estimate in (*found.effect, *found.block_transplant, found.embedding_transplant, found.head_transplant):
         assert (estimate.mean, estimate.low, estimate.high) == (0.0, 0.0, 0.0)
     assert math.isnan(found.recovery[0].mean)
@@ -183,13 +203,14 @@ def test_what_is_not_finite_stays_where_it_is() -> None:
     assert math.isfinite(found.effect[0].mean)
 
 
-def test_one_pair_has_no_interval() -> None:
-    effects, transplants, shift = numbers(pairs=1)
+@pytest.mark.parametrize("pairs", [1, 7])
+def test_few_pairs_have_no_interval(pairs: int) -> None:
+    effects, transplants, shift = numbers(pairs=pairs)
     found = summarize_patching(effects, transplants, shift, **OPTIONS)
-    assert found.effect[0].mean == effects[0, 1]
+    assert found.effect[0].mean == pytest.approx(effects[:, 1].mean())
     assert math.isnan(found.effect[0].low)
     assert math.isnan(found.recovery[0].mean)
-    assert "at least 2 pairs" in found.recovery[0].reason
+    assert f"at least 8 independent pairs, found {pairs}" in found.recovery[0].reason
     assert all(math.isnan(p) for p in found.effect_p_adjusted)
 
 
@@ -204,8 +225,27 @@ def test_wrong_shapes_are_refused() -> None:
             summarize_patching(*wrong, **OPTIONS)
 
 
-def test_the_peak_is_the_largest_block_transplant() -> None:
-    assert peak_layer(np.array([0.1, -3.0, 0.4, 0.2])) == (2, None)
-    assert peak_layer(np.array([-0.3, -0.1])) == (1, None)
-    assert peak_layer(np.array([0.5, 0.5]))[0] is None
-    assert peak_layer(np.array([0.5, math.nan]))[0] is None
+def test_the_peak_is_the_largest_block_transplant_in_the_direction_of_the_shift() -> None:
+    assert peak_layer(np.array([0.1, -3.0, 0.4, 0.2]), 1.5) == (2, None)
+    assert peak_layer(np.array([0.1, -3.0, 0.4, 0.2]), -1.5) == (1, None)
+    assert peak_layer(np.array([-0.3, -0.1]), -1.0) == (0, None)
+    assert peak_layer(np.array([0.5]), 1.0) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("transplants", "shift", "reason"),
+    [
+        ([-0.3, -0.1], 1.0, "no block alone moves the margin in the direction of the mean shift, 1 nats"),
+        ([0.3, 0.0], -2.0, "no block alone moves the margin in the direction of the mean shift, -2 nats"),
+        ([0.5, 0.5], 1.0, "every block transplant is 0.5: no layer stands out"),
+        ([0.0, 0.0], 0.0, "every block transplant is 0: no layer stands out"),
+        ([0.5, 0.1, 0.5], 1.0, "several block transplants share the largest value"),
+        ([0.5, -0.1], 0.0, "the mean margin shift is 0: it has no direction"),
+        ([0.5, math.nan], 1.0, "a block transplant or the mean margin shift is not finite"),
+        ([0.5, 0.1], math.nan, "a block transplant or the mean margin shift is not finite"),
+    ],
+)
+def test_there_is_no_peak_without_one_layer_that_works_along_the_shift(
+    transplants: list[float], shift: float, reason: str
+) -> None:
+    assert peak_layer(np.array(transplants), shift) == (None, reason)

@@ -73,6 +73,63 @@ def test_numerical_rank_bounds_the_window() -> None:
     assert sp.contraction(sigma, rows=rows, columns=n).n == 100
 
 
+def test_a_rank_that_is_given_bounds_the_window() -> None:
+    sigma = np.concatenate([np.arange(1, 51) ** -1.0, np.full(50, 1e-3)])
+    assert sp.contraction(sigma, 100, 200).n == 100
+    fit = sp.contraction(sigma, 100, 200, rank=50)
+    assert (fit.n, fit.first, fit.last) == (50, 5, 45)
+    assert fit.alpha == pytest.approx(1.0)
+    sigma[60:] = 0.0  # the exact rank is a bound, too
+    assert sp.contraction(sigma, 100, 200, rank=80).n == 60
+    assert "0 singular values (of 0 above rounding)" in (sp.contraction(sigma, 100, 200, rank=0).reason or "")
+
+
+ROUNDING = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-23}
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize(("rows", "columns"), [(300, 64), (40, 200)])
+@pytest.mark.parametrize("massive", [False, True])
+def test_numerical_rank_does_not_count_what_rounding_adds(
+    dtype: torch.dtype, rows: int, columns: int, massive: bool
+) -> None:
+    """Rows of rank 10, computed in float64 and rounded: the rounding errors have full rank, and are not counted."""
+    generator = np.random.default_rng(0)
+    scale = np.ones(columns)
+    if massive:  # as the massive activations of a language model, in two of its columns
+        scale[[3, 7]] = 300.0, 100.0
+    exact = torch.from_numpy(generator.normal(size=(rows, 10)) @ generator.normal(size=(10, columns)) * scale)
+    rounded = exact.to(dtype)
+    assert np.linalg.matrix_rank(rounded.double().numpy()) == min(rows, columns)
+    assert sp.numerical_rank(rounded, ROUNDING[dtype]) == 10
+    assert sp.numerical_rank(exact, ROUNDING[dtype]) == 10
+    # What is no rounding error is counted, small as it is beside a massive column.
+    full = torch.from_numpy(generator.normal(size=(rows, columns)) * scale).to(dtype)
+    assert sp.numerical_rank(full, ROUNDING[dtype]) == min(rows, columns)
+
+
+def test_numerical_rank_of_rows_that_occur_twice() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(30, 100, generator=generator)
+    rows[:, 5] *= 200
+    twice = torch.cat([rows, rows * (1 + 2.0**-22 * torch.randn(30, 100, generator=generator))])
+    assert np.linalg.matrix_rank(twice.double().numpy()) == 60
+    assert sp.numerical_rank(twice, 2.0**-23) == 30
+    assert sp.numerical_rank(twice[torch.randperm(60, generator=generator)], 2.0**-23) == 30
+    assert sp.numerical_rank(torch.cat([rows, rows]).bfloat16(), 2.0**-7) == 30
+    # A real difference of a hundredth is one.
+    other = torch.cat([rows, rows * (1 + 0.01 * torch.randn(30, 100, generator=generator))])
+    assert sp.numerical_rank(other, 2.0**-23) == 60
+
+
+def test_numerical_rank_of_nothing() -> None:
+    assert sp.numerical_rank(torch.zeros(0, 5), 2.0**-23) == 0
+    assert sp.numerical_rank(torch.zeros(4, 5), 2.0**-23) == 0
+    assert sp.numerical_rank(torch.eye(3), 2.0**-23) == 3
+    for bad in (math.nan, math.inf):
+        assert sp.numerical_rank(torch.eye(3) * bad, 2.0**-23) == 0
+
+
 @pytest.mark.parametrize("n", [1, 5, 18])
 def test_too_few_singular_values_are_said(n: int) -> None:
     fit = sp.contraction(np.arange(1, n + 1) ** -1.0, rows=n, columns=50)
@@ -188,6 +245,9 @@ def test_results_are_frozen() -> None:
     [
         (lambda: sp.singular_values(torch.zeros(3)), r"found \[3\]"),
         (lambda: sp.singular_values(torch.zeros(3, 2, dtype=torch.long)), "int64"),
+        (lambda: sp.numerical_rank(torch.zeros(3), 0.1), r"found \[3\]"),
+        (lambda: sp.numerical_rank(torch.zeros(3, 2, dtype=torch.long), 0.1), "int64"),
+        (lambda: sp.numerical_rank(torch.zeros(3, 2), 0.0), r"torch\.float32, 0\.0"),
         (lambda: sp.contraction(np.ones(5), 6, 7), r"\[6, 7\] matrix; found \[5\]"),
         (lambda: sp.contraction(-np.ones(6), 6, 7), r"found -1\.0"),
         (lambda: sp.contraction(np.ones(6), 6, 7, window=(0.9, 0.1)), r"found \(0\.9, 0\.1\)"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from align_audit.measures import subspace as sub
 
@@ -204,20 +205,25 @@ def test_wrong_arguments_are_refused(call: object, found: str) -> None:
         call()  # type: ignore[operator]
 
 
-def test_rank_95_interval_is_the_percentile_of_resampled_ranks() -> None:
+@pytest.mark.parametrize("grouped", [False, True])
+def test_rank_95_interval_is_the_percentile_of_resampled_ranks(grouped: bool) -> None:
     generator = np.random.default_rng(0)
     full = generator.normal(3.0, 1.0, size=24)
     # Rank 2 is about enough: some resamples of the pairs say so and some do not.
     fitted = np.column_stack([0.5 * full, 0.95 * full + generator.normal(0.0, 0.4, size=24), full])
-    low, high = sub.rank_95_interval([1, 2, 4], fitted, full, resamples=300, seed=3)
+    groups = generator.permutation(np.resize(np.arange(10), 24)) if grouped else np.arange(24)
+    count = 10 if grouped else 24
+    low, high = sub.rank_95_interval([1, 2, 4], fitted, full, resamples=300, seed=3, groups=groups if grouped else None)
     found = []
-    for rows in np.random.default_rng(3).integers(0, 24, size=(300, 24)):
+    for row in np.random.default_rng(3).integers(0, count, size=(300, count)):
+        rows = np.concatenate([np.flatnonzero(groups == group) for group in row])
         shares = fitted[rows].sum(axis=0) / full[rows].sum()
         found.append(sub.rank_95([1, 2, 4], shares.tolist()).value)
     assert set(found) == {2.0, 4.0}
+    tail = 100 * stats.norm.cdf(stats.t.ppf(0.025, count - 1) * math.sqrt(count / (count - 1)))
     assert (low, high) == (
-        np.percentile(found, 2.5, method="inverted_cdf"),
-        np.percentile(found, 97.5, method="inverted_cdf"),
+        np.percentile(found, tail, method="inverted_cdf"),
+        np.percentile(found, 100 - tail, method="inverted_cdf"),
     )
 
 
@@ -225,7 +231,8 @@ def test_rank_95_interval_is_open_where_no_rank_is_enough_and_unknown_where_an_e
     full = np.arange(1.0, 9.0)
     assert sub.rank_95_interval([1, 2], np.column_stack([full, 0.5 * full]), full) == (math.inf, math.inf)
     assert sub.rank_95_interval([1, 2], np.column_stack([0.9 * full, full]), full) == (2.0, 2.0)
-    for fitted, whole in ((full[:1], full[:1]), (np.where(full > 2, full, np.nan), full)):
+    for fitted, whole in ((full[:1], full[:1]), (full[:7], full[:7]), (np.where(full > 2, full, np.nan), full)):
         assert all(map(math.isnan, sub.rank_95_interval([1], fitted[:, None], whole)))
+    assert all(map(math.isnan, sub.rank_95_interval([1], full[:, None], full, groups=np.arange(8) // 2)))
     with pytest.raises(ValueError, match=r"\[N, 2\] and \[N\]; found \[8, 1\]"):
         sub.rank_95_interval([1, 2], full[:, None], full)

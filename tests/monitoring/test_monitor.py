@@ -66,7 +66,7 @@ class Bench:
         **options: Any,
     ) -> None:
         self.reference, self.policies = reference, policies
-        sets = options.pop("sets", {None: random_pairs(4)})
+        sets = options.pop("sets", {None: random_pairs(8)})
         log = options.pop("log", None) or RunLog(output)
         self.monitor = Monitor(sets, config or quick(), log, **options)
         self.output = output
@@ -169,7 +169,7 @@ def test_all_processes_know_what_the_first_ones_log_holds(bench: Any, reference:
         def share(self, value: Any) -> Any:
             return first.monitor._audited
 
-    second = Monitor({None: random_pairs(4)}, quick(), ranks=Second(1, 2))
+    second = Monitor({None: random_pairs(8)}, quick(), ranks=Second(1, 2))
     weights = policy_fingerprint(first.policies[1])
     assert second.due(1, weights) == [None]
     second.agree()
@@ -362,7 +362,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, *names: str | None) -> list[str | Non
     return tried
 
 
-SETS: dict[str, ProbeSet] = {"a": random_pairs(4), "b": random_pairs(4, seed=1), "c": random_pairs(4, seed=2)}
+SETS: dict[str, ProbeSet] = {"a": random_pairs(8), "b": random_pairs(8, seed=1), "c": random_pairs(8, seed=2)}
 
 
 def test_a_set_that_breaks_leaves_the_others(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +430,7 @@ def test_a_process_without_a_log_asks_for_what_the_first_one_asks(
 ) -> None:
     config = quick(alerts={"action": "stop", **AT_ONCE})
     alerts = bench(config).audit(1).alerts
-    second = Monitor({None: random_pairs(4)}, config, ranks=Beside(1, 2, says=(alerts, [])))
+    second = Monitor({None: random_pairs(8)}, config, ranks=Beside(1, 2, says=(alerts, [])))
     outcome = second.audit(OpenModels(policies[1], resolve_reference(policies[1], reference)), Moment(1))
     assert outcome.records == {}
     assert (outcome.alerts, outcome.stop) == (alerts, True)

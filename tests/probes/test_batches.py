@@ -102,7 +102,7 @@ def test_entries_are_those_of_the_definitions(pairs: list[ProbePair]) -> None:
         for owner, one in enumerate(pairs):
             ids, start = sides(one)[side]
             row = side * len(pairs) + owner
-            kept = spectral_positions(one)[side]
+            kept = spectral_positions([one])[0][side]
             for position in prediction_positions(ids, start):
                 expected.append((row, position, ids[position + 1], owner, side, position in kept))
     assert entries(batch) == expected

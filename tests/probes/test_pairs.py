@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align_audit.errors import ProbeError
-from align_audit.probes.pairs import EQUAL, EQUAL_TRUNCATED, PROMPT_FILLS, UNSCORABLE, ProbePair, ProbeSet
+from align_audit.probes.pairs import EQUAL, EQUAL_TRUNCATED, PROMPT_FILLS, REPEATED, UNSCORABLE, ProbePair, ProbeSet
 from align_audit.probes.sources import STREAM_BUFFER_FACTOR, STREAM_MAX_BUFFERS
 from align_audit.probes.tokens import truncate
 from tests.helpers.probe_tokenizer import EOS, make_tokenizer
@@ -82,6 +82,7 @@ def test_truncate_keeps_every_token_with_its_side(
 @given(st.lists(st.tuples(token_ids, token_ids, token_ids), min_size=1, max_size=6), limits, modes)
 def test_each_pair_is_kept_whole_or_counted(rows: list[Any], max_length: int | None, mode: str) -> None:
     expected: dict[int, Any] = {}
+    kept: dict[int, Any] = {}
     reasons: dict[str, int] = {}
     for number, (prompt, chosen, rejected) in enumerate(rows):
         sides = [cut_by_hand(prompt, completion, max_length, mode) for completion in (chosen, rejected)]
@@ -95,6 +96,10 @@ def test_each_pair_is_kept_whole_or_counted(rows: list[Any], max_length: int | N
             reason = UNSCORABLE
         elif sides[0] == sides[1]:
             reason = EQUAL_TRUNCATED
+        elif sides in kept.values():
+            reason = REPEATED
+        if reason in (None, REPEATED):
+            kept[number] = sides
         if reason is None:
             expected[number] = [
                 ([token for token, _ in side], places) for side, places in zip(sides, scored, strict=True)
@@ -109,8 +114,8 @@ def test_each_pair_is_kept_whole_or_counted(rows: list[Any], max_length: int | N
         return
     probes = draw(records, max_length=max_length, truncation_mode=mode)
     assert dict(probes.dropped) == reasons
-    found = {
-        pair.index: [
+    found = {  # of equal ones any may be kept
+        next(number for number in kept if kept[number] == kept[pair.index]): [
             (list(pair.chosen_ids), [place + 1 for place in pair.chosen_predictions]),
             (list(pair.rejected_ids), [place + 1 for place in pair.rejected_predictions]),
         ]
@@ -283,7 +288,10 @@ def test_the_first_record_decides_about_eos_and_prompt(tokenizer: Any) -> None:
     implicit = {"chosen": "The sky is blue.", "rejected": "The sky is round."}
     with_prompt = {**implicit, "prompt": "ignored"}
     probes = ProbeSet.from_dataset([implicit, with_prompt], tokenizer)
-    assert probes[0].chosen_ids == probes[1].chosen_ids
+    assert (len(probes), dict(probes.dropped)) == (1, {REPEATED: 1})  # the prompt is not read: the pair is the first's
+    other = {**implicit, "rejected": "The sky is flat."}
+    first, second = ProbeSet.from_dataset([implicit, {**other, "prompt": "ignored"}], tokenizer)
+    assert first.chosen_ids == second.chosen_ids
 
 
 def test_prepared_columns_come_first_and_need_no_tokenizer() -> None:
@@ -448,7 +456,7 @@ def test_unusable_data(tokenizer: Any, rows: Any, message: str) -> None:
 
 
 def test_a_bad_record_that_is_not_drawn_is_not_an_error(tokenizer: Any) -> None:
-    rows = [TEXT] * 30
+    rows = [{**TEXT, "chosen": f"The sky is blue {number}."} for number in range(30)]
     drawn = {pair.index for pair in ProbeSet.from_dataset(rows, tokenizer, 3)}
     spared = next(i for i in range(1, 30) if i not in drawn)
     rows = [{} if i == spared else row for i, row in enumerate(rows)]

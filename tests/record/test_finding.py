@@ -42,7 +42,7 @@ def record() -> AuditRecord:
         update={
             "patching": patching,
             "controls": made.controls.model_copy(update={"noise": noise}),
-            "low_rank": {"shift": {3: curve}},
+            "low_rank": {"shift": {3: curve, 4: curve}},
         }
     )
 
@@ -100,6 +100,58 @@ def test_one_missing_piece_takes_the_claim_away(record: AuditRecord, path: str, 
     assert words in finding.words
 
 
+@pytest.mark.parametrize("path", ["embedding_gain", "head_gain", "embedding_transplant", "head_transplant"])
+def test_what_takes_back_more_than_a_quarter_takes_the_claim_away(record: AuditRecord, path: str) -> None:
+    """A share on top of what is below, or the nats that a part moves alone over those of the shift."""
+    unit = record.margins.shift.mean if path.endswith("transplant") else 1.0
+    finding = find(changed(record, f"patching.{path}", estimate(-0.26 * unit)))
+    part = "the embedding" if path.startswith("embedding") else "the head"
+    assert finding.words == (
+        f"no localization claimed: layers 3–4 push up by 92 % of the shift, {part} takes 26 % back"
+    )
+    assert find(changed(record, f"patching.{path}", estimate(-0.24 * unit))).localized
+
+
+def test_a_layer_outside_that_takes_back_is_named(record: AuditRecord) -> None:
+    assert record.patching is not None
+    gains = list(record.patching.layer_gain)
+    gains[0] = estimate(-0.3)
+    gains[3] = estimate(-0.9)  # of the claim itself: what it is worth is its gain's matter
+    alone = list(record.patching.block_transplant)
+    alone[5] = estimate(-1.5 * record.margins.shift.mean)
+    poor = changed(changed(record, "patching.layer_gain", gains), "patching.block_transplant", alone)
+    assert find(poor).words == (
+        "no localization claimed: layers 3–4 push up by 92 % of the shift, layer 5 takes 150 % back, "
+        "layer 0 takes 30 % back"
+    )
+    unknown = [Estimate.unknown("no"), *record.patching.layer_gain[1:]]
+    assert find(changed(record, "patching.layer_gain", unknown)).localized
+
+
+def test_too_few_independent_pairs_take_the_claim_away(record: AuditRecord) -> None:
+    assert find(changed(record, "patching.groups", 24)).localized
+    assert find(changed(record, "patching.groups", None)).localized  # older records did not count them
+    assert find(changed(record, "patching.groups", 23)).words == (
+        "no localization claimed: a localization is claimed from 24 independent patched pairs, found 23"
+    )
+
+
+def test_noise_must_do_less_and_not_only_something_else(record: AuditRecord) -> None:
+    """An effect that lies below the noise's is no evidence: a random shift does more."""
+    noise = [estimate(0.0)] * 3 + [estimate(9.0)] + [estimate(0.0)] * 2
+    assert "noise control failed at layer 3: a random shift of the same length does as much" in (
+        find(changed(record, "controls.noise.effect", noise)).words
+    )
+
+
+def test_equal_weights_of_few_pairs_are_the_same_model(record: AuditRecord) -> None:
+    unknown = Estimate(mean=0.0, low=math.nan, high=math.nan, reason="an interval needs at least 8, found 4")
+    few = changed(record, "margins.shift", unknown)
+    assert "the mean margin shift is not known (an interval needs at least 8, found 4)" in find(few).words
+    same = changed(few, "reference_check.same_weights", True)
+    assert find(same).words == "no localization claimed: policy and reference give the same margins"
+
+
 def test_all_that_speaks_against_a_claim_is_said(record: AuditRecord) -> None:
     poor = changed(record, "patching.standing_out.stability", 0.5)
     poor = changed(poor, "controls.reverse", Control(verdict="failed", reason="it rose"))
@@ -111,6 +163,8 @@ def test_rank_is_claimed_only_where_it_was_shown(record: AuditRecord) -> None:
     curve = record.low_rank["shift"][3]
     wide = curve.model_copy(update={"rank_95_high": math.inf})
     assert "rank not shown to be ≤ 16" in find(changed(record, "low_rank", {"shift": {3: wide}})).words
+    one = {"shift": {3: curve}}
+    assert "rank ≤ 4 at layer 3, the others not measured;" in find(changed(record, "low_rank", one)).words
     failed = Control(verdict="failed", reason="as well")
     assert (
         "rank not claimed (random subspaces do as well)"

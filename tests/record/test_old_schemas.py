@@ -21,7 +21,7 @@ from align_audit.record.schema import Migration, Stored
 from tests.record.test_reasons import unexplained
 
 DATA = Path(__file__).parent / "data"
-VERSIONS = (1, 2, 3, 4)
+VERSIONS = (1, 2, 3, 4, 5)
 
 
 def read(version: int) -> tuple[AuditRecord, Any]:
@@ -115,10 +115,16 @@ def test_version_3() -> None:
     assert "low_rank.shift.1.rank_95_low" not in record.reasons
 
 
-def test_version_4() -> None:
-    """The fields of today: nothing is migrated."""
-    record, written = check_common(4)
+@pytest.mark.parametrize("version", [4, 5])
+def test_versions_4_and_5(version: int) -> None:
+    """They did not count groups of pairs that share a prompt; nothing else is migrated."""
+    record, written = check_common(version)
+    assert "groups" not in written["patching"]
+    assert "groups" not in written["provenance"]
+    assert (record.provenance.groups, record.methods_version) == (None, 1)
+    assert record.extra == written.get("extra", {})
     assert record.patching is not None
+    assert record.patching.groups is None
     found, stored = record.patching.standing_out, written["patching"]["standing_out"]
     assert found is not None
     assert same(found.separation, stored["separation"])
@@ -165,9 +171,9 @@ def test_a_log_of_all_versions_is_read_side_by_side(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run = AuditRun.load(tmp_path)
-    assert [record.step for record in run.records] == [0] * 4 + [2] * 4
+    assert [record.step for record in run.records] == [0] * 5 + [2] * 5
     assert sorted(record.schema_version for record in run.records) == sorted(VERSIONS * 2)
-    for record in run.records[4:]:
+    for record in run.records[5:]:
         alone, _ = read(record.schema_version)
         assert record.to_json() == alone.to_json()
     table = run.to_pandas()
@@ -176,7 +182,7 @@ def test_a_log_of_all_versions_is_read_side_by_side(tmp_path: Path) -> None:
     assert shifts.max() == pytest.approx(shifts.min(), rel=1e-6)
     assert shifts.min() > 1
     layers = run.to_pandas(layers=True)
-    assert len(layers) == 8 * 3
+    assert len(layers) == 10 * 3
     assert layers.effect.notna().all()
 
 

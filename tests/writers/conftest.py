@@ -13,10 +13,10 @@ from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 def transfer_record() -> TransferRecord:
     """Three sets that share a pair, and one of a single pair."""
     reference = tiny_model("llama", num_hidden_layers=2)
-    first = list(random_pairs(5))
+    first = list(random_pairs(9))
     sets = {
         "harmless": made_of(first),
-        "helpful-v1.1": made_of([*random_pairs(4, seed=9), first[0]]),
+        "helpful-v1.1": made_of([*random_pairs(8, seed=9), first[0]]),
         "one": random_pairs(1, seed=4),
     }
     config = AuditConfig.from_dict(
