@@ -88,9 +88,9 @@ def control_variate_means(
     and, with x the second term and κ the kurtosis of b·A, x² (2/(N − 1) + max(κ − 3, 0)/N) + 4 x s²ᵣ/(nN); at
     least n − 1 − K.
 
-    Pairs that share a prompt do not vary independently of each other: each of the two terms is multiplied by how much more the
-    sums over groups vary than independent pairs' would (at least 1), n in the degrees of freedom is the number of groups with an
-    exact pair, and a pair is corrected with the slope of the other groups.
+    Pairs that share a prompt do not vary independently of each other: each of the two terms is multiplied by how much more
+    the sums over groups vary than independent pairs' would (at least 1), n in the degrees of freedom is the number of groups
+    with an exact pair, and a pair is corrected with the slope of the other groups.
 
     Every slope costs exact pairs: with fewer than 8 + 2(K − 1) of them the K proxies are averaged into one.
 
@@ -322,12 +322,16 @@ class _Slopes:
 def _slopes(sample: _Sample, groups: Groups) -> _Slopes:
     d, y, usable = sample.d, sample.y, sample.usable
     fitted = _solve(sample.sxx, sample.sxy, np.full(len(sample.count), _ROUNDING))
-    # Of a group g of m exact pairs: Sxx − Σ_g d dᵀ − (Σ_g d)(Σ_g d)ᵀ / (n − m), and Sxy alike.
     outer, product = d[:, :, :, None] * d[:, :, None, :], d * y[:, :, None]
-    left = np.maximum(sample.count - _by_group(sample.measured.astype(np.float64), groups), 1)[:, :, None]
-    moved, raised = _by_group(d, groups), _by_group(y, groups)[:, :, None]
-    matrix = sample.sxx - _by_group(outer, groups) - moved[:, :, :, None] * moved[:, :, None, :] / left[..., None]
-    vector = sample.sxy - _by_group(product, groups) - moved * raised / left
+    if groups.alone:
+        correction = (sample.divisor / np.maximum(sample.count - 1, 1))[:, None]
+        matrix, vector = sample.sxx - correction[:, :, None] * outer, sample.sxy - correction * product
+    else:
+        # Of a group g of m exact pairs: Sxx − Σ_g d dᵀ − (Σ_g d)(Σ_g d)ᵀ / (n − m), and Sxy alike.
+        left = np.maximum(sample.count - _by_group(sample.measured.astype(np.float64), groups), 1)[:, :, None]
+        moved, raised = _by_group(d, groups), _by_group(y, groups)[:, :, None]
+        matrix = sample.sxx - _by_group(outer, groups) - moved[:, :, :, None] * moved[:, :, None, :] / left[..., None]
+        vector = sample.sxy - _by_group(product, groups) - moved * raised / left
     without = _solve(matrix, vector, _ROUNDING * sample.proxy_spread)
     return _Slopes(fitted, fitted * usable[:, None], without * (sample.measured & usable)[:, :, None])
 
