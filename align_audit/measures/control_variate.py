@@ -328,17 +328,12 @@ def _slopes(sample: _Sample, groups: Groups) -> _Slopes:
         matrix, vector = sample.sxx - correction[:, :, None] * outer, sample.sxy - correction * product
     else:
         # Of a group g of m exact pairs: Sxx − Σ_g d dᵀ − (Σ_g d)(Σ_g d)ᵀ / (n − m), and Sxy alike.
-        left = np.maximum(sample.count - _by_group(sample.measured.astype(np.float64), groups), 1)[:, :, None]
-        moved, raised = _by_group(d, groups), _by_group(y, groups)[:, :, None]
-        matrix = sample.sxx - _by_group(outer, groups) - moved[:, :, :, None] * moved[:, :, None, :] / left[..., None]
-        vector = sample.sxy - _by_group(product, groups) - moved * raised / left
+        left = np.maximum(sample.count - groups.total(sample.measured.astype(np.float64)), 1)[:, :, None]
+        moved, raised = groups.total(d), groups.total(y)[:, :, None]
+        matrix = sample.sxx - groups.total(outer) - moved[:, :, :, None] * moved[:, :, None, :] / left[..., None]
+        vector = sample.sxy - groups.total(product) - moved * raised / left
     without = _solve(matrix, vector, _ROUNDING * sample.proxy_spread)
     return _Slopes(fitted, fitted * usable[:, None], without * (sample.measured & usable)[:, :, None])
-
-
-def _by_group(values: Array, groups: Groups) -> Array:
-    """``[N, …]``: the sum of ``values`` over the group that each pair belongs to."""
-    return groups.sums(values.reshape(len(values), -1))[groups.labels].reshape(values.shape)
 
 
 def _estimates(sample: _Sample, slopes: _Slopes) -> Array:

@@ -67,6 +67,10 @@ class Groups:
         np.add.at(sums, self.labels, values)
         return sums
 
+    def total(self, values: Array) -> Array:
+        """``[n, …]``: the sum of ``values`` over the group that each pair belongs to."""
+        return self.sums(values.reshape(len(values), -1))[self.labels].reshape(values.shape)
+
     def rows(self, chosen: Array) -> Array:
         """Places of all pairs of the ``chosen`` groups, a group that is chosen twice twice."""
         if self.alone:
