@@ -127,4 +127,5 @@ def _mix(z: Array) -> Array:
     """SplitMix64's finalizer: a bijection of 64-bit words (arithmetic modulo 2⁶⁴)."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    mixed: Array = z ^ (z >> np.uint64(31))
+    return mixed

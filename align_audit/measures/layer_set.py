@@ -80,7 +80,8 @@ def contributions(transplants: Array, gains: Array, least: tuple[Array, Array]) 
         >>> contributions(np.array([4.0, 1.0]), np.array([4.0, 0.0]), (np.zeros(2), np.full(2, 0.04))).tolist()
         [4.0, 0.2]
     """
-    return np.sqrt(np.maximum(transplants, least[0]) * np.maximum(gains, least[1]))
+    means: Array = np.sqrt(np.maximum(transplants, least[0]) * np.maximum(gains, least[1]))
+    return means
 
 
 def least_means(values: Array) -> Array:
@@ -97,7 +98,8 @@ def least_means(values: Array) -> Array:
         [2.0, 0.04]
     """
     error = values.std(axis=0, ddof=1) / math.sqrt(len(values))
-    return np.maximum(MARGIN * error, FLOOR * max(values.mean(axis=0).max(), 0.0))
+    floors: Array = np.maximum(MARGIN * error, FLOOR * max(values.mean(axis=0).max(), 0.0))
+    return floors
 
 
 def layer_set(

@@ -346,7 +346,8 @@ def column_means(values: Array) -> Array:
     if not len(values):
         return np.full(values.shape[1], np.nan)
     equal = (values == values[0]).all(axis=0)
-    return np.where(equal, values[0], values.mean(axis=0))
+    means: Array = np.where(equal, values[0], values.mean(axis=0))
+    return means
 
 
 def resampled_means(values: Array, means: Array, resamples: int, seed: int) -> Array:
@@ -360,7 +361,7 @@ def resampled_means(values: Array, means: Array, resamples: int, seed: int) -> A
     indices = resample_indices(n, resamples, seed)
     flat = (indices + n * np.arange(resamples)[:, None]).ravel()
     counts = np.bincount(flat, minlength=resamples * n).reshape(resamples, n).astype(np.float64)
-    resampled = counts @ values / n
+    resampled: Array = counts @ values / n
     equal = (values == values[0]).all(axis=0)
     resampled[:, equal] = means[equal]
     return resampled
