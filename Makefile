@@ -18,7 +18,7 @@ BOUND_TESTS := tests/monitoring/test_callback.py tests/monitoring/test_reference
 	tests/auditing/test_exactness.py tests/models/test_loading.py tests/models/weights/test_streaming.py \
 	tests/writers/test_tensorboard.py tests/cli/test_options.py tests/cli/test_run.py
 
-.PHONY: demo test test-all test-gpu test-lowest test-newest lint lock install python clean
+.PHONY: demo test test-all test-gpu test-lowest test-newest lint lock wheel-check install python clean
 
 install: $(STAMP)
 
@@ -73,6 +73,10 @@ test-lowest test-newest: test-%: $(STAMP)
 lock: $(STAMP)
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 		--no-annotate --quiet $(UPGRADE) --output-file constraints.txt
+
+# Minutes: the demo of the installed wheel is part of it.
+wheel-check: $(STAMP)
+	$(BIN)/python -m tests.wheel
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .
