@@ -30,7 +30,8 @@ $(STAMP): pyproject.toml constraints.txt | python
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
-TORCH_FROM = $(if $(TORCH_INDEX),--index-url https://download.pytorch.org/whl/$(TORCH_INDEX),--constraint constraints.txt)
+TORCH_ADDRESS = https://download.pytorch.org/whl/$(TORCH_INDEX)
+TORCH_FROM = $(if $(TORCH_INDEX),--index-url $(TORCH_ADDRESS),--constraint constraints.txt)
 TORCH_SIZE = Installing torch and what it needs into $(VENV): $(if $(TORCH_INDEX),the $(TORCH_INDEX) build (cpu: about 0.2 GB \
 	to download and 1.9 GB on disk).,on Linux the usual build brings CUDA, about 3 GB to download and 5.7 GB on disk. \
 	Without a GPU stop here and say: make install TORCH_INDEX=cpu (0.2 GB and 1.9 GB).)
@@ -76,7 +77,7 @@ lock: $(STAMP)
 
 # Minutes: the demo of the installed wheel is part of it.
 wheel-check: $(STAMP)
-	$(BIN)/python -m tests.wheel
+	$(BIN)/python -m tests.wheel $(if $(TORCH_INDEX),--torch-index $(TORCH_ADDRESS))
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -70,8 +70,18 @@ def do(*arguments: str | Path, cwd: Path = REPOSITORY) -> None:
     subprocess.run([str(part) for part in arguments], cwd=cwd, env=environment, check=True)
 
 
-def check_wheel(folder: Path, demo: bool) -> list[str]:
-    """Build, look inside, install the wheel and run it, all in ``folder``; what is wrong with the files."""
+def pinned(name: str) -> str:
+    """The lock's line of a package."""
+    lines = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return next(line for line in lines if line.startswith(f"{name}=="))
+
+
+def check_wheel(folder: Path, demo: bool, torch_index: str) -> list[str]:
+    """Build, look inside, install the wheel and run it, all in ``folder``; what is wrong with the files.
+
+    Args:
+        torch_index: address of a package index that torch is taken from; empty: the usual one.
+    """
     uv = Path(sys.executable).with_name("uv")
     # The wheel is built from the source distribution, which has to be enough for it.
     do(uv, "build", "--quiet", "--python", sys.executable, "--out-dir", folder / "dist")
@@ -82,7 +92,9 @@ def check_wheel(folder: Path, demo: bool) -> list[str]:
     environment = folder / "environment"
     python = environment / "bin" / "python"
     do(sys.executable, "-m", "venv", environment)
-    # pip, as users have it; torch's build is chosen by what pip is set up with, as in `make install`.
+    # pip, as users have it.
+    if torch_index:
+        do(python, "-m", "pip", "install", "--quiet", "--index-url", torch_index, pinned("torch"))
     do(python, "-m", "pip", "install", "--quiet", "--constraint", REPOSITORY / "constraints.txt", wheel)
     do(python, "-c", f"import {PACKAGE}; assert {str(environment)!r} in {PACKAGE}.__file__", cwd=folder)
     do(environment / "bin" / "align-audit", "--help", cwd=folder)
@@ -94,8 +106,10 @@ def check_wheel(folder: Path, demo: bool) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--no-demo", action="store_true", help="do not run the demo")
+    parser.add_argument("--torch-index", default="", help="address of the package index that torch is taken from")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        faults = check_wheel(Path(folder).resolve(), demo=not parser.parse_args().no_demo)
+        faults = check_wheel(Path(folder).resolve(), not options.no_demo, options.torch_index)
     print("\n".join(faults) or "the wheel and the source distribution hold what they should")
     sys.exit(bool(faults))
 
