@@ -3,20 +3,43 @@
 #   make test   the same, then the tests
 # Both are idempotent, and quick the second time.
 PYTHON ?= python3
+# Which build of torch: empty for the package index's own (on Linux a CUDA build), else a folder of
+# download.pytorch.org/whl, such as cpu or cu126.
+TORCH_INDEX ?=
+
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-all test-gpu lint install clean
+# What moves with a dependency: the trainer's events and batches, references, probes, exact replay, files and commands.
+BOUND_TESTS := tests/monitoring/test_callback.py tests/monitoring/test_reference_modes.py \
+	tests/monitoring/test_trainer.py tests/monitoring/test_trainer_margins.py tests/probes \
+	tests/auditing/test_exactness.py tests/models/test_loading.py tests/models/weights/test_streaming.py \
+	tests/writers/test_tensorboard.py tests/cli/test_options.py tests/cli/test_run.py
+
+.PHONY: demo test test-all test-gpu test-lowest test-newest lint lock wheel-check install python clean
 
 install: $(STAMP)
 
-# torch comes first and alone: on a machine without it, anything that depends on it may pull in gigabytes of CUDA.
-$(STAMP): pyproject.toml constraints.txt
+# torch comes first and alone, so that the build asked for is there before anything depends on it.
+$(STAMP): pyproject.toml constraints.txt | python
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python -c 'import torch' 2>/dev/null || echo "$(TORCH_SIZE)"
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install $(TORCH_FROM) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
+
+TORCH_ADDRESS = https://download.pytorch.org/whl/$(TORCH_INDEX)
+TORCH_FROM = $(if $(TORCH_INDEX),--index-url $(TORCH_ADDRESS),--constraint constraints.txt)
+TORCH_SIZE = Installing torch and what it needs into $(VENV): $(if $(TORCH_INDEX),the $(TORCH_INDEX) build (cpu: about 0.2 GB \
+	to download and 1.9 GB on disk).,on Linux the usual build brings CUDA, about 3 GB to download and 5.7 GB on disk. \
+	Without a GPU stop here and say: make install TORCH_INDEX=cpu (0.2 GB and 1.9 GB).)
+
+python:
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
+		"align_audit needs Python 3.11 or newer; %s is Python %d.%d. Name a newer one: make PYTHON=python3.12 ..." \
+		% ((sys.executable,) + tuple(sys.version_info[:2])))'
 
 demo: $(STAMP)
 	$(BIN)/align-audit demo
@@ -25,7 +48,7 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(PYTEST) -n 2 --dist loadfile -m "not slow and not gpu"
 
 # Also what takes minutes: the grid of ruined and healthy runs on the real model, where ../shared/data (or
 # $$ALIGN_AUDIT_DATA) is present.
@@ -36,10 +59,30 @@ test-all: $(STAMP)
 test-gpu:
 	HF_HUB_OFFLINE=1 ALIGN_AUDIT_TEST_DEVICE=cuda $(PYTHON) -m pytest -m "device and not slow"
 
+# The oldest direct dependencies that pyproject.toml allows, and the newest of all; each in an environment of its own.
+test-lowest: RESOLUTION := lowest-direct
+# What newer packages say of old ones is nothing to mend here.
+test-lowest: WARNINGS := -W default
+test-newest: RESOLUTION := highest
+test-lowest test-newest: test-%: $(STAMP)
+	$(BIN)/uv venv --quiet --allow-existing --python $(PYTHON) .venv-$*
+	$(BIN)/uv pip install --python .venv-$*/bin/python --resolution $(RESOLUTION) --upgrade \
+		$(if $(TORCH_INDEX),--torch-backend $(TORCH_INDEX)) --editable '.[test]'
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest $(WARNINGS) $(BOUND_TESTS) -m "not slow and not gpu and not real_data"
+
+# Versions that are pinned stay, where pyproject.toml still allows them; `make lock UPGRADE=--upgrade` takes the newest.
+lock: $(STAMP)
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
+		--no-annotate --quiet $(UPGRADE) --output-file constraints.txt
+
+# Minutes: the demo of the installed wheel is part of it.
+wheel-check: $(STAMP)
+	$(BIN)/python -m tests.wheel $(if $(TORCH_INDEX),--torch-index $(TORCH_ADDRESS))
+
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -28,7 +28,7 @@ class StatisticsConfig(_Part):
 
     confidence: Fraction = 0.95
     interval: Literal["percentile", "bca"] = "percentile"
-    bootstrap_resamples: int = Field(1000, ge=100)
+    bootstrap_resamples: int = Field(default=1000, ge=100)
 
 
 class PatchingConfig(_Part):
@@ -41,7 +41,7 @@ class PatchingConfig(_Part):
     transplants: bool = True
     """Block transplants: each block's own update alone, in the reference."""
     reverse: bool = True
-    noise_draws: int = Field(3, ge=0)
+    noise_draws: int = Field(default=3, ge=0)
     """Random directions at the peak layer, whose verdict they decide; one at every other layer."""
     exact_pairs: Annotated[int, Field(ge=8)] | Literal["auto"] | None = None
     """None: every pair is patched. Else this many, drawn by hash; the others' effects are estimated by attribution, which
@@ -50,7 +50,7 @@ class PatchingConfig(_Part):
     "auto": ``control_pairs`` at every layer, on which everything else is then measured; and at each layer as many more as
     ``equivalent_pairs`` takes, by how well the others' effects are estimated there. It saves something where there are more
     probe pairs (``max_pairs``) than that, 160 say."""
-    equivalent_pairs: int = Field(64, ge=8)
+    equivalent_pairs: int = Field(default=64, ge=8)
     """With ``exact_pairs`` "auto": effects get intervals as wide as if so many pairs were patched and nothing estimated."""
     attribution_points: tuple[Annotated[float, Field(ge=0.0, le=1.0)], ...] = (0.0, 0.5)
     """Where on the straight line from the reference's streams (0) to the policy's (1) attribution takes its gradients.
@@ -65,10 +65,10 @@ class PatchingConfig(_Part):
     audits that follow. With ``attribution_points`` (0.0,) a pair that is not patched then costs one forward of the
     policy. A token takes 2 (L + 1) d numbers in the model's dtype: 64 pairs of 300 tokens in 32 layers of 4,096 in
     bfloat16, 10 GB. Worth it where reading them is faster than computing them, as on a CPU."""
-    control_pairs: int = Field(24, ge=2)
+    control_pairs: int = Field(default=24, ge=2)
     """Pairs, at most, on which noise, reverse and random subspaces are patched and gradients are taken: these need fewer
     than an estimate. Which ones is drawn by hash, before anything is measured."""
-    split_half_repeats: int = Field(100, ge=1)
+    split_half_repeats: int = Field(default=100, ge=1)
     split_half_agreement: Fraction = 0.8
     """The control passes when at least this share of random half splits agree on the peak layer, and a localization is
     claimed only where at least this share of bootstrap resamples agree on its layers."""
@@ -97,9 +97,9 @@ class LocalizationConfig(_Part):
 
     enabled: bool = True
     target: Literal["shift", "effect"] = "shift"
-    folds: int = Field(5, ge=2)
-    selection_resamples: int = Field(50, ge=1)
-    permutations: int = Field(20, ge=1)
+    folds: int = Field(default=5, ge=2)
+    selection_resamples: int = Field(default=50, ge=1)
+    permutations: int = Field(default=20, ge=1)
 
 
 class LowRankConfig(_Part):
@@ -110,7 +110,7 @@ class LowRankConfig(_Part):
     ranks: tuple[int, ...] = (1, 2, 4, 8, 16)
     layers: Literal["auto", "all"] | tuple[int, ...] = "auto"
     """``auto``: the peak layer of the block transplants and the layer of the largest gain in recovery."""
-    random_draws: int = Field(1, ge=0)
+    random_draws: int = Field(default=1, ge=0)
     """Random subspaces of every rank for each of the control pairs, each pair its own."""
 
     @field_validator("ranks")
@@ -129,12 +129,12 @@ class SiteConfig(_Part):
     layers: Literal["all"] | tuple[int, ...] = "all"
     """``all``: every layer that has the site. For ``block`` the layers at which windows start."""
     heads: Literal["all"] | tuple[int, ...] = "all"
-    width: int = Field(1, ge=1)
+    width: int = Field(default=1, ge=1)
     positions: Positions = "all"
     estimator: Literal["exact", "attribution", "control_variate"] = "exact"
     """``exact``: each unit of each pair is patched. ``attribution``: to first order, all units from one backward pass, with
     its correlation to exact effects on some pairs. ``control_variate``: those pairs' exact effects, corrected by it."""
-    pairs: int | None = Field(None, ge=1)
+    pairs: int | None = Field(default=None, ge=1)
     """Pairs patched exactly, drawn by hash. None: for ``exact`` all that patching patches, else 16."""
 
     @field_validator("layers", "heads")
@@ -165,7 +165,7 @@ class SpinalConfig(_Part):
     terminal_fraction: Fraction | None = None
     """Depth fraction of the terminal block; None: the last max(⌈L/3⌉, min(4, L)) layers."""
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    max_rows: int = Field(4096, ge=32)
+    max_rows: int = Field(default=4096, ge=32)
     """Token rows that enter the spectra and transport; more are subsampled, deterministically, and the record says so."""
     gradient_concentration: bool = True
 
@@ -182,7 +182,7 @@ class ScheduleConfig(_Part):
     before_training: bool = True
     on_save: bool = True
     on_evaluate: bool = False
-    every_n_steps: int | None = Field(None, ge=1)
+    every_n_steps: int | None = Field(default=None, ge=1)
     on_last_step: bool = True
 
 
@@ -193,24 +193,24 @@ class AlertConfig(_Part):
     action: Literal["log", "save", "stop"] = "log"
     """Done when an alert of level ``action_level`` or above fires. ``save`` writes a checkpoint, ``stop`` ends training."""
     action_level: Literal["warning", "error"] = "error"
-    baseline_audits: int = Field(3, ge=1)
+    baseline_audits: int = Field(default=3, ge=1)
     """Healthy audits after which a run is also compared with itself."""
-    chosen_drop_warning: float = Field(0.6, gt=0)
+    chosen_drop_warning: float = Field(default=0.6, gt=0)
     """Nats per token by which the chosen log-probability may fall below the reference's."""
-    chosen_drop_error: float = Field(1.2, gt=0)
-    kl_warning: float = Field(1.0, gt=0)
+    chosen_drop_error: float = Field(default=1.2, gt=0)
+    kl_warning: float = Field(default=1.0, gt=0)
     """Nats per token."""
-    kl_error: float = Field(2.0, gt=0)
-    entropy_ratio_low: float = Field(0.25, gt=0, lt=1)
+    kl_error: float = Field(default=2.0, gt=0)
+    entropy_ratio_low: float = Field(default=0.25, gt=0, lt=1)
     """Entropy of the policy over entropy of the reference."""
-    entropy_ratio_high: float = Field(2.0, gt=1)
-    token_accuracy_ratio_error: float = Field(0.5, gt=0, lt=1)
+    entropy_ratio_high: float = Field(default=2.0, gt=1)
+    token_accuracy_ratio_error: float = Field(default=0.5, gt=0, lt=1)
     """Next-token accuracy of the policy over the reference's."""
-    accuracy_drop_warning: float = Field(0.1, gt=0, lt=1)
-    accuracy_drop_error: float = Field(0.25, gt=0, lt=1)
+    accuracy_drop_warning: float = Field(default=0.1, gt=0, lt=1)
+    accuracy_drop_error: float = Field(default=0.25, gt=0, lt=1)
     """Fall of the preference accuracy on the probes from its best."""
-    additivity_warning: float = Field(0.4, gt=0, lt=1)
-    coherence_drop_warning: float = Field(0.5, gt=0, lt=1)
+    additivity_warning: float = Field(default=0.4, gt=0, lt=1)
+    coherence_drop_warning: float = Field(default=0.5, gt=0, lt=1)
     """Relative fall below the run's own baseline."""
 
 
@@ -238,16 +238,16 @@ class AuditConfig(_Part):
         True
     """
 
-    max_pairs: int = Field(64, ge=1)
-    batch_tokens: int | None = Field(None, ge=1)
+    max_pairs: int = Field(default=64, ge=1)
+    batch_tokens: int | None = Field(default=None, ge=1)
     share_prompts: bool = True
-    working_memory_mb: int | None = Field(None, ge=1)
-    seed: int = Field(0, ge=0)
+    working_memory_mb: int | None = Field(default=None, ge=1)
+    seed: int = Field(default=0, ge=0)
     strict: bool = False
     progress: bool = True
     tensorboard: Literal["auto", "off"] = "auto"
     tensorboard_images: bool = True
-    max_length: int | None = Field(None, ge=2)
+    max_length: int | None = Field(default=None, ge=2)
     truncation_mode: Literal["keep_start", "keep_end"] | None = None
     statistics: StatisticsConfig = StatisticsConfig()
     patching: PatchingConfig = PatchingConfig()
@@ -259,11 +259,13 @@ class AuditConfig(_Part):
     schedule: ScheduleConfig = ScheduleConfig()
     alerts: AlertConfig = AlertConfig()
 
-    def __init__(self, **data: Any) -> None:
-        try:
-            super().__init__(**data)
-        except ValidationError as error:
-            raise ConfigurationError(_explain(error)) from None
+    if not TYPE_CHECKING:  # type checkers are to see the fields, each with its type
+
+        def __init__(self, **data: Any) -> None:
+            try:
+                super().__init__(**data)
+            except ValidationError as error:
+                raise ConfigurationError(_explain(error)) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as :meth:`from_dict` takes them back."""

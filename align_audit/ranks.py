@@ -53,7 +53,7 @@ class Ranks:
             return value
         import torch.distributed as dist
 
-        said: list[Any] = [value]
+        said: list[_Value] = [value]
         dist.broadcast_object_list(said, src=0, group=self._group)
         return said[0]
 

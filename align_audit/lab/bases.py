@@ -119,7 +119,7 @@ def build_base(family: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config)
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
         choice.prepare(model)
     return model
 

@@ -155,7 +155,7 @@ def _train(settings: DemoRun, output: Path, console: Any) -> Outcome:
 
 def _TrainingLog(console: Any) -> Any:
     """A callback that prints what everybody watches; made here so that transformers loads only when needed."""
-    from transformers import TrainerCallback
+    from transformers.trainer_callback import TrainerCallback
 
     class TrainingLog(TrainerCallback):
         last: dict[str, float] = {}  # noqa: RUF012

@@ -238,17 +238,20 @@ class _Sample:
     @property
     def divisor(self) -> Array:
         """``[L]``: n, and 1 where it is 0."""
-        return np.maximum(self.count, 1)
+        divisor: Array = np.maximum(self.count, 1)
+        return divisor
 
     @property
     def sound(self) -> Array:
         """bool ``[L]``: the proxies are finite and vary over S, and the exact values are finite."""
-        return (self.proxy_spread > _ROUNDING) & (self.not_finite == 0) & (self.infinite == 0)
+        sound: Array = (self.proxy_spread > _ROUNDING) & (self.not_finite == 0) & (self.infinite == 0)
+        return sound
 
     @property
     def usable(self) -> Array:
         """bool ``[L]``: a slope is fitted, and used."""
-        return (self.count >= MINIMUM_EXACT) & self.sound
+        usable: Array = (self.count >= MINIMUM_EXACT) & self.sound
+        return usable
 
 
 def _working_units(exact: Array, proxy: Array) -> _Sample:
@@ -341,7 +344,8 @@ def _estimates(sample: _Sample, slopes: _Slopes) -> Array:
     inside, pairs, n = sample.measured[:, :, None], sample.pairs, sample.count
     others = (sample.proxies * ~inside).sum(axis=0) / np.maximum(pairs - n, 1)[:, None]
     shifts = (slopes.without * np.where(inside, sample.proxies - others, 0.0)).sum(axis=(0, 2)) / sample.divisor
-    return sample.origin + sample.scale * (sample.exact_mean - (1 - n / pairs) * shifts)
+    estimates: Array = sample.origin + sample.scale * (sample.exact_mean - (1 - n / pairs) * shifts)
+    return estimates
 
 
 @dataclass(frozen=True, eq=False)
@@ -441,7 +445,8 @@ def _solve(matrix: Array, vector: Array, floor: Array) -> Array:
     values, vectors = np.linalg.eigh(matrix)
     along = np.einsum("...kj,...k->...j", vectors, vector)
     kept = values > np.broadcast_to(floor, matrix.shape[:-2])[..., None]
-    return np.einsum("...kj,...j->...k", vectors, _ratio(along, values, kept))
+    solution: Array = np.einsum("...kj,...j->...k", vectors, _ratio(along, values, kept))
+    return solution
 
 
 def _ratio(numerator: Array, denominator: Array, where: Array) -> Array:

@@ -84,7 +84,8 @@ def contributions(transplants: Array, gains: Array, least: tuple[Array, Array]) 
         >>> contributions(np.array([4.0, 1.0]), np.array([4.0, 0.0]), (np.zeros(2), np.full(2, 0.04))).tolist()
         [4.0, 0.2]
     """
-    return np.sqrt(np.maximum(transplants, least[0]) * np.maximum(gains, least[1]))
+    means: Array = np.sqrt(np.maximum(transplants, least[0]) * np.maximum(gains, least[1]))
+    return means
 
 
 def least_means(values: Array, groups: Array | None = None) -> Array:
@@ -101,7 +102,8 @@ def least_means(values: Array, groups: Array | None = None) -> Array:
         >>> least_means(np.array([[3.0, 0.0], [5.0, 0.0]])).tolist()
         [2.0, 0.04]
     """
-    return np.maximum(MARGIN * standard_errors(values, groups), FLOOR * max(values.mean(axis=0).max(), 0.0))
+    least: Array = np.maximum(MARGIN * standard_errors(values, groups), FLOOR * max(values.mean(axis=0).max(), 0.0))
+    return least
 
 
 def layer_set(

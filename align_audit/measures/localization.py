@@ -221,7 +221,8 @@ def _unfit(X: Array, y: Array, folds: int, groups: int) -> str | None:
 
 def _constant(values: Array) -> Array:
     """Columns that do not vary beyond rounding."""
-    return values.std(axis=0) <= 1e-12 * np.abs(values).max(axis=0)
+    constant: Array = values.std(axis=0) <= 1e-12 * np.abs(values).max(axis=0)
+    return constant
 
 
 def _standardize(X: Array) -> Array:
@@ -265,4 +266,5 @@ def _selected_at(X: Array, y: Array, alpha: float) -> Array:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model = Lasso(alpha, tol=1e-6, max_iter=10_000, random_state=_UNUSED_SEED).fit(X, y)
-    return model.coef_ != 0.0
+    selected: Array = model.coef_ != 0.0
+    return selected

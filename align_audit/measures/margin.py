@@ -140,4 +140,5 @@ def sum_by_pair(values: torch.Tensor, pair: torch.Tensor, side: torch.Tensor, nu
 def preference_margin(logp: torch.Tensor, pair: torch.Tensor, side: torch.Tensor, num_pairs: int) -> torch.Tensor:
     """m = log p(y⁺|x) − log p(y⁻|x), nats, float64 [B], from token log-probabilities [P]."""
     chosen, rejected = sum_by_pair(logp, pair, side, num_pairs)
-    return chosen - rejected
+    margin: torch.Tensor = chosen - rejected
+    return margin

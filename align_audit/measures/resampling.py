@@ -69,13 +69,15 @@ class Groups:
 
     def total(self, values: Array) -> Array:
         """``[n, …]``: the sum of ``values`` over the group that each pair belongs to."""
-        return self.sums(values.reshape(len(values), -1))[self.labels].reshape(values.shape)
+        sums: Array = self.sums(values.reshape(len(values), -1))[self.labels].reshape(values.shape)
+        return sums
 
     def rows(self, chosen: Array) -> Array:
         """Places of all pairs of the ``chosen`` groups, a group that is chosen twice twice."""
+        order: Array = np.argsort(self.labels, kind="stable")
         if self.alone:
-            return np.argsort(self.labels, kind="stable")[chosen]
-        order = np.argsort(self.labels, kind="stable")
+            places: Array = order[chosen]
+            return places
         ends = np.cumsum(self.sizes.astype(np.int64))
         starts = ends - self.sizes.astype(np.int64)
         return np.concatenate([order[starts[group] : ends[group]] for group in chosen.tolist()])
@@ -85,7 +87,8 @@ class Groups:
         if self.alone:
             return np.ones(values.shape[1])
         alone, together = np.square(values).sum(axis=0), np.square(self.sums(values)).sum(axis=0)
-        return np.maximum(together / np.where(alone > 0.0, alone, 1.0), 1.0)
+        effect: Array = np.maximum(together / np.where(alone > 0.0, alone, 1.0), 1.0)
+        return effect
 
     def met(self, chosen: Array) -> Array:
         """In how many groups there is a chosen pair: ``[C]`` from bool ``[n, C]``."""
@@ -122,7 +125,8 @@ def column_means(values: Array) -> Array:
     if not len(values):
         return np.full(values.shape[1], np.nan)
     equal = (values == values[0]).all(axis=0)
-    return np.where(equal, values[0], values.mean(axis=0))
+    means: Array = np.where(equal, values[0], values.mean(axis=0))
+    return means
 
 
 def resample_counts(groups: int, resamples: int, seed: int) -> Array:
@@ -144,7 +148,7 @@ def resampled_means(values: Array, means: Array, resamples: int, seed: int, grou
     """
     together = Groups.of(groups, len(values))
     counts = resample_counts(together.count, resamples, seed)
-    resampled = counts @ together.sums(values) / (counts @ together.sizes)[:, None]
+    resampled: Array = counts @ together.sums(values) / (counts @ together.sizes)[:, None]
     equal = (values == values[0]).all(axis=0)
     resampled[:, equal] = means[equal]
     return resampled
@@ -171,7 +175,9 @@ def standard_errors(values: Array, groups: Array | None = None) -> Array:
         values: ``[N, C]``, of at least 2 groups.
     """
     without = leave_one_out_means(values, column_means(values), groups)
-    return np.sqrt((len(without) - 1) / len(without) * np.square(without - without.mean(axis=0)).sum(axis=0))
+    squares = np.square(without - without.mean(axis=0)).sum(axis=0)
+    errors: Array = np.sqrt((len(without) - 1) / len(without) * squares)
+    return errors
 
 
 def studentized(influence: Array, resamples: int, seed: int) -> Array:

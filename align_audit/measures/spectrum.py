@@ -69,7 +69,8 @@ def singular_values(H: Tensor) -> Array:
         sigma = torch.linalg.svdvals((H.cpu() if H.device.type == "mps" else H).double())
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return unknown
-    return sigma.cpu().numpy()
+    values: Array = sigma.cpu().numpy()
+    return values
 
 
 def numerical_rank(H: Tensor, eps: float) -> int:

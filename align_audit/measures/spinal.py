@@ -160,7 +160,8 @@ def gradient_share(norms: Array, terminal: Sequence[int]) -> Array:
     largest = norms.max(axis=1, keepdims=True)
     known = np.isfinite(largest) & (largest > 0)
     scaled = np.divide(norms, largest, out=np.full_like(norms, np.nan), where=known)
-    return scaled[:, block].sum(axis=1) / scaled.sum(axis=1)
+    shares: Array = scaled[:, block].sum(axis=1) / scaled.sum(axis=1)
+    return shares
 
 
 def spinal_score(

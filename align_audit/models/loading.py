@@ -55,7 +55,7 @@ def load_model(
         raise ReferenceUnavailableError(f"{path} is a file; expected a directory with a saved model, or a hub name")
     with loader_errors(path):
         if (folder / "adapter_config.json").is_file():
-            model = _load_adapted(folder, base, options)
+            model: nn.Module = _load_adapted(folder, base, options)
         else:
             model = _load_whole(path, options)
         if device is not None:

@@ -7,7 +7,7 @@ import gc
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -152,11 +152,11 @@ def load_policy(
         ReferenceUnavailableError: as :func:`~align_audit.models.loading.load_model`.
     """
     base = reference if isinstance(reference, str | Path) else None
-    policy: Any = load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code, base=base)
+    policy = load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code, base=base)
     frozen = Path(path) / REFERENCE_ADAPTER
     if is_peft(policy) and (frozen / "adapter_config.json").is_file():
         with loader_errors(frozen):
-            policy.load_adapter(frozen, adapter_name=REFERENCE_ADAPTER)
+            cast(Any, policy).load_adapter(frozen, adapter_name=REFERENCE_ADAPTER)
         policy.eval()
     return policy
 

@@ -108,13 +108,15 @@ class Replay:
     @property
     def device(self) -> torch.device:
         """Where the embeddings are, and so what enters the model."""
-        return self.model.get_input_embeddings().weight.device
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
 
     def _forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """The model's own forward, as it stands (wrapped by a trainer, say); its logits [R, T, V]."""
         # A loss over the experts' routers is for training, and with the layers stubbed no router runs.
         options = {"output_router_logits": False} if getattr(self.model.config, "output_router_logits", False) else {}
-        return self.model(**inputs, use_cache=False, **options).logits
+        logits: torch.Tensor = self.model(**inputs, use_cache=False, **options).logits
+        return logits
 
     # -- recording -------------------------------------------------------------------------------------------------
 

@@ -8,10 +8,11 @@ import operator
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from torch import nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.training_args import TrainingArguments
 
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.config import AuditConfig
@@ -32,18 +33,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_P = ParamSpec("_P")
+_Event = TypeVar("_Event", bound=Callable[..., None])
 
 
-def _guarded(
-    event: Callable[Concatenate[AlignmentAuditCallback, Any, TrainerState, _P], None],
-) -> Callable[Concatenate[AlignmentAuditCallback, Any, TrainerState, _P], None]:
+def _guarded(event: _Event) -> _Event:
     """An event in which nothing can break training: what goes wrong is recorded as a failed audit is."""
 
     @functools.wraps(event)
-    def guarded(
-        self: AlignmentAuditCallback, args: Any, state: TrainerState, *rest: _P.args, **kwargs: _P.kwargs
-    ) -> None:
+    def guarded(self: AlignmentAuditCallback, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         if self._run is None or not self._training:
             return  # such as an evaluation before training, or after it, when the best checkpoint was loaded back
         try:
@@ -53,7 +50,7 @@ def _guarded(
                 raise
             self._run.monitor.record_failure(state.global_step, AuditFailure.of(error))
 
-    return guarded
+    return cast(_Event, guarded)
 
 
 class AlignmentAuditCallback(TrainerCallback):

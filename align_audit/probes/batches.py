@@ -77,7 +77,8 @@ class PairBatch:
     @property
     def read(self) -> torch.Tensor:
         """The places among the R·T positions that hold a prediction entry, each once, ascending."""
-        return (self.row * self.input_ids.shape[1] + self.position).unique()
+        places: torch.Tensor = (self.row * self.input_ids.shape[1] + self.position).unique()
+        return places
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """What a causal LM is called with. Shared rows bring their own mask [R, 1, T, T] (True: is seen)."""

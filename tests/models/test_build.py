@@ -94,6 +94,7 @@ def test_what_decides_the_function_counts(kind: str) -> None:
     assert build_fingerprint(model) != before
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}, {"lora_bias": True}, {"r": 4}])
 def test_how_adapters_are_configured_counts(options: dict[str, Any]) -> None:
     config = {"r": 2, "target_modules": TARGETS}

@@ -96,6 +96,7 @@ def test_precomputed_the_reference_is_found_and_compared(given: str, tmp_path: P
     assert not stored.alerts
 
 
+@pytest.mark.filterwarnings("ignore:.*found no held-out pairs")
 def test_precomputed_the_margins_are_compared_at_later_steps_too(tmp_path: Path) -> None:
     run(tmp_path / "out", mode="precompute", attach=False, max_steps=1)
     first, last = AuditRun.load(tmp_path / "out").records
@@ -278,6 +279,7 @@ def test_a_wish_to_save_before_the_first_step_is_kept(pissa: Path) -> None:
     assert (pissa / "checkpoint-1" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers")  # PEFT says what is tested here
 def test_trained_biases_change_the_reference_under_us(tmp_path: Path) -> None:
     lora = LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM", bias="all")
     callback = AlignmentAuditCallback(config=quick(schedule={"every_n_steps": 1}))
@@ -330,6 +332,7 @@ def test_an_audit_on_a_synchronization_step_runs_after_it(due: str, tmp_path: Pa
     assert records[2].margins.reference.mean != records[0].margins.reference.mean
 
 
+@pytest.mark.filterwarnings("ignore:.*found no held-out pairs")
 def test_a_synchronized_reference_needs_attach(tmp_path: Path) -> None:
     callback = AlignmentAuditCallback(config=quick(strict=False))
     trained = build(tmp_path / "out", "sync", [callback])

@@ -82,6 +82,7 @@ def test_the_base_that_adapters_were_put_into_is_the_policy_without_them(tmp_pat
     assert source == "the policy with its adapters off (a model that was passed is its own base)"
 
 
+@pytest.mark.filterwarnings("ignore:.*base_model_name_or_path. was renamed")  # of a model that was never saved
 def test_the_base_beside_a_reference_adapter_is_refused() -> None:
     base = tiny_model("llama")
     policy = get_peft_model(base, LORA)

@@ -87,6 +87,7 @@ def test_an_alert_stops_training_though_nobody_reads_it(tmp_path: Path) -> None:
     assert trained.trainer.state.global_step == 1
 
 
+@pytest.mark.filterwarnings("ignore:alerts could not be copied")
 def test_an_alert_stops_training_though_it_cannot_be_written(tmp_path: Path) -> None:
     output = tmp_path / "run"
 
@@ -103,6 +104,10 @@ def test_an_alert_stops_training_though_it_cannot_be_written(tmp_path: Path) -> 
     assert len(records) == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*found no held-out pairs")
+@pytest.mark.filterwarnings("ignore:the audit log .* was deleted or replaced")
+# The thread of TensorBoard's writer ends with its folder.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("step", [1, 3])
 def test_training_outlives_its_log_folder(tmp_path: Path, plain: Trained, step: int) -> None:
     output = tmp_path / "run"
@@ -114,6 +119,7 @@ def test_training_outlives_its_log_folder(tmp_path: Path, plain: Trained, step: 
     assert same_training(trained, plain)
 
 
+@pytest.mark.filterwarnings("ignore:.*found no held-out pairs")
 def test_a_tensorboard_folder_that_cannot_be_made_is_refused_before_training(tmp_path: Path) -> None:
     output = tmp_path / "run"
     (output / "align_audit").mkdir(parents=True)

@@ -17,10 +17,7 @@ from trl import DPOConfig, DPOTrainer
 from align_audit.probes.pairs import EQUAL, EQUAL_TRUNCATED, PROMPT_FILLS, UNSCORABLE, ProbePair, ProbeSet
 from tests.helpers.probe_tokenizer import DIVERGING_TEMPLATE, EOS, TEMPLATE, make_tokenizer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*keep_end.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning"),  # TRL's own default
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*keep_end.*:FutureWarning")
 
 DATA = Path(os.environ.get("ALIGN_AUDIT_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 LONG = "the little dog sat in the little house and looked at the world " * 3

@@ -125,7 +125,8 @@ class Behaviour(Measurement):
     def shift(self) -> np.ndarray:
         """[N] Δ_i = m_i(π) − m_i(ρ), nats."""
         with np.errstate(invalid="ignore"):
-            return self.policy_margin - self.reference_margin
+            shift: np.ndarray = self.policy_margin - self.reference_margin
+        return shift
 
     @property
     def mean_shift(self) -> Estimate:

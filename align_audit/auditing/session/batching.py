@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from align_audit.auditing.session.memory import out_of_memory, usual_working_bytes
+from align_audit.auditing.session.memory import free_memory, out_of_memory, usual_working_bytes
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.errors import AuditMemoryError
 from align_audit.probes.batches import PairBatch, make_batch, pair_tokens, plan_batches
@@ -112,9 +111,7 @@ class Batching:
 
     def free_memory(self) -> None:
         """Give back what nothing refers to any more."""
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free_memory(self.device)
 
     def _halved(self, group: list[int], waiting: list[list[int]], words: str) -> list[list[int]]:
         """What is left to do after ``group`` ran out of memory, in batches and groups of streams half as large."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -52,12 +53,24 @@ def usual_working_bytes(device: torch.device) -> int:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """An allocation that failed: on a device, or in the words of torch's CPU allocator."""
-    return (
-        isinstance(error, MemoryError | torch.OutOfMemoryError)
-        or "not enough memory" in str(error)
-        or ("can't allocate memory" in str(error))
-    )
+    """An allocation that failed: on a device, or in the words of torch's CPU allocator and of accelerate's devices."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if "not enough memory" in str(error) or "can't allocate memory" in str(error):
+        return True
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    # It looks for words in the error's only argument, which may be anything.
+    return isinstance(error, RuntimeError) and bool(should_reduce_batch_size(RuntimeError(str(error))))
+
+
+def free_memory(device: torch.device) -> None:
+    """Give back what nothing refers to any more, on an accelerator of any kind also what its allocator keeps."""
+    gc.collect()
+    if device.type != "cpu":
+        from accelerate.utils.memory import clear_device_cache
+
+        clear_device_cache()
 
 
 @contextlib.contextmanager

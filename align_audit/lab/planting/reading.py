@@ -93,7 +93,9 @@ def padded_rows(pairs: Iterable[ProbePair], device: torch.device | str = "cpu", 
 
 def logits_of(model: nn.Module, rows: Rows, weights: Mapping[str, Tensor] | None = None) -> Tensor:
     """Next-token logits [R, T, V] of the model, with ``weights`` in place of its own of those names."""
-    return functional_call(unwrap(model), dict(weights or {}), args=(), kwargs=rows.model_inputs()).logits
+    inputs = rows.model_inputs()
+    logits: Tensor = functional_call(unwrap(model), dict(weights or {}), args=(), kwargs=inputs).logits
+    return logits
 
 
 @torch.no_grad()
@@ -182,7 +184,8 @@ def projection_rows(model: nn.Module, pairs: Iterable[ProbePair], projection: Pr
 
 def _device(model: nn.Module) -> torch.device:
     plain: Any = unwrap(model)
-    return plain.get_input_embeddings().weight.device
+    device: torch.device = plain.get_input_embeddings().weight.device
+    return device
 
 
 def _check_mode(model: nn.Module) -> None:

@@ -62,7 +62,8 @@ def whitening(second: Tensor, ridge: float = 1e-2) -> Tensor:
         0.5
     """
     values, vectors = torch.linalg.eigh(second)
-    return (vectors / (values.clamp_min(0.0) + ridge * values.mean()).sqrt()) @ vectors.T
+    root: Tensor = (vectors / (values.clamp_min(0.0) + ridge * values.mean()).sqrt()) @ vectors.T
+    return root
 
 
 def norm(tensors: Sequence[Tensor]) -> float:

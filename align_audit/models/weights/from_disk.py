@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -279,7 +279,7 @@ def open_streamed(
     name, members = find_layers(outline, layers)
     keys = {lay_out.key(outline, *place) for part in own_tensors(outline, members) for place in part}
     del outline, members
-    model: Any = lay_out(keys)
+    model = lay_out(keys)
     _, members = find_layers(model, name)
     weights = [
         [
@@ -291,7 +291,7 @@ def open_streamed(
     stored = _put_to_rest(model, weights)
     there = torch.device(device) if device is not None else torch.device("cpu")
     _move(model, there)
-    model.config.name_or_path = str(path)
+    cast(Any, model).config.name_or_path = str(path)
     model.eval()
     stream = LayerStream(members, weights, copy_to(there), pinned=there.type == "cuda")
     register(model, stream, stored)
@@ -352,7 +352,10 @@ class _Layout:
             with torch.device("meta"):
                 kind: Any = type(AutoModelForCausalLM.from_config(copy.deepcopy(self._config), **self._options))
             config = self._config if isinstance(self._config, kind.config_class) else self._config.get_text_config()
-            return kind.from_pretrained(None, config=config, state_dict=values, dtype=self._dtype, **self._options)
+            model: nn.Module = kind.from_pretrained(
+                None, config=config, state_dict=values, dtype=self._dtype, **self._options
+            )
+            return model
         except ReferenceUnavailableError:
             raise
         except Exception as error:

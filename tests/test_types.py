@@ -1,0 +1,74 @@
+"""What a type checker says of a user's code: options have types, and one that does not exist is an error."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+api = pytest.importorskip("mypy.api", reason="mypy comes with the extra dev")
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+SETTINGS = """\
+[mypy]
+strict = true
+[mypy-torch.*,transformers.*,trl.*,datasets.*,peft.*,scipy.*,sklearn.*,matplotlib.*,pandas.*]
+follow_imports = skip
+"""
+"""Of a user without pydantic's plugin; large libraries are not read, since nothing here depends on them."""
+
+GOOD = """\
+from align_audit import AuditConfig
+from align_audit.config import PatchingConfig, SiteConfig
+
+options = AuditConfig(
+    max_pairs=32,
+    patching=PatchingConfig(exact_pairs="auto"),
+    sites=(SiteConfig(site="head", heads=(0, 1)),),
+)
+on_save: bool = options.schedule.on_save
+pairs: int = options.max_pairs
+"""
+
+WRONG = {
+    'AuditConfig(max_pairs="many")': "arg-type",
+    "AuditConfig(max_pair=32)": "call-arg",
+    "AuditConfig(32)": "call-arg",
+    'PatchingConfig(positions="nowhere")': "arg-type",
+    'SiteConfig(site="neuron")': "arg-type",
+    "SiteConfig()": "call-arg",
+    "options.max_pair": "attr-defined",
+}
+"""A line after the good ones, and the code of mypy's error there."""
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[int, set[str]]:
+    """Codes of mypy's errors by line of the program of all lines above."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "mypy.ini").write_text(SETTINGS, encoding="utf-8")
+    program = folder / "program.py"
+    program.write_text(GOOD + "\n".join(WRONG) + "\n", encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MYPYPATH", str(REPOSITORY))
+        patch.delenv("PYTHONPATH", raising=False)
+        arguments = ["--config-file", folder / "mypy.ini", "--cache-dir", folder / "cache", "--python-executable"]
+        out, problems, _ = api.run([str(part) for part in [*arguments, sys.executable, program]])
+    assert not problems
+    seen: dict[int, set[str]] = {}
+    for line, code in re.findall(r"^.*program\.py:(\d+): error: .*\[([\w-]+)\]$", out, re.MULTILINE):
+        seen.setdefault(int(line), set()).add(code)
+    assert seen, out
+    return seen
+
+
+def test_good_options_have_no_errors(errors: dict[int, set[str]]) -> None:
+    assert min(errors) > GOOD.count("\n")
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_option_is_an_error(line: str, errors: dict[int, set[str]]) -> None:
+    assert errors.get(GOOD.count("\n") + list(WRONG).index(line) + 1) == {WRONG[line]}
