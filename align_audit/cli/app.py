@@ -174,6 +174,7 @@ def transfer(
         device_option(device),
         dtype=dtype_option(dtype),
         trust_remote_code=trust_remote_code,
+        tell=_complain,
     )
     record.save(output / "transfer.json")
     print_transfer(record)

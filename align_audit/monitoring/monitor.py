@@ -13,6 +13,7 @@ from typing import Any, Self
 
 from align_audit.alerts.detectors import evaluate
 from align_audit.auditing.audit import run_audit
+from align_audit.auditing.origin import Origin
 from align_audit.auditing.previous import PreviousAudit, left_by
 from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.open_models import OpenModels
@@ -38,13 +39,18 @@ Key = tuple[int, str, str | None]
 
 @dataclass(frozen=True)
 class Moment:
-    """When an audit is made, and what is known of training then (see :class:`AuditRequest`)."""
+    """When an audit is made, and what is known of training then (see :class:`AuditRequest`).
+
+    Attributes:
+        origin: of a saved checkpoint: what the log of its run says of it.
+    """
 
     step: int
     at_start: bool = False
     beta: float | None = None
     last_sync_step: int | None = None
     compare_precomputed: bool = True
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -281,7 +287,8 @@ class Monitor:
         if self.log is None:
             return
         earlier = comparable(self.log.records, name, probes.content_hash, moment.step)
-        record = result.record.model_copy(update={"alerts": evaluate(result.record, earlier, self.config.alerts)})
+        record = result.record if moment.origin is None else moment.origin.noted(result.record)
+        record = record.model_copy(update={"alerts": evaluate(record, earlier, self.config.alerts)})
         findings.records[name] = record
         # Acted on whatever follows: neither a full disk nor a closed terminal makes them untrue.
         findings.alerts += record.alerts
