@@ -17,7 +17,7 @@ from align_audit import AlignmentAuditCallback, AuditRecord, AuditRun, ProbeSet,
 from align_audit.errors import ReferenceUnavailableError
 from align_audit.models.loading import load_tokenizer
 from tests.cli.commands import arguments, refused
-from tests.helpers.dpo import ROWS, saved_model, train
+from tests.helpers.dpo import ROWS, build, saved_model, train
 from tests.monitoring.test_callback import quick
 
 
@@ -130,14 +130,12 @@ def test_a_checkpoint_of_a_run_that_was_set_aside_is_known(
     shutil.copytree(full / "checkpoint-2", tmp_path / "kept")
     base = Path(other_model(tmp_path / "base"))
     callback = AlignmentAuditCallback(probes=str(place.probes), config=quick(), reference=None)
-    from tests.helpers.dpo import build
-
+    again = build(full, "ref_model made", [callback], base=tmp_path / "second", max_steps=1, save_steps=1, seed=3)
+    weights = AutoModelForCausalLM.from_pretrained(base).state_dict()
+    again.model.load_state_dict(weights)
+    again.trainer.ref_model.load_state_dict(weights)
+    callback.attach(again.trainer)
     with pytest.warns(UserWarning, match="audits of an earlier run"):
-        again = build(full, "ref_model made", [callback], base=tmp_path / "second", max_steps=1, save_steps=1, seed=3)
-        state = AutoModelForCausalLM.from_pretrained(base).state_dict()
-        again.model.load_state_dict(state)
-        again.trainer.ref_model.load_state_dict(state)
-        callback.attach(again.trainer)
         again.trainer.train()
     done = command(*arguments(place, full / "checkpoint-2", tmp_path / "old", "--reference", place.base))
     assert (done.code, "align-audit:" in done.err) == (0, False)
