@@ -7,7 +7,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test test-all test-gpu lint install clean
+.PHONY: demo test fuzz test-all test-gpu lint install clean
 
 install: $(STAMP)
 
@@ -26,6 +26,12 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+
+# Records, options, probe files and command lines that nobody wrote: so many of each test, 20,000 and more in all, drawn anew
+# each time. `make test` tries a few, always the same ones.
+FUZZ ?= 1800
+fuzz: $(STAMP)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ALIGN_AUDIT_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/fuzz --timeout 7200
 
 # Also what takes minutes: the grid of ruined and healthy runs on the real model, where ../shared/data (or
 # $$ALIGN_AUDIT_DATA) is present.

@@ -278,6 +278,7 @@ class AuditConfig(_Part):
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from nested plain values; an unknown or invalid one raises :class:`ConfigurationError`."""
+        _check_names(values, "the options")
         return cls(**values)
 
     def to_yaml(self, path: str | Path) -> None:
@@ -295,11 +296,15 @@ class AuditConfig(_Part):
             ) from error
         if values is None:
             values = {}
-        if not isinstance(values, dict):
-            raise ConfigurationError(f"{plain(path)}: expected a mapping of options, found {type(values).__name__}")
-        if unnamed := [key for key in values if not isinstance(key, str)]:
-            raise ConfigurationError(f"{plain(path)}: expected names of options, found {quoted(unnamed[0])}")
+        _check_names(values, plain(path))
         return cls.from_dict(values)
+
+
+def _check_names(values: Any, where: str) -> None:
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{where}: expected a mapping of options, found {type(values).__name__}")
+    if unnamed := [key for key in values if not isinstance(key, str)]:
+        raise ConfigurationError(f"{where}: expected names of options, found {quoted(unnamed[0])}")
 
 
 def _in_a_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -25,6 +25,7 @@ from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Ranks
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.log import RunLog, arrays_name
+from align_audit.record.stored_records import Head, chosen
 from align_audit.writers.writer import Writers
 
 logger = logging.getLogger(__name__)
@@ -157,10 +158,7 @@ class Monitor:
         self._progress = progress
         self._cache = ReferenceCache(None if log is None else log.directory / "cache")
         self._previous: dict[str | None, PreviousAudit] = {}
-        records = [] if log is None else log.records
-        self._stored: dict[Key, AuditRecord] = {
-            (record.step, record.provenance.policy_hash, record.provenance.probe_name): record for record in records
-        }
+        self._stored: set[Key] = set() if log is None else set(map(_key_of, log.records.heads))
         """What an earlier process has audited, until this one comes by it."""
         self._audited: set[Key] = set(self._stored)
         self._shown: set[str] = set()
@@ -264,8 +262,9 @@ class Monitor:
 
     def _pass_by(self, key: Key) -> None:
         """An audit that an earlier process made hands on what it left, as if it had been made now."""
-        record = self._stored.pop(key, None)
-        if record is not None and self.log is not None:
+        if key in self._stored and self.log is not None:
+            self._stored.discard(key)
+            record = self.log.records.where(lambda head: _key_of(head) == key)[-1]
             self._previous[record.provenance.probe_name] = left_by(record, self.log)
 
     def _audit_set(self, models: OpenModels, moment: Moment, name: str | None, findings: _Findings) -> None:
@@ -298,16 +297,19 @@ class Monitor:
         self.tell(record)
 
 
-def comparable(records: Iterable[AuditRecord], probe_name: str | None, probe_hash: str, step: int) -> list[AuditRecord]:
+def _key_of(head: Head) -> Key:
+    return head.step, head.policy_hash, head.probe_name
+
+
+def comparable(
+    records: Sequence[AuditRecord], probe_name: str | None, probe_hash: str, step: int
+) -> Sequence[AuditRecord]:
     """The audits of a log that one at ``step`` goes on from and is judged by, in the order of the log.
 
     They are of the same pairs under the same name: numbers of other pairs are no trend. And of earlier steps only: a
     resumed run may find later ones in its log, on the course it took before.
     """
-    return [
-        record
-        for record in records
-        if record.step < step
-        and record.provenance.probe_name == probe_name
-        and record.provenance.probe_hash == probe_hash
-    ]
+    return chosen(
+        records,
+        lambda head: head.step < step and head.probe_name == probe_name and head.probe_hash == probe_hash,
+    )

@@ -13,6 +13,9 @@ from pydantic_core import PydanticSerializationError
 from align_audit.errors import RecordError, first_line, plain, quoted
 from align_audit.files import write_atomically
 
+_TOLD = 31
+"""Lines of pydantic's own words that a message keeps: ten problems."""
+
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 """From the values of one schema version, as parsed and not yet validated, to those of the next."""
 
@@ -88,7 +91,7 @@ class Stored(Part):
                     values = cls.migrations[older](values)
             return cls.model_validate(values)
         except ValidationError as error:
-            raise RecordError(f"{where} is not a valid {cls.kind}: {error}") from None
+            raise RecordError(f"{where} is not a valid {cls.kind}: {_told(error)}") from None
         except Exception as error:  # values that no version ever wrote
             raise RecordError(f"{where} is not a valid {cls.kind}: {first_line(error)}") from error
 
@@ -110,6 +113,13 @@ class Stored(Part):
         except OSError as error:
             raise RecordError(f"cannot read {plain(path)}: {first_line(error)}") from None
         return cls.from_json(text, where=plain(path))
+
+
+def _told(error: ValidationError) -> str:
+    """What pydantic says, of the first problems: names and values in it are foreign text."""
+    lines = str(error).splitlines()
+    rest = [f"  and {len(lines) - _TOLD} more lines"] if len(lines) > _TOLD else []
+    return "\n".join([*(plain(line, 300) for line in lines[:_TOLD]), *rest])
 
 
 def _as_text(value: Any) -> Any:
