@@ -29,7 +29,7 @@ test: $(STAMP)
 
 # Records, options, probe files and command lines that nobody wrote: so many of each test, 20,000 and more in all, drawn anew
 # each time. `make test` tries a few, always the same ones.
-FUZZ ?= 1800
+FUZZ ?= 1300
 fuzz: $(STAMP)
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 ALIGN_AUDIT_FUZZ=$(FUZZ) $(BIN)/python -m pytest tests/fuzz --timeout 7200
 

@@ -72,7 +72,8 @@ class AuditFailure:
     @classmethod
     def of(cls, error: BaseException, probe_name: str | None = None) -> Self:
         """What is worth telling other processes of an error."""
-        return cls(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)), probe_name)
+        kind = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return cls(kind, "".join(traceback.format_exception(error)), probe_name)
 
 
 @dataclass(frozen=True)
@@ -210,13 +211,14 @@ class Monitor:
         """Keep it where this process keeps the log, and say it once."""
         rank = failure.rank
         where = "" if rank == 0 else f" on rank {rank}"
-        done = "was recorded"
+        done, where_to_look = "was recorded", "the traceback is in align_audit/failures.jsonl"
         if self.log is not None:
             text = failure.traceback if rank == 0 else f"On rank {rank}:\n{failure.traceback}"
             try:
                 self.log.append_failure(step, text, failure.probe_name)
             except Exception as error:
                 done = f"could not be recorded ({type(error).__name__}: {error})"
+                where_to_look = f"its traceback:\n{failure.traceback}"
         elif not (self._ranks.size == 1 or rank == self._ranks.rank):
             return  # that process says it
         if self.strict:
@@ -225,9 +227,8 @@ class Monitor:
         if failure.kind not in self._shown:
             self._shown.add(failure.kind)
             logger.error(
-                "the audit at step %d%s broke%s and %s; training goes on. %s (shown once; the traceback is in "
-                "align_audit/failures.jsonl)",
-                *(step, on, where, done, failure.kind),
+                "the audit at step %d%s broke%s and %s; training goes on. %s (shown once; %s)",
+                *(step, on, where, done, failure.kind, where_to_look),
             )
 
     def close(self) -> None:

@@ -78,7 +78,12 @@ class Stored(Part):
         if not isinstance(values, dict) or not set(cls.telling) <= set(values):
             raise RecordError(f"{where} is not an align_audit {cls.kind}: no {' and '.join(cls.telling)} in it")
         version = values["schema_version"]
-        if not isinstance(version, int) or version > cls.newest:
+        if not isinstance(version, int) or isinstance(version, bool):
+            raise RecordError(
+                f"{where} is not a valid {cls.kind}: schema version {quoted(version)}; expected a whole number up to "
+                f"{cls.newest}"
+            )
+        if version > cls.newest:
             raise RecordError(
                 f"{where} has schema version {quoted(version)}; this align_audit reads up to {cls.newest}. "
                 "Upgrade with `pip install --upgrade align-audit`."
