@@ -5,8 +5,8 @@
     python benchmarks/evidence/reliability.py --only SIGKILL                    # the rows with that word
 
 Every row is a real DPO run of a tiny model, four steps with an audit at each and a checkpoint at every second, as a script
-would do it: build, train, ``save_model``. The faults are real too: a disk of 2 MB that is full (which takes root), a mount that became
-read-only, deleted folders, a pipe without a reader, signals that the process sends itself at that very place, and errors that
+would do it: build, train, ``save_model``. The faults are real too: a disk of 2 MB that is full (which takes root), a mount that
+became read-only, deleted folders, a pipe without a reader, signals that the process sends itself at that very place, and errors that
 are raised at it. Losses of all steps and a hash of the final weights are compared with those of the same script without the
 callback. After a signal, and where training was refused, the script is run again, and the row says what came of that.
 """
@@ -101,16 +101,11 @@ def rows() -> Iterator[Row]:
     yield Row("a file in the place of the log's folder", "before the script", prepare=in_the_way)
     yield Row("another process writes the log", "before the script", prepare=held)
     yield Row("a torn line at the log's end", "before the script", prepare=torn)
-    yield Row(
-        "SystemExit",
-        "in a writer (TensorBoard)",
-        placed("in a writer (TensorBoard)", lambda log: raising(SystemExit(1))),
-    )
-    yield Row(
-        "KeyboardInterrupt (the user's)",
-        "in a layer's call",
-        placed("in a layer's call", lambda log: raising(KeyboardInterrupt())),
-    )
+    for error, place in (
+        (SystemExit(1), "in a writer (TensorBoard)"),
+        (KeyboardInterrupt("the user's"), "in a layer's call"),
+    ):
+        yield Row(type(error).__name__, place, placed(place, lambda log, error=error: raising(error)))
 
 
 def acted(action: Callable[[], None]) -> Any:
@@ -233,16 +228,19 @@ def said(trained: Trained, place: str) -> str:
 def document(table: list[tuple[Row, Outcome]]) -> str:
     """The document, made of what was seen."""
     good = sum(outcome.good for _, outcome in table)
+    command = "python benchmarks/evidence/reliability.py --write docs/reliability.md"
+    where = f"{platform.system()}, Python {platform.python_version()}, {datetime.date.today()}"
     lines = [
         "# When something breaks, or is taken away",
         "",
-        "Made by `python benchmarks/evidence/reliability.py --write docs/reliability.md` "
-        f"({platform.system()}, Python {platform.python_version()}, {datetime.date.today()}); the command says how each row is made.",
+        f"Made by `{command}` ({where}), whose source says how each row is made.",
         "",
-        f"{len(table)} real DPO runs of a tiny model, {STEPS} steps with an audit at each; what happens happens at the audit of step {AT} "
-        "where nothing else is said. *Same bits*: the losses of all steps and the final weights are those of the same script without the "
-        f"callback. *Saved*: the script came to its `save_model()` after training. In {good} of {len(table)} training was just what "
-        "it is without the callback, was refused before its first step, or was ended by the signal or the user and not by an audit.",
+        f"{len(table)} real DPO runs of a tiny model, {STEPS} steps with an audit at each. What happens happens at the audit of",
+        f"step {AT}, where the table does not say otherwise. *Same bits*: the losses of all steps and the final weights are those of",
+        "the same script without the callback. *Saved*: the script came to its `save_model()` after training.",
+        "",
+        f"In {good} of {len(table)} training was what it is without the callback, was refused before its first step, or was ended by a",
+        "signal or by the user, and not by an audit.",
         "",
         "| what | when | training | log | said |",
         "|---|---|---|---|---|",
