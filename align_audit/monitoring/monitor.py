@@ -19,7 +19,7 @@ from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.config import AlertConfig, AuditConfig
-from align_audit.errors import AlignAuditError
+from align_audit.errors import AlignAuditError, named
 from align_audit.models.reference import policy_fingerprint
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Ranks
@@ -72,8 +72,7 @@ class AuditFailure:
     @classmethod
     def of(cls, error: BaseException, probe_name: str | None = None) -> Self:
         """What is worth telling other processes of an error."""
-        kind = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        return cls(kind, "".join(traceback.format_exception(error)), probe_name)
+        return cls(named(error), "".join(traceback.format_exception(error)), probe_name)
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ class Monitor:
             try:
                 self.log.append_failure(step, text, failure.probe_name)
             except Exception as error:
-                done = f"could not be recorded ({type(error).__name__}: {error})"
+                done = f"could not be recorded ({named(error)})"
                 where_to_look = f"its traceback:\n{failure.traceback}"
         elif not (self._ranks.size == 1 or rank == self._ranks.rank):
             return  # that process says it

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from align_audit.errors import ConfigurationError
+from align_audit.errors import ConfigurationError, named
 from align_audit.record.audit_record import Alert, AuditRecord, SiteCurve, control_items
 from align_audit.record.numbers import is_unknown, span
 from align_audit.record.run import one_per_step
@@ -97,7 +97,7 @@ class TensorBoard:
         try:
             self._write_missing(board, run.records)
         except Exception as error:  # of foreign files: what is in the log can be shown again at the next start
-            logger.error("align_audit could not write the curves of earlier audits to TensorBoard: %s", error)
+            logger.error("align_audit could not write the curves of earlier audits to TensorBoard: %s", named(error))
 
     def _write_missing(self, board: SummaryWriter, records: Sequence[AuditRecord]) -> None:
         """The curves and texts of audits that no event file of the run holds: a kill came between the log and them, or

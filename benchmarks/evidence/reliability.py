@@ -6,9 +6,9 @@
 
 Every row is a real DPO run of a tiny model, four steps with an audit at each and a checkpoint at every second, as a script
 would do it: build, train, ``save_model``. The faults are real too: a disk of 2 MB that is full (which takes root), a mount that
-became read-only, deleted folders, a pipe without a reader, signals that the process sends itself at that very place, and errors that
-are raised at it. Losses of all steps and a hash of the final weights are compared with those of the same script without the
-callback. After a signal, and where training was refused, the script is run again, and the row says what came of that.
+became read-only, deleted folders, a pipe without a reader, signals that the process sends itself at that very place, and errors
+that are raised at it. Losses of all steps and a hash of the final weights are compared with those of the same script without
+the callback. After a signal the script is run again, and the row says what came of that.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import contextlib
 import datetime
 import os
 import platform
+import re
 import signal
 import sys
 import tempfile
@@ -225,6 +226,17 @@ def said(trained: Trained, place: str) -> str:
     return (first if len(first) < 170 else first[:167] + "…") + more
 
 
+def merged(document: Path, table: list[tuple[Row, Outcome]]) -> list[tuple[Row, Outcome]]:
+    """All rows in their order: those that were run, and of the others what the document says of them."""
+    seen = {(row.fault, row.moment): outcome for row, outcome in table}
+    if document.exists():
+        for line in document.read_text(encoding="utf-8").splitlines():
+            cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+            if len(cells) == 5:
+                seen.setdefault((cells[0], cells[1]), Outcome(*cells[2:]))
+    return [(row, seen[key]) for row in rows() if (key := (row.fault, row.moment)) in seen]
+
+
 def document(table: list[tuple[Row, Outcome]]) -> str:
     """The document, made of what was seen."""
     good = sum(outcome.good for _, outcome in table)
@@ -235,11 +247,14 @@ def document(table: list[tuple[Row, Outcome]]) -> str:
         "",
         f"Made by `{command}` ({where}), whose source says how each row is made.",
         "",
-        f"{len(table)} real DPO runs of a tiny model, {STEPS} steps with an audit at each. What happens happens at the audit of",
-        f"step {AT}, where the table does not say otherwise. *Same bits*: the losses of all steps and the final weights are those of",
+        f"{len(table)} real DPO runs of a tiny model, {STEPS} steps with an audit at each. What happens happens at the audit "
+        "of",
+        f"step {AT}, where the table does not say otherwise. *Same bits*: the losses of all steps and the final weights are "
+        "those of",
         "the same script without the callback. *Saved*: the script came to its `save_model()` after training.",
         "",
-        f"In {good} of {len(table)} training was what it is without the callback, was refused before its first step, or was ended by a",
+        f"In {good} of {len(table)} training was what it is without the callback, was refused before its first step, or was "
+        "ended by a",
         "signal or by the user, and not by an audit.",
         "",
         "| what | when | training | log | said |",
@@ -254,7 +269,12 @@ def document(table: list[tuple[Row, Outcome]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the document there")
-    parser.add_argument("--only", default="", metavar="WORD", help="the rows whose fault or moment has this word")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="WORD",
+        help="the rows whose fault or moment has this word; in FILE, the others stay",
+    )
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import torch
@@ -275,7 +295,7 @@ def main() -> None:
         table.append((row, outcome))
         print(f"{row.fault} | {row.moment} | {outcome.training} | {outcome.log} | {outcome.said}", flush=True)
     if arguments.write:
-        arguments.write.write_text(document(table), encoding="utf-8")
+        arguments.write.write_text(document(merged(arguments.write, table)), encoding="utf-8")
     bad = [row for row, outcome in table if not outcome.good]
     print(f"{len(table)} rows, {len(bad)} in which an audit changed or ended training")
     sys.exit(bool(bad))
