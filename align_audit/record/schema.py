@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticSerializationError
 
 from align_audit.errors import RecordError, first_line, plain, quoted
 from align_audit.files import write_atomically
+from align_audit.record.units import In, Labels
 
 _TOLD = 31
 """Lines of pydantic's own words that a message keeps: ten problems."""
@@ -25,6 +26,22 @@ class Part(BaseModel):
 
     # NaN and infinities are not JSON numbers; as strings they survive any JSON reader.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Labelled(Part):
+    """A part with a field that says what the sequences beside it run along: each has a value for each label."""
+
+    @model_validator(mode="after")
+    def _sequences_fit(self) -> Self:
+        markers = {name: field.metadata for name, field in type(self).model_fields.items()}
+        for label, along in [(n, m.along) for n, found in markers.items() for m in found if isinstance(m, Labels)]:
+            expected = len(getattr(self, label))
+            for name, found in markers.items():
+                values = getattr(self, name)
+                runs = any(isinstance(marker, In) and marker.along == along for marker in found)
+                if runs and isinstance(values, list) and len(values) != expected:
+                    raise ValueError(f"{name} has {len(values)} values, {label} {expected}: expected one for each")
+        return self
 
 
 class Stored(Part):

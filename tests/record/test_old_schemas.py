@@ -235,3 +235,12 @@ def test_a_newer_version_is_a_reason_to_upgrade() -> None:
     values = json.loads(make_record(1, layers=2).to_json()) | {"schema_version": 99}
     with pytest.raises(RecordError, match=r"schema version 99; this align_audit reads up to \d+\. Upgrade"):
         AuditRecord.from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize("name", ["effect_fraction", "explained_variance_ratio"])
+def test_sequences_that_do_not_fit_their_ranks_are_no_record(name: str) -> None:
+    values = json.loads(make_record(50, layers=3).to_json())
+    (curve,) = list(values["low_rank"]["shift"].values())[:1]
+    curve[name] = curve[name][:-1]
+    with pytest.raises(RecordError, match=f"{name} has 4 values, ranks 5: expected one for each"):
+        AuditRecord.from_json(json.dumps(values))
