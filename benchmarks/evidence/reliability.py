@@ -134,9 +134,10 @@ def held(log: Path) -> Iterator[None]:
     ready, told = os.pipe()
     child = os.fork()
     if child == 0:
-        RunLog(log.parent)
+        kept = RunLog(log.parent)  # its lock goes with it
         os.write(told, b"1")
-        signal.pause()
+        while kept is not None:
+            signal.pause()
     os.read(ready, 1)
     try:
         yield
