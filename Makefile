@@ -18,7 +18,7 @@ BOUND_TESTS := tests/monitoring/test_callback.py tests/monitoring/test_reference
 	tests/auditing/test_exactness.py tests/models/test_loading.py tests/models/weights/test_streaming.py \
 	tests/writers/test_tensorboard.py tests/cli/test_options.py tests/cli/test_run.py
 
-.PHONY: demo test test-all test-gpu test-lowest test-newest lint lock wheel-check install python clean
+.PHONY: demo test fuzz test-all test-gpu test-lowest test-newest lint lock wheel-check install python clean
 
 install: $(STAMP)
 
@@ -49,6 +49,12 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PYTEST) -n 2 --dist loadfile -m "not slow and not gpu"
+
+# Records, options, probe files and command lines that nobody wrote: so many of each test, 20,000 and more in all, drawn anew
+# each time. `make test` tries a few, always the same ones.
+FUZZ ?= 1300
+fuzz: $(STAMP)
+	ALIGN_AUDIT_FUZZ=$(FUZZ) $(PYTEST) tests/fuzz --timeout 7200
 
 # Also what takes minutes: the grid of ruined and healthy runs on the real model, where ../shared/data (or
 # $$ALIGN_AUDIT_DATA) is present.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
@@ -17,10 +18,12 @@ _EXPLAINED = 20
 """Problems of a configuration that are told; the rest are counted."""
 
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    # As in records: an infinite limit is a word in JSON, so that what was stored equals what is asked for now.
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings")
 
 
 class StatisticsConfig(_Part):
@@ -164,7 +167,7 @@ class SpinalConfig(_Part):
     window: tuple[Fraction, Fraction] = (0.1, 0.9)
     terminal_fraction: Fraction | None = None
     """Depth fraction of the terminal block; None: the last max(⌈L/3⌉, min(4, L)) layers."""
-    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    weights: tuple[Finite, Finite, Finite] = (1.0, 1.0, 1.0)
     max_rows: int = Field(default=4096, ge=32)
     """Token rows that enter the spectra and transport; more are subsampled, deterministically, and the record says so."""
     gradient_concentration: bool = True
@@ -187,7 +190,10 @@ class ScheduleConfig(_Part):
 
 
 class AlertConfig(_Part):
-    """Limits of the alert rules (``align_audit.alerts.detectors`` says what each means) and what to do when one fires."""
+    """Limits of the alert rules (``align_audit.alerts.detectors`` says what each means) and what to do when one fires.
+
+    A limit of infinity (``.inf`` in YAML) switches its rule off, where one may be so large.
+    """
 
     enabled: bool = True
     action: Literal["log", "save", "stop"] = "log"
@@ -268,12 +274,14 @@ class AuditConfig(_Part):
                 raise ConfigurationError(_explain(error)) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, as :meth:`from_dict` takes them back."""
-        return self.model_dump(mode="json")
+        """Plain values only, as :meth:`from_dict` takes them back, and as a record stores them: infinity is ``"Infinity"``."""
+        values: dict[str, Any] = json.loads(self.model_dump_json())
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from nested plain values; an unknown or invalid one raises :class:`ConfigurationError`."""
+        _check_names(values, "the options")
         return cls(**values)
 
     def to_yaml(self, path: str | Path) -> None:
@@ -291,11 +299,15 @@ class AuditConfig(_Part):
             ) from error
         if values is None:
             values = {}
-        if not isinstance(values, dict):
-            raise ConfigurationError(f"{plain(path)}: expected a mapping of options, found {type(values).__name__}")
-        if unnamed := [key for key in values if not isinstance(key, str)]:
-            raise ConfigurationError(f"{plain(path)}: expected names of options, found {quoted(unnamed[0])}")
+        _check_names(values, plain(path))
         return cls.from_dict(values)
+
+
+def _check_names(values: Any, where: str) -> None:
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{where}: expected a mapping of options, found {type(values).__name__}")
+    if unnamed := [key for key in values if not isinstance(key, str)]:
+        raise ConfigurationError(f"{where}: expected names of options, found {quoted(unnamed[0])}")
 
 
 def _in_a_line(error: Exception) -> str:

@@ -95,5 +95,16 @@ def first_line(error: BaseException) -> str:
     return plain(words.splitlines()[0], SHOWN) if words else type(error).__name__
 
 
+def named(error: BaseException) -> str:
+    """The kind of an error and what it says; the kind alone where it says nothing.
+
+    Example:
+        >>> named(MemoryError()), named(KeyError("a"))
+        ('MemoryError', "KeyError: 'a'")
+    """
+    words = str(error)
+    return f"{type(error).__name__}: {words}" if words.strip() else type(error).__name__
+
+
 def _start(text: str, limit: int | None) -> str:
     return text if limit is None else text[: limit + 1]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from align_audit.alerts.history import History, beyond
 from align_audit.config import AlertConfig
 from align_audit.record.audit_record import GUARDED, Alert, AuditRecord
+from align_audit.record.stored_records import chosen, heads_of
 
 
 def evaluate(record: AuditRecord, before: Sequence[AuditRecord], config: AlertConfig) -> list[Alert]:
@@ -25,7 +26,7 @@ def evaluate(record: AuditRecord, before: Sequence[AuditRecord], config: AlertCo
     if not config.enabled:
         return []
     name = record.provenance.probe_name
-    history = History(record, [earlier for earlier in before if earlier.provenance.probe_name == name], config)
+    history = History(record, chosen(before, lambda head: head.probe_name == name), config)
     alerts = [alert for rule in RULES for alert in rule(history)]
     if name is not None:
         alerts = [
@@ -200,17 +201,17 @@ def token_accuracy_collapsed(history: History) -> list[Alert]:
 def accuracy_falling(history: History) -> list[Alert]:
     """Preference accuracy on the probes has fallen from its best."""
     config, accuracy = history.config, history.record.margins.accuracy
-    seen = [record for record in history.before if record.step > 0 and math.isfinite(record.margins.accuracy.mean)]
+    seen = [head for head in heads_of(history.before) if head.step > 0 and math.isfinite(head.accuracy.mean)]
     if not seen:
         return []
-    best = max(seen, key=lambda record: record.margins.accuracy.mean)
-    fall = best.margins.accuracy.mean - accuracy.mean
+    best = max(seen, key=lambda head: head.accuracy.mean)
+    fall = best.accuracy.mean - accuracy.mean
     level = beyond(fall, config.accuracy_drop_warning, config.accuracy_drop_error)
-    if level is None or not accuracy.high < best.margins.accuracy.low:
+    if level is None or not accuracy.high < best.accuracy.low:
         return []
     limit = config.accuracy_drop_error if level == "error" else config.accuracy_drop_warning
     message = (
-        f"Preference accuracy on the probes is {accuracy.mean:.0%}, down from {best.margins.accuracy.mean:.0%} at step "
+        f"Preference accuracy on the probes is {accuracy.mean:.0%}, down from {best.accuracy.mean:.0%} at step "
         f"{best.step}: what is still being learned does not carry over to these pairs."
     )
     return [
@@ -220,8 +221,8 @@ def accuracy_falling(history: History) -> list[Alert]:
             accuracy.mean,
             message,
             f"Prefer the checkpoint at step {best.step}; stop earlier, or look at what the latest training pairs teach",
-            baseline=best.margins.accuracy.mean,
-            threshold=best.margins.accuracy.mean - limit,
+            baseline=best.accuracy.mean,
+            threshold=best.accuracy.mean - limit,
         )
     ]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from statistics import median
 
 from align_audit.config import AlertConfig
 from align_audit.record.audit_record import Alert, AlertLevel, AuditRecord
+from align_audit.record.stored_records import chosen
 
 
 @dataclass(frozen=True)
@@ -20,19 +22,19 @@ class History:
     config: AlertConfig
 
     @property
-    def healthy(self) -> list[AuditRecord]:
+    def healthy(self) -> Sequence[AuditRecord]:
         """Earlier audits of the trained policy that raised nothing above info: the run's own baseline."""
-        return [
-            record
-            for record in self.before
-            if record.step > 0 and not any(alert.level != "info" for alert in record.alerts)
-        ]
+        return chosen(
+            self.before, lambda head: head.step > 0 and not any(alert.level != "info" for alert in head.alerts)
+        )
 
     def baseline(self, value: Callable[[AuditRecord], float]) -> float | None:
         """Median of ``value`` over the first healthy audits, or None before there are enough of them."""
-        known = [number for record in self.healthy if math.isfinite(number := value(record))]
         needed = self.config.baseline_audits
-        return median(known[:needed]) if len(known) >= needed else None
+        # No more than these: each record that is looked at has to be parsed.
+        finite = (number for record in self.healthy if math.isfinite(number := value(record)))
+        first = list(islice(finite, needed))
+        return median(first) if len(first) == needed else None
 
     def alert(
         self,

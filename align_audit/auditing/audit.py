@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from align_audit.auditing.measurements.measurement import PER_PAIR, AuditTask, M
 from align_audit.auditing.measurements.patching import Patching
 from align_audit.auditing.measurements.sites import FinerSites
 from align_audit.auditing.measurements.spinal import Spinal
+from align_audit.auditing.origin import check_origin
 from align_audit.auditing.passes import expected_batches, first_pass, second_pass
 from align_audit.auditing.previous import PreviousAudit
 from align_audit.auditing.progress import ticker
@@ -33,6 +35,8 @@ from align_audit.models.reference import Reference, load_policy, refuse_itself, 
 from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
+
+logger = logging.getLogger(__name__)
 
 MEASUREMENTS: list[type[Measurement]] = [
     Behaviour, Attribution, Patching, Localization, LowRank, Controls, FinerSites, Spinal,
@@ -77,13 +81,15 @@ def audit(
 
     Raises:
         ConfigurationError: a name that cannot be one (see :mod:`align_audit.probes.names`).
-        ReferenceUnavailableError: no reference can be had, or it does not fit the policy.
+        ReferenceUnavailableError: no reference can be had, it does not fit the policy, or a checkpoint's own files lead to
+            another one than the log of its run names.
         AnatomyError: the model cannot be opened between its layers.
         ProbeError: there are no pairs.
     """
     sets: Mapping[Any, ProbeSet] = probes if isinstance(probes, Mapping) else {None: probes}
     if sets is probes:
         check_names(sets)
+    folder = None if isinstance(policy, nn.Module) else Path(policy)
     if not isinstance(policy, nn.Module):
         policy = load_policy(policy, reference=reference)
     resolved = resolve_reference(policy, reference)
@@ -92,7 +98,15 @@ def audit(
         asked = {
             name: AuditRequest(pairs, config or AuditConfig(), step, probe_name=name) for name, pairs in sets.items()
         }
+        origin = None
+        if folder is not None:
+            origin = check_origin(
+                folder, step or None, policy, resolved, models.hashes, sets,
+                named=reference is not None, tell=logger.warning,
+            )  # fmt: skip
         records = {name: run_audit(models, request).record for name, request in asked.items()}
+        if origin is not None:
+            records = {name: origin.noted(record) for name, record in records.items()}
     return records if sets is probes else records[None]
 
 

@@ -6,6 +6,7 @@ say, patched on another, helpfulness.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from align_audit.auditing.measurements.measurement import AuditTask
 from align_audit.auditing.measurements.patching import Patching
 from align_audit.auditing.measurements.subspaces import Fit, Key, Reconstruction, TokenGrams
 from align_audit.auditing.measurements.transfer_cells import EXCLUDED, HELD_OUT, Cells, ProbeSide, held_out_spans
+from align_audit.auditing.origin import check_origin
 from align_audit.auditing.passes import first_pass, second_pass
 from align_audit.auditing.progress import ticker
 from align_audit.auditing.provenance import provenance_of
@@ -40,6 +42,8 @@ from align_audit.record.transfer_record import RandomSubspaces, SubspaceAngles, 
 
 if TYPE_CHECKING:
     from align_audit.probes.pairs import ProbeSet
+
+logger = logging.getLogger(__name__)
 
 _Value = TypeVar("_Value")
 
@@ -87,11 +91,34 @@ def transfer(
     if not isinstance(probes, Mapping):
         raise ConfigurationError(f"expected probe sets by name, {{'harmless': …}}; found {type(probes).__name__}")
     check_names(probes)
+    folder = None if isinstance(policy, nn.Module) else Path(policy)
     if not isinstance(policy, nn.Module):
         policy = load_policy(policy, reference=reference)
     resolved = resolve_reference(policy, reference)
     refuse_itself(policy_fingerprint(policy), resolved, resolved.fingerprint() if resolved.own_source else "")
+    if folder is not None:
+        check_before_transfer(folder, step or None, policy, resolved, probes, named=reference is not None)
     return run_transfer(policy, resolved, probes, config or AuditConfig(), step, anatomy=anatomy)
+
+
+def check_before_transfer(
+    folder: Path,
+    step: int | None,
+    policy: nn.Module,
+    reference: Reference,
+    probes: Mapping[str, ProbeSet],
+    *,
+    named: bool,
+    tell: Callable[[str], None] = logger.warning,
+) -> None:
+    """Compare a saved policy and its reference with the log beside it (arguments and errors as of ``check_origin``).
+
+    Its pairs may be any. Another reference that was named is said here, and in the record's ``reference_source``.
+    """
+    hashes = policy_fingerprint(policy), reference.fingerprint()
+    origin = check_origin(folder, step, policy, reference, hashes, {}, named=named, tell=tell)
+    if origin is not None and origin.reference.verdict == "failed":
+        reference.source += " (not the one that the run of this checkpoint was audited against)"
 
 
 def run_transfer(

@@ -25,7 +25,7 @@ from align_audit.cli.options import (
     settings,
     step_of,
 )
-from align_audit.errors import AlignAuditError, ConfigurationError
+from align_audit.errors import AlignAuditError, ConfigurationError, first_line, listed, plain
 
 if TYPE_CHECKING:
     from align_audit.record.audit_record import AuditRecord
@@ -90,7 +90,7 @@ def run(
     folders = find_checkpoints(checkpoint)
     if step is not None and len(folders) > 1:
         raise ConfigurationError(
-            f"--step names one step, and {checkpoint} holds {len(folders)} checkpoints; leave it out"
+            f"--step names one step, and {plain(checkpoint)} holds {len(folders)} checkpoints; leave it out"
         )
     steps = {folder: step if step is not None else step_of(folder) for folder in folders}
     sets = read_arguments(probes)
@@ -142,12 +142,13 @@ def transfer(
     folders = find_checkpoints(policy)
     if len(folders) > 1:
         raise ConfigurationError(
-            f"{policy} holds {len(folders)} checkpoints, and a transfer is of one policy; choose one, such as {folders[-1]}"
+            f"{plain(policy)} holds {len(folders)} checkpoints, and a transfer is of one policy; choose one, such as "
+            f"{plain(folders[-1])}"
         )
     sets = read_arguments(probes)
     if isinstance(sets, Path) or len(sets) < 2:
         raise ConfigurationError(
-            f"a transfer is between at least two probe sets; found {', '.join(probes)}. Expected name=path for each, such as "
+            f"a transfer is between at least two probe sets; found {listed(probes)}. Expected name=path for each, such as "
             "--probes harmless=a.jsonl --probes helpful=b.jsonl"
         )
     low_rank = {
@@ -159,7 +160,9 @@ def transfer(
     try:
         output.mkdir(parents=True, exist_ok=True)  # not found out after minutes of work
     except OSError as error:
-        raise ConfigurationError(f"cannot write to {output}: {error}; choose another --output") from None
+        raise ConfigurationError(
+            f"cannot write to {plain(output)}: {first_line(error)}; choose another --output"
+        ) from None
     from align_audit.monitoring.checkpoints import transfer_saved  # loads torch: after what can be refused without it
     from align_audit.writers.plots.transfer import save_transfer
     from align_audit.writers.transfer_terminal import print_transfer
@@ -174,6 +177,7 @@ def transfer(
         device_option(device),
         dtype=dtype_option(dtype),
         trust_remote_code=trust_remote_code,
+        tell=_complain,
     )
     record.save(output / "transfer.json")
     print_transfer(record)
@@ -193,7 +197,8 @@ def _conclude(records: list[AuditRecord], output: Path, seconds: float) -> None:
 
 
 def _complain(words: str) -> None:
-    typer.echo(f"align-audit: {words}", err=True)
+    # Paths and names of whatever came from outside: no terminal obeys them.
+    typer.echo("align-audit: " + "\n".join(map(plain, words.split("\n"))), err=True)
 
 
 def main() -> None:

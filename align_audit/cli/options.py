@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from align_audit.errors import ConfigurationError
+from align_audit.errors import SHOWN, ConfigurationError, first_line, listed, plain, quoted
 from align_audit.probes.names import check_names
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def read_arguments(arguments: Sequence[str]) -> dict[str, Path] | Path:
     nameless = [str(path) for name, path in found if name is None]
     if nameless:
         raise ConfigurationError(
-            f"found {len(found)} probe sets, of which {', '.join(nameless)} has no name; expected name=path for each, such "
+            f"found {len(found)} probe sets, of which {listed(nameless)} has no name; expected name=path for each, such "
             "as --probes harmless=a.jsonl --probes helpful=b.jsonl"
         )
     check_names(name for name, _ in found)
@@ -63,8 +63,8 @@ def read_arguments(arguments: Sequence[str]) -> dict[str, Path] | Path:
 def layers_option(text: str | None) -> str | tuple[int, ...] | None:
     if text is None or text in ("auto", "all"):
         return text
-    if re.fullmatch(r"\d+(,\d+)*", text) is None:
-        raise ConfigurationError(f"--layer: expected N, N,M, all or auto; found {text!r}")
+    if re.fullmatch(r"[0-9]{1,6}(,[0-9]{1,6})*", text) is None:
+        raise ConfigurationError(f"--layer: expected N, N,M, all or auto; found {quoted(text)}")
     return tuple(int(number) for number in text.split(","))
 
 
@@ -74,7 +74,7 @@ def bases_option(name: str | None) -> tuple[str, ...] | None:
     if name == "both":
         return ("activation", "shift")
     if name not in ("activation", "shift"):
-        raise ConfigurationError(f"--basis: expected shift, activation or both; found {name!r}")
+        raise ConfigurationError(f"--basis: expected shift, activation or both; found {quoted(name)}")
     return (name,)
 
 
@@ -84,9 +84,13 @@ def find_checkpoints(path: Path) -> list[Path]:
     Raises:
         ConfigurationError: neither is there.
     """
-    if not path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError:  # a name that is too long
+        is_folder = False
+    if not is_folder:
         raise ConfigurationError(
-            f"no checkpoint at {path}: expected a folder with a saved model, or of checkpoint-N folders"
+            f"no checkpoint at {plain(path)}: expected a folder with a saved model, or of checkpoint-N folders"
         )
     if any((path / name).is_file() for name in ("config.json", "adapter_config.json")) and not _numbered(path):
         return [path]
@@ -94,7 +98,7 @@ def find_checkpoints(path: Path) -> list[Path]:
     if inside:
         return inside
     raise ConfigurationError(
-        f"{path} holds no config.json, no adapter_config.json and no checkpoint-N folder; expected what the trainer or "
+        f"{plain(path)} holds no config.json, no adapter_config.json and no checkpoint-N folder; expected what the trainer or "
         "save_pretrained writes"
     )
 
@@ -125,7 +129,7 @@ def settings(
 
 def dtype_option(name: str | None) -> str | None:
     if name not in (None, "float32", "bfloat16", "float16", "float64"):
-        raise ConfigurationError(f"--dtype: expected float32, bfloat16, float16 or float64; found {name!r}")
+        raise ConfigurationError(f"--dtype: expected float32, bfloat16, float16 or float64; found {quoted(name)}")
     return name
 
 
@@ -137,5 +141,5 @@ def device_option(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigurationError(f"--device {name} cannot be used: {error}") from None
+        raise ConfigurationError(f"--device {plain(name, SHOWN)} cannot be used: {first_line(error)}") from None
     return name

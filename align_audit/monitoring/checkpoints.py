@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from align_audit.auditing.origin import check_origin
 from align_audit.auditing.session.open_models import OpenModels
-from align_audit.auditing.transfer import run_transfer
+from align_audit.auditing.transfer import check_before_transfer, run_transfer
 from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, AnatomyError, ConfigurationError, ReferenceUnavailableError
 from align_audit.models.anatomy import is_peft
@@ -64,7 +65,8 @@ def audit_saved(
     Args:
         dtype: of policy and reference; None: the policy's.
         trust_remote_code: whether code that is saved with a model or tokenizer may run.
-        tell: is given a line for each checkpoint that is passed over, as it is.
+        tell: is given a line for each checkpoint that is passed over, and for what is not as its own run recorded it (see
+            :mod:`align_audit.auditing.origin`).
 
     Raises:
         ConfigurationError: the log in ``output`` is another run's, or no checkpoint could be audited.
@@ -84,7 +86,12 @@ def audit_saved(
             policy = load_policy(
                 folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, reference=reference
             )
-            records += _audit_checkpoint(policy, shared.of(policy, folder), step, monitor, log)
+            resolved = shared.of(policy, folder)
+            hashes = policy_fingerprint(policy), resolved.fingerprint()
+            origin = check_origin(
+                folder, step or None, policy, resolved, hashes, sets, named=reference is not None, tell=tell
+            )
+            records += _audit_checkpoint(policy, resolved, hashes, Moment(step, origin=origin), monitor, log)
         except (AnatomyError, ReferenceUnavailableError) as error:
             if len(checkpoints) == 1:
                 raise
@@ -97,16 +104,19 @@ def audit_saved(
 
 
 def _audit_checkpoint(
-    policy: nn.Module, reference: Reference, step: int, monitor: Monitor, log: RunLog
+    policy: nn.Module, reference: Reference, hashes: tuple[str, str], moment: Moment, monitor: Monitor, log: RunLog
 ) -> list[AuditRecord]:
-    """The records of one checkpoint, by probe set: those that the log holds, and new ones."""
+    """The records of one checkpoint, by probe set: those that the log holds, and new ones.
+
+    Args:
+        hashes: of policy and reference.
+    """
     sets = monitor.probe_sets
-    weights = (policy_fingerprint(policy), reference.fingerprint())
-    stored = _stored(step, weights, sets, monitor.config, log, one_reference=not reference.shares_weights)
+    stored = _stored(moment.step, hashes, sets, monitor.config, log, one_reference=not reference.shares_weights)
     for record in stored.values():
         monitor.tell(record)
-    monitor.resume(step)
-    outcome = monitor.audit(OpenModels(policy, reference), Moment(step))
+    monitor.resume(moment.step)
+    outcome = monitor.audit(OpenModels(policy, reference), moment)
     by_name = {**stored, **outcome.records}
     return [by_name[name] for name in sets]
 
@@ -121,12 +131,14 @@ def transfer_saved(
     *,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    tell: Callable[[str], None] = logger.error,
 ) -> TransferRecord:
     """The transfer matrix of one saved policy over several probe sets (name → path).
 
     Args:
         dtype: of policy and reference; None: the policy's.
         trust_remote_code: whether code that is saved with a model or tokenizer may run.
+        tell: is given a line for what is not as the checkpoint's own run recorded it.
 
     Raises:
         ConfigurationError, ProbeError, ReferenceUnavailableError, AnatomyError: as :func:`align_audit.transfer`.
@@ -136,6 +148,7 @@ def transfer_saved(
     resolved = SharedReference(reference, trust_remote_code).of(model, policy)
     progress = progress_bar if config.progress else None
     named = {name: pairs for name, pairs in sets.items() if name is not None}
+    check_before_transfer(policy, step or None, model, resolved, named, named=reference is not None, tell=tell)
     return run_transfer(model, resolved, named, config, step, progress=progress)
 
 

@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from align_audit.alerts.detectors import evaluate
 from align_audit.auditing.audit import run_audit
+from align_audit.auditing.origin import Origin
 from align_audit.auditing.previous import PreviousAudit, left_by
 from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.config import AlertConfig, AuditConfig
-from align_audit.errors import AlignAuditError
+from align_audit.errors import AlignAuditError, named
 from align_audit.models.reference import policy_fingerprint
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Ranks
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.log import RunLog, arrays_name
+from align_audit.record.stored_records import Head, chosen
 from align_audit.writers.writer import Writers
 
 logger = logging.getLogger(__name__)
@@ -38,13 +40,18 @@ Key = tuple[int, str, str | None]
 
 @dataclass(frozen=True)
 class Moment:
-    """When an audit is made, and what is known of training then (see :class:`AuditRequest`)."""
+    """When an audit is made, and what is known of training then (see :class:`AuditRequest`).
+
+    Attributes:
+        origin: of a saved checkpoint: what the log of its run says of it.
+    """
 
     step: int
     at_start: bool = False
     beta: float | None = None
     last_sync_step: int | None = None
     compare_precomputed: bool = True
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class AuditFailure:
     @classmethod
     def of(cls, error: BaseException, probe_name: str | None = None) -> Self:
         """What is worth telling other processes of an error."""
-        return cls(f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error)), probe_name)
+        return cls(named(error), "".join(traceback.format_exception(error)), probe_name)
 
 
 @dataclass(frozen=True)
@@ -151,10 +158,7 @@ class Monitor:
         self._progress = progress
         self._cache = ReferenceCache(None if log is None else log.directory / "cache")
         self._previous: dict[str | None, PreviousAudit] = {}
-        records = [] if log is None else log.records
-        self._stored: dict[Key, AuditRecord] = {
-            (record.step, record.provenance.policy_hash, record.provenance.probe_name): record for record in records
-        }
+        self._stored: set[Key] = set() if log is None else set(map(_key_of, log.records.heads))
         """What an earlier process has audited, until this one comes by it."""
         self._audited: set[Key] = set(self._stored)
         self._shown: set[str] = set()
@@ -206,13 +210,14 @@ class Monitor:
         """Keep it where this process keeps the log, and say it once."""
         rank = failure.rank
         where = "" if rank == 0 else f" on rank {rank}"
-        done = "was recorded"
+        done, where_to_look = "was recorded", "the traceback is in align_audit/failures.jsonl"
         if self.log is not None:
             text = failure.traceback if rank == 0 else f"On rank {rank}:\n{failure.traceback}"
             try:
                 self.log.append_failure(step, text, failure.probe_name)
             except Exception as error:
-                done = f"could not be recorded ({type(error).__name__}: {error})"
+                done = f"could not be recorded ({named(error)})"
+                where_to_look = f"its traceback:\n{failure.traceback}"
         elif not (self._ranks.size == 1 or rank == self._ranks.rank):
             return  # that process says it
         if self.strict:
@@ -221,9 +226,8 @@ class Monitor:
         if failure.kind not in self._shown:
             self._shown.add(failure.kind)
             logger.error(
-                "the audit at step %d%s broke%s and %s; training goes on. %s (shown once; the traceback is in "
-                "align_audit/failures.jsonl)",
-                *(step, on, where, done, failure.kind),
+                "the audit at step %d%s broke%s and %s; training goes on. %s (shown once; %s)",
+                *(step, on, where, done, failure.kind, where_to_look),
             )
 
     def close(self) -> None:
@@ -258,8 +262,9 @@ class Monitor:
 
     def _pass_by(self, key: Key) -> None:
         """An audit that an earlier process made hands on what it left, as if it had been made now."""
-        record = self._stored.pop(key, None)
-        if record is not None and self.log is not None:
+        if key in self._stored and self.log is not None:
+            self._stored.discard(key)
+            record = self.log.records.where(lambda head: _key_of(head) == key)[-1]
             self._previous[record.provenance.probe_name] = left_by(record, self.log)
 
     def _audit_set(self, models: OpenModels, moment: Moment, name: str | None, findings: _Findings) -> None:
@@ -281,7 +286,8 @@ class Monitor:
         if self.log is None:
             return
         earlier = comparable(self.log.records, name, probes.content_hash, moment.step)
-        record = result.record.model_copy(update={"alerts": evaluate(result.record, earlier, self.config.alerts)})
+        record = result.record if moment.origin is None else moment.origin.noted(result.record)
+        record = record.model_copy(update={"alerts": evaluate(record, earlier, self.config.alerts)})
         findings.records[name] = record
         # Acted on whatever follows: neither a full disk nor a closed terminal makes them untrue.
         findings.alerts += record.alerts
@@ -291,16 +297,19 @@ class Monitor:
         self.tell(record)
 
 
-def comparable(records: Iterable[AuditRecord], probe_name: str | None, probe_hash: str, step: int) -> list[AuditRecord]:
+def _key_of(head: Head) -> Key:
+    return head.step, head.policy_hash, head.probe_name
+
+
+def comparable(
+    records: Sequence[AuditRecord], probe_name: str | None, probe_hash: str, step: int
+) -> Sequence[AuditRecord]:
     """The audits of a log that one at ``step`` goes on from and is judged by, in the order of the log.
 
     They are of the same pairs under the same name: numbers of other pairs are no trend. And of earlier steps only: a
     resumed run may find later ones in its log, on the course it took before.
     """
-    return [
-        record
-        for record in records
-        if record.step < step
-        and record.provenance.probe_name == probe_name
-        and record.provenance.probe_hash == probe_hash
-    ]
+    return chosen(
+        records,
+        lambda head: head.step < step and head.probe_name == probe_name and head.probe_hash == probe_hash,
+    )

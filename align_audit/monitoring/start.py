@@ -14,7 +14,7 @@ from torch import nn
 
 from align_audit.auditing.check import check_audit
 from align_audit.config import AuditConfig
-from align_audit.errors import AlignAuditError, ConfigurationError
+from align_audit.errors import AlignAuditError, ConfigurationError, named
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
 from align_audit.models.weights.sharded import refuse_sharded
@@ -145,7 +145,7 @@ def check(
         raise
     except Exception as error:
         # Not a finding of ours: let the first audit meet it, where it is recorded and training goes on.
-        logger.warning("align_audit could not check its set-up: %s", error)
+        logger.warning("align_audit could not check its set-up: %s", named(error))
 
 
 def open_log(

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
-from align_audit.record.schema import Migration, Part, Stored
+from align_audit.record.schema import Labelled, Migration, Part, Stored
 from align_audit.record.units import In, Labels
 
 SCHEMA_VERSION = 6
@@ -150,7 +150,7 @@ class SiteUnit(Part):
     head: int | None = None
 
 
-class SiteCurve(Part):
+class SiteCurve(Labelled):
     """Patching of one kind of finer site (METHODS §1, "Sites"); sequences run along ``units``, effects in nats."""
 
     site: Literal["attention_output", "mlp_output", "head", "block"]
@@ -230,7 +230,7 @@ class Localization(Part):
     entropy: Annotated[float, In("share")]
 
 
-class LowRankCurve(Part):
+class LowRankCurve(Labelled):
     """Low-rank reconstruction of one layer in one basis (METHODS §4); sequences run along ``ranks``."""
 
     ranks: Annotated[list[int], Labels("rank")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from align_audit.errors import RecordError, first_line, plain
 from align_audit.record.audit_record import SCHEMA_VERSION, AuditRecord
+from align_audit.record.stored_records import StoredRecords, parse_line
 
 _Line = TypeVar("_Line", bound=BaseModel)
 
@@ -20,18 +21,22 @@ _NAMED = 20
 """Unreadable lines that a warning names."""
 
 
-def read_records(path: Path) -> list[AuditRecord]:
+def read_records(path: Path) -> StoredRecords:
     """The records of a log in the order of its lines; what cannot be read is left out, with a warning.
+
+    Each line is validated now, and parsed again when its record is looked at.
 
     Raises:
         RecordError: the file cannot be read, or holds records of a newer align_audit.
     """
-    records, invalid = [], []
-    for number, values in _objects(path):
+    records, invalid = StoredRecords(), []
+    for number, line, values in _objects(path, parse_line):
         where = f"line {number} of {plain(path)}"
         try:
-            records.append(AuditRecord.from_values(values, where))
+            record = values if isinstance(values, AuditRecord) else AuditRecord.from_values(values, where)
+            records.append(record, line, where)
         except RecordError as error:
+            assert isinstance(values, dict)
             version = values.get("schema_version")
             if isinstance(version, int) and version > SCHEMA_VERSION:
                 raise
@@ -45,7 +50,7 @@ def read_records(path: Path) -> list[AuditRecord]:
 def read_lines(path: Path, kind: type[_Line]) -> list[_Line]:
     """The alerts or failures of a file in the order of its lines, as :func:`read_records` reads records."""
     lines, invalid = [], []
-    for number, values in _objects(path):
+    for number, _, values in _objects(path):
         try:
             lines.append(kind.model_validate(values))
         except Exception:  # whatever a foreign line makes of the validation: it is skipped, and said
@@ -98,8 +103,16 @@ def _object(line: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered JSON objects of a log; the rest is skipped with one warning. An absent log is an empty one."""
+def _objects(
+    path: Path, quickly: Callable[[bytes], AuditRecord | None] = lambda line: None
+) -> Iterator[tuple[int, bytes, AuditRecord | dict[str, Any]]]:
+    """Numbered lines of a log that are JSON objects, and what they hold; the rest is skipped with one warning.
+
+    An absent log is an empty one.
+
+    Args:
+        quickly: reads a line at once where it can, and spares it the longer way.
+    """
     unreadable: list[int] = []
     last_is_torn = False
     try:
@@ -107,12 +120,12 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for number, line in enumerate(file, start=1):
                 if not line.strip():
                     continue
-                values = _object(line)
+                values = quickly(line) or _object(line)
                 last_is_torn = values is None
                 if values is None:
                     unreadable.append(number)
                 else:
-                    yield number, values
+                    yield number, line, values
     except FileNotFoundError:
         return
     except OSError as error:

@@ -33,6 +33,7 @@ from align_audit.files import append_whole, is_folder_here, remove_abandoned, wr
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.lines import read_lines, read_records, repair
 from align_audit.record.lock import FileLock, identity_of, lock
+from align_audit.record.stored_records import StoredRecords
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,7 +110,7 @@ class RunLog:
                 "process may write to; choose another output_dir, or free the path, its permissions or disk space."
             ) from error
         self._records = read_records(self.directory / RECORDS)
-        self._keys = {record.key for record in self._records}
+        self._keys = {head.key for head in self._records.heads}
         self._add_missing_alerts()
 
     def close(self) -> None:
@@ -117,9 +118,9 @@ class RunLog:
         self._lock = self._identity = None
 
     @property
-    def records(self) -> list[AuditRecord]:
+    def records(self) -> StoredRecords:
         """The records so far, by step, then by creation."""
-        return sorted(self._records, key=by_step)
+        return self._records.by_step()
 
     def contains(self, key: tuple[int, str, str, str | None]) -> bool:
         """Is an audit of this step, policy, reference and probe set (:attr:`AuditRecord.key`) in the log already?"""
@@ -134,8 +135,9 @@ class RunLog:
         if self.contains(record.key):
             return False
         self._restore()
-        self._append(RECORDS, [record.to_json()])
-        self._records.append(record)
+        line = record.to_json()
+        self._append(RECORDS, [line])
+        self._records.append(record, line.encode(), f"the record of step {record.step}")
         self._keys.add(record.key)
         self._append_alerts([alert.model_dump_json() for alert in record.alerts])
         return True
@@ -165,7 +167,7 @@ class RunLog:
             path.rename(aside / path.name)
         self._hold()
         _sync_directory(self.directory)
-        self._records, self._keys = [], set()
+        self._records, self._keys = StoredRecords(), set()
         return aside
 
     def step_dir(self, step: int) -> Path:
@@ -217,10 +219,10 @@ class RunLog:
             self._lock = lock(path)
         present: set[tuple[int, str, str, str | None]] = set()
         with contextlib.suppress(RecordError):
-            present = {record.key for record in read_records(path)}
-        missing = [record for record in self._records if record.key not in present]
-        self._append(RECORDS, [record.to_json() for record in missing])
-        self._append_alerts([alert.model_dump_json() for record in missing for alert in record.alerts])
+            present = {head.key for head in read_records(path).heads}
+        missing = self._records.where(lambda head: head.key not in present)
+        self._append(RECORDS, [line.decode().rstrip() for _, line in missing.lines])
+        self._append_alerts([alert.model_dump_json() for alert in missing.alerts])
         _sync_directory(self.directory)
         self._identity = identity_of(path)
         if missing:
@@ -245,7 +247,7 @@ class RunLog:
     def _add_missing_alerts(self) -> None:
         """Alerts follow their record, so a kill in between leaves them out of their own file."""
         logged = Counter(alert.model_dump_json() for alert in read_lines(self.directory / ALERTS, Alert))
-        expected = [alert.model_dump_json() for record in self._records for alert in record.alerts]
+        expected = [alert.model_dump_json() for alert in self._records.alerts]
         missing = []
         for line in expected:
             if logged[line]:

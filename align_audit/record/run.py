@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -24,6 +24,7 @@ from align_audit.record.log import (
     load_arrays,
 )
 from align_audit.record.numbers import Word, by_series, walk
+from align_audit.record.stored_records import chosen, heads_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,8 +45,8 @@ class AuditRun:
 
     directory: Path
     """The folder of the log."""
-    records: list[AuditRecord]
-    """By step, then by creation."""
+    records: Sequence[AuditRecord]
+    """By step, then by creation. Those of a log are validated when it is loaded, and parsed when they are looked at."""
     alerts: list[Alert]
     """By step: those of the records, and any other that is in ``alerts.jsonl``."""
     failures: list[Failure]
@@ -57,12 +58,12 @@ class AuditRun:
     def of(cls, log: RunLog) -> Self:
         """The run of a log that is open for appending, as it stands now. Failures are in the file only."""
         records = log.records
-        return cls(log.directory, records, [alert for record in records for alert in record.alerts], failures=[])
+        return cls(log.directory, records, records.alerts, failures=[])
 
     @property
     def probe_names(self) -> list[str | None]:
         """The probe sets of the run, in the order of their first audits; None for the one without a name."""
-        return list(dict.fromkeys(record.provenance.probe_name for record in self.records))
+        return list(dict.fromkeys(head.probe_name for head in heads_of(self.records)))
 
     def select(self, name: str | None) -> Self:
         """The same run, of one probe set: its records, alerts and arrays.
@@ -76,7 +77,7 @@ class AuditRun:
             )
         return replace(
             self,
-            records=[record for record in self.records if record.provenance.probe_name == name],
+            records=chosen(self.records, lambda head: head.probe_name == name),
             alerts=[alert for alert in self.alerts if alert.probe_name == name],
             failures=[failure for failure in self.failures if failure.probe_name == name],
             probe_name=name,
@@ -92,8 +93,8 @@ class AuditRun:
             RecordError: nothing there is a run log, or it was written by a newer align_audit.
         """
         path = find_records(Path(output_dir))
-        records = sorted(read_records(path), key=by_step)
-        alerts = [alert for record in records for alert in record.alerts]
+        records = read_records(path).by_step()
+        alerts = records.alerts
         failures: list[Failure] = []
         if path.name == RECORDS:
             in_records = Counter(alert.model_dump_json() for alert in alerts)

@@ -7,11 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticSerializationError
 
 from align_audit.errors import RecordError, first_line, plain, quoted
 from align_audit.files import write_atomically
+from align_audit.record.units import In, Labels
+
+_TOLD = 31
+"""Lines of pydantic's own words that a message keeps: ten problems."""
 
 Migration = Callable[[dict[str, Any]], dict[str, Any]]
 """From the values of one schema version, as parsed and not yet validated, to those of the next."""
@@ -22,6 +26,22 @@ class Part(BaseModel):
 
     # NaN and infinities are not JSON numbers; as strings they survive any JSON reader.
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+
+
+class Labelled(Part):
+    """A part with a field that says what the sequences beside it run along: each has a value for each label."""
+
+    @model_validator(mode="after")
+    def _sequences_fit(self) -> Self:
+        markers = {name: field.metadata for name, field in type(self).model_fields.items()}
+        for label, along in [(n, m.along) for n, found in markers.items() for m in found if isinstance(m, Labels)]:
+            expected = len(getattr(self, label))
+            for name, found in markers.items():
+                values = getattr(self, name)
+                runs = any(isinstance(marker, In) and marker.along == along for marker in found)
+                if runs and isinstance(values, list) and len(values) != expected:
+                    raise ValueError(f"{name} has {len(values)} values, {label} {expected}: expected one for each")
+        return self
 
 
 class Stored(Part):
@@ -75,7 +95,12 @@ class Stored(Part):
         if not isinstance(values, dict) or not set(cls.telling) <= set(values):
             raise RecordError(f"{where} is not an align_audit {cls.kind}: no {' and '.join(cls.telling)} in it")
         version = values["schema_version"]
-        if not isinstance(version, int) or version > cls.newest:
+        if not isinstance(version, int) or isinstance(version, bool):
+            raise RecordError(
+                f"{where} is not a valid {cls.kind}: schema version {quoted(version)}; expected a whole number up to "
+                f"{cls.newest}"
+            )
+        if version > cls.newest:
             raise RecordError(
                 f"{where} has schema version {quoted(version)}; this align_audit reads up to {cls.newest}. "
                 "Upgrade with `pip install --upgrade align-audit`."
@@ -88,7 +113,7 @@ class Stored(Part):
                     values = cls.migrations[older](values)
             return cls.model_validate(values)
         except ValidationError as error:
-            raise RecordError(f"{where} is not a valid {cls.kind}: {error}") from None
+            raise RecordError(f"{where} is not a valid {cls.kind}: {_told(error)}") from None
         except Exception as error:  # values that no version ever wrote
             raise RecordError(f"{where} is not a valid {cls.kind}: {first_line(error)}") from error
 
@@ -110,6 +135,13 @@ class Stored(Part):
         except OSError as error:
             raise RecordError(f"cannot read {plain(path)}: {first_line(error)}") from None
         return cls.from_json(text, where=plain(path))
+
+
+def _told(error: ValidationError) -> str:
+    """What pydantic says, of the first problems: names and values in it are foreign text."""
+    lines = str(error).splitlines()
+    rest = [f"  and {len(lines) - _TOLD} more lines"] if len(lines) > _TOLD else []
+    return "\n".join([*(plain(line, 300) for line in lines[:_TOLD]), *rest])
 
 
 def _as_text(value: Any) -> Any:

@@ -8,17 +8,20 @@ left out and listed, with its reason, in the text ``align_audit/not_known``. Oth
 
 from __future__ import annotations
 
-import os
+import datetime
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from align_audit.errors import ConfigurationError
+from align_audit.errors import ConfigurationError, named
 from align_audit.record.audit_record import Alert, AuditRecord, SiteCurve, control_items
 from align_audit.record.numbers import is_unknown, span
 from align_audit.record.run import one_per_step
 from align_audit.record.site_names import site_names
+from align_audit.record.stored_records import chosen, heads_of
+from align_audit.writers.event_files import SUFFIX, TagsWritten, event_files, find_event_folder
 from align_audit.writers.scalars import not_known, root_of, scalars
 
 if TYPE_CHECKING:
@@ -27,6 +30,13 @@ if TYPE_CHECKING:
     from align_audit.config import AuditConfig
     from align_audit.record.run import AuditRun
     from align_audit.writers.writer import Surroundings
+
+logger = logging.getLogger(__name__)
+
+_LAST = "controls"
+"""The text that is written last of the curves and texts of an audit: where it is, they all are."""
+_TEXT = "text_summary"
+"""What a summary writer puts below the tag of a text."""
 
 
 class TensorBoard:
@@ -72,39 +82,70 @@ class TensorBoard:
         )
 
     def start(self, run: AuditRun) -> None:
-        """Open an event file where the trainer has none.
+        """Open an event file where the trainer has none, and write what earlier processes had no time to write.
 
         Raises:
             ConfigurationError: there cannot be one.
         """
         try:
-            self._summary_writer()
+            board = self._summary_writer()
         except OSError as error:
             raise ConfigurationError(
                 f"cannot write TensorBoard curves below {self._output_dir}: {error}. Expected a folder that this process may "
                 'write to; free it, or switch the curves off (AuditConfig(tensorboard="off"))'
             ) from error
+        try:
+            self._write_missing(board, run.records)
+        except Exception as error:  # of foreign files: what is in the log can be shown again at the next start
+            logger.error("align_audit could not write the curves of earlier audits to TensorBoard: %s", named(error))
+
+    def _write_missing(self, board: SummaryWriter, records: Sequence[AuditRecord]) -> None:
+        """The curves and texts of audits that no event file of the run holds: a kill came between the log and them, or
+        their folder was deleted. Pictures, which take seconds, are drawn of the last of these only."""
+        if not records:
+            return
+        written = TagsWritten(f"/{_LAST}/{_TEXT}")
+        for path in event_files(self._output_dir):
+            written.read(path)
+        missing = [
+            (place, head)
+            for place, head in enumerate(heads_of(records))
+            if not written.complete(root_of(head.probe_name), head.step, _time_of(head.created) or 0.0)
+        ]
+        for place, head in missing:
+            self._write(board, records[place], written.at(head.step, _time_of(head.created) or 0.0))
+        if missing and self._images:
+            _draw(board, records[missing[-1][0]], records)
+        if missing:
+            board.flush()
 
     def record(self, record: AuditRecord, history: Sequence[AuditRecord]) -> None:
         """Write one audit at its step; the pictures over steps are of the audits of its probe set up to then."""
-        board, step, name = self._summary_writer(), record.step, record.provenance.probe_name
-        root = root_of(name)
+        board = self._summary_writer()
         try:
-            if not self._layout_written:
-                board.add_custom_scalars(custom_scalars_layout(self._probe_names, record.sites))
-                self._layout_written = True
-            for tag, value in scalars(record).items():
-                board.add_scalar(tag, value, step)
-            board.add_text(f"{root}/controls", controls_table(record), step)
-            if record.alerts:
-                board.add_text(f"{root}/alerts", "\n\n".join(map(alert_text, record.alerts)), step)
-            if not_known(record):
-                board.add_text(f"{root}/not_known", not_known_table(record), step)
+            self._write(board, record)
             if self._images:
-                earlier = [each for each in history if each.key != record.key and each.provenance.probe_name == name]
-                _add_images(board, record, [*earlier, record])
+                _draw(board, record, history)
         finally:
             board.flush()
+
+    def _write(self, board: SummaryWriter, record: AuditRecord, written: Collection[str] = ()) -> None:
+        """Curves and texts, but for those whose tags were written; at the time of the audit, whenever that was."""
+        step, root = record.step, root_of(record.provenance.probe_name)
+        when = _time_of(record.provenance.created)
+        if not self._layout_written:
+            board.add_custom_scalars(custom_scalars_layout(self._probe_names, record.sites))
+            self._layout_written = True
+        for tag, value in scalars(record).items():
+            if tag not in written:
+                board.add_scalar(tag, value, step, when)
+        texts = {"alerts": "\n\n".join(map(alert_text, record.alerts))}
+        if not_known(record):
+            texts["not_known"] = not_known_table(record)
+        texts[_LAST] = controls_table(record)
+        for name, text in texts.items():
+            if text and f"{root}/{name}/{_TEXT}" not in written:
+                board.add_text(f"{root}/{name}", text, step, when)
 
     def alert(self, alert: Alert, record: AuditRecord) -> None:
         """It stands in the text of its record."""
@@ -122,32 +163,22 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
 
             folder = find_event_folder(self._output_dir) or self._output_dir / "align_audit" / "tensorboard"
-            self._opened = SummaryWriter(log_dir=str(folder), filename_suffix=_SUFFIX)
+            self._opened = SummaryWriter(log_dir=str(folder), filename_suffix=SUFFIX)
         return self._opened
 
 
-_SUFFIX = ".align_audit"
-
-
-def find_event_folder(output_dir: Path) -> Path | None:
-    """The folder of the newest event file this process has written below ``output_dir`` or the logging directory.
-
-    The writer names its files ``events.out.tfevents.<time>.<host>.<process id>.<counter>``.
-    """
-    roots = [output_dir]
-    if logging_dir := os.environ.get("TENSORBOARD_LOGGING_DIR"):
-        roots.append(Path(logging_dir).expanduser())
-    of_this_process = f".{os.getpid()}."
-    files = [
-        file
-        for root in roots
-        if root.is_dir()
-        for file in root.rglob("events.out.tfevents.*")
-        if of_this_process in file.name and not file.name.endswith(_SUFFIX)
-    ]
-    if not files:
+def _time_of(created: str) -> float | None:
+    """When a record was made, in seconds; None: it does not say so in a way that can be read."""
+    try:
+        return datetime.datetime.fromisoformat(created).timestamp()
+    except (ValueError, OverflowError, OSError):
         return None
-    return max(files, key=lambda file: (file.stat().st_mtime_ns, file.name)).parent
+
+
+def _draw(board: SummaryWriter, record: AuditRecord, history: Sequence[AuditRecord]) -> None:
+    name = record.provenance.probe_name
+    earlier = chosen(history, lambda head: head.key != record.key and head.probe_name == name)
+    _add_images(board, record, [*earlier, record])
 
 
 def _add_images(board: SummaryWriter, record: AuditRecord, records: Sequence[AuditRecord]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from align_audit.errors import named
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.run import AuditRun
 
@@ -105,7 +106,7 @@ class Writers:
             try:
                 tell(writer)
             except _ANYTHING as error:
-                self._say(f"align_audit could not {what} {writer.name}: {type(error).__name__}: {error}", writer, error)
+                self._say(f"align_audit could not {what} {writer.name}: {named(error)}", writer, error)
 
     def _say(self, words: str, writer: Writer, error: BaseException) -> None:
         """Once; with the traceback the first time that this kind of error comes from this writer."""

@@ -345,6 +345,27 @@ def test_a_failure_that_cannot_be_recorded_is_said(
         first.audit(1)
     (shown,) = [entry.getMessage() for entry in caplog.records]
     assert "could not be recorded (OSError: no space left on device)" in shown
+    # It lies in no file, so the traceback is here.
+    assert "failures.jsonl" not in shown
+    assert "in fail" in shown
+
+
+def test_a_failure_that_was_recorded_is_said_with_its_place(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = bench()
+    Broken(monkeypatch, "append")
+    with caplog.at_level(logging.ERROR, logger=module.__name__):
+        first.audit(1)
+    (shown,) = [entry.getMessage() for entry in caplog.records]
+    assert "broke and was recorded" in shown
+    assert "align_audit/failures.jsonl" in shown
+    assert "Traceback" not in shown
+
+
+def test_an_error_without_words_is_called_by_its_name() -> None:
+    assert module.AuditFailure.of(MemoryError()).kind == "MemoryError"
+    assert module.AuditFailure.of(MemoryError("8 GB")).kind == "MemoryError: 8 GB"
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, *names: str | None) -> list[str | None]:

@@ -18,6 +18,7 @@ from align_audit import AuditRecord, AuditRun
 from align_audit.errors import RecordError
 from align_audit.record.audit_record import SCHEMA_VERSION, Estimate
 from align_audit.record.schema import Migration, Stored
+from tests.helpers.make_record import make_record
 from tests.record.test_reasons import unexplained
 
 DATA = Path(__file__).parent / "data"
@@ -226,3 +227,26 @@ def test_a_migration_is_not_run_on_what_came_after_it() -> None:
 def test_what_is_no_record_is_refused_as_one_and_breaks_no_migration(part: str) -> None:
     with pytest.raises(RecordError, match="is not a valid record"):
         AuditRecord.from_json(f'{{"schema_version": 3, {part}}}')
+
+
+@pytest.mark.parametrize("version", [4.0, "4", True, None, [4]])
+def test_a_version_that_is_no_whole_number_is_no_reason_to_upgrade(version: object) -> None:
+    values = json.loads(make_record(1, layers=2).to_json()) | {"schema_version": version}
+    with pytest.raises(RecordError, match="expected a whole number up to") as caught:
+        AuditRecord.from_json(json.dumps(values))
+    assert "Upgrade" not in str(caught.value)
+
+
+def test_a_newer_version_is_a_reason_to_upgrade() -> None:
+    values = json.loads(make_record(1, layers=2).to_json()) | {"schema_version": 99}
+    with pytest.raises(RecordError, match=r"schema version 99; this align_audit reads up to \d+\. Upgrade"):
+        AuditRecord.from_json(json.dumps(values))
+
+
+@pytest.mark.parametrize("name", ["effect_fraction", "explained_variance_ratio"])
+def test_sequences_that_do_not_fit_their_ranks_are_no_record(name: str) -> None:
+    values = json.loads(make_record(50, layers=3).to_json())
+    (curve,) = list(values["low_rank"]["shift"].values())[:1]
+    curve[name] = curve[name][:-1]
+    with pytest.raises(RecordError, match=f"{name} has 4 values, ranks 5: expected one for each"):
+        AuditRecord.from_json(json.dumps(values))

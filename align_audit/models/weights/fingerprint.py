@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
@@ -28,13 +29,34 @@ def fingerprint(model: nn.Module, *, without_adapters: tuple[str, ...] = ()) -> 
     Args:
         without_adapters: names of PEFT adapters whose parameters do not count.
     """
-    digest = hashlib.blake2b(digest_size=8)
+    weights = tensors(model, without_adapters=without_adapters)
+    return hash_of((name, summed(weight())) for name, weight in weights.items())
+
+
+def tensors(model: nn.Module, *, without_adapters: tuple[str, ...] = ()) -> dict[str, Callable[[], torch.Tensor]]:
+    """Name of each parameter → gives its values, read from disk where a streamed model has left them there."""
     stored = stored_tensors(model)
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
-        if belongs_to(model, name, without_adapters):
-            continue
-        plain, weighted = bit_sums(stored[name]() if name in stored else parameter.detach())
-        digest.update(f"{name}|{tuple(parameter.shape)}|{parameter.dtype}|{plain}|{weighted};".encode())
+    return {
+        name: stored.get(name, parameter.detach)
+        for name, parameter in model.named_parameters()
+        if not belongs_to(model, name, without_adapters)
+    }
+
+
+Sums = tuple[tuple[int, ...], torch.dtype, tuple[int, int]]
+"""What a hash takes of a weight: its shape, its dtype, its :func:`bit_sums`."""
+
+
+def summed(weight: torch.Tensor) -> Sums:
+    """What a hash takes of a weight."""
+    return tuple(weight.shape), weight.dtype, bit_sums(weight)
+
+
+def hash_of(weights: Iterable[tuple[str, Sums]]) -> str:
+    """The hash of weights by name."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, (shape, dtype, (plain, weighted)) in sorted(weights, key=lambda weight: weight[0]):
+        digest.update(f"{name}|{shape}|{dtype}|{plain}|{weighted};".encode())
     return digest.hexdigest()
 
 
