@@ -274,7 +274,9 @@ def test_fewer_pairs_than_a_statistic_needs(count: int, tmp_path: Path) -> None:
         assert math.isnan(record.margins.shift.low)
         assert "pair" in (record.margins.shift.reason or "")
         assert record.low_rank == {}
-        assert record.reasons["low_rank"] == "cross-fitting needs two halves: at least 2 pairs, found 1"
+        assert record.reasons["low_rank"] == (
+            "cross-fitting needs two halves: at least 2 independent pairs (those that share a prompt are one), found 1"
+        )
         for name in ("noise", "split_half", "random_subspace"):
             assert getattr(record.controls, name).verdict == "not_run", name
             assert getattr(record.controls, name).reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -37,6 +38,9 @@ class Localization(Measurement):
         super().__init__(task)
         self.state = LocalizationState(PerPair(len(self.session.pairs), self.session.num_layers))
         self._part: tuple[audit_record.Localization | None, Reasons] | None = None
+        if self.config.localization.enabled:
+            # Before anything is measured: where memory runs short during an audit, a library can no longer be loaded.
+            importlib.import_module("sklearn.linear_model")
 
     def read(self, recorded: RecordedBatch) -> None:
         """RMS over a pair's prediction positions of ‖h_l(π) − h_l(ρ)‖₂."""

@@ -49,6 +49,12 @@ def run(policy: Any, reference: Any, pairs: int, **changes: Any) -> tuple[AuditR
     return audited(policy, reference, random_pairs(pairs), config)
 
 
+def drawn(count: int) -> list[int]:
+    """Places of ``random_pairs(count)`` in the order that they are patched in."""
+    pairs = random_pairs(count).pairs
+    return subset_order([pair.identity for pair in pairs], 0, [pair.group for pair in pairs]).tolist()
+
+
 @pytest.fixture(scope="module")
 def models(pair_of_models: Any) -> tuple[Any, Any]:
     return pair_of_models("llama")
@@ -58,7 +64,7 @@ def test_controls_on_fewer_pairs_are_those_of_the_whole(models: tuple[Any, Any])
     whole, all_pairs = run(*models, 14, patching={"control_pairs": 14})
     part, some_pairs = run(*models, 14, patching={"control_pairs": 5})
     chosen = np.zeros(14, dtype=bool)
-    chosen[subset_order(range(14), 0)[:5]] = True
+    chosen[drawn(14)[:5]] = True
     scale = 1e-7 * float(np.abs(all_pairs["per_pair.chosen_logp"]).max())
     peak = part.patching.peak_layer
     for name in ("reverse", "noise", "low_rank.random.1", "gradient_norm"):
@@ -159,7 +165,7 @@ def test_only_the_exact_pairs_are_patched(models: tuple[Any, Any]) -> None:
     assert (whole.patching.estimator, whole.patching.attribution) == ("exact", None)
     part, some_pairs = run(*models, 14, patching={"exact_pairs": 9})
     chosen = np.zeros(14, dtype=bool)
-    chosen[subset_order(range(14), 0)[:9]] = True
+    chosen[drawn(14)[:9]] = True
     for name in ("effect", "transplant", "low_rank.shift.1", "low_rank.activation.1"):
         assert np.isnan(some_pairs[f"per_pair.{name}"][~chosen]).all(), name
         assert np.isfinite(some_pairs[f"per_pair.{name}"][chosen]).all(), name
@@ -200,7 +206,7 @@ def test_attribution_is_exact_to_first_order_and_then_narrows_the_interval() -> 
 def test_the_shift_narrows_what_attribution_alone_does_not() -> None:
     """A large step, at which attribution fails: the last stream's effect is the margin shift, known of every pair."""
     reference = tiny_model("llama")
-    policy = perturbed(reference, scale=1.0)
+    policy = perturbed(reference, scale=2.0)
     policy.lm_head.load_state_dict(reference.lm_head.state_dict())
     policy.model.norm.load_state_dict(reference.model.norm.state_dict())
     off: dict[str, Any] = {"low_rank": {"enabled": False}, "spinal": {"enabled": False}}
@@ -254,7 +260,7 @@ def record_before(correlation: list[float], patched: list[int], pairs: int) -> A
 
 def choice(before: Attribution | None, pairs: int = 100, **patching: Any) -> PairChoice:
     options = {"exact_pairs": "auto", "attribution_points": (0.0,), "control_pairs": 12, **patching}
-    return choose_pairs(range(pairs), 3, AuditConfig.from_dict({"patching": options}), before)
+    return choose_pairs(random_pairs(pairs).pairs, 3, AuditConfig.from_dict({"patching": options}), before)
 
 
 def test_where_it_begins_is_chosen_by_the_audit_before() -> None:
@@ -263,7 +269,7 @@ def test_where_it_begins_is_chosen_by_the_audit_before() -> None:
     found = choice(record_before([0.6, 0.97, 0.9999], [68, 68, 68], 100))
     # R² = 1 − 0.64·67/65 = 0.340, its lower bound 0.22: 59 pairs. 0.9391 → 0.915: 13. The last needs none.
     assert found.by_layer.tolist() == [12, 60, 20, 12]
-    assert found.control_pairs.tolist() == found.everywhere.tolist() == sorted(subset_order(range(100))[:12].tolist())
+    assert found.control_pairs.tolist() == found.everywhere.tolist() == sorted(drawn(100)[:12])
     # The same correlation on fewer pairs is less certain: 0.9277, at least 0.82 of the variance.
     assert choice(record_before([0.97] * 3, [12, 12, 68], 100)).by_layer.tolist() == [12, 28, 28, 20]
     # Nothing was there to explain; and fitted slopes explain some of anything.
@@ -279,7 +285,7 @@ def test_more_pairs_are_those_that_the_intervals_lack() -> None:
     proxy = generator.normal(size=(100, 4))
     effects = proxy + generator.normal(size=(100, 4)) * [100.0, 0.25, 1e-6, 0.0]
     effects[:, 3] = 2.0
-    begun = choose_pairs(range(100), 4, AuditConfig.from_dict({"patching": {"exact_pairs": "auto"}}))
+    begun = choose_pairs(random_pairs(100).pairs, 4, AuditConfig.from_dict({"patching": {"exact_pairs": "auto"}}))
     assert begun.by_layer.tolist() == [24] * 5
     measured = np.full_like(effects, np.nan)
     measured[begun.order[:24]] = effects[begun.order[:24]]
@@ -341,7 +347,7 @@ def test_an_audit_patches_each_layer_on_as_many_pairs_as_its_interval_needs() ->
     effects = arrays["per_pair.effect"]
     for layer, count in enumerate(found.patched_pairs):
         patched = np.isfinite(effects[:, layer + 1])
-        assert np.flatnonzero(patched).tolist() == sorted(subset_order(range(60))[:count].tolist())
+        assert np.flatnonzero(patched).tolist() == sorted(drawn(60)[:count])
         np.testing.assert_allclose(
             effects[patched, layer + 1], every["per_pair.effect"][patched, layer + 1], rtol=1e-6, atol=1e-6
         )
@@ -383,7 +389,7 @@ def test_a_training_chooses_by_its_last_audit_and_a_resumed_one_does_too(tmp_pat
     assert straight[3].patching.model_dump_json() == resumed[3].patching.model_dump_json()
     # Pairs patched only after a first look are recorded twice: the same work, so both began alike, with more than the least.
     assert straight[3].cost.forward_equivalents == resumed[3].cost.forward_equivalents
-    pairs = [pair.index for pair in ProbeSet.from_dataset(ROWS, make_tokenizer(), max_pairs=24).pairs]
+    pairs = ProbeSet.from_dataset(ROWS, make_tokenizer(), max_pairs=24).pairs
     for before, record in itertools.pairwise(straight):
         begun = choose_pairs(pairs, 3, config, before.patching.attribution).by_layer[1:]
         assert (np.array(record.patching.attribution.patched_pairs) >= begun).all()

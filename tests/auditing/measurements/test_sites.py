@@ -396,7 +396,7 @@ def test_a_head_that_alone_was_changed_is_the_peak() -> None:
 
 def test_identical_models_give_exactly_nothing_and_nothing_is_left_behind() -> None:
     reference = build("gpt2")
-    policy, probes = copy.deepcopy(reference), random_pairs(4)
+    policy, probes = copy.deepcopy(reference), random_pairs(8)
     before = fingerprint(policy)
     estimators = ("exact", "attribution")
     settings = config(*({"site": site, "estimator": estimator} for site in SITES for estimator in estimators))
