@@ -390,6 +390,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
+@pytest.fixture(scope="module")
+def enough(files: dict[str, Path]) -> dict[str, Path]:
+    """The same, with as many harmless pairs as an interval needs: a transfer is refused where no set has one."""
+    folder = files["options"].parent
+    path, options = folder / "eight.jsonl", folder / "eight.yaml"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS[12:20]), encoding="utf-8")
+    quick(low_rank=LOW_RANK, max_pairs=8).to_yaml(options)
+    return {**files, "harmless": path, "options": options}
+
+
 def asked(files: dict[str, Path], trained: Any, output: Path, *more: Any) -> list[Any]:
     sets = [word for name in SETS for word in ("--probes", f"{name}={files[name]}")]
     base = trained.output.parent / "base"
@@ -430,11 +440,11 @@ def test_saved_checkpoints_are_audited_on_every_named_set(
 
 def test_transfer_from_the_command_line(
     command: Any,  # noqa: F811
-    files: dict[str, Path],
+    enough: dict[str, Path],
     trained: Any,
     tmp_path: Path,
 ) -> None:
-    common = asked(files, trained, tmp_path / "out")
+    common = asked(enough, trained, tmp_path / "out")
     done = command("transfer", trained.output / "checkpoint-2", *common, "--layer", "0,2", "--basis", "shift")
     assert done.code == 0, done.err
     record = TransferRecord.load(tmp_path / "out" / "transfer.json")
@@ -451,8 +461,8 @@ def test_transfer_from_the_command_line(
     assert "transfer in" in done.out
 
     (tmp_path / "file").touch()
-    blocked = asked(files, trained, tmp_path / "file" / "out")
-    one = ["transfer", trained.output / "checkpoint-2", "--probes", f"harmless={files['harmless']}"]
+    blocked = asked(enough, trained, tmp_path / "file" / "out")
+    one = ["transfer", trained.output / "checkpoint-2", "--probes", f"harmless={enough['harmless']}"]
     for arguments, words in (
         (one, "a transfer is between at least two probe sets"),
         (["transfer", trained.output / "checkpoint-2", *blocked], "choose another --output"),
