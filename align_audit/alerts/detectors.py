@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from align_audit.alerts.history import History, beyond
 from align_audit.config import AlertConfig
-from align_audit.record.audit_record import GUARDED, Alert, AuditRecord
+from align_audit.record.audit_record import GUARDED, Alert, AuditRecord, Estimate
 from align_audit.record.stored_records import chosen, heads_of
 
 
@@ -104,19 +104,29 @@ def reference_changed(history: History) -> list[Alert]:
     ]
 
 
+def _low(value: Estimate) -> float:
+    """Where the interval begins; the mean where there are too few pairs for one, so that a ruined model is not passed over."""
+    return value.mean if math.isnan(value.low) else value.low
+
+
+def _high(value: Estimate) -> float:
+    """Where the interval ends, or the mean."""
+    return value.mean if math.isnan(value.high) else value.high
+
+
 def chosen_logp_falling(history: History) -> list[Alert]:
     """Likelihood displacement: the chosen completions become less likely while the margin rises."""
     config, margins = history.config, history.record.margins
     change = margins.chosen_logp_change_per_token
     why = f"The chosen completions lose {-change.mean:.2f} nats per token against the reference, "
-    if margins.shift.low > 0:
+    if _low(margins.shift) > 0:
         why += (
             f"while the margin rises by {margins.shift.mean:.1f} nats: the loss is met by making both completions "
             "unlikely, and the probability goes to text that is in neither."
         )
     else:
         why += "and the margin does not rise."
-    level = beyond(-change.high, config.chosen_drop_warning, config.chosen_drop_error)
+    level = beyond(-_high(change), config.chosen_drop_warning, config.chosen_drop_error)
     if level is not None:
         limit = config.chosen_drop_error if level == "error" else config.chosen_drop_warning
         return [history.alert("chosen_logp_falling", level, change.mean, why, _SLOW_DOWN, threshold=-limit)]
@@ -125,7 +135,7 @@ def chosen_logp_falling(history: History) -> list[Alert]:
         return []
     # Chosen completions that are still likelier than under the reference are not displaced, whatever the baseline.
     limit = min(3 * baseline, baseline - config.chosen_drop_warning / 2, 0.0)
-    if change.high < limit:
+    if _high(change) < limit:
         return [
             history.alert(
                 "chosen_logp_falling",
@@ -143,7 +153,7 @@ def chosen_logp_falling(history: History) -> list[Alert]:
 def kl_out_of_bounds(history: History) -> list[Alert]:
     """The policy's next-token distribution has moved too far from the reference's."""
     config, kl = history.config, history.record.margins.kl
-    level = beyond(kl.low, config.kl_warning, config.kl_error)
+    level = beyond(_low(kl), config.kl_warning, config.kl_error)
     if level is None:
         return []
     limit = config.kl_error if level == "error" else config.kl_warning
@@ -161,9 +171,9 @@ def entropy_out_of_bounds(history: History) -> list[Alert]:
     if not (math.isfinite(ours.mean) and theirs.mean > 0):
         return []
     least, most = config.entropy_ratio_low * theirs.mean, config.entropy_ratio_high * theirs.mean
-    if ours.high < least:
+    if _high(ours) < least:
         limit, words = least, "has collapsed: the policy is certain of every next token and will repeat itself"
-    elif ours.low > most:
+    elif _low(ours) > most:
         limit, words = most, "has exploded: the policy is close to choosing tokens at random"
     else:
         return []
@@ -179,7 +189,7 @@ def token_accuracy_collapsed(history: History) -> list[Alert]:
     """The policy no longer predicts the chosen completions' tokens that its reference predicts."""
     config, margins = history.config, history.record.margins
     ours, theirs = margins.token_accuracy, margins.reference_token_accuracy
-    if not ours.high < config.token_accuracy_ratio_error * theirs.low:
+    if not _high(ours) < config.token_accuracy_ratio_error * _low(theirs):
         return []
     message = (
         f"Next-token accuracy on the chosen completions is {ours.mean:.1%}; the reference has {theirs.mean:.1%}. "

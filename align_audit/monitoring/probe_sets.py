@@ -47,8 +47,8 @@ def make_probe_sets(given: Any, config: AuditConfig, facts: TrainerFacts, tokeni
         if probes.groups < LEAST_GROUPS:
             logger.warning(
                 "align_audit probes%s: %d independent pairs. No interval is made of fewer than %d (pairs that share a prompt "
-                "count once), so that alert rules which need one stay silent, and a localization is claimed from %d only. Give "
-                "more held-out pairs (probes=..., eval_dataset, max_pairs)",
+                "count once), so that alerts go by means, which a few pairs can move, and a localization is claimed from %d "
+                "only. Give more held-out pairs (probes=..., eval_dataset, max_pairs)",
                 called, probes.groups, LEAST_GROUPS, CLAIMED_FROM,
             )  # fmt: skip
     return sets

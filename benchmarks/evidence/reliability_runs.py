@@ -98,7 +98,7 @@ def audit_callback() -> Any:
     return AlignmentAuditCallback(
         config=AuditConfig.from_dict(
             {
-                "max_pairs": 2,
+                "max_pairs": 8,
                 "patching": {"noise_draws": 1, "reverse": False},
                 "statistics": {"bootstrap_resamples": 100},
                 "localization": {"enabled": False},

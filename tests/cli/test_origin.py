@@ -257,8 +257,9 @@ def test_audit_of_a_path_checks_the_same(
     assert len(caplog.records) == 2
 
 
-def test_transfer_of_a_path_checks_the_same(lora: SimpleNamespace, pairs: ProbeSet) -> None:
-    sets = dict(zip(("first", "second"), pairs.split(0.5, seed=0), strict=True))
+def test_transfer_of_a_path_checks_the_same(place: SimpleNamespace, lora: SimpleNamespace, pairs: ProbeSet) -> None:
+    eight = ProbeSet.from_dataset(str(place.probes), load_tokenizer([place.base]), max_pairs=8)
+    sets = {"first": pairs, "second": eight}
     config = quick(low_rank={"layers": [1], "ranks": [1], "random_draws": 0})
     assert "not the one" not in transfer(str(lora.checkpoint), None, sets, config).reference_source
     shutil.rmtree(lora.base)

@@ -22,6 +22,9 @@ from align_audit.writers.tensorboard import TensorBoard
 from tests.helpers.make_record import make_run
 from tests.monitoring.test_callback import quick, run
 
+# The pairs do not matter here, so the trainer has no eval set.
+pytestmark = pytest.mark.filterwarnings("ignore:align_audit found no held-out pairs")
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -22,7 +22,7 @@ def test_the_picture_annotates_what_is_known_and_explains_the_rest(transfer_reco
             for cell in by_patch.values():
                 share = cell.effect_fraction[place]
                 assert (f"{share.mean:.2f}" in words) == (share.reason is None or np.isfinite(share.mean))
-    assert "at least 2 pairs, found 1" in " ".join(words)
+    assert "an interval needs at least 8 independent pairs, found 1" in " ".join(words)
     panels = [axes for axes in figure.axes if axes.get_images()]
     assert len(panels) == 2
     for axes, place in zip(panels, range(2), strict=True):
