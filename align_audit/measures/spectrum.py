@@ -73,7 +73,7 @@ def singular_values(H: Tensor) -> Array:
     return values
 
 
-def numerical_rank(H: Tensor, eps: float) -> int:
+def numerical_rank(H: Tensor, eps: float, singular_values: Array | None = None) -> int:
     """How many dimensions the rows span beyond what rounding alone would, at the precision they were computed in.
 
     Rounding is relative to each entry, so columns are scaled to one root mean square first (a few of a language model's are
@@ -83,6 +83,7 @@ def numerical_rank(H: Tensor, eps: float) -> int:
     Args:
         H: ``[rows, d]``, any floating dtype.
         eps: of the dtype the model computes in, ``torch.finfo(dtype).eps``: 2⁻⁷ for bfloat16, 2⁻²³ for float32.
+        singular_values: of H, where they are known: the rank of rows that lie clear of rounding is then told from them.
 
     Returns:
         0 … min(rows, d); 0 where H has an entry that is not finite.
@@ -105,6 +106,11 @@ def numerical_rank(H: Tensor, eps: float) -> int:
     wide = (H.cpu() if H.device.type == "mps" else H).detach().double()
     scale = wide.square().mean(dim=0).sqrt()
     wide = torch.where(scale > 0, wide / scale, 0.0)
+    if singular_values is not None and float(scale.max()) > 0.0:
+        # Scaling divides no singular value by more than the largest column.
+        least = float(singular_values.min()) / float(scale.max())
+        if least > MARGIN * eps * float(wide.norm()) / math.sqrt(min(wide.shape)):
+            return min(wide.shape)
     squares = torch.linalg.eigvalsh(wide @ wide.T if len(wide) < wide.shape[1] else wide.T @ wide)
     least = (MARGIN * eps) ** 2 * float(squares.sum()) / len(squares)
     if least < 16 * len(squares) * 2.0**-52 * float(squares[-1]):

@@ -207,6 +207,21 @@ def test_parts_that_were_switched_off_raise_nothing() -> None:
     assert [a.rule for a in alerts(with_margins(record, kl=about(1.5)), before)] == ["kl_out_of_bounds"]
 
 
+@pytest.mark.parametrize(
+    ("name", "ruined", "calm"),
+    [
+        ("kl", 2.5, 0.1), ("chosen_logp_change_per_token", -1.5, 0.0), ("entropy", 0.05, None), ("token_accuracy", 0.05, None),
+    ],
+)  # fmt: skip
+def test_too_few_pairs_for_an_interval_go_by_the_mean(name: str, ruined: float, calm: float | None) -> None:
+    """A model that is ruined is not passed over for want of pairs; one that is not stays unnamed."""
+    record = healthy()
+    few = lambda mean: Estimate(mean=mean, low=math.nan, high=math.nan, reason="found 4")  # noqa: E731
+    assert len(alerts(with_margins(record, **{name: few(ruined)}), run())) == 1
+    mean = getattr(record.margins, name).mean if calm is None else calm
+    assert alerts(with_margins(record, **{name: few(mean)}), run()) == []
+
+
 @pytest.mark.parametrize("rule", RULES, ids=NAMES)
 def test_wide_intervals_raise_nothing(rule: Callable[..., Any]) -> None:
     """Few probes: means beyond every limit, intervals that are not."""

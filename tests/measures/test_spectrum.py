@@ -260,3 +260,14 @@ def test_results_are_frozen() -> None:
 def test_wrong_arguments_are_refused(call: object, found: str) -> None:
     with pytest.raises(ValueError, match=found):
         call()  # type: ignore[operator]
+
+
+def test_known_singular_values_change_no_rank() -> None:
+    """Full and not, wide and tall, with massive columns and one of zeros: told from them or counted anew, the same."""
+    generator = np.random.default_rng(4)
+    for rows, columns, rank in ((60, 20, 20), (20, 60, 20), (60, 20, 7), (20, 60, 9)):
+        for scale in (np.ones(columns), np.where(np.arange(columns) == 3, 300.0, 1.0), np.arange(columns) > 0):
+            left, right = generator.normal(size=(rows, rank)), generator.normal(size=(rank, columns))
+            H = torch.from_numpy(left @ right * scale).float()
+            for eps in (2.0**-23, 2.0**-7):
+                assert sp.numerical_rank(H, eps, sp.singular_values(H)) == sp.numerical_rank(H, eps)

@@ -210,7 +210,7 @@ class Spinal(Measurement):
             # One layer at a time, in the order of the keys: no second copy of all rows, and batches cannot matter.
             pooled = torch.cat([part[:, layer] for part in rows.parts])[order]
             spectrum = singular_values(pooled)
-            rank = numerical_rank(pooled, epsilon)
+            rank = numerical_rank(pooled, epsilon, spectrum)
             fit = contraction(spectrum, len(pooled), pooled.shape[1], rank, self.config.spinal.window)
             if fit.reason is not None:
                 for name in ("contraction", "contraction_r2", "contraction_stderr"):
