@@ -31,7 +31,7 @@ from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.models.anatomy import Anatomy
-from align_audit.models.reference import Reference, load_policy, refuse_itself, resolve_reference
+from align_audit.models.reference import load_policy, refuse_itself, resolve_reference
 from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
@@ -98,30 +98,13 @@ def audit(
         asked = {
             name: AuditRequest(pairs, config or AuditConfig(), step, probe_name=name) for name, pairs in sets.items()
         }
-        origin = None
-        if folder is not None:
-            origin = check_origin(
-                folder, step or None, policy, resolved, models.hashes, sets,
-                named=reference is not None, tell=logger.warning,
-            )  # fmt: skip
+        origin = None if folder is None else check_origin(
+            folder, step or None, policy, resolved, models.hashes, sets, named=reference is not None, tell=logger.warning,
+        )  # fmt: skip
         records = {name: run_audit(models, request).record for name, request in asked.items()}
         if origin is not None:
             records = {name: origin.noted(record) for name, record in records.items()}
     return records if sets is probes else records[None]
-
-
-def audit_once(
-    policy: nn.Module, reference: Reference, probes: ProbeSet, config: AuditConfig, **asked: Any
-) -> AuditResult:
-    """One audit with its arrays, of models that are opened for it alone.
-
-    Args:
-        asked: ``autocast`` and ``anatomy`` of :class:`OpenModels`, ``cache`` of :func:`run_audit`, fields of the request.
-    """
-    opening = {name: asked.pop(name) for name in ("autocast", "anatomy") if name in asked}
-    cache = asked.pop("cache", None)
-    with memory_explained(), OpenModels(policy, reference, **opening) as models:
-        return run_audit(models, AuditRequest(probes, config, **asked), cache)
 
 
 def run_audit(

@@ -41,11 +41,9 @@ class ControlVariate:
     p: float
     """Two-sided, of a mean effect of 0: the counterpart of the interval; NaN where that is unknown."""
     correlation: float
-    """Of exact and proxy over the exact pairs (Pearson; with several proxies the multiple correlation, ≥ 0); NaN where
-    either does not vary."""
+    """Of exact and proxy over the exact pairs (Pearson; of several the multiple one, ≥ 0); NaN where either does not vary."""
     explained: float
-    """Share of the variance of the exact effect that the proxy predicts out of sample: 1 − s²ᵣ / s²ₑ. Below
-    correlation², and below 0 where the proxy only adds noise."""
+    """Share of the exact effect's variance that the proxy predicts out of sample, 1 − s²ᵣ / s²ₑ; below 0 where it adds noise."""
     coefficient: float
     """Least-squares slope of exact on proxy over the exact pairs (of several: on the first); 0 where none is used."""
     exact_pairs: int
@@ -94,14 +92,13 @@ def control_variate_means(
 
     Every slope costs exact pairs: with fewer than 8 + 2(K − 1) of them the K proxies are averaged into one.
 
-    A percentile bootstrap of 8 normal values covers 88 % where it says 95 %. This covers 92–98 % in the
-    benchmark's grid (n = 8 … 32, N = 64 … 128, ρ = 0.5 … 0.999; normal, t₅ and lognormal effects of skewness 1.75), except
-    90–92 % where such a skewed proxy also bends and ρ ≤ 0.9, and 83–94 % at skewness 6: few very skewed
-    values show too little of their tail, and the bootstrap of as many equivalent exact pairs does no better (76–92 %).
+    A percentile bootstrap of 8 normal values covers 88 % where it says 95 %. This covers 92–98 % in the benchmark's grid (n =
+    8 … 32, N = 64 … 128, ρ = 0.5 … 0.999; normal, t₅ and lognormal effects of skewness 1.75), except 90–92 % where such a
+    skewed proxy also bends and ρ ≤ 0.9, and 83–94 % at skewness 6: few very skewed values show too little of their tail, and
+    the bootstrap of as many equivalent exact pairs does no better (76–92 %).
 
-    Where all N pairs are exact the result is that of :func:`~align_audit.measures.statistics.mean_intervals`, the plain
-    interval, bit for bit. Where the proxy cannot be used (see ``reason``) it is the plain mean of the exact
-    pairs with their t interval of n − 1 degrees of freedom.
+    Where all N pairs are exact the result is that of :func:`~align_audit.measures.statistics.mean_intervals`, bit for bit.
+    Where the proxy cannot be used (see ``reason``) it is the mean of the exact pairs with their t interval.
 
     Args:
         exact: ``[N, L]``, NaN where not measured; the subset may differ between layers, in size too. A simple random
@@ -120,8 +117,7 @@ def control_variate_means(
         ValueError: wrong or different shapes, no pairs, confidence or resamples out of range.
 
     Example:
-        Eight of twelve pairs are exact, and the effect is half the proxy: the slope is 0.5 and the four others, with
-        larger proxies, raise the mean from 2.25 to half the mean of all proxies.
+        Eight of twelve pairs are exact, and the effect is half the proxy: the four others, with larger proxies, raise the mean.
 
         >>> proxy = np.arange(1.0, 13.0)[:, None]
         >>> exact = np.where(proxy <= 8, 0.5 * proxy, np.nan)

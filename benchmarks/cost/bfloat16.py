@@ -39,7 +39,7 @@ def main() -> None:
     import torch
 
     from align_audit import AuditConfig, ProbeSet
-    from align_audit.auditing.audit import audit_once
+    from align_audit.auditing.once import audit_once
     from align_audit.models.reference import resolve_reference
 
     config = AuditConfig.from_dict({name: {"enabled": False} for name in OFF})

@@ -103,7 +103,7 @@ def main() -> None:
     early, late = train(job, training, [options.steps // 2, options.steps], options.rate)
     print(f"{options.steps} steps of DPO: {time.perf_counter() - began:.0f} s", file=sys.stderr)
 
-    from align_audit.auditing.audit import audit_once
+    from align_audit.auditing.once import audit_once
     from align_audit.auditing.previous import PreviousAudit
     from align_audit.auditing.session.reference_cache import ReferenceCache
     from align_audit.config import AuditConfig

@@ -184,9 +184,9 @@ def run(options: argparse.Namespace) -> dict[str, float]:
 
     torch.set_grad_enabled(False)
     from align_audit import audit
-    from align_audit.auditing.audit import audit_once
     from align_audit.auditing.measurements.measurement import AuditTask, RecordedBatch
     from align_audit.auditing.measurements.spinal import Spinal
+    from align_audit.auditing.once import audit_once
     from align_audit.auditing.request import AuditRequest
     from align_audit.auditing.session.open_models import OpenModels
     from align_audit.auditing.session.reference_cache import ReferenceCache

@@ -60,7 +60,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     import torch
 
     from align_audit import AuditConfig, ProbeSet
-    from align_audit.auditing.audit import audit_once
+    from align_audit.auditing.once import audit_once
     from align_audit.models.loading import load_model
     from align_audit.models.reference import resolve_reference
     from align_audit.models.weights.streaming import find_layers

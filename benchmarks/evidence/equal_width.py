@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
 
     from align_audit import AuditConfig, ProbeSet
-    from align_audit.auditing.audit import audit_once
+    from align_audit.auditing.once import audit_once
     from align_audit.auditing.previous import PreviousAudit
     from align_audit.models.reference import resolve_reference
 

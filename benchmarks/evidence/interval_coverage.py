@@ -30,7 +30,7 @@ SOME_PATCHED = "effect, some patched"
 
 def measured(policy: Any, reference: Any, probes: Any) -> dict[str, np.ndarray]:
     """Per-pair numbers over all pairs: effects [N, L + 1], transplants [N, L + 2], shift, accuracy, attribution."""
-    from align_audit.auditing.audit import audit_once
+    from align_audit.auditing.once import audit_once
     from align_audit.config import AuditConfig
     from align_audit.models.reference import resolve_reference
 

@@ -65,7 +65,7 @@ def base(family: str, folder: str | None) -> tuple[Any, Any, list[dict[str, str]
 
 def audited(policy: Any, reference: Any, tokenizer: Any, number: int, pairs: int) -> dict[str, Any]:
     """What an audit on so many fresh probe pairs says."""
-    from align_audit.auditing.audit import audit_once
+    from align_audit.auditing.once import audit_once
     from align_audit.config import AuditConfig
     from align_audit.lab.corpus import preference_pairs
     from align_audit.models.reference import resolve_reference

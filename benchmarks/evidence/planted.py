@@ -42,7 +42,7 @@ import torch
 from shares import share
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from align_audit.auditing.audit import audit_once
+from align_audit.auditing.once import audit_once
 from align_audit.config import AuditConfig
 from align_audit.lab.bases import base_dir
 from align_audit.lab.corpus import preference_pairs

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import nn
 
-from align_audit.auditing.audit import audit_once
+from align_audit.auditing.once import audit_once
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig

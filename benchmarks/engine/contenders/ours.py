@@ -44,7 +44,7 @@ class AlignAudit:
         return _result(record, arrays, arrays["per_pair.effect"][:, 1:])
 
     def _audit(self, pairs: Sequence[Pair], options: dict[str, Any]) -> tuple[Any, dict[str, np.ndarray]]:
-        from align_audit.auditing.audit import audit_once
+        from align_audit.auditing.once import audit_once
         from align_audit.models.reference import resolve_reference
 
         reference = resolve_reference(self.policy, self.reference)

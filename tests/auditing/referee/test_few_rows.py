@@ -11,7 +11,7 @@ import scipy.linalg
 from torch import nn
 
 from align_audit import AuditRecord, ProbeSet, audit
-from align_audit.auditing.audit import audit_once
+from align_audit.auditing.once import audit_once
 from align_audit.models.reference import resolve_reference
 from tests.helpers import oracle
 from tests.helpers.misleading import Floats, asked, layer, pair_of, probe_set, prompt_of, pushed, small_llama
