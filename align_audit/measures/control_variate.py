@@ -41,7 +41,7 @@ class ControlVariate:
     p: float
     """Two-sided, of a mean effect of 0: the counterpart of the interval; NaN where that is unknown."""
     correlation: float
-    """Of exact and proxy over the exact pairs (Pearson; of several the multiple one, ≥ 0); NaN where either does not vary."""
+    """Of exact and proxy over the exact pairs (Pearson; of several the multiple one); NaN where either does not vary."""
     explained: float
     """Share of the exact effect's variance that the proxy predicts out of sample, 1 − s²ᵣ / s²ₑ; below 0 where it adds noise."""
     coefficient: float
