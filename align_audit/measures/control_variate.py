@@ -43,7 +43,7 @@ class ControlVariate:
     correlation: float
     """Of exact and proxy over the exact pairs (Pearson; of several the multiple one); NaN where either does not vary."""
     explained: float
-    """Share of the exact effect's variance that the proxy predicts out of sample, 1 − s²ᵣ / s²ₑ; below 0 where it adds noise."""
+    """Share of the exact effect's variance that the proxy predicts out of sample, 1 − s²ᵣ / s²ₑ; below 0 if it adds noise."""
     coefficient: float
     """Least-squares slope of exact on proxy over the exact pairs (of several: on the first); 0 where none is used."""
     exact_pairs: int
