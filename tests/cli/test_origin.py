@@ -24,11 +24,11 @@ from tests.monitoring.test_callback import quick
 @pytest.fixture
 def lora(place: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:
     """A LoRA run with its base, free to be spoilt."""
-    source = place.folder / "lora"
+    source = place.folder / "lora-of-origins"
     if not source.exists():
         callback = AlignmentAuditCallback(probes=str(place.probes), config=quick())
         train(source / "out", "new adapter", callback, max_steps=2, save_steps=1)
-    kept = place.folder / "lora-base"
+    kept = place.folder / "lora-of-origins-base"
     if not kept.exists():
         shutil.copytree(source / "base", kept)
     # The adapter names its base by its absolute path: there, and nowhere else.
