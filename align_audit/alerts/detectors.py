@@ -28,6 +28,13 @@ def evaluate(record: AuditRecord, before: Sequence[AuditRecord], config: AlertCo
     name = record.provenance.probe_name
     history = History(record, chosen(before, lambda head: head.probe_name == name), config)
     alerts = [alert for rule in RULES for alert in rule(history)]
+    if math.isnan(record.margins.kl.low):
+        alerts = [
+            alert.model_copy(update={"message": f"{alert.message} {_BY_THE_MEAN.format(record.provenance.pairs)}"})
+            if alert.rule in _RULES_BY_THE_MEAN
+            else alert
+            for alert in alerts
+        ]
     if name is not None:
         alerts = [
             alert.model_copy(update={"probe_name": name, "message": f"On the probes {name!r}: {alert.message}"})
@@ -37,6 +44,8 @@ def evaluate(record: AuditRecord, before: Sequence[AuditRecord], config: AlertCo
     return sorted(alerts, key=lambda alert: order[alert.level])
 
 
+_RULES_BY_THE_MEAN = ("chosen_logp_falling", "kl_out_of_bounds", "entropy_out_of_bounds", "token_accuracy_collapsed")
+_BY_THE_MEAN = "(Of {} pairs, too few for an interval: this goes by the mean alone.)"
 _SLOW_DOWN = (
     "Go back to the last checkpoint without this alert; lower the learning rate (a factor of 3 to 10), raise beta, or "
     'add an SFT term on the chosen completions (loss_type=["sigmoid", "sft"])'

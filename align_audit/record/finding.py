@@ -110,7 +110,8 @@ def _opposed(record: AuditRecord, patching: Patching, standing: LayerSet) -> Ite
         if shares and min(shares) < -TAKEN_BACK:
             against[name] = min(shares)
     if against:
-        pushes = f"{_layers(standing.layers)} {'pushes' if single else 'push'} up by {standing.gain.mean * 100:.0f} %"
+        share = "an unknown share" if math.isnan(standing.gain.mean) else f"{standing.gain.mean * 100:.0f} %"
+        pushes = f"{_layers(standing.layers)} {'pushes' if single else 'push'} up by {share}"
         backs = [
             f"{name} takes {-share * 100:.0f} % back" for name, share in sorted(against.items(), key=lambda x: x[1])
         ]

@@ -42,9 +42,6 @@ class ControlsState(State):
     noise: PerPair
 
 
-_AS_MUCH = "a random shift of this length does as much"
-
-
 class Controls(Measurement):
     """Noise, reverse and identity are walked beside the patching; the other verdicts are of numbers measured already."""
 
@@ -151,18 +148,15 @@ class Controls(Measurement):
         words = f"[{real.low:.3g}, {real.high:.3g}] against [{noise.low:.3g}, {noise.high:.3g}] nats of noise"
         if math.isnan(real.low) or math.isnan(noise.low):
             return Control(verdict="not_run", reason=real.reason or noise.reason, effect=effect)
-        passed = beyond([real], [noise], self._direction)[0]
+        passed = beyond([real], [noise], self.task[Patching].direction)[0]
         return Control(
             verdict="passed" if passed else "failed",
             reason=f"at the peak layer {summary.peak_layer} the effect's interval lies "
-            + (f"beyond the noise's: {words}" if passed else f"not beyond the noise's: {words}; {_AS_MUCH}"),
+            + ("beyond" if passed else "not beyond")
+            + f" the noise's: {words}"
+            + ("" if passed else "; a random shift of this length does as much"),
             effect=effect,
         )
-
-    @property
-    def _direction(self) -> float:
-        """Sign of the mean margin shift."""
-        return math.copysign(1.0, self.task[Behaviour].mean_shift.mean)
 
     def _reverse(self, summary: PatchSummary) -> Control:
         """Over the pairs of the controls alone, so that both directions are known of the same ones.
@@ -172,7 +166,7 @@ class Controls(Measurement):
         """
         if not self.config.patching.reverse:
             return Control(verdict="not_run", reason="switched off (patching.reverse)")
-        session, along = self.session, self._direction
+        session, along = self.session, self.task[Patching].direction
         values = self.state.reverse.values[session.control_pairs, 1:]
         effect = session.control_estimates.means(values)
         patched = session.control_estimates.means(
@@ -227,6 +221,10 @@ class Controls(Measurement):
             return Control(verdict="not_run", reason=reason, effect=effect)
         fitted = self.session.exact_estimates.means(findings.fitted["shift", peak][self.session.exact_pairs])
         spanned = findings.ranks[: findings.spanned["shift", peak]]
+        if not spanned:
+            dimensions = findings.dimensions["shift", peak]
+            reason = f"at layer {peak} a half of the pairs spans {dimensions} dimensions, fewer than each of {findings.ranks}"
+            return Control(verdict="not_run", reason=reason, effect=effect)
         more = beyond(fitted, effect, math.copysign(1.0, summary.effect[peak].mean))
         losing = [rank for rank, does in zip(spanned, more, strict=False) if not does]
         if losing:
@@ -244,7 +242,7 @@ class Controls(Measurement):
             return Control(verdict="not_run", reason="block transplants are switched off (patching.transplants)")
         transplants = self.task[Patching].state.transplant.values[self.session.exact_pairs, 1:-1]
         agreement, why = split_half_agreement(
-            self._direction * transplants,
+            self.task[Patching].direction * transplants,
             config.split_half_repeats,
             self.estimates.seed,
             self.session.exact_estimates.groups,

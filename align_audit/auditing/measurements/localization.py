@@ -108,8 +108,7 @@ class Localization(Measurement):
             reason = "block transplants are switched off (patching.transplants)"
         else:
             # In the direction of the shift: of a policy that moved towards rejected, what moved it there.
-            along = np.sign(self.task[Behaviour].shift[self.session.exact_pairs].mean())
-            blocks = along * np.array([interval.mean for interval in summary.block_transplant])
+            blocks = self.task[Patching].direction * np.array([interval.mean for interval in summary.block_transplant])
             reason = None if np.isfinite(blocks).all() else "a block transplant is not finite"
         if reason is not None:
             return math.nan, math.nan, {"center_of_mass": reason, "entropy": reason}

@@ -160,6 +160,11 @@ class Patching(Measurement):
         return self.state.effect.at(layer)
 
     @functools.cached_property
+    def direction(self) -> float:
+        """1, −1 or 0: the sign of the mean margin shift of the pairs that everything was patched on."""
+        return float(np.sign(self.task[Behaviour].shift[self.session.exact_pairs].mean()))
+
+    @functools.cached_property
     def summary(self) -> PatchSummary | None:
         """What the pairs that were patched everywhere say, once the first pass is done; None where patching is off."""
         if not self.enabled:
@@ -221,10 +226,9 @@ class Patching(Measurement):
         gains = np.diff(effects, axis=1) if config.positions == "all" else transplants[:, 1:-1].copy()
         if not config.embedding:
             gains[:, 0] = transplants[:, 1]
-        along = float(np.sign(shift.mean()))
         stands = layer_set(
-            along * transplants[:, 1:-1],
-            along * gains,
+            self.direction * transplants[:, 1:-1],
+            self.direction * gains,
             estimates.resamples,
             estimates.confidence,
             estimates.seed,

@@ -105,3 +105,14 @@ def test_a_subspace_that_is_stored_is_spanned() -> None:
 def test_the_finding_says_nothing_of_ranks_that_were_not_evaluated() -> None:
     finding = record().finding
     assert finding is not None and not any(f"rank ≤ {rank}" in finding.words for rank in (12, 16, 24))
+
+
+def test_no_evaluated_rank_is_no_control_that_passed() -> None:
+    """A verdict over no rank at all says nothing."""
+    config = asked(
+        patching={"positions": "last_prompt_token"}, low_rank={"layers": (0,), "ranks": (12, 16), "random_draws": 1}
+    )
+    few = audit(policy(), REFERENCE, probes(), config)
+    assert few.margins.shift.low > 0.0, "the control would run"
+    assert few.controls.random_subspace.verdict == "not_run"
+    assert "dimensions, fewer than each of [12, 16]" in few.controls.random_subspace.reason
