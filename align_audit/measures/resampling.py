@@ -180,12 +180,24 @@ def standard_errors(values: Array, groups: Array | None = None) -> Array:
     return errors
 
 
+def influences(without: Array) -> Array:
+    """How much each group moves each statistic, ``[G, K]`` from its values without each group in turn; columns have mean 0.
+
+    Of a mean over single pairs it is the pair's distance from it.
+
+    Example:
+        >>> influences(np.array([[4.0], [3.5], [1.5]])).ravel().tolist()
+        [-2.0, -1.0, 3.0]
+    """
+    moved: Array = (len(without) - 1) * (without.mean(axis=0) - without)
+    return moved
+
+
 def studentized(influence: Array, resamples: int, seed: int) -> Array:
     """t of bootstrap resamples of G groups: their mean influence over its own standard error, ``[resamples, K]``.
 
     Args:
-        influence: ``[G, K]``, how much each group moves each of K statistics: (G − 1) · (mean of the leave-one-out values −
-            that without the group). Columns have mean 0; of a mean it is the group's distance from it.
+        influence: ``[G, K]``, of :func:`influences`.
 
     A resample of one group alone, G times, has no spread: its t is infinite, with the sign of that group's influence.
     """

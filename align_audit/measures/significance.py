@@ -12,6 +12,7 @@ from align_audit.measures.resampling import (
     BOOTSTRAP_FROM,
     Groups,
     column_means,
+    influences,
     leave_one_out_means,
     resampled_means,
     standard_errors,
@@ -60,7 +61,7 @@ def mean_p_values(values: Array, resamples: int = 1000, seed: int = 0, groups: A
     with np.errstate(divide="ignore", invalid="ignore"):
         t = np.where(means == 0.0, 0.0, means / error)
     without = leave_one_out_means(values, means, groups)
-    drawn = studentized((together.count - 1) * (without.mean(axis=0) - without), resamples, seed)
+    drawn = studentized(influences(without), resamples, seed)
     fewer = np.minimum((drawn <= t).sum(axis=0), (drawn >= t).sum(axis=0))
     student = 2.0 * stdtr(together.count - 1, -np.abs(t))
     resampled_p = np.where(t == 0.0, 1.0, np.minimum(1.0, 2.0 * (1 + fewer) / (1 + resamples)))

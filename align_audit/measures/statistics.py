@@ -26,6 +26,7 @@ from align_audit.measures.resampling import (
     BOOTSTRAP_FROM,
     Groups,
     column_means,
+    influences,
     leave_one_out_means,
     resampled_means,
     studentized,
@@ -346,7 +347,7 @@ def statistic_intervals(
     if together.count < BOOTSTRAP_FROM:
         jackknife = of("leave-one-out", without)
         with np.errstate(invalid="ignore"):
-            influence = (together.count - 1) * (jackknife.mean(axis=0) - jackknife)
+            influence = influences(jackknife)
         distances = studentized(np.where(np.isfinite(influence), influence, 0.0), resamples, seed)
         return [_student(float(e), jackknife[:, k], distances[:, k], confidence, lost) for k, e in enumerate(estimates)]
     bootstrap = of("resampled", resampled_means(values, means, resamples, seed, groups))
