@@ -15,12 +15,17 @@ from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
 from align_audit.record.log import FOLDER, RECORDS
 
 
+_COMPARABLE_FROM = 2
+"""Version of the methods since which hashes of weights are made as they are now: earlier ones tell nothing of these weights."""
+
+
 class RecordedAudit(BaseModel):
     """Which weights and pairs a record speaks of; hashes as in its ``provenance``."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     step: int
+    methods_version: int = 1
     policy_hash: str = Field(validation_alias=AliasPath("provenance", "policy_hash"))
     reference_hash: str = Field(validation_alias=AliasPath("provenance", "reference_hash"))
     probe_hash: str = Field(validation_alias=AliasPath("provenance", "probe_hash"))
@@ -85,9 +90,11 @@ def _audits(path: Path) -> tuple[RecordedAudit, ...]:
         with path.open("rb") as file:
             for line in file:
                 try:
-                    audits.append(RecordedAudit.model_validate_json(line))
+                    audit = RecordedAudit.model_validate_json(line)
                 except ValidationError:  # no record, or a damaged one: whoever reads the log says so
                     continue
+                if audit.methods_version >= _COMPARABLE_FROM:
+                    audits.append(audit)
     except OSError:
         return ()
     return tuple(audits)

@@ -277,3 +277,18 @@ def test_a_damaged_log_checks_what_is_left_of_it(place: SimpleNamespace, full: P
     assert said(record) == PASSED
     log.write_bytes(b"\n")
     assert "origin" not in audit(str(full / "checkpoint-1"), str(place.base), pairs, quick()).extra
+
+
+def test_hashes_of_an_earlier_version_are_compared_with_nothing(
+    place: SimpleNamespace, full: Path, pairs: ProbeSet
+) -> None:
+    """Fingerprints were made otherwise then: another hash is no other reference."""
+    log = full / "align_audit" / "records.jsonl"
+    values = [json.loads(line) for line in log.read_text().splitlines()]
+    for value in values:
+        value["provenance"]["reference_hash"] = "f00d" * 4
+    log.write_text("".join(json.dumps(value) + "\n" for value in values))
+    assert audit(str(full / "checkpoint-1"), str(place.base), pairs, quick()).reference_check.verdict == "failed"
+    log.write_text("".join(json.dumps(value | {"methods_version": 1}) + "\n" for value in values))
+    record = audit(str(full / "checkpoint-1"), str(place.base), pairs, quick())
+    assert "origin" not in record.extra and record.reference_check.verdict != "failed"
