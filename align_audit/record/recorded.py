@@ -14,7 +14,6 @@ from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
 
 from align_audit.record.log import FOLDER, RECORDS
 
-
 _COMPARABLE_FROM = 2
 """Version of the methods since which hashes of weights are made as they are now: earlier ones tell nothing of these weights."""
 
