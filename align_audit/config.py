@@ -179,14 +179,40 @@ class SpinalConfig(_Part):
         return self
 
 
+class GenerationsConfig(_Part):
+    """Greedy continuations of probe prompts (METHODS §6): repetition, length, and how odd the reference finds them."""
+
+    enabled: bool = True
+    prompts: int = Field(default=8, ge=1)
+    """Prompts that are continued, drawn by hash among those of the probe pairs."""
+    max_new_tokens: int = Field(default=32, ge=8)
+
+
 class ScheduleConfig(_Part):
-    """When the callback audits."""
+    """When the callback audits, and how much.
+
+    A *full* audit measures everything; a *health* audit patches nothing, and from a run's second one on costs about one
+    forward of the policy over the probe pairs. ``AuditConfig.budget`` bounds the time that all of them take: a full audit
+    that does not fit it is made as a health audit, and the record says so.
+    """
 
     before_training: bool = True
+    """Look before the first step: at whether the reference is the right one, and at what health is measured against."""
+    health: bool = True
+    """Health audits at ``first_health`` steps, twice that, four times that, ..., and between as often as the budget allows."""
+    first_health: int = Field(default=5, ge=1)
+    most_looks: int = Field(default=200, ge=1)
+    """Health audits of a run that the budget may add at most."""
+    escalate: bool = True
+    """A full audit at once when a health audit opens a warning or an error, so that the alert says where."""
     on_save: bool = True
+    """A full audit where a checkpoint is saved."""
     on_evaluate: bool = False
+    """A full audit after each evaluation, whatever the budget."""
     every_n_steps: int | None = Field(default=None, ge=1)
+    """A full audit at each multiple of so many steps, whatever the budget."""
     on_last_step: bool = True
+    """A full audit at the end."""
 
 
 class AlertConfig(_Part):
@@ -231,6 +257,9 @@ class AuditConfig(_Part):
         working_memory_mb: memory the streams of one batch may take together, in MiB; patched ones are walked in groups.
             None: 1024, on a larger accelerator a sixteenth of its memory. Halves when memory runs out.
         seed: of every random draw of an audit (subsample, bootstrap, noise, splits). No global random state is touched.
+        budget: share of a run's wall-clock time that all audits together may take, measured as it goes. Looks at a run's
+            start, at ``schedule.first_health`` and its doublings, and what is asked for at given steps are made whatever they
+            cost. None: no limit; every audit that the schedule asks for is made in full.
         strict: raise when an audit breaks, instead of recording it and letting training go on.
         tensorboard: ``auto`` writes beside the trainer's own curves where it has a TensorBoard log, else into
             ``<output_dir>/align_audit/tensorboard``; ``off`` writes none. ``tensorboard_images``: also draw heat maps and
@@ -249,6 +278,7 @@ class AuditConfig(_Part):
     share_prompts: bool = True
     working_memory_mb: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
+    budget: Fraction | None = 0.05
     strict: bool = False
     progress: bool = True
     tensorboard: Literal["auto", "off"] = "auto"
@@ -262,6 +292,7 @@ class AuditConfig(_Part):
     sites: tuple[SiteConfig, ...] = ()
     """Finer sites to patch beside the residual stream; none by default, since each takes a walk of its own."""
     spinal: SpinalConfig = SpinalConfig()
+    generations: GenerationsConfig = GenerationsConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     alerts: AlertConfig = AlertConfig()
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from align_audit.record.schema import Labelled, Migration, Part, Stored
 from align_audit.record.units import In, Labels
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 """Version of the fields of a record. Older records are migrated on load; newer ones are refused."""
 
 METHODS_VERSION = 2
@@ -28,6 +28,12 @@ NOT_MEASURED = "not measured by the version that wrote this record"
 
 Verdict = Literal["passed", "failed", "not_run"]
 AlertLevel = Literal["info", "warning", "error"]
+AuditKind = Literal["health", "full"]
+"""``health``: what both models say of the pairs and how they continue prompts, nothing patched. ``full``: everything."""
+
+
+RecordKey = tuple[int, str, str, str | None, AuditKind]
+"""See :attr:`AuditRecord.key`."""
 
 
 class Estimate(Part):
@@ -76,6 +82,39 @@ class Margins(Part):
     token_accuracy: Share
     """Share of chosen completion tokens that are the policy's most likely next token."""
     reference_token_accuracy: Share
+
+
+class Generations(Part):
+    """Greedy continuations of some probe prompts, by policy and reference (METHODS §6). Means are over prompts."""
+
+    prompts: Count
+    max_new_tokens: Annotated[int, In("tokens")]
+    """How far each was continued at most."""
+    repetition: Share
+    """Share of a continuation's 4-grams that stood in it before."""
+    reference_repetition: Share
+    length: Annotated[Estimate, In("tokens")]
+    """Tokens up to and with the one that ends the text, ``max_new_tokens`` where none came."""
+    reference_length: Annotated[Estimate, In("tokens")]
+    ended: Share
+    """Share of continuations that came to an end within ``max_new_tokens``."""
+    reference_ended: Share
+    surprise: NatsPerToken
+    """−log ρ of the policy's own continuation, nats per token: how odd the reference finds what the policy writes."""
+    reference_surprise: NatsPerToken
+    """The same of the reference's own continuation: what it finds usual."""
+
+
+class Occasion(Part):
+    """Why an audit was made in a run, and what the schedule chose from it."""
+
+    reason: str
+    next_step: Annotated[int | None, In("steps")] = None
+    """At which step the next look is due, if nothing calls for an earlier one; None: at none."""
+    share_spent: Annotated[float | None, In("share")] = None
+    """Share of the run's wall-clock time that went into audits so far, with this one; None: not known yet."""
+    training_pair_seconds: Annotated[float | None, In("seconds")] = None
+    """Of the trainer's own steps in this run, for each pair trained on; None: no step was made yet."""
 
 
 class Attribution(Part):
@@ -274,12 +313,29 @@ class Spinal(Part):
     score: Bare
 
 
+AlertEvent = Literal["opened", "worse", "open", "resolved"]
+
+
 class Alert(Part):
-    """A finding about the run: what was seen, against what, where, why it matters and what to try."""
+    """A finding about the run: what was seen, against what, where, why it matters and what to try.
+
+    An alert has a life: it is opened, may get worse, stays open at later audits, and is resolved. One cause is one alert:
+    rules that see the same thing are its ``signals``.
+    """
 
     rule: str
+    cause: str = ""
+    """What several rules have in common; empty in records of versions before it."""
     level: AlertLevel
+    event: AlertEvent = "opened"
+    """What happened to it at this audit; ``open``: nothing new."""
     step: int
+    since: int | None = None
+    """The step at which it was opened; None in records of versions before it."""
+    looks: int = 1
+    """Audits in a row, up to this one, at which it was seen."""
+    signals: list[str] = Field(default_factory=list)
+    """Other rules that say the same at this audit."""
     probe_name: str | None = None
     """The probe set it was seen on, where that has a name."""
     layers: list[int] = Field(default_factory=list)
@@ -288,6 +344,12 @@ class Alert(Part):
     threshold: float | None = None
     message: str
     suggestion: str
+    clean_step: int | None = None
+    """The last audit before it opened at which no warning and no error was open."""
+    checkpoint: str | None = None
+    """The newest checkpoint from no later than that which still existed, as a folder's name."""
+    command: str | None = None
+    """What goes back to it."""
 
 
 class ReferenceCheck(Part):
@@ -385,13 +447,17 @@ class AuditRecord(Stored):
     migrations: ClassVar[Mapping[int, Migration]] = {3: _from_version_3}
 
     finding: Finding | None = None
-    """None in records of versions before it."""
+    """None in records of versions before it, and where nothing was patched."""
+    kind: AuditKind = "full"
+    occasion: Occasion | None = None
+    """None outside of a run, and in records of versions before it."""
     step: Annotated[int, In("steps")]
     schema_version: Annotated[int, In("")] = SCHEMA_VERSION
     methods_version: Annotated[int, In("")] = METHODS_VERSION
     provenance: Provenance
     reference_check: ReferenceCheck
     margins: Margins
+    generations: Generations | None = None
     patching: Patching | None
     controls: Controls
     localization: Localization | None
@@ -413,10 +479,10 @@ class AuditRecord(Stored):
         return self.patching.attribution if self.patching is not None else None
 
     @property
-    def key(self) -> tuple[int, str, str, str | None]:
-        """What makes two audits the same: step, policy weights, reference weights, name of the probe set."""
+    def key(self) -> RecordKey:
+        """What makes two audits the same: step, policy weights, reference weights, name of the probe set, kind."""
         there = self.provenance
-        return (self.step, there.policy_hash, there.reference_hash, there.probe_name)
+        return (self.step, there.policy_hash, there.reference_hash, there.probe_name, self.kind)
 
 
 def control_items(record: AuditRecord) -> Iterator[tuple[str, Control]]:

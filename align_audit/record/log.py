@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict
 
 from align_audit.errors import ConfigurationError, RecordError, first_line, plain
 from align_audit.files import append_whole, is_folder_here, remove_abandoned, write_atomically
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.audit_record import Alert, AuditRecord, RecordKey
 from align_audit.record.lines import read_lines, read_records, repair
 from align_audit.record.lock import FileLock, identity_of, lock
 from align_audit.record.stored_records import StoredRecords
@@ -122,8 +122,8 @@ class RunLog:
         """The records so far, by step, then by creation."""
         return self._records.by_step()
 
-    def contains(self, key: tuple[int, str, str, str | None]) -> bool:
-        """Is an audit of this step, policy, reference and probe set (:attr:`AuditRecord.key`) in the log already?"""
+    def contains(self, key: RecordKey) -> bool:
+        """Is an audit of this step, policy, reference, probe set and kind (:attr:`AuditRecord.key`) in the log already?"""
         return key in self._keys
 
     def append(self, record: AuditRecord) -> bool:
@@ -217,7 +217,7 @@ class RunLog:
         self.directory.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(BlockingIOError):  # a run that is under way loses no audit to a lock
             self._lock = lock(path)
-        present: set[tuple[int, str, str, str | None]] = set()
+        present: set[RecordKey] = set()
         with contextlib.suppress(RecordError):
             present = {head.key for head in read_records(path).heads}
         missing = self._records.where(lambda head: head.key not in present)

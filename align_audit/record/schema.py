@@ -50,14 +50,14 @@ class Stored(Part):
     A record that was migrated keeps the ``schema_version`` it was written with.
 
     Attributes:
-        kind: what error messages call it.
+        noun: what error messages call it.
         newest: the schema version that this align_audit writes.
         migrations: version → how its values become those of the next. A version after which fields were only added has
             none: they have defaults.
         telling: fields by which such a record is told from other JSON.
     """
 
-    kind: ClassVar[str] = "record"
+    noun: ClassVar[str] = "record"
     newest: ClassVar[int]
     migrations: ClassVar[Mapping[int, Migration]] = {}
     telling: ClassVar[tuple[str, ...]] = ("schema_version",)
@@ -82,7 +82,7 @@ class Stored(Part):
         Raises:
             RecordError: the text is no such record, or was written by a newer align_audit.
         """
-        where = where or f"the {cls.kind}"
+        where = where or f"the {cls.noun}"
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -93,11 +93,11 @@ class Stored(Part):
     def from_values(cls, values: Any, where: str) -> Self:
         """The record of values that were parsed from its JSON; ``where`` and errors as of :meth:`from_json`."""
         if not isinstance(values, dict) or not set(cls.telling) <= set(values):
-            raise RecordError(f"{where} is not an align_audit {cls.kind}: no {' and '.join(cls.telling)} in it")
+            raise RecordError(f"{where} is not an align_audit {cls.noun}: no {' and '.join(cls.telling)} in it")
         version = values["schema_version"]
         if not isinstance(version, int) or isinstance(version, bool):
             raise RecordError(
-                f"{where} is not a valid {cls.kind}: schema version {quoted(version)}; expected a whole number up to "
+                f"{where} is not a valid {cls.noun}: schema version {quoted(version)}; expected a whole number up to "
                 f"{cls.newest}"
             )
         if version > cls.newest:
@@ -106,16 +106,16 @@ class Stored(Part):
                 "Upgrade with `pip install --upgrade align-audit`."
             )
         if version < 1:
-            raise RecordError(f"{where} is not a valid {cls.kind}: schema version {quoted(version)}; they begin at 1")
+            raise RecordError(f"{where} is not a valid {cls.noun}: schema version {quoted(version)}; they begin at 1")
         try:
             for older in range(version, cls.newest):
                 if older in cls.migrations:
                     values = cls.migrations[older](values)
             return cls.model_validate(values)
         except ValidationError as error:
-            raise RecordError(f"{where} is not a valid {cls.kind}: {_told(error)}") from None
+            raise RecordError(f"{where} is not a valid {cls.noun}: {_told(error)}") from None
         except Exception as error:  # values that no version ever wrote
-            raise RecordError(f"{where} is not a valid {cls.kind}: {first_line(error)}") from error
+            raise RecordError(f"{where} is not a valid {cls.noun}: {first_line(error)}") from error
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON, atomically: a reader sees the old file or the new one, never a part."""

@@ -15,7 +15,7 @@ from typing import Any, Self, overload
 
 from pydantic import ValidationError
 
-from align_audit.record.audit_record import SCHEMA_VERSION, Alert, AuditRecord, Estimate
+from align_audit.record.audit_record import SCHEMA_VERSION, Alert, AuditKind, AuditRecord, Estimate, RecordKey
 
 KEPT_PARSED = 256
 """Records of a run, those looked at last, that stay parsed."""
@@ -32,7 +32,7 @@ class Head:
 
     step: int
     created: str
-    key: tuple[int, str, str, str | None]
+    key: RecordKey
     probe_hash: str
     accuracy: Estimate
     alerts: tuple[Alert, ...]
@@ -54,6 +54,11 @@ class Head:
     def probe_name(self) -> str | None:
         """``provenance.probe_name``."""
         return self.key[3]
+
+    @property
+    def kind(self) -> AuditKind:
+        """Whether everything was measured, or health only."""
+        return self.key[4]
 
 
 def parse_line(line: bytes) -> AuditRecord | None:

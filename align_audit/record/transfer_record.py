@@ -63,7 +63,7 @@ class SubspaceAngles(Part):
 class TransferRecord(Stored):
     """The transfer matrix of a policy against its reference, over named probe sets."""
 
-    kind: ClassVar[str] = "transfer record"
+    noun: ClassVar[str] = "transfer record"
     newest: ClassVar[int] = TRANSFER_SCHEMA_VERSION
     telling: ClassVar[tuple[str, ...]] = ("schema_version", "cells")
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from align_audit import AuditRecord, AuditRun
@@ -22,7 +23,7 @@ from tests.helpers.make_record import make_record
 from tests.record.test_reasons import unexplained
 
 DATA = Path(__file__).parent / "data"
-VERSIONS = (1, 2, 3, 4, 5)
+VERSIONS = (1, 2, 3, 4, 5, 6)
 
 
 def read(version: int) -> tuple[AuditRecord, Any]:
@@ -38,7 +39,8 @@ def between() -> list[tuple[AuditRecord, Any]]:
 
 
 def same(estimate: Estimate, written: dict[str, Any]) -> bool:
-    return [estimate.mean, estimate.low, estimate.high] == [float(written[name]) for name in ("mean", "low", "high")]
+    numbers = [float(written[name]) for name in ("mean", "low", "high")]
+    return bool(np.array_equal([estimate.mean, estimate.low, estimate.high], numbers, equal_nan=True))
 
 
 def check_common(version: int) -> tuple[AuditRecord, Any]:
@@ -137,6 +139,20 @@ def test_versions_4_and_5(version: int) -> None:
     assert record.reasons == written["reasons"]
 
 
+def test_version_6() -> None:
+    """It knew one kind of audit, no continuations, and alerts without a life."""
+    record, written = check_common(6)
+    assert not {"kind", "occasion", "generations"} & set(written)
+    assert (record.kind, record.occasion, record.generations) == ("full", None, None)
+    assert record.methods_version == written["methods_version"] == 2
+    assert record.provenance.groups == written["provenance"]["groups"]
+    assert record.patching is not None
+    assert record.patching.groups == written["patching"]["groups"] == 4
+    for alert, stored in zip(record.alerts, written["alerts"], strict=True):
+        assert (alert.rule, alert.event, alert.since, alert.looks) == (stored["rule"], "opened", None, 1)
+    assert record.reasons == written["reasons"]
+
+
 def test_every_older_version_has_its_file() -> None:
     assert set(VERSIONS) >= set(range(1, SCHEMA_VERSION))
 
@@ -172,9 +188,9 @@ def test_a_log_of_all_versions_is_read_side_by_side(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run = AuditRun.load(tmp_path)
-    assert [record.step for record in run.records] == [0] * 5 + [2] * 5
+    assert [record.step for record in run.records] == [0] * len(VERSIONS) + [2] * len(VERSIONS)
     assert sorted(record.schema_version for record in run.records) == sorted(VERSIONS * 2)
-    for record in run.records[5:]:
+    for record in run.records[len(VERSIONS) :]:
         alone, _ = read(record.schema_version)
         assert record.to_json() == alone.to_json()
     table = run.to_pandas()
@@ -183,7 +199,7 @@ def test_a_log_of_all_versions_is_read_side_by_side(tmp_path: Path) -> None:
     assert shifts.max() == pytest.approx(shifts.min(), rel=1e-6)
     assert shifts.min() > 1
     layers = run.to_pandas(layers=True)
-    assert len(layers) == 10 * 3
+    assert len(layers) == 2 * len(VERSIONS) * 3
     assert layers.effect.notna().all()
 
 
