@@ -55,7 +55,9 @@ def check_common(version: int) -> tuple[AuditRecord, Any]:
     for name in ("effect", "layer_gain", "block_transplant"):
         assert all(map(same, getattr(record.patching, name), written["patching"][name]))
     assert record.patching.peak_layer == written["patching"]["peak_layer"] == 1
-    assert record.controls.reverse.verdict == written["controls"]["reverse"]["verdict"] == "passed"
+    # Since version 6 nothing is judged by pairs of four prompts.
+    expected = "passed" if version < 6 else "not_run"
+    assert record.controls.reverse.verdict == written["controls"]["reverse"]["verdict"] == expected
     curve, stored = record.low_rank["shift"][1], written["low_rank"]["shift"]["1"]
     assert curve.ranks == [1, 2]
     assert all(map(same, curve.effect_fraction, stored["effect_fraction"]))
