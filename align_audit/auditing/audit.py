@@ -13,6 +13,7 @@ from torch import nn
 from align_audit.auditing.measurements.attribution import Attribution
 from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.controls import Controls
+from align_audit.auditing.measurements.generations import Generations
 from align_audit.auditing.measurements.localization import Localization
 from align_audit.auditing.measurements.low_rank import LowRank
 from align_audit.auditing.measurements.measurement import PER_PAIR, AuditTask, Measurement
@@ -20,10 +21,10 @@ from align_audit.auditing.measurements.patching import Patching
 from align_audit.auditing.measurements.sites import FinerSites
 from align_audit.auditing.measurements.spinal import Spinal
 from align_audit.auditing.origin import check_origin
-from align_audit.auditing.passes import expected_batches, first_pass, second_pass
+from align_audit.auditing.passes import expected_batches, first_pass, health_pass, second_pass
 from align_audit.auditing.previous import PreviousAudit
 from align_audit.auditing.progress import ticker
-from align_audit.auditing.provenance import make_record
+from align_audit.auditing.provenance import kept_under, make_record
 from align_audit.auditing.request import AuditRequest, AuditResult
 from align_audit.auditing.session.memory import memory_explained
 from align_audit.auditing.session.open_models import OpenModels
@@ -39,9 +40,12 @@ from align_audit.record.audit_record import AuditRecord
 logger = logging.getLogger(__name__)
 
 MEASUREMENTS: list[type[Measurement]] = [
-    Behaviour, Attribution, Patching, Localization, LowRank, Controls, FinerSites, Spinal,
+    Behaviour, Attribution, Patching, Localization, LowRank, Controls, FinerSites, Spinal, Generations,
 ]  # fmt: skip
-"""What an audit measures. Each may ask for those before it."""
+"""What a full audit measures. Each may ask for those before it."""
+
+HEALTH: list[type[Measurement]] = [Behaviour, Generations]
+"""What a health audit measures: nothing is patched, and the reference is not run again."""
 
 
 Model = nn.Module | str | Path
@@ -124,14 +128,19 @@ def run_audit(
     """
     began = time.perf_counter()
     with memory_explained():
+        cache = cache or ReferenceCache()
+        kept = cache.kept(request.probe_name, kept_under(models.open(), request))
         session = Session(
             models,
             request.probes.pairs,
             request.config,
             truncation_mode=request.probes.truncation_mode,
             previous=request.previous.attribution,
+            kept=kept,
         )
-        task = AuditTask(session, request, cache or ReferenceCache())
+        task = AuditTask(session, request, cache, kept)
+        if request.kind == "health":
+            return _health(task, began, progress)
         task.begin(MEASUREMENTS)
         tick = ticker(progress, expected_batches(task))
         first_pass(task, tick)
@@ -146,3 +155,12 @@ def run_audit(
             for name, values in measurement.arrays().items()
         }
         return AuditResult(record, arrays, PreviousAudit(task[LowRank].spanned, record.attribution))
+
+
+def _health(task: AuditTask, began: float, progress: Callable[[int, str], Any] | None) -> AuditResult:
+    """The audit of a session that measures health only. It leaves what the one before it left."""
+    task.begin(HEALTH)
+    health_pass(task, ticker(progress, len(task.session.plan)))
+    for measurement in task:
+        measurement.look_closer(lambda: None)
+    return AuditResult(make_record(task, began), {}, task.request.previous)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import torch
+
 from align_audit.auditing.measurements.attribution import Attribution
 from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement, RecordedBatch, SecondLook
@@ -30,6 +32,26 @@ def first_pass(task: AuditTask, tick: Callable[[], None] = lambda: None) -> None
         tick()
 
     task.session.each_batch(update)
+
+
+def health_pass(task: AuditTask, tick: Callable[[], None] = lambda: None) -> None:
+    """One forward of the policy over every batch, compared with what is kept of the reference; nothing is patched."""
+    session, behaviour, top = task.session, task[Behaviour], task.session.num_layers - 1
+
+    def update(batch: PairBatch) -> None:
+        at = (batch.row, batch.position)
+
+        def reference_rows() -> torch.Tensor:
+            with session.as_reference() as replay:
+                return replay.record(batch.model_inputs()).after(top)[at]
+
+        policy, reference = session.record_policy(batch).after(top)[at], task.kept.rows(batch, reference_rows)
+        if not torch.equal(policy, reference):
+            behaviour.identical = False
+        behaviour.compare(batch, policy, reference)
+        tick()
+
+    session.each_batch(update)
 
 
 def _recorded(session: Session, batch: PairBatch) -> RecordedBatch:

@@ -14,10 +14,28 @@ import torch
 from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.measurement import AuditTask
 from align_audit.auditing.request import AuditRequest
+from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.walk import Session
 from align_audit.probes.pairs import REPEATED
-from align_audit.record.audit_record import AuditRecord, Cost, Provenance, ReferenceCheck, Verdict
+from align_audit.record.audit_record import (
+    CONTROL_NAMES,
+    AuditRecord,
+    Control,
+    Controls,
+    Cost,
+    Provenance,
+    ReferenceCheck,
+    Verdict,
+)
 from align_audit.record.finding import find
+
+HEALTH_ONLY = "a health audit patches nothing"
+"""Why parts of its record are missing."""
+
+_NOT_PATCHED: dict[str, Any] = {
+    "patching": None, "localization": None, "low_rank": {}, "spinal": None,
+    "controls": Controls(**{name: Control(verdict="not_run", reason=HEALTH_ONLY) for name in CONTROL_NAMES}),
+}  # fmt: skip
 
 _PACKAGES = ("align-audit", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "scipy")
 
@@ -54,6 +72,15 @@ def provenance_of(session: Session, request: AuditRequest) -> Provenance:
         beta=request.beta,
         config=session.config.to_dict(),
     )
+
+
+def kept_under(models: OpenModels, request: AuditRequest) -> tuple[str, ...]:
+    """What all depends on that a run keeps in memory of its reference on a probe set."""
+    config = request.config
+    return (
+        models.hashes[1], models.reference_build, request.probes.content_hash, str(models.reference.compute_dtype),
+        str(config.share_prompts), config.generations.model_dump_json(),
+    )  # fmt: skip
 
 
 def _dropped(session: Session, request: AuditRequest) -> dict[str, int]:
@@ -143,8 +170,13 @@ def make_record(task: AuditTask, began: float) -> AuditRecord:
         fields = parts if measurement.name in AuditRecord.model_fields else extra
         fields[measurement.name] = part if fields is parts else _plain(part)
         reasons |= {f"{measurement.name}.{path}" if path else measurement.name: reason for path, reason in why.items()}
+    if request.kind == "health":
+        parts |= _NOT_PATCHED
+        reasons |= dict.fromkeys(("patching", "localization", "low_rank", "spinal"), HEALTH_ONLY)
     session.meter.sample()
     record = AuditRecord(
+        kind=request.kind,
+        occasion=request.occasion,
         step=request.step,
         provenance=provenance_of(session, request),
         reference_check=check_reference(session, task[Behaviour], request),
@@ -157,4 +189,4 @@ def make_record(task: AuditTask, began: float) -> AuditRecord:
         reasons=reasons,
         **parts,
     )
-    return record.model_copy(update={"finding": find(record)})
+    return record if request.kind == "health" else record.model_copy(update={"finding": find(record)})

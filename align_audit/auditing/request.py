@@ -9,7 +9,7 @@ import numpy as np
 from align_audit.auditing.previous import PreviousAudit
 from align_audit.config import AuditConfig
 from align_audit.probes.pairs import ProbeSet
-from align_audit.record.audit_record import AuditRecord
+from align_audit.record.audit_record import AuditKind, AuditRecord, Occasion
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class AuditRequest:
     """What to audit on, how, and what the models cannot say of themselves.
 
     Attributes:
+        kind: everything, or health only.
+        occasion: why it is made; None outside of a run.
         probe_name: what the run calls the probe set; None where it has only one, without a name.
         at_start: training has not begun, so policy and reference should compute the same.
         beta: of the training, for the record.
@@ -28,6 +30,8 @@ class AuditRequest:
     probes: ProbeSet
     config: AuditConfig
     step: int = 0
+    kind: AuditKind = "full"
+    occasion: Occasion | None = None
     probe_name: str | None = None
     at_start: bool = False
     beta: float | None = None

@@ -52,11 +52,20 @@ class Behaviour(Measurement):
 
     def read(self, recorded: RecordedBatch) -> None:
         """Log-probabilities, KL, entropies and next-token accuracy; fills the batch's margins."""
-        valid = recorded.batch.position_mask("all")
+        batch, top = recorded.batch, self.session.num_layers - 1
+        valid, at = batch.position_mask("all"), (batch.row, batch.position)
         if not equal_streams(recorded.policy.streams, recorded.reference.streams, valid):
             self.identical = False
-        batch, state = recorded.batch, self.state
-        values = self._readouts(recorded)
+        rows = recorded.policy.after(top)[at], recorded.reference.after(top)[at]
+        recorded.policy_margins, recorded.reference_margins = self.compare(batch, *rows)
+        self._reference_margins[tuple(batch.pair_index.tolist())] = recorded.reference_margins
+
+    def compare(
+        self, batch: PairBatch, policy_rows: torch.Tensor, reference_rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read both models' last streams [P, d] at a batch's prediction entries: their margins [B], float64 on the CPU."""
+        state = self.state
+        values = self._readouts(batch, policy_rows, reference_rows)
 
         def sums(name: str) -> torch.Tensor:
             return sum_by_pair(values[name], batch.pair, batch.side, batch.num_pairs)
@@ -79,19 +88,19 @@ class Behaviour(Measurement):
             entropy.put(batch, sums(prefix + "entropy").sum(0) / tokens.sum(0))
             token_accuracy.put(batch, sums(prefix + "token_accuracy")[0] / tokens[0])
         state.kl.put(batch, sums("kl").sum(0) / tokens.sum(0))
-        recorded.policy_margins, recorded.reference_margins = margins
-        self._reference_margins[tuple(batch.pair_index.tolist())] = margins[1]
+        return margins[0], margins[1]
 
-    def _readouts(self, recorded: RecordedBatch) -> dict[str, torch.Tensor]:
+    def _readouts(
+        self, batch: PairBatch, policy_rows: torch.Tensor, reference_rows: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """What each prediction entry [P] says, by name; the reference's names begin with ``reference_``."""
-        session, batch, top = self.session, recorded.batch, self.session.num_layers - 1
+        session = self.session
         parts: dict[str, list[torch.Tensor]] = {}
         for block in session.models.policy.head_blocks(batch.row.numel()):
-            at = (batch.row[block], batch.position[block])
             with session.as_policy() as replay:
-                policy_logits = replay.head(recorded.policy.after(top)[at])
+                policy_logits = replay.head(policy_rows[block])
             with session.as_reference() as replay:
-                reference_logits = replay.head(recorded.reference.after(top)[at])
+                reference_logits = replay.head(reference_rows[block])
             session.meter.sample()
             policy, reference, kl = compare_readouts(policy_logits, reference_logits, batch.target[block])
             for prefix, readout in (("", policy), ("reference_", reference)):

@@ -6,7 +6,6 @@ To add one: a class here below :class:`Measurement` in a file of its own, and on
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -16,9 +15,9 @@ import torch
 
 from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.accumulators import State
+from align_audit.auditing.session.kept import KeptReference
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.auditing.session.walk import Session, Unpatched
-from align_audit.models.build import build_fingerprint
 from align_audit.models.replay import Recording, Stream
 from align_audit.probes.batches import PairBatch
 
@@ -143,12 +142,16 @@ class AuditTask:
 
     Args:
         cache: what depends on the reference alone, kept for the run.
+        kept: the part of it that is of these pairs, in memory.
     """
 
-    def __init__(self, session: Session, request: AuditRequest, cache: ReferenceCache) -> None:
+    def __init__(
+        self, session: Session, request: AuditRequest, cache: ReferenceCache, kept: KeptReference | None = None
+    ) -> None:
         self.session = session
         self.request = request
         self.cache = cache
+        self.kept = kept if kept is not None else KeptReference(())
         self.measurements: dict[type[Measurement], Measurement] = {}
 
     def begin(self, kinds: Iterable[type[Measurement]]) -> None:
@@ -167,9 +170,3 @@ class AuditTask:
 
     def __iter__(self) -> Iterator[Measurement]:
         return iter(self.measurements.values())
-
-    @functools.cached_property
-    def reference_build(self) -> str:
-        """Hash of what the reference computes with beside its parameters."""
-        with self.session.as_reference() as replay:
-            return build_fingerprint(replay.model)

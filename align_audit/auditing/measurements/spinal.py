@@ -70,7 +70,7 @@ class Spinal(Measurement):
         """What the reference's depth trace depends on."""
         config, models = self.config, self.session.models
         return (
-            models.hashes[1], self.task.reference_build, self.task.request.probes.content_hash,
+            models.hashes[1], models.reference_build, self.task.request.probes.content_hash,
             config.spinal.model_dump_json(), str(config.seed), str(models.reference.compute_dtype),
         )  # fmt: skip
 

@@ -14,6 +14,7 @@ from torch import nn
 from align_audit.auditing.session.memory import MemoryBounds
 from align_audit.errors import AnatomyError, ConfigurationError, ReferenceUnavailableError
 from align_audit.models.anatomy import Anatomy, unwrap
+from align_audit.models.build import build_fingerprint
 from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference, check_fit, policy_fingerprint
 from align_audit.models.replay import Replay
@@ -119,6 +120,12 @@ class OpenModels:
         # The reference first: a streamed one holds no layer while the policy is read.
         reference = self.source.fingerprint()
         return policy_fingerprint(self.policy_model), reference
+
+    @functools.cached_property
+    def reference_build(self) -> str:
+        """Hash of what the reference computes with beside its parameters."""
+        with self.as_reference() as replay:
+            return build_fingerprint(replay.model)
 
     @contextlib.contextmanager
     def as_policy(self) -> Iterator[Replay]:

@@ -1,6 +1,7 @@
 """What depends on the reference alone, kept for a run: computed once, found again by the next audit and after a resume.
 
-Its depth trace, and (where asked for) its streams and gradients of probe batches, which attribution needs.
+Its depth trace, what health audits compare with (in memory only), and (where asked for) its streams and gradients of
+probe batches, which attribution needs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from align_audit.auditing.session.kept import KeptReference
 from align_audit.errors import first_line, plain
 from align_audit.files import is_file_here, is_folder_here, is_old, remove_abandoned, write_atomically
 from align_audit.probes.batches import PairBatch
@@ -67,6 +69,13 @@ class ReferenceCache:
             with contextlib.suppress(OSError):
                 remove_abandoned(self.directory)
         self._known: dict[tuple[str, ...], ReferenceTrace] = {}
+        self._kept: dict[str | None, KeptReference] = {}
+
+    def kept(self, probe_name: str | None, key: tuple[str, ...]) -> KeptReference:
+        """What is kept in memory for a probe set; what was kept under another key is forgotten."""
+        if probe_name not in self._kept or self._kept[probe_name].key != key:
+            self._kept[probe_name] = KeptReference(key)
+        return self._kept[probe_name]
 
     def get(self, key: tuple[str, ...]) -> ReferenceTrace | None:
         """What was put under ``key``, in this process or an earlier one; None when there is nothing, or nothing sound."""

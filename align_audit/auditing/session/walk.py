@@ -13,6 +13,7 @@ import torch
 
 from align_audit.auditing.session.batching import Batching
 from align_audit.auditing.session.estimates import Estimates
+from align_audit.auditing.session.kept import KeptReference
 from align_audit.auditing.session.layout import why_not_shared
 from align_audit.auditing.session.memory import MemoryMeter
 from align_audit.auditing.session.open_models import OpenModels, check_vocabulary
@@ -53,6 +54,7 @@ class Session(Batching):
             decide: what goes by place then goes by what a pair is.
         truncation_mode: of the pairs; cut from the left, two sequences have no common beginning to rely on.
         previous: what the previous audit said of attribution on the pairs.
+        kept: what a run keeps in memory of its reference on the pairs.
 
     Attributes:
         pairs: the N distinct ones in that order.
@@ -76,6 +78,7 @@ class Session(Batching):
         *,
         truncation_mode: str = "keep_start",
         previous: Attribution | None = None,
+        kept: KeptReference | None = None,
     ) -> None:
         if len(pairs) == 0:
             raise ProbeError("the probe set is empty; expected at least one preference pair")
@@ -97,7 +100,8 @@ class Session(Batching):
         self.exact_pairs = self.choice.everywhere
         self.control_pairs = self.choice.control_pairs
         self._roles = self.choice.roles()
-        self.layout_reason = self._why_not_shared(truncation_mode)
+        kept = kept if kept is not None else KeptReference(())
+        self.layout_reason = kept.layout(lambda: self._why_not_shared(truncation_mode))
         self.plan = self.batches(range(len(self.pairs)))
 
     @property
