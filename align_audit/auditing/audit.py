@@ -10,21 +10,22 @@ from typing import Any, overload
 
 from torch import nn
 
+from align_audit.auditing.health import health_of
 from align_audit.auditing.measurements.attribution import Attribution
 from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.controls import Controls
 from align_audit.auditing.measurements.generations import Generations
 from align_audit.auditing.measurements.localization import Localization
 from align_audit.auditing.measurements.low_rank import LowRank
-from align_audit.auditing.measurements.measurement import PER_PAIR, AuditTask, Measurement
+from align_audit.auditing.measurements.measurement import AuditTask, Measurement
 from align_audit.auditing.measurements.patching import Patching
 from align_audit.auditing.measurements.sites import FinerSites
 from align_audit.auditing.measurements.spinal import Spinal
 from align_audit.auditing.origin import check_origin
-from align_audit.auditing.passes import expected_batches, first_pass, health_pass, second_pass
+from align_audit.auditing.passes import expected_batches, first_pass, second_pass
 from align_audit.auditing.previous import PreviousAudit
 from align_audit.auditing.progress import ticker
-from align_audit.auditing.provenance import kept_under, make_record
+from align_audit.auditing.provenance import arrays_of, kept_under, make_record
 from align_audit.auditing.request import AuditRequest, AuditResult
 from align_audit.auditing.session.memory import memory_explained
 from align_audit.auditing.session.open_models import OpenModels
@@ -43,9 +44,6 @@ MEASUREMENTS: list[type[Measurement]] = [
     Behaviour, Attribution, Patching, Localization, LowRank, Controls, FinerSites, Spinal, Generations,
 ]  # fmt: skip
 """What a full audit measures. Each may ask for those before it."""
-
-HEALTH: list[type[Measurement]] = [Behaviour, Generations]
-"""What a health audit measures: nothing is patched, and the reference is not run again."""
 
 
 Model = nn.Module | str | Path
@@ -140,7 +138,7 @@ def run_audit(
         )
         task = AuditTask(session, request, cache, kept)
         if request.kind == "health":
-            return _health(task, began, progress)
+            return health_of(task, began, progress)
         task.begin(MEASUREMENTS)
         tick = ticker(progress, expected_batches(task))
         first_pass(task, tick)
@@ -149,18 +147,4 @@ def run_audit(
         looks = [look for measurement in task for look in measurement.second_looks()]
         second_pass(session, task[Behaviour], looks, tick)
         record = make_record(task, began)
-        arrays = {
-            name: values[session.places] if name.startswith(PER_PAIR) else values
-            for measurement in task
-            for name, values in measurement.arrays().items()
-        }
-        return AuditResult(record, arrays, PreviousAudit(task[LowRank].spanned, record.attribution))
-
-
-def _health(task: AuditTask, began: float, progress: Callable[[int, str], Any] | None) -> AuditResult:
-    """The audit of a session that measures health only. It leaves what the one before it left."""
-    task.begin(HEALTH)
-    health_pass(task, ticker(progress, len(task.session.plan)))
-    for measurement in task:
-        measurement.look_closer(lambda: None)
-    return AuditResult(make_record(task, began), {}, task.request.previous)
+        return AuditResult(record, arrays_of(task), PreviousAudit(task[LowRank].spanned, record.attribution))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from align_audit.auditing.measurements.behaviour import Behaviour
-from align_audit.auditing.measurements.measurement import AuditTask
+from align_audit.auditing.measurements.measurement import PER_PAIR, AuditTask
 from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.walk import Session
@@ -190,3 +190,13 @@ def make_record(task: AuditTask, began: float) -> AuditRecord:
         **parts,
     )
     return record if request.kind == "health" else record.model_copy(update={"finding": find(record)})
+
+
+def arrays_of(task: AuditTask) -> dict[str, np.ndarray]:
+    """What all measurements keep beside the record; of the given pairs, in their order."""
+    places = task.session.places
+    return {
+        name: values[places] if name.startswith(PER_PAIR) else values
+        for measurement in task
+        for name, values in measurement.arrays().items()
+    }

@@ -20,12 +20,13 @@ from align_audit.errors import ConfigurationError
 from align_audit.models.anatomy import Anatomy
 from align_audit.monitoring.monitor import BREAKS, AuditFailure, Moment, Outcome
 from align_audit.monitoring.probe_sets import given_by_name, make_probe_sets
-from align_audit.monitoring.schedule import Decision, Event, decide
+from align_audit.monitoring.schedule import Due, Event, Training, decide
 from align_audit.monitoring.start import Run, begin_run, refuse_together
 from align_audit.monitoring.trainer import TrainerFacts, read_trainer
 from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Ranks
+from align_audit.record.audit_record import AuditKind
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -110,7 +111,9 @@ class AlignmentAuditCallback(TrainerCallback):
         self._run: Run | None = None
         self._training = False
         """Between the events that begin and end it: what happens outside belongs to no step."""
-        self._pending = False
+        self._pending: Due | None = None
+        """An audit that an earlier event left due."""
+        self._next_look: int | None = None
         self._save_next = False
 
     # -- setting up ----------------------------------------------------------------------------------------------------
@@ -142,7 +145,7 @@ class AlignmentAuditCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what cannot work, open the log, and audit the start."""
-        self._pending = self._training = False
+        self._pending, self._next_look, self._training = None, None, False
         self._ranks = Ranks.of_this_run()
         error: BaseException | None = None
         try:
@@ -153,8 +156,17 @@ class AlignmentAuditCallback(TrainerCallback):
         assert self._run is not None
         self._training = True
         self._run.monitor.agree()
+        self._next_look = self._ranks.share(self._begin_pace(state, control))
         self._at(Event.TRAIN_BEGIN, state, control, kwargs["model"])
         self._run.reference.release()  # loaded for the check, and left in memory where no audit followed
+
+    def _begin_pace(self, state: TrainerState, control: TrainerControl) -> int | None:
+        """Start the clocks; the step of the first look."""
+        assert self._run is not None
+        pace = self._run.monitor.pace
+        assert pace is not None
+        pace.begin(self._run.facts.training(state, control))
+        return pace.next_look
 
     def _begin(
         self,
@@ -232,22 +244,50 @@ class AlignmentAuditCallback(TrainerCallback):
     def _at(self, event: Event, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         """Do what the schedule decides at an event."""
         assert self._run is not None
-        facts, step = self._run.facts, state.global_step
-        decision = decide(event, facts.training(state, control), self.config.schedule, self._pending)
-        if decision is Decision.NOTHING:
+        training = self._run.facts.training(state, control)
+        due = decide(event, training, self.config.schedule, self._pending, self._next_look)
+        if due is None:
             return
-        self._pending = decision is Decision.LATER
-        if self._pending:
+        self._pending = due if due.later else None
+        if due.later:
             return
+        pace = self._run.monitor.pace
+        assert pace is not None
+        # Clocks differ from process to process: the first one's word holds.
+        due = self._ranks.share(pace.choose(due, training))
+        opened = self._audit(due.kind, due.reason, event, training, control, model)
+        if opened and due.kind == "health" and self.config.schedule.escalate:
+            self._audit("full", f"a health audit warns: {', '.join(opened)}", event, training, control, model)
+
+    def _audit(
+        self,
+        kind: AuditKind,
+        reason: str,
+        event: Event,
+        training: Training,
+        control: TrainerControl,
+        model: nn.Module,
+    ) -> list[str]:
+        """One moment's audits, and what they ask of training. The rules that warn, and are new."""
+        assert self._run is not None
+        assert self._run.monitor.pace is not None
+        facts, step = self._run.facts, training.step
         moment = Moment(
             step,
+            kind,
+            reason,
+            training,
             at_start=event is Event.TRAIN_BEGIN and step == 0,
             beta=facts.beta,
             last_sync_step=facts.last_sync_step(step),
             compare_precomputed=facts.compare_precomputed,
         )
         models = OpenModels(model, self._run.reference, autocast=facts.numerics(model), anatomy=self._anatomy)
-        self._act(self._run.monitor.audit(models, moment), control, step, just_saved=event is Event.SAVE)
+        with self._run.monitor.pace.timed(kind):
+            outcome = self._run.monitor.audit(models, moment)
+        self._next_look = outcome.next_look
+        self._act(outcome, control, step, just_saved=event is Event.SAVE)
+        return outcome.opened
 
     def _act(self, outcome: Outcome, control: TrainerControl, step: int, *, just_saved: bool) -> None:
         """Hand the wishes of an audit to the trainer."""

@@ -21,9 +21,11 @@ from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.config import AlertConfig, AuditConfig
 from align_audit.errors import AlignAuditError, named
 from align_audit.models.reference import policy_fingerprint
+from align_audit.monitoring.pace import Pace
+from align_audit.monitoring.schedule import Training
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Ranks
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.audit_record import Alert, AuditKind, AuditRecord
 from align_audit.record.log import RunLog, arrays_name
 from align_audit.record.stored_records import Head, chosen
 from align_audit.writers.writer import Writers
@@ -34,8 +36,8 @@ BREAKS = (Exception, SystemExit)
 """What must not leave an audit: a library that asks the process to end (rich does, when nobody reads its output any more)
 ends an audit and no training. A keyboard interrupt is the user's, and passes."""
 
-Key = tuple[int, str, str | None]
-"""What marks an audit in a run: step, hash of the policy's weights, name of the probe set."""
+Key = tuple[int, str, str | None, AuditKind]
+"""What marks an audit in a run: step, hash of the policy's weights, name of the probe set, how much was measured."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,16 @@ class Moment:
     """When an audit is made, and what is known of training then (see :class:`AuditRequest`).
 
     Attributes:
+        kind: how much is measured.
+        reason: why it is made, in words.
+        training: what stands of training; None for a saved checkpoint.
         origin: of a saved checkpoint: what the log of its run says of it.
     """
 
     step: int
+    kind: AuditKind = "full"
+    reason: str = ""
+    training: Training | None = None
     at_start: bool = False
     beta: float | None = None
     last_sync_step: int | None = None
@@ -85,6 +93,8 @@ class Outcome:
         failures: on all processes, by rank.
         reasons: the rules of the alerts that are serious enough to act on, sorted.
         save, stop: a checkpoint is wished for; training should end.
+        opened: the rules of warnings and errors that are new, or got worse, with this audit.
+        next_look: the step of the next health audit, as the process that writes has planned it.
     """
 
     records: Mapping[str | None, AuditRecord]
@@ -93,6 +103,8 @@ class Outcome:
     reasons: list[str]
     save: bool
     stop: bool
+    opened: list[str] = field(default_factory=list)
+    next_look: int | None = None
 
     @classmethod
     def of(
@@ -101,12 +113,17 @@ class Outcome:
         alerts: list[Alert],
         failures: list[AuditFailure],
         config: AlertConfig,
+        next_look: int | None = None,
     ) -> Self:
         """With what the options say is to be done about these alerts."""
         serious = {"error"} if config.action_level == "error" else {"error", "warning"}
         reasons = sorted({alert.rule for alert in alerts if alert.level in serious})
         acts = bool(reasons) and config.action != "log"
-        return cls(records, alerts, failures, reasons, save=acts, stop=acts and config.action == "stop")
+        opened = sorted(
+            {alert.rule for alert in alerts if alert.level != "info" and alert.event in ("opened", "worse")}
+        )
+        stop = acts and config.action == "stop"
+        return cls(records, alerts, failures, reasons, save=acts, stop=stop, opened=opened, next_look=next_look)
 
 
 @dataclass
@@ -136,6 +153,7 @@ class Monitor:
         writers: those that are told of every record; they were started.
         progress: makes a progress bar of so many batches.
         strict: an audit that breaks is recorded, and raised on all processes.
+        pace: the run's clocks, which plan the next look; None where nothing trains.
     """
 
     def __init__(
@@ -148,7 +166,9 @@ class Monitor:
         writers: Writers | None = None,
         progress: Callable[[int, str], Any] | None = None,
         strict: bool = False,
+        pace: Pace | None = None,
     ) -> None:
+        self.pace = pace
         self.probe_sets = probe_sets
         self.config = config
         self.log = log
@@ -172,12 +192,17 @@ class Monitor:
         self._previous = {}
         if self.log is not None:
             for name, probes in self.probe_sets.items():
-                earlier = comparable(self.log.records, name, probes.content_hash, step)
+                earlier = comparable(self.log.records, name, probes.content_hash, step, kind="full")
                 self._previous[name] = left_by(earlier[-1] if earlier else None, self.log)
 
-    def due(self, step: int, policy_hash: str) -> list[str | None]:
-        """The probe sets on which these weights were not audited yet at this step."""
-        return [name for name in self.probe_sets if (step, policy_hash, name) not in self._audited]
+    def due(self, step: int, policy_hash: str, kind: AuditKind = "full") -> list[str | None]:
+        """The probe sets on which these weights were not audited yet at this step, so much or more."""
+        kinds: tuple[AuditKind, ...] = ("full",) if kind == "full" else ("health", "full")
+        return [
+            name
+            for name in self.probe_sets
+            if not any((step, policy_hash, name, each) in self._audited for each in kinds)
+        ]
 
     def audit(self, models: OpenModels, moment: Moment) -> Outcome:
         """Audit every set that is due. The models are closed then.
@@ -189,8 +214,10 @@ class Monitor:
         self._audit_due(models, moment, findings)
         # The one place where processes wait for each other: whatever happened before, each of them comes here. What
         # follows is made of what all of them said, so that they save together and stop together.
-        said = self._ranks.gather((findings.alerts, findings.failures))
-        failures = [replace(failure, rank=rank) for rank, (_, broken) in enumerate(said) for failure in broken]
+        training = moment.training
+        next_look = None if self.pace is None or training is None else self.pace.plan(training)
+        said = self._ranks.gather((findings.alerts, findings.failures, next_look))
+        failures = [replace(failure, rank=rank) for rank, (_, broken, _) in enumerate(said) for failure in broken]
         for failure in failures:
             self.record_failure(moment.step, failure)
         if self.strict and failures:
@@ -198,7 +225,7 @@ class Monitor:
                 raise findings.error
             raise AlignAuditError(f"the audit broke on rank {failures[0].rank}: {failures[0].kind}")
         # Also after a failure: an alert of a set that was audited before it is as true. The first process judges.
-        return Outcome.of(findings.records, said[0][0], failures, self.config.alerts)
+        return Outcome.of(findings.records, said[0][0], failures, self.config.alerts, said[0][2])
 
     def tell(self, record: AuditRecord) -> None:
         """Let the writers show an audit, among those of the log, and what it alerts to."""
@@ -241,16 +268,16 @@ class Monitor:
     def _audit_due(self, models: OpenModels, moment: Moment, findings: _Findings) -> None:
         try:
             policy_hash = policy_fingerprint(models.policy_model)
-            due = self.due(moment.step, policy_hash)
+            due = self.due(moment.step, policy_hash, moment.kind)
             for name in self.probe_sets:
                 if name not in due:
-                    self._pass_by((moment.step, policy_hash, name))
+                    self._pass_by((moment.step, policy_hash, name, "full"))
             if not due:
                 return
             with models:
                 for name in due:
                     # An audit that breaks would break again on the same weights.
-                    self._audited.add((moment.step, policy_hash, name))
+                    self._audited.add((moment.step, policy_hash, name, moment.kind))
                     try:
                         self._audit_set(models, moment, name, findings)
                     except BREAKS as error:
@@ -274,6 +301,7 @@ class Monitor:
             probes,
             self.config,
             moment.step,
+            kind=moment.kind,
             probe_name=name,
             at_start=moment.at_start,
             beta=moment.beta,
@@ -287,6 +315,9 @@ class Monitor:
             return
         earlier = comparable(self.log.records, name, probes.content_hash, moment.step)
         record = result.record if moment.origin is None else moment.origin.noted(result.record)
+        if self.pace is not None and moment.training is not None:
+            occasion = self.pace.occasion(record, moment.reason, moment.training)
+            record = record.model_copy(update={"occasion": occasion})
         record = record.model_copy(update={"alerts": evaluate(record, earlier, self.config.alerts)})
         findings.records[name] = record
         # Acted on whatever follows: neither a full disk nor a closed terminal makes them untrue.
@@ -298,18 +329,30 @@ class Monitor:
 
 
 def _key_of(head: Head) -> Key:
-    return head.step, head.policy_hash, head.probe_name
+    return head.step, head.policy_hash, head.probe_name, head.kind
 
 
 def comparable(
-    records: Sequence[AuditRecord], probe_name: str | None, probe_hash: str, step: int
+    records: Sequence[AuditRecord],
+    probe_name: str | None,
+    probe_hash: str,
+    step: int,
+    kind: AuditKind | None = None,
 ) -> Sequence[AuditRecord]:
     """The audits of a log that one at ``step`` goes on from and is judged by, in the order of the log.
 
     They are of the same pairs under the same name: numbers of other pairs are no trend. And of earlier steps only: a
     resumed run may find later ones in its log, on the course it took before.
+
+    Args:
+        kind: those that measured so much; None: all.
     """
     return chosen(
         records,
-        lambda head: head.step < step and head.probe_name == probe_name and head.probe_hash == probe_hash,
+        lambda head: (
+            head.step < step
+            and head.probe_name == probe_name
+            and head.probe_hash == probe_hash
+            and kind in (None, head.kind)
+        ),
     )

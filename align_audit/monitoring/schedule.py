@@ -1,16 +1,19 @@
-"""When to audit during training: pure decisions from an event and what stands of training at it.
+"""When to audit during training, and how much: pure decisions from an event and what stands of training at it.
 
-Order of events, as transformers' Trainer fires them: ``step_end`` → (log) → ``evaluate`` → ``save``; TRL's reference
+Order of events, as transformers' Trainer fires them: ``step_end`` → ``log`` → ``evaluate`` → ``save``; TRL's reference
 synchronization runs in its own ``on_step_end``, after ours. So an audit due on a synchronization step waits for the next
-event. The trainer's TensorBoard writer is closed before our ``train_end``, so the last step is audited before that.
+event, and one due on a step that is saved waits for the save, which may ask for more. The trainer's TensorBoard writer is
+closed before our ``train_end``, so the last step is audited before that.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from align_audit.config import ScheduleConfig
+from align_audit.record.audit_record import AuditKind
 
 
 class Event(Enum):
@@ -19,21 +22,36 @@ class Event(Enum):
     TRAIN_BEGIN = "train_begin"
     STEP_BEGIN = "step_begin"
     STEP_END = "step_end"
+    LOG = "log"
     EVALUATE = "evaluate"
     SAVE = "save"
     EPOCH_END = "epoch_end"
     TRAIN_END = "train_end"
 
 
-class Decision(Enum):
-    """What to do at an event."""
+@dataclass(frozen=True)
+class Due:
+    """An audit that is asked for.
 
-    NOTHING = "nothing"
-    """What is pending stays so."""
-    AUDIT = "audit"
-    """Audit now; nothing is pending then."""
-    LATER = "later"
-    """An audit is due, and has to wait for the next event."""
+    Attributes:
+        kind: how much of it.
+        reason: what asks, in words.
+        budgeted: a full one is made only where the budget allows it, and is a health audit elsewhere.
+        later: it has to wait for the next event.
+    """
+
+    kind: AuditKind
+    reason: str
+    budgeted: bool = False
+    later: bool = False
+
+    def with_pending(self, pending: Due | None) -> Due:
+        """What is asked for now, and what was left due before: the larger of both."""
+        if pending is None:
+            return self
+        order = {"health": 0, "full": 1}
+        larger = max((self, pending), key=lambda due: (order[due.kind], not due.budgeted))
+        return replace(larger, later=self.later)
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,7 @@ class Training:
         step: optimizer steps done.
         max_steps: after how many it ends, if nothing stops it.
         stopping: somebody has asked it to stop.
+        saving: a checkpoint of this step is about to be saved.
         syncs_reference: the reference is synchronized with the policy at this step, after our own event.
         best_loaded: the best checkpoint was loaded back, so that the weights are not those of this step.
     """
@@ -51,38 +70,161 @@ class Training:
     step: int
     max_steps: int
     stopping: bool = False
+    saving: bool = False
     syncs_reference: bool = False
     best_loaded: bool = False
 
 
-def decide(event: Event, training: Training, schedule: ScheduleConfig, pending: bool) -> Decision:
-    """Whether an event asks for an audit, now or later.
+def decide(
+    event: Event, training: Training, schedule: ScheduleConfig, pending: Due | None = None, next_look: int | None = None
+) -> Due | None:
+    """What audit an event asks for, now or later; None: none, and what is pending stays so.
 
     Args:
-        pending: an earlier event left an audit due. The start of training forgets it.
+        pending: what an earlier event left due. The start of training forgets it.
+        next_look: the step at which the next health audit is due (see :func:`look_after`).
 
     Example:
-        >>> decide(Event.SAVE, Training(step=3, max_steps=9), ScheduleConfig(on_save=True), pending=False)
-        <Decision.AUDIT: 'audit'>
+        >>> decide(Event.SAVE, Training(step=3, max_steps=9), ScheduleConfig(on_save=True))
+        Due(kind='full', reason='a checkpoint was saved', budgeted=True, later=False)
     """
-    if event is Event.TRAIN_BEGIN:
-        return Decision.AUDIT if schedule.before_training else Decision.NOTHING
-    if event is Event.TRAIN_END:
-        return Decision.AUDIT if schedule.on_last_step and not training.best_loaded else Decision.NOTHING
+    asked = _asked(event, training, schedule, next_look)
+    if event in (Event.TRAIN_BEGIN, Event.TRAIN_END, Event.LOG):
+        return asked
     if event is Event.STEP_END:
-        if not _step_is_due(training, schedule):
-            return Decision.NOTHING
-        return Decision.LATER if training.syncs_reference else Decision.AUDIT
-    asked = {
-        Event.STEP_BEGIN: False,
-        Event.EVALUATE: schedule.on_evaluate,
-        Event.SAVE: schedule.on_save,
-        Event.EPOCH_END: schedule.on_last_step and training.stopping,
-    }
-    return Decision.AUDIT if pending or asked[event] else Decision.NOTHING
+        if asked is None:
+            return None
+        waits = training.syncs_reference or (training.saving and schedule.on_save)
+        return replace(asked, later=waits)
+    return asked.with_pending(pending) if asked is not None else pending and replace(pending, later=False)
 
 
-def _step_is_due(training: Training, schedule: ScheduleConfig) -> bool:
+def _asked(event: Event, training: Training, schedule: ScheduleConfig, next_look: int | None) -> Due | None:
+    last = Due("full", "the last step", budgeted=True)
+    if event is Event.TRAIN_BEGIN:
+        return Due("full", "before training", budgeted=True) if schedule.before_training else None
+    if event is Event.TRAIN_END:
+        return last if schedule.on_last_step and not training.best_loaded else None
+    if event is Event.EVALUATE:
+        return Due("full", "the trainer evaluated") if schedule.on_evaluate else None
+    if event is Event.SAVE:
+        return Due("full", "a checkpoint was saved", budgeted=True) if schedule.on_save else None
+    if event is Event.EPOCH_END:
+        return last if schedule.on_last_step and training.stopping else None
+    return _asked_by_step(training, schedule, next_look) if event is Event.STEP_END else None
+
+
+def _asked_by_step(training: Training, schedule: ScheduleConfig, next_look: int | None) -> Due | None:
     every = schedule.every_n_steps
-    last = training.stopping or training.step >= training.max_steps
-    return (schedule.on_last_step and last) or (every is not None and training.step % every == 0)
+    if every is not None and training.step % every == 0:
+        return Due("full", f"every {every} steps" if every > 1 else "every step")
+    if schedule.on_last_step and (training.stopping or training.step >= training.max_steps):
+        return Due("full", "the last step", budgeted=True)
+    if schedule.health and next_look is not None and training.step >= next_look:
+        return Due("health", f"a look at step {next_look} was planned")
+    return None
+
+
+# -- the budget --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Where a run's wall-clock time went so far, in seconds.
+
+    Attributes:
+        steps: optimizer steps since this process began training.
+        training: all that was no audit.
+        audits: in all.
+        health, full: of the last audit of each kind, over all probe sets; None: there was none.
+        layers: of the model, by which a first full audit is judged in advance.
+    """
+
+    steps: int = 0
+    training: float = 0.0
+    audits: float = 0.0
+    health: float | None = None
+    full: float | None = None
+    layers: int = 0
+
+    @property
+    def share(self) -> float | None:
+        """Of the time so far that went into audits; None before the first step."""
+        return self.audits / (self.audits + self.training) if self.steps and self.training > 0 else None
+
+    @property
+    def expected_full(self) -> float | None:
+        """Seconds of a full audit: those of the last one, else many times a health audit's (rather too many than too few);
+        None: nothing was audited yet."""
+        if self.full is not None:
+            return self.full
+        return None if self.health is None else self.health * (4 + 3 * self.layers)
+
+
+def affords_full(spent: Spent, training: Training, budget: float | None) -> bool:
+    """Whether a full audit fits the budget now, and leaves room for another one at the end.
+
+    Args:
+        budget: share of wall-clock time; None: no limit.
+    """
+    if budget is None:
+        return True
+    cost = spent.expected_full
+    if cost is None or not spent.steps:
+        return False
+    allowed = _allowance(spent.training, budget)
+    if spent.audits + cost > allowed:
+        return False
+    in_all = _allowance(spent.training / spent.steps * _steps_in_all(spent, training), budget)
+    is_last = training.stopping or training.step >= training.max_steps
+    return is_last or spent.audits + 2 * cost <= in_all
+
+
+def look_after(spent: Spent, training: Training, schedule: ScheduleConfig, budget: float | None) -> int | None:
+    """The step of the next health audit after this one; None: there will be none.
+
+    The next of ``first_health`` and its doublings, or earlier, as soon as the budget has room for it beside the full audit at
+    the end; but no more than ``most_looks`` in a run.
+
+    Example:
+        >>> look_after(Spent(), Training(step=0, max_steps=1000), ScheduleConfig(), 0.05)
+        5
+        >>> look_after(Spent(80, training=80.0, audits=2.0, health=1.0), Training(80, 1000), ScheduleConfig(), 0.05)
+        85
+    """
+    if not schedule.health:
+        return None
+    step, first = training.step, schedule.first_health
+    # Of a resumed run the doublings go on from where it began.
+    doubling = first
+    while doubling <= step:
+        doubling *= 2
+    gap = max(first, math.ceil(training.max_steps / schedule.most_looks))
+    at = min(doubling, max(step + gap, _affordable(spent, training, schedule, budget)))
+    return at if at < training.max_steps or (at == training.max_steps and not schedule.on_last_step) else None
+
+
+def _affordable(spent: Spent, training: Training, schedule: ScheduleConfig, budget: float | None) -> int:
+    """The first step at which one more health audit fits the budget."""
+    if budget is None:
+        return training.step
+    never = training.max_steps + 1
+    if spent.health is None or not spent.steps or spent.training <= 0:
+        return never
+    steps = _steps_in_all(spent, training)
+    in_all = _allowance(spent.training / spent.steps * steps, budget)
+    full = spent.expected_full
+    if schedule.on_last_step and full is not None and spent.audits + full <= in_all:
+        in_all -= full
+    began = training.step - spent.steps
+    return min(never, began + math.ceil((spent.audits + spent.health) / (in_all / steps)))
+
+
+def _allowance(training: float, budget: float) -> float:
+    """Seconds of audits that are ``budget`` of the whole beside so many seconds of training."""
+    return training * budget / (1 - budget)
+
+
+def _steps_in_all(spent: Spent, training: Training) -> int:
+    """Steps that this process makes until the end."""
+    return max(spent.steps, training.max_steps - training.step + spent.steps)

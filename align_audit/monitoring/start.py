@@ -19,6 +19,7 @@ from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
 from align_audit.models.weights.sharded import refuse_sharded
 from align_audit.monitoring.monitor import AuditFailure, Monitor
+from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.trainer import TrainerFacts
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Ranks
@@ -74,6 +75,7 @@ def begin_run(
         writers=None if log is None else open_writers(facts, config, probe_sets, log),
         progress=progress_bar if writes and config.progress and facts.progress else None,
         strict=config.strict,
+        pace=Pace(config, step, pairs_per_step=facts.pairs_per_step),
     )
     monitor.resume(step + 1)
     return Run(facts, reference, monitor)

@@ -36,6 +36,7 @@ class TrainerFacts:
         compare_precomputed: its precomputed log-probabilities are plain sums over completion tokens (no ``ld_alpha``).
         trust_remote_code: models may bring code of their own.
         revision: of the hub name that the trainer loaded its model from; None: nothing was said, or it was given a model.
+        pairs_per_step: that an optimizer step is made of, over all processes; None: its arguments do not say.
         loads_best: the best checkpoint is loaded back when training ends.
         progress: it shows progress bars.
         summary_writer: gives what its own TensorBoard curves go through; None where there are none, and once it has closed
@@ -56,6 +57,7 @@ class TrainerFacts:
     compare_precomputed: bool
     trust_remote_code: bool
     revision: str | None
+    pairs_per_step: int | None
     loads_best: bool
     progress: bool
     summary_writer: Callable[[], SummaryWriter | None]
@@ -81,6 +83,7 @@ class TrainerFacts:
             step=step,
             max_steps=state.max_steps,
             stopping=bool(control.should_training_stop),
+            saving=bool(control.should_save),
             syncs_reference=self.sync_every is not None and step % self.sync_every == 0,
             best_loaded=self.loads_best and state.best_model_checkpoint is not None,
         )
@@ -112,10 +115,18 @@ def read_trainer(trainer: Any, args: Any, train_dataloader: Any = None) -> Train
         compare_precomputed=getattr(args, "ld_alpha", None) is None,
         trust_remote_code=bool(getattr(args, "trust_remote_code", False) or loading.get("trust_remote_code", False)),
         revision=loading.get("revision"),
+        pairs_per_step=_pairs_per_step(args),
         loads_best=bool(getattr(args, "load_best_model_at_end", False)),
         progress=not args.disable_tqdm,
         summary_writer=_summary_writer_of(trainer),
     )
+
+
+def _pairs_per_step(args: Any) -> int | None:
+    try:
+        return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+    except (AttributeError, TypeError, ValueError):
+        return None
 
 
 def _summary_writer_of(trainer: Any) -> Callable[[], SummaryWriter | None]:

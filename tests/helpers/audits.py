@@ -24,8 +24,10 @@ QUICK: dict[str, Any] = {
     "spinal": {"enabled": False},
     "tensorboard": "off",
     "progress": False,
+    "budget": None,
+    "generations": {"enabled": False},
 }
-"""The least that is an audit."""
+"""The least that is a full audit, made wherever it is asked for, however short the run."""
 
 QUICK_LASSO: dict[str, Any] = {"folds": 2, "selection_resamples": 1, "permutations": 1}
 """Localization by the fewest fits, where there has to be one and no claim rests on its numbers."""

@@ -22,6 +22,7 @@ def small(**changes: Any) -> AuditConfig:
         "patching": {"noise_draws": 1},
         "statistics": {"bootstrap_resamples": 100},
         "schedule": {"every_n_steps": 1},
+        "budget": None,
         "tensorboard_images": False,
         "progress": False,
         "strict": True,
@@ -29,22 +30,36 @@ def small(**changes: Any) -> AuditConfig:
     return AuditConfig.from_dict({**values, **changes})
 
 
+HEALTH: dict[str, Any] = {"budget": 0.001, "schedule": {"first_health": 1}}
+"""No room for a full audit, and a look at every step of four."""
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_losses_gradients_and_weights_are_bit_identical(mode: str, tmp_path: Path) -> None:
-    """Pictures are drawn in the first mode alone: they are made of records, so they cannot differ by mode."""
+    """Full audits, and health audits. Pictures are drawn in the first mode alone: they are made of records."""
     plain = train(tmp_path / "plain", mode)
-    config = small(tensorboard_images=mode == MODES[0])
-    audited = train(tmp_path / "audited", mode, AlignmentAuditCallback(config=config))
+    full, health = small(tensorboard_images=mode == MODES[0]), small(**HEALTH)
+    audited = train(tmp_path / "audited", mode, AlignmentAuditCallback(config=full))
+    looked = train(tmp_path / "looked", mode, AlignmentAuditCallback(config=health))
     assert len(plain.losses) == 4
-    assert plain.losses == audited.losses
-    weights, other = plain.weights, audited.weights
-    assert weights.keys() == other.keys()
-    for name, value in weights.items():
-        assert torch.equal(value, other[name]), name
+    assert plain.losses == audited.losses == looked.losses
+    weights = plain.weights
+    for other in (audited.weights, looked.weights):
+        assert weights.keys() == other.keys()
+        for name, value in weights.items():
+            assert torch.equal(value, other[name]), name
 
-    run = AuditRun.load(tmp_path / "audited")
+    run, looks = AuditRun.load(tmp_path / "audited"), AuditRun.load(tmp_path / "looked")
     assert not run.failures
+    assert not looks.failures
     assert [record.step for record in run.records] == [0, 1, 2, 3]
+    assert [(record.step, record.kind) for record in looks.records] == [(step, "health") for step in range(4)]
+    for one, other in zip(run.records, looks.records, strict=True):
+        assert one.generations is not None
+        assert other.generations is not None
+        assert other.generations.model_dump_json() == one.generations.model_dump_json()
+        # A look sees to the bit what the whole audit sees.
+        assert other.margins.model_dump_json() == one.margins.model_dump_json()
     first, last = run.records[0], run.records[-1]
     # At step 0 every mode's reference is the policy's starting point: exactly zero everywhere.
     assert first.reference_check.verdict == "passed", first.reference_check.reason

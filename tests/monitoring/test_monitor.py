@@ -440,7 +440,7 @@ def test_a_keyboard_interrupt_is_the_users(bench: Any, monkeypatch: pytest.Monke
 class Beside(Ranks):
     """The processes of a run of two, of which the other one says what ``says`` is."""
 
-    says: Any = ([], [])
+    says: Any = ([], [], None)
 
     def gather(self, value: Any) -> list[Any]:
         return [value, self.says] if self.rank == 0 else [self.says, value]
@@ -451,15 +451,15 @@ def test_a_process_without_a_log_asks_for_what_the_first_one_asks(
 ) -> None:
     config = quick(alerts={"action": "stop", **AT_ONCE})
     alerts = bench(config).audit(1).alerts
-    second = Monitor({None: random_pairs(8)}, config, ranks=Beside(1, 2, says=(alerts, [])))
+    second = Monitor({None: random_pairs(8)}, config, ranks=Beside(1, 2, says=(alerts, [], 8)))
     outcome = second.audit(OpenModels(policies[1], resolve_reference(policies[1], reference)), Moment(1))
     assert outcome.records == {}
-    assert (outcome.alerts, outcome.stop) == (alerts, True)
+    assert (outcome.alerts, outcome.stop, outcome.next_look) == (alerts, True, 8)
 
 
 def broke_beside() -> Beside:
     failure = module.AuditFailure("ValueError: planted", "Traceback: planted\n", "a")
-    return Beside(0, 2, says=([], [failure]))
+    return Beside(0, 2, says=([], [failure], None))
 
 
 def test_what_breaks_on_another_process_is_recorded_with_its_rank(bench: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,31 +1,42 @@
-"""When an audit is made, by event and state of training: decisions alone, without any training."""
+"""When an audit is made, and how much of it, by event and state of training: decisions alone, without any training."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 
 from align_audit.config import ScheduleConfig
-from align_audit.monitoring.schedule import Decision, Event, Training, decide
+from align_audit.monitoring.schedule import Due, Event, Spent, Training, affords_full, decide, look_after
 
-NOTHING, AUDIT, LATER = Decision.NOTHING, Decision.AUDIT, Decision.LATER
 NEVER: dict[str, Any] = {"before_training": False, "on_save": False, "on_evaluate": False, "on_last_step": False}
+PENDING = Due("health", "left due", later=True)
 
 
-def decided(event: Event, options: dict[str, Any], training: dict[str, Any], pending: bool = False) -> Decision:
+def decided(
+    event: Event,
+    options: dict[str, Any],
+    training: dict[str, Any],
+    pending: Due | None = None,
+    next_look: int | None = None,
+) -> Due | None:
     """With only these options on, at step 4 of 10 where ``training`` does not say otherwise."""
-    return decide(
-        event, Training(**{"step": 4, "max_steps": 10, **training}), ScheduleConfig(**{**NEVER, **options}), pending
-    )
+    at = Training(**{"step": 4, "max_steps": 10, **training})
+    return decide(event, at, ScheduleConfig(**{**NEVER, **options}), pending, next_look)
 
 
-@pytest.mark.parametrize("pending", [False, True])
+def now(due: Due | None) -> bool | None:
+    """Whether an audit is made now (True) or later (False); None where none is asked for."""
+    return None if due is None else not due.later
+
+
+@pytest.mark.parametrize("pending", [None, PENDING])
 @pytest.mark.parametrize("event", list(Event))
-def test_with_everything_off_only_what_is_pending_is_audited(event: Event, pending: bool) -> None:
+def test_with_everything_off_only_what_is_pending_is_audited(event: Event, pending: Due | None) -> None:
     waits_no_longer = {Event.STEP_BEGIN, Event.EVALUATE, Event.SAVE, Event.EPOCH_END}
-    expected = AUDIT if pending and event in waits_no_longer else NOTHING
-    assert decided(event, {}, {}, pending) is expected
+    expected = True if pending and event in waits_no_longer else None
+    assert now(decided(event, {}, {}, pending)) is expected
 
 
 @pytest.mark.parametrize(
@@ -33,59 +44,192 @@ def test_with_everything_off_only_what_is_pending_is_audited(event: Event, pendi
     [("before_training", Event.TRAIN_BEGIN), ("on_save", Event.SAVE), ("on_evaluate", Event.EVALUATE)],
 )
 def test_an_option_asks_at_its_own_event_alone(option: str, event: Event) -> None:
-    assert [each for each in Event if decided(each, {option: True}, {}) is AUDIT] == [event]
+    assert [each for each in Event if decided(each, {option: True}, {}) is not None] == [event]
 
 
 @pytest.mark.parametrize("event", [Event.EVALUATE, Event.SAVE])
-def test_an_event_that_asks_audits_what_is_pending_with_it(event: Event) -> None:
-    assert decided(event, {"on_save": True, "on_evaluate": True}, {}, pending=True) is AUDIT
+def test_an_event_that_asks_for_more_takes_what_is_pending_with_it(event: Event) -> None:
+    due = decided(event, {"on_save": True, "on_evaluate": True}, {}, PENDING)
+    assert due is not None
+    assert (due.kind, due.later) == ("full", False)
 
 
-@pytest.mark.parametrize(
-    ("step", "expected"), [(1, NOTHING), (2, NOTHING), (3, AUDIT), (4, NOTHING), (6, AUDIT), (10, NOTHING)]
-)
-def test_every_third_step(step: int, expected: Decision) -> None:
-    assert decided(Event.STEP_END, {"every_n_steps": 3}, {"step": step}) is expected
+def test_what_is_pending_and_larger_is_not_made_smaller() -> None:
+    """A full audit that was asked for whatever it costs, at a save that asks for one within the budget."""
+    due = decided(Event.SAVE, {"on_save": True}, {}, Due("full", "every 4 steps", later=True))
+    assert due == Due("full", "every 4 steps")
+
+
+@pytest.mark.parametrize(("step", "expected"), [(1, None), (2, None), (3, True), (4, None), (6, True), (10, None)])
+def test_every_third_step(step: int, expected: bool | None) -> None:
+    due = decided(Event.STEP_END, {"every_n_steps": 3}, {"step": step})
+    assert now(due) is expected
+    assert due is None or (due.kind, due.budgeted) == ("full", False)
 
 
 @pytest.mark.parametrize(
     ("event", "training", "expected"),
     [
-        (Event.STEP_END, {"step": 9}, NOTHING),
-        (Event.STEP_END, {"step": 10}, AUDIT),
-        (Event.STEP_END, {"step": 9, "stopping": True}, AUDIT),
-        (Event.EPOCH_END, {"step": 10}, NOTHING),
-        (Event.EPOCH_END, {"step": 9, "stopping": True}, AUDIT),
-        (Event.TRAIN_END, {"step": 9}, AUDIT),
-        (Event.TRAIN_END, {"step": 10, "best_loaded": True}, NOTHING),
-        (Event.STEP_END, {"step": 10, "best_loaded": True}, AUDIT),
-        (Event.SAVE, {"step": 10, "stopping": True}, NOTHING),
-        (Event.EVALUATE, {"step": 10, "stopping": True}, NOTHING),
+        (Event.STEP_END, {"step": 9}, None),
+        (Event.STEP_END, {"step": 10}, True),
+        (Event.STEP_END, {"step": 9, "stopping": True}, True),
+        (Event.EPOCH_END, {"step": 10}, None),
+        (Event.EPOCH_END, {"step": 9, "stopping": True}, True),
+        (Event.TRAIN_END, {"step": 9}, True),
+        (Event.TRAIN_END, {"step": 10, "best_loaded": True}, None),
+        (Event.STEP_END, {"step": 10, "best_loaded": True}, True),
+        (Event.SAVE, {"step": 10, "stopping": True}, None),
+        (Event.EVALUATE, {"step": 10, "stopping": True}, None),
     ],
 )
-def test_the_last_step_is_whichever_event_can_tell(event: Event, training: dict[str, Any], expected: Decision) -> None:
-    assert decided(event, {"on_last_step": True}, training) is expected
+def test_the_last_step_is_whichever_event_can_tell(
+    event: Event, training: dict[str, Any], expected: bool | None
+) -> None:
+    assert now(decided(event, {"on_last_step": True}, training)) is expected
 
 
 @pytest.mark.parametrize(
     ("event", "options", "training", "expected"),
     [
-        (Event.STEP_END, {"every_n_steps": 2}, {}, LATER),
-        (Event.STEP_END, {"on_last_step": True}, {"step": 10}, LATER),
-        (Event.STEP_END, {"every_n_steps": 3}, {}, NOTHING),
+        (Event.STEP_END, {"every_n_steps": 2}, {}, False),
+        (Event.STEP_END, {"on_last_step": True}, {"step": 10}, False),
+        (Event.STEP_END, {"every_n_steps": 3}, {}, None),
         # By now the reference was synchronized.
-        (Event.SAVE, {"on_save": True}, {}, AUDIT),
-        (Event.EVALUATE, {"on_evaluate": True}, {}, AUDIT),
-        (Event.TRAIN_END, {"on_last_step": True}, {"step": 10}, AUDIT),
+        (Event.SAVE, {"on_save": True}, {}, True),
+        (Event.EVALUATE, {"on_evaluate": True}, {}, True),
+        (Event.TRAIN_END, {"on_last_step": True}, {"step": 10}, True),
     ],
 )
 def test_an_audit_waits_while_the_reference_is_about_to_be_synchronized(
-    event: Event, options: dict[str, Any], training: dict[str, Any], expected: Decision
+    event: Event, options: dict[str, Any], training: dict[str, Any], expected: bool | None
 ) -> None:
-    assert decided(event, options, {"syncs_reference": True, **training}) is expected
+    assert now(decided(event, options, {"syncs_reference": True, **training})) is expected
 
 
 @pytest.mark.parametrize("asks", [False, True])
 def test_the_start_forgets_what_an_earlier_training_left(asks: bool) -> None:
-    decision = decided(Event.TRAIN_BEGIN, {"before_training": asks}, {"step": 0}, pending=True)
-    assert decision is (AUDIT if asks else NOTHING)
+    due = decided(Event.TRAIN_BEGIN, {"before_training": asks}, {"step": 0}, PENDING)
+    assert due == (Due("full", "before training", budgeted=True) if asks else None)
+
+
+# -- looks -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("step", "expected"), [(3, None), (4, "health"), (6, "health")])
+def test_a_look_comes_at_its_step_or_after_it(step: int, expected: str | None) -> None:
+    """After it: where an audit broke, or the trainer made no event at that step."""
+    due = decided(Event.STEP_END, {}, {"step": step}, next_look=4)
+    assert (due and due.kind) == expected
+
+
+def test_a_look_at_a_saved_step_waits_for_the_save() -> None:
+    options, at = {"on_save": True}, {"step": 4, "saving": True}
+    look = decided(Event.STEP_END, options, at, next_look=4)
+    assert look is not None
+    assert (look.kind, look.later) == ("health", True)
+    saved = decided(Event.SAVE, options, at, look)
+    assert saved is not None
+    assert (saved.kind, saved.later) == ("full", False)
+    # Somebody called the save off: the look is made at the next event.
+    assert now(decided(Event.STEP_BEGIN, options, at, look)) is True
+    # Nobody audits saves: the look is made at once.
+    assert now(decided(Event.STEP_END, {}, at, next_look=4)) is True
+
+
+def looks(
+    steps: int, seconds_per_step: float, health: float, full: float | None, **options: Any
+) -> tuple[list[int], float]:
+    """Steps of the looks of a run that is otherwise left alone, and the share of the time that they took."""
+    schedule, budget = ScheduleConfig(**{"on_save": False, **options}), 0.05
+    audits = health
+    spent = Spent(0, 0.0, audits, health, full)
+    step, made = 0, [0]
+    while (at := look_after(spent, Training(step, steps), schedule, budget)) is not None:
+        assert at > step
+        step = at
+        made.append(step)
+        audits += health
+        spent = Spent(step, step * seconds_per_step, audits, health, full)
+    return made, audits / (audits + steps * seconds_per_step)
+
+
+def test_looks_double_where_they_cost_more_than_the_budget() -> None:
+    made, share = looks(1000, 0.01, health=2.0, full=None)
+    assert made == [0, 5, 10, 20, 40, 80, 160, 320, 640]
+    assert share > 0.5, "the least that is made whatever it costs"
+
+
+def test_looks_take_what_the_budget_leaves_beside_the_last_audit() -> None:
+    made, share = looks(1000, 1.0, health=1.0, full=20.0)
+    assert set(made) > {5, 10, 20, 40, 80}
+    assert 0.02 < share < 0.05
+    # The doublings have spent some of it in advance; from there on looks come evenly.
+    assert max(later - earlier for earlier, later in itertools.pairwise(made)) < 90
+    assert len([at for at in made if at > 250]) > 20
+    without, more = looks(1000, 1.0, health=1.0, full=20.0, on_last_step=False)
+    assert len(without) > len(made)
+    assert share < more <= 0.05
+
+
+def test_cheap_looks_are_not_made_without_end() -> None:
+    made, share = looks(10_000, 1.0, health=0.001, full=1.0)
+    assert len(made) <= 210
+    assert share < 0.001
+    assert max(later - earlier for earlier, later in itertools.pairwise(made)) <= 50
+
+
+def test_no_looks_where_they_are_switched_off_and_none_past_the_end() -> None:
+    assert look_after(Spent(), Training(0, 100), ScheduleConfig(health=False), 0.05) is None
+    assert look_after(Spent(), Training(0, 5), ScheduleConfig(), 0.05) is None, "the last step is audited anyway"
+    assert look_after(Spent(), Training(0, 5), ScheduleConfig(on_last_step=False), 0.05) == 5
+    assert look_after(Spent(), Training(0, 4), ScheduleConfig(), 0.05) is None
+
+
+def test_a_resumed_run_spends_by_its_own_clock() -> None:
+    """Its first steps say how long a step takes; what was audited before is not its own."""
+    spent = Spent(20, training=20.0, audits=0.4, health=0.2)
+    at = look_after(spent, Training(520, 1000), ScheduleConfig(on_last_step=False), 0.05)
+    assert at == 525
+
+
+def test_without_a_budget_looks_come_as_often_as_they_may() -> None:
+    spent = Spent(10, training=1.0, audits=50.0, health=5.0)
+    assert look_after(spent, Training(10, 1000), ScheduleConfig(), None) == 15
+
+
+# -- full audits -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spent", "step", "expected"),
+    [
+        # Nothing is known before the first step, nor before the first audit.
+        (Spent(), 0, False),
+        (Spent(100, training=100.0), 100, False),
+        # 5 % beside 1,000 s are 52.6 s.
+        (Spent(500, training=500.0, audits=1.0, health=0.5, full=20.0), 500, True),
+        (Spent(500, training=500.0, audits=10.0, health=0.5, full=20.0), 500, False),
+        # Now it would fit, but then none would at the end, where one fits without it.
+        (Spent(600, training=600.0, audits=1.0, health=0.5, full=27.0), 600, False),
+        (Spent(1000, training=1000.0, audits=1.0, health=0.5, full=27.0), 1000, True),
+        # Of a first one only a guess is known, by what a health audit took: 0.5 s (4 + 3·12) = 20 s.
+        (Spent(500, training=500.0, audits=1.0, health=0.5, layers=12), 500, True),
+        (Spent(500, training=500.0, audits=1.0, health=0.8, layers=12), 500, False),
+    ],
+)
+def test_a_full_audit_is_made_where_the_budget_has_room_now_and_at_the_end(
+    spent: Spent, step: int, expected: bool
+) -> None:
+    assert affords_full(spent, Training(step, 1000), 0.05) is expected
+    assert affords_full(spent, Training(step, 1000), None), "without a budget there is always room"
+
+
+def test_a_run_that_is_stopped_has_no_later_end_to_save_for() -> None:
+    spent = Spent(600, training=600.0, audits=1.0, health=0.5, full=27.0)
+    assert not affords_full(spent, Training(600, 1000), 0.05)
+    assert affords_full(spent, Training(600, 1000, stopping=True), 0.05)
+
+
+def test_the_share_is_of_all_the_time() -> None:
+    assert Spent().share is None
+    assert Spent(10, training=95.0, audits=5.0).share == 0.05

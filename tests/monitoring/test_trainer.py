@@ -77,7 +77,7 @@ def test_the_last_synchronization() -> None:
 
 
 def test_what_the_schedule_is_told() -> None:
-    control = SimpleNamespace(should_training_stop=True)
+    control = SimpleNamespace(should_training_stop=True, should_save=False)
 
     def training(step: int, best: str | None = None, **changes: Any) -> Any:
         state = SimpleNamespace(global_step=step, max_steps=9, best_model_checkpoint=best)
