@@ -38,6 +38,15 @@ def continue_greedily(
 
     A row goes on after its end until all have ended; what stands behind an end means nothing.
     """
+    if next(model.parameters()).dtype == torch.float64:
+        # Eager attention of a sliding window gives NaN there where the padding is longer than the window.
+        return [_continued(model, [prompt], max_new_tokens, ends, device)[0] for prompt in prompts]
+    return _continued(model, prompts, max_new_tokens, ends, device)
+
+
+def _continued(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int], device: torch.device
+) -> list[list[int]]:
     from transformers import GenerationConfig
 
     longest = max(map(len, prompts))
