@@ -1,0 +1,120 @@
+"""A run's clocks: what they call training, what audits, and what they make of a budget. Time is a number here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from align_audit.config import AuditConfig
+from align_audit.monitoring.pace import Pace
+from align_audit.monitoring.schedule import Due, Training
+from align_audit.record.audit_record import AuditKind
+from tests.helpers.make_record import make_record
+
+FULL = Due("full", "a checkpoint was saved", budgeted=True)
+
+
+@dataclass
+class Clock:
+    now: float = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def begun(config: AuditConfig | None = None, step: int = 0) -> tuple[Pace, Clock]:
+    clock = Clock()
+    pace = Pace(config or AuditConfig(), step, pairs_per_step=8, clock=clock)
+    clock.now += 50.0  # what was done before training is no part of it
+    pace.begin(Training(step, 1000))
+    return pace, clock
+
+
+def audit(pace: Pace, clock: Clock, kind: AuditKind, step: int, *seconds: float, writing: float = 0.0) -> None:
+    """Probe sets that take so long each, and what it takes to write them."""
+    with pace.timed(kind):
+        for each in seconds:
+            clock.now += each
+            record = make_record(step, layers=4)
+            cost = record.cost.model_copy(update={"seconds": each})
+            pace.occasion(record.model_copy(update={"kind": kind, "cost": cost}), "because", Training(step, 1000))
+        clock.now += writing
+
+
+def test_time_is_training_or_audits() -> None:
+    pace, clock = begun()
+    audit(pace, clock, "health", 0, 1.0, 2.0, writing=0.5)
+    clock.now += 60.0
+    audit(pace, clock, "full", 30, 10.0, writing=4.0)
+    spent = pace.spent(Training(30, 1000))
+    assert (spent.steps, spent.training, spent.audits) == (30, 60.0, 17.5)
+    assert (spent.health, spent.full, spent.layers) == (3.5, 14.0, 4)
+    assert spent.share == 17.5 / 77.5
+
+
+def test_a_record_says_what_was_spent_up_to_it_and_when_the_next_look_is() -> None:
+    pace, clock = begun()
+    audit(pace, clock, "health", 0, 1.0)
+    clock.now += 40.0
+    with pace.timed("health"):
+        clock.now += 1.0
+        record = make_record(5, layers=4)
+        record = record.model_copy(update={"kind": "health", "cost": record.cost.model_copy(update={"seconds": 1.0})})
+        occasion = pace.occasion(record, "a look at step 5 was planned", Training(5, 1000))
+    assert occasion.reason == "a look at step 5 was planned"
+    assert occasion.share_spent == 2.0 / 42.0
+    assert occasion.training_pair_seconds == 40.0 / (5 * 8)
+    assert occasion.next_step == pace.next_look == 10
+
+
+def test_before_the_first_step_nothing_is_known_of_shares() -> None:
+    pace, clock = begun()
+    with pace.timed("health"):
+        clock.now += 1.0
+        occasion = pace.occasion(make_record(0), "before training", Training(0, 1000))
+    assert (occasion.share_spent, occasion.training_pair_seconds, occasion.next_step) == (None, None, 5)
+
+
+def test_a_full_audit_that_does_not_fit_is_made_small_and_says_so() -> None:
+    pace, clock = begun()
+    audit(pace, clock, "health", 0, 1.0)
+    clock.now += 100.0
+    at = Training(100, 1000)
+    chosen = pace.choose(FULL, at)
+    # Of a full audit only a guess is known: 16 times the last look, in a model of four layers.
+    assert chosen.kind == "health"
+    assert chosen.reason == (
+        "a checkpoint was saved; a full audit takes about 16 s and does not fit the budget of 5.0% of the run yet"
+    )
+    clock.now += 400.0
+    assert pace.choose(FULL, Training(500, 1000)) == FULL
+    always = Due("full", "every 100 steps")
+    assert pace.choose(always, at) == always
+
+
+def test_without_a_budget_every_full_audit_is_one() -> None:
+    pace, _ = begun(AuditConfig(budget=None))
+    assert pace.choose(FULL, Training(0, 1000)) == FULL
+
+
+def test_an_audit_that_breaks_has_cost_time_all_the_same() -> None:
+    pace, clock = begun()
+    clock.now += 10.0
+
+    @pace.timed("full")
+    def breaks() -> None:
+        clock.now += 7.0
+        raise ValueError("planted")
+
+    with pytest.raises(ValueError, match="planted"):
+        breaks()
+    spent = pace.spent(Training(10, 1000))
+    assert (spent.audits, spent.training, spent.full) == (7.0, 10.0, None)
+
+
+def test_a_resumed_run_has_clocks_of_its_own() -> None:
+    pace, clock = begun(step=500)
+    assert pace.next_look == 640
+    clock.now += 10.0
+    assert pace.spent(Training(510, 1000)).steps == 10
