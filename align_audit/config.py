@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from align_audit.errors import SHOWN, ConfigurationError, first_line, plain, quoted
 
@@ -215,6 +217,72 @@ class ScheduleConfig(_Part):
     """A full audit at the end."""
 
 
+class WebhookConfig(_Part):
+    """Where alerts are posted to (``align_audit.writers.webhook``). A text alone is its ``url``.
+
+    ``url`` and ``headers`` are secrets (who knows a Slack URL may post): neither is in what :meth:`AuditConfig.to_dict` and
+    :meth:`AuditConfig.to_yaml` give, nor in records, so that runs that differ in nothing else have the same options.
+    """
+
+    url: SecretStr | None = Field(default=None, exclude=True, repr=False)
+    """``https://…`` or ``http://…``. None: that of the environment variable ``ALIGN_AUDIT_WEBHOOK_URL``, which has to be set
+    then on the process that writes."""
+    form: Literal["auto", "json", "slack"] = "auto"
+    """``json``: an object with everything that an alert holds. ``slack``: ``{"text": …}``, which Slack and Mattermost show.
+    ``auto``: ``slack`` for hooks.slack.com, else ``json``."""
+    timeout_seconds: float = Field(default=10.0, gt=0, le=300)
+    """For all tries of a message together, and for what is not yet posted when a run ends: training waits nowhere else."""
+    headers: dict[str, SecretStr] = Field(default_factory=dict, exclude=True, repr=False)
+    """Sent with each message, such as ``{"Authorization": "Bearer …"}``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_is_its_url(cls, value: Any) -> Any:
+        return {"url": value} if isinstance(value, str | SecretStr) else value
+
+    @field_validator("url")
+    @classmethod
+    def _goes_to_the_web(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None:
+            check_web_address(url.get_secret_value())
+        return url
+
+    @field_validator("headers")
+    @classmethod
+    def _fit_in_a_line(cls, headers: dict[str, SecretStr]) -> dict[str, SecretStr]:
+        for name, text in headers.items():
+            if re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) is None:
+                raise ValueError('expected names of HTTP headers, such as "Authorization"')
+            if re.fullmatch(r"[\t\x20-\x7e]*", text.get_secret_value()) is None:
+                raise ValueError(f"expected the header {plain(name, 60)} to be of printable ASCII in one line")
+        return headers
+
+
+def check_web_address(url: str) -> None:
+    """Refuse what cannot be posted to. The message quotes nothing of a URL but its scheme: it may be a secret.
+
+    Raises:
+        ValueError: it is no absolute http or https URL.
+    """
+    example = "such as https://hooks.slack.com/services/…"
+    if re.fullmatch(r"[\x21-\x7e]+", url) is None:
+        raise ValueError(
+            f"expected a URL of printable ASCII without blanks, {example}; others are written %20 and so on"
+        )
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port  # a port that is no number raises
+    except ValueError:
+        raise ValueError(f"expected a URL whose host and port can be read, {example}") from None
+    if parts.scheme not in ("http", "https"):
+        scheme = f"the scheme {plain(parts.scheme, 20)!r}" if "://" in url else "none of these"
+        raise ValueError(f"expected a URL that begins with https:// or http://, {example}; found {scheme}")
+    if not host:
+        raise ValueError(f"expected a URL that names a host, {example}; found none")
+    if "@" in parts.netloc:
+        raise ValueError(f"expected a URL without a user or password, {example}; headers may hold an Authorization")
+
+
 class AlertConfig(_Part):
     """Limits of the alert rules (``align_audit.alerts.detectors`` says what each means) and what to do when one fires.
 
@@ -225,6 +293,8 @@ class AlertConfig(_Part):
     action: Literal["log", "save", "stop"] = "log"
     """Done when an alert of level ``action_level`` or above fires. ``save`` writes a checkpoint, ``stop`` ends training."""
     action_level: Literal["warning", "error"] = "error"
+    webhook: WebhookConfig | None = None
+    """Where warnings and errors are posted to as they open, get worse and are resolved: a URL, or these options."""
     baseline_audits: int = Field(default=3, ge=1)
     """Healthy audits after which a run is also compared with itself."""
     chosen_drop_warning: float = Field(default=0.6, gt=0)
@@ -305,7 +375,10 @@ class AuditConfig(_Part):
                 raise ConfigurationError(_explain(error)) from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, as :meth:`from_dict` takes them back, and as a record stores them: infinity is ``"Infinity"``."""
+        """Plain values only, as :meth:`from_dict` takes them back, and as a record stores them: infinity is ``"Infinity"``.
+
+        What is secret (``alerts.webhook``: ``url`` and ``headers``) is left out.
+        """
         values: dict[str, Any] = json.loads(self.model_dump_json())
         return values
 
@@ -348,6 +421,15 @@ def _in_a_line(error: Exception) -> str:
     return first_line(error)
 
 
+def _quotation(where: tuple[int | str, ...], value: Any) -> str:
+    """What was found there, for a message; nothing from a URL or the options of a webhook on, which may be secret."""
+    if "webhook" in where and where[-1] not in ("form", "timeout_seconds"):
+        return ""
+    text = quoted(value)
+    secret = re.search(r"(?<=://)|(?<=webhook)", text)
+    return f" (found {text if secret is None else text[: secret.start()] + '…'})"
+
+
 def _explain(error: ValidationError) -> str:
     """Say each problem in one line: where, what was found, what is allowed."""
     lines = []
@@ -359,9 +441,11 @@ def _explain(error: ValidationError) -> str:
             for name in problem["loc"][:-1]:
                 # A place in a tuple of parts: what it holds.
                 part = get_args(part)[0] if isinstance(name, int) else part.model_fields[name].annotation
+                # ``WebhookConfig | None``: the part itself.
+                part = get_args(part)[0] if type(None) in get_args(part) else part
             lines.append(f"unknown option {where!r}; the options there are {', '.join(part.model_fields)}")
         else:
-            lines.append(f"{where}: {plain(problem['msg'], 500)} (found {quoted(problem['input'])})")
+            lines.append(f"{where}: {plain(problem['msg'], 500)}{_quotation(problem['loc'], problem['input'])}")
     if len(problems) > _EXPLAINED:
         lines.append(f"and {len(problems) - _EXPLAINED} more")
     return "invalid audit configuration:\n  " + "\n  ".join(lines)

@@ -118,12 +118,13 @@ def settings(
 ) -> AuditConfig:
     from align_audit.config import AuditConfig
 
-    values: dict[str, Any] = AuditConfig.from_yaml(config).to_dict() if config is not None else {}
+    # The parts themselves and no stored form of them, which has no secrets.
+    values: dict[str, Any] = dict(AuditConfig.from_yaml(config)) if config is not None else {}
     for name, value in (("max_pairs", max_pairs), ("max_length", max_length)):
         if value is not None:
             values[name] = value
     if low_rank:
-        values["low_rank"] = {**values.get("low_rank", {}), **low_rank}
+        values["low_rank"] = {**dict(values.get("low_rank", {})), **low_rank}
     return AuditConfig.from_dict(values)
 
 

@@ -27,6 +27,7 @@ from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Ranks
 from align_audit.record.audit_record import AuditKind
+from align_audit.writers.messages import OnAlert, checked
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -68,6 +69,8 @@ class AlignmentAuditCallback(TrainerCallback):
         config: what to audit, when, and at which limits to speak.
         reference: a model or a path; None: see ``align_audit.models.reference``.
         anatomy: where the decoder layers are, for a model in which they cannot be found.
+        on_alert: is called with an alert and the record it was raised on, on the process that writes, as alerts open, get
+            worse and are resolved. What it raises is logged and goes no further; training waits for it.
 
     Example::
 
@@ -91,6 +94,7 @@ class AlignmentAuditCallback(TrainerCallback):
         reference: nn.Module | str | Path | None = None,
         *,
         anatomy: Anatomy | None = None,
+        on_alert: OnAlert | None = None,
     ) -> None:
         self.config = config if config is not None else AuditConfig()
         if not isinstance(self.config, AuditConfig):
@@ -103,6 +107,7 @@ class AlignmentAuditCallback(TrainerCallback):
         self._given_probes: Any = probes
         self._given_reference = reference
         self._anatomy = anatomy
+        self._on_alert = checked(on_alert)
         self._trainer: weakref.ref[DPOTrainer] | None = None
         self._probe_sets: dict[str | None, ProbeSet] = {}
         self._probed: tuple[Any, ...] = ()
@@ -194,6 +199,7 @@ class AlignmentAuditCallback(TrainerCallback):
             ranks=self._ranks,
             writes=state.is_world_process_zero,
             anatomy=self._anatomy,
+            on_alert=self._on_alert,
         )
 
     # -- events --------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,9 +24,12 @@ from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import RunLog
+from align_audit.record.run import AuditRun
 from align_audit.record.transfer_record import TransferRecord
-from align_audit.writers.terminal import Terminal, progress_bar
-from align_audit.writers.writer import Writers
+from align_audit.writers.messages import OnAlert, checked
+from align_audit.writers.registry import OF_SAVED, writers_for
+from align_audit.writers.terminal import progress_bar
+from align_audit.writers.writer import Surroundings
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +58,7 @@ def audit_saved(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     tell: Callable[[str], None] = logger.error,
+    on_alert: OnAlert | None = None,
 ) -> SavedAudits:
     """Audit each checkpoint (folder → step) against ``reference`` and append to the log in ``output``.
 
@@ -67,36 +72,40 @@ def audit_saved(
         trust_remote_code: whether code that is saved with a model or tokenizer may run.
         tell: is given a line for each checkpoint that is passed over, and for what is not as its own run recorded it (see
             :mod:`align_audit.auditing.origin`).
+        on_alert: is called with each alert that is news, and the record it was raised on (as of the callback).
 
     Raises:
-        ConfigurationError: the log in ``output`` is another run's, or no checkpoint could be audited.
+        ConfigurationError: the log in ``output`` is another run's, no checkpoint could be audited, or a webhook has no URL.
         ConfigurationError, ProbeError, ReferenceUnavailableError, AnatomyError: as :func:`align_audit.audit`; of the
             only checkpoint, or of all together.
     """
     log = RunLog(output)
     sets = read_probes(probes, checkpoints, reference, config, trust_remote_code=trust_remote_code)
+    writers = writers_for(config, Surroundings(Path(output), tuple(sets), on_alert=checked(on_alert)), OF_SAVED)
+    writers.start(AuditRun.of(log))
     progress = progress_bar if config.progress else None
     # An error ends the audit of a checkpoint.
-    monitor = Monitor(sets, config, log, writers=Writers([Terminal()]), progress=progress, strict=True)
+    monitor = Monitor(sets, config, log, writers=writers, progress=progress, strict=True)
     shared = SharedReference(reference, trust_remote_code)
     records: list[AuditRecord] = []
     broken: dict[Path, AlignAuditError] = {}
-    for folder, step in checkpoints.items():
-        try:
-            policy = load_policy(
-                folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, reference=reference
-            )
-            resolved = shared.of(policy, folder)
-            hashes = policy_fingerprint(policy), resolved.fingerprint()
-            origin = check_origin(
-                folder, step or None, policy, resolved, hashes, sets, named=reference is not None, tell=tell
-            )
-            records += _audit_checkpoint(policy, resolved, hashes, Moment(step, origin=origin), monitor, log)
-        except (AnatomyError, ReferenceUnavailableError) as error:
-            if len(checkpoints) == 1:
-                raise
-            broken[folder] = error
-            tell(f"{folder.name} is passed over: {error}")
+    with contextlib.closing(writers):
+        for folder, step in checkpoints.items():
+            try:
+                policy = load_policy(
+                    folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, reference=reference
+                )
+                resolved = shared.of(policy, folder)
+                hashes = policy_fingerprint(policy), resolved.fingerprint()
+                origin = check_origin(
+                    folder, step or None, policy, resolved, hashes, sets, named=reference is not None, tell=tell
+                )
+                records += _audit_checkpoint(policy, resolved, hashes, Moment(step, origin=origin), monitor, log)
+            except (AnatomyError, ReferenceUnavailableError) as error:
+                if len(checkpoints) == 1:
+                    raise
+                broken[folder] = error
+                tell(f"{folder.name} is passed over: {error}")
     if not records:
         first = next(iter(broken.values()))
         raise type(first)(f"none of the {len(checkpoints)} checkpoints could be audited; the first: {first}") from first

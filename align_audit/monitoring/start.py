@@ -26,6 +26,7 @@ from align_audit.ranks import Ranks
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import RunLog
 from align_audit.record.run import AuditRun
+from align_audit.writers.messages import OnAlert
 from align_audit.writers.registry import writers_for
 from align_audit.writers.terminal import progress_bar
 from align_audit.writers.writer import Surroundings, Writers
@@ -53,6 +54,7 @@ def begin_run(
     ranks: Ranks,
     writes: bool,
     anatomy: Anatomy | None,
+    on_alert: OnAlert | None = None,
 ) -> Run:
     """Find the reference, try what every audit needs, and open what is written to. Nothing waits for another process.
 
@@ -72,7 +74,7 @@ def begin_run(
         config,
         log,
         ranks=ranks,
-        writers=None if log is None else open_writers(facts, config, probe_sets, log),
+        writers=None if log is None else open_writers(facts, config, probe_sets, log, on_alert),
         progress=progress_bar if writes and config.progress and facts.progress else None,
         strict=config.strict,
         pace=Pace(config, step, pairs_per_step=facts.pairs_per_step),
@@ -185,13 +187,18 @@ def _begins_so(
 
 
 def open_writers(
-    facts: TrainerFacts, config: AuditConfig, probe_sets: Mapping[str | None, ProbeSet], log: RunLog
+    facts: TrainerFacts,
+    config: AuditConfig,
+    probe_sets: Mapping[str | None, ProbeSet],
+    log: RunLog,
+    on_alert: OnAlert | None = None,
 ) -> Writers:
     """What shows the run, started.
 
     Raises:
         ConfigurationError: one of them cannot write.
     """
-    writers = writers_for(config, Surroundings(Path(facts.output_dir), tuple(probe_sets), facts.summary_writer))
+    around = Surroundings(Path(facts.output_dir), tuple(probe_sets), facts.summary_writer, on_alert)
+    writers = writers_for(config, around)
     writers.start(AuditRun.of(log))
     return writers

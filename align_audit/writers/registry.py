@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from align_audit.config import AuditConfig
+from align_audit.writers.messages import LogLines, Told
 from align_audit.writers.tensorboard import TensorBoard
 from align_audit.writers.terminal import Terminal
+from align_audit.writers.webhook import Webhook
 from align_audit.writers.writer import Surroundings, Writer, Writers
 
-WRITERS: list[Callable[[AuditConfig, Surroundings], Writer | None]] = [
+Maker = Callable[[AuditConfig, Surroundings], Writer | None]
+
+WRITERS: list[Maker] = [
     TensorBoard.of,
     Terminal.of,
+    LogLines.of,
+    Told.of,
+    Webhook.of,
 ]
 """Each makes a writer for a run, or none where the configuration asks for none. They are told in this order."""
 
 
-def writers_for(config: AuditConfig, surroundings: Surroundings) -> Writers:
-    """The writers of a run that is configured so; nothing is opened before :meth:`Writers.start`."""
-    made = (make(config, surroundings) for make in WRITERS)
+OF_SAVED: list[Maker] = [make for make in WRITERS if make != TensorBoard.of]
+"""Those of audits of saved checkpoints, which have pictures of their own."""
+
+
+def writers_for(config: AuditConfig, surroundings: Surroundings, makers: Sequence[Maker] | None = None) -> Writers:
+    """The writers of a run that is configured so; nothing is opened before :meth:`Writers.start`.
+
+    Args:
+        makers: None: :data:`WRITERS`.
+    """
+    made = (make(config, surroundings) for make in (WRITERS if makers is None else makers))
     return Writers(writer for writer in made if writer is not None)

@@ -62,6 +62,8 @@ class Surroundings:
     """Of all sets that will be audited; None for the one without a name."""
     trainers_tensorboard: Callable[[], SummaryWriter | None] = _no_writer
     """Gives the summary writer that the trainer's own curves go through, None where it has none or has closed it."""
+    on_alert: Callable[[Alert, AuditRecord], object] | None = None
+    """A user's function that is to be told of alerts."""
 
 
 class Writers:

@@ -103,13 +103,15 @@ def test_a_new_writer_is_one_line_in_the_registry(tmp_path: Path, monkeypatch: p
 
 
 def test_the_configuration_chooses_among_the_writers(tmp_path: Path) -> None:
-    def names(tensorboard: Any) -> list[str]:
-        config = AuditConfig(tensorboard=tensorboard)
-        made = [make(config, Surroundings(tmp_path)) for make in WRITERS]
+    def names(**options: Any) -> list[str]:
+        config = AuditConfig.from_dict(options)
+        made = [make(config, Surroundings(tmp_path, on_alert=print)) for make in WRITERS]
         return [writer.name for writer in made if writer is not None]
 
-    assert names("auto") == ["TensorBoard", "standard output"]
-    assert names("off") == ["standard output"]
+    assert names() == ["TensorBoard", "standard output", "Python logging", "on_alert"]
+    assert names(tensorboard="off") == ["standard output", "Python logging", "on_alert"]
+    posted = {"tensorboard": "off", "alerts": {"webhook": "https://localhost/"}}
+    assert names(**posted) == ["standard output", "Python logging", "on_alert", "the webhook"]
     writers_for(AuditConfig(), Surroundings(tmp_path))
     assert list(tmp_path.iterdir()) == [], "nothing is opened before the start"
 
