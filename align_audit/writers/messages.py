@@ -6,8 +6,8 @@ resolved.
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -87,7 +87,7 @@ def as_json(alert: Alert, record: AuditRecord, directory: Path) -> dict[str, Any
     Texts have their control characters escaped; other than that they are as in the record, and whoever shows them escapes
     them for where they are shown.
     """
-    values: dict[str, Any] = json.loads(alert.model_dump_json())
+    values = alert.model_dump()
     message = {
         "align_audit": record.provenance.versions.get("align_audit"),
         **{name: values[name] for name in ("event", "rule", "cause", "level", "step", "since", "looks", "value")},
@@ -97,7 +97,7 @@ def as_json(alert: Alert, record: AuditRecord, directory: Path) -> dict[str, Any
         "run": str(directory),
         "probes": alert.probe_name,
     }
-    return {name: _plain_texts(value) for name, value in message.items()}
+    return {name: _json_value(value) for name, value in message.items()}
 
 
 def as_slack(alert: Alert, record: AuditRecord, directory: Path) -> dict[str, Any]:
@@ -109,9 +109,11 @@ def as_slack(alert: Alert, record: AuditRecord, directory: Path) -> dict[str, An
     return {"text": text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"), "mrkdwn": False}
 
 
-def _plain_texts(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
     if isinstance(value, list):
-        return [_plain_texts(item) for item in value]
+        return [_json_value(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return plain(value) if isinstance(value, str) else value
 
 
