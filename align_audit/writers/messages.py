@@ -185,7 +185,7 @@ class LogLines(Channel):
         level = logging.ERROR if alert.level == "error" and alert.event != "resolved" else logging.WARNING
         if not alert_logger.isEnabledFor(level):
             return
-        words = ". ".join(line.rstrip(".") for line in paragraphs(alert))
+        words = " | ".join(paragraphs(alert))
         entry = alert_logger.makeRecord(
             alert_logger.name, level, __file__, 0, "align_audit: %s", (words,), None, "alert"
         )

@@ -24,7 +24,9 @@ from tests.helpers.make_record import make_record
 from tests.helpers.web import SECRET, Answer, code, hang, ok, refusing_url, serving, slowly
 
 SECONDS = 1.5
-SLACK = 0.7
+PATIENT = 20.0
+"""A time-out, in seconds, that nobody waits for who gets an answer, however busy the machine is."""
+SLACK = 1.0
 """What a test allows a busy machine beyond a time-out, in seconds."""
 
 RECORD = make_record(20, layers=3)
@@ -87,10 +89,10 @@ def test_what_is_answered_in_time_arrives_in_order(
 ) -> None:
     alerts = [alert(), alert("chosen_logp_falling", level="warning")]
     with serving(*answers) as server:
-        writer = started(server.url, tmp_path)
+        writer = started(server.url, tmp_path, timeout_seconds=PATIENT)
         for each in alerts:
-            assert timed(writer.alert, each, RECORD) < 0.2, "training does not wait"
-        assert timed(writer.close) < SECONDS + SLACK
+            assert timed(writer.alert, each, RECORD) < 0.5, "training does not wait"
+        assert timed(writer.close) < PATIENT / 2
         assert server.taken == [as_json(each, RECORD, tmp_path) for each in alerts]
         assert len(server.bodies) == requests
     assert unsent(tmp_path) == []
@@ -99,9 +101,9 @@ def test_what_is_answered_in_time_arrives_in_order(
 
 def test_a_server_asks_for_a_pause_and_gets_it(tmp_path: Path) -> None:
     with serving(code(429, Retry_After="1"), ok) as server:
-        writer = started(server.url, tmp_path)
+        writer = started(server.url, tmp_path, timeout_seconds=PATIENT)
         writer.alert(alert(), RECORD)
-        assert 1.0 <= timed(writer.close) < SECONDS + SLACK
+        assert 1.0 <= timed(writer.close) < PATIENT / 2
         assert len(server.taken) == 1
 
 
@@ -176,10 +178,10 @@ def test_what_is_refused_for_good_is_kept_at_once_and_said_once(
 ) -> None:
     alerts = [alert(), alert("chosen_logp_falling")]
     with serving(answer) as server:
-        writer = started(server.url, tmp_path)
+        writer = started(server.url, tmp_path, timeout_seconds=PATIENT)
         for each in alerts:
             writer.alert(each, RECORD)
-        assert timed(writer.close) < SECONDS
+        assert timed(writer.close) < PATIENT / 2
         assert len(server.bodies) == requests, "none is tried again, and no redirect is followed"
     kept = unsent(tmp_path)
     assert [line["posted"] for line in kept] == [as_json(each, RECORD, tmp_path) for each in alerts]
@@ -207,7 +209,7 @@ def test_what_never_gets_through_is_kept_and_a_run_ends_a_time_out_later(
     with serving(answer or ok) as server:
         writer = started(refusing_url() if answer is None else server.url, tmp_path)
         for each in alerts:
-            assert timed(writer.alert, each, RECORD) < 0.2
+            assert timed(writer.alert, each, RECORD) < 0.5
         assert timed(writer.close) < SECONDS + SLACK
         assert timed(writer.close) < 0.1, "there is nothing left to wait for"
     kept = unsent(tmp_path)
