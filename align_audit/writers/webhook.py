@@ -45,6 +45,7 @@ UNSENT = "unsent.jsonl"
 
 MOST_WAITING = 100
 """Messages that wait to be posted; what comes on top is kept as unsent."""
+_TOO_LATE = "it was not answered when the run ended"
 _FIRST_PAUSE = 0.25
 """Seconds before a second try; each further pause is twice as long."""
 
@@ -72,7 +73,7 @@ class Address:
         # The proxies of the environment, certificates verified, and no redirect followed: that would turn a POST into a GET.
         self._opener = urllib.request.build_opener(_NoRedirect)
         parts = urlsplit(url)
-        self.host = f"{parts.scheme}://{parts.hostname}" + ("" if parts.port is None else f":{parts.port}")
+        self.host = f"{parts.scheme}://{parts.netloc}"
 
     def post(self, body: bytes, deadline: float) -> str | None:
         """Post until it is taken, it is refused for good, or ``deadline`` (of ``time.monotonic``) is over.
@@ -112,7 +113,7 @@ class Address:
             if isinstance(cause, TimeoutError):
                 return Refusal("there was no answer in time", again=False)
             what = first_line(cause) if isinstance(cause, OSError) else type(cause).__name__
-            return Refusal(f"the connection failed: {what}", again=not isinstance(cause, ssl.SSLCertVerificationError))
+            return Refusal(f"the connection failed: {what}", again=not isinstance(cause, ssl.SSLError))
         return None
 
 
@@ -174,14 +175,15 @@ class Outbox:
         while not self._waiting.empty():
             if (message := self._waiting.get()) is not None:
                 rest.append(message)
+        self._waiting.put(None)  # for a thread that comes back after all
         for message in rest:
-            self._keep(message, "it was not answered when the run ended")
+            self._keep(message, _TOO_LATE)
 
     def _work(self) -> None:
         while (message := self._waiting.get()) is not None:
             with self._lock:
-                if self._given_up:
-                    self._waiting.put(message)
+                if self._given_up:  # taken from the queue just before whoever closed it looked there
+                    self._keep(message, _TOO_LATE)
                     return
                 self._under_way = message
             try:

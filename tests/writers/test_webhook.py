@@ -219,6 +219,17 @@ def test_what_never_gets_through_is_kept_and_a_run_ends_a_time_out_later(
     assert SECRET not in caplog.text + (tmp_path / "unsent.jsonl").read_text()
 
 
+def test_a_server_that_cannot_be_trusted_is_not_asked_again(tmp_path: Path) -> None:
+    """This one speaks no TLS at all."""
+    with serving(ok) as server:
+        writer = started(server.url.replace("http:", "https:"), tmp_path, timeout_seconds=PATIENT)
+        writer.alert(alert(), RECORD)
+        assert timed(writer.close) < PATIENT / 2
+        assert server.bodies == []
+    (kept,) = unsent(tmp_path)
+    assert kept["reason"].startswith("the connection failed: [SSL")
+
+
 def test_a_message_takes_one_time_out_and_the_next_one_goes_on(tmp_path: Path) -> None:
     with serving(hang, ok) as server:
         writer = started(server.url, tmp_path, timeout_seconds=0.5)
