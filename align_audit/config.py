@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
-from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from align_audit.errors import SHOWN, ConfigurationError, first_line, plain, quoted
+from align_audit.webhook_options import WebhookConfig, quotation
 
 Positions = Literal["all", "prompt", "completion", "last_prompt_token"]
 Basis = Literal["activation", "shift"]
@@ -217,72 +216,6 @@ class ScheduleConfig(_Part):
     """A full audit at the end."""
 
 
-class WebhookConfig(_Part):
-    """Where alerts are posted to (``align_audit.writers.webhook``). A text alone is its ``url``.
-
-    ``url`` and ``headers`` are secrets (who knows a Slack URL may post): neither is in what :meth:`AuditConfig.to_dict` and
-    :meth:`AuditConfig.to_yaml` give, nor in records, so that runs that differ in nothing else have the same options.
-    """
-
-    url: SecretStr | None = Field(default=None, exclude=True, repr=False)
-    """``https://…`` or ``http://…``. None: that of the environment variable ``ALIGN_AUDIT_WEBHOOK_URL``, which has to be set
-    then on the process that writes."""
-    form: Literal["auto", "json", "slack"] = "auto"
-    """``json``: an object with everything that an alert holds. ``slack``: ``{"text": …}``, which Slack and Mattermost show.
-    ``auto``: ``slack`` for hooks.slack.com, else ``json``."""
-    timeout_seconds: float = Field(default=10.0, gt=0, le=300)
-    """For all tries of a message together, and for what is not yet posted when a run ends: training waits nowhere else."""
-    headers: dict[str, SecretStr] = Field(default_factory=dict, exclude=True, repr=False)
-    """Sent with each message, such as ``{"Authorization": "Bearer …"}``."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _text_is_its_url(cls, value: Any) -> Any:
-        return {"url": value} if isinstance(value, str | SecretStr) else value
-
-    @field_validator("url")
-    @classmethod
-    def _goes_to_the_web(cls, url: SecretStr | None) -> SecretStr | None:
-        if url is not None:
-            check_web_address(url.get_secret_value())
-        return url
-
-    @field_validator("headers")
-    @classmethod
-    def _fit_in_a_line(cls, headers: dict[str, SecretStr]) -> dict[str, SecretStr]:
-        for name, text in headers.items():
-            if re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) is None:
-                raise ValueError('expected names of HTTP headers, such as "Authorization"')
-            if re.fullmatch(r"[\t\x20-\x7e]*", text.get_secret_value()) is None:
-                raise ValueError(f"expected the header {plain(name, 60)} to be of printable ASCII in one line")
-        return headers
-
-
-def check_web_address(url: str) -> None:
-    """Refuse what cannot be posted to. The message quotes nothing of a URL but its scheme: it may be a secret.
-
-    Raises:
-        ValueError: it is no absolute http or https URL.
-    """
-    example = "such as https://hooks.slack.com/services/…"
-    if re.fullmatch(r"[\x21-\x7e]+", url) is None:
-        raise ValueError(
-            f"expected a URL of printable ASCII without blanks, {example}; others are written %20 and so on"
-        )
-    try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port  # a port that is no number raises
-    except ValueError:
-        raise ValueError(f"expected a URL whose host and port can be read, {example}") from None
-    if parts.scheme not in ("http", "https"):
-        scheme = f"the scheme {plain(parts.scheme, 20)!r}" if "://" in url else "none of these"
-        raise ValueError(f"expected a URL that begins with https:// or http://, {example}; found {scheme}")
-    if not host:
-        raise ValueError(f"expected a URL that names a host, {example}; found none")
-    if "@" in parts.netloc:
-        raise ValueError(f"expected a URL without a user or password, {example}; headers may hold an Authorization")
-
-
 class AlertConfig(_Part):
     """Limits of the alert rules (``align_audit.alerts.detectors`` says what each means) and what to do when one fires.
 
@@ -421,15 +354,6 @@ def _in_a_line(error: Exception) -> str:
     return first_line(error)
 
 
-def _quotation(where: tuple[int | str, ...], value: Any) -> str:
-    """What was found there, for a message; nothing from a URL or the options of a webhook on, which may be secret."""
-    if "webhook" in where and where[-1] not in ("form", "timeout_seconds"):
-        return ""
-    text = quoted(value)
-    secret = re.search(r"(?<=://)|(?<=webhook)", text)
-    return f" (found {text if secret is None else text[: secret.start()] + '…'})"
-
-
 def _explain(error: ValidationError) -> str:
     """Say each problem in one line: where, what was found, what is allowed."""
     lines = []
@@ -445,7 +369,7 @@ def _explain(error: ValidationError) -> str:
                 part = get_args(part)[0] if type(None) in get_args(part) else part
             lines.append(f"unknown option {where!r}; the options there are {', '.join(part.model_fields)}")
         else:
-            lines.append(f"{where}: {plain(problem['msg'], 500)}{_quotation(problem['loc'], problem['input'])}")
+            lines.append(f"{where}: {plain(problem['msg'], 500)}{quotation(problem['loc'], problem['input'])}")
     if len(problems) > _EXPLAINED:
         lines.append(f"and {len(problems) - _EXPLAINED} more")
     return "invalid audit configuration:\n  " + "\n  ".join(lines)

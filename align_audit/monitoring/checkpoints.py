@@ -106,10 +106,17 @@ def audit_saved(
                     raise
                 broken[folder] = error
                 tell(f"{folder.name} is passed over: {error}")
-    if not records:
-        first = next(iter(broken.values()))
-        raise type(first)(f"none of the {len(checkpoints)} checkpoints could be audited; the first: {first}") from first
-    return SavedAudits(records, broken)
+    return _some_of(SavedAudits(records, broken))
+
+
+def _some_of(audits: SavedAudits) -> SavedAudits:
+    """The audits, where there are any."""
+    if not audits.records:
+        first = next(iter(audits.broken.values()))
+        raise type(first)(
+            f"none of the {len(audits.broken)} checkpoints could be audited; the first: {first}"
+        ) from first
+    return audits
 
 
 def _audit_checkpoint(
