@@ -42,7 +42,9 @@ def _direct(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def options(webhook: Any = None) -> AuditConfig:
-    return AuditConfig.from_dict({**QUICK, "strict": True, "alerts": {**ALARMED, "webhook": webhook}})
+    return AuditConfig.from_dict(
+        {**QUICK, "strict": True, "generations": {"enabled": False}, "alerts": {**ALARMED, "webhook": webhook}}
+    )
 
 
 def trained(output: Path, webhook: Any = None, on_alert: Any = None) -> Trained:
