@@ -108,7 +108,7 @@ def test_what_cannot_be_posted_to_is_refused_without_being_quoted(url: str, said
         ({"webhook": {"url": URL, "timeout_seconds": float("nan")}}, r"timeout_seconds: .*found nan"),
         (
             {"webhook": {"adress": URL}},
-            r"unknown option 'alerts\.webhook\.adress'; .* url, form, timeout_seconds, headers",
+            r"unknown option 'alerts\.webhook\.adress'.*; .* url, form, timeout_seconds, headers",
         ),
         (URL, r"alerts: .*\(found 'https://…\)"),
         ([{"webhook": URL}], r"alerts: .*\(found \[\{'webhook…\)"),

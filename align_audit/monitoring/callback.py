@@ -219,6 +219,22 @@ class AlignmentAuditCallback(TrainerCallback):
         self._at(Event.STEP_END, state, control, kwargs["model"])
 
     @_guarded
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep what the trainer logs, and leave a look due where something in it is suspicious."""
+        assert self._run is not None
+        found = self._run.monitor.logged(state.global_step, logs or {}, state.max_steps or None)
+        found = self._ranks.share(found)
+        if found and self.config.schedule.health and self._pending is None:
+            self._pending = Due("health", f"the training log: {found[0].message}", later=True)
+
+    @_guarded
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Audit after an evaluation, where asked for, and what is due."""
         self._at(Event.EVALUATE, state, control, kwargs["model"])

@@ -9,9 +9,11 @@ import logging
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Self
 
-from align_audit.alerts.detectors import evaluate
+from align_audit.alerts.advice import advise
+from align_audit.alerts.detectors import Suspicion, judge, suspect
 from align_audit.auditing.audit import run_audit
 from align_audit.auditing.origin import Origin
 from align_audit.auditing.previous import PreviousAudit, left_by
@@ -28,6 +30,7 @@ from align_audit.ranks import Ranks
 from align_audit.record.audit_record import Alert, AuditKind, AuditRecord
 from align_audit.record.log import RunLog, arrays_name
 from align_audit.record.stored_records import Head, chosen
+from align_audit.record.training_log import TrainingLog
 from align_audit.writers.writer import Writers
 
 logger = logging.getLogger(__name__)
@@ -91,7 +94,7 @@ class Outcome:
         records: of the sets that were audited, by name; empty where no log is kept.
         alerts: of all those sets.
         failures: on all processes, by rank.
-        reasons: the rules of the alerts that are serious enough to act on, sorted.
+        reasons: the rules of the alerts that are new, or got worse, and serious enough to act on; sorted.
         save, stop: a checkpoint is wished for; training should end.
         opened: the rules of warnings and errors that are new, or got worse, with this audit.
         next_look: the step of the next health audit, as the process that writes has planned it.
@@ -117,11 +120,10 @@ class Outcome:
     ) -> Self:
         """With what the options say is to be done about these alerts."""
         serious = {"error"} if config.action_level == "error" else {"error", "warning"}
-        reasons = sorted({alert.rule for alert in alerts if alert.level in serious})
+        news = [alert for alert in alerts if alert.event in ("opened", "worse")]
+        reasons = sorted({alert.rule for alert in news if alert.level in serious})
         acts = bool(reasons) and config.action != "log"
-        opened = sorted(
-            {alert.rule for alert in alerts if alert.level != "info" and alert.event in ("opened", "worse")}
-        )
+        opened = sorted({alert.rule for alert in news if alert.level != "info"})
         stop = acts and config.action == "stop"
         return cls(records, alerts, failures, reasons, save=acts, stop=stop, opened=opened, next_look=next_look)
 
@@ -154,6 +156,7 @@ class Monitor:
         progress: makes a progress bar of so many batches.
         strict: an audit that breaks is recorded, and raised on all processes.
         pace: the run's clocks, which plan the next look; None where nothing trains.
+        training_log: what the trainer logs, kept beside the records.
     """
 
     def __init__(
@@ -167,8 +170,11 @@ class Monitor:
         progress: Callable[[int, str], Any] | None = None,
         strict: bool = False,
         pace: Pace | None = None,
+        training_log: TrainingLog | None = None,
     ) -> None:
         self.pace = pace
+        self.training_log = training_log
+        self._suspected: set[str] = set()
         self.probe_sets = probe_sets
         self.config = config
         self.log = log
@@ -228,10 +234,25 @@ class Monitor:
         return Outcome.of(findings.records, said[0][0], failures, self.config.alerts, said[0][2])
 
     def tell(self, record: AuditRecord) -> None:
-        """Let the writers show an audit, among those of the log, and what it alerts to."""
+        """Let the writers show an audit, among those of the log, and what is new of its alerts."""
         self.writers.record(record, [] if self.log is None else self.log.records)
         for alert in record.alerts:
-            self.writers.alert(alert, record)
+            if alert.event != "open":
+                self.writers.alert(alert, record)
+
+    def logged(self, step: int, logs: Mapping[str, object], max_steps: int | None) -> list[Suspicion]:
+        """Keep what the trainer logs, and say what is newly suspicious in it; nothing where this process keeps no log.
+
+        Raises:
+            OSError: it cannot be kept.
+        """
+        if self.training_log is None:
+            return []
+        self.training_log.append(step, logs)
+        suspicions = suspect(self.training_log.rows, self.config.alerts, max_steps=max_steps)
+        fresh = [suspicion for suspicion in suspicions if suspicion.rule not in self._suspected]
+        self._suspected = {suspicion.rule for suspicion in suspicions}
+        return fresh
 
     def record_failure(self, step: int, failure: AuditFailure) -> None:
         """Keep it where this process keeps the log, and say it once."""
@@ -313,12 +334,11 @@ class Monitor:
         self._previous[name] = result.left
         if self.log is None:
             return
-        earlier = comparable(self.log.records, name, probes.content_hash, moment.step)
         record = result.record if moment.origin is None else moment.origin.noted(result.record)
         if self.pace is not None and moment.training is not None:
             occasion = self.pace.occasion(record, moment.reason, moment.training)
             record = record.model_copy(update={"occasion": occasion})
-        record = record.model_copy(update={"alerts": evaluate(record, earlier, self.config.alerts)})
+        record = record.model_copy(update={"alerts": self._judged(record, moment)})
         findings.records[name] = record
         # Acted on whatever follows: neither a full disk nor a closed terminal makes them untrue.
         findings.alerts += record.alerts
@@ -326,6 +346,23 @@ class Monitor:
         self.log.append(record)
         # Writers come after the log: what breaks in one of them costs no record.
         self.tell(record)
+
+    def _judged(self, record: AuditRecord, moment: Moment) -> list[Alert]:
+        """What is open at an audit, and what to do about it."""
+        assert self.log is not None
+        earlier, rows = self.log.records, [] if self.training_log is None else self.training_log.rows
+        max_steps = None if moment.training is None else moment.training.max_steps
+        alerts = judge(record, earlier, rows, self.config.alerts, max_steps=max_steps)
+        folder = self.log.directory.parent
+        return advise(alerts, earlier, rows, checkpoints=_checkpoints(folder), output_dir=str(folder), beta=moment.beta)
+
+
+def _checkpoints(folder: Path) -> list[str]:
+    """The checkpoints that exist now: the trainer deletes old ones (``save_total_limit``)."""
+    try:
+        return [path.name for path in folder.glob("checkpoint-*") if path.is_dir()]
+    except OSError:
+        return []
 
 
 def _key_of(head: Head) -> Key:

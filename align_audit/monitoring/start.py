@@ -26,6 +26,7 @@ from align_audit.ranks import Ranks
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import RunLog
 from align_audit.record.run import AuditRun
+from align_audit.record.training_log import TrainingLog
 from align_audit.writers.messages import OnAlert
 from align_audit.writers.registry import writers_for
 from align_audit.writers.terminal import progress_bar
@@ -77,6 +78,7 @@ def begin_run(
         writers=None if log is None else open_writers(facts, config, probe_sets, log, on_alert),
         progress=progress_bar if writes and config.progress and facts.progress else None,
         strict=config.strict,
+        training_log=TrainingLog(facts.output_dir) if writes else None,
         pace=Pace(config, step, pairs_per_step=facts.pairs_per_step),
     )
     monitor.resume(step + 1)

@@ -3,7 +3,9 @@
 ``<output_dir>/align_audit/`` holds
 
 - ``records.jsonl``: one :class:`~align_audit.record.audit_record.AuditRecord` a line;
-- ``alerts.jsonl``: the alerts of those records, one a line (a copy, for ``tail -f``; the records are the source);
+- ``alerts.jsonl``: what happened to the alerts of those records (opened, worse, resolved), one a line (a copy, for
+  ``tail -f``; the records are the source);
+- ``training.jsonl``: what the trainer logs (:mod:`align_audit.record.training_log`);
 - ``failures.jsonl``: audits that broke, with their traceback;
 - ``step-<N>/*.safetensors``: what is too large for a line (per-pair values, subspace bases), of a named probe set in
   ``arrays-<name>``;
@@ -139,7 +141,7 @@ class RunLog:
         self._append(RECORDS, [line])
         self._records.append(record, line.encode(), f"the record of step {record.step}")
         self._keys.add(record.key)
-        self._append_alerts([alert.model_dump_json() for alert in record.alerts])
+        self._append_alerts([alert.model_dump_json() for alert in record.alerts if alert.event != "open"])
         return True
 
     def append_failure(self, step: int, error_text: str, probe_name: str | None = None) -> None:
@@ -247,7 +249,7 @@ class RunLog:
     def _add_missing_alerts(self) -> None:
         """Alerts follow their record, so a kill in between leaves them out of their own file."""
         logged = Counter(alert.model_dump_json() for alert in read_lines(self.directory / ALERTS, Alert))
-        expected = [alert.model_dump_json() for alert in self._records.alerts]
+        expected = [alert.model_dump_json() for alert in self._records.alerts if alert.event != "open"]
         missing = []
         for line in expected:
             if logged[line]:

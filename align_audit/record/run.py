@@ -24,7 +24,9 @@ from align_audit.record.log import (
     load_arrays,
 )
 from align_audit.record.numbers import Word, by_series, walk
+from align_audit.record.status import Status, status_of
 from align_audit.record.stored_records import chosen, heads_of
+from align_audit.record.training_log import TRAINING, LogRow, read_training_log
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,17 +50,25 @@ class AuditRun:
     records: Sequence[AuditRecord]
     """By step, then by creation. Those of a log are validated when it is loaded, and parsed when they are looked at."""
     alerts: list[Alert]
-    """By step: those of the records, and any other that is in ``alerts.jsonl``."""
+    """By step: what happened to alerts (opened, worse, resolved), as the records say it, and any other that is in
+    ``alerts.jsonl``. What is open at an audit stands in its record."""
     failures: list[Failure]
     """Audits that broke."""
     probe_name: str | None = None
     """The probe set that :meth:`select` has narrowed this to, where it has a name."""
+    training_log: Sequence[LogRow] = ()
+    """What the trainer logged, by step; empty where none was kept."""
 
     @classmethod
     def of(cls, log: RunLog) -> Self:
-        """The run of a log that is open for appending, as it stands now. Failures are in the file only."""
+        """The run of a log that is open for appending, as it stands now. Failures and the trainer's log are in files only."""
         records = log.records
-        return cls(log.directory, records, records.alerts, failures=[])
+        return cls(log.directory, records, _events(records.alerts), failures=[])
+
+    @property
+    def status(self) -> Status:
+        """How the run stands, of the probe set that it was narrowed to where it was."""
+        return status_of(self.records, self.failures, self.training_log)
 
     @property
     def probe_names(self) -> list[str | None]:
@@ -75,10 +85,15 @@ class AuditRun:
             raise RecordError(
                 f"no audit on the probe set {name!r} in {self.directory}; there are {', '.join(map(repr, self.probe_names))}"
             )
+        records = chosen(self.records, lambda head: head.probe_name == name)
+        # An alert of one cause may have been seen on another set, and is open at this one's records all the same.
+        stored = {alert.model_dump_json() for head in heads_of(self.records) for alert in head.alerts}
+        rest = [alert for alert in self.alerts if alert.probe_name == name and alert.model_dump_json() not in stored]
+        alerts = [*_events(alert for head in heads_of(records) for alert in head.alerts), *rest]
         return replace(
             self,
-            records=chosen(self.records, lambda head: head.probe_name == name),
-            alerts=[alert for alert in self.alerts if alert.probe_name == name],
+            records=records,
+            alerts=sorted(alerts, key=lambda alert: alert.step),
             failures=[failure for failure in self.failures if failure.probe_name == name],
             probe_name=name,
         )
@@ -94,8 +109,9 @@ class AuditRun:
         """
         path = find_records(Path(output_dir))
         records = read_records(path).by_step()
-        alerts = records.alerts
+        alerts = _events(records.alerts)
         failures: list[Failure] = []
+        training_log: list[LogRow] = []
         if path.name == RECORDS:
             in_records = Counter(alert.model_dump_json() for alert in alerts)
             for alert in read_lines(path.with_name(ALERTS), Alert):
@@ -105,8 +121,9 @@ class AuditRun:
                 else:
                     alerts.append(alert)
             failures = read_lines(path.with_name(FAILURES), Failure)
+            training_log = read_training_log(path.with_name(TRAINING))
         alerts.sort(key=lambda alert: alert.step)
-        return cls(directory=path.parent, records=records, alerts=alerts, failures=failures)
+        return cls(path.parent, records, alerts, failures, training_log=training_log)
 
     def load_arrays(self, step: int, name: str) -> dict[str, np.ndarray]:
         """The arrays of ``step-<N>/<name>.safetensors``; a missing or damaged file raises ``RecordError``.
@@ -133,6 +150,10 @@ class AuditRun:
             return pandas.DataFrame(by_layer, columns=None if by_layer else ["step", "layer"])
         rows = [row_of(record) for record in self.records]
         return pandas.DataFrame(rows, columns=None if rows else ["step"])
+
+
+def _events(alerts: Iterable[Alert]) -> list[Alert]:
+    return [alert for alert in alerts if alert.event != "open"]
 
 
 def find_records(path: Path) -> Path:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import align_audit.monitoring.monitor
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRecord, AuditRun
+from align_audit.alerts import detectors
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.errors import ConfigurationError
 from align_audit.models.weights.fingerprint import fingerprint
@@ -396,13 +397,14 @@ def test_a_killed_run_goes_on_with_the_numbers_of_one_that_was_not(tmp_path: Pat
 def test_an_audit_is_not_judged_by_later_steps(resumed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resumed from step 2 on another course, step 3 is compared with 0 to 2, not with the old 3 and 4."""
     seen: dict[int, list[int]] = {}
-    real = align_audit.monitoring.monitor.evaluate
+    real = detectors._course
 
-    def watched(record: Any, before: Any, config: Any) -> Any:
-        seen[record.step] = [earlier.step for earlier in before]
-        return real(record, before, config)
+    def watched(record: Any, earlier: Any) -> Any:
+        course = real(record, earlier)
+        seen.setdefault(record.step, [each.step for each in course])
+        return course
 
-    monkeypatch.setattr(align_audit.monitoring.monitor, "evaluate", watched)
+    monkeypatch.setattr(detectors, "_course", watched)
     checkpoint = str(resumed.output / "checkpoint-2")
     run(resumed.output, resumed.config, max_steps=3, resume=checkpoint, lr_scheduler_type="constant", beta=1.0)
     assert seen == {3: [0, 1, 2]}

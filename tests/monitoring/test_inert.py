@@ -30,7 +30,7 @@ def small(**changes: Any) -> AuditConfig:
     return AuditConfig.from_dict({**values, **changes})
 
 
-HEALTH: dict[str, Any] = {"budget": 0.001, "schedule": {"first_health": 1}}
+HEALTH: dict[str, Any] = {"budget": 0.001, "schedule": {"first_health": 1, "escalate": False}}
 """No room for a full audit, and a look at every step of four."""
 
 

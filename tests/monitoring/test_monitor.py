@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from align_audit import Alert, AuditConfig, AuditRecord, AuditRun, ProbeSet
+from align_audit.alerts import detectors
 from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.errors import AlignAuditError
@@ -25,7 +26,7 @@ from align_audit.writers.writer import Writers
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 from tests.monitoring.test_callback import quick
 
-AT_ONCE = {"kl_warning": 1e-9, "kl_error": 1e-9}
+AT_ONCE: dict[str, Any] = {"rules": {"at_once": {"signal": "margins.kl", "above": 1e-9, "level": "error"}}}
 """Limits that any policy that has moved at all is beyond."""
 
 
@@ -237,13 +238,20 @@ def test_other_pairs_are_not_gone_on_from(bench: Any, requests: list[AuditReques
 
 def test_an_audit_is_judged_by_earlier_ones_of_its_own_pairs(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     judged: list[tuple[int, list[int]]] = []
-    real = module.evaluate
+    asked: list[int] = []
+    judge = module.judge
+    monkeypatch.setattr(
+        module, "judge", lambda record, *rest, **more: asked.append(record.step) or judge(record, *rest, **more)
+    )
+    real = detectors._history
 
-    def watched(record: AuditRecord, before: Any, config: Any) -> Any:
-        judged.append((record.step, [each.step for each in before]))
-        return real(record, before, config)
+    def watched(view: Any, newest: AuditRecord, course: Any) -> Any:
+        history = real(view, newest, course)
+        if len(judged) < len(asked):  # the new record comes first, then the last ones of other sets
+            judged.append((newest.step, [each.step for each in history.before]))
+        return history
 
-    monkeypatch.setattr(module, "evaluate", watched)
+    monkeypatch.setattr(detectors, "_history", watched)
     pairs, others = random_pairs(4), random_pairs(5, seed=1)
     bench(sets={"a": others}).audit(0)
     first = bench(sets={"a": pairs, "b": others})
@@ -280,12 +288,12 @@ def test_comparable_audits(bench: Any) -> None:
     ],
 )
 def test_alerts_become_wishes(
-    action: str, level: str, limits: dict[str, float], save: bool, stop: bool, bench: Any
+    action: str, level: str, limits: dict[str, Any], save: bool, stop: bool, bench: Any
 ) -> None:
     outcome = bench(quick(alerts={"action": action, "action_level": level, **limits})).audit(1)
     assert (outcome.save, outcome.stop) == (save, stop)
     if save:
-        assert outcome.reasons == ["kl_out_of_bounds"]
+        assert outcome.reasons == ["at_once" if limits is AT_ONCE else "kl_out_of_bounds"]
 
 
 # -- what breaks -------------------------------------------------------------------------------------------------------
@@ -329,7 +337,7 @@ def test_an_alert_is_acted_on_although_the_log_cannot_be_written(
     Broken(monkeypatch, method)
     outcome = first.audit(1)
     assert outcome.stop
-    assert [alert.rule for alert in outcome.alerts] == ["kl_out_of_bounds"]
+    assert [alert.rule for alert in outcome.alerts] == ["at_once"]
     (failure,) = outcome.failures
     assert failure.kind == "OSError: no space left on device"
     assert [stored.step for stored in first.run.failures] == [1]

@@ -82,21 +82,25 @@ def test_a_new_writer_is_one_line_in_the_registry(tmp_path: Path, monkeypatch: p
     settings = {
         "max_pairs": 4, "statistics": {"bootstrap_resamples": 100}, "tensorboard": "off", "progress": False, "strict": True,
         "localization": {"enabled": False}, "low_rank": {"enabled": False}, "spinal": {"enabled": False},
-        "alerts": {"kl_warning": 1e-9, "kl_error": 1e-9},
+        "alerts": {"kl_warning": 1e-9, "kl_error": 1e-9}, "generations": {"enabled": False},
     }  # fmt: skip
     callback = AlignmentAuditCallback(config=AuditConfig.from_dict(settings))
     trained = build(tmp_path / "run", "ref_model made", [callback], max_steps=1, save_strategy="no")
     callback.attach(trained.trainer)
     trained.trainer.train()
 
+    # The look at step 1 warns, and is followed by a full audit at once: one alert, which is told once.
     stored = AuditRun.load(tmp_path / "run")
-    alerts = [alert.rule for alert in stored.records[1].alerts]
-    assert "kl_out_of_bounds" in alerts
+    assert [(record.step, record.kind) for record in stored.records] == [(0, "health"), (1, "health"), (1, "full")]
+    assert [[(alert.rule, alert.event) for alert in record.alerts] for record in stored.records] == [
+        [], [("kl_out_of_bounds", "opened")], [("kl_out_of_bounds", "open")],
+    ]  # fmt: skip
     assert toy.told == [
         ("start", []),
         ("record", (0, [0])),
         ("record", (1, [0, 1])),
-        *(("alert", (rule, 1)) for rule in alerts),
+        ("alert", ("kl_out_of_bounds", 1)),
+        ("record", (1, [0, 1, 1])),
         ("close", None),
     ]
     assert [(around.output_dir, around.probe_names) for around in surroundings] == [(tmp_path / "run", (None,))]
