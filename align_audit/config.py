@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from align_audit.errors import SHOWN, ConfigurationError, first_line, plain, quoted
+from align_audit.rules.options import AddedRule, RuleOptions, RuleSetting, read_rules
+from align_audit.rules.table import LIMITS, Rule, did_you_mean
 from align_audit.webhook_options import WebhookConfig, quotation
+from align_audit.yaml_lines import Place, line_at, lines_of
 
 Positions = Literal["all", "prompt", "completion", "last_prompt_token"]
 Basis = Literal["activation", "shift"]
@@ -216,10 +221,38 @@ class ScheduleConfig(_Part):
     """A full audit at the end."""
 
 
-class AlertConfig(_Part):
-    """Limits of the alert rules (``align_audit.alerts.detectors`` says what each means) and what to do when one fires.
+if TYPE_CHECKING:
 
-    A limit of infinity (``.inf`` in YAML) switches its rule off, where one may be so large.
+    class _Limits(_Part):
+        """The limits of all rules (``align_audit.rules.table``), each an option under its name."""
+
+        def __getattr__(self, option: str) -> float: ...
+
+else:
+    _Limits = create_model(
+        "_Limits",
+        __base__=_Part,
+        **{
+            name: (
+                Annotated[float, Field(gt=limit.above, lt=None if math.isinf(limit.below) else limit.below)],
+                limit.default,
+            )
+            for name, limit in LIMITS.items()
+        },
+    )
+
+
+class AlertConfig(_Limits):
+    """The limits of the alert rules, what to do when one fires, and rules switched off, tuned or added.
+
+    The limits (``kl_warning``, …), with unit, direction and default, are those of ``align_audit.rules.table``, which
+    ``docs/alerts.md`` prints. One of infinity (``.inf`` in YAML) switches its level off, where it may be so large.
+
+    Example:
+        >>> AlertConfig(kl_warning=0.5, rules={"entropy": "off"}).uses("entropy_out_of_bounds")
+        False
+        >>> AlertConfig(rules={"norm": {"signal": "grad_norm", "above": 50.0, "patience": 3}}).rules["norm"].level
+        'warning'
     """
 
     enabled: bool = True
@@ -230,23 +263,45 @@ class AlertConfig(_Part):
     """Where warnings and errors are posted to as they open, get worse and are resolved: a URL, or these options."""
     baseline_audits: int = Field(default=3, ge=1)
     """Healthy audits after which a run is also compared with itself."""
-    chosen_drop_warning: float = Field(default=0.6, gt=0)
-    """Nats per token by which the chosen log-probability may fall below the reference's."""
-    chosen_drop_error: float = Field(default=1.2, gt=0)
-    kl_warning: float = Field(default=1.0, gt=0)
-    """Nats per token."""
-    kl_error: float = Field(default=2.0, gt=0)
-    entropy_ratio_low: float = Field(default=0.25, gt=0, lt=1)
-    """Entropy of the policy over entropy of the reference."""
-    entropy_ratio_high: float = Field(default=2.0, gt=1)
-    token_accuracy_ratio_error: float = Field(default=0.5, gt=0, lt=1)
-    """Next-token accuracy of the policy over the reference's."""
-    accuracy_drop_warning: float = Field(default=0.1, gt=0, lt=1)
-    accuracy_drop_error: float = Field(default=0.25, gt=0, lt=1)
-    """Fall of the preference accuracy on the probes from its best."""
-    additivity_warning: float = Field(default=0.4, gt=0, lt=1)
-    coherence_drop_warning: float = Field(default=0.5, gt=0, lt=1)
-    """Relative fall below the run's own baseline."""
+    agreeing_families: int = Field(default=3, ge=2)
+    """So many independent signs at one look make an error, however weak each is; two do where one is beyond its own limit of
+    an error."""
+    hysteresis: float = Field(default=0.8, gt=0, le=1)
+    """An open alert clears only beyond this share of its limit (1: at the limit itself), at two looks in a row."""
+    cooldown: int = Field(default=3, ge=0)
+    """Looks after an alert was resolved in which a warning of the same cause has to be seen once more before it opens again."""
+    rules: dict[str, RuleSetting] = Field(default_factory=dict)
+    """Rule → ``off``, or its options and limits; or a rule of your own (:class:`~align_audit.rules.options.AddedRule`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _sort_out_rules(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("rules"), dict):
+            return values
+        rules, limits = read_rules(values["rules"])
+        if twice := sorted(set(limits) & set(values)):
+            raise ValueError(f"expected {twice[0]} once; found it under alerts and under rules")
+        return values | limits | {"rules": rules}
+
+    def uses(self, rule: str) -> bool:
+        """Is this rule of the table switched on?"""
+        said = self.rules.get(rule)
+        return not isinstance(said, RuleOptions) or said.enabled
+
+    def patience(self, rule: Rule) -> int:
+        """Looks in a row after which a rule of the table counts by itself."""
+        said = self.rules.get(rule.name)
+        return said.patience or rule.patience if isinstance(said, RuleOptions) else rule.patience
+
+    def may_be_error(self, rule: str) -> bool:
+        """May this rule of the table give more than a warning?"""
+        said = self.rules.get(rule)
+        return not isinstance(said, RuleOptions) or said.level == "error"
+
+    @property
+    def added(self) -> dict[str, AddedRule]:
+        """The rules that are not in the table."""
+        return {name: said for name, said in self.rules.items() if isinstance(said, AddedRule)}
 
 
 class AuditConfig(_Part):
@@ -305,7 +360,7 @@ class AuditConfig(_Part):
             try:
                 super().__init__(**data)
             except ValidationError as error:
-                raise ConfigurationError(_explain(error)) from None
+                raise _Refused(error) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as :meth:`from_dict` takes them back, and as a record stores them: infinity is ``"Infinity"``.
@@ -327,9 +382,10 @@ class AuditConfig(_Part):
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Self:
-        """Read a YAML file of options; those left out keep their defaults."""
+        """Read a YAML file of options; those left out keep their defaults. What is wrong is said with its line."""
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
+            values = yaml.safe_load(text)
         except Exception as error:  # PyYAML raises many kinds on what is no YAML, or YAML that is too deep
             raise ConfigurationError(
                 f"cannot read the audit configuration {plain(path)}: {_in_a_line(error)}"
@@ -337,7 +393,18 @@ class AuditConfig(_Part):
         if values is None:
             values = {}
         _check_names(values, plain(path))
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except _Refused as refused:
+            raise ConfigurationError(_explain(refused.error, lines_of(text))) from None
+
+
+class _Refused(ConfigurationError):
+    """Options that are not valid, with what pydantic says of them."""
+
+    def __init__(self, error: ValidationError) -> None:
+        super().__init__(_explain(error))
+        self.error = error
 
 
 def _check_names(values: Any, where: str) -> None:
@@ -354,22 +421,35 @@ def _in_a_line(error: Exception) -> str:
     return first_line(error)
 
 
-def _explain(error: ValidationError) -> str:
-    """Say each problem in one line: where, what was found, what is allowed."""
-    lines = []
+def _explain(error: ValidationError, lines: Mapping[Place, int] | None = None) -> str:
+    """Say each problem in one line: where, what was found, what is allowed; ``lines``: where in a YAML file places stand."""
+    told = []
     problems = error.errors(include_url=False)
     for problem in problems[:_EXPLAINED]:
-        where = ".".join(plain(part, 60) for part in problem["loc"]) or "AuditConfig"
+        place: Place = (*problem["loc"], *problem.get("ctx", {}).get("place", ()))
+        where = ".".join(plain(part, 60) for part in place) or "AuditConfig"
+        line = line_at(lines or {}, place)
+        at = "" if line is None else f" (line {line})"
         if problem["type"] == "extra_forbidden":
-            part: Any = AuditConfig
-            for name in problem["loc"][:-1]:
-                # A place in a tuple of parts: what it holds.
-                part = get_args(part)[0] if isinstance(name, int) else part.model_fields[name].annotation
-                # ``WebhookConfig | None``: the part itself.
-                part = get_args(part)[0] if type(None) in get_args(part) else part
-            lines.append(f"unknown option {where!r}; the options there are {', '.join(part.model_fields)}")
+            names = _options_at(place[:-1])
+            told.append(
+                f"unknown option {where!r}{at}{did_you_mean(str(place[-1]), names)}; the options there are {', '.join(names)}"
+            )
+        elif "place" in problem.get("ctx", {}):
+            told.append(f"{where}{at}: {plain(problem['msg'], 800)}")
         else:
-            lines.append(f"{where}: {plain(problem['msg'], 500)}{quotation(problem['loc'], problem['input'])}")
+            told.append(f"{where}{at}: {plain(problem['msg'], 800)}{quotation(problem['loc'], problem['input'])}")
     if len(problems) > _EXPLAINED:
-        lines.append(f"and {len(problems) - _EXPLAINED} more")
-    return "invalid audit configuration:\n  " + "\n  ".join(lines)
+        told.append(f"and {len(problems) - _EXPLAINED} more")
+    return "invalid audit configuration:\n  " + "\n  ".join(told)
+
+
+def _options_at(place: Place) -> list[str]:
+    """The names of the options of a part."""
+    part: Any = AuditConfig
+    for name in place:
+        # A place in a tuple of parts: what it holds.
+        part = get_args(part)[0] if isinstance(name, int) else part.model_fields[name].annotation
+        # ``WebhookConfig | None``: the part itself.
+        part = get_args(part)[0] if type(None) in get_args(part) else part
+    return list(part.model_fields)

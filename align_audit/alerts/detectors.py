@@ -1,341 +1,288 @@
-"""When should somebody look? Pure rules: the records so far in, alerts out. ``RULES`` lists them all.
+"""When should somebody look? Pure rules: records and the trainer's log in, alerts out. ``DETECTORS`` has one for each rule.
 
-Two kinds of limit. Absolute ones, per token or as a share of the reference's own value, hold from the first audit,
-because a run can be ruined before its second. Once ``baseline_audits`` healthy audits exist, a run is also compared
-with itself. An interval has to lie beyond a limit as a whole: a wide interval on few probes raises nothing.
+:func:`judge` asks every rule of every probe set, puts the signs of one cause together (:mod:`align_audit.alerts.agreement`)
+and carries on the life of its alert (:mod:`align_audit.alerts.lifecycle`). :func:`suspect` asks the trainer's log alone.
+
+Absolute limits, per token or as a share of the reference's own value, hold from the first audit, because a run can be ruined
+before its second. Once ``baseline_audits`` healthy audits exist, a run is also compared with itself. An interval has to lie
+beyond a limit as a whole: a wide interval on few probes raises nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
+from types import ModuleType
+from typing import Any
 
-from align_audit.alerts.history import History, beyond
+from align_audit.alerts import behaviour, inside, integrity, preference, text, trainer_log
+from align_audit.alerts.added import detector_of, log_detector_of, rule_of
+from align_audit.alerts.agreement import alert_of, by_severity
+from align_audit.alerts.curves import TrainerLog
+from align_audit.alerts.history import Detector, History, LogDetector, Sign, View, measured
+from align_audit.alerts.lifecycle import cause_of, open_after, step
 from align_audit.config import AlertConfig
-from align_audit.record.audit_record import GUARDED, Alert, AuditRecord, Estimate
-from align_audit.record.stored_records import chosen, heads_of
+from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.stored_records import Head, StoredRecords, chosen, heads_of
+from align_audit.record.training_log import LogRow
+from align_audit.rules.table import BY_NAME, RULES, Rule, Source
 
 
-def evaluate(record: AuditRecord, before: Sequence[AuditRecord], config: AlertConfig) -> list[Alert]:
-    """All alerts that ``record`` raises, given the records before it; worst first.
+def _by_name(*rooms: ModuleType) -> dict[str, Any]:
+    return {rule.name: getattr(room, rule.name) for rule in RULES for room in rooms if hasattr(room, rule.name)}
+
+
+DETECTORS: dict[str, Detector] = _by_name(integrity, behaviour, text, inside, preference)
+"""Rule of a record → what computes it: the function of its name."""
+LOG_DETECTORS: dict[str, LogDetector] = _by_name(trainer_log)
+"""Rule of the trainer's log → what computes it."""
+
+_SILENCING = ("reference", "numbers")
+"""Causes after whose error, where a record shows it, nothing that is measured against the reference means anything."""
+
+_GONE = ("control_failed",)
+"""Rules of earlier versions that are none any more: controls are notes beside the numbers."""
+
+_STEPS_APART = 3
+"""A probe set has a say as long as it was audited at one of so many steps of audits before."""
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """What the trainer's log alone suggests: a reason to look, no verdict."""
+
+    rule: str
+    step: int
+    message: str
+
+
+def judge(
+    record: AuditRecord,
+    earlier: Sequence[AuditRecord],
+    log: Sequence[LogRow] = (),
+    config: AlertConfig | None = None,
+    *,
+    max_steps: int | None = None,
+) -> list[Alert]:
+    """All alerts that are open at an audit, or were resolved at it; the worst first.
 
     Args:
-        before: earlier records of the same run, oldest first, with their own alerts; those of other probe sets are left
-            out, since their numbers are of other pairs.
+        record: the audit, without alerts of its own.
+        earlier: records of all probe sets of the run with their alerts, by step; those of the same step on other sets with
+            them. Those of later steps, and of a course that the run left when it was resumed, are passed over.
+        log: the trainer's, by step; rows after the audit are passed over.
+        max_steps: of the run; None: not known, and rules that speak of a share of it go by steps.
+
+    Example:
+        >>> from align_audit.config import AlertConfig
+        >>> judge(record, [], (), AlertConfig(enabled=False))                        # doctest: +SKIP
+        []
     """
+    config = AlertConfig() if config is None else config
     if not config.enabled:
         return []
+    course = _course(record, earlier)
+    heads = heads_of(course)
+    # A record has all alerts that are open at it. Those of one step that were made within a second have no order.
+    last_step, last_time = max(((head.step, head.created) for head in heads), default=(-1, ""))
+    before = [alert for head in heads if (head.step, head.created) == (last_step, last_time) for alert in head.alerts]
+    open_alerts = open_after([alert for alert in before if alert.rule not in _GONE], last_step)
+    view = View(
+        step=record.step,
+        config=config,
+        log=TrainerLog(log).until(record.step),
+        max_steps=max_steps,
+        eased=_eased(open_alerts),
+    )
+    signs = [sign for history in _histories(view, record, course) for sign in _signs(history, course)]
+    silencing = [sign for sign in signs if sign.rule.cause in _SILENCING]
+    signs = silencing or [*signs, *_log_signs(view, heads)]
+    found = [
+        alert
+        for cause in dict.fromkeys(sign.rule.cause for sign in signs)
+        if (alert := _alert(cause, signs, view, open_alerts, heads)) is not None
+    ]
+    held = {cause_of(alert) for alert in open_alerts} - set(_SILENCING) if silencing else set()
+    return sorted(step(open_alerts, found, record.step, held), key=by_severity)
+
+
+def evaluate(record: AuditRecord, earlier: Sequence[AuditRecord], config: AlertConfig) -> list[Alert]:
+    """:func:`judge` without the trainer's log."""
+    return judge(record, earlier, (), config)
+
+
+def suspect(log: Sequence[LogRow], config: AlertConfig, *, max_steps: int | None = None) -> list[Suspicion]:
+    """What the trainer's log suggests at its last row, by the rules that read it; those of the user's own with them.
+
+    It reads the start and the end of the log only, so that it can be asked at every step.
+    """
+    curve = TrainerLog(log)
+    if not config.enabled or not log:
+        return []
+    view = View(step=curve.step, config=config, log=curve, max_steps=max_steps)
+    return [
+        Suspicion(rule.name, curve.step, sign.message)
+        for rule, detector in _log_rules(config)
+        if (sign := detector(view)) is not None
+    ]
+
+
+# --- whose records, and of which course ---------------------------------------------------------------------------------
+
+
+def _course(record: AuditRecord, earlier: Sequence[AuditRecord]) -> Sequence[AuditRecord]:
+    """The earlier records that this one goes on from, by step.
+
+    A run that was resumed from an earlier step left records of the course that it took before: made earlier, of later steps.
+    Of audits of one step, set and kind the newest counts.
+    """
+    heads = [head for head in heads_of(earlier) if head.step <= record.step]
+    least = math.inf
+    kept: dict[tuple[int, str | None, str], Head] = {}
+    for _, made in groupby(sorted(heads, key=lambda head: head.created, reverse=True), key=lambda head: head.created):
+        together = list(made)
+        for head in sorted(together, key=lambda head: head.key[1:3]):
+            if head.step <= least:
+                kept.setdefault((head.step, head.probe_name, head.kind), head)
+        least = min(least, *(head.step for head in together))
+    names = {(head.key, head.created) for head in kept.values()}
+    course = chosen(earlier, lambda head: (head.key, head.created) in names)
+    if isinstance(course, StoredRecords):
+        return course.by_step()
+    return sorted(course, key=_place)
+
+
+def _place(record: AuditRecord) -> tuple[int, str, str, str]:
+    """The order of a course, whatever the order of the probe sets of a step."""
+    there = record.provenance
+    return record.step, there.created, there.probe_name or "", record.kind
+
+
+def _histories(view: View, record: AuditRecord, course: Sequence[AuditRecord]) -> list[History]:
+    """What is known of each probe set at this step: of this one its new record, of the others their last."""
+    steps = sorted({head.step for head in heads_of(course)} | {record.step})[-_STEPS_APART:]
+    latest = {head.probe_name: head for head in heads_of(course) if head.step >= steps[0]}
     name = record.provenance.probe_name
-    history = History(record, chosen(before, lambda head: head.probe_name == name), config)
-    alerts = [alert for rule in RULES for alert in rule(history)]
-    if math.isnan(record.margins.kl.low):
-        alerts = [
-            alert.model_copy(update={"message": f"{alert.message} {_BY_THE_MEAN.format(record.provenance.pairs)}"})
-            if alert.rule in _RULES_BY_THE_MEAN
-            else alert
-            for alert in alerts
-        ]
-    if name is not None:
-        alerts = [
-            alert.model_copy(update={"probe_name": name, "message": f"On the probes {name!r}: {alert.message}"})
-            for alert in alerts
-        ]
-    order = {"error": 0, "warning": 1, "info": 2}
-    return sorted(alerts, key=lambda alert: order[alert.level])
+    others = [_record_of(course, head) for set_name, head in latest.items() if set_name != name]
+    return [_history(view, newest, course) for newest in (record, *others)]
 
 
-_RULES_BY_THE_MEAN = ("chosen_logp_falling", "kl_out_of_bounds", "entropy_out_of_bounds", "token_accuracy_collapsed")
-_BY_THE_MEAN = "(Of {} pairs, too few for an interval: this goes by the mean alone.)"
-_SLOW_DOWN = (
-    "Go back to the last checkpoint without this alert; lower the learning rate (a factor of 3 to 10), raise beta, or "
-    'add an SFT term on the chosen completions (loss_type=["sigmoid", "sft"])'
-)
+def _record_of(course: Sequence[AuditRecord], wanted: Head) -> AuditRecord:
+    return chosen(course, lambda head: (head.key, head.created) == (wanted.key, wanted.created))[0]
 
 
-def non_finite(history: History) -> list[Alert]:
-    """A model's margins on the probes are NaN or infinite."""
-    margins = history.record.margins
-    found = []
-    for name, value in (("policy", margins.policy), ("reference", margins.reference)):
-        if not math.isfinite(value.mean):
-            found.append(
-                history.alert(
-                    "non_finite",
-                    "error",
-                    value.mean,
-                    f"The {name}'s preference margin is {value.mean}: {value.reason or 'not a finite number'}. Weights "
-                    "or activations have overflowed; nothing measured on them means anything.",
-                    "Stop and restart from the last checkpoint with finite weights, with a lower learning rate, "
-                    "gradient clipping (max_grad_norm), or bf16 instead of fp16",
-                )
-            )
-    return found
+def _history(view: View, newest: AuditRecord, course: Sequence[AuditRecord]) -> History:
+    """What came before a record on the same pairs: numbers of other pairs are no trend."""
+    there = newest.provenance
+
+    def comparable(head: Head) -> bool:
+        same = head.probe_name == there.probe_name and head.probe_hash == there.probe_hash
+        return same and head.step < newest.step
+
+    known: dict[str, Any] = {**vars(view), "step": newest.step}
+    return History(**known, record=newest, before=chosen(course, comparable))
 
 
-def reference_mismatch(history: History) -> list[Alert]:
-    """The reference is not the policy's starting point, or not the one the trainer uses."""
-    check = history.record.reference_check
-    if check.verdict != "failed":
-        return []
-    value = check.precomputed_margin_difference
-    return [
-        history.alert(
-            "reference_mismatch",
-            "error",
-            math.nan if value is None else value,
-            f"Wrong reference ({check.source}): {check.reason}.",
-            "Pass the model that training starts from as ref_model (or as reference=), or initialize the adapter with "
-            "init_lora_weights=True and bias='none'",
-        )
-    ]
+# --- what each rule sees ------------------------------------------------------------------------------------------------
 
 
-def reference_changed(history: History) -> list[Alert]:
-    """The reference's weights moved during training and no synchronization explains it."""
-    if not history.before:
-        return []
-    record, last = history.record, history.before[-1]
-    if record.provenance.reference_hash == last.provenance.reference_hash:
-        return []
-    if record.reference_check.last_sync_step != last.reference_check.last_sync_step:
-        return []
-    return [
-        history.alert(
-            "reference_changed",
-            "error",
-            math.nan,
-            f"The reference ({record.reference_check.source}) is not the one of step {last.step}: its weights changed "
-            f"from {last.provenance.reference_hash} to {record.provenance.reference_hash}, and no synchronization did "
-            "it. Margins of the two steps have different zero points, in the training log too.",
-            "Check for parameters that policy and reference share and that train: biases of a LoRA configuration, "
-            "modules_to_save, or one model object passed as both",
-        )
-    ]
+def _rules(config: AlertConfig) -> Iterator[tuple[Rule, Detector]]:
+    """The rules of a record that are switched on."""
+    yield from ((BY_NAME[name], detector) for name, detector in DETECTORS.items() if config.uses(name))
+    for name, added in config.added.items():
+        if (rule := rule_of(name, added)).source != "log":
+            yield rule, detector_of(name, added)
 
 
-def _low(value: Estimate) -> float:
-    """Where the interval begins; the mean where there are too few pairs for one, so that a ruined model is not passed over."""
-    return value.mean if math.isnan(value.low) else value.low
+def _log_rules(config: AlertConfig) -> Iterator[tuple[Rule, LogDetector]]:
+    """The rules of the trainer's log that are switched on."""
+    yield from ((BY_NAME[name], detector) for name, detector in LOG_DETECTORS.items() if config.uses(name))
+    for name, added in config.added.items():
+        if (rule := rule_of(name, added)).source == "log":
+            yield rule, log_detector_of(name, added)
 
 
-def _high(value: Estimate) -> float:
-    """Where the interval ends, or the mean."""
-    return value.mean if math.isnan(value.high) else value.high
+def _signs(history: History, course: Sequence[AuditRecord]) -> Iterator[Sign]:
+    """What the rules see of one probe set, each at the last audit that measured what it reads."""
+    there = history.record.provenance
+    same = (history.step, there.policy_hash, there.reference_hash, there.probe_name)
+    siblings = chosen(course, lambda head: head.key[:4] == same)
+    bases: dict[Source, History | None] = {}
+    for rule, detector in _rules(history.config):
+        if rule.source not in bases:
+            bases[rule.source] = _base(history, siblings, rule.source)
+        base = bases[rule.source]
+        if base is not None and (sign := detector(base)) is not None:
+            looks = _looks_before(base, rule, detector)
+            counted = _counted(sign, looks, history.config)
+            yield replace(counted, step=base.step, probe_name=there.probe_name)
 
 
-def chosen_logp_falling(history: History) -> list[Alert]:
-    """Likelihood displacement: the chosen completions become less likely while the margin rises."""
-    config, margins = history.config, history.record.margins
-    change = margins.chosen_logp_change_per_token
-    why = f"The chosen completions lose {-change.mean:.2f} nats per token against the reference, "
-    if _low(margins.shift) > 0:
-        why += (
-            f"while the margin rises by {margins.shift.mean:.1f} nats: the loss is met by making both completions "
-            "unlikely, and the probability goes to text that is in neither."
-        )
-    else:
-        why += "and the margin does not rise."
-    level = beyond(-_high(change), config.chosen_drop_warning, config.chosen_drop_error)
-    if level is not None:
-        limit = config.chosen_drop_error if level == "error" else config.chosen_drop_warning
-        return [history.alert("chosen_logp_falling", level, change.mean, why, _SLOW_DOWN, threshold=-limit)]
-    baseline = history.baseline(lambda record: record.margins.chosen_logp_change_per_token.mean)
-    if baseline is None:
-        return []
-    # Chosen completions that are still likelier than under the reference are not displaced, whatever the baseline.
-    limit = min(3 * baseline, baseline - config.chosen_drop_warning / 2, 0.0)
-    if _high(change) < limit:
-        return [
-            history.alert(
-                "chosen_logp_falling",
-                "warning",
-                change.mean,
-                f"{why} At this run's first healthy audits the change was {baseline:+.2f}.",
-                _SLOW_DOWN,
-                threshold=limit,
-                baseline=baseline,
-            )
-        ]
-    return []
+def _base(history: History, siblings: Sequence[AuditRecord], source: Source) -> History | None:
+    """The newest look that has a part: the audit itself, another one of the same weights and step, or one before."""
+    if measured(history.record, source):
+        return history
+    for record in siblings:
+        if measured(record, source):
+            return replace(history, record=record)
+    last = history.last(source)
+    return None if last is None else replace(last, eased=history.eased)
 
 
-def kl_out_of_bounds(history: History) -> list[Alert]:
-    """The policy's next-token distribution has moved too far from the reference's."""
-    config, kl = history.config, history.record.margins.kl
-    level = beyond(_low(kl), config.kl_warning, config.kl_error)
-    if level is None:
-        return []
-    limit = config.kl_error if level == "error" else config.kl_warning
-    message = (
-        f"KL(policy ‖ reference) is {kl.mean:.2f} nats per token, above {limit:g}. "
-        "Preference training that works moves far less; this much means the policy is becoming another model."
+def _looks_before(history: History, rule: Rule, detector: Detector) -> Iterator[Sign | None]:
+    look = history.last(rule.source)
+    while look is not None:
+        yield detector(look)
+        look = look.last(rule.source)
+
+
+def _log_signs(view: View, heads: Sequence[Head]) -> Iterator[Sign]:
+    """What the rules of the trainer's log see at this step; looks before are the steps of the audits before."""
+    steps = sorted({head.step for head in heads if 0 < head.step < view.step}, reverse=True)
+    for _, detector in _log_rules(view.config):
+        if (sign := detector(view)) is not None:
+            before = (replace(view, step=at, log=view.log.until(at), eased=frozenset()) for at in steps)
+            looks = (detector(look) for look in before)
+            yield replace(_counted(sign, looks, view.config), step=view.step)
+
+
+def _counted(sign: Sign, before: Iterable[Sign | None], config: AlertConfig) -> Sign:
+    """With how many looks in a row it was seen at, as far as its patience asks for; ``before`` goes back in time."""
+    held, strong = 1, int(sign.level == "error")
+    for previous in islice(before, max(config.patience(sign.rule), 1)):
+        if previous is None:
+            break
+        if previous.level == "error" and strong == held:
+            strong += 1
+        held += 1
+    return replace(sign, held=held, strong=strong)
+
+
+# --- alerts -------------------------------------------------------------------------------------------------------------
+
+
+def _alert(
+    cause: str, signs: Sequence[Sign], view: View, open_alerts: Sequence[Alert], heads: Sequence[Head]
+) -> Alert | None:
+    """The alert that the signs of a cause make together."""
+    is_open = any(cause_of(alert) == cause for alert in open_alerts)
+    steps = sorted({head.step for head in heads})[-view.config.cooldown :] if view.config.cooldown else []
+    resolved = any(
+        alert.event == "resolved" and cause_of(alert) == cause
+        for head in heads
+        if head.step in steps
+        for alert in head.alerts
     )
-    return [history.alert("kl_out_of_bounds", level, kl.mean, message, _SLOW_DOWN, threshold=limit)]
+    extra = int(resolved and not is_open)
+    same = [sign for sign in signs if sign.rule.cause == cause]
+    return alert_of(same, view.config, is_open=is_open, extra_looks=extra)
 
 
-def entropy_out_of_bounds(history: History) -> list[Alert]:
-    """Next-token entropy collapses (repetition) or explodes (noise), against the reference's."""
-    config, margins = history.config, history.record.margins
-    ours, theirs = margins.entropy, margins.reference_entropy
-    if not (math.isfinite(ours.mean) and theirs.mean > 0):
-        return []
-    least, most = config.entropy_ratio_low * theirs.mean, config.entropy_ratio_high * theirs.mean
-    if _high(ours) < least:
-        limit, words = least, "has collapsed: the policy is certain of every next token and will repeat itself"
-    elif _low(ours) > most:
-        limit, words = most, "has exploded: the policy is close to choosing tokens at random"
-    else:
-        return []
-    message = f"Next-token entropy {words}. {ours.mean:.2f} nats per token against the reference's {theirs.mean:.2f}."
-    return [
-        history.alert(
-            "entropy_out_of_bounds", "warning", ours.mean, message, _SLOW_DOWN, threshold=limit, baseline=theirs.mean
-        )
-    ]
-
-
-def token_accuracy_collapsed(history: History) -> list[Alert]:
-    """The policy no longer predicts the chosen completions' tokens that its reference predicts."""
-    config, margins = history.config, history.record.margins
-    ours, theirs = margins.token_accuracy, margins.reference_token_accuracy
-    if not _high(ours) < config.token_accuracy_ratio_error * _low(theirs):
-        return []
-    message = (
-        f"Next-token accuracy on the chosen completions is {ours.mean:.1%}; the reference has {theirs.mean:.1%}. "
-        "The policy has lost its language, which loss, reward accuracy and margins do not show."
+def _eased(open_alerts: Sequence[Alert]) -> frozenset[str]:
+    """The limits of warnings that open alerts went by."""
+    names = {name for alert in open_alerts for name in (alert.rule, *alert.signals)}
+    return frozenset(
+        limit.option for name in names if name in BY_NAME for limit in BY_NAME[name].limits if limit.level == "warning"
     )
-    return [
-        history.alert(
-            "token_accuracy_collapsed",
-            "error",
-            ours.mean,
-            message,
-            _SLOW_DOWN,
-            threshold=config.token_accuracy_ratio_error * theirs.mean,
-            baseline=theirs.mean,
-        )
-    ]
-
-
-def accuracy_falling(history: History) -> list[Alert]:
-    """Preference accuracy on the probes has fallen from its best."""
-    config, accuracy = history.config, history.record.margins.accuracy
-    seen = [head for head in heads_of(history.before) if head.step > 0 and math.isfinite(head.accuracy.mean)]
-    if not seen:
-        return []
-    best = max(seen, key=lambda head: head.accuracy.mean)
-    fall = best.accuracy.mean - accuracy.mean
-    level = beyond(fall, config.accuracy_drop_warning, config.accuracy_drop_error)
-    if level is None or not accuracy.high < best.accuracy.low:
-        return []
-    limit = config.accuracy_drop_error if level == "error" else config.accuracy_drop_warning
-    message = (
-        f"Preference accuracy on the probes is {accuracy.mean:.0%}, down from {best.accuracy.mean:.0%} at step "
-        f"{best.step}: what is still being learned does not carry over to these pairs."
-    )
-    return [
-        history.alert(
-            "accuracy_falling",
-            level,
-            accuracy.mean,
-            message,
-            f"Prefer the checkpoint at step {best.step}; stop earlier, or look at what the latest training pairs teach",
-            baseline=best.accuracy.mean,
-            threshold=best.accuracy.mean - limit,
-        )
-    ]
-
-
-def additivity_collapsed(history: History) -> list[Alert]:
-    """The layers' updates no longer act separately."""
-    if history.record.patching is None:
-        return []
-    config, additivity = history.config, history.record.patching.additivity
-    baseline = history.baseline(lambda record: record.patching.additivity.mean if record.patching else math.nan)
-    limit = config.additivity_warning if baseline is None else min(config.additivity_warning, 0.6 * baseline)
-    if not additivity.high < limit:
-        return []
-    message = (
-        f"Additivity is {additivity.mean:.2f}: transplanted one by one, the layers' updates explain only that share of "
-        "the margin shift. The rest exists only when all layers move together, away from what each could do in the "
-        "reference."
-    )
-    return [
-        history.alert(
-            "additivity_collapsed", "warning", additivity.mean, message, _SLOW_DOWN, threshold=limit, baseline=baseline
-        )
-    ]
-
-
-def coherence_collapsed(history: History) -> list[Alert]:
-    """The depth trace of the terminal block has become jagged."""
-    spinal = history.record.spinal
-    if spinal is None or not math.isfinite(spinal.coherence):
-        return []
-    own = history.baseline(lambda record: record.spinal.coherence if record.spinal else math.nan)
-    baseline = spinal.reference_coherence if own is None else own
-    if not math.isfinite(baseline):
-        return []
-    share = 1 - history.config.coherence_drop_warning
-    limit = share * baseline
-    if not spinal.coherence < limit:
-        return []
-    against = "the reference's" if own is None else "this run's own first"
-    message = (
-        f"Coherence of the depth trace is {spinal.coherence:.2f}, less than {share:.0%} of {against} {baseline:.2f}: "
-        "in the last layers contraction and transport no longer change smoothly from layer to layer."
-    )
-    return [
-        history.alert(
-            "coherence_collapsed",
-            "warning",
-            spinal.coherence,
-            message,
-            _SLOW_DOWN,
-            threshold=limit,
-            baseline=baseline,
-            layers=spinal.terminal_layers,
-        )
-    ]
-
-
-def control_failed(history: History) -> list[Alert]:
-    """A control says that a number next to it is not evidence (``value``: how many controls failed)."""
-    failed = {
-        name: control for name in GUARDED if (control := getattr(history.record.controls, name)).verdict == "failed"
-    }
-    if not failed:
-        return []
-    patching = history.record.patching
-    named = "; ".join(f"{name.replace('_', ' ')}: {control.reason}" for name, control in failed.items())
-    doubted = ", ".join(GUARDED[name] for name in failed)
-    return [
-        history.alert(
-            "control_failed",
-            # A broken identity means that the measurement is broken. The others speak of the evidence, not of the run.
-            "error" if "identity" in failed else "info",
-            float(len(failed)),
-            f"Not evidence at this step: {doubted}. Failed controls: {named}.",
-            "Audit with more probe pairs (max_pairs) or noise draws; early in training, wait for a larger shift",
-            threshold=0.0,
-            layers=[] if patching is None or patching.peak_layer is None else [patching.peak_layer],
-        )
-    ]
-
-
-RULES: tuple[Callable[[History], list[Alert]], ...] = (
-    non_finite,
-    reference_mismatch,
-    reference_changed,
-    chosen_logp_falling,
-    kl_out_of_bounds,
-    entropy_out_of_bounds,
-    token_accuracy_collapsed,
-    accuracy_falling,
-    additivity_collapsed,
-    coherence_collapsed,
-    control_failed,
-)
-
-
-__all__ = ["RULES", "evaluate"]

@@ -1,31 +1,79 @@
-"""What an alert rule sees: the record to judge, those before it, and the run's own baseline."""
+"""What a rule sees: the look to judge, the looks before it on the same pairs, the trainer's log, and the limits."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import islice
 from statistics import median
 
+from align_audit.alerts.curves import TrainerLog
 from align_audit.config import AlertConfig
-from align_audit.record.audit_record import Alert, AlertLevel, AuditRecord
-from align_audit.record.stored_records import chosen
+from align_audit.record.audit_record import AuditRecord, Estimate
+from align_audit.record.stored_records import Head, chosen, heads_of
+from align_audit.rules.table import LIMITS, Level, Limit, Rule, Source
+
+_FURTHEST = 8
+"""Audits that are looked back over for one with a certain part: each that is looked at has to be parsed."""
+_IN_FULL: tuple[Source, ...] = ("patching", "localization", "low_rank", "spinal")
+"""Parts that full audits have and others do not."""
 
 
-@dataclass(frozen=True)
-class History:
-    """What a rule sees: the record to judge, and those before it, oldest first."""
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What a rule of the trainer's log sees.
+
+    Attributes:
+        step: that is judged.
+        log: the trainer's, up to the step.
+        max_steps: of the run; None: not known.
+        eased: options of limits that are eased, because an alert that went by them is open.
+    """
+
+    step: int
+    config: AlertConfig
+    log: TrainerLog = field(default_factory=TrainerLog)
+    max_steps: int | None = None
+    eased: frozenset[str] = frozenset()
+
+    def limit(self, option: str) -> float:
+        """The value of a limit, eased where an alert that went by it is open."""
+        value: float = getattr(self.config, option)
+        return LIMITS[option].eased(value, self.config.hysteresis) if option in self.eased else value
+
+    @property
+    def begun(self) -> bool:
+        """Has the run gone far enough for something to have been learned?"""
+        if self.max_steps is None:
+            return self.step >= self.config.never_started_steps
+        return self.step >= self.config.never_started_share * self.max_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class History(View):
+    """What a rule sees of one probe set.
+
+    Attributes:
+        record: the audit to judge.
+        before: those of earlier steps on the same pairs, oldest first.
+    """
 
     record: AuditRecord
-    before: Sequence[AuditRecord]
-    config: AlertConfig
+    before: Sequence[AuditRecord] = ()
 
     @property
     def healthy(self) -> Sequence[AuditRecord]:
-        """Earlier audits of the trained policy that raised nothing above info: the run's own baseline."""
+        """Earlier audits of the trained policy against this reference at which no warning was open: the run's own baseline."""
+        reference = self.record.provenance.reference_hash
         return chosen(
-            self.before, lambda head: head.step > 0 and not any(alert.level != "info" for alert in head.alerts)
+            self.before,
+            lambda head: (
+                head.step > 0
+                and head.key[2] == reference
+                and not any(alert.level != "info" and alert.event != "resolved" for alert in head.alerts)
+            ),
         )
 
     def baseline(self, value: Callable[[AuditRecord], float]) -> float | None:
@@ -36,34 +84,104 @@ class History:
         first = list(islice(finite, needed))
         return median(first) if len(first) == needed else None
 
-    def alert(
-        self,
-        rule: str,
-        level: AlertLevel,
-        value: float,
-        message: str,
-        suggestion: str,
-        *,
-        threshold: float | None = None,
-        baseline: float | None = None,
-        layers: Sequence[int] = (),
-    ) -> Alert:
-        """An alert of this record."""
-        return Alert(
-            rule=rule,
-            level=level,
-            step=self.record.step,
-            layers=list(layers),
-            value=value,
-            baseline=baseline,
-            threshold=threshold,
-            message=message,
-            suggestion=suggestion,
-        )
+    @cached_property
+    def heads(self) -> list[Head]:
+        """Of the audits before, against this reference and of the trained policy."""
+        reference = self.record.provenance.reference_hash
+        return [head for head in heads_of(self.before) if head.step > 0 and head.key[2] == reference]
+
+    def at(self, record: AuditRecord) -> History:
+        """What was to be seen at one of the audits before. The trainer's log ends at its step."""
+        earlier = chosen(self.before, lambda head: head.step < record.step)
+        log = self.log.until(record.step)
+        return replace(self, step=record.step, record=record, before=earlier, log=log, eased=frozenset())
+
+    def last(self, source: Source) -> History | None:
+        """The look before this one that has a part; None: there is none, or none of the last few has it."""
+        before = chosen(self.before, lambda head: head.kind == "full") if source in _IN_FULL else self.before
+        for record in reversed(before[-_FURTHEST:]):
+            if record.step < self.step and measured(record, source):
+                return self.at(record)
+        return None
 
 
-def beyond(value: float, warning: float, error: float) -> AlertLevel | None:
-    """The level of the limit that a value lies above; None where it lies above neither (or is NaN)."""
-    if value > error:
-        return "error"
-    return "warning" if value > warning else None
+def measured(record: AuditRecord, source: Source) -> bool:
+    """Has a record the part that a rule reads?"""
+    if source == "generations":
+        return record.generations is not None
+    if source == "patching":
+        return record.patching is not None
+    if source == "localization":
+        return record.localization is not None
+    if source == "low_rank":
+        return bool(record.low_rank.get("shift"))
+    if source == "spinal":
+        return record.spinal is not None
+    return True
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What one rule saw at one look.
+
+    Attributes:
+        level: the limit that the value lies beyond.
+        limit, baseline: in the unit of the value, so that they can be drawn together.
+        step: of the look it was seen at; earlier than the one to judge where that has not measured it.
+        held: looks in a row, up to this one, at which it was seen, as far as was looked back.
+        strong: of them, those at which it lay beyond the limit of an error.
+        few_pairs: it goes by a mean without an interval; so many pairs.
+    """
+
+    rule: Rule
+    level: Level
+    value: float
+    message: str
+    suggestion: str
+    limit: float | None = None
+    baseline: float | None = None
+    layers: Sequence[int] = ()
+    step: int = -1
+    held: int = 1
+    strong: int = 0
+    probe_name: str | None = None
+    few_pairs: int | None = None
+
+    @property
+    def words(self) -> str:
+        """The message, with what has to be known beside it."""
+        words = self.message
+        if self.few_pairs is not None:
+            words += f" (Of {self.few_pairs} pairs, too few for an interval: this goes by the mean alone.)"
+        return words if self.probe_name is None else f"On the probes {self.probe_name!r}: {words}"
+
+
+Detector = Callable[[History], Sign | None]
+"""What computes a rule of a record: a pure function of a history."""
+LogDetector = Callable[[View], Sign | None]
+"""What computes a rule of the trainer's log."""
+
+
+def least(value: Estimate) -> float:
+    """Where the interval begins; the mean where there are too few pairs for one, so that a ruined model is not passed over."""
+    return value.mean if math.isnan(value.low) else value.low
+
+
+def most(value: Estimate) -> float:
+    """Where the interval ends, or the mean."""
+    return value.mean if math.isnan(value.high) else value.high
+
+
+def beyond(view: View, value: float, *options: str) -> Limit | None:
+    """The limit of the highest level among these options that a value lies beyond; None where it is beyond none, or NaN."""
+    for option in sorted(options, key=lambda option: LIMITS[option].level != "error"):
+        limit, at = LIMITS[option], view.limit(option)
+        if value > at if limit.direction == "above" else value < at:
+            return limit
+    return None
+
+
+def level_of(limit: Limit) -> Level:
+    """What lies beyond a limit."""
+    assert limit.level is not None, f"{limit.option} is no limit of a level"
+    return limit.level

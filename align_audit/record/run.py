@@ -24,7 +24,9 @@ from align_audit.record.log import (
     load_arrays,
 )
 from align_audit.record.numbers import Word, by_series, walk
+from align_audit.record.status import Status, status_of
 from align_audit.record.stored_records import chosen, heads_of
+from align_audit.record.training_log import TRAINING, LogRow, read_training_log
 
 if TYPE_CHECKING:
     import numpy as np
@@ -53,12 +55,19 @@ class AuditRun:
     """Audits that broke."""
     probe_name: str | None = None
     """The probe set that :meth:`select` has narrowed this to, where it has a name."""
+    training_log: Sequence[LogRow] = ()
+    """What the trainer logged, by step; empty where none was kept."""
 
     @classmethod
     def of(cls, log: RunLog) -> Self:
-        """The run of a log that is open for appending, as it stands now. Failures are in the file only."""
+        """The run of a log that is open for appending, as it stands now. Failures and the trainer's log are in files only."""
         records = log.records
         return cls(log.directory, records, records.alerts, failures=[])
+
+    @property
+    def status(self) -> Status:
+        """How the run stands, of the probe set that it was narrowed to where it was."""
+        return status_of(self.records, self.failures, self.training_log)
 
     @property
     def probe_names(self) -> list[str | None]:
@@ -75,10 +84,15 @@ class AuditRun:
             raise RecordError(
                 f"no audit on the probe set {name!r} in {self.directory}; there are {', '.join(map(repr, self.probe_names))}"
             )
+        records = chosen(self.records, lambda head: head.probe_name == name)
+        # An alert of one cause may have been seen on another set, and is open at this one's records all the same.
+        stored = {alert.model_dump_json() for head in heads_of(self.records) for alert in head.alerts}
+        rest = [alert for alert in self.alerts if alert.probe_name == name and alert.model_dump_json() not in stored]
+        alerts = [*(alert for head in heads_of(records) for alert in head.alerts), *rest]
         return replace(
             self,
-            records=chosen(self.records, lambda head: head.probe_name == name),
-            alerts=[alert for alert in self.alerts if alert.probe_name == name],
+            records=records,
+            alerts=sorted(alerts, key=lambda alert: alert.step),
             failures=[failure for failure in self.failures if failure.probe_name == name],
             probe_name=name,
         )
@@ -96,6 +110,7 @@ class AuditRun:
         records = read_records(path).by_step()
         alerts = records.alerts
         failures: list[Failure] = []
+        training_log: list[LogRow] = []
         if path.name == RECORDS:
             in_records = Counter(alert.model_dump_json() for alert in alerts)
             for alert in read_lines(path.with_name(ALERTS), Alert):
@@ -105,8 +120,9 @@ class AuditRun:
                 else:
                     alerts.append(alert)
             failures = read_lines(path.with_name(FAILURES), Failure)
+            training_log = read_training_log(path.with_name(TRAINING))
         alerts.sort(key=lambda alert: alert.step)
-        return cls(directory=path.parent, records=records, alerts=alerts, failures=failures)
+        return cls(path.parent, records, alerts, failures, training_log=training_log)
 
     def load_arrays(self, step: int, name: str) -> dict[str, np.ndarray]:
         """The arrays of ``step-<N>/<name>.safetensors``; a missing or damaged file raises ``RecordError``.

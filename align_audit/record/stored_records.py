@@ -27,7 +27,7 @@ class Head:
 
     Attributes:
         key: :attr:`AuditRecord.key`.
-        accuracy: ``margins.accuracy``.
+        accuracy, shift: of the ``margins``.
     """
 
     step: int
@@ -35,6 +35,7 @@ class Head:
     key: RecordKey
     probe_hash: str
     accuracy: Estimate
+    shift: Estimate
     alerts: tuple[Alert, ...]
 
     @classmethod
@@ -42,7 +43,13 @@ class Head:
         """That of a record."""
         there = record.provenance
         return cls(
-            record.step, there.created, record.key, there.probe_hash, record.margins.accuracy, tuple(record.alerts)
+            record.step,
+            there.created,
+            record.key,
+            there.probe_hash,
+            record.margins.accuracy,
+            record.margins.shift,
+            tuple(record.alerts),
         )
 
     @property

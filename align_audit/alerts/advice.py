@@ -1,0 +1,115 @@
+"""What to do about an alert, with names: the last clean step, the checkpoint to go back to, the command, the knob."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+
+from align_audit.alerts.curves import TrainerLog
+from align_audit.alerts.lifecycle import cause_of, since_of
+from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.stored_records import Head, heads_of
+from align_audit.record.training_log import LogRow
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+_SLOWER = 5
+"""By how much the learning rate is to be divided where the policy leaves its language."""
+_RATE_IS_THE_KNOB = ("drift", "numbers")
+
+
+def advise(
+    alerts: Sequence[Alert],
+    earlier: Sequence[AuditRecord],
+    log: Sequence[LogRow] = (),
+    *,
+    checkpoints: Collection[str] = (),
+    output_dir: str | None = None,
+    beta: float | None = None,
+) -> list[Alert]:
+    """The alerts with what goes back to a clean state, and with the knob as it is and as it should be.
+
+    Args:
+        alerts: of one audit, as :func:`align_audit.alerts.detectors.judge` gives them.
+        earlier: the records before it, of all probe sets.
+        log: the trainer's.
+        checkpoints: names of the folders of saved checkpoints (``checkpoint-40``) that exist now; others are passed over.
+        output_dir: where they lie, for the command.
+        beta: of the trainer; None: not known.
+    """
+    heads = heads_of(earlier)
+    return [
+        alert if alert.event == "resolved" else _advised(alert, heads, TrainerLog(log), checkpoints, output_dir, beta)
+        for alert in alerts
+    ]
+
+
+def clean_step(heads: Sequence[Head], since: int) -> int | None:
+    """The last step before ``since`` at which every audit was clean: no warning and no error was open. None: there is none."""
+    clean: dict[int, bool] = {}
+    for head in heads:
+        if head.step < since:
+            still = not any(alert.level != "info" and alert.event != "resolved" for alert in head.alerts)
+            clean[head.step] = clean.get(head.step, True) and still
+    return max((step for step, still in clean.items() if still), default=None)
+
+
+def newest_checkpoint(checkpoints: Collection[str], step: int) -> str | None:
+    """The newest of these folders that was saved at a step or before it; None: there is none."""
+    usable = {at: name for at, name in _saved(checkpoints).items() if at <= step}
+    return usable[max(usable)] if usable else None
+
+
+def _advised(
+    alert: Alert,
+    heads: Sequence[Head],
+    log: TrainerLog,
+    checkpoints: Collection[str],
+    output_dir: str | None,
+    beta: float | None,
+) -> Alert:
+    clean = clean_step(heads, since_of(alert))
+    checkpoint = None if clean is None else newest_checkpoint(checkpoints, clean)
+    command = None
+    if checkpoint is not None:
+        path = checkpoint if output_dir is None else f"{output_dir}/{checkpoint}"
+        command = f"trainer.train(resume_from_checkpoint={path!r})"
+    words = [alert.suggestion, _back(clean, checkpoint, checkpoints), _knob(alert, log, beta)]
+    return alert.model_copy(
+        update={
+            "clean_step": clean,
+            "checkpoint": checkpoint,
+            "command": command,
+            "suggestion": ". ".join(word for word in words if word),
+        }
+    )
+
+
+def _back(clean: int | None, checkpoint: str | None, checkpoints: Collection[str]) -> str:
+    """Where to go back to, or why nowhere."""
+    if clean is None:
+        return "No audit before it was clean: start again"
+    if checkpoint is not None:
+        return f"The last clean audit was at step {clean}: go back to {checkpoint}"
+    saved = _saved(checkpoints)
+    oldest = f"; the oldest that exists is of step {min(saved)}" if saved else ""
+    return (
+        f"The last clean audit was at step {clean}, and no checkpoint from then or before was kept{oldest}: start again, and "
+        "save more often (save_steps, save_total_limit)"
+    )
+
+
+def _saved(checkpoints: Collection[str]) -> dict[int, str]:
+    """Step → folder, of those that are checkpoints by their name."""
+    return {int(match[1]): name for name in checkpoints if (match := _CHECKPOINT.fullmatch(name))}
+
+
+def _knob(alert: Alert, log: TrainerLog, beta: float | None) -> str:
+    """The learning rate as it was at its highest, and as it should be."""
+    if cause_of(alert) not in _RATE_IS_THE_KNOB:
+        return ""
+    rate = max(log.recent("learning_rate"), default=0.0)
+    if rate <= 0:
+        return ""
+    words = f"Learning rate {rate:.2g} → {rate / _SLOWER:.2g} or lower"
+    return words if beta is None else f"{words}, or beta {beta:g} → {2 * beta:g} or higher"

@@ -1,0 +1,100 @@
+"""From signs to one alert a cause: one noisy sign is no error, and several that agree are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from align_audit.alerts.history import Sign
+from align_audit.config import AlertConfig
+from align_audit.record.audit_record import Alert, AlertLevel
+from align_audit.rules.table import CAUSES, RULES
+
+_PLACES = {rule.name: place for place, rule in enumerate(RULES)}
+_CAUSES = {cause: place for place, cause in enumerate(CAUSES)}
+
+_STRONG_LOOKS = 2
+"""Looks in a row beyond the limit of an error that make one, where nothing else agrees."""
+
+
+def alert_of(
+    signs: Sequence[Sign], config: AlertConfig, *, is_open: bool = False, extra_looks: int = 0
+) -> Alert | None:
+    """The alert that signs of one cause make together; None: they are not enough.
+
+    An error: a sign that is certain; one beyond its limit of an error at two looks in a row, where its rule may be one alone;
+    two independent signs (of two families), one of them beyond that limit; or ``agreeing_families`` of any strength.
+    A warning: a rule that stands alone, seen for as many looks as its patience says; or two independent signs, whatever their
+    patience, one of which stands alone.
+
+    Args:
+        signs: of all probe sets, and of the trainer's log; not empty.
+        is_open: the alert of this cause is open: it stays so as long as anything but a witness sees it.
+        extra_looks: looks that a warning needs beyond its rule's patience, shortly after it was resolved.
+    """
+    level, why = _level(signs, config, is_open, extra_looks)
+    if level is None:
+        return None
+    lead = min(signs, key=_order)
+    others = sorted(
+        {sign.rule.name for sign in signs} - {lead.rule.name}, key=lambda name: _PLACES.get(name, len(_PLACES))
+    )
+    return Alert(
+        rule=lead.rule.name,
+        cause=lead.rule.cause,
+        level=level,
+        step=max(sign.step for sign in signs),
+        looks=1,
+        signals=others,
+        probe_name=lead.probe_name,
+        layers=sorted(lead.layers),
+        value=lead.value,
+        baseline=lead.baseline,
+        threshold=lead.limit,
+        message=f"{lead.words}{why}{_told(signs, lead)}",
+        suggestion=lead.suggestion,
+    )
+
+
+def _order(sign: Sign) -> tuple[int, int, int, int, str]:
+    """The strongest sign first; the same whatever the order of the probe sets."""
+    standing = {"certain": 0, "alone": 1, "witness": 2}[sign.rule.standing]
+    # The trainer's log is of other pairs than the rest: it leads only where nothing was measured.
+    logged = sign.rule.source == "log" and sign.rule.standing != "certain"
+    place = _PLACES.get(sign.rule.name, len(_PLACES))
+    return standing + 3 * logged, sign.level != "error", place, -sign.step, sign.probe_name or ""
+
+
+def _level(
+    signs: Sequence[Sign], config: AlertConfig, is_open: bool, extra_looks: int
+) -> tuple[AlertLevel | None, str]:
+    """Of which level they are together, and a sentence that says why where that is not plain."""
+    families = {sign.rule.family for sign in signs}
+    strong = [sign for sign in signs if sign.level == "error" and config.may_be_error(sign.rule.name)]
+    may_be_error = any(config.may_be_error(sign.rule.name) for sign in signs)
+    if any(sign.rule.standing == "certain" and sign.held >= config.patience(sign.rule) for sign in strong):
+        return "error", ""
+    if strong and len(families) >= 2:
+        return "error", ""
+    if any(sign.rule.lone_error and sign.strong >= max(_STRONG_LOOKS, config.patience(sign.rule)) for sign in strong):
+        return "error", " Seen at two looks in a row."
+    if may_be_error and len(families) >= config.agreeing_families:
+        return "error", ""
+    alone = [sign for sign in signs if sign.rule.standing != "witness"]
+    confirmed = [sign for sign in alone if sign.held >= config.patience(sign.rule) + extra_looks]
+    agreeing = len(families) >= 2 and alone and not extra_looks
+    return ("warning" if confirmed or agreeing or (alone and is_open) else None), ""
+
+
+def _told(signs: Sequence[Sign], lead: Sign) -> str:
+    """The other signs, in a sentence."""
+    seen: dict[str, str] = {}
+    for sign in sorted(signs, key=_order):
+        if sign.rule.name != lead.rule.name:
+            seen.setdefault(sign.rule.name, f"{sign.rule.name} ({sign.value:.3g})")
+    return f" It agrees with {', '.join(seen.values())}." if seen else ""
+
+
+def by_severity(alert: Alert) -> tuple[bool, int, int, str]:
+    """The worst first; resolved ones last."""
+    order = {"error": 0, "warning": 1, "info": 2}
+    return alert.event == "resolved", order[alert.level], _CAUSES.get(alert.cause, len(_CAUSES)), alert.cause

@@ -1,0 +1,165 @@
+"""Is the policy leaving its language? What both models say of the probe pairs, per token and against the reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from statistics import median
+
+from align_audit.alerts.history import History, Sign, beyond, least, level_of, most
+from align_audit.record.audit_record import Estimate, Margins
+from align_audit.rules.table import BY_NAME
+
+SLOW_DOWN = (
+    "Lower the learning rate (a factor of 3 to 10), raise beta, or add an SFT term on the chosen completions "
+    '(loss_type=["sigmoid", "sft"])'
+)
+
+
+def few(history: History, *values: Estimate) -> int | None:
+    """How many pairs there are, where these numbers have no interval."""
+    return history.record.provenance.pairs if any(math.isnan(value.low) for value in values) else None
+
+
+def chosen_logp_falling(history: History) -> Sign | None:
+    """Likelihood displacement: the chosen completions become less likely while the margin rises."""
+    config, margins = history.config, history.record.margins
+    change = margins.chosen_logp_change_per_token
+    why = f"The chosen completions lose {-change.mean:.2f} nats per token against the reference, "
+    if least(margins.shift) > 0:
+        why += (
+            f"while the margin rises by {margins.shift.mean:.1f} nats: the loss is met by making both completions "
+            "unlikely, and the probability goes to text that is in neither."
+        )
+    else:
+        why += "and the margin does not rise."
+    rule, pairs = BY_NAME["chosen_logp_falling"], few(history, change)
+    limit = beyond(history, -most(change), "chosen_drop_warning", "chosen_drop_error")
+    if limit is not None:
+        at = -history.limit(limit.option)
+        return Sign(rule, level_of(limit), change.mean, why, SLOW_DOWN, limit=at, few_pairs=pairs)
+    baseline = history.baseline(lambda record: record.margins.chosen_logp_change_per_token.mean)
+    if baseline is None:
+        return None
+    # Chosen completions that are still likelier than under the reference are not displaced, whatever the baseline.
+    at = min(3 * baseline, baseline - config.chosen_drop_warning / 2, 0.0)
+    if not most(change) < at:
+        return None
+    why += f" At this run's first healthy audits the change was {baseline:+.2f}."
+    return Sign(rule, "warning", change.mean, why, SLOW_DOWN, limit=at, baseline=baseline, few_pairs=pairs)
+
+
+def kl_out_of_bounds(history: History) -> Sign | None:
+    """The policy's next-token distribution has moved too far from the reference's."""
+    kl = history.record.margins.kl
+    limit = beyond(history, least(kl), "kl_warning", "kl_error")
+    if limit is None:
+        return None
+    at = history.limit(limit.option)
+    message = (
+        f"KL(policy ‖ reference) is {kl.mean:.2f} nats per token, above {at:g}. Preference training that works moves far "
+        "less; this much means the policy is becoming another model."
+    )
+    rule, pairs = BY_NAME["kl_out_of_bounds"], few(history, kl)
+    return Sign(rule, level_of(limit), kl.mean, message, SLOW_DOWN, limit=at, few_pairs=pairs)
+
+
+def entropy_out_of_bounds(history: History) -> Sign | None:
+    """Next-token entropy collapses (repetition) or explodes (noise), against the reference's."""
+    margins = history.record.margins
+    policy, reference = margins.entropy, margins.reference_entropy
+    if not (math.isfinite(policy.mean) and reference.mean > 0):
+        return None
+    limit = beyond(history, most(policy) / reference.mean, "entropy_ratio_low", "entropy_ratio_low_error")
+    words = "has collapsed: the policy is certain of every next token and will repeat itself"
+    if limit is None:
+        limit = beyond(history, least(policy) / reference.mean, "entropy_ratio_high", "entropy_ratio_high_error")
+        words = "has exploded: the policy is close to choosing tokens at random"
+    if limit is None:
+        return None
+    return Sign(
+        BY_NAME["entropy_out_of_bounds"],
+        level_of(limit),
+        policy.mean,
+        f"Next-token entropy {words}. {policy.mean:.2f} nats per token against the reference's {reference.mean:.2f}.",
+        SLOW_DOWN,
+        limit=history.limit(limit.option) * reference.mean,
+        baseline=reference.mean,
+        few_pairs=few(history, policy),
+    )
+
+
+def token_accuracy_collapsed(history: History) -> Sign | None:
+    """The policy no longer predicts the chosen completions' tokens that its reference predicts."""
+    margins = history.record.margins
+    policy, reference = margins.token_accuracy, margins.reference_token_accuracy
+    start = least(reference)
+    if not start > 0:
+        return None
+    limit = beyond(history, most(policy) / start, "token_accuracy_ratio_warning", "token_accuracy_ratio_error")
+    if limit is None:
+        return None
+    message = (
+        f"Next-token accuracy on the chosen completions is {policy.mean:.1%}; the reference has {reference.mean:.1%}. "
+        "The policy has lost its language, which loss, reward accuracy and margins do not show."
+    )
+    return Sign(
+        BY_NAME["token_accuracy_collapsed"],
+        level_of(limit),
+        policy.mean,
+        message,
+        SLOW_DOWN,
+        limit=history.limit(limit.option) * reference.mean,
+        baseline=reference.mean,
+        few_pairs=few(history, policy),
+    )
+
+
+_JUMPS: tuple[tuple[str, Callable[[Margins], float], float, str], ...] = (
+    ("KL(policy ‖ reference)", lambda margins: margins.kl.mean, 1.0, "kl_warning"),
+    (
+        "the change of the chosen log-probability",
+        lambda margins: margins.chosen_logp_change_per_token.mean,
+        -1.0,
+        "chosen_drop_warning",
+    ),
+)
+"""What is watched for jumps: in words, the number, the direction that is bad, and the limit that says what is much."""
+
+
+def sudden_change(history: History) -> Sign | None:
+    """A measure moves between two looks far faster than between any before: a fault at a known step.
+
+    The rates of change of the healthy looks before (per step: looks are not equally far apart) are the run's own baseline, by
+    median and median absolute deviation. The jump may lie at the look before: the measure still stands far from where it was.
+    """
+    config, record = history.config, history.record
+    healthy = list(history.healthy[-(2 * config.baseline_audits + 4) :])
+    for usual in (healthy, healthy[:-1]):
+        if len(usual) < config.baseline_audits + 1:
+            continue
+        last, gap = usual[-1], record.step - usual[-1].step
+        for words, number, direction, option in _JUMPS:
+            rates = [
+                direction * (number(after.margins) - number(earlier.margins)) / (after.step - earlier.step)
+                for earlier, after in pairwise(usual)
+                if after.step > earlier.step
+            ]
+            usually = median(rates) if rates else math.nan
+            spread = 1.4826 * median(abs(rate - usually) for rate in rates) if rates else math.nan
+            floor = config.jump_share * getattr(config, option)
+            at = max(floor, (usually + history.limit("jump_deviations") * spread) * gap)
+            start, here = number(last.margins), number(record.margins)
+            if direction * (here - start) > at:
+                return Sign(
+                    BY_NAME["sudden_change"],
+                    "warning",
+                    here,
+                    f"Since step {last.step} {words} went from {start:+.2f} to {here:+.2f} nats per token; at the pace of the "
+                    f"looks before it would have moved by {direction * usually * gap:+.3f}.",
+                    f"Look at what came into training after step {last.step}: data, learning rate, a resumed optimizer",
+                    limit=start + direction * at,
+                    baseline=start,
+                )
+    return None

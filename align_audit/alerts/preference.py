@@ -1,0 +1,86 @@
+"""Is the preference learned, and does it carry over? Margins and accuracies on the probe pairs."""
+
+from __future__ import annotations
+
+import math
+
+from align_audit.alerts.behaviour import few
+from align_audit.alerts.history import History, Sign, beyond, level_of
+from align_audit.rules.table import BY_NAME
+
+_LABELS = (
+    "Look at the training pairs: are chosen and rejected the right way round, and of the kind that the probes are?"
+)
+
+
+def margin_reversed(history: History) -> Sign | None:
+    """The margin shift on the probes lies below 0, or has fallen far below its best."""
+    shift, rule = history.record.margins.shift, BY_NAME["margin_reversed"]
+    if shift.high < 0:
+        message = (
+            f"The margin shift on the probe pairs is {shift.mean:.2f} nats, with its whole interval below 0: training teaches "
+            "the policy to prefer what was rejected."
+        )
+        return Sign(rule, "error", shift.mean, message, _LABELS, limit=0.0)
+    gains = [head for head in history.heads if head.shift.low > 0]
+    if not gains:
+        return None
+    best = max(gains, key=lambda head: head.shift.mean)
+    at = history.limit("shift_of_best") * best.shift.mean
+    if not (shift.mean < at and shift.high < best.shift.low):
+        return None
+    message = (
+        f"The margin shift on the probe pairs is {shift.mean:.2f} nats, down from {best.shift.mean:.2f} at step {best.step}: "
+        "what is being learned now works against what was."
+    )
+    return Sign(rule, "warning", shift.mean, message, _LABELS, limit=at, baseline=best.shift.mean)
+
+
+def accuracy_falling(history: History) -> Sign | None:
+    """Preference accuracy on the probes has fallen from its best."""
+    accuracy = history.record.margins.accuracy
+    seen = [head for head in history.heads if math.isfinite(head.accuracy.mean)]
+    if not seen:
+        return None
+    best = max(seen, key=lambda head: head.accuracy.mean)
+    fall = best.accuracy.mean - accuracy.mean
+    limit = beyond(history, fall, "accuracy_drop_warning", "accuracy_drop_error")
+    if limit is None or not accuracy.high < best.accuracy.low:
+        return None
+    message = (
+        f"Preference accuracy on the probes is {accuracy.mean:.0%}, down from {best.accuracy.mean:.0%} at step "
+        f"{best.step}: what is still being learned does not carry over to these pairs."
+    )
+    return Sign(
+        BY_NAME["accuracy_falling"],
+        level_of(limit),
+        accuracy.mean,
+        message,
+        f"Prefer the checkpoint at step {best.step}; stop earlier, or look at what the latest training pairs teach",
+        baseline=best.accuracy.mean,
+        limit=best.accuracy.mean - history.limit(limit.option),
+    )
+
+
+def never_started(history: History) -> Sign | None:
+    """After a share of the run the policy is still its reference."""
+    record, rule = history.record, BY_NAME["never_started"]
+    suggestion = (
+        "Check that something trains: requires_grad of the adapter, the learning rate after warm-up, and that policy and "
+        "reference are not one object"
+    )
+    if record.step > 0 and record.reference_check.same_weights:
+        message = (
+            f"After {record.step} steps the policy's weights equal the reference's bit by bit: nothing was learned."
+        )
+        return Sign(rule, "error" if history.begun else "warning", 0.0, message, suggestion)
+    kl, shift = record.margins.kl, record.margins.shift
+    at = history.limit("never_started_kl")
+    nothing = shift.low <= 0 <= shift.high or (math.isnan(shift.low) and abs(shift.mean) < at)
+    if not (record.step > 0 and history.begun and kl.mean < at and nothing):
+        return None
+    message = (
+        f"After {record.step} steps the policy says what its reference says: KL is {kl.mean:.1g} nats per token, below {at:g}, "
+        f"and the margin shift of {shift.mean:.2g} nats is none."
+    )
+    return Sign(rule, "warning", kl.mean, message, suggestion, limit=at, few_pairs=few(history, shift))

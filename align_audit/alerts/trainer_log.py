@@ -1,0 +1,182 @@
+"""What the trainer's own log says, at every step and for nothing: reasons to look at once, and signs beside those of an audit.
+
+These rules read ``View.log`` alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import median
+
+from align_audit.alerts.behaviour import SLOW_DOWN
+from align_audit.alerts.curves import mean
+from align_audit.alerts.history import Sign, View, beyond
+from align_audit.rules.table import BY_NAME
+
+_LN_2 = math.log(2)
+_SPIKES = 2
+"""Rows of the window that have to spike: a single one is what gradient clipping is for."""
+_OVERFLOWS = 3
+"""Gradient norms in a row that have to overflow: with fp16 single ones do, and their step is left out."""
+_USUAL = 32
+"""Rows before the window that say which gradient norm is usual, and of how many at least there have to be half."""
+
+
+def _steps(view: View) -> int:
+    return int(view.config.log_window)
+
+
+def log_not_finite(view: View) -> Sign | None:
+    """The loss, or three gradient norms in a row, are NaN or infinite; or the loss is exactly 0 with a gradient of 0 or NaN.
+
+    transformers' ``logging_nan_inf_filter`` writes a NaN loss as the mean of the others, 0 where there are none: the gradient
+    norm tells.
+    """
+    loss, norm, norms = view.log.latest("loss"), view.log.latest("grad_norm"), view.log.last("grad_norm", _OVERFLOWS)
+    rule = BY_NAME["log_not_finite"]
+    suggestion = (
+        "Stop and restart from the last checkpoint with finite weights, with a lower learning rate, gradient clipping "
+        "(max_grad_norm), or bf16 instead of fp16"
+    )
+    if loss is not None and not math.isfinite(loss):
+        return Sign(rule, "error", loss, f"The trainer's log has a loss of {loss}.", suggestion)
+    if len(norms) == _OVERFLOWS and not any(map(math.isfinite, norms)):
+        message = f"In the trainer's log the last {_OVERFLOWS} gradient norms are {', '.join(map(str, norms))}."
+        return Sign(rule, "error", norms[-1], message, suggestion)
+    if loss == 0.0 and norm is not None and (norm == 0.0 or math.isnan(norm)):
+        message = (
+            f"The trainer's log has a loss of exactly 0 and a gradient norm of {norm}: nothing is computed any more."
+        )
+        return Sign(rule, "error", 0.0, message, suggestion)
+    return None
+
+
+def _against_start(
+    view: View, name: str, options: tuple[str, ...], words: Callable[[float, float], str], suggestion: str
+) -> Sign | None:
+    """A column against its start, by the ratio of the two; of an evaluation where there is one."""
+    rule = BY_NAME[name]
+    for column in rule.reads:
+        apart = view.log.against_start(column, _steps(view))
+        if apart is None:
+            continue
+        now, start = apart
+        limit = beyond(view, now / start, *options) if start else None
+        if limit is not None:
+            at = view.limit(limit.option) * start
+            return Sign(rule, "warning", now, words(now, start), suggestion, limit=at, baseline=start)
+    return None
+
+
+def log_chosen_falling(view: View) -> Sign | None:
+    """The log-probabilities of chosen completions fall against their start."""
+
+    def words(now: float, start: float) -> str:
+        return f"In the trainer's log the chosen log-probability is {now:.1f} nats; it started at {start:.1f}."
+
+    return _against_start(view, "log_chosen_falling", ("log_chosen_ratio",), words, SLOW_DOWN)
+
+
+def log_entropy(view: View) -> Sign | None:
+    """Entropy leaves its start, in the trainer's log."""
+
+    def words(now: float, start: float) -> str:
+        return f"In the trainer's log the entropy is {now:.2f} nats; it started at {start:.2f}."
+
+    return _against_start(view, "log_entropy", ("log_entropy_low", "log_entropy_high"), words, SLOW_DOWN)
+
+
+def log_token_accuracy(view: View) -> Sign | None:
+    """Next-token accuracy falls against its start, in the trainer's log."""
+
+    def words(now: float, start: float) -> str:
+        return f"In the trainer's log next-token accuracy is {now:.1%}; it started at {start:.1%}."
+
+    return _against_start(view, "log_token_accuracy", ("log_token_accuracy_ratio",), words, SLOW_DOWN)
+
+
+def log_gradient_spike(view: View) -> Sign | None:
+    """The gradient norm spikes twice within the window, against the median before it."""
+    steps = _steps(view)
+    window = view.log.window("grad_norm", steps)
+    if window is None:
+        return None
+    usual = view.log.until(view.log.step - steps).recent("grad_norm")[-_USUAL:]
+    if len(usual) < _USUAL // 2 or not median(usual) > 0:
+        return None
+    at = view.limit("log_spike_ratio") * median(usual)
+    spikes = [norm for norm in window if norm > at]
+    if len(spikes) < _SPIKES:
+        return None
+    message = (
+        f"In the trainer's log the gradient norm rose above {at:.3g} {len(spikes)} times in {steps} steps, up to "
+        f"{max(spikes):.3g}; its median before is {median(usual):.3g}."
+    )
+    suggestion = (
+        "Lower the learning rate, clip gradients harder (max_grad_norm), or look at the training pairs of those steps"
+    )
+    return Sign(
+        BY_NAME["log_gradient_spike"], "warning", max(spikes), message, suggestion, limit=at, baseline=median(usual)
+    )
+
+
+def log_accuracy(view: View) -> Sign | None:
+    """The training pairs are ranked worse than by chance over the window, and by a margin below 0."""
+    steps = _steps(view)
+    ranked, margins = view.log.window("rewards/accuracies", steps), view.log.window("rewards/margins", steps)
+    if ranked is None or (margins is not None and not mean(margins) < 0):
+        return None
+    accuracy = mean(ranked)
+    if not beyond(view, accuracy, "log_accuracy_low"):
+        return None
+    message = f"In the trainer's log {accuracy:.0%} of the pairs of the last {steps} steps are ranked right: less than chance."
+    suggestion = "Look at the training pairs of these steps: are chosen and rejected the right way round?"
+    at = view.limit("log_accuracy_low")
+    return Sign(BY_NAME["log_accuracy"], "warning", accuracy, message, suggestion, limit=at)
+
+
+def log_stuck(view: View) -> Sign | None:
+    """The loss stays at ln 2 with no reward margin although the run has begun, or gradients are exactly 0."""
+    steps, rule = _steps(view), BY_NAME["log_stuck"]
+    losses, norms = view.log.window("loss", steps), view.log.window("grad_norm", steps)
+    margins = view.log.window("rewards/margins", steps)
+    suggestion = (
+        "Check that something trains: requires_grad of the adapter, the learning rate after warm-up, and that policy and "
+        "reference are not one object"
+    )
+    at = view.limit("log_stuck_margin")
+    # Where the loss is used up its gradient is as good as 0, and something was learned.
+    moved = margins is not None and abs(mean(margins)) > at
+    if norms is not None and max(map(abs, norms)) == 0.0 and not moved:
+        message = (
+            f"In the trainer's log the gradient norm is exactly 0 over the last {steps} steps: nothing is trained."
+        )
+        return Sign(rule, "warning", 0.0, message, suggestion)
+    if losses is None or margins is None or not view.begun or moved:
+        return None
+    if not beyond(view, max(abs(loss - _LN_2) for loss in losses), "log_stuck_margin"):
+        return None
+    message = (
+        f"In the trainer's log the loss has stayed at {mean(losses):.4f} over the last {steps} steps, ln 2, with a reward "
+        f"margin of {mean(margins):.1g}: the policy has not left its reference."
+    )
+    return Sign(rule, "warning", mean(losses), message, suggestion, limit=_LN_2 - at, baseline=_LN_2)
+
+
+def log_saturated(view: View) -> Sign | None:
+    """Every training pair of the window is ranked right, at a loss of nothing."""
+    steps = _steps(view)
+    losses, ranked = view.log.window("loss", steps), view.log.window("rewards/accuracies", steps)
+    if losses is None or ranked is None or mean(ranked) < 1.0 - 1.0 / 64:
+        return None
+    # A loss of exactly 0 may be a NaN that was filtered: that is another rule's.
+    if not beyond(view, mean(losses), "log_saturated_loss") or log_not_finite(view) is not None:
+        return None
+    message = (
+        f"In the trainer's log the loss is {mean(losses):.2g} over the last {steps} steps and {mean(ranked):.0%} of the "
+        "pairs are ranked right: these pairs are too easy to teach more, or differ by something trivial."
+    )
+    suggestion = "Look at what tells chosen from rejected in the training pairs; stop here, or raise beta"
+    at = view.limit("log_saturated_loss")
+    return Sign(BY_NAME["log_saturated"], "warning", mean(losses), message, suggestion, limit=at)

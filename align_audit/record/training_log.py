@@ -1,0 +1,140 @@
+"""What the trainer logs, kept beside the records: one line a log, append-only.
+
+``<output_dir>/align_audit/training.jsonl`` holds lines of ``{"step": 20, "logs": {"loss": 0.61, "grad_norm": "NaN"}}``. Numbers
+that JSON does not know are words, as in records. What is no number (the trainer logs none) is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from align_audit.files import append_whole
+from align_audit.record.lines import read_lines, repair
+from align_audit.record.log import FOLDER
+
+TRAINING = "training.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class LogRow:
+    """What was logged at one step: by name, losses in nats, rewards in TRL's unit."""
+
+    step: int
+    logs: Mapping[str, float]
+
+
+class _Line(BaseModel):
+    """A line of the file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    step: int
+    logs: dict[str, float]
+
+
+class TrainingLog:
+    """The trainer's log of one run, open for appending.
+
+    Opening repairs a line that a kill left torn, and reads what is there. A run that was resumed from a checkpoint leaves the
+    rows of the course that it abandoned in the file; :attr:`rows` has those of the course it is on.
+
+    Args:
+        directory: the training's output directory; the file lies in its ``align_audit`` folder, made when absent.
+
+    Raises:
+        OSError: the folder cannot be made or written to.
+        RecordError: the file cannot be read.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        # Absolute now: the working directory may change while the run goes on.
+        self.path = Path(os.path.abspath(directory)) / FOLDER / TRAINING
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        repair(self.path)
+        self._rows = read_training_log(self.path)
+
+    @property
+    def rows(self) -> list[LogRow]:
+        """By step; not a copy."""
+        return self._rows
+
+    def append(self, step: int, logs: Mapping[str, object]) -> LogRow | None:
+        """Add what was logged at a step, and wait until it is on disk.
+
+        Returns:
+            The row; None, with nothing written, where the log has no number in it.
+
+        Raises:
+            OSError: the disk refuses. The row is among :attr:`rows` all the same.
+        """
+        kept = {name: number for name, value in logs.items() if (number := _number(value)) is not None}
+        if not kept:
+            return None
+        row = LogRow(step, kept)
+        _follow(self._rows, row)
+        line = json.dumps({"step": step, "logs": {name: _word(number) for name, number in kept.items()}})
+        append_whole(self.path, f"{line}\n".encode())
+        return row
+
+
+def read_training_log(path: Path) -> list[LogRow]:
+    """The rows of a file, by step: of the course that the run is on. An absent file is an empty log.
+
+    A line that cannot be read is left out, with a warning, and so is a last one that is torn.
+
+    Raises:
+        RecordError: the file cannot be read at all.
+    """
+    return course_of(LogRow(line.step, line.logs) for line in read_lines(path, _Line))
+
+
+def course_of(rows: Iterable[LogRow]) -> list[LogRow]:
+    """Rows in the order they were written, without those that a run abandoned when it was resumed from an earlier step.
+
+    Example:
+        >>> [row.step for row in course_of([LogRow(1, {}), LogRow(2, {}), LogRow(3, {}), LogRow(2, {})])]
+        [1, 2, 2]
+    """
+    course: list[LogRow] = []
+    for row in rows:
+        _follow(course, row)
+    return course
+
+
+def up_to(rows: Sequence[LogRow], step: int) -> Sequence[LogRow]:
+    """The rows of a course until a step, that of the step with them."""
+    end = len(rows)
+    # From the end: what is asked for is nearly always all, or nearly all.
+    while end and rows[end - 1].step > step:
+        end -= 1
+    return rows if end == len(rows) else rows[:end]
+
+
+def _follow(course: list[LogRow], row: LogRow) -> None:
+    while course and course[-1].step > row.step:
+        course.pop()
+    course.append(row)
+
+
+def _number(value: object) -> float | None:
+    """As a float; None: not a number (``True`` is none)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except (OverflowError, ValueError):
+        return None
+
+
+def _word(number: float) -> float | str:
+    if math.isnan(number):
+        return "NaN"
+    return number if math.isfinite(number) else "Infinity" if number > 0 else "-Infinity"

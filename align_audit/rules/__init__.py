@@ -1,0 +1,1 @@
+"""The table of alert rules: names, causes, limits. Data only."""

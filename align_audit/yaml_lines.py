@@ -1,0 +1,43 @@
+"""Where in a YAML file a value stands, so that what is wrong with it can be said with its line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import yaml
+
+Place = tuple[str | int, ...]
+"""Keys and indices from the top of the file to a value."""
+
+_DEEPEST = 8
+
+
+def lines_of(text: str) -> dict[Place, int]:
+    """The line, from 1, of each key and item of a YAML text, down to eight levels.
+
+    Raises:
+        yaml.YAMLError: the text is no YAML.
+    """
+    lines: dict[Place, int] = {}
+
+    def visit(node: yaml.Node | None, place: Place) -> None:
+        if len(place) == _DEEPEST:
+            return
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    inner: Place = (*place, key.value)
+                    lines[inner] = key.start_mark.line + 1
+                    visit(value, inner)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                lines[*place, index] = value.start_mark.line + 1
+                visit(value, (*place, index))
+
+    visit(yaml.compose(text, Loader=yaml.SafeLoader), ())
+    return lines
+
+
+def line_at(lines: Mapping[Place, int], place: Place) -> int | None:
+    """The line of a place, or of the nearest one around it that the file has."""
+    return next((lines[place[:end]] for end in range(len(place), 0, -1) if place[:end] in lines), None)

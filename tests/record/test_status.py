@@ -1,0 +1,106 @@
+"""How a run stands: ERROR, BLIND, WATCH, HEALTHY, from records, failures and the trainer's log."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from align_audit.record.audit_record import Alert, AuditRecord, Control, Occasion
+from align_audit.record.log import Failure, RunLog
+from align_audit.record.run import AuditRun
+from align_audit.record.status import status_of
+from align_audit.record.training_log import LogRow
+from tests.helpers.alert_cases import health, healthy, on_set, with_part
+
+
+def alert(level: str, step: int, since: int | None, event: str = "open", rule: str = "kl_out_of_bounds") -> Alert:
+    return Alert(
+        rule=rule,
+        cause="drift",
+        level=level,
+        event=event,
+        step=step,
+        since=since,
+        value=1.0,
+        message="KL is 1.",
+        suggestion="-",
+    )  # type: ignore[arg-type]
+
+
+def at(step: int, *alerts: Alert) -> AuditRecord:
+    return healthy(step).model_copy(update={"alerts": list(alerts)})
+
+
+def broken(step: int) -> Failure:
+    return Failure(step=step, time="2026-01-01T00:00:00+00:00", error="Traceback\n  ...\nValueError: bad batch.\n")
+
+
+@pytest.mark.parametrize(
+    ("records", "word", "since"),
+    [
+        ([at(0), at(10), at(20)], "HEALTHY", 0),
+        ([at(0), at(10, alert("warning", 10, 10, "opened"))], "WATCH", 10),
+        ([at(0), at(10, alert("warning", 10, 10)), at(20, alert("error", 20, 10, "worse"))], "ERROR", 10),
+        ([at(0, alert("error", 0, 0)), at(10, alert("error", 10, 0, "resolved")), at(20)], "HEALTHY", 10),
+        ([at(10, alert("info", 10, 10))], "HEALTHY", 10),
+        ([at(10, alert("error", 10, None, "opened"))], "ERROR", 10),
+        ([at(10, alert("error", 10, 10, "opened", "control_failed"))], "HEALTHY", 10),
+    ],
+)
+def test_status_is_what_the_last_records_say_is_open(records: list[AuditRecord], word: str, since: int) -> None:
+    status = status_of(records, [], [])
+    assert (status.word, status.since) == (word, since)
+    assert str(status) == f"{word} since step {since}"
+    if word in ("WATCH", "ERROR"):
+        assert status.reason == "KL is 1."
+
+
+def test_no_audit_is_blind() -> None:
+    assert (status_of([], [], []).word, status_of([], [], []).since) == ("BLIND", None)
+    assert "step 5: ValueError: bad batch" in status_of([], [broken(5)], []).reason
+
+
+def test_audits_that_break_are_blind_until_one_comes_through() -> None:
+    status = status_of([at(10)], [broken(20), broken(30)], [])
+    assert (status.word, status.since) == ("BLIND", 20)
+    assert status_of([at(10), at(40)], [broken(20), broken(30)], []).word == "HEALTHY"
+
+
+def test_an_open_error_is_not_hidden_by_blindness() -> None:
+    ruined = at(10, alert("error", 10, 10, "opened"))
+    assert status_of([ruined], [broken(20)], []).word == "ERROR"
+    assert status_of([at(10, alert("warning", 10, 10, "opened"))], [broken(20)], []).word == "BLIND"
+
+
+def test_a_failed_identity_control_is_blind_and_others_are_notes() -> None:
+    failed = Control(verdict="failed", reason="3 of 64 moved")
+    identity = with_part(at(10), "controls", identity=failed)
+    status = status_of([identity], [], [])
+    assert (status.word, status.since) == ("BLIND", 10)
+    assert "3 of 64 moved" in status.reason
+    assert status_of([identity, health(at(20))], [], []).word == "BLIND", "a health audit does not run it"
+    assert status_of([identity, at(20)], [], []).word == "HEALTHY"
+    assert status_of([with_part(at(10), "controls", noise=failed)], [], []).word == "HEALTHY"
+
+
+def test_silence_is_blind() -> None:
+    due = at(40).model_copy(update={"occasion": Occasion(reason="at step 40", next_step=50)})
+    assert status_of([due], [], [LogRow(70, {})]).word == "HEALTHY"
+    status = status_of([due], [], [LogRow(71, {})])
+    assert (status.word, status.since) == ("BLIND", 40)
+    assert "one was due every 10" in status.reason
+    usual = [at(10), at(20), at(30)]
+    assert status_of(usual, [], [LogRow(60, {})]).word == "HEALTHY"
+    assert status_of(usual, [], [LogRow(61, {})]).word == "BLIND"
+    assert status_of(usual[:2], [], [LogRow(900, {})]).word == "HEALTHY", "two audits are no interval"
+
+
+def test_status_is_of_all_probe_sets_or_of_one(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log.append(on_set(at(10), "a"))
+    log.append(on_set(at(10, alert("error", 10, 10, "opened")), "b"))
+    run = AuditRun.load(tmp_path)
+    assert run.status.word == "ERROR"
+    assert run.select("a").status.word == "HEALTHY"
+    assert run.select("b").status.word == "ERROR"

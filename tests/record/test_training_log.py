@@ -1,0 +1,108 @@
+"""The trainer's log beside the records: append-only, whole lines, readable whatever a kill left."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from align_audit.record.run import AuditRun
+from align_audit.record.training_log import LogRow, TrainingLog, course_of, read_training_log, up_to
+
+
+def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
+    log = TrainingLog(tmp_path)
+    assert log.rows == []
+    log.append(10, {"loss": 0.5, "rewards/margins": np.float32(0.25), "epoch": 1})
+    log.append(20, {"eval_loss": 0.4, "eval_runtime": 3})
+    expected = [
+        LogRow(10, {"loss": 0.5, "rewards/margins": 0.25, "epoch": 1.0}),
+        LogRow(20, {"eval_loss": 0.4, "eval_runtime": 3.0}),
+    ]
+    assert log.rows == expected
+    assert TrainingLog(tmp_path).rows == expected
+    lines = (tmp_path / "align_audit" / "training.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"step": 10, "logs": {"loss": 0.5, "rewards/margins": 0.25, "epoch": 1.0}}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_numbers_that_json_does_not_know_survive(tmp_path: Path, value: float) -> None:
+    TrainingLog(tmp_path).append(1, {"loss": value})
+    text = (tmp_path / "align_audit" / "training.jsonl").read_text()
+    assert isinstance(json.loads(text, parse_constant=pytest.fail)["logs"]["loss"], str)
+    (row,) = TrainingLog(tmp_path).rows
+    assert str(row.logs["loss"]) == str(value)
+
+
+@pytest.mark.parametrize("value", ["0.5", None, True, [0.5], 1 + 2j, object(), 10**400])
+def test_what_is_no_number_is_left_out(tmp_path: Path, value: Any) -> None:
+    log = TrainingLog(tmp_path)
+    assert log.append(1, {"loss": value}) is None
+    assert log.append(2, {"loss": value, "grad_norm": 1.0}) == LogRow(2, {"grad_norm": 1.0})
+    assert TrainingLog(tmp_path).rows == [LogRow(2, {"grad_norm": 1.0})]
+
+
+def test_a_torn_last_line_is_moved_aside_by_the_next_run(tmp_path: Path) -> None:
+    log = TrainingLog(tmp_path)
+    log.append(1, {"loss": 0.5})
+    log.append(2, {"loss": 0.4})
+    whole = log.path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for cut in range(first + 1, len(whole) - 1):
+        log.path.write_bytes(whole[:cut])
+        with pytest.warns(UserWarning, match="in the middle of a line"):
+            assert read_training_log(log.path) == [LogRow(1, {"loss": 0.5})]
+    with pytest.warns(UserWarning, match="moved to training.jsonl.torn-1"):
+        again = TrainingLog(tmp_path)
+    again.append(2, {"loss": 0.3})
+    assert read_training_log(log.path) == [LogRow(1, {"loss": 0.5}), LogRow(2, {"loss": 0.3})]
+
+
+def test_lines_that_cannot_be_read_are_left_out_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "training.jsonl"
+    path.write_text(
+        '{"step": 1, "logs": {"loss": 1}}\n{"step": "x", "logs": {}}\n[1]\n{"step": 2, "logs": {"loss": "NaN"}}\n'
+    )
+    with pytest.warns(UserWarning, match="skipped") as said:
+        rows = read_training_log(path)
+    assert [row.step for row in rows] == [1, 2]
+    assert sorted(str(item.message)[:6] for item in said) == ["line 2", "line 3"]
+    assert read_training_log(tmp_path / "absent.jsonl") == []
+
+
+def test_a_resumed_run_has_the_rows_of_its_new_course() -> None:
+    written = [LogRow(step, {"loss": float(place)}) for place, step in enumerate((10, 20, 20, 30, 40, 25, 30))]
+    assert course_of(written) == [*written[:3], *written[5:]]
+    rows = course_of(written)
+    assert [row.step for row in up_to(rows, 25)] == [10, 20, 20, 25]
+    assert up_to(rows, 30) is rows
+    assert list(up_to(rows, 5)) == []
+
+
+def test_a_disk_that_refuses_loses_no_row_for_the_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = TrainingLog(tmp_path)
+
+    def refuse(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("align_audit.record.training_log.append_whole", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        log.append(1, {"loss": 0.5})
+    assert log.rows == [LogRow(1, {"loss": 0.5})]
+    assert log.path.exists() is False
+
+
+def test_a_run_that_is_read_back_has_it(tmp_path: Path) -> None:
+    from align_audit.record.log import RunLog
+    from tests.helpers.make_record import make_record
+
+    log = RunLog(tmp_path)
+    log.append(make_record(10, layers=2))
+    assert list(AuditRun.load(tmp_path).training_log) == []
+    TrainingLog(tmp_path).append(10, {"loss": 0.5})
+    assert list(AuditRun.load(tmp_path).training_log) == [LogRow(10, {"loss": 0.5})]
+    assert list(AuditRun.load(tmp_path / "align_audit" / "records.jsonl").training_log) == [LogRow(10, {"loss": 0.5})]
