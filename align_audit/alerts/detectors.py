@@ -251,7 +251,7 @@ def _log_signs(view: View, heads: Sequence[Head]) -> Iterator[Sign]:
 def _counted(sign: Sign, before: Iterable[Sign | None], config: AlertConfig) -> Sign:
     """With how many looks in a row it was seen at, as far as its patience asks for; ``before`` goes back in time."""
     held, strong = 1, int(sign.level == "error")
-    for previous in islice(before, max(config.patience(sign.rule), 1)):
+    for previous in islice(before, max(config.patience(sign.rule), config.error_looks - 1)):
         if previous is None:
             break
         if previous.level == "error" and strong == held:

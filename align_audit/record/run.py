@@ -25,7 +25,7 @@ from align_audit.record.log import (
 )
 from align_audit.record.numbers import Word, by_series, walk
 from align_audit.record.status import Status, status_of
-from align_audit.record.stored_records import chosen, heads_of
+from align_audit.record.stored_records import chosen, events_of, heads_of
 from align_audit.record.training_log import TRAINING, LogRow, read_training_log
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ class AuditRun:
     records: Sequence[AuditRecord]
     """By step, then by creation. Those of a log are validated when it is loaded, and parsed when they are looked at."""
     alerts: list[Alert]
-    """By step: those of the records, and any other that is in ``alerts.jsonl``."""
+    """By step, what happened to alerts (opened, worse, resolved): of the records, and any other in ``alerts.jsonl``. Those that
+    are open at an audit stand in its record."""
     failures: list[Failure]
     """Audits that broke."""
     probe_name: str | None = None
@@ -88,7 +89,7 @@ class AuditRun:
         # An alert of one cause may have been seen on another set, and is open at this one's records all the same.
         stored = {alert.model_dump_json() for head in heads_of(self.records) for alert in head.alerts}
         rest = [alert for alert in self.alerts if alert.probe_name == name and alert.model_dump_json() not in stored]
-        alerts = [*(alert for head in heads_of(records) for alert in head.alerts), *rest]
+        alerts = [*(alert for head in heads_of(records) for alert in events_of(head.alerts)), *rest]
         return replace(
             self,
             records=records,

@@ -13,7 +13,7 @@ from tests.distributed.launch import launch
 pytestmark = pytest.mark.distributed
 
 # Any movement at all is above this limit, so the first audit of a trained policy raises an alert.
-_AT_ONCE = {"kl_warning": 1e-9, "kl_error": 1e-9}
+_AT_ONCE = {"kl_warning": 1e-9, "kl_error": 1e-9, "error_looks": 1}
 _BY_STEP = {"schedule": {"every_n_steps": 1}, "patching": {"enabled": False}}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},

@@ -20,7 +20,7 @@ from align_audit.errors import ConfigurationError
 from tests.helpers.dpo import Trained, build, saved_model
 from tests.monitoring.test_callback import At, quick, run, steps
 
-_AT_ONCE = {"kl_warning": 1e-9, "kl_error": 1e-9}
+_AT_ONCE = {"kl_warning": 1e-9, "kl_error": 1e-9, "error_looks": 1}
 _EVERY_STEP = {"every_n_steps": 1, "on_save": False}
 
 
