@@ -263,6 +263,8 @@ class AlertConfig(_Limits):
     """Where warnings and errors are posted to as they open, get worse and are resolved: a URL, or these options."""
     baseline_audits: int = Field(default=3, ge=1)
     """Healthy audits after which a run is also compared with itself."""
+    error_looks: int = Field(default=2, ge=1)
+    """Looks in a row beyond the limit of an error that make one by themselves, where nothing else agrees."""
     agreeing_families: int = Field(default=3, ge=2)
     """So many independent signs at one look make an error, however weak each is; two do where one is beyond its own limit of
     an error."""

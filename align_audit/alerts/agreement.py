@@ -12,17 +12,14 @@ from align_audit.rules.table import CAUSES, RULES
 _PLACES = {rule.name: place for place, rule in enumerate(RULES)}
 _CAUSES = {cause: place for place, cause in enumerate(CAUSES)}
 
-_STRONG_LOOKS = 2
-"""Looks in a row beyond the limit of an error that make one, where nothing else agrees."""
-
 
 def alert_of(
     signs: Sequence[Sign], config: AlertConfig, *, is_open: bool = False, extra_looks: int = 0
 ) -> Alert | None:
     """The alert that signs of one cause make together; None: they are not enough.
 
-    An error: a sign that is certain; one beyond its limit of an error at two looks in a row, where its rule may be one alone;
-    two independent signs (of two families), one of them beyond that limit; or ``agreeing_families`` of any strength.
+    An error: a sign that is certain; one beyond its limit of an error at ``error_looks`` looks in a row, where its rule may be
+    one alone; two independent signs (of two families), one of them beyond that limit; or ``agreeing_families`` of any strength.
     A warning: a rule that stands alone, seen for as many looks as its patience says; or two independent signs, whatever their
     patience, one of which stands alone.
 
@@ -75,8 +72,11 @@ def _level(
         return "error", ""
     if strong and len(families) >= 2:
         return "error", ""
-    if any(sign.rule.lone_error and sign.strong >= max(_STRONG_LOOKS, config.patience(sign.rule)) for sign in strong):
-        return "error", " Seen at two looks in a row."
+    if any(
+        sign.rule.lone_error and sign.strong >= max(config.error_looks, config.patience(sign.rule)) for sign in strong
+    ):
+        looks = max(sign.strong for sign in strong)
+        return "error", f" Seen at {looks} looks in a row." if looks > 1 else ""
     if may_be_error and len(families) >= config.agreeing_families:
         return "error", ""
     alone = [sign for sign in signs if sign.rule.standing != "witness"]

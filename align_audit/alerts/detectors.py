@@ -138,7 +138,9 @@ def _course(record: AuditRecord, earlier: Sequence[AuditRecord]) -> Sequence[Aud
     A run that was resumed from an earlier step left records of the course that it took before: made earlier, of later steps.
     Of audits of one step, set and kind the newest counts.
     """
-    heads = [head for head in heads_of(earlier) if head.step <= record.step]
+    # Other weights at this very step are of another course, too.
+    now, policy = record.step, record.provenance.policy_hash
+    heads = [head for head in heads_of(earlier) if head.step < now or (head.step == now and head.policy_hash == policy)]
     least = math.inf
     kept: dict[tuple[int, str | None, str], Head] = {}
     for _, made in groupby(sorted(heads, key=lambda head: head.created, reverse=True), key=lambda head: head.created):
@@ -251,7 +253,7 @@ def _log_signs(view: View, heads: Sequence[Head]) -> Iterator[Sign]:
 def _counted(sign: Sign, before: Iterable[Sign | None], config: AlertConfig) -> Sign:
     """With how many looks in a row it was seen at, as far as its patience asks for; ``before`` goes back in time."""
     held, strong = 1, int(sign.level == "error")
-    for previous in islice(before, max(config.patience(sign.rule), 1)):
+    for previous in islice(before, max(config.patience(sign.rule), config.error_looks - 1)):
         if previous is None:
             break
         if previous.level == "error" and strong == held:

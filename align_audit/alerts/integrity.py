@@ -34,8 +34,14 @@ def non_finite(history: History) -> Sign | None:
 
 
 def reference_mismatch(history: History) -> Sign | None:
-    """The reference is not the policy's starting point, or not the one the trainer uses."""
+    """The reference is not the policy's starting point, or not the one the trainer uses.
+
+    That is compared before the first step: what failed there holds for as long as the reference is the same.
+    """
     check = history.record.reference_check
+    if check.verdict == "not_run" and history.before:
+        first, reference = history.before[0], history.record.provenance.reference_hash
+        check = first.reference_check if first.provenance.reference_hash == reference else check
     if check.verdict != "failed":
         return None
     value = check.precomputed_margin_difference

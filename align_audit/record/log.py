@@ -3,9 +3,9 @@
 ``<output_dir>/align_audit/`` holds
 
 - ``records.jsonl``: one :class:`~align_audit.record.audit_record.AuditRecord` a line;
-- ``alerts.jsonl``: what happened to the alerts of those records (opened, worse, resolved), one a line (a copy, for
-  ``tail -f``; the records are the source);
-- ``training.jsonl``: what the trainer logs (:mod:`align_audit.record.training_log`);
+- ``alerts.jsonl``: what happened to alerts at those records (opened, worse, resolved), one a line (a copy, for ``tail -f``; the
+  records are the source, and have those that only stay open too);
+- ``training.jsonl``: what the trainer logged (:mod:`align_audit.record.training_log`);
 - ``failures.jsonl``: audits that broke, with their traceback;
 - ``step-<N>/*.safetensors``: what is too large for a line (per-pair values, subspace bases), of a named probe set in
   ``arrays-<name>``;
@@ -35,7 +35,7 @@ from align_audit.files import append_whole, is_folder_here, remove_abandoned, wr
 from align_audit.record.audit_record import Alert, AuditRecord, RecordKey
 from align_audit.record.lines import read_lines, read_records, repair
 from align_audit.record.lock import FileLock, identity_of, lock
-from align_audit.record.stored_records import StoredRecords
+from align_audit.record.stored_records import StoredRecords, events_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -141,7 +141,7 @@ class RunLog:
         self._append(RECORDS, [line])
         self._records.append(record, line.encode(), f"the record of step {record.step}")
         self._keys.add(record.key)
-        self._append_alerts([alert.model_dump_json() for alert in record.alerts if alert.event != "open"])
+        self._append_alerts([alert.model_dump_json() for alert in events_of(record.alerts)])
         return True
 
     def append_failure(self, step: int, error_text: str, probe_name: str | None = None) -> None:
@@ -249,7 +249,7 @@ class RunLog:
     def _add_missing_alerts(self) -> None:
         """Alerts follow their record, so a kill in between leaves them out of their own file."""
         logged = Counter(alert.model_dump_json() for alert in read_lines(self.directory / ALERTS, Alert))
-        expected = [alert.model_dump_json() for alert in self._records.alerts if alert.event != "open"]
+        expected = [alert.model_dump_json() for alert in self._records.alerts]
         missing = []
         for line in expected:
             if logged[line]:

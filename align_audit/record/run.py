@@ -25,7 +25,7 @@ from align_audit.record.log import (
 )
 from align_audit.record.numbers import Word, by_series, walk
 from align_audit.record.status import Status, status_of
-from align_audit.record.stored_records import chosen, heads_of
+from align_audit.record.stored_records import chosen, events_of, heads_of
 from align_audit.record.training_log import TRAINING, LogRow, read_training_log
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class AuditRun:
     records: Sequence[AuditRecord]
     """By step, then by creation. Those of a log are validated when it is loaded, and parsed when they are looked at."""
     alerts: list[Alert]
-    """By step: what happened to alerts (opened, worse, resolved), as the records say it, and any other that is in
-    ``alerts.jsonl``. What is open at an audit stands in its record."""
+    """By step, what happened to alerts (opened, worse, resolved): of the records, and any other in ``alerts.jsonl``. Those that
+    are open at an audit stand in its record."""
     failures: list[Failure]
     """Audits that broke."""
     probe_name: str | None = None
@@ -63,7 +63,7 @@ class AuditRun:
     def of(cls, log: RunLog) -> Self:
         """The run of a log that is open for appending, as it stands now. Failures and the trainer's log are in files only."""
         records = log.records
-        return cls(log.directory, records, _events(records.alerts), failures=[])
+        return cls(log.directory, records, records.alerts, failures=[])
 
     @property
     def status(self) -> Status:
@@ -89,7 +89,7 @@ class AuditRun:
         # An alert of one cause may have been seen on another set, and is open at this one's records all the same.
         stored = {alert.model_dump_json() for head in heads_of(self.records) for alert in head.alerts}
         rest = [alert for alert in self.alerts if alert.probe_name == name and alert.model_dump_json() not in stored]
-        alerts = [*_events(alert for head in heads_of(records) for alert in head.alerts), *rest]
+        alerts = [*(alert for head in heads_of(records) for alert in events_of(head.alerts)), *rest]
         return replace(
             self,
             records=records,
@@ -109,7 +109,7 @@ class AuditRun:
         """
         path = find_records(Path(output_dir))
         records = read_records(path).by_step()
-        alerts = _events(records.alerts)
+        alerts = records.alerts
         failures: list[Failure] = []
         training_log: list[LogRow] = []
         if path.name == RECORDS:
@@ -150,10 +150,6 @@ class AuditRun:
             return pandas.DataFrame(by_layer, columns=None if by_layer else ["step", "layer"])
         rows = [row_of(record) for record in self.records]
         return pandas.DataFrame(rows, columns=None if rows else ["step"])
-
-
-def _events(alerts: Iterable[Alert]) -> list[Alert]:
-    return [alert for alert in alerts if alert.event != "open"]
 
 
 def find_records(path: Path) -> Path:

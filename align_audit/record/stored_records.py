@@ -144,8 +144,8 @@ class StoredRecords(Sequence[AuditRecord]):
 
     @property
     def alerts(self) -> list[Alert]:
-        """Of all records, in their order."""
-        return [alert for kept in self._kept for alert in kept.head.alerts]
+        """What happened to alerts, of all records in their order: opened, worse, resolved; not that one stays open."""
+        return [alert for kept in self._kept for alert in events_of(kept.head.alerts)]
 
     def where(self, test: Callable[[Head], bool]) -> StoredRecords:
         """Those whose head passes a test, in the same order."""
@@ -199,6 +199,11 @@ class StoredRecords(Sequence[AuditRecord]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._kept, self._recent = state["kept"], deque(maxlen=KEPT_PARSED)
+
+
+def events_of(alerts: Iterable[Alert]) -> list[Alert]:
+    """Those to which something happened: opened, worse or resolved."""
+    return [alert for alert in alerts if alert.event != "open"]
 
 
 def chosen(records: Sequence[AuditRecord], test: Callable[[Head], bool]) -> Sequence[AuditRecord]:

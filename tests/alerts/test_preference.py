@@ -1,0 +1,104 @@
+"""Preference lost, turned round, or never learned: both sides of the limits, NaN, the first audit."""
+
+from __future__ import annotations
+
+import pytest
+
+from align_audit.config import AlertConfig
+from align_audit.record.audit_record import AuditRecord, Estimate
+from tests.helpers.alert_cases import NAN, about, healthy, run, sign, with_margins, with_part, without_interval
+from tests.helpers.make_record import make_record
+
+
+@pytest.mark.parametrize(
+    ("now", "level", "threshold"),
+    [(0.85, None, None), (0.78, "warning", 0.8), (0.66, "warning", 0.8), (0.64, "error", 0.65)],
+)
+def test_accuracy_against_its_best(now: float, level: str | None, threshold: float | None) -> None:
+    before = [with_margins(healthy(step), accuracy=about(value)) for step, value in ((10, 0.7), (20, 0.9), (30, 0.8))]
+    seen = sign("accuracy_falling", with_margins(healthy(), accuracy=about(now)), before)
+    assert (seen and seen.level) == level
+    if level:
+        assert (seen.value, seen.baseline) == (now, 0.9)
+        assert seen.limit == pytest.approx(threshold)
+        assert f"{now:.0%}, down from 90% at step 20" in seen.message
+        assert "checkpoint at step 20" in seen.suggestion
+
+
+def test_accuracy_before_training_is_no_best() -> None:
+    before = [with_margins(make_record(0, progress=0.0), accuracy=about(0.99))]
+    assert sign("accuracy_falling", with_margins(healthy(), accuracy=about(0.5)), before) is None
+
+
+def test_accuracy_needs_intervals_that_are_apart() -> None:
+    before = [with_margins(healthy(10), accuracy=Estimate(mean=0.9, low=0.7, high=1.0))]
+    assert sign("accuracy_falling", with_margins(healthy(), accuracy=about(0.71)), before) is None
+    assert sign("accuracy_falling", with_margins(healthy(), accuracy=about(0.68)), before) is not None
+
+
+def at_shift(step: int, mean: float, half: float = 0.5) -> AuditRecord:
+    return with_margins(healthy(step), shift=about(mean, half))
+
+
+@pytest.mark.parametrize(("mean", "level"), [(-0.6, "error"), (-0.4, None), (0.4, None)])
+def test_a_shift_whose_interval_lies_below_0(mean: float, level: str | None) -> None:
+    seen = sign("margin_reversed", at_shift(20, mean), [])
+    assert (seen and seen.level) == level
+    if seen:
+        assert (seen.value, seen.limit) == (mean, 0.0)
+
+
+def test_a_shift_below_half_its_best() -> None:
+    before = [at_shift(10, 4.0), at_shift(20, 8.0), at_shift(30, 6.0)]
+    seen = sign("margin_reversed", at_shift(40, 3.9), before)
+    assert (seen.level, seen.baseline, seen.limit) == ("warning", 8.0, 4.0)
+    assert "down from 8.00 at step 20" in seen.message
+    assert sign("margin_reversed", at_shift(40, 4.1), before) is None
+    assert sign("margin_reversed", at_shift(40, 3.9, 4.0), before) is None, "the intervals meet"
+    assert sign("margin_reversed", at_shift(40, 0.6), [at_shift(10, 8.0, 9.0)]) is None, "a best that is none"
+    moved = [with_part(record, "provenance", reference_hash="synchronized") for record in before]
+    assert sign("margin_reversed", at_shift(40, 3.9), moved) is None, "shifts against another reference"
+
+
+@pytest.mark.parametrize("shift", [without_interval(-5.0), Estimate(mean=NAN, low=NAN, high=NAN)])
+def test_a_shift_without_an_interval_is_no_reversal(shift: Estimate) -> None:
+    assert sign("margin_reversed", with_margins(healthy(), shift=shift), [at_shift(10, 8.0)]) is None
+
+
+def still(step: int, kl: float = 0.0, shift: Estimate | None = None) -> AuditRecord:
+    return with_margins(healthy(step), kl=about(kl, 0.0), shift=about(0.0, 0.1) if shift is None else shift)
+
+
+def test_weights_that_have_not_moved() -> None:
+    same = with_part(healthy(60), "reference_check", same_weights=True)
+    assert sign("never_started", same, []).level == "error"
+    assert sign("never_started", with_part(healthy(10), "reference_check", same_weights=True), []).level == "warning"
+    assert sign("never_started", make_record(0, progress=0.0), []) is None, "before training they are equal"
+
+
+@pytest.mark.parametrize(
+    ("record", "fires"),
+    [
+        (still(60), True),
+        (still(40), False),  # too early
+        (still(60, kl=0.9e-4), True),
+        (still(60, kl=1.1e-4), False),
+        (still(60, shift=about(0.3, 0.1)), False),
+        (still(60, shift=without_interval(0.0)), True),
+        (still(60, kl=NAN), False),
+        (still(60, shift=about(NAN)), False),
+    ],
+)
+def test_a_policy_that_says_what_its_reference_says(record: AuditRecord, fires: bool) -> None:
+    seen = sign("never_started", record, run())
+    assert (seen is not None) == fires
+    if seen:
+        assert seen.level == "warning"
+        assert "After 60 steps" in seen.message
+
+
+def test_when_to_look_is_a_share_of_the_run_where_its_length_is_known() -> None:
+    assert sign("never_started", still(16), [], max_steps=64) is not None
+    assert sign("never_started", still(15), [], max_steps=64) is None
+    assert sign("never_started", still(60), [], max_steps=1000) is None
+    assert sign("never_started", still(60), [], AlertConfig(never_started_steps=61)) is None
