@@ -46,7 +46,8 @@ class AuditRun:
     directory: Path
     """The folder of the log."""
     records: Sequence[AuditRecord]
-    """By step, then by creation. Those of a log are validated when it is loaded, and parsed when they are looked at."""
+    """By step, then by creation. The lines of a log are validated whole when it is loaded, and made records when they are
+    looked at."""
     alerts: list[Alert]
     """By step: those of the records, and any other that is in ``alerts.jsonl``."""
     failures: list[Failure]
