@@ -190,7 +190,7 @@ def row_of(record: AuditRecord) -> dict[str, Any]:
     provenance = record.provenance
     row: dict[str, Any] = {"step": record.step, "probes": provenance.probe_name, "created": provenance.created}
     # Curves of single layers come last: of which layers they are differs from record to record.
-    for item in sorted(walk(record), key=lambda item: item.path.startswith("low_rank.")):
+    for item in sorted(walk(record, sequences=False), key=lambda item: item.path.startswith("low_rank.")):
         if item.path.startswith("sites."):
             continue
         if isinstance(item, Word) or (item.index is None and item.low is None):
