@@ -276,6 +276,16 @@ class Reconstruction:
             self.effects.random[key[1], key[2]][places, key[3], key[4]] = effect
 
 
+def beyond_the_rows(whose: str, dimensions: int) -> str:
+    """Why nothing is said of ranks that the rows do not span.
+
+    Example:
+        >>> beyond_the_rows("the token rows of a half of the pairs", 3)
+        'the token rows of a half of the pairs span 3 dimensions: what lies beyond is arbitrary'
+    """
+    return f"{whose} span {dimensions} dimensions: what lies beyond is arbitrary"
+
+
 def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(list(parts)).generate_state(1)[0])
 

@@ -12,7 +12,7 @@ import numpy as np
 from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.measurement import AuditTask
 from align_audit.auditing.measurements.patching import Patching
-from align_audit.auditing.measurements.subspaces import NO_HALVES, Fit, Key, Reconstruction
+from align_audit.auditing.measurements.subspaces import NO_HALVES, Fit, Key, Reconstruction, beyond_the_rows
 from align_audit.auditing.session.estimates import Estimates, beyond, estimate, floats
 from align_audit.auditing.session.walk import Session
 from align_audit.measures.subspace import explained_variance_ratio, gram_rank, principal_angles, rank_95
@@ -183,7 +183,7 @@ class Cells:
             dimensions = _dimensions(fitted, which[places], key)
             explained = self._explained(fitted, patched, which, key, path)
         spanned = sum(rank <= dimensions for rank in ranks)
-        arbitrary = f"the rows of {fitted.name!r} span {dimensions} dimensions, so what lies beyond is arbitrary"
+        arbitrary = beyond_the_rows(f"the token rows of {fitted.name!r}", dimensions)
         if spanned < len(ranks):
             self.reasons.setdefault(f"{path}.explained_variance_ratio", arbitrary)
         fractions = [estimate(interval) for interval in estimates.fractions(effects[:, :spanned], full)]
