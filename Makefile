@@ -16,6 +16,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 BOUND_TESTS := tests/monitoring/test_callback.py tests/monitoring/test_reference_modes.py \
 	tests/monitoring/test_trainer.py tests/monitoring/test_trainer_margins.py tests/probes \
 	tests/auditing/test_exactness.py tests/models/test_loading.py tests/models/weights/test_streaming.py \
+	tests/models/weights/test_not_streamed.py tests/models/weights/test_from_host.py \
 	tests/writers/test_tensorboard.py tests/cli/test_options.py tests/cli/test_run.py
 
 .PHONY: demo test fuzz test-all test-gpu test-lowest test-newest lint lock wheel-check install python clean

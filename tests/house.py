@@ -1,13 +1,15 @@
-"""The house as it stands: floors, circles, and what has grown long.
+"""The house as it stands: floors, circles, what has grown long, and names that say nothing.
 
     python -m tests.house
 
-prints them. :data:`FLOORS` is the one table of which part of the package lies where; ``test_house.py`` holds it.
+prints them. :data:`FLOORS` is the one table of which part of the package lies where, :data:`WITHIN` of what lies below what in
+a room; ``test_house.py`` holds them.
 """
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,34 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 """From the ground up. A room imports from floors below its own, and from itself; ``errors`` and ``files`` are for all."""
+
+WITHIN: dict[str, tuple[str, ...]] = {
+    "auditing": ("session", "previous", "request", "measurements"),
+    "models": ("anatomy", "weights"),
+    "writers": ("words", "plots"),
+    "lab": ("planting",),
+}
+"""Inside a room, from the ground up: each of these imports, of its room, only itself and those before it; the rest is above."""
+
+VAGUE = frozenset(
+    [
+        "found",
+        "own",
+        "other",
+        "others",
+        "known",
+        "one",
+        "whole",
+        "before",
+        "build",
+        "built",
+        "ours",
+        "theirs",
+        "mine",
+        "its",
+    ]
+)
+"""Names that say nothing to a search: pronouns, participles and numbers where a noun of the field belongs."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +81,15 @@ def imports(path: Path, *, top: bool = False) -> list[Import]:
 
     ``from a import b`` counts as both ``a`` and ``a.b``.
     """
-    found: list[Import] = []
+    seen: list[Import] = []
 
     def visit(node: ast.AST) -> None:
         if isinstance(node, ast.Import):
-            found.extend(Import(path, node.lineno, alias.name) for alias in node.names)
+            seen.extend(Import(path, node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative imports hide where they lead"
-            found.append(Import(path, node.lineno, node.module or ""))
-            found.extend(Import(path, node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+            seen.append(Import(path, node.lineno, node.module or ""))
+            seen.extend(Import(path, node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
         if top and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
             return
         if top and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
@@ -70,7 +100,7 @@ def imports(path: Path, *, top: bool = False) -> list[Import]:
             visit(child)
 
     visit(ast.parse(path.read_text(encoding="utf-8")))
-    return found
+    return seen
 
 
 def room_of(module: str) -> str:
@@ -96,29 +126,58 @@ def _is_code(path: Path) -> bool:
 
 def climbing(root: Path = ROOT) -> list[str]:
     """Imports upward, or across a floor, in words."""
-    found = []
+    words = set()
     for path in files(root):
-        own = room_of(module_of(path, root))
-        here = floor_of(own)
+        room = room_of(module_of(path, root))
+        floor = floor_of(room)
         for used in imports(path):
             if not used.module.startswith(f"{root.name}."):
                 continue
-            other = room_of(used.module)
-            there = floor_of(other)
-            if other == own or other in ("errors", "files") or here is None or there is None:
+            used_room = room_of(used.module)
+            used_floor = floor_of(used_room)
+            if used_room in (room, "errors", "files") or floor is None or used_floor is None:
                 continue
-            if there >= here:
-                words = "up" if there > here else "across"
-                found.append(f"{path.relative_to(root)}:{used.line} imports {words}: {used.module}")
-    return sorted(set(found))
+            if used_floor >= floor:
+                way = "up" if used_floor > floor else "across"
+                words.add(f"{path.relative_to(root)}:{used.line} imports {way}: {used.module}")
+    return sorted(words)
+
+
+def out_of_order(root: Path = ROOT) -> list[str]:
+    """Imports inside a room from what lies above, in words."""
+    words = set()
+    for path in files(root):
+        room, entry = _place(module_of(path, root))
+        order = WITHIN.get(room, ())
+        for used in imports(path):
+            used_room, used_entry = _place(used.module)
+            if (
+                not used.module.startswith(f"{root.name}.")
+                or used_room != room
+                or used_entry == entry
+                or not used_entry
+            ):
+                continue
+            # ``from a.room import name`` counts as ``a.room.name``, which may be no module.
+            if not _is_code(root / room / used_entry) and not (root / room / f"{used_entry}.py").exists():
+                continue
+            if entry in order and used_entry not in order[: order.index(entry)]:
+                words.add(f"{path.relative_to(root)}:{used.line} imports from above, within {room}: {used.module}")
+    return sorted(words)
+
+
+def _place(module: str) -> tuple[str, str]:
+    """The room of a module, and which entry of it the module is or lies in; empty for the room itself."""
+    parts = module.split(".")
+    return room_of(module), parts[2] if len(parts) > 2 else ""
 
 
 def circles(root: Path = ROOT) -> list[list[str]]:
     """Modules that import each other at load, in circles (strongly connected components of more than one)."""
-    known = {module_of(path, root): path for path in files(root)}
+    paths = {module_of(path, root): path for path in files(root)}
     edges = {
-        name: {used.module for used in imports(path, top=True) if used.module in known and used.module != name}
-        for name, path in known.items()
+        name: {used.module for used in imports(path, top=True) if used.module in paths and used.module != name}
+        for name, path in paths.items()
     }
     order: list[str] = []
     seen: set[str] = set()
@@ -128,7 +187,7 @@ def circles(root: Path = ROOT) -> list[list[str]]:
         seen.add(name)
         while stack:
             at, rest = stack[-1]
-            following = next((other for other in rest if other not in seen), None)
+            following = next((module for module in rest if module not in seen), None)
             if following is None:
                 into.append(at)
                 stack.pop()
@@ -136,36 +195,61 @@ def circles(root: Path = ROOT) -> list[list[str]]:
                 seen.add(following)
                 stack.append((following, iter(along[following])))
 
-    for name in known:
+    for name in paths:
         if name not in seen:
             visit(name, edges, order)
-    against: dict[str, set[str]] = {name: set() for name in known}
+    against: dict[str, set[str]] = {name: set() for name in paths}
     for name, used in edges.items():
-        for other in used:
-            against[other].add(name)
+        for module in used:
+            against[module].add(name)
     seen.clear()
-    found = []
+    components = []
     for name in reversed(order):
         if name not in seen:
             component: list[str] = []
             visit(name, against, component)
             if len(component) > 1:
-                found.append(sorted(component))
-    return found
+                components.append(sorted(component))
+    return components
 
 
 def lengths(root: Path = ROOT) -> dict[str, list[tuple[int, str]]]:
     """Lines of every file, function and class, longest first."""
-    found: dict[str, list[tuple[int, str]]] = {"files": [], "functions": [], "classes": []}
+    rows: dict[str, list[tuple[int, str]]] = {"files": [], "functions": [], "classes": []}
     for path in files(root):
         text = path.read_text(encoding="utf-8")
         where = str(path.relative_to(root))
-        found["files"].append((text.count("\n"), where))
+        rows["files"].append((text.count("\n"), where))
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 kind = "classes" if isinstance(node, ast.ClassDef) else "functions"
-                found[kind].append(((node.end_lineno or node.lineno) - node.lineno + 1, f"{where}: {node.name}"))
-    return {kind: sorted(rows, reverse=True) for kind, rows in found.items()}
+                rows[kind].append(((node.end_lineno or node.lineno) - node.lineno + 1, f"{where}: {node.name}"))
+    return {kind: sorted(longest, reverse=True) for kind, longest in rows.items()}
+
+
+def vague_names(root: Path = ROOT) -> dict[str, Counter[str]]:
+    """How often each file gives one of the :data:`VAGUE` names to something: a variable, an argument, a field, a function."""
+    counts: dict[str, Counter[str]] = {}
+    for path in files(root):
+        names = Counter(
+            name for name in _given(ast.parse(path.read_text(encoding="utf-8"))) if name.strip("_") in VAGUE
+        )
+        if names:
+            counts[str(path.relative_to(root))] = names
+    return counts
+
+
+def _given(tree: ast.AST) -> Iterator[str]:
+    """Every name that is given in a file, as often as it is."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
 
 
 def _report() -> Iterator[str]:
@@ -175,13 +259,25 @@ def _report() -> Iterator[str]:
     for floor in range(len(FLOORS), 0, -1):
         yield f"  {floor}  {'  '.join(FLOORS[floor - 1])}"
     yield f"in no floor: {', '.join(misplaced()) or 'nothing'}"
-    yield f"imports upward or across: {len(climbing())}"
-    yield from (f"  {words}" for words in climbing())
-    yield f"circles: {len(circles())}"
-    yield from ("  " + " ".join(circle) for circle in circles())
+    in_circles = [" ".join(circle) for circle in circles()]
+    for what, lines in (
+        ("imports upward or across", climbing()),
+        ("imports from above within a room", out_of_order()),
+        ("circles", in_circles),
+    ):
+        yield f"{what}: {len(lines)}"
+        yield from (f"  {line}" for line in lines)
     for kind, rows in lengths().items():
         yield f"longest {kind}:"
         yield from (f"  {lines:5} {name}" for lines, name in rows[:10])
+    by_file, by_room = vague_names(), Counter[str]()
+    for name, names in by_file.items():
+        by_room[name.split("/")[0].removesuffix(".py")] += names.total()
+    yield f"vague names given: {by_room.total()}"
+    yield from (f"  {count:5} {room}" for room, count in by_room.most_common())
+    yield "most of them in:"
+    for name, names in sorted(by_file.items(), key=lambda item: -item[1].total())[:15]:
+        yield f"  {names.total():5} {name}: {', '.join(f'{word} {count}' for word, count in names.most_common())}"
 
 
 if __name__ == "__main__":

@@ -10,7 +10,19 @@ import pytest
 
 import align_audit
 from tests import house
-from tests.house import ROOT, circles, climbing, files, imports, misplaced, module_of, room_of
+from tests.house import (
+    ROOT,
+    WITHIN,
+    circles,
+    climbing,
+    files,
+    imports,
+    misplaced,
+    module_of,
+    out_of_order,
+    room_of,
+    vague_names,
+)
 
 HEAVY = (
     "torch", "transformers", "trl", "peft", "datasets", "accelerate", "sklearn", "matplotlib", "tensorboard", "pandas",
@@ -46,6 +58,13 @@ def test_imports_go_down_only() -> None:
     assert climbing() == []
 
 
+def test_rooms_are_in_order_inside() -> None:
+    assert out_of_order() == []
+    for room, entries in WITHIN.items():
+        for entry in entries:
+            assert (ROOT / room / entry).is_dir() or (ROOT / room / f"{entry}.py").is_file(), f"{room}/{entry} is gone"
+
+
 def test_no_modules_import_each_other_in_circles() -> None:
     assert circles() == []
 
@@ -73,6 +92,36 @@ def test_an_import_upward_or_across_is_seen(tmp_path: Path) -> None:
     }
     assert "up: align_audit.auditing" in " ".join(climbing(root))
     assert "across: align_audit.writers" in " ".join(climbing(root))
+
+
+def test_an_import_from_above_inside_a_room_is_seen(tmp_path: Path) -> None:
+    root = a_house(
+        tmp_path,
+        auditing__audit="import align_audit.auditing.measurements.patching\nfrom align_audit.auditing import session\n",
+        auditing__previous="def f():\n    from align_audit.auditing.audit import audit\n",
+        auditing__session__walk="from align_audit.auditing.session.layout import X\nimport align_audit.auditing.previous\n",
+        auditing__session__layout="",
+        auditing__measurements__patching="import align_audit.auditing.session.walk, align_audit.auditing.request\n",
+        auditing__request="from align_audit.auditing.measurements import patching\n",
+    )
+    assert {line.split(" imports ")[0] for line in out_of_order(root)} == {
+        "auditing/previous.py:2",
+        "auditing/session/walk.py:2",
+        "auditing/request.py:1",
+    }
+
+
+def test_vague_names_are_counted_where_they_are_given(tmp_path: Path) -> None:
+    root = a_house(
+        tmp_path,
+        measures__a="def f(other, margin):\n    found = other\n    return found\nclass C:\n    own: int\n    _known = 1\n",
+        measures__b="margin = found = 1\nprint(found)\n",
+        measures__c="margin = 1\n",
+    )
+    assert vague_names(root) == {
+        "measures/a.py": {"other": 1, "found": 1, "own": 1, "_known": 1},
+        "measures/b.py": {"found": 1},
+    }
 
 
 def test_a_module_in_no_room_and_a_circle_are_seen(tmp_path: Path) -> None:

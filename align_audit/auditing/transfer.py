@@ -154,10 +154,12 @@ def run_transfer(
             grams.gather(tick)
             side.fit = Fit(grams)
         which = {
-            (one.name, other.name): held_out_spans(other.session.pairs, one.session.pairs, one.fitted.halves)
-            for one in sides
-            for other in sides
-            if one is not other
+            (fitted.name, patched.name): held_out_spans(
+                patched.session.pairs, fitted.session.pairs, fitted.fitted.halves
+            )
+            for fitted in sides
+            for patched in sides
+            if fitted is not patched
         }
         cells, random = _patch(sides, which, layers, Cells(reasons), tick)
         first = sides[0].session
@@ -225,11 +227,11 @@ def _layers(sides: list[ProbeSide]) -> tuple[dict[str, list[int]], list[int]]:
         assert summary is not None
         chosen[side.name] = layers_to_reconstruct(side.session, summary)
         why[side.name] = summary.peak_reason
-    layers = sorted({layer for own in chosen.values() for layer in own})
+    layers = sorted({layer for wanted in chosen.values() for layer in wanted})
     if not layers:
-        found = "; ".join(f"on {name!r} {reason}" for name, reason in why.items())
+        reasons = "; ".join(f"on {name!r} {reason}" for name, reason in why.items())
         raise ConfigurationError(
-            f"no layer to reconstruct at ({found}). Name layers (low_rank.layers, or --layer), or give a policy that has "
+            f"no layer to reconstruct at ({reasons}). Name layers (low_rank.layers, or --layer), or give a policy that has "
             "moved away from its reference"
         )
     return chosen, layers
@@ -241,7 +243,7 @@ def _patch(
     """Every set's subspaces patched on every set's pairs, one pass over each set."""
     bases = sides[0].session.config.low_rank.bases
     keys: list[Key] = [(basis, layer) for basis in bases for layer in layers]
-    found: dict[Key, dict[str, dict[str, TransferCell]]] = {key: {side.name: {} for side in sides} for key in keys}
+    by_key: dict[Key, dict[str, dict[str, TransferCell]]] = {key: {side.name: {} for side in sides} for key in keys}
     random: dict[Key, dict[str, RandomSubspaces]] = {key: {} for key in keys}
     for patched in sides:
         looks: dict[str, Reconstruction] = {}
@@ -260,14 +262,14 @@ def _patch(
                 random[key][patched.name] = chance
             for fitted in sides:
                 spans = which.get((fitted.name, patched.name), fitted.fitted.own)
-                found[key][fitted.name][patched.name] = cells.cell(
+                by_key[key][fitted.name][patched.name] = cells.cell(
                     fitted, patched, spans, looks.get(fitted.name), key, chance
                 )
-    return _nested(found), _nested(random)
+    return _nested(by_key), _nested(random)
 
 
 def _angles(sides: list[ProbeSide], layers: list[int], cells: Cells) -> dict[str, dict[int, list[SubspaceAngles]]]:
-    pairs = [(one, other) for place, one in enumerate(sides) for other in sides[place + 1 :]]
+    pairs = [(first, second) for place, first in enumerate(sides) for second in sides[place + 1 :]]
     return {
         basis: {
             layer: [cells.angles(*pair, (basis, layer), place) for place, pair in enumerate(pairs)] for layer in layers
@@ -278,15 +280,17 @@ def _angles(sides: list[ProbeSide], layers: list[int], cells: Cells) -> dict[str
 
 def _shared(sides: list[ProbeSide], which: Which) -> dict[str, dict[str, int]]:
     return {
-        one.name: {
-            other.name: int((which[one.name, other.name] != HELD_OUT).sum()) for other in sides if other is not one
+        fitted.name: {
+            patched.name: int((which[fitted.name, patched.name] != HELD_OUT).sum())
+            for patched in sides
+            if patched is not fitted
         }
-        for one in sides
+        for fitted in sides
     }
 
 
 def _nested(by_key: Mapping[Key, _Value]) -> dict[str, dict[int, _Value]]:
-    found: dict[str, dict[int, _Value]] = {}
+    nested: dict[str, dict[int, _Value]] = {}
     for (basis, layer), value in by_key.items():
-        found.setdefault(basis, {})[layer] = value
-    return found
+        nested.setdefault(basis, {})[layer] = value
+    return nested

@@ -143,8 +143,9 @@ def control_variate_means(
     plain = mean_intervals(exact, resamples, confidence, seed=seed, groups=groups) if complete.any() else []
     if complete.any():
         p = np.where(complete, mean_p_values(np.where(complete, exact, 0.0), resamples, seed, groups), p)
+    met = together.met(sample.measured)
     intervals = [
-        plain[layer] if complete[layer] else _interval(sample, layer, estimates[layer], reach[layer], together)
+        plain[layer] if complete[layer] else _interval(sample, layer, estimates[layer], reach[layer], met[layer])
         for layer in range(len(sample.count))
     ]
     return [
@@ -395,15 +396,14 @@ def _worth(sample: _Sample, error: _Error) -> tuple[Array, Array]:
     return explained, _ratio(np.ones(len(total)), per_pair, sample.count > 0)
 
 
-def _interval(sample: _Sample, layer: int, estimate: float, reach: float, groups: Groups) -> Interval:
-    """Of a layer at which not all pairs are exact: ``estimate`` ± ``reach``, where there is such a thing."""
+def _interval(sample: _Sample, layer: int, estimate: float, reach: float, independent: float) -> Interval:
+    """Of a layer at which not all pairs are exact: ``estimate`` ± ``reach``, where there are ``independent`` pairs enough."""
     exact_pairs = int(sample.count[layer])
     if sample.infinite[layer]:
         return Interval.unknown(f"{sample.infinite[layer]} of {exact_pairs} exact values are infinite")
     mean, half = float(estimate), float(reach)
-    independent = int(groups.met(sample.measured)[layer])
     if independent < LEAST_GROUPS:
-        few = f"an interval needs at least {LEAST_GROUPS} exact independent pairs, found {independent}"
+        few = f"an interval needs at least {LEAST_GROUPS} exact independent pairs, found {independent:.0f}"
         return Interval(mean, math.nan, math.nan, few) if exact_pairs else Interval.unknown(few)
     return Interval(mean, mean - half, mean + half)
 

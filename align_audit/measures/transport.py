@@ -172,16 +172,16 @@ class TransportAccumulator:
 
 def _walk(layers: Iterable[Tensor], dtype: torch.dtype | None = None) -> Tensor:
     """:func:`transport_distances`, worked on in ``dtype``; None: float64 for float64 logits, else float32."""
-    before: _Lens | None = None
+    below: _Lens | None = None
     steps: list[Tensor] = []
     for logits in layers:
         if logits.dim() != 2 or logits.shape[1] < 1:
             raise ValueError(f"expected logits [n, V]; found {list(logits.shape)}")
         if not logits.is_floating_point():
             raise ValueError(f"expected floating-point logits; found {logits.dtype}")
-        if before is not None and (logits.shape, logits.dtype) != (before.logits.shape, before.logits.dtype):
+        if below is not None and (logits.shape, logits.dtype) != (below.logits.shape, below.logits.dtype):
             raise ValueError(
-                f"expected logits {list(before.logits.shape)} {before.logits.dtype} as of the layer below; found "
+                f"expected logits {list(below.logits.shape)} {below.logits.dtype} as of the layer below; found "
                 f"{list(logits.shape)} {logits.dtype}"
             )
         logits = logits.detach()
@@ -189,17 +189,17 @@ def _walk(layers: Iterable[Tensor], dtype: torch.dtype | None = None) -> Tensor:
             logits = logits.cpu()
         dtype = dtype or (torch.float64 if logits.dtype == torch.float64 else torch.float32)
         with torch.no_grad():
-            before, distances = _step(before, logits, dtype)
+            below, distances = _step(below, logits, dtype)
         if distances is not None:
             steps.append(distances)
-    if before is None:
+    if below is None:
         raise ValueError("expected the logits of at least one layer; found none")
     if not steps:
-        return torch.empty(len(before.logits), 0, dtype=torch.float64, device=before.logits.device)
+        return torch.empty(len(below.logits), 0, dtype=torch.float64, device=below.logits.device)
     return torch.stack(steps, dim=1)
 
 
-def _step(before: _Lens | None, logits: Tensor, dtype: torch.dtype) -> tuple[_Lens, Tensor | None]:
+def _step(below: _Lens | None, logits: Tensor, dtype: torch.dtype) -> tuple[_Lens, Tensor | None]:
     """The next layer's distributions, and how far they are from those before: float64 ``[n]``."""
     size = max(1, _CHUNK_BYTES.get(logits.device.type, _CHUNK_BYTES_ELSEWHERE) // (dtype.itemsize * logits.shape[1]))
     space = torch.empty(3, min(size, len(logits)), logits.shape[1], dtype=dtype, device=logits.device)
@@ -208,15 +208,15 @@ def _step(before: _Lens | None, logits: Tensor, dtype: torch.dtype) -> tuple[_Le
     distances = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
     for first in range(0, len(logits), size):
         rows = slice(first, min(first + size, len(logits)))
-        root, other, spare = space[:, : rows.stop - first]
-        own = now.rows(rows)
-        x = own.wide()
-        torch.amax(x, dim=-1, keepdim=True, out=own.top)
-        own.norm.copy_(_norm(_root(x, own.top, root), spare)[:, None])
-        torch.add(own.top.double(), own.norm.log(), alpha=2.0, out=own.log_norm)
-        if before is not None:
-            distances[rows] = _distance(before.rows(rows), own, root, other, spare)
-    return now, None if before is None else distances
+        root, other_root, spare = space[:, : rows.stop - first]
+        lens = now.rows(rows)
+        x = lens.wide()
+        torch.amax(x, dim=-1, keepdim=True, out=lens.top)
+        lens.norm.copy_(_norm(_root(x, lens.top, root), spare)[:, None])
+        torch.add(lens.top.double(), lens.norm.log(), alpha=2.0, out=lens.log_norm)
+        if below is not None:
+            distances[rows] = _distance(below.rows(rows), lens, root, other_root, spare)
+    return now, None if below is None else distances
 
 
 def _distance(p: _Lens, q: _Lens, root_q: Tensor, root_p: Tensor, spare: Tensor) -> Tensor:
@@ -238,10 +238,10 @@ def _distance(p: _Lens, q: _Lens, root_q: Tensor, root_p: Tensor, spare: Tensor)
     near: slice | Tensor = slice(None) if 2 * count >= len(gap) else close.nonzero()[:, 0]
     p, q, root_p, root_q, close = p.rows(near), q.rows(near), root_p[near], root_q[near], close[near]
     if root_p.dtype == torch.float64:
-        found = _near(p, q, root_p / scale[near, None], root_q / scale[near, None], distance[near])
+        refined = _near(p, q, root_p / scale[near, None], root_q / scale[near, None], distance[near])
     else:
-        found = _near_single(p, q, root_p, root_q, spare[: len(root_p)], gap[near], close)
-    distance[near] = torch.where(close, found, distance[near])
+        refined = _near_single(p, q, root_p, root_q, spare[: len(root_p)], gap[near], close)
+    distance[near] = torch.where(close, refined, distance[near])
     return distance
 
 

@@ -43,12 +43,12 @@ def find_sites(replay: Replay, like: Sites | None = None) -> Sites:
     config: Any = replay.model.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = getattr(config, "num_attention_heads", None)
-    of_build: dict[Any, LayerSites] = {}
+    by_layout: dict[Any, LayerSites] = {}
     layers = []
     for index, layer in enumerate(replay.layers):
         trial = Trial(replay, recording, index)
-        build = tuple((name, type(module)) for name, module in layer.named_modules())
-        sites = like.layers[index] if like is not None else of_build.get(build)
+        layout = tuple((name, type(module)) for name, module in layer.named_modules())
+        sites = like.layers[index] if like is not None else by_layout.get(layout)
         if sites is not None and not _holds(trial, sites.addends):
             if like is not None:
                 raise SiteError(
@@ -58,7 +58,7 @@ def find_sites(replay: Replay, like: Sites | None = None) -> Sites:
             sites = None
         if sites is None:
             sites = _sites_of(trial, heads if isinstance(heads, int) else None)
-            of_build[build] = sites
+            by_layout[layout] = sites
         layers.append(sites)
     replay.layer_tokens = worked
     return Sites(replay, layers)
@@ -125,22 +125,22 @@ def _addends(trial: Trial) -> list[str] | str:
         return "its stream is not finite"
     if not torch.equal(trial.run(), trial.leaving) and trial.leaving.device.type == "cpu":
         return "it does not give the same output twice"
-    found: list[str] = []
+    addends: list[str] = []
     # From the last to run, so that what an addend does to those behind it is held; outer modules are done after
     # the inner ones that make them up, which then change nothing.
     for name in reversed(trial.order):
-        if name not in trial.outputs or not _adds(trial, name, found):
+        if name not in trial.outputs or not _adds(trial, name, addends):
             continue
         # A module that returns the whole stream, its residual included (BLOOM's), cuts the stream off when held.
-        if torch.equal(trial.run([*found, name], stream=trial.moved_stream()), trial.leaving):
+        if torch.equal(trial.run([*addends, name], stream=trial.moved_stream()), trial.leaving):
             continue
-        found.insert(0, name)
-    if not found or not _follows(trial, found):
+        addends.insert(0, name)
+    if not addends or not _follows(trial, addends):
         return (
             "its output is not the stream that enters it plus what modules of it return (the stream is normalized "
             "or gated as a whole, or added to by no module)"
         )
-    return found
+    return addends
 
 
 def _adds(trial: Trial, name: str, held: Collection[str]) -> bool:
@@ -173,10 +173,10 @@ def _mixes(trial: Trial, name: str, addends: Collection[str]) -> bool:
     stream = trial.entering.clone()
     stream[0, 0] = trial.moved_stream()[0, 0]
     seen = Seen()
-    trial.run([other for other in addends if other != name], Hook(name, seen), stream=stream)
-    own = trial.outputs[name][0, 1:].double()
-    moved = (seen.value.view(trial.entering.shape)[0, 1:].double() - own).abs().max()
-    return bool(moved > trial.tolerance * own.abs().max())
+    trial.run([addend for addend in addends if addend != name], Hook(name, seen), stream=stream)
+    recorded = trial.outputs[name][0, 1:].double()
+    moved = (seen.value.view(trial.entering.shape)[0, 1:].double() - recorded).abs().max()
+    return bool(moved > trial.tolerance * recorded.abs().max())
 
 
 def _parts(trial: Trial, addends: Sequence[str]) -> dict[str, list[str]]:
@@ -204,14 +204,14 @@ def _largest(trial: Trial, parts: Sequence[str]) -> str:
 
 def _projection(trial: Trial, attention: str, parts: Sequence[str], addends: Sequence[str], heads: int) -> str | None:
     """The linear module through which all of the attention passes, and whose input is its heads side by side."""
-    others = [name for name in addends if name != attention]
+    held = [name for name in addends if name != attention]
     for name in reversed(parts):
         if (
             name in trial.outputs
             and name in trial.inputs
             and any(True for _ in trial.names[name].parameters())
             and trial.inputs[name].shape[-1] % heads == 0
-            and _carries_all(trial, name, attention, others)
+            and _carries_all(trial, name, attention, held)
             and _is_linear(trial, name)
             and _has_heads(trial, name, parts[: parts.index(name)], heads)
         ):
@@ -219,58 +219,58 @@ def _projection(trial: Trial, attention: str, parts: Sequence[str], addends: Seq
     return None
 
 
-def _carries_all(trial: Trial, name: str, attention: str, others: Collection[str]) -> bool:
+def _carries_all(trial: Trial, name: str, attention: str, held: Collection[str]) -> bool:
     """Whether the addend is a function of what this module returns, and of nothing else that the stream changes."""
     if name == attention:
         return True
-    own, seen = trial.outputs[attention], Seen()
-    trial.run([*others, name], Hook(attention, seen), stream=trial.moved_stream())
-    if not torch.equal(seen.value.view(own.shape), own):
+    recorded, seen = trial.outputs[attention], Seen()
+    trial.run([*held, name], Hook(attention, seen), stream=trial.moved_stream())
+    if not torch.equal(seen.value.view(recorded.shape), recorded):
         return False
-    trial.run(others, trial.shift(name, trial.large_noise()), Hook(attention, seen))
-    return not torch.equal(seen.value.view(own.shape), own)
+    trial.run(held, trial.shift(name, trial.large_noise()), Hook(attention, seen))
+    return not torch.equal(seen.value.view(recorded.shape), recorded)
 
 
 def _is_linear(trial: Trial, name: str) -> bool:
     """f(a + b) + f(0) = f(a) + f(b)."""
-    one, other = trial.noise(trial.inputs[name]), trial.noise(trial.inputs[name])
+    a, b = trial.noise(trial.inputs[name]), trial.noise(trial.inputs[name])
 
     def apply(value: torch.Tensor) -> torch.Tensor:
         seen = Seen()
         trial.run((), Hook(name, lambda _: value, on_input=True), Hook(name, seen))
         return seen.value.double()
 
-    both, zero = apply(one + other), apply(torch.zeros_like(one))
-    first, second = apply(one), apply(other)
-    scale = max(float(value.abs().max()) for value in (both, first, second))
-    return float((both + zero - first - second).abs().max()) <= 4 * trial.tolerance * scale
+    f_a_b, f_0 = apply(a + b), apply(torch.zeros_like(a))
+    f_a, f_b = apply(a), apply(b)
+    scale = max(float(value.abs().max()) for value in (f_a_b, f_a, f_b))
+    return float((f_a_b + f_0 - f_a - f_b).abs().max()) <= 4 * trial.tolerance * scale
 
 
-def _has_heads(trial: Trial, name: str, before: Sequence[str], heads: int) -> bool:
+def _has_heads(trial: Trial, name: str, earlier: Sequence[str], heads: int) -> bool:
     """Whether some number computed on the way (a query's, say) moves most of one head's slice and nothing else, and
     none a smaller part of a slice: then the slices are heads, and not several each. A value's moves one number."""
-    own = trial.inputs[name]
-    place = trial.last_position(own)
+    recorded = trial.inputs[name]
+    place = trial.last_position(recorded)
     assert place is not None
 
     def moved_by(*nudge: Hook) -> torch.Tensor:
         seen = Seen()
         trial.run((), *nudge, Hook(name, seen, on_input=True))
-        return (seen.value - own)[place].double().abs()
+        return (seen.value - recorded)[place].double().abs()
 
     room = moved_by()  # 0, but for kernels that are not deterministic
-    width, found = own.shape[-1] // heads, False
-    for other in before:
-        size = trial.coordinates(other) if not any(True for _ in trial.names[other].children()) else None
+    width, fits = recorded.shape[-1] // heads, False
+    for module in earlier:
+        size = trial.coordinates(module) if not any(True for _ in trial.names[module].children()) else None
         for coordinate in dict.fromkeys((0, size // 2, size - 1)) if size is not None else ():
             # Both ways: where a softmax is saturated, one of them may change nothing.
-            ways = [moved_by(Hook(other, _nudge(trial, coordinate, way))) > room for way in (1.0, -1.0)]
+            ways = [moved_by(Hook(module, _nudge(trial, coordinate, way))) > room for way in (1.0, -1.0)]
             moved = (ways[0] | ways[1]).view(heads, width).sum(-1)
             if int((moved > 0).sum()) == 1 and int(moved.max()) > 1:
                 if 2 * int(moved.max()) <= width:
                     return False
-                found = True
-    return found
+                fits = True
+    return fits
 
 
 def _nudge(trial: Trial, coordinate: int, way: float) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -35,18 +35,18 @@ def narrowed(
     Raises:
         NotPointwise: from a module that was called with something other than a tensor [R, T, k].
     """
-    before = [module.__dict__.get("forward") for module in modules]
+    forwards = [module.__dict__.get("forward") for module in modules]
     called: list[nn.Module] = []
     try:
         for module in modules:
             module.forward = _narrow(module, read, shape, fill, called)
         yield called
     finally:
-        for module, own in zip(modules, before, strict=True):
-            if own is None:
+        for module, forward in zip(modules, forwards, strict=True):
+            if forward is None:
                 module.__dict__.pop("forward", None)
             else:
-                module.forward = own
+                module.forward = forward
 
 
 class NotPointwise(Exception):
@@ -72,8 +72,8 @@ def _narrow(
             if not isinstance(value, torch.Tensor):
                 return value
             if value.dim() == 3 and value.shape[:2] == (1, len(read)):
-                whole = value.new_full((places, value.shape[-1]), fill)
-                return whole.index_copy_(0, read, value[0]).view(*shape, -1)
+                everywhere = value.new_full((places, value.shape[-1]), fill)
+                return everywhere.index_copy_(0, read, value[0]).view(*shape, -1)
             if value.dim() == 2 and value.shape[0] == len(read):
                 return value.new_full((places, value.shape[-1]), fill).index_copy_(0, read, value)
             raise NotPointwise
@@ -94,8 +94,8 @@ def find_pointwise(
         kept: [n] the places, among R·T, at which the output must stay what it was; in every row later than others.
         tolerance: largest change, as a share of what the layer adds to the stream.
     """
-    whole = run().flatten(0, 1)[kept].double()
-    update = float((whole - entering.flatten(0, 1)[kept].double()).norm())
+    expected = run().flatten(0, 1)[kept].double()
+    update = float((expected - entering.flatten(0, 1)[kept].double()).norm())
     total = sum(parameter.numel() for parameter in layer.parameters())
     if not (update > 0.0 and total):  # nothing to compare with (NaN included): nothing is narrowed
         return []
@@ -105,12 +105,12 @@ def find_pointwise(
         for fill in (0.0, 100.0):
             try:
                 with narrowed(modules, kept, (entering.shape[0], entering.shape[1]), fill) as called:
-                    found = run().flatten(0, 1)[kept].double()
+                    output = run().flatten(0, 1)[kept].double()
             except Exception:  # any failure at all says the same: this module does not run on single positions
                 return False
             if set(called) != set(modules) or len(called) != len(modules):
                 return False
-            if not float((found - whole).norm()) <= tolerance * update:
+            if not float((output - expected).norm()) <= tolerance * update:
                 return False
         return True
 

@@ -97,21 +97,21 @@ class Sites:
         Args:
             keep: what to keep of each tensor, called while one of them is there at a time.
         """
-        found: dict[Place, torch.Tensor] = {}
+        kept: dict[Place, torch.Tensor] = {}
 
         def look(call: _Call) -> None:
             for place in places:
                 if self.layers[layer].path(place.kind) == call.path and place.head is None:
-                    found[place] = keep(place, call.output)
+                    kept[place] = keep(place, call.output)
             alone = [place for place in places if place.head is not None]
             if alone and call.path == self.layers[layer].projection:
                 bias = call.bias()
                 for place in alone:
-                    found[place] = keep(place, self._part(layer, call, place.head, bias))
+                    kept[place] = keep(place, self._part(layer, call, place.head, bias))
 
         with self._hooks(layer, recording, {place.kind for place in places}, look):
             self.replay.layer(layer, recording.after(layer - 1), recording)
-        return found
+        return kept
 
     def swapped(
         self, layer: int, recording: Recording, place: Place, swap: Callable[[torch.Tensor], torch.Tensor]
@@ -124,8 +124,8 @@ class Sites:
         def exchange(call: _Call) -> torch.Tensor:
             if place.head is None:
                 return swap(call.output.clone()).clone()  # some layers write into what their modules return (Falcon)
-            own = self._part(layer, call, place.head, call.bias())
-            return call.output + (swap(own) - own)
+            part = self._part(layer, call, place.head, call.bias())
+            return call.output + (swap(part) - part)
 
         with self._hooks(layer, recording, {place.kind}, exchange):
             return self.replay.layer(layer, recording.after(layer - 1), recording)
@@ -138,17 +138,17 @@ class Sites:
             kind → the module's own output, in whatever shape it has; for ``head`` the projection's output, of which every
             head's part is a summand.
         """
-        found: dict[Kind, torch.Tensor] = {}
+        taps: dict[Kind, torch.Tensor] = {}
 
         def look(call: _Call) -> torch.Tensor:
             for kind in kinds:
                 if self.layers[layer].path(kind) == call.path:
-                    found[kind] = call.raw
+                    taps[kind] = call.raw
             # The layer goes on with a copy, which it may write into.
             return call.output.clone()
 
         with self._hooks(layer, recording, kinds, look):
-            yield found
+            yield taps
 
     def _part(self, layer: int, call: _Call, head: int | None, bias: torch.Tensor) -> torch.Tensor:
         """What one head adds to the projection's output, [R, T, d]: the projection of its slice of the input alone."""
@@ -229,8 +229,8 @@ def _met(layer: nn.Module, path: str, shape: torch.Size, act: Callable[[_Call], 
         met += 1
         tensor = first_tensor(output)
         assert tensor is not None
-        other = act(_Call(path, module, args, kwargs, tensor, shape))
-        return None if other is None else with_first_tensor(output, other.view(tensor.shape).to(tensor.dtype))
+        exchanged = act(_Call(path, module, args, kwargs, tensor, shape))
+        return None if exchanged is None else with_first_tensor(output, exchanged.view(tensor.shape).to(tensor.dtype))
 
     handle = layer.get_submodule(path).register_forward_hook(after, with_kwargs=True)
     try:

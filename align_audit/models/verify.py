@@ -141,10 +141,10 @@ def _entering(replay: Replay, inputs: dict[str, torch.Tensor]) -> tuple[Recordin
     entering: dict[int, torch.Tensor] = {}
 
     def look(index: int) -> Callable[..., None]:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             entering[index] = replay.anatomy.take(args, kwargs).detach().clone()
 
-        return before
+        return keep
 
     handles = [
         layer.register_forward_pre_hook(look(index), with_kwargs=True) for index, layer in enumerate(replay.layers)
@@ -206,10 +206,10 @@ def _check_head(replay: Replay, recording: Recording, valid: torch.Tensor, logit
         )
 
 
-def _same_modules(layer: nn.Module, modules: list[nn.Module], other: nn.Module) -> list[nn.Module]:
+def _same_modules(layer: nn.Module, modules: list[nn.Module], like: nn.Module) -> list[nn.Module]:
     """Where ``modules`` stand in ``layer``, those of another layer that is built alike."""
     names = {module: name for name, module in layer.named_modules()}
-    return [other.get_submodule(names[module]) for module in modules]
+    return [like.get_submodule(names[module]) for module in modules]
 
 
 def _find_pointwise(replay: Replay, recording: Recording) -> list[nn.Module]:
@@ -235,8 +235,8 @@ def _can_skip_layers(replay: Replay, inputs: dict[str, torch.Tensor], recording:
     except Exception:  # whatever a model makes of it, it is recorded whole then
         return False
     return all(
-        _equal_arguments((one.args, one.kwargs), (other.args, other.kwargs))
-        for one, other in zip(begun.calls, recording.calls, strict=True)
+        _equal_arguments((skipping.args, skipping.kwargs), (call.args, call.kwargs))
+        for skipping, call in zip(begun.calls, recording.calls, strict=True)
     )
 
 
@@ -272,28 +272,28 @@ def _dtypes(replay: Replay, recording: Recording) -> tuple[torch.dtype, ...]:
     return recording.logits.dtype, recording.streams[-1].dtype, replay.compute_dtype
 
 
-def _equal_arguments(one: Any, other: Any) -> bool:
+def _equal_arguments(a: Any, b: Any) -> bool:
     """Of two calls of a layer; of what is neither a tensor, a collection nor a plain value only the type is compared."""
-    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        if one.shape != other.shape or one.dtype != other.dtype:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        if a.shape != b.shape or a.dtype != b.dtype:
             return False
-        return _same(one, other) if one.is_floating_point() else bool(torch.equal(one, other))
-    if type(one) is not type(other):
+        return _same(a, b) if a.is_floating_point() else bool(torch.equal(a, b))
+    if type(a) is not type(b):
         return False
-    if isinstance(one, Mapping):
-        return one.keys() == other.keys() and all(_equal_arguments(value, other[key]) for key, value in one.items())
-    if isinstance(one, tuple | list):
-        return len(one) == len(other) and all(map(_equal_arguments, one, other))
-    return not isinstance(one, bool | int | float | str) or bool(one == other)
+    if isinstance(a, Mapping):
+        return a.keys() == b.keys() and all(_equal_arguments(value, b[key]) for key, value in a.items())
+    if isinstance(a, tuple | list):
+        return len(a) == len(b) and all(map(_equal_arguments, a, b))
+    return not isinstance(a, bool | int | float | str) or bool(a == b)
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal bit by bit, or within rounding on a device whose kernels are not deterministic; NaN equals NaN."""
-    if one.device.type == "cpu":
-        return bool(torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True))
-    tolerance = 8 * torch.finfo(one.dtype).eps
-    scale = float(other.detach().abs().nan_to_num().max())
-    return bool(torch.allclose(one, other, rtol=0.0, atol=tolerance * scale, equal_nan=True))
+    if a.device.type == "cpu":
+        return bool(torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True))
+    tolerance = 8 * torch.finfo(a.dtype).eps
+    scale = float(b.detach().abs().nan_to_num().max())
+    return bool(torch.allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True))
 
 
 def rounding(steps: int, *dtypes: torch.dtype) -> float:

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from align_audit.errors import RecordError, first_line, plain
 from align_audit.record.audit_record import SCHEMA_VERSION, AuditRecord
-from align_audit.record.stored_records import StoredRecords, parse_line
+from align_audit.record.stored_records import Head, StoredRecords, head_of_line
 
 _Line = TypeVar("_Line", bound=BaseModel)
 
@@ -24,20 +24,22 @@ _NAMED = 20
 def read_records(path: Path) -> StoredRecords:
     """The records of a log in the order of its lines; what cannot be read is left out, with a warning.
 
-    Each line is validated now, and parsed again when its record is looked at.
+    Every field of every line is validated now, so that no record proves invalid when it is looked at; records are made of
+    the lines only then.
 
     Raises:
         RecordError: the file cannot be read, or holds records of a newer align_audit.
     """
-    records, invalid = StoredRecords(), []
-    for number, line, values in _objects(path, parse_line):
-        where = f"line {number} of {plain(path)}"
+    records, invalid, place = StoredRecords(), [], plain(path)
+    for number, line, content in _objects(path, head_of_line):
+        where = f"line {number} of {place}"
+        if isinstance(content, Head):
+            records.append_line(content, line, where)
+            continue
         try:
-            record = values if isinstance(values, AuditRecord) else AuditRecord.from_values(values, where)
-            records.append(record, line, where)
+            records.append(AuditRecord.from_values(content, where), line, where)
         except RecordError as error:
-            assert isinstance(values, dict)
-            version = values.get("schema_version")
+            version = content.get("schema_version")
             if isinstance(version, int) and version > SCHEMA_VERSION:
                 raise
             # The first of its problems is enough.
@@ -104,8 +106,8 @@ def _object(line: bytes) -> dict[str, Any] | None:
 
 
 def _objects(
-    path: Path, quickly: Callable[[bytes], AuditRecord | None] = lambda line: None
-) -> Iterator[tuple[int, bytes, AuditRecord | dict[str, Any]]]:
+    path: Path, quickly: Callable[[bytes], Head | None] = lambda line: None
+) -> Iterator[tuple[int, bytes, Head | dict[str, Any]]]:
     """Numbered lines of a log that are JSON objects, and what they hold; the rest is skipped with one warning.
 
     An absent log is an empty one.

@@ -6,10 +6,12 @@ curves, what is listed as not known, the tables of a run and the terminal's rows
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, get_args
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from pydantic.fields import FieldInfo
 
@@ -86,56 +88,74 @@ def by_series(record: AuditRecord) -> dict[str, list[Number]]:
     return series
 
 
-def walk(record: AuditRecord) -> Iterator[Number | Word]:
-    """Every number and every word of the record, in the order of its fields: see :func:`numbers`."""
-    return _Walk(record).part(record, _Place())
+def walk(record: AuditRecord, sequences: bool = True) -> Iterator[Number | Word]:
+    """Every number and every word of the record, in the order of its fields: see :func:`numbers`.
+
+    Args:
+        sequences: also those numbers that have an ``index``; most are of this kind.
+    """
+    return _Walk(record, sequences).part(record, _Place())
 
 
 # --- the walk ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """Where the walk stands, and what was said on the way about what lies there."""
 
     path: str = ""
     unit: Unit = ""
     along: Along = "place"
     layer: int | None = None
-    labels: Mapping[Along, Sequence[Any]] = field(default_factory=dict)
+    labels: Mapping[Along, Sequence[Any]] = MappingProxyType({})
     """What the sequences of this part run along."""
 
     def into(self, name: object) -> _Place:
-        return replace(self, path=f"{self.path}.{name}" if self.path else str(name))
+        _, unit, along, layer, labels = self
+        return _Place(f"{self.path}.{name}" if self.path else str(name), unit, along, layer, labels)
 
     def said(self, marker: In | None) -> _Place:
         """With what a field says of itself; the rest is what the part around it says."""
         if marker is None:
             return self
-        return replace(
-            self,
-            unit=self.unit if marker.unit is None else marker.unit,
-            along=self.along if marker.along is None else marker.along,
-        )
+        path, unit, along, layer, labels = self
+        unit, along = unit if marker.unit is None else marker.unit, along if marker.along is None else marker.along
+        return _Place(path, unit, along, layer, labels)
+
+
+@dataclass(frozen=True)
+class _Field:
+    """What the walk needs to know of a field of a part."""
+
+    name: str
+    info: FieldInfo
+    marker: In | None
+
+
+@functools.cache
+def _fields(kind: type[Part]) -> tuple[list[_Field], dict[Along, str]]:
+    """The fields that the walk goes into, and those that say along what others run."""
+    info = kind.model_fields
+    labels = {marker.along: name for name in info if (marker := _marker(info[name], Labels))}
+    passed = _NO_NUMBERS | set(labels.values())
+    return [_Field(name, info[name], _marker(info[name], In)) for name in info if name not in passed], labels
 
 
 @dataclass(frozen=True)
 class _Walk:
     record: AuditRecord
+    sequences: bool
 
     def part(self, part: Part, place: _Place) -> Iterator[Number | Word]:
-        fields = type(part).model_fields
-        labels = {marker.along: getattr(part, name) for name in fields if (marker := _marker(fields[name], Labels))}
-        place = replace(place, labels=labels)
+        fields, labels = _fields(type(part))
+        place = place._replace(labels={along: getattr(part, name) for along, name in labels.items()})
         # A control always says why, in its own words.
         why = part.reason if isinstance(part, Control) else None
-        for name, info in fields.items():
-            if name in _NO_NUMBERS or _marker(info, Labels) is not None:
-                continue
-            inner, value = place.into(name).said(_marker(info, In)), getattr(part, name)
+        for field in fields:
+            value, inner = getattr(part, field.name), place.into(field.name).said(field.marker)
             if value is None:
-                yield from self.nothing(info, inner, why)
-            elif name == "extra":
+                yield from self.nothing(field.info, inner, why)
+            elif field.name == "extra":
                 # Its parts stand under their own names, as in the reasons.
                 yield from self.value(_parsed(value), place)
             else:
@@ -158,9 +178,8 @@ class _Walk:
         elif isinstance(value, dict):
             for key, item in value.items():
                 # Keys that are numbers are layers.
-                yield from self.value(
-                    item, replace(place.into(key), layer=key) if isinstance(key, int) else place.into(key)
-                )
+                inner = place.into(key)
+                yield from self.value(item, inner._replace(layer=key) if isinstance(key, int) else inner)
         elif isinstance(value, list):
             yield from self.sequence(value, place)
         elif isinstance(value, str):
@@ -173,23 +192,30 @@ class _Walk:
         if labels is None:
             labels = self.ranks(len(values)) if place.along == "rank" else range(len(values))
         for at, (label, value) in enumerate(zip(labels, values, strict=True)):
-            inner = place.into(at)
-            if not isinstance(value, Estimate | int | float):
-                yield from self.value(value, inner)
-                continue
-            number = self.estimate(value, inner) if isinstance(value, Estimate) else self.number(value, inner)
-            layer = label if place.along == "layer" else label.layer if isinstance(label, SiteUnit) else place.layer
-            index = at if isinstance(label, SiteUnit) else label
-            yield replace(number, layer=layer, index=index, index_kind=place.along)
+            if not isinstance(value, _IN_A_SEQUENCE):
+                yield from self.value(value, place.into(at))
+            elif self.sequences:
+                of_layer = place.along == "layer"
+                layer = label if of_layer else label.layer if isinstance(label, SiteUnit) else place.layer
+                index = at if isinstance(label, SiteUnit) else label
+                inner = _Place(f"{place.path}.{at}", place.unit, place.along, layer, place.labels)
+                if isinstance(value, Estimate):
+                    yield self.estimate(value, inner, index)
+                else:
+                    yield self.number(value, inner, index=index)
 
-    def number(self, value: bool | float | None, place: _Place, why: str | None = None) -> Number:
+    def number(
+        self, value: bool | float | None, place: _Place, why: str | None = None, index: int | None = None
+    ) -> Number:
         reason = (_reason(self.record, place.path) or why) if is_unknown(value) else None
-        return Number(place.path, place.unit, value, reason=reason, layer=place.layer)
+        kind = None if index is None else place.along
+        return Number(place.path, place.unit, value, None, None, reason, place.layer, index, kind)
 
-    def estimate(self, value: Estimate, place: _Place) -> Number:
-        missing = any(math.isnan(number) for number in (value.mean, value.low, value.high))
+    def estimate(self, value: Estimate, place: _Place, index: int | None = None) -> Number:
+        missing = math.isnan(value.mean) or math.isnan(value.low) or math.isnan(value.high)
         reason = value.reason or (_reason(self.record, place.path) if missing else None)
-        return Number(place.path, place.unit, value.mean, value.low, value.high, reason, layer=place.layer)
+        kind = None if index is None else place.along
+        return Number(place.path, place.unit, value.mean, value.low, value.high, reason, place.layer, index, kind)
 
     def ranks(self, count: int) -> Sequence[int]:
         """The ranks that the random-subspace control ran along: those of the curves, which share them."""
@@ -203,6 +229,9 @@ _Marker = TypeVar("_Marker", In, Labels)
 def _marker(info: FieldInfo, kind: type[_Marker]) -> _Marker | None:
     return next((marker for marker in info.metadata if isinstance(marker, kind)), None)
 
+
+_IN_A_SEQUENCE = (Estimate, int, float)
+"""What a sequence of numbers holds; anything else in it has a place of its own."""
 
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 

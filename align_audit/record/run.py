@@ -48,7 +48,8 @@ class AuditRun:
     directory: Path
     """The folder of the log."""
     records: Sequence[AuditRecord]
-    """By step, then by creation. Those of a log are validated when it is loaded, and parsed when they are looked at."""
+    """By step, then by creation. The lines of a log are validated whole when it is loaded, and made records when they are
+    looked at."""
     alerts: list[Alert]
     """By step, what happened to alerts (opened, worse, resolved): of the records, and any other in ``alerts.jsonl``. Those that
     are open at an audit stand in its record."""
@@ -206,7 +207,7 @@ def row_of(record: AuditRecord) -> dict[str, Any]:
     provenance = record.provenance
     row: dict[str, Any] = {"step": record.step, "probes": provenance.probe_name, "created": provenance.created}
     # Curves of single layers come last: of which layers they are differs from record to record.
-    for item in sorted(walk(record), key=lambda item: item.path.startswith("low_rank.")):
+    for item in sorted(walk(record, sequences=False), key=lambda item: item.path.startswith("low_rank.")):
         if item.path.startswith("sites."):
             continue
         if isinstance(item, Word) or (item.index is None and item.low is None):

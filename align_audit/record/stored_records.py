@@ -1,24 +1,38 @@
 """The records of a run, as many as there are: kept as they were stored, and parsed when they are looked at.
 
 A parsed record takes many times the memory of its line, and most readers look at few: the last ones, or those of a step. What
-records are searched by stands in a :class:`Head` each, which is always there.
+records are searched by stands in a :class:`Head` each, which is always there. Lines are validated whole before they come here
+(:func:`head_of_line`), so that looking at a record does not fail.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, overload
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from align_audit.record.audit_record import SCHEMA_VERSION, Alert, AuditKind, AuditRecord, Estimate, RecordKey
+from align_audit.record.audit_record import (
+    SCHEMA_VERSION,
+    Alert,
+    AuditKind,
+    AuditRecord,
+    Estimate,
+    Margins,
+    Provenance,
+    RecordKey,
+)
+from align_audit.record.plain_schema import plain_validator
+
+UNPACKED = 64
+"""Records of a run, its first, whose lines stay as they are: most runs have no more, and need no library to pack them."""
 
 KEPT_PARSED = 256
-"""Records of a run, those looked at last, that stay parsed."""
+"""Records of a run, those looked at last, that stay parsed. A loop over more of them than that keeps none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,34 +92,79 @@ def parse_line(line: bytes) -> AuditRecord | None:
     return record if current else None
 
 
+def head_of_line(line: bytes) -> Head | None:
+    """The head of a record of this version, whose every field is validated, though no record is made of them.
+
+    Returns:
+        None: :func:`parse_line` gives none either.
+    """
+    try:
+        values = _fields_of_record().validate_json(line)
+    except ValidationError:
+        return None
+    return Head.of(AuditRecord.model_construct(**values)) if values.get("schema_version") == SCHEMA_VERSION else None
+
+
+@functools.cache
+def _fields_of_record() -> TypeAdapter[dict[str, Any]]:
+    # Those that heads are made of stay what they are.
+    return plain_validator(AuditRecord, kept=(Provenance, Margins, Alert))
+
+
+class _Line:
+    """A line in memory, packed to a quarter where that is asked for."""
+
+    __slots__ = ("_bytes", "_unpacked_length")
+
+    def __init__(self, line: bytes, packed: bool) -> None:
+        self._bytes: bytes = _codec().compress(line, asbytes=True) if packed else line
+        self._unpacked_length = len(line) if packed else None
+
+    def __bytes__(self) -> bytes:
+        if self._unpacked_length is None:
+            return self._bytes
+        line: bytes = _codec().decompress(self._bytes, decompressed_size=self._unpacked_length, asbytes=True)
+        return line
+
+
+@functools.cache
+def _codec() -> Any:
+    # A quarter of the time of zlib, which would take more of it than the validation.
+    from pyarrow import Codec  # type: ignore[import-untyped]
+
+    return Codec("zstd", compression_level=1)
+
+
 class _Kept:
-    """One record: its line, packed, and the parsed one as long as somebody holds it."""
+    """One record: its head, its line, and the parsed one as long as somebody holds it."""
 
-    __slots__ = ("_parsed", "_where", "head", "packed")
+    __slots__ = ("_line", "_parsed", "_where", "head")
 
-    def __init__(self, record: AuditRecord, line: bytes, where: str | None) -> None:
-        self.head = Head.of(record)
-        self.packed = zlib.compress(line, 1)
-        self._where = where
-        self._parsed: weakref.ref[AuditRecord] | None = weakref.ref(record)
+    def __init__(self, head: Head, line: _Line, where: str | None) -> None:
+        self.head, self._line, self._where = head, line, where
+        self._parsed: weakref.ref[AuditRecord] | None = None
 
-    def __getstate__(self) -> tuple[Head, bytes, str | None]:
-        return self.head, self.packed, self._where
+    def __getstate__(self) -> tuple[Head, _Line, str | None]:
+        return self.head, self._line, self._where
 
-    def __setstate__(self, state: tuple[Head, bytes, str | None]) -> None:
-        self.head, self.packed, self._where = state
+    def __setstate__(self, state: tuple[Head, _Line, str | None]) -> None:
+        self.head, self._line, self._where = state
         self._parsed = None
 
     @property
     def line(self) -> bytes:
-        return zlib.decompress(self.packed)
+        return bytes(self._line)
+
+    def hold(self, record: AuditRecord) -> None:
+        """What the line says, parsed already."""
+        self._parsed = weakref.ref(record)
 
     def record(self) -> AuditRecord:
         record = None if self._parsed is None else self._parsed()
         if record is None:
             line = self.line
             record = parse_line(line) or AuditRecord.from_json(line, self._where)
-            self._parsed = weakref.ref(record)
+            self.hold(record)
         return record
 
 
@@ -129,8 +188,14 @@ class StoredRecords(Sequence[AuditRecord]):
             line: what it is read from again.
             where: what error messages say that it was read from.
         """
-        self._kept.append(_Kept(record, line, where))
+        self.append_line(Head.of(record), line, where)
+        self._kept[-1].hold(record)
         self._recent.append(record)
+
+    def append_line(self, head: Head, line: bytes, where: str | None = None) -> None:
+        """Add a record that nobody has parsed: :meth:`append` with its head."""
+        packed = _Line(line, packed=len(self._kept) >= UNPACKED)
+        self._kept.append(_Kept(head, packed, where))
 
     @property
     def heads(self) -> list[Head]:
@@ -171,8 +236,12 @@ class StoredRecords(Sequence[AuditRecord]):
         return record
 
     def __iter__(self) -> Iterator[AuditRecord]:
-        for place in range(len(self._kept)):
-            yield self[place]
+        if len(self) <= KEPT_PARSED:
+            yield from map(self.__getitem__, range(len(self)))
+            return
+        # Each would be gone before it is looked at again, and would have driven out another.
+        for kept in self._kept:
+            yield kept.record()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str | bytes):

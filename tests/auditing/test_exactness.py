@@ -14,7 +14,7 @@ from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.models.replay import Replay
 from align_audit.models.verify import open_replay
-from tests.helpers import oracle
+from tests.helpers import oracle, oracle_spinal, oracle_subspaces
 from tests.helpers.audits import audited
 from tests.helpers.tiny import FAMILIES, perturbed, random_pairs, tiny_model
 
@@ -114,7 +114,7 @@ def test_patched_positions(positions: str) -> None:
 @pytest.mark.parametrize("basis", ["activation", "shift"])
 def test_low_rank_reconstruction(case: dict[str, Any], basis: str) -> None:
     policy, reference, pairs = case["policy"], case["reference"], case["probes"].pairs
-    expected = oracle.low_rank_effects(policy, reference, pairs, 1, RANKS, basis, oracle.halves(pairs, 3))
+    expected = oracle_subspaces.low_rank_effects(policy, reference, pairs, 1, RANKS, basis, oracle.halves(pairs, 3))
     curve = case["record"].low_rank[basis][1]
     np.testing.assert_allclose(curve.explained_variance_ratio, expected["explained_variance_ratio"], rtol=1e-6)
     fitted = case["arrays"][f"per_pair.low_rank.{basis}.1"]
@@ -124,27 +124,29 @@ def test_low_rank_reconstruction(case: dict[str, Any], basis: str) -> None:
 
 
 def test_localization_features(case: dict[str, Any]) -> None:
-    expected = oracle.activation_features(case["policy"], case["reference"], case["probes"].pairs)
+    expected = oracle_subspaces.activation_features(case["policy"], case["reference"], case["probes"].pairs)
     np.testing.assert_allclose(case["arrays"]["per_pair.features"], expected, rtol=1e-5)
 
 
 def test_spinal(case: dict[str, Any]) -> None:
     pairs, spinal = case["probes"].pairs, case["record"].spinal
-    assert spinal.rows == spinal.rows_available == len(oracle.spectral_rows(case["policy"], pairs)[0])
+    assert spinal.rows == spinal.rows_available == len(oracle_spinal.spectral_rows(case["policy"], pairs)[0])
     traces = {}
     for name, trace in (("policy", spinal.policy), ("reference", spinal.reference)):
-        contraction, r2, _ = oracle.spectra(case[name], pairs)
-        transport = oracle.transport(case[name], pairs)
+        contraction, r2, _ = oracle_spinal.spectra(case[name], pairs)
+        transport = oracle_spinal.transport(case[name], pairs)
         traces[name] = (contraction, transport)
         np.testing.assert_allclose(trace.contraction, contraction, rtol=1e-5)
         np.testing.assert_allclose(trace.contraction_r2, r2, rtol=1e-5)
         np.testing.assert_allclose(trace.transport, transport, rtol=1e-5)
     (alpha, travel), (alpha_ref, travel_ref) = traces["policy"], traces["reference"]
-    assert spinal.delta_align == pytest.approx(oracle.delta_align(alpha, alpha_ref, travel, travel_ref), abs=1e-5)
-    assert spinal.coherence == pytest.approx(
-        oracle.coherence(alpha, travel, alpha_ref, travel_ref), abs=1e-5, nan_ok=True
+    assert spinal.delta_align == pytest.approx(
+        oracle_spinal.delta_align(alpha, alpha_ref, travel, travel_ref), abs=1e-5
     )
-    share = oracle.gradient_concentration(case["policy"], pairs).mean()
+    assert spinal.coherence == pytest.approx(
+        oracle_spinal.coherence(alpha, travel, alpha_ref, travel_ref), abs=1e-5, nan_ok=True
+    )
+    share = oracle_spinal.gradient_concentration(case["policy"], pairs).mean()
     assert spinal.gradient_concentration.mean == pytest.approx(share, abs=1e-6)
 
 

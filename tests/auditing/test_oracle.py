@@ -24,7 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from tests.helpers import oracle
+from tests.helpers import oracle, oracle_spinal, oracle_subspaces
 from tests.helpers.oracle import Pair
 
 FAMILIES = ("llama", "qwen3", "gemma2", "gpt2")
@@ -122,9 +122,9 @@ def test_identical_models_give_exactly_zero(family: str) -> None:
     for positions in ("all", "last_prompt_token"):
         assert not oracle.patch_effects(twin, model, FEW, positions).any()
     assert not oracle.block_transplants(twin, model, FEW).any()
-    assert not oracle.activation_features(twin, model, FEW).any()
+    assert not oracle_subspaces.activation_features(twin, model, FEW).any()
     halves = np.array([True, False])
-    low_rank = oracle.low_rank_effects(twin, model, FEW, 2, [3], "shift", halves)
+    low_rank = oracle_subspaces.low_rank_effects(twin, model, FEW, 2, [3], "shift", halves)
     assert not low_rank["effects"].any()
     assert not low_rank["full_effect"].any()
     changes = oracle.behaviour(twin, model, FEW)
@@ -155,7 +155,7 @@ def test_one_changed_block_is_found_where_it_is(family: str) -> None:
     assert turned["peak_layer"] == planted
     reverse = oracle.patch_effects(reference, policy, FEW)
     np.testing.assert_allclose(reverse[:, planted + 1 :], -delta[:, None].repeat(DEPTH - planted, 1), atol=1e-9)
-    features = oracle.activation_features(policy, reference, FEW)
+    features = oracle_subspaces.activation_features(policy, reference, FEW)
     assert not features[:, :planted].any()
     assert (features[:, planted:] > 0).all()
 
@@ -246,7 +246,7 @@ def test_halves_are_of_whole_groups() -> None:
 def test_activation_features_from_the_models_hidden_states() -> None:
     reference = make("qwen3")
     policy = shaken(reference)
-    got = oracle.activation_features(policy, reference, PAIRS)
+    got = oracle_subspaces.activation_features(policy, reference, PAIRS)
     assert got.shape == (len(PAIRS), DEPTH)
     for i, pair in enumerate(PAIRS):
         pooled = []
@@ -266,11 +266,11 @@ def test_low_rank(basis: Any) -> None:
     reference = make("llama")
     policy = shaken(reference)
     pairs, halves, ranks = PAIRS, np.array([True, True, False, False]), [1, 4, 16]
-    got = oracle.low_rank_effects(policy, reference, pairs, 3, ranks, basis, halves)
+    got = oracle_subspaces.low_rank_effects(policy, reference, pairs, 3, ranks, basis, halves)
     np.testing.assert_array_equal(got["full_effect"], oracle.patch_effects(policy, reference, pairs)[:, 4])
     assert (np.diff(got["explained_variance_ratio"]) > 0).all()
     assert 0 < got["explained_variance_ratio"][0] < got["explained_variance_ratio"][-1] <= 1 + 1e-12
-    swapped = oracle.low_rank_effects(policy, reference, pairs, 3, ranks, basis, ~halves)
+    swapped = oracle_subspaces.low_rank_effects(policy, reference, pairs, 3, ranks, basis, ~halves)
     np.testing.assert_array_equal(got["effects"], swapped["effects"])
     # The same patch on one held-out pair, and the explained variance, from their formulas.
     stacked = []
@@ -305,31 +305,31 @@ def test_low_rank_at_full_rank_is_the_whole_patch() -> None:
     pairs = [Pair(*(tuple(rng.integers(1, VOCAB, 16).tolist()) for _ in range(2)), 4, 4) for _ in range(2)]
     halves = np.array([True, False])
     for basis in ("activation", "shift"):
-        got = oracle.low_rank_effects(policy, reference, pairs, 1, [WIDTH], basis, halves)  # type: ignore[arg-type]
+        got = oracle_subspaces.low_rank_effects(policy, reference, pairs, 1, [WIDTH], basis, halves)  # type: ignore[arg-type]
         np.testing.assert_allclose(got["effects"][:, 0], got["full_effect"], atol=1e-5)
         assert got["explained_variance_ratio"][0] == pytest.approx(1)
         assert got["effect_fraction"][0] == pytest.approx(1, abs=1e-4)
         assert got["rank_95"] == WIDTH
-    assert oracle.rank_95([1, 2, 4, 8], np.array([0.96, 0.5, 0.97, 1.2])) == 4
-    assert np.isnan(oracle.rank_95([1, 2], np.array([0.99, 0.9])))
+    assert oracle_subspaces.rank_95([1, 2, 4, 8], np.array([0.96, 0.5, 0.97, 1.2])) == 4
+    assert np.isnan(oracle_subspaces.rank_95([1, 2], np.array([0.99, 0.9])))
 
 
 def test_tail_slope_recovers_a_power_law() -> None:
     ranks = np.arange(1, 101)
-    alpha, r2, error = oracle.tail_slope(3.0 * ranks**-1.3, 100)
+    alpha, r2, error = oracle_spinal.tail_slope(3.0 * ranks**-1.3, 100)
     assert (alpha, r2) == (pytest.approx(1.3), pytest.approx(1))
     assert error == pytest.approx(0, abs=1e-6)
     bent = np.where((ranks < 10) | (ranks > 90), 1e-9, 3.0 * ranks**-1.3)  # ranks 10 … 90 are the window
-    assert oracle.tail_slope(bent, 100)[0] == pytest.approx(1.3)
-    assert np.isnan(oracle.tail_slope(3.0 * ranks**-1.3, 18)).all()  # ranks 2 … 16: 15 values
-    assert not np.isnan(oracle.tail_slope(3.0 * ranks**-1.3, 19)).any()  # ranks 2 … 17: 16 values
+    assert oracle_spinal.tail_slope(bent, 100)[0] == pytest.approx(1.3)
+    assert np.isnan(oracle_spinal.tail_slope(3.0 * ranks**-1.3, 18)).all()  # ranks 2 … 16: 15 values
+    assert not np.isnan(oracle_spinal.tail_slope(3.0 * ranks**-1.3, 19)).any()  # ranks 2 … 17: 16 values
 
 
 def test_spectra_and_their_rows() -> None:
     model = make("llama")
     rng = np.random.default_rng(0)
     pairs = [Pair(*(tuple(rng.integers(1, VOCAB, 12).tolist()) for _ in range(2)), 3, 3) for _ in range(4)]
-    alpha, r2, values = oracle.spectra(model, pairs)
+    alpha, r2, values = oracle_spinal.spectra(model, pairs)
     assert [len(v) for v in values] == [WIDTH] * DEPTH
     assert np.isfinite(alpha).all()
     assert ((r2 > 0) & (r2 <= 1)).all()
@@ -341,8 +341,8 @@ def test_spectra_and_their_rows() -> None:
     # chosen == rejected: every row counts once, and the energy is that of one side.
     doubled = [Pair(p.chosen_ids, p.chosen_ids, 3, 3) for p in pairs]
     energy = sum(oracle.forward(model, p.chosen_ids).h(2)[2:11].square().sum().item() for p in pairs)
-    assert (oracle.spectra(model, doubled)[2][2] ** 2).sum() == pytest.approx(energy)
-    assert np.isnan(oracle.spectra(model, PAIRS[:2])[0]).all()
+    assert (oracle_spinal.spectra(model, doubled)[2][2] ** 2).sum() == pytest.approx(energy)
+    assert np.isnan(oracle_spinal.spectra(model, PAIRS[:2])[0]).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -357,25 +357,25 @@ def test_transport_is_the_bhattacharyya_angle(family: str) -> None:
             for layer in range(DEPTH - 1):
                 angle = 2 * (p[layer] * p[layer + 1]).sqrt().sum(-1).clamp(max=1).arccos()
                 expected[layer] += angle[positions].tolist()
-    got = oracle.transport(model, FEW)
+    got = oracle_spinal.transport(model, FEW)
     np.testing.assert_allclose(got, [np.mean(values) for values in expected], atol=1e-7)
     assert ((got > 0.01) & (got < np.pi)).all()
 
 
 def test_spinal_parts_by_hand() -> None:
-    assert [oracle.terminal_block(depth) for depth in (1, 3, 5)] == [[0], [0, 1, 2], [1, 2, 3, 4]]
-    assert oracle.terminal_block(12) == [8, 9, 10, 11]
-    assert oracle.terminal_block(30) == list(range(20, 30))
+    assert [oracle_spinal.terminal_block(depth) for depth in (1, 3, 5)] == [[0], [0, 1, 2], [1, 2, 3, 4]]
+    assert oracle_spinal.terminal_block(12) == [8, 9, 10, 11]
+    assert oracle_spinal.terminal_block(30) == list(range(20, 30))
     alpha, length = np.array([5.0, 1.0, 2.0, 4.0, 7.0]), np.array([0.5, 0.1, 0.3, 0.2])
     alpha_policy, length_policy = alpha + np.array([9, 1, 1, 1, 5]), length + np.array([9, 0.1, 0.2, 0.3])
-    assert oracle.delta_align(alpha_policy, alpha, length_policy, length) == pytest.approx(2 - 0.2)
+    assert oracle_spinal.delta_align(alpha_policy, alpha, length_policy, length) == pytest.approx(2 - 0.2)
     scales = alpha.std(), length.std()
     second = np.array([(4 - 2 * 2 + 1) / scales[0], (0.2 - 2 * 0.3 + 0.1) / scales[1]])  # layers 1, 2, 3: one bend
     kappa = np.sqrt((second**2).sum())
-    assert oracle.coherence(alpha, length, alpha, length) == pytest.approx(1 / (1 + kappa))
+    assert oracle_spinal.coherence(alpha, length, alpha, length) == pytest.approx(1 / (1 + kappa))
     straight = np.arange(5.0)
-    assert oracle.coherence(straight, straight[:4], alpha, length) == pytest.approx(1)
-    assert np.isnan(oracle.coherence(alpha, length, alpha, length, block=[2, 3, 4]))
+    assert oracle_spinal.coherence(straight, straight[:4], alpha, length) == pytest.approx(1)
+    assert np.isnan(oracle_spinal.coherence(alpha, length, alpha, length, block=[2, 3, 4]))
 
 
 def test_gradient_norms_match_finite_differences() -> None:
@@ -391,20 +391,20 @@ def test_gradient_norms_match_finite_differences() -> None:
                 logits = oracle.run_patched(model, ids, layer, oracle.replace_with(moved)).logits
                 logps.append(oracle.token_log_probs(logits, ids, start).sum().item())
             square += ((logps[0] - logps[1]) / (2 * step)) ** 2
-    assert oracle.gradient_norms(model, [pair])[0, layer] == pytest.approx(np.sqrt(square), rel=1e-6)
+    assert oracle_spinal.gradient_norms(model, [pair])[0, layer] == pytest.approx(np.sqrt(square), rel=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradient_concentration_leaves_the_model_alone(family: str) -> None:
     model = make(family)
-    share = oracle.gradient_concentration(model, FEW)
-    norms = oracle.gradient_norms(model, FEW)
+    share = oracle_spinal.gradient_concentration(model, FEW)
+    norms = oracle_spinal.gradient_norms(model, FEW)
     assert (norms > 0).all()
     np.testing.assert_allclose(share, 1 - norms[:, 0] / norms.sum(axis=1))  # S is layers 1 … 4 of 5
-    np.testing.assert_allclose(oracle.gradient_concentration(model, FEW, range(DEPTH)), 1)
+    np.testing.assert_allclose(oracle_spinal.gradient_concentration(model, FEW, range(DEPTH)), 1)
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     frozen = copy.deepcopy(model).requires_grad_(False)
-    np.testing.assert_array_equal(oracle.gradient_concentration(frozen, FEW), share)
+    np.testing.assert_array_equal(oracle_spinal.gradient_concentration(frozen, FEW), share)
 
 
 def test_behaviour_against_torch_distributions() -> None:

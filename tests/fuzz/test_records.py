@@ -19,7 +19,7 @@ from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import ALERTS, FAILURES, FOLDER, RECORDS, RunLog
 from align_audit.record.numbers import walk
 from align_audit.record.run import AuditRun, layer_rows, row_of
-from align_audit.record.stored_records import parse_line
+from align_audit.record.stored_records import Head, head_of_line, parse_line
 from align_audit.record.transfer_record import TransferRecord
 from align_audit.writers.scalars import not_known, scalars
 from align_audit.writers.tensorboard import controls_table, not_known_table
@@ -55,6 +55,9 @@ def readable(record: AuditRecord) -> None:
 
 
 def parsed(text: bytes) -> None:
+    # A log takes a line by its head: that has to be refused where the record would be.
+    quick = parse_line(text)
+    assert repr(head_of_line(text)) == repr(None if quick is None else Head.of(quick))  # NaN is not equal to itself
     try:
         record = AuditRecord.from_json(text)
     except RecordError as error:

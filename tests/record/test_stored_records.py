@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
 from align_audit.alerts.detectors import evaluate
 from align_audit.config import AlertConfig
-from align_audit.record.audit_record import AuditRecord
+from align_audit.record.audit_record import AuditRecord, SiteCurve, SiteUnit
 from align_audit.record.log import ALERTS, FOLDER, RECORDS, RunLog
 from align_audit.record.run import AuditRun
-from align_audit.record.stored_records import KEPT_PARSED, Head, StoredRecords, chosen, parse_line
+from align_audit.record.schema import Labelled, Part
+from align_audit.record.stored_records import (
+    KEPT_PARSED,
+    UNPACKED,
+    Head,
+    StoredRecords,
+    chosen,
+    head_of_line,
+    parse_line,
+)
 from tests.helpers.make_record import make_record, make_run
 
 
@@ -60,6 +72,84 @@ def test_what_is_read_quickly_is_what_is_read_carefully() -> None:
         assert quick.model_dump_json() == AuditRecord.from_json(line).model_dump_json() == line
 
 
+def places(values: Any, at: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Where anything lies in nested values."""
+    yield at
+    for key, inner in (
+        values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    ):
+        yield from places(inner, (*at, key))
+
+
+def filled() -> dict[str, Any]:
+    """The values of a record that has something in every part."""
+    curve = SiteCurve(
+        site="head",
+        positions="all",
+        pairs=4,
+        exact_pairs=4,
+        units=[SiteUnit(layer=0, last_layer=0, head=1)],
+        sufficiency=[make_record(1).margins.kl],
+        necessity=[make_record(1).margins.kl],
+        sufficiency_p_adjusted=[0.5],
+    )
+    record = make_run("destabilizing", audits=3, layers=2)[-1].model_copy(update={"sites": [curve]})
+    values: dict[str, Any] = json.loads(record.to_json())
+    return values
+
+
+@pytest.mark.parametrize("damage", ["another type", "nothing", "one more field", "one field less"])
+def test_a_line_is_taken_where_its_record_would_be(damage: str) -> None:
+    """Wherever it is damaged, and however deep: no record that a log has taken proves invalid when it is looked at."""
+    whole, taken = filled(), 0
+    assert head_of_line(json.dumps(whole).encode()) is not None
+    for at in list(places(whole))[1:]:
+        values = copy.deepcopy(whole)
+        inside = functools.reduce(lambda value, key: value[key], at[:-1], values)
+        if damage == "one field less":
+            del inside[at[-1]]
+        elif damage == "one more field" and isinstance(inside[at[-1]], dict):
+            inside[at[-1]]["unheard of"] = 1
+        else:
+            inside[at[-1]] = None if damage == "nothing" else [{"odd": "value"}]
+        line = json.dumps(values).encode()
+        record = parse_line(line)
+        assert (head_of_line(line) is None) == (record is None), at
+        taken += record is not None
+    assert 0 < taken < len(list(places(whole))) - 1
+
+
+def parts_of(annotation: Any) -> Iterator[type[Part]]:
+    """The kinds of parts that an annotation names."""
+    if isinstance(annotation, type) and issubclass(annotation, Part):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from parts_of(inner)
+
+
+def test_only_labelled_parts_have_validators_of_their_own() -> None:
+    """Others are validated as plain dicts when a log is opened, where a part's own validators do not run."""
+    waiting: list[type[Part]] = [AuditRecord]
+    parts: set[type[Part]] = set()
+    while waiting:
+        part = waiting.pop()
+        parts.add(part)
+        for info in part.model_fields.values():
+            waiting += [inner for inner in parts_of(info.annotation) if inner not in parts]
+    assert len(parts) > 10
+    for part in parts:
+        validators = part.__pydantic_decorators__
+        if not issubclass(part, Labelled):
+            assert not (validators.model_validators or validators.field_validators or validators.root_validators), part
+
+
+def test_packed_lines_are_what_was_written(tmp_path: Path) -> None:
+    lines = written(tmp_path, UNPACKED + 3)
+    stored = AuditRun.load(tmp_path).records
+    assert isinstance(stored, StoredRecords)
+    assert [line.decode() for _, line in stored.lines] == [line + "\n" for line in lines[::-1]]
+
+
 @pytest.mark.parametrize(
     "change", [{"schema_version": 3}, {"schema_version": None}, {"step": "x"}, {"schema_version": 99}]
 )
@@ -68,6 +158,7 @@ def test_lines_of_other_versions_are_left_to_the_careful_reader(change: dict[str
     if change == {"schema_version": None}:
         del values["schema_version"]
     assert parse_line(json.dumps(values).encode()) is None
+    assert head_of_line(json.dumps(values).encode()) is None
 
 
 def test_an_old_record_is_migrated_whenever_it_is_looked_at() -> None:

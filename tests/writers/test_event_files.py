@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -26,24 +27,31 @@ from tests.monitoring.test_callback import quick, run
 pytestmark = pytest.mark.filterwarnings("ignore:align_audit found no held-out pairs")
 
 KILLED = """
-import os, signal, sys
+import json, os, signal, sys
 from pathlib import Path
 from align_audit.writers.tensorboard import TensorBoard
 from tests.monitoring.test_callback import quick, run
 
-record = TensorBoard.record
+moment, record = "", TensorBoard.record
 def killed(self, one, history):
     if one.step == 2:
-        if sys.argv[2] == "half":
+        if moment == "half":
             board = self._summary_writer()
             board.add_scalar("align_audit/margins/kl", one.margins.kl.mean, 2)
             board.flush()
         os.kill(os.getpid(), signal.SIGKILL)
     record(self, one, history)
 TensorBoard.record = killed
-run(Path(sys.argv[1]), quick(tensorboard="auto", tensorboard_images=False, schedule={"every_n_steps": 1}), attach=False,
-    save_steps=1)
+ends = {}
+for moment in ("before", "half"):
+    if not (child := os.fork()):
+        run(Path(sys.argv[1]) / moment, quick(tensorboard="auto", tensorboard_images=False, schedule={"every_n_steps": 1}),
+            attach=False, save_steps=1)
+        os._exit(0)
+    ends[moment] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+print(json.dumps(ends))
 """
+"""Two runs, one after the other, each in a process of its own that is killed; what they import is imported once."""
 CONFIG = {"tensorboard": "auto", "tensorboard_images": False, "schedule": {"every_n_steps": 1}}
 
 
@@ -70,16 +78,25 @@ def each_once(output: Path) -> None:
             assert counts[tag, record.step] == 1, (tag, record.step)
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, int], str]:
+    """The folder of the runs that were killed, by moment; how each ended; and what they said."""
+    folder = tmp_path_factory.mktemp("killed")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(folder)], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
 @pytest.mark.parametrize("moment", ["before", "half"])
 def test_a_step_killed_between_log_and_tensorboard_has_its_curves_after_the_run_goes_on(
-    tmp_path: Path, moment: str
+    killed: tuple[Path, dict[str, int], str], moment: str
 ) -> None:
-    output = tmp_path / "run"
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(output), moment], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    folder, ends, said = killed
+    output = folder / moment
+    assert ends[moment] == -signal.SIGKILL, said
     assert [record.step for record in AuditRun.load(output).records] == [0, 1, 2]
     assert points(output, "align_audit/margins/shift") == [0, 1]
     run(output, quick(**CONFIG), attach=False, save_steps=1, resume=str(output / "checkpoint-1"))

@@ -16,7 +16,14 @@ import torch
 
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement, Reasons, RecordedBatch, SecondLook
 from align_audit.auditing.measurements.patching import Patching
-from align_audit.auditing.measurements.subspaces import NO_HALVES, Fit, LowRankEffects, Reconstruction, TokenGrams
+from align_audit.auditing.measurements.subspaces import (
+    NO_HALVES,
+    Fit,
+    LowRankEffects,
+    Reconstruction,
+    TokenGrams,
+    beyond_the_rows,
+)
 from align_audit.auditing.previous import Subspaces
 from align_audit.auditing.session.estimates import estimate, floats
 from align_audit.auditing.session.walk import Session
@@ -113,7 +120,7 @@ class LowRank(Measurement):
         exact, estimates, reasons = self.session.exact_pairs, self.session.exact_estimates, {}
         full, fitted = self.task[Patching].effect(layer)[exact], effects.fitted[basis, layer][exact]
         spanned = effects.spanned[basis, layer]
-        beyond = _beyond(effects.dimensions[basis, layer])
+        beyond = beyond_the_rows("the token rows of a half of the pairs", effects.dimensions[basis, layer])
         fractions = [estimate(interval) for interval in estimates.fractions(fitted[:, :spanned], full)]
         ranks, unknown = effects.ranks[:spanned], [Estimate.unknown(beyond)] * (len(effects.ranks) - spanned)
         if unknown:
@@ -167,11 +174,6 @@ class LowRank(Measurement):
                 for (_, layer), values in effects.random.items()
             },
         }
-
-
-def _beyond(dimensions: int) -> str:
-    """Why a rank is not evaluated."""
-    return f"the token rows of a half of the pairs span {dimensions} dimensions: what lies beyond is arbitrary"
 
 
 def layers_to_reconstruct(session: Session, summary: PatchSummary) -> list[int]:

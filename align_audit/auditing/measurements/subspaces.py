@@ -81,15 +81,15 @@ class TokenGrams:
         places = batch.pair_index.cpu().numpy()
         for key, sums in self._sums.items():
             basis, layer = key
-            ours, theirs = policy.after(layer), reference.after(layer)
+            policy_stream, reference_stream = policy.after(layer), reference.after(layer)
             for half in (False, True):
                 new = (self.halves == half) & ~self._counted[key]
                 within = mask & _by_row(batch, new)[:, None]
                 if not within.any():
                     continue
-                rows = ours[within].double()
+                rows = policy_stream[within].double()
                 if basis == "shift":
-                    rows = rows - theirs[within].double()
+                    rows = rows - reference_stream[within].double()
                 # A position that stands for both sequences of its pair is two of the pooled rows.
                 sums[half].update(rows * batch.copies[within].double().sqrt()[:, None])
                 self._counted[key][places[new[places]]] = True
@@ -117,11 +117,11 @@ class TokenGrams:
 
     def take(self) -> dict[Key, tuple[Gram, Gram]]:
         """Of the first half and of the second. They are handed over: nothing is left here."""
-        found: dict[Key, tuple[Gram, Gram]] = {}
+        grams: dict[Key, tuple[Gram, Gram]] = {}
         for key in list(self._sums):
-            one, other = self._sums.pop(key)
-            found[key] = (one.freeze(), other.freeze())
-        return found
+            first, second = self._sums.pop(key)
+            grams[key] = (first.freeze(), second.freeze())
+        return grams
 
 
 class Fit:
@@ -151,15 +151,15 @@ class Fit:
         self.skipped: dict[Key, str] = {}
         self.grams = grams.take()
         alone = self.halves.all()  # no halves: good for the pairs of other sets only
-        for key, (one, other) in self.grams.items():
-            halves_span = one.matrix.any() and other.matrix.any()
-            if not (torch.isfinite(one.matrix).all() and torch.isfinite(other.matrix).all()):
+        for key, (first, second) in self.grams.items():
+            halves_span = first.matrix.any() and second.matrix.any()
+            if not (torch.isfinite(first.matrix).all() and torch.isfinite(second.matrix).all()):
                 self.skipped[key] = f"the activations at layer {key[1]} are not finite"
-            elif key[0] == "shift" and not (halves_span or (alone and (one + other).matrix.any())):
+            elif key[0] == "shift" and not (halves_span or (alone and (first + second).matrix.any())):
                 self.skipped[key] = f"policy and reference do not differ at layer {key[1]}: there is no shift to span"
             else:
                 # The first is for the first half, so it is fitted on the second.
-                spans = [top_basis(gram, self.ranks[-1]) for gram in (other, one, one + other)]
+                spans = [top_basis(gram, self.ranks[-1]) for gram in (second, first, first + second)]
                 self.spans[key] = (
                     spans[0].to(session.device),
                     spans[1].to(session.device),
@@ -167,10 +167,10 @@ class Fit:
                 )
                 captured = [
                     np.array(explained_variance_ratio(held, basis, self.ranks)) * float(held.matrix.trace())
-                    for held, basis in zip((one, other), spans, strict=False)
+                    for held, basis in zip((first, second), spans, strict=False)
                 ]
-                explained = np.sum(captured, axis=0) / float((one + other).matrix.trace())
-                dimensions = self.dimensions[key] = min(gram_rank(one), gram_rank(other))
+                explained = np.sum(captured, axis=0) / float((first + second).matrix.trace())
+                dimensions = self.dimensions[key] = min(gram_rank(first), gram_rank(second))
                 spanned = self.spanned[key] = sum(rank <= dimensions for rank in self.ranks)
                 explained[spanned:] = np.nan
                 self.explained[key] = list(explained)
@@ -246,9 +246,11 @@ class Reconstruction:
             return
         for form, layer in self.effects.random:
             for draw in range(self.session.config.low_rank.random_draws):
-                own = (self._random_spans(batch, layer, draw),)
+                random_spans = (self._random_spans(batch, layer, draw),)
                 for column, rank in enumerate(self.effects.ranks):
-                    make = _reconstruction(policy, reference, mask, layer, form, own, torch.zeros_like(which), rank)
+                    make = _reconstruction(
+                        policy, reference, mask, layer, form, random_spans, torch.zeros_like(which), rank
+                    )
                     yield Stream(("random", form, layer, column, draw), layer, make)
 
     def _ranks(self, basis: str, layer: int) -> list[int]:
@@ -276,14 +278,24 @@ class Reconstruction:
             self.effects.random[key[1], key[2]][places, key[3], key[4]] = effect
 
 
+def beyond_the_rows(whose: str, dimensions: int) -> str:
+    """Why nothing is said of ranks that the rows do not span.
+
+    Example:
+        >>> beyond_the_rows("the token rows of a half of the pairs", 3)
+        'the token rows of a half of the pairs span 3 dimensions: what lies beyond is arbitrary'
+    """
+    return f"{whose} span {dimensions} dimensions: what lies beyond is arbitrary"
+
+
 def _seed(*parts: int) -> int:
     return int(np.random.SeedSequence(list(parts)).generate_state(1)[0])
 
 
 def _by_row(batch: PairBatch, values: np.ndarray) -> torch.Tensor:
     """[R] the value of each row's pair."""
-    own = torch.from_numpy(values[batch.pair_index.cpu().numpy()]).to(batch.row.device)
-    return own[batch.row_pair]
+    by_pair = torch.from_numpy(values[batch.pair_index.cpu().numpy()]).to(batch.row.device)
+    return by_pair[batch.row_pair]
 
 
 def _reconstruction(
@@ -299,9 +311,9 @@ def _reconstruction(
     """h_l(ρ) + P_k (h_l(π) − h_l(ρ)) in the shift basis, P_k h_l(π) in the activation basis; P_k by each row's span."""
 
     def make() -> torch.Tensor:
-        ours, theirs = policy.after(layer), reference.after(layer)
+        policy_stream, reference_stream = policy.after(layer), reference.after(layer)
         # Projections are taken in float64: in the activation basis one direction is far larger than all others.
-        rows = ours.double() if basis == "activation" else ours.double() - theirs.double()
+        rows = policy_stream.double() if basis == "activation" else policy_stream.double() - reference_stream.double()
         inside = None
         for place in which.unique().tolist():
             columns = spans[place][..., :rank]
@@ -309,7 +321,7 @@ def _reconstruction(
             chosen = (which == place)[:, None, None]
             inside = projected if inside is None else torch.where(chosen, projected, inside)
         assert inside is not None
-        whole = inside if basis == "activation" else theirs.double() + inside
-        return patched(theirs, whole, mask)
+        rebuilt = inside if basis == "activation" else reference_stream.double() + inside
+        return patched(reference_stream, rebuilt, mask)
 
     return make

@@ -12,7 +12,7 @@ import numpy as np
 from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.measurement import AuditTask
 from align_audit.auditing.measurements.patching import Patching
-from align_audit.auditing.measurements.subspaces import NO_HALVES, Fit, Key, Reconstruction
+from align_audit.auditing.measurements.subspaces import NO_HALVES, Fit, Key, Reconstruction, beyond_the_rows
 from align_audit.auditing.session.estimates import Estimates, beyond, estimate, floats
 from align_audit.auditing.session.walk import Session
 from align_audit.measures.subspace import explained_variance_ratio, gram_rank, principal_angles, rank_95
@@ -105,12 +105,12 @@ class Cells:
     def __init__(self, reasons: dict[str, str]) -> None:
         self.reasons = reasons
 
-    def random(self, side: ProbeSide, key: Key, own: Reconstruction) -> RandomSubspaces | None:
+    def random(self, side: ProbeSide, key: Key, on_itself: Reconstruction) -> RandomSubspaces | None:
         """What random subspaces do to a set's own pairs; None where none were patched."""
-        if key not in own.effects.random:
+        if key not in on_itself.effects.random:
             return None
         places = side.session.control_pairs
-        effects = own.effects.random[key][places].mean(axis=-1)
+        effects = on_itself.effects.random[key][places].mean(axis=-1)
         full = side.effect(key[1])[places]
         return RandomSubspaces(
             effect=side.session.control_estimates.means(effects),
@@ -183,7 +183,7 @@ class Cells:
             dimensions = _dimensions(fitted, which[places], key)
             explained = self._explained(fitted, patched, which, key, path)
         spanned = sum(rank <= dimensions for rank in ranks)
-        arbitrary = f"the rows of {fitted.name!r} span {dimensions} dimensions, so what lies beyond is arbitrary"
+        arbitrary = beyond_the_rows(f"the token rows of {fitted.name!r}", dimensions)
         if spanned < len(ranks):
             self.reasons.setdefault(f"{path}.explained_variance_ratio", arbitrary)
         fractions = [estimate(interval) for interval in estimates.fractions(effects[:, :spanned], full)]
@@ -194,15 +194,15 @@ class Cells:
             reason = why and (fractions[-1].reason or why)
         if reason is not None:
             self.reasons[f"{path}.rank_95"] = reason
-        whole = estimates.mean(full)
+        full_effect = estimates.mean(full)
         does = estimates.means(effects[:, :spanned])
-        beats, control = self._control(fitted, patched, ranks[:spanned], does, whole, random)
+        beats, control = self._control(fitted, patched, ranks[:spanned], does, full_effect, random)
         unspanned = len(ranks) - spanned
         return {
             "effect_fraction": fractions + [Estimate.unknown(arbitrary)] * unspanned,
             "explained_variance_ratio": explained[:spanned] + [math.nan] * unspanned,
             "rank_95": least,
-            "full_effect": whole,
+            "full_effect": full_effect,
             "beats_random": beats + [None] * unspanned,
             "control": control.model_copy(update={"pairs": None if random is None else random.pairs}),
         }
@@ -211,25 +211,25 @@ class Cells:
         """Of the whole basis on all rows of the patched set, which is held out only where no pair is in both sets."""
         ranks = fitted.fitted.ranks
         shared = int((which != HELD_OUT).sum())
-        one, other = patched.fitted.grams[key]
+        first, second = patched.fitted.grams[key]
         if shared:
             self.reasons[f"{path}.explained_variance_ratio"] = (
                 f"{shared} of {len(which)} pairs of {patched.name!r} are in {fitted.name!r} too: those rows are not held out"
             )
             return [math.nan] * len(ranks)
-        found = explained_variance_ratio(one + other, fitted.fitted.spans[key][HELD_OUT], ranks)
-        if any(math.isnan(share) for share in found):
+        shares = explained_variance_ratio(first + second, fitted.fitted.spans[key][HELD_OUT], ranks)
+        if any(math.isnan(share) for share in shares):
             self.reasons[f"{path}.explained_variance_ratio"] = (
                 f"the rows of {patched.name!r} at layer {key[1]} are all zero, or not finite"
             )
-        return found
+        return shares
 
     def _control(
         self,
         fitted: ProbeSide,
         patched: ProbeSide,
         ranks: Sequence[int],
-        ours: Sequence[Estimate],
+        effects: Sequence[Estimate],
         full: Estimate,
         random: RandomSubspaces | None,
     ) -> tuple[list[bool | None], Control]:
@@ -240,11 +240,11 @@ class Cells:
                 verdict="not_run", reason="no random subspaces were patched (low_rank.random_draws)"
             )
         if math.isnan(full.low) or full.low <= 0.0 <= full.high:
-            found = full.reason or f"[{full.low:.3g}, {full.high:.3g}] nats, includes 0"
-            reason = f"the interval of the full patch's effect on {patched.name!r}: {found}"
+            why = full.reason or f"[{full.low:.3g}, {full.high:.3g}] nats, includes 0"
+            reason = f"the interval of the full patch's effect on {patched.name!r}: {why}"
             return unknown, Control(verdict="not_run", reason=reason)
         sign = math.copysign(1.0, full.mean)
-        beats = beyond(ours, random.effect[: len(ranks)], sign)
+        beats = beyond(effects, random.effect[: len(ranks)], sign)
         losing = [rank for rank, more in zip(ranks, beats, strict=True) if not more]
         what = f"the subspace of {fitted.name!r}"
         if losing:
@@ -253,17 +253,19 @@ class Cells:
         reason = f"on {patched.name!r} {what} does more than random ones at every rank of {list(ranks)}"
         return list(beats), Control(verdict="passed" if beats else "not_run", reason=reason)
 
-    def angles(self, one: ProbeSide, other: ProbeSide, key: Key, place: int) -> SubspaceAngles:
+    def angles(self, left: ProbeSide, right: ProbeSide, key: Key, place: int) -> SubspaceAngles:
         """Between the subspaces that each set's pairs, all of them, give; the ``place``-th two sets."""
         path = f"angles.{key[0]}.{key[1]}.{place}"
-        ranks = one.fitted.ranks
-        found = []
-        spanned = {side.name: gram_rank(side.fitted.grams[key][0] + side.fitted.grams[key][1]) for side in (one, other)}
+        ranks = left.fitted.ranks
+        angles = []
+        spanned = {
+            side.name: gram_rank(side.fitted.grams[key][0] + side.fitted.grams[key][1]) for side in (left, right)
+        }
         for rank in ranks:
             short = [name for name, dimensions in spanned.items() if dimensions < rank]
-            skipped = [side.fitted.skipped[key] for side in (one, other) if key in side.fitted.skipped]
+            skipped = [side.fitted.skipped[key] for side in (left, right) if key in side.fitted.skipped]
             if skipped or short:
-                found.append([math.nan] * rank)
+                angles.append([math.nan] * rank)
                 self.reasons.setdefault(
                     path,
                     skipped[0]
@@ -271,6 +273,6 @@ class Cells:
                     else f"the rows of {short[0]!r} span {spanned[short[0]]} dimensions, not {rank}",
                 )
                 continue
-            first, second = (side.fitted.spans[key][HELD_OUT][:, :rank] for side in (one, other))
-            found.append(floats(principal_angles(first, second)))
-        return SubspaceAngles(between=(one.name, other.name), angles=found)
+            first, second = (side.fitted.spans[key][HELD_OUT][:, :rank] for side in (left, right))
+            angles.append(floats(principal_angles(first, second)))
+        return SubspaceAngles(between=(left.name, right.name), angles=angles)

@@ -98,7 +98,7 @@ def plant_head(
     Planted is the head's slice of the output projection. Arguments as in :func:`plant_layers`.
     """
     check_layer(base, layer)
-    every = [part for other in range(len(layer_parts(base))) for part in head_parts(base, other)]
+    every = [part for number in range(len(layer_parts(base))) for part in head_parts(base, number)]
     here = [part for part in every if part.layer == layer]
     if not 0 <= head < len(here):
         raise ValueError(f"layer {layer} has heads 0 to {len(here) - 1}; found {head}")
@@ -121,7 +121,7 @@ def _plant_site(
 ) -> Planted:
     planted = site_part(base, layer, site)
     sites: tuple[Site, ...] = ("attention", "mlp")
-    every = [site_part(base, other, kind) for other in range(len(layer_parts(base))) for kind in sites]
+    every = [site_part(base, number, kind) for number in range(len(layer_parts(base))) for kind in sites]
     distracting = [part for part in every if part != planted]
     return _plant(base, pairs, [planted], distracting, shift, distraction, seed, orthogonal, gradient)
 
@@ -139,10 +139,10 @@ def _plant(
 ) -> Planted:
     if shift <= 0 or distraction < 0:
         raise ValueError(f"expected shift > 0 nats and distraction ≥ 0; found {shift} and {distraction}")
-    known = list(pairs)
-    slope = gradient if gradient is not None else margin_gradient(base, known)
-    own = weights_of(base)
-    before = float(margins(base, known).mean())
+    probes = list(pairs)
+    slope = gradient if gradient is not None else margin_gradient(base, probes)
+    base_weights = weights_of(base)
+    base_margin = float(margins(base, probes).mean())
     policy = copy.deepcopy(base)
     weights = weights_of(policy)
 
@@ -150,31 +150,31 @@ def _plant(
         lent = mixed(base, base, parts)
         for part, step in zip(parts, steps, strict=True):
             add_update(lent, part, part.views(slope), step)
-        return float(margins(base, known, lent).mean()) - before
+        return float(margins(base, probes, lent).mean()) - base_margin
 
     steps: list[float] = []
-    found = 0.0
+    reached = 0.0
     for part in planted:
         steepness = norm(part.views(slope))
         if steepness == 0:
             raise ValueError(f"the mean margin does not depend on {part.name}: nothing can be planted there")
         wanted = shift / len(planted)
-        step, found = size_step(partial(_alone, shift_of, part), wanted, wanted / steepness**2)
+        step, reached = size_step(partial(_alone, shift_of, part), wanted, wanted / steepness**2)
         steps.append(step)
     common = 1.0
     if len(planted) > 1:
-        common, found = size_step(lambda t: shift_of(planted, [t * step for step in steps]), shift, 1.0)
+        common, reached = size_step(lambda t: shift_of(planted, [t * step for step in steps]), shift, 1.0)
     for part, step in zip(planted, steps, strict=True):
         add_update(weights, part, part.views(slope), common * step)
-    moved = norm([view for part in planted for view in _difference(part, weights, own)])
-    share = moved / norm([view for part in planted for view in part.views(own)])
+    moved = norm([view for part in planted for view in _difference(part, weights, base_weights)])
+    share = moved / norm([view for part in planted for view in part.views(base_weights)])
     if distraction > 0:
         for number, part in enumerate(distracting):
-            noise = noise_update(part, own, distraction * share, (seed, number), slope if orthogonal else None)
+            noise = noise_update(part, base_weights, distraction * share, (seed, number), slope if orthogonal else None)
             add_update(weights, part, noise)
     names = " and ".join(part.name for part in planted)
     numbers = {
-        "shift": found,
+        "shift": reached,
         "planted_share": share,
         "noise_share": distraction * share,
         "distraction": distraction,

@@ -52,27 +52,27 @@ class Rows:
 
 def padded_rows(pairs: Iterable[ProbePair], device: torch.device | str = "cpu", tokens: int = _TOKENS) -> list[Rows]:
     """Both sequences of every pair, in batches of about ``tokens`` padded tokens; a pair is never split."""
-    known = list(pairs)
+    probes = list(pairs)
     order = sorted(
-        range(len(known)), key=lambda place: max(len(known[place].chosen_ids), len(known[place].rejected_ids))
+        range(len(probes)), key=lambda place: max(len(probes[place].chosen_ids), len(probes[place].rejected_ids))
     )
     groups: list[list[int]] = []
     for place in order:
-        longest = max(len(known[place].chosen_ids), len(known[place].rejected_ids))
+        longest = max(len(probes[place].chosen_ids), len(probes[place].rejected_ids))
         if groups and 2 * (len(groups[-1]) + 1) * longest <= tokens:
             groups[-1].append(place)
         else:
             groups.append([place])
-    found = []
+    batches = []
     for group in groups:
         sides = [
             (ids, start, place, sign)
             for sign in (1.0, -1.0)
             for place in group
             for ids, start in [
-                (known[place].chosen_ids, known[place].chosen_start)
+                (probes[place].chosen_ids, probes[place].chosen_start)
                 if sign > 0
-                else (known[place].rejected_ids, known[place].rejected_start)
+                else (probes[place].rejected_ids, probes[place].rejected_start)
             ]
         ]
         longest = max(len(ids) for ids, *_ in sides)
@@ -87,8 +87,8 @@ def padded_rows(pairs: Iterable[ProbePair], device: torch.device | str = "cpu", 
             pair=torch.tensor([place for _, _, place, _ in sides]),
             sign=torch.tensor([sign for *_, sign in sides], dtype=torch.float64),
         )
-        found.append(Rows(**{name: getattr(rows, name).to(device) for name in Rows.__dataclass_fields__}))
-    return found
+        batches.append(Rows(**{name: getattr(rows, name).to(device) for name in Rows.__dataclass_fields__}))
+    return batches
 
 
 def logits_of(model: nn.Module, rows: Rows, weights: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -101,25 +101,25 @@ def logits_of(model: nn.Module, rows: Rows, weights: Mapping[str, Tensor] | None
 @torch.no_grad()
 def margins(model: nn.Module, pairs: Iterable[ProbePair], weights: Mapping[str, Tensor] | None = None) -> Tensor:
     """m = log p(chosen) − log p(rejected) of each pair, nats, float64 [N]; ``weights`` as in :func:`logits_of`."""
-    known = list(pairs)
+    probes = list(pairs)
     _check_mode(model)
-    total = torch.zeros(len(known), dtype=torch.float64, device=_device(model))
-    for rows in padded_rows(known, _device(model)):
-        total += rows.margins(logits_of(model, rows, weights), len(known))
+    total = torch.zeros(len(probes), dtype=torch.float64, device=_device(model))
+    for rows in padded_rows(probes, _device(model)):
+        total += rows.margins(logits_of(model, rows, weights), len(probes))
     return total
 
 
 def margin_gradient(model: nn.Module, pairs: Iterable[ProbePair]) -> dict[str, Tensor]:
     """∂ (mean margin) / ∂ each parameter, by its name; no ``.grad`` is written. Parameters without a part in it are 0."""
-    known = list(pairs)
+    probes = list(pairs)
     _check_mode(model)
     weights = {name: weight.clone().requires_grad_() for name, weight in weights_of(model).items()}
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-    for rows in padded_rows(known, _device(model)):
+    for rows in padded_rows(probes, _device(model)):
         with torch.enable_grad():
-            mean = rows.margins(logits_of(model, rows, weights), len(known)).sum() / len(known)
-        found = torch.autograd.grad(mean, list(weights.values()), allow_unused=True)
-        for name, gradient in zip(weights, found, strict=True):
+            mean = rows.margins(logits_of(model, rows, weights), len(probes)).sum() / len(probes)
+        gradients = torch.autograd.grad(mean, list(weights.values()), allow_unused=True)
+        for name, gradient in zip(weights, gradients, strict=True):
             if gradient is not None:
                 total[name] += gradient
     return total
@@ -149,7 +149,7 @@ class ProjectionRows:
 
 def projection_rows(model: nn.Module, pairs: Iterable[ProbePair], projection: Projection) -> ProjectionRows:
     """One forward and backward over all tokens of both sequences of every pair, padding left out."""
-    known = list(pairs)
+    probes = list(pairs)
     _check_mode(model)
     pieces: list[tuple[Tensor, ...]] = []
     seen: list[tuple[Tensor, Tensor]] = []
@@ -160,11 +160,11 @@ def projection_rows(model: nn.Module, pairs: Iterable[ProbePair], projection: Pr
         return leaf
 
     frozen = {name: weight.clone() for name, weight in weights_of(model).items()}
-    for rows in padded_rows(known, _device(model)):
+    for rows in padded_rows(probes, _device(model)):
         handle = projection.module.register_forward_hook(watch)
         try:
             with torch.enable_grad():
-                mean = rows.margins(logits_of(model, rows, frozen), len(known)).sum() / len(known)
+                mean = rows.margins(logits_of(model, rows, frozen), len(probes)).sum() / len(probes)
         finally:
             handle.remove()
         inputs, leaf = seen.pop()

@@ -73,19 +73,21 @@ class MeasuredTruth:
     @property
     def effect_ratio(self) -> float:
         """|necessity of S| over the largest |necessity| of any layer outside; infinite where those do nothing."""
-        others = [abs(one.necessity) for layer, one in enumerate(self.layers) if layer not in self.planted_layers]
-        largest = max(others, default=0.0)
+        outside = [
+            abs(restored.necessity) for layer, restored in enumerate(self.layers) if layer not in self.planted_layers
+        ]
+        largest = max(outside, default=0.0)
         return abs(self.planted.necessity) / largest if largest > 0 else float("inf")
 
 
 def mixed(onto: nn.Module, source: nn.Module, units: Sequence[Part]) -> dict[str, Tensor]:
     """The weights of ``onto`` that differ when ``units`` are taken from ``source``; neither model is changed."""
-    mine, theirs = weights_of(onto), weights_of(source)
+    onto_weights, source_weights = weights_of(onto), weights_of(source)
     lent: dict[str, Tensor] = {}
     for unit in units:
         for name, index in unit.slices:
-            weight = lent.setdefault(name, mine[name].clone())
-            weight[index] = theirs[name][index]
+            weight = lent.setdefault(name, onto_weights[name].clone())
+            weight[index] = source_weights[name][index]
     return lent
 
 
@@ -110,12 +112,12 @@ def measure_truth(
     parts = layer_parts(base)
     layers = [_restored(policy, base, [part], pairs, new, old, sufficiency) for part in parts]
     if not truth.units:
-        own = Restored(0.0, 0.0)
+        together = Restored(0.0, 0.0)
     elif len(truth.units) == 1 and truth.units[0] in parts:
-        own = layers[truth.units[0].layer]
+        together = layers[truth.units[0].layer]
     else:
-        own = _restored(policy, base, truth.units, pairs, new, old, sufficiency)
-    return MeasuredTruth(new - old, own, layers, truth.layers)
+        together = _restored(policy, base, truth.units, pairs, new, old, sufficiency)
+    return MeasuredTruth(new - old, together, layers, truth.layers)
 
 
 def _restored(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import threading
 import time
 import weakref
 from pathlib import Path
@@ -14,11 +13,9 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from align_audit.auditing.audit import audit
 from align_audit.config import AuditConfig
-from align_audit.errors import ReferenceUnavailableError
 from align_audit.models.gradients import stream_gradients
 from align_audit.models.guard import untouched
 from align_audit.models.loading import load_model
@@ -29,53 +26,30 @@ from align_audit.models.weights import from_disk as stored_layers
 from align_audit.models.weights import streaming as layer_stream
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.models.weights.from_disk import open_streamed
-from align_audit.models.weights.from_host import copied_by_layer, placed
-from align_audit.models.weights.streaming import NotStreamable, close, stream_of
+from align_audit.models.weights.streaming import close, stream_of
 from tests.helpers.audits import audited
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
+from tests.models.weights.saved import (
+    IDS,
+    MASK,
+    _no_thread_is_left,  # noqa: F401
+    logits,
+    our_threads,
+    save,
+    wait_for_threads,
+)
 
 pytestmark = pytest.mark.device
 
+
 FAMILIES = ("llama", "gpt2", "gemma2", "qwen3")
-IDS = torch.arange(3, 21).view(2, 9)
-MASK = torch.ones_like(IDS)
+
+
 INPUTS = {"input_ids": IDS, "attention_mask": MASK}
-
-
-@pytest.fixture(autouse=True)
-def _no_thread_is_left() -> Any:
-    yield
-    gc.collect()
-    wait_for_threads()
-
-
-def our_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("align_audit-layer")]
-
-
-def wait_for_threads() -> None:
-    """A thread ends with the layer it reads; a moment after its model is gone none may be left."""
-    for _ in range(200):
-        if not our_threads():
-            return
-        time.sleep(0.01)
-    raise AssertionError(our_threads())
-
-
-def save(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-    shards = options.pop("max_shard_size", None)
-    model: Any = tiny_model(family, dtype=torch.float32, **options).to(dtype)
-    model.save_pretrained(folder, **({} if shards is None else {"max_shard_size": shards}))
-    return folder
 
 
 def both(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, Any]:
     return load_model(folder, dtype=dtype), open_streamed(folder, dtype=dtype, **options)
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS, attention_mask=MASK, use_cache=False).logits  # type: ignore[no-any-return]
 
 
 def held_layers(model: nn.Module) -> set[int]:
@@ -335,171 +309,6 @@ def test_the_guard_leaves_a_streamed_model_as_it_was(tmp_path: Path) -> None:
     assert not model.training
 
 
-# -- what cannot be streamed is said and loaded whole ---------------------------------------------------------------------
-
-MOE = dict(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, intermediate_size=48,
-    moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, vocab_size=61,
-)  # fmt: skip
-
-
-def save_moe(folder: Path) -> Path:
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **MOE)).save_pretrained(folder)
-    return folder
-
-
-def test_fused_experts_are_refused_with_the_reason_and_loaded_whole(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = save_moe(tmp_path / "moe")
-    why = r"model\.layers\.0\.mlp\.experts\.gate_up_proj is put together from stored tensors when it is loaded"
-    with pytest.raises(NotStreamable, match=why):
-        open_streamed(folder, dtype=torch.float32)
-    whole = load_model(folder, dtype=torch.float32)
-    reference = resolve_reference(perturbed(whole), folder)
-    assert reference.source == "streamed from moe"
-    model = reference.model()
-    assert not any(parameter.is_meta for parameter in model.parameters())
-    assert torch.equal(logits(model), logits(whole))
-    assert reference.source.startswith("loaded from moe (whole, not layer by layer: model.layers.0.mlp.experts.gate_up")
-    assert "whole reference in memory" in caplog.text
-    reference.release()
-    assert reference.model() is not model
-
-
-def test_other_refusals_have_their_reasons(tmp_path: Path) -> None:
-    def refused(folder: Path | str, words: str, **options: Any) -> None:
-        with pytest.raises(NotStreamable, match=words):
-            open_streamed(folder, dtype=torch.float32, **options)
-
-    refused(tmp_path / "nowhere", "neither a directory nor a hub name")
-    folder = save(tmp_path / "model")
-    refused(folder, "no submodule 'model.blocks'", layers="model.blocks")
-    (folder / "adapter_config.json").write_text("{}")
-    refused(folder, "adapter")
-    (folder / "adapter_config.json").unlink()
-    torch.save(load_model(folder).state_dict(), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    refused(folder, "not in safetensors files")
-    # Layers that are one module, and a key the file lacks.
-    model = tiny_model("llama", dtype=torch.float32)
-    model.model.layers[1] = model.model.layers[0]  # type: ignore[union-attr, index, operator]
-    with pytest.raises(NotStreamable, match="one and the same"):
-        layer_stream.own_tensors(model, layer_stream.find_layers(model)[1])
-    tied: Any = tiny_model("llama", dtype=torch.float32)
-    tied.model.layers[1].mlp.up_proj.weight = tied.model.layers[0].mlp.up_proj.weight
-    with pytest.raises(NotStreamable, match="layer 0 shares a weight"):
-        layer_stream.own_tensors(tied, layer_stream.find_layers(tied)[1])
-
-
-def test_a_weight_that_no_file_has_is_refused(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    folder = save(tmp_path)
-    tensors = load_file(folder / "model.safetensors")
-    del tensors["model.layers.2.mlp.up_proj.weight"]
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NotStreamable, match=r"model\.layers\.2\.mlp\.up_proj\.weight is not in its files"):
-        open_streamed(folder, dtype=torch.float32)
-
-
-def test_layers_used_outside_their_forward_are_found_by_trying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = save(tmp_path)
-    from transformers.models.llama.modeling_llama import LlamaForCausalLM
-
-    real = LlamaForCausalLM.forward
-
-    def peeking(self: Any, *args: Any, **kwargs: Any) -> Any:
-        out = real(self, *args, **kwargs)
-        out.logits = out.logits + self.model.layers[0].mlp.up_proj.weight.sum()
-        return out
-
-    monkeypatch.setattr(LlamaForCausalLM, "forward", peeking)
-    with pytest.raises(NotStreamable, match="forward"):
-        open_streamed(folder, dtype=torch.float32)
-
-
-def test_adapters_are_loaded_plainly(tmp_path: Path) -> None:
-    from peft import LoraConfig, get_peft_model
-
-    base = save(tmp_path / "base")
-    adapted = get_peft_model(load_model(base), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))  # type: ignore[arg-type]
-    adapted.save_pretrained(str(tmp_path / "adapter"))
-    reference = resolve_reference(load_model(base), tmp_path / "adapter")
-    assert reference.source == "loaded from adapter"
-    assert stream_of(reference.model()) is None
-
-
-# -- files that fail ------------------------------------------------------------------------------------------------------
-
-
-def layer(model: Any, index: int) -> torch.Tensor:
-    stream_of(model).need(index)  # type: ignore[union-attr]
-    return torch.cat([parameter.detach().flatten() for parameter in model.model.layers[index].parameters()])
-
-
-def read_on(model: Any, indices: list[int]) -> None:
-    for index in indices:
-        layer(model, index)
-
-
-@pytest.mark.parametrize("prefetched", [True, False])
-@pytest.mark.parametrize(
-    ("harm", "words"),
-    [
-        ("vanish", r"cannot read model\.layers\.\d.* from .*safetensors: .*No such file.*expected it to stay"),
-        ("change", "was changed while the reference was being read"),
-    ],
-)
-def test_files_that_fail_in_the_middle_surface_at_the_layer_call(
-    harm: str, words: str, prefetched: bool, tmp_path: Path
-) -> None:
-    """In the thread that reads ahead, or in the call itself."""
-    folder = save(tmp_path, num_hidden_layers=6)
-    model: Any = open_streamed(folder, dtype=torch.float32)
-    layer(model, 0)
-    layer(model, 1)  # and 2 is on its way
-    wait_for_threads()
-    file = folder / "model.safetensors"
-    if harm == "vanish":
-        file.rename(folder / "elsewhere")
-    else:
-        file.write_bytes(file.read_bytes())
-    with pytest.raises(ReferenceUnavailableError, match=words):
-        read_on(model, [2, 3] if prefetched else [5])
-    if harm == "vanish":
-        (folder / "elsewhere").rename(file)
-        assert torch.equal(logits(model), logits(load_model(folder)))
-    close(model)
-
-
-@pytest.mark.parametrize(
-    ("harm", "words"),
-    [
-        ("truncated", r"not a whole safetensors file: .* takes \d+ bytes, of which the file has"),
-        ("no header", "its header says"),
-        ("garbage", "its header cannot be read"),
-        ("missing shard", "lacks model-0000.*, which model.safetensors.index.json names"),
-    ],
-)
-def test_broken_files_are_refused_at_opening(harm: str, words: str, tmp_path: Path) -> None:
-    folder = save(tmp_path / "base", max_shard_size="20KB" if harm == "missing shard" else None)
-    file = sorted(folder.glob("*.safetensors"))[0]
-    content = file.read_bytes()
-    if harm == "truncated":
-        file.write_bytes(content[:-100])
-    elif harm == "no header":
-        file.write_bytes(b"\xff" * 64)
-    elif harm == "garbage":
-        file.write_bytes(content[:8] + b"?" * (len(content) - 8))
-    else:
-        file.unlink()
-    policy = tiny_model("llama", dtype=torch.float32)
-    with pytest.raises(ReferenceUnavailableError, match=words):
-        resolve_reference(policy, folder).model()
-
-
 # -- nothing is left ------------------------------------------------------------------------------------------------------
 
 
@@ -533,103 +342,3 @@ def test_a_model_that_is_dropped_takes_its_thread_along(tmp_path: Path) -> None:
     gc.collect()
     assert kept() is None
     wait_for_threads()
-
-
-# -- from the CPU to a device -----------------------------------------------------------------------------------------------
-
-
-def counting(copies: list[int]) -> Any:
-    def copy(host: torch.Tensor) -> Any:
-        copies.append(host.numel())
-        return host.clone(), lambda: None
-
-    return copy
-
-
-@pytest.mark.parametrize("breaks", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_copied_by_layer_computes_the_same_and_gives_back_the_same_objects(family: str, breaks: bool) -> None:
-    model: Any = tiny_model(family, dtype=torch.float32)
-    model.get_input_embeddings().weight.requires_grad_(False)
-
-    def state() -> dict[str, Any]:
-        tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
-        return {name: (id(t), t.data_ptr(), t._version, t.requires_grad, t.device) for name, t in tensors}
-
-    before, expected, hash_before = state(), logits(model), fingerprint(model)
-    copies: list[int] = []
-    try:
-        with copied_by_layer(model, torch.device("cpu"), copy=counting(copies)) as stream:
-            assert torch.equal(logits(model), expected)
-            assert stream.loads >= len(stream._recipes)
-            assert state() != before
-            assert fingerprint(model) == hash_before
-            assert stream_of(model) is stream
-            if breaks:
-                raise KeyError("in the middle")
-    except KeyError:
-        assert breaks
-    assert state() == before
-    assert torch.equal(logits(model), expected)
-    assert not any("forward" in vars(module) for module in model.modules())
-    assert stream_of(model) is None
-    assert len(copies) >= len(stream._recipes)
-
-
-def test_a_forward_that_was_there_before_is_kept() -> None:
-    """Whoever wrapped a layer before us (accelerate's hooks do) is called, and found again afterwards."""
-    model: Any = tiny_model("llama", dtype=torch.float32)
-    first, calls = model.model.layers[0], []
-    real = first.forward
-
-    def own(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return real(*args, **kwargs)
-
-    first.forward = own
-    with copied_by_layer(model, torch.device("cpu")):
-        logits(model)
-    assert calls == [1]
-    assert vars(first)["forward"] is own
-
-
-def test_placed_copies_by_layer_to_another_device() -> None:
-    """'meta' stands for a device: what is outside the layers is there inside, and the same objects are back after."""
-    model: Any = tiny_model("llama", dtype=torch.float32)
-    before = dict(model.named_parameters())
-    with placed(model, torch.device("meta")):
-        assert model.model.embed_tokens.weight.is_meta
-        assert model.lm_head.weight.is_meta
-        for index in (0, 1, 3):
-            layer(model, index)
-            assert [i for i, one in enumerate(model.model.layers) if one.mlp.up_proj.weight.is_meta] == [index]
-    after = dict(model.named_parameters())
-    assert all(after[name] is parameter for name, parameter in before.items())
-
-
-def test_placed_where_it_is_does_nothing() -> None:
-    model: Any = tiny_model("llama", dtype=torch.float32)
-    with placed(model, torch.device("cpu")):
-        assert stream_of(model) is None
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_both_ways_give_the_loaded_models_streams(tmp_path: Path) -> None:
-    folder = save(tmp_path)
-    cuda = torch.device("cuda", torch.cuda.current_device())
-    whole: Any = load_model(folder, dtype=torch.float32, device=cuda)
-    streamed: Any = open_streamed(folder, dtype=torch.float32, device=cuda)
-    resting: Any = load_model(folder, dtype=torch.float32)
-
-    def on_device(model: Any) -> torch.Tensor:
-        with torch.no_grad():
-            return model(input_ids=IDS.to(cuda), use_cache=False).logits  # type: ignore[no-any-return]
-
-    for _ in range(3):
-        assert torch.equal(on_device(streamed), on_device(whole))
-        with placed(resting, cuda):
-            assert torch.equal(on_device(resting), on_device(whole))
-        assert next(resting.parameters()).device.type == "cpu"
-    assert fingerprint(streamed) == fingerprint(whole) == fingerprint(resting)
-    close(streamed)
