@@ -26,6 +26,7 @@ def advise(
     checkpoints: Collection[str] = (),
     output_dir: str | None = None,
     beta: float | None = None,
+    learning_rate: float | None = None,
 ) -> list[Alert]:
     """The alerts with what goes back to a clean state, and with the knob as it is and as it should be.
 
@@ -36,10 +37,12 @@ def advise(
         checkpoints: names of the folders of saved checkpoints (``checkpoint-40``) that exist now; others are passed over.
         output_dir: where they lie, for the command.
         beta: of the trainer; None: not known.
+        learning_rate: that the trainer was given; where it has logged one, that counts.
     """
-    heads = heads_of(earlier)
+    heads, curves = heads_of(earlier), TrainerLog(log)
+    rate = max(curves.recent("learning_rate"), default=learning_rate or 0.0)
     return [
-        alert if alert.event == "resolved" else _advised(alert, heads, TrainerLog(log), checkpoints, output_dir, beta)
+        alert if alert.event == "resolved" else _advised(alert, heads, rate, checkpoints, output_dir, beta)
         for alert in alerts
     ]
 
@@ -63,7 +66,7 @@ def newest_checkpoint(checkpoints: Collection[str], step: int) -> str | None:
 def _advised(
     alert: Alert,
     heads: Sequence[Head],
-    log: TrainerLog,
+    rate: float,
     checkpoints: Collection[str],
     output_dir: str | None,
     beta: float | None,
@@ -74,7 +77,7 @@ def _advised(
     if checkpoint is not None:
         path = checkpoint if output_dir is None else f"{output_dir}/{checkpoint}"
         command = f"trainer.train(resume_from_checkpoint={path!r})"
-    words = [alert.suggestion, _back(clean, checkpoint, checkpoints), _knob(alert, log, beta)]
+    words = [alert.suggestion, _back(clean, checkpoint, checkpoints), _knob(alert, rate, beta)]
     return alert.model_copy(
         update={
             "clean_step": clean,
@@ -104,12 +107,9 @@ def _saved(checkpoints: Collection[str]) -> dict[int, str]:
     return {int(match[1]): name for name in checkpoints if (match := _CHECKPOINT.fullmatch(name))}
 
 
-def _knob(alert: Alert, log: TrainerLog, beta: float | None) -> str:
+def _knob(alert: Alert, rate: float, beta: float | None) -> str:
     """The learning rate as it was at its highest, and as it should be."""
-    if cause_of(alert) not in _RATE_IS_THE_KNOB:
-        return ""
-    rate = max(log.recent("learning_rate"), default=0.0)
-    if rate <= 0:
+    if cause_of(alert) not in _RATE_IS_THE_KNOB or rate <= 0:
         return ""
     words = f"Learning rate {rate:.2g} → {rate / _SLOWER:.2g} or lower"
     return words if beta is None else f"{words}, or beta {beta:g} → {2 * beta:g} or higher"

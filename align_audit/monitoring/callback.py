@@ -301,6 +301,7 @@ class AlignmentAuditCallback(TrainerCallback):
             training,
             at_start=event is Event.TRAIN_BEGIN and step == 0,
             beta=facts.beta,
+            learning_rate=facts.learning_rate,
             last_sync_step=facts.last_sync_step(step),
             compare_precomputed=facts.compare_precomputed,
         )

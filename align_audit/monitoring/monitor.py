@@ -60,6 +60,7 @@ class Moment:
     training: Training | None = None
     at_start: bool = False
     beta: float | None = None
+    learning_rate: float | None = None
     last_sync_step: int | None = None
     compare_precomputed: bool = True
     origin: Origin | None = None
@@ -354,7 +355,15 @@ class Monitor:
         max_steps = None if moment.training is None else moment.training.max_steps
         alerts = judge(record, earlier, rows, self.config.alerts, max_steps=max_steps)
         folder = self.log.directory.parent
-        return advise(alerts, earlier, rows, checkpoints=_checkpoints(folder), output_dir=str(folder), beta=moment.beta)
+        return advise(
+            alerts,
+            earlier,
+            rows,
+            checkpoints=_checkpoints(folder),
+            output_dir=str(folder),
+            beta=moment.beta,
+            learning_rate=moment.learning_rate,
+        )
 
 
 def _checkpoints(folder: Path) -> list[str]:

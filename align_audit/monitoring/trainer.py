@@ -26,6 +26,7 @@ class TrainerFacts:
         output_dir: where the run's files go.
         reference: the reference that the trainer holds.
         beta: of the DPO loss.
+        learning_rate: at its highest.
         eval_sets: held-out pairs, or several such sets by name; None: there are none in reach.
         train_set: the pairs trained on.
         max_length: tokens that a sequence is cut to.
@@ -47,6 +48,7 @@ class TrainerFacts:
     output_dir: str
     reference: nn.Module | None
     beta: float | None
+    learning_rate: float | None
     eval_sets: Any
     train_set: Any
     max_length: int | None
@@ -105,6 +107,7 @@ def read_trainer(trainer: Any, args: Any, train_dataloader: Any = None) -> Train
         output_dir=args.output_dir,
         reference=getattr(trainer, "ref_model", None),
         beta=getattr(args, "beta", getattr(trainer, "beta", None)),
+        learning_rate=getattr(args, "learning_rate", None),
         eval_sets=getattr(trainer, "eval_dataset", None),
         train_set=trainer.train_dataset if attached else getattr(train_dataloader, "dataset", None),
         max_length=getattr(args, "max_length", 1024),
