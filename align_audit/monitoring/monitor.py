@@ -354,16 +354,9 @@ class Monitor:
         earlier, rows = self.log.records, [] if self.training_log is None else self.training_log.rows
         max_steps = None if moment.training is None else moment.training.max_steps
         alerts = judge(record, earlier, rows, self.config.alerts, max_steps=max_steps)
+        knobs = {"beta": moment.beta, "learning_rate": moment.learning_rate}
         folder = self.log.directory.parent
-        return advise(
-            alerts,
-            earlier,
-            rows,
-            checkpoints=_checkpoints(folder),
-            output_dir=str(folder),
-            beta=moment.beta,
-            learning_rate=moment.learning_rate,
-        )
+        return advise(alerts, earlier, rows, checkpoints=_checkpoints(folder), output_dir=str(folder), **knobs)
 
 
 def _checkpoints(folder: Path) -> list[str]:
