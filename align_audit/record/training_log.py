@@ -100,8 +100,9 @@ def course_of(rows: Iterable[LogRow]) -> list[LogRow]:
     """Rows in the order they were written, without those that a run abandoned when it was resumed from an earlier step.
 
     Example:
-        >>> [row.step for row in course_of([LogRow(1, {}), LogRow(2, {}), LogRow(3, {}), LogRow(2, {})])]
-        [1, 2, 2]
+        >>> rows = [LogRow(1, {"loss": 0.7}), LogRow(2, {"loss": 0.6}), LogRow(3, {"loss": 0.5}), LogRow(2, {"loss": 0.6})]
+        >>> [row.step for row in course_of(rows)]
+        [1, 2]
     """
     course: list[LogRow] = []
     for row in rows:
@@ -119,7 +120,9 @@ def up_to(rows: Sequence[LogRow], step: int) -> Sequence[LogRow]:
 
 
 def _follow(course: list[LogRow], row: LogRow) -> None:
-    while course and course[-1].step > row.step:
+    # Training and evaluation log at one step, in rows of different names; the same names again are of a step made again.
+    names = set(row.logs) - {"epoch"}
+    while course and (course[-1].step > row.step or (course[-1].step == row.step and names & set(course[-1].logs))):
         course.pop()
     course.append(row)
 

@@ -76,11 +76,21 @@ def test_lines_that_cannot_be_read_are_left_out_and_said(tmp_path: Path) -> None
 
 def test_a_resumed_run_has_the_rows_of_its_new_course() -> None:
     written = [LogRow(step, {"loss": float(place)}) for place, step in enumerate((10, 20, 20, 30, 40, 25, 30))]
+    # An evaluation at the same step is a row of its own.
+    written[2] = LogRow(20, {"eval_loss": 0.5})
     assert course_of(written) == [*written[:3], *written[5:]]
     rows = course_of(written)
     assert [row.step for row in up_to(rows, 25)] == [10, 20, 20, 25]
     assert up_to(rows, 30) is rows
     assert list(up_to(rows, 5)) == []
+
+
+def test_a_step_that_is_made_again_is_logged_once() -> None:
+    """A run that was killed after the step that it resumes from plus one, and logs that step again."""
+    trained, evaluated = LogRow(4, {"loss": 0.5, "epoch": 1.0}), LogRow(4, {"eval_loss": 0.6, "epoch": 1.0})
+    again = LogRow(4, {"loss": 0.4, "epoch": 1.0})
+    assert course_of([LogRow(3, {"loss": 0.6}), trained, evaluated]) == [LogRow(3, {"loss": 0.6}), trained, evaluated]
+    assert course_of([trained, again]) == [again]
 
 
 def test_a_disk_that_refuses_loses_no_row_for_the_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

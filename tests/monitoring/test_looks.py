@@ -1,0 +1,142 @@
+"""Looks in real trainings: when the schedule makes them, what the trainer's log sets off, and what a budget leaves out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import align_audit.monitoring.monitor
+from align_audit import AuditConfig, AuditRun
+from tests.monitoring.test_callback import At, quick, run
+
+OFF: dict[str, Any] = {"before_training": False, "on_save": False, "on_last_step": False, "first_health": 100}
+"""Nothing is due by itself in a few steps."""
+NO_ROOM = 1e-6
+"""A budget that no full audit fits."""
+
+
+def looked(output: Path) -> list[tuple[int, str]]:
+    """Step and kind of each audit, in the order of the log."""
+    return [(record.step, record.kind) for record in AuditRun.load(output).records]
+
+
+def reasons(output: Path) -> list[str]:
+    said = [record.occasion for record in AuditRun.load(output).records]
+    return [occasion.reason for occasion in said if occasion is not None]
+
+
+def added(signal: str, **limits: Any) -> dict[str, Any]:
+    return {"rules": {"planted": {"signal": signal, **limits}}}
+
+
+def test_three_lines_look_early_and_at_the_end(tmp_path: Path) -> None:
+    """With a budget that leaves room for nothing else."""
+    config = quick(budget=NO_ROOM, alerts={"enabled": False})
+    run(tmp_path / "out", config, max_steps=12, save_steps=500, logging_steps=5)
+    assert looked(tmp_path / "out") == [(0, "health"), (5, "health"), (10, "health"), (12, "health")]
+    said = reasons(tmp_path / "out")
+    assert said[1:3] == ["a look at step 5 was planned", "a look at step 10 was planned"]
+    assert said[0].startswith("before training; a full audit")
+    assert said[3].startswith("a checkpoint was saved; a full audit takes about "), "the trainer saves its last step"
+    assert "does not fit the budget" in said[3]
+    records = AuditRun.load(tmp_path / "out").records
+    plans = [record.occasion.next_step for record in records if record.occasion is not None]
+    assert plans == [5, 10, None, None], "20 lies beyond the end"
+    shares = [record.occasion.share_spent for record in records if record.occasion is not None]
+    assert shares[0] is None
+    assert all(share is not None and 0 < share < 1 for share in shares[1:])
+
+
+def test_without_a_budget_full_audits_are_made_where_they_are_asked_for(tmp_path: Path) -> None:
+    """And looks in between; a step that is saved is audited once, in full."""
+    run(tmp_path / "out", quick(budget=None, alerts={"enabled": False}), max_steps=6, save_steps=5)
+    assert looked(tmp_path / "out") == [(0, "full"), (5, "full"), (6, "full")]
+    run(tmp_path / "two", quick(budget=None, alerts={"enabled": False}), max_steps=7, save_steps=6)
+    assert looked(tmp_path / "two") == [(0, "full"), (5, "health"), (6, "full"), (7, "full")]
+
+
+def test_a_look_that_warns_is_followed_by_a_full_audit_once(tmp_path: Path) -> None:
+    """Whatever the budget; and not again at every look as long as the alert stays open."""
+    config = quick(budget=NO_ROOM, schedule={"first_health": 1}, alerts=added("margins.kl", above=1e-9))
+    run(tmp_path / "out", config, max_steps=3, save_steps=500)
+    first, *later = looked(tmp_path / "out")
+    assert first == (0, "health")
+    assert later == [(1, "health"), (1, "full"), (2, "health"), (3, "health")]
+    assert reasons(tmp_path / "out")[2] == "a health audit warns: planted"
+    alerts = AuditRun.load(tmp_path / "out").alerts
+    assert [(alert.rule, alert.event, alert.step) for alert in alerts] == [("planted", "opened", 1)]
+    last = AuditRun.load(tmp_path / "out").records[-1].alerts
+    assert [(alert.rule, alert.event, alert.since, alert.looks) for alert in last] == [("planted", "open", 1, 3)]
+
+
+def test_it_can_be_kept_from_that(tmp_path: Path) -> None:
+    schedule = {"first_health": 1, "escalate": False}
+    run(tmp_path / "out", quick(budget=NO_ROOM, schedule=schedule, alerts=added("margins.kl", above=1e-9)), max_steps=2)
+    assert {kind for _, kind in looked(tmp_path / "out")} == {"health"}
+
+
+def test_what_the_trainer_logs_is_kept_and_sets_off_a_look(tmp_path: Path) -> None:
+    """Every row of it; and what is suspicious in it is looked at before the next step, once."""
+    config = quick(schedule=OFF, alerts=added("loss", above=-1.0))
+    trained = run(tmp_path / "out", config, max_steps=4, save_strategy="no")
+    stored = AuditRun.load(tmp_path / "out")
+    logged = trained.trainer.state.log_history
+    assert [row.step for row in stored.training_log] == [row["step"] for row in logged]
+    for row, entry in zip(stored.training_log, logged, strict=True):
+        assert dict(row.logs) == {name: value for name, value in entry.items() if name != "step"}
+    assert looked(tmp_path / "out")[0] == (1, "health")
+    assert reasons(tmp_path / "out")[0].startswith("the training log: loss is ")
+    assert len(reasons(tmp_path / "out")) <= 2, "one look, and the full audit that it asks for where it warns"
+    assert stored.records[0].margins.kl.mean > 0, "of the weights after the step that was logged"
+
+
+def test_nothing_suspicious_sets_off_nothing(tmp_path: Path) -> None:
+    run(tmp_path / "out", quick(schedule=OFF, alerts=added("loss", above=1e9)), max_steps=3, save_strategy="no")
+    assert looked(tmp_path / "out") == []
+    assert len(AuditRun.load(tmp_path / "out").training_log) == 4
+
+
+def test_a_look_that_breaks_is_not_tried_again_at_every_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def breaks(models: Any, request: Any, *rest: Any) -> Any:
+        asked.append(request.step)
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(align_audit.monitoring.monitor, "run_audit", breaks)
+    config = quick(strict=False, budget=NO_ROOM, schedule={"on_save": False})
+    run(tmp_path / "out", config, max_steps=12, save_strategy="no")
+    assert asked == [0, 5, 10, 12]
+    assert len(AuditRun.load(tmp_path / "out").failures) == 4
+
+
+def killed(**_: Any) -> None:
+    raise InterruptedError
+
+
+def test_a_resumed_run_looks_where_the_other_would_have(tmp_path: Path) -> None:
+    """And does not look again at what was audited."""
+    config = quick(budget=NO_ROOM, schedule={"first_health": 2}, alerts={"enabled": False})
+    options: dict[str, Any] = {"max_steps": 9, "save_steps": 3}
+    straight, stopped = tmp_path / "straight" / "out", tmp_path / "stopped" / "out"
+    run(straight, config, **options)
+    with pytest.raises(InterruptedError):
+        run(stopped, config, others=[At("on_step_end", 5, killed)], **options)
+    run(stopped, config, resume=str(stopped / "checkpoint-3"), **options)
+    assert looked(straight) == [(step, "health") for step in (0, 2, 3, 4, 6, 8, 9)]
+    assert looked(stopped) == looked(straight)
+    one, other = (AuditRun.load(output) for output in (straight, stopped))
+    assert [row.step for row in one.training_log] == [row.step for row in other.training_log]
+    for record, again in zip(one.records, other.records, strict=True):
+        assert math.isclose(record.margins.kl.mean, again.margins.kl.mean, rel_tol=1e-12)
+
+
+def test_the_configuration_of_a_budget_is_refused_outside_of_it() -> None:
+    from align_audit.errors import ConfigurationError
+
+    for budget in (0.0, 1.0, -0.1, 5):
+        with pytest.raises(ConfigurationError, match="budget"):
+            AuditConfig(budget=budget)
