@@ -51,6 +51,17 @@ def test_while_it_is_open_it_goes_back_to_before_it_opened() -> None:
     assert (alert.event, alert.since, alert.clean_step, alert.checkpoint) == ("open", 40, 30, "checkpoint-30")
 
 
+def test_advice_is_given_anew_and_not_twice() -> None:
+    before = run()
+    first = advise(alerts(ruined(), before), before, LOG, checkpoints=["checkpoint-25"])
+    before.append(ruined().model_copy(update={"alerts": first}))
+    (unseen,) = advise(alerts(healthy(50), before), before, LOG, checkpoints=["checkpoint-10"])
+    assert unseen.looks == 0
+    assert "go back to checkpoint-10" in unseen.suggestion
+    assert "checkpoint-25" not in unseen.suggestion
+    assert unseen.suggestion.count("Learning rate") == 1
+
+
 def test_what_was_resolved_needs_no_advice() -> None:
     before = judged([*run(), with_margins(healthy(40), kl=about(0.5)), healthy(50)])
     found = alerts(healthy(60), before)
