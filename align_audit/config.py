@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from align_audit.errors import SHOWN, ConfigurationError, first_line, plain, quoted
-from align_audit.rules.options import AddedRule, RuleOptions, RuleSetting, read_rules
-from align_audit.rules.table import LIMITS, Rule, did_you_mean
+from align_audit.rules.options import AddedRule, Limits, RuleOptions, RuleSetting, read_rules
+from align_audit.rules.table import Rule, did_you_mean
 from align_audit.webhook_options import WebhookConfig, quotation
 from align_audit.yaml_lines import Place, line_at, lines_of
 
@@ -221,28 +220,7 @@ class ScheduleConfig(_Part):
     """A full audit at the end."""
 
 
-if TYPE_CHECKING:
-
-    class _Limits(_Part):
-        """The limits of all rules (``align_audit.rules.table``), each an option under its name."""
-
-        def __getattr__(self, option: str) -> float: ...
-
-else:
-    _Limits = create_model(
-        "_Limits",
-        __base__=_Part,
-        **{
-            name: (
-                Annotated[float, Field(gt=limit.above, lt=None if math.isinf(limit.below) else limit.below)],
-                limit.default,
-            )
-            for name, limit in LIMITS.items()
-        },
-    )
-
-
-class AlertConfig(_Limits):
+class AlertConfig(Limits):
     """The limits of the alert rules, what to do when one fires, and rules switched off, tuned or added.
 
     The limits (``kl_warning``, …), with unit, direction and default, are those of ``align_audit.rules.table``, which

@@ -13,6 +13,9 @@ from align_audit.record.training_log import LogRow
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
+_GIVEN = re.compile(r"\. (?=The last clean audit was at step|No audit before it was clean)")
+"""Where what :func:`advise` has said of an alert begins in its suggestion: it is said anew at each look."""
+
 _SLOWER = 5
 """By how much the learning rate is to be divided where the policy leaves its language."""
 _RATE_IS_THE_KNOB = ("drift", "numbers")
@@ -77,7 +80,7 @@ def _advised(
     if checkpoint is not None:
         path = checkpoint if output_dir is None else f"{output_dir}/{checkpoint}"
         command = f"trainer.train(resume_from_checkpoint={path!r})"
-    words = [alert.suggestion, _back(clean, checkpoint, checkpoints), _knob(alert, rate, beta)]
+    words = [_GIVEN.split(alert.suggestion)[0], _back(clean, checkpoint, checkpoints), _knob(alert, rate, beta)]
     return alert.model_copy(
         update={
             "clean_step": clean,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from align_audit.record.training_log import LogRow, up_to
 
@@ -42,19 +43,24 @@ class TrainerLog:
 
     def window(self, column: str, steps: int) -> list[float] | None:
         """What was logged over the last ``steps`` steps; None: nothing, or the column is not so old yet."""
-        first = next((row.step for row in self.rows[:_START] if column in row.logs), None)
+        first = next((row.step for row in islice(self.rows, _START) if column in row.logs), None)
         values = [row.logs[column] for row in self.rows[-_END:] if column in row.logs and row.step > self.step - steps]
         return values if values and first is not None and self.step - first >= steps - 1 else None
 
-    def recent(self, column: str) -> list[float]:
-        """What was logged over the last rows, oldest first, without what is not finite."""
-        return [value for row in self.rows[-_END:] if math.isfinite(value := row.logs.get(column, math.nan))]
+    def recent(self, column: str, before: int | None = None) -> list[float]:
+        """What was logged over the last rows (``before``: up to that step), oldest first, without what is not finite."""
+        until = self.step if before is None else before
+        return [
+            value
+            for row in self.rows[-_END:]
+            if row.step <= until and math.isfinite(value := row.logs.get(column, math.nan))
+        ]
 
     def start(self, column: str, steps: int) -> float:
         """The mean over the first ``steps`` steps of a column, NaN where it has none or it is no number."""
         first: int | None = None
         values: list[float] = []
-        for row in self.rows[:_START]:
+        for row in islice(self.rows, _START):
             if column in row.logs:
                 first = row.step if first is None else first
                 if row.step >= first + steps:
@@ -69,10 +75,12 @@ class TrainerLog:
         """
         if column.startswith("eval_"):
             values = [
-                (row.step, row.logs[column]) for row in (*self.rows[:_START], *self.rows[-_END:]) if column in row.logs
+                (row.step, row.logs[column])
+                for row in (*islice(self.rows, _START), *self.rows[-_END:])
+                if column in row.logs
             ]
             return (values[-1][1], values[0][1]) if values and values[-1][0] > values[0][0] else None
-        first = next((row.step for row in self.rows[:_START] if column in row.logs), None)
+        first = next((row.step for row in islice(self.rows, _START) if column in row.logs), None)
         now = self.window(column, steps)
         if now is None or first is None or self.step - first < 2 * steps - 1:
             return None

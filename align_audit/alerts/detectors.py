@@ -108,11 +108,6 @@ def judge(
     return sorted(step(open_alerts, found, record.step, held), key=by_severity)
 
 
-def evaluate(record: AuditRecord, earlier: Sequence[AuditRecord], config: AlertConfig) -> list[Alert]:
-    """:func:`judge` without the trainer's log."""
-    return judge(record, earlier, (), config)
-
-
 def suspect(log: Sequence[LogRow], config: AlertConfig, *, max_steps: int | None = None) -> list[Suspicion]:
     """What the trainer's log suggests at its last row, by the rules that read it; those of the user's own with them.
 

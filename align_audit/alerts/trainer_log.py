@@ -102,7 +102,7 @@ def log_gradient_spike(view: View) -> Sign | None:
     window = view.log.window("grad_norm", steps)
     if window is None:
         return None
-    usual = view.log.until(view.log.step - steps).recent("grad_norm")[-_USUAL:]
+    usual = view.log.recent("grad_norm", before=view.log.step - steps)[-_USUAL:]
     if len(usual) < _USUAL // 2 or not median(usual) > 0:
         return None
     at = view.limit("log_spike_ratio") * median(usual)

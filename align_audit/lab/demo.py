@@ -213,4 +213,4 @@ def _alerts(outcome: Outcome) -> str:
     if not errors:
         return "none"
     first = min(alert.step for alert in errors)
-    return f"{len({alert.rule for alert in errors})} rules, the first at step {first}"
+    return f"from step {first} on"

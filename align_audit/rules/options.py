@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from align_audit.errors import quoted
 from align_audit.rules.signals import SIGNALS, is_signal
-from align_audit.rules.table import Rule, did_you_mean, rule_named, rule_names
+from align_audit.rules.table import LIMITS, Rule, did_you_mean, rule_named, rule_names
 
 
 def _name_of(check: Callable[..., Any] | None) -> str | None:
@@ -20,7 +21,29 @@ def _name_of(check: Callable[..., Any] | None) -> str | None:
 
 
 class _Options(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings")
+
+
+if TYPE_CHECKING:
+
+    class Limits(_Options):
+        """The limits of all rules, each an option under its name."""
+
+        def __getattr__(self, option: str) -> float: ...
+
+else:
+    Limits = create_model(
+        "Limits",
+        __base__=_Options,
+        __doc__="The limits of all rules, each an option under its name.",
+        **{
+            name: (
+                Annotated[float, Field(gt=limit.above, lt=None if math.isinf(limit.below) else limit.below)],
+                limit.default,
+            )
+            for name, limit in LIMITS.items()
+        },
+    )
 
 
 class RuleOptions(_Options):

@@ -61,6 +61,7 @@ class Rule:
         family: rules that are no independent signs of each other; agreement is counted in families.
         patience: looks in a row after which it counts by itself.
         lone_error: seen beyond its limit of an error at two looks in a row, it is an error by itself.
+        turns: it has an error that no limit stands for: a sign turned round, weights that are equal.
         reads: dotted paths in a record, or columns of the log.
         says: what it fires on, as a clause.
     """
@@ -75,6 +76,7 @@ class Rule:
     limits: tuple[Limit, ...] = ()
     patience: int = 1
     lone_error: bool = True
+    turns: bool = False
 
     @property
     def highest(self) -> str:
@@ -83,7 +85,8 @@ class Rule:
             return "error"
         if self.standing == "witness":
             return "none"
-        return "error" if self.lone_error and any(limit.level == "error" for limit in self.limits) else "warning"
+        strong = self.turns or any(limit.level == "error" for limit in self.limits)
+        return "error" if self.lone_error and strong else "warning"
 
 
 CAUSES: dict[str, str] = {
@@ -168,8 +171,8 @@ _RECORD_RULES = (
     ),
     Rule(
         "sudden_change", "drift", "jump", "margins", "alone",
-        ("margins.kl", "margins.chosen_logp_change_per_token", "margins.entropy", "margins.token_accuracy"),
-        "a measure moves between two looks far more than at any look before, and stays there",
+        ("margins.kl", "margins.chosen_logp_change_per_token"),
+        "KL or the chosen log-probability moves far faster than at the looks before, and stays there",
         (
             _warning("jump_deviations", 8.0, "median absolute deviations", "above", "change since the look before"),
             _setting("jump_share", 0.5, "share of a warning limit", "the least change that counts", below=10.0),
@@ -264,6 +267,7 @@ _RECORD_RULES = (
         "the margin shift on the probes lies below 0, or falls below its best, at two looks in a row",
         (_warning("shift_of_best", 0.5, "share of its best", "below", "margin shift", below=1.0),),
         patience=2,
+        turns=True,
     ),
     Rule(
         "accuracy_falling", "preference", "accuracy", "margins", "alone", ("margins.accuracy",),
@@ -283,6 +287,7 @@ _RECORD_RULES = (
             _setting("never_started_steps", 50, "steps", "when to look, where it is not"),
         ),
         patience=2,
+        turns=True,
     ),
 )  # fmt: skip
 

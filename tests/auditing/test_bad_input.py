@@ -17,8 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, BertForMaskedLM, T5ForConditionalGeneration
 
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRecord, ProbeSet, audit
-from align_audit.alerts.detectors import evaluate
-from align_audit.config import AlertConfig
+from align_audit.alerts.detectors import judge
 from align_audit.errors import AlignAuditError, AnatomyError, ConfigurationError, ProbeError, ReferenceUnavailableError
 from align_audit.probes.pairs import ProbePair
 from align_audit.writers.scalars import not_known, scalars
@@ -352,7 +351,7 @@ def test_weights_that_are_not_finite(place: str, value: float) -> None:
         assert math.isnan(record.patching.head_transplant.mean)
     assert unexplained(record) == []
 
-    (alert,) = [alert for alert in evaluate(record, [], AlertConfig()) if alert.rule == "non_finite"]
+    (alert,) = [alert for alert in judge(record, []) if alert.rule == "non_finite"]
     assert alert.level == "error"
     assert "policy" in alert.message
     assert numeric == []

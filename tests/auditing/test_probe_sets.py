@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRecord, AuditRun, audit
-from align_audit.alerts.detectors import evaluate
+from align_audit.alerts.detectors import judge
 from align_audit.auditing.audit import run_audit
 from align_audit.auditing.measurements.spinal import Spinal
 from align_audit.auditing.request import AuditRequest
@@ -103,7 +103,7 @@ def test_a_log_keeps_sets_apart_and_shows_them_one_by_one(tmp_path: Path) -> Non
     runs = {name: named(make_run("destabilizing", 3, 4), name) for name in ("a", None, "b")}
     for name, records in runs.items():
         for record in records:
-            alerts = evaluate(record, [r for r in log.records if r.step < record.step], AuditConfig().alerts)
+            alerts = judge(record, [r for r in log.records if r.step < record.step])
             assert log.append(record.model_copy(update={"alerts": alerts}))
             assert not log.append(record), "the same set is there already"
             log.save_arrays(
@@ -163,8 +163,8 @@ def test_alerts_compare_a_set_with_its_own_past_and_name_it() -> None:
     (other,) = named([with_accuracy(past(high[1]), 0.95)], "helpful")
     (own,) = named([with_accuracy(past(low[1]), 0.95)], "harmless")
     (record,) = named([with_accuracy(low[1], 0.5)], "harmless")
-    assert "accuracy_falling" not in {alert.rule for alert in evaluate(record, [other], config)}
-    (alert,) = [alert for alert in evaluate(record, [other, own], config) if alert.rule == "accuracy_falling"]
+    assert "accuracy_falling" not in {alert.rule for alert in judge(record, [other], (), config)}
+    (alert,) = [alert for alert in judge(record, [other, own], (), config) if alert.rule == "accuracy_falling"]
     assert alert.probe_name == "harmless"
     assert alert.message.startswith("On the probes 'harmless': ")
 

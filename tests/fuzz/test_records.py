@@ -12,8 +12,7 @@ from typing import Any
 from hypothesis import strategies as st
 from rich.console import Console
 
-from align_audit.alerts.detectors import evaluate
-from align_audit.config import AlertConfig
+from align_audit.alerts.detectors import judge
 from align_audit.errors import ConfigurationError, RecordError
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import ALERTS, FAILURES, FOLDER, RECORDS, RunLog
@@ -51,7 +50,7 @@ def readable(record: AuditRecord) -> None:
     console.print(summary_table(record))
     for alert in record.alerts:
         console.print(alert_panel(alert))
-    evaluate(record, [make_record(1, layers=3)], AlertConfig())
+    judge(record, [make_record(1, layers=3)])
 
 
 def parsed(text: bytes) -> None:

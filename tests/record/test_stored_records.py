@@ -13,8 +13,7 @@ from typing import Any, get_args
 
 import pytest
 
-from align_audit.alerts.detectors import evaluate
-from align_audit.config import AlertConfig
+from align_audit.alerts.detectors import judge
 from align_audit.record.audit_record import AuditRecord, SiteCurve, SiteUnit
 from align_audit.record.log import ALERTS, FOLDER, RECORDS, RunLog
 from align_audit.record.run import AuditRun
@@ -206,9 +205,9 @@ def test_choosing_and_judging_parse_nothing(tmp_path: Path) -> None:
     assert len(at_most) == 290
     assert parsed() - before == 0
     record = make_record(400, layers=2)
-    here = evaluate(record, at_most, AlertConfig())
+    here = judge(record, at_most)
     assert parsed() - before <= 10
-    assert here == evaluate(record, list(at_most), AlertConfig())
+    assert here == judge(record, list(at_most))
 
 
 def test_plain_records_are_chosen_the_same_way() -> None:

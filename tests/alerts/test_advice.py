@@ -1,0 +1,102 @@
+"""What to do, with names: the clean step, a checkpoint that exists, the command, the knob."""
+
+from __future__ import annotations
+
+import pytest
+
+from align_audit.alerts.advice import advise, clean_step, newest_checkpoint
+from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.stored_records import heads_of
+from tests.helpers.alert_cases import about, alerts, healthy, judged, log_of, run, with_margins
+
+
+def ruined(step: int = 40) -> AuditRecord:
+    return with_margins(healthy(step), kl=about(2.5), token_accuracy=about(0.05))
+
+
+LOG = log_of(range(1, 41), learning_rate=1e-3)
+
+
+def advised(checkpoints: list[str], **known: object) -> Alert:
+    before = run()
+    (alert,) = advise(alerts(ruined(), before), before, LOG, checkpoints=checkpoints, **known)  # type: ignore[arg-type]
+    return alert
+
+
+def test_it_names_the_newest_checkpoint_that_is_clean_and_exists() -> None:
+    alert = advised(["checkpoint-10", "checkpoint-25", "checkpoint-40", "runs"], output_dir="runs/dpo", beta=0.1)
+    assert (alert.clean_step, alert.checkpoint) == (30, "checkpoint-25")
+    assert alert.command == "trainer.train(resume_from_checkpoint='runs/dpo/checkpoint-25')"
+    assert "The last clean audit was at step 30: go back to checkpoint-25" in alert.suggestion
+    assert alert.suggestion.endswith("Learning rate 0.001 → 0.0002 or lower, or beta 0.1 → 0.2 or higher")
+
+
+def test_without_a_kept_checkpoint_it_says_that() -> None:
+    alert = advised(["checkpoint-40", "checkpoint-35"])
+    assert (alert.clean_step, alert.checkpoint, alert.command) == (30, None, None)
+    assert "no checkpoint from then or before was kept; the oldest that exists is of step 35" in alert.suggestion
+    assert "save_total_limit" in advised([]).suggestion
+    assert "the oldest" not in advised([]).suggestion
+
+
+def test_at_a_first_audit_nothing_is_clean() -> None:
+    (alert,) = advise(alerts(ruined(), []), [], LOG, checkpoints=["checkpoint-20"])
+    assert (alert.clean_step, alert.checkpoint) == (None, None)
+    assert "No audit before it was clean: start again" in alert.suggestion
+
+
+def test_while_it_is_open_it_goes_back_to_before_it_opened() -> None:
+    before = judged([*run(), ruined(40), ruined(50)])
+    (alert,) = advise(alerts(ruined(60), before), before, LOG, checkpoints=["checkpoint-30", "checkpoint-50"])
+    assert (alert.event, alert.since, alert.clean_step, alert.checkpoint) == ("open", 40, 30, "checkpoint-30")
+
+
+def test_advice_is_given_anew_and_not_twice() -> None:
+    before = run()
+    first = advise(alerts(ruined(), before), before, LOG, checkpoints=["checkpoint-25"])
+    before.append(ruined().model_copy(update={"alerts": first}))
+    (unseen,) = advise(alerts(healthy(50), before), before, LOG, checkpoints=["checkpoint-10"])
+    assert unseen.looks == 0
+    assert "go back to checkpoint-10" in unseen.suggestion
+    assert "checkpoint-25" not in unseen.suggestion
+    assert unseen.suggestion.count("Learning rate") == 1
+
+
+def test_what_was_resolved_needs_no_advice() -> None:
+    before = judged([*run(), with_margins(healthy(40), kl=about(0.5)), healthy(50)])
+    found = alerts(healthy(60), before)
+    assert [alert.event for alert in found] == ["resolved"]
+    assert advise(found, before, LOG, checkpoints=["checkpoint-30"]) == found
+
+
+@pytest.mark.parametrize("rate", [None, 0.0, float("nan")])
+def test_a_rate_that_is_not_known_is_not_named(rate: float | None) -> None:
+    log = [] if rate is None else log_of(range(1, 41), learning_rate=rate)
+    (alert,) = advise(alerts(ruined(), run()), run(), log)
+    assert "Learning rate" not in alert.suggestion
+
+
+def test_the_rate_is_no_knob_of_turned_labels() -> None:
+    turned = with_margins(healthy(40), shift=about(-3.0), accuracy=about(0.2))
+    (alert,) = advise(alerts(turned, run()), run(), LOG, checkpoints=["checkpoint-30"], beta=0.1)
+    assert (alert.cause, alert.checkpoint) == ("preference", "checkpoint-30")
+    assert "Learning rate" not in alert.suggestion
+
+
+def test_a_step_is_clean_where_all_its_audits_are() -> None:
+    heads = heads_of(judged([*run(), ruined(40), healthy(40), healthy(50), healthy(60), healthy(70)]))
+    assert clean_step(heads, 40) == 30
+    assert clean_step(heads, 1000) == 70
+    assert clean_step(heads, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "newest"),
+    [
+        ([], None),
+        (["checkpoint-9", "checkpoint-100"], "checkpoint-9"),
+        (["checkpoint-x", "checkpoint-3-old", "3"], None),
+    ],
+)
+def test_checkpoints_are_told_by_their_names(names: list[str], newest: str | None) -> None:
+    assert newest_checkpoint(names, 50) == newest

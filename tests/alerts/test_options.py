@@ -1,0 +1,182 @@
+"""Rules switched off, tuned and added, in YAML and in Python; what is wrong is refused with its line and the nearest name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align_audit.alerts.detectors import suspect
+from align_audit.alerts.history import History
+from align_audit.config import AlertConfig, AuditConfig
+from align_audit.errors import ConfigurationError
+from align_audit.rules.options import AddedRule, RuleOptions
+from tests.helpers.alert_cases import about, alerts, health, healthy, judged, log_of, run, with_margins, with_part
+
+
+def from_yaml(path: Path, text: str) -> AuditConfig:
+    (path / "audit.yaml").write_text(text)
+    return AuditConfig.from_yaml(path / "audit.yaml")
+
+
+def added(**rule: Any) -> AlertConfig:
+    return AlertConfig(rules={"mine": rule})
+
+
+def names(record: Any, config: AlertConfig, **known: Any) -> list[tuple[str, str]]:
+    return [(alert.rule, alert.level) for alert in alerts(record, config=config, **known)]
+
+
+def test_rules_in_yaml(tmp_path: Path) -> None:
+    text = """
+alerts:
+  kl_warning: 0.5
+  rules:
+    entropy: off
+    repetition: on
+    additivity_high: {additivity_high: 2.0, level: warning, patience: 2}
+    norms: {signal: grad_norm, above: 50, level: error, patience: 3}
+"""
+    config = from_yaml(tmp_path, text).alerts
+    assert (config.kl_warning, config.additivity_high, config.kl_error) == (0.5, 2.0, AlertConfig().kl_error)
+    assert not config.uses("entropy_out_of_bounds")
+    assert config.uses("repetition")
+    assert config.uses("kl_out_of_bounds")
+    assert config.rules["additivity_high"] == RuleOptions(level="warning", patience=2)
+    assert config.added == {"norms": AddedRule(signal="grad_norm", above=50, level="error", patience=3)}
+    whole = AuditConfig(alerts=config)
+    whole.to_yaml(tmp_path / "all.yaml")
+    assert AuditConfig.from_yaml(tmp_path / "all.yaml") == whole
+    assert AuditConfig.from_dict(whole.to_dict()) == whole
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("kl_warnin: 3", ["alerts.kl_warnin' (line 2)", "did you mean 'kl_warning'?"]),
+        ("kl_warning: -1", ["alerts.kl_warning (line 2)", "greater than 0", "found -1"]),
+        ("kl_warning: many", ["alerts.kl_warning (line 2)", "valid number", "found 'many'"]),
+        ("entropy_ratio_low: 1.5", ["alerts.entropy_ratio_low (line 2)", "less than 1"]),
+        ("entropy_ratio_high: 0.5", ["alerts.entropy_ratio_high (line 2)", "greater than 1"]),
+        ("rules:\n    entropi: off", ["alerts.rules.entropi (line 3)", "no rule 'entropi'", "did you mean 'entropy'?"]),
+        ("rules:\n    kl: off\n    kl_out_of_bounds: on", ["(line 4)", "expected the rule kl_out_of_bounds once"]),
+        ("rules:\n    kl:\n      patienc: 3", ["alerts.rules.kl.patienc (line 4)", "did you mean 'patience'?"]),
+        ("rules:\n    kl:\n      patience: 0", ["alerts.rules.kl.patience (line 4)", "greater than or equal to 1"]),
+        ("rules: {kl: {level: fatal}}", ["alerts.rules.kl.level (line 2)", "'warning' or 'error'"]),
+        ("rules: {kl: 3}", ["alerts.rules.kl (line 2)", "expected off, on or a mapping", "found 3"]),
+        ("rules: {kl: {signal: margins.kl, above: 1}}", ["'kl' is a rule of the table", "another name"]),
+        ("rules: {kl: {kl_warning: -1}}", ["alerts.kl_warning", "greater than 0"]),
+        ("kl_warning: 1\n  rules: {kl: {kl_warning: 1}}", ["expected kl_warning once"]),
+        ("rules: [kl]", ["alerts.rules (line 2)", "valid dictionary"]),
+        ("rules: {3: off}", ["expected names of rules, found 3"]),
+        (
+            "rules:\n    mine: {signal: margins.kll, above: 1}",
+            ["alerts.rules.mine (line 3)", "no signal 'margins.kll'", "did you mean 'margins.kl'?"],
+        ),
+        ("rules: {mine: {signal: grad_nrm, above: 1}}", ["no signal 'grad_nrm'", "did you mean 'grad_norm'?"]),
+        ("rules: {mine: {signal: margins.kl}}", ["alerts.rules.mine", "either above or below"]),
+        ("rules: {mine: {signal: margins.kl, above: 1, below: 0}}", ["either above or below"]),
+        ("rules: {mine: {signal: margins.kl, above: high}}", ["alerts.rules.mine.above (line 2)", "valid number"]),
+        ("rules: {mine: {signal: margins.kl, above: .nan}}", ["alerts.rules.mine.above (line 2)", "finite number"]),
+        ("rules: {mine: {signal: margins.kl, abov: 1}}", ["no option 'abov'", "did you mean 'above'?"]),
+        ("rules: {mine: {check: print}}", ["alerts.rules.mine.check", "callable"]),
+        ("rules: {mine: off}", ["no rule 'mine'"]),
+        ("error_looks: 0", ["alerts.error_looks (line 2)"]),
+    ],
+)
+def test_what_is_wrong_is_refused_with_its_line(text: str, words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        from_yaml(tmp_path, f"alerts:\n  {text}\n")
+    assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_secrets_beside_a_wrong_rule_are_not_quoted() -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        AuditConfig(alerts={"webhook": "https://hooks.example/s3cret", "rules": {"entropi": "off"}})
+    assert "no rule 'entropi'" in str(refused.value)
+    assert "s3cret" not in str(refused.value)
+
+
+# -- rules of the user's own -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "limit", "fires"),
+    [(0.21, 0.4, {"above": 0.2}, True), (0.19, 0.4, {"above": 0.2}, False), (0.1, 0.19, {"below": 0.2}, True),
+     (0.1, 0.21, {"below": 0.2}, False)],
+)  # fmt: skip
+def test_a_number_with_an_interval_lies_beyond_its_limit_as_a_whole(
+    low: float, high: float, limit: dict[str, float], fires: bool
+) -> None:
+    estimate = about(0.0).model_copy(update={"mean": (low + high) / 2, "low": low, "high": high})
+    record = with_margins(healthy(), kl=estimate)
+    found = alerts(record, config=added(signal="margins.kl", suggestion="Look", **limit))
+    mine = [alert for alert in found if alert.rule == "mine"]
+    assert len(mine) == fires
+    if fires:
+        assert (mine[0].level, mine[0].cause, mine[0].threshold) == ("warning", "mine", 0.2)
+        assert "margins.kl" in mine[0].message
+        assert mine[0].suggestion == "Look"
+
+
+def test_a_number_of_one_layer() -> None:
+    record = healthy()
+    effect = record.patching.effect[3].low
+    assert names(record, added(signal="patching.effect.3", above=effect - 0.01)) == [("mine", "warning")]
+    assert names(record, added(signal="patching.effect.3", above=effect + 0.01)) == []
+    assert names(record, added(signal="patching.effect.99", above=-1e9)) == []
+    assert names(health(record), added(signal="patching.effect.3", above=-1e9)) == [], "it was not measured"
+
+
+def test_what_is_not_known_raises_nothing() -> None:
+    unknown = with_margins(healthy(), kl=about(float("nan")))
+    for limit in ({"above": -1e9}, {"below": 1e9}):
+        assert names(unknown, added(signal="margins.kl", **limit)) == []
+        assert names(healthy(), added(signal="grad_norm", **limit)) == []
+        assert (
+            names(with_part(healthy(), "patching", peak_layer=None), added(signal="patching.peak_layer", **limit)) == []
+        )
+
+
+def test_a_column_of_the_log() -> None:
+    config = added(signal="grad_norm", above=50.0)
+    log = log_of(range(1, 101), grad_norm=51.0)
+    assert names(healthy(), config, log=log) == [("mine", "warning")]
+    assert [each.rule for each in suspect(log, config)] == ["mine"]
+    assert suspect(log_of(range(1, 101), grad_norm=49.0), config) == []
+
+
+def test_an_error_of_the_users_is_one_as_soon_as_its_patience_says_so() -> None:
+    assert names(healthy(), added(signal="margins.kl", above=-1.0, level="error")) == [("mine", "error")]
+    patient = added(signal="margins.kl", above=-1.0, level="error", patience=3)
+    records = judged([healthy(step) for step in (10, 20, 30)], patient)
+    assert [[alert.level for alert in record.alerts] for record in records] == [[], [], ["error"]]
+
+
+def test_a_function_of_the_history() -> None:
+    seen: list[History] = []
+
+    def check(history: History) -> str | None:
+        seen.append(history)
+        return "KL is odd." if history.record.margins.kl.mean > 0.2 else None
+
+    config = AlertConfig(rules={"mine": check})
+    assert names(healthy(), config) == []
+    (alert,) = alerts(with_margins(healthy(), kl=about(0.25)), config=config)
+    assert (alert.rule, alert.level, alert.message) == ("mine", "warning", "KL is odd.")
+    assert [record.step for record in seen[0].before] == [record.step for record in run()]
+    assert AuditConfig(alerts=config).to_dict()["alerts"]["rules"]["mine"]["check"].endswith("check")
+
+
+@pytest.mark.parametrize("answer", [ZeroDivisionError("1 / 0"), True, 3])
+def test_a_function_that_breaks_costs_no_other_alert(answer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    def check(history: History) -> Any:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    assert names(with_margins(healthy(), kl=about(0.5)), AlertConfig(rules={"mine": check})) == [
+        ("kl_out_of_bounds", "warning")
+    ]
+    assert "the alert rule mine" in caplog.text
