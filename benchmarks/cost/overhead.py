@@ -1,0 +1,112 @@
+"""What the default schedule costs a training: the same run with and without the callback, in turn.
+
+    python benchmarks/cost/overhead.py                                      # the demo's healthy run, a minute or two
+    python benchmarks/cost/overhead.py --layers 12 --width 512 --steps 300   # hours on a core or two
+
+Printed: seconds and CPU seconds of both trainings, how many looks and full audits there were, and the share of the time that
+went into them: by the difference of the two runs, and as the records themselves say it. The trained weights are compared too:
+they have to be the same, bit by bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from datasets import Dataset, disable_progress_bars
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from align_audit import AlignmentAuditCallback, AuditRun
+from align_audit.lab import MODEL_DIR
+from align_audit.lab.corpus import preference_pairs
+from align_audit.lab.demo import BATCH_SIZE, HEALTHY
+from align_audit.models.weights.fingerprint import fingerprint
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One training."""
+
+    seconds: float
+    cpu: float
+    weights: str
+
+
+def model_of(layers: int | None, width: int) -> Any:
+    """The shipped model, or an untrained Llama of that shape with its vocabulary."""
+    if layers is None:
+        return AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32)
+    torch.manual_seed(0)
+    vocabulary = AutoConfig.from_pretrained(MODEL_DIR).vocab_size
+    return AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(
+            "llama", vocab_size=vocabulary, hidden_size=width, intermediate_size=8 * width // 3, num_hidden_layers=layers,
+            num_attention_heads=width // 64, num_key_value_heads=width // 64,
+        )
+    )  # fmt: skip
+
+
+def train(output: Path, options: argparse.Namespace, audited: bool) -> Timed:
+    """One training as a user's script makes it; three lines of it are ours."""
+    pairs = preference_pairs(480 + options.probes, seed=0)
+    torch.manual_seed(0)
+    callbacks = [AlignmentAuditCallback()] if audited else []
+    trainer = DPOTrainer(
+        model=model_of(options.layers, options.width),
+        args=DPOConfig(
+            output_dir=str(output), learning_rate=HEALTHY.learning_rate, beta=HEALTHY.beta, max_steps=options.steps,
+            per_device_train_batch_size=options.batch, report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, seed=0,
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_list(pairs[:480]),
+        eval_dataset=Dataset.from_list(pairs[480:]),
+        processing_class=AutoTokenizer.from_pretrained(MODEL_DIR),
+        callbacks=callbacks,
+    )  # fmt: skip
+    for callback in callbacks:
+        callback.attach(trainer)
+    began, cpu = time.perf_counter(), time.process_time()
+    with contextlib.redirect_stdout(None):
+        trainer.train()
+    return Timed(time.perf_counter() - began, time.process_time() - cpu, fingerprint(trainer.model))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, help="of an untrained Llama; default: the shipped model")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=HEALTHY.steps)
+    parser.add_argument("--batch", type=int, default=BATCH_SIZE)
+    parser.add_argument("--probes", type=int, default=64)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    disable_progress_bars()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = train(Path(folder) / "plain", options, audited=False)
+        audited = train(Path(folder) / "audited", options, audited=True)
+        run = AuditRun.load(Path(folder) / "audited")
+    kinds = Counter(record.kind for record in run.records)
+    last = run.records[-1].occasion
+    print(f"{'without':>10} {plain.seconds:8.1f} s  {plain.cpu:8.1f} CPU s")
+    print(f"{'with':>10} {audited.seconds:8.1f} s  {audited.cpu:8.1f} CPU s")
+    print(f"looks {kinds['health']}, full audits {kinds['full']}, at steps {[record.step for record in run.records]}")
+    print(f"seconds each {[round(record.cost.seconds, 2) for record in run.records]}")
+    print(f"share of the time, by the difference: {1 - plain.seconds / audited.seconds:.1%} ", end="")
+    print(f"(CPU {1 - plain.cpu / audited.cpu:.1%}), by the records: {last.share_spent if last else None:.1%}")
+    print(f"same weights: {plain.weights == audited.weights}; status {run.status}")
+
+
+if __name__ == "__main__":
+    main()
