@@ -11,10 +11,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from align_audit.errors import SHOWN, ConfigurationError, first_line, plain, quoted
-from align_audit.rules.options import AddedRule, Limits, RuleOptions, RuleSetting, read_rules
-from align_audit.rules.table import Rule, did_you_mean
-from align_audit.webhook_options import WebhookConfig, quotation
-from align_audit.yaml_lines import Place, line_at, lines_of
+from align_audit.options.rule_settings import AddedRule, Limits, RuleOptions, RuleSetting, read_rules
+from align_audit.options.rules import Rule, did_you_mean
+from align_audit.options.webhook import WebhookConfig, quotation
+from align_audit.options.yaml_lines import Place, line_at, lines_of
 
 Positions = Literal["all", "prompt", "completion", "last_prompt_token"]
 Basis = Literal["activation", "shift"]
@@ -223,7 +223,7 @@ class ScheduleConfig(_Part):
 class AlertConfig(Limits):
     """The limits of the alert rules, what to do when one fires, and rules switched off, tuned or added.
 
-    The limits (``kl_warning``, …), with unit, direction and default, are those of ``align_audit.rules.table``, which
+    The limits (``kl_warning``, …), with unit, direction and default, are those of ``align_audit.options.rules``, which
     ``docs/alerts.md`` prints. One of infinity (``.inf`` in YAML) switches its level off, where it may be so large.
 
     Example:
@@ -251,7 +251,7 @@ class AlertConfig(Limits):
     cooldown: int = Field(default=3, ge=0)
     """Looks after an alert was resolved in which a warning of the same cause has to be seen once more before it opens again."""
     rules: dict[str, RuleSetting] = Field(default_factory=dict)
-    """Rule → ``off``, or its options and limits; or a rule of your own (:class:`~align_audit.rules.options.AddedRule`)."""
+    """Rule → ``off``, or its options and limits; or your own (:class:`~align_audit.options.rule_settings.AddedRule`)."""
 
     @model_validator(mode="before")
     @classmethod

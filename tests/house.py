@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1] / "align_audit"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("measures", "ranks", "errors", "files", "rules", "webhook_options", "yaml_lines"),
+    ("measures", "ranks", "errors", "files", "options"),
     ("probes", "models", "record", "config"),
     ("auditing", "alerts", "writers"),
     ("monitoring",),

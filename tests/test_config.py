@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from align_audit import AuditConfig, AuditRecord, AuditRun
 from align_audit.errors import ConfigurationError
-from align_audit.rules.table import LIMITS
+from align_audit.options.rules import LIMITS
 from tests.helpers.make_record import make_record
 from tests.monitoring.test_callback import quick, run
 

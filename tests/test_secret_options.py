@@ -12,7 +12,7 @@ import pytest
 from align_audit import AuditConfig
 from align_audit.cli.options import settings
 from align_audit.errors import ConfigurationError
-from align_audit.webhook_options import WebhookConfig
+from align_audit.options.webhook import WebhookConfig
 
 SECRET = "T000-B000-not-to-be-told"
 URL = f"https://hooks.slack.com/services/{SECRET}"

@@ -10,10 +10,10 @@ from typing import Any
 
 from align_audit.alerts.history import Detector, History, LogDetector, Sign, View
 from align_audit.errors import named, plain, quoted
+from align_audit.options.rule_settings import AddedRule
+from align_audit.options.rules import Rule, Source
+from align_audit.options.signals import is_log_signal
 from align_audit.record.numbers import by_path
-from align_audit.rules.options import AddedRule
-from align_audit.rules.signals import is_log_signal
-from align_audit.rules.table import Rule, Source
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from align_audit.alerts.history import Sign
 from align_audit.config import AlertConfig
+from align_audit.options.rules import CAUSES, RULES
 from align_audit.record.audit_record import Alert, AlertLevel
-from align_audit.rules.table import CAUSES, RULES
 
 _PLACES = {rule.name: place for place, rule in enumerate(RULES)}
 _CAUSES = {cause: place for place, cause in enumerate(CAUSES)}

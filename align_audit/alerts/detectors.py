@@ -24,10 +24,10 @@ from align_audit.alerts.curves import TrainerLog
 from align_audit.alerts.history import Detector, History, LogDetector, Sign, View, measured
 from align_audit.alerts.lifecycle import cause_of, open_after, step
 from align_audit.config import AlertConfig
+from align_audit.options.rules import BY_NAME, RULES, Rule, Source
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.stored_records import Head, StoredRecords, chosen, heads_of
 from align_audit.record.training_log import LogRow
-from align_audit.rules.table import BY_NAME, RULES, Rule, Source
 
 
 def _by_name(*rooms: ModuleType) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from statistics import median
 
 from align_audit.alerts.curves import TrainerLog
 from align_audit.config import AlertConfig
+from align_audit.options.rules import LIMITS, Level, Limit, Rule, Source
 from align_audit.record.audit_record import AuditRecord, Estimate
 from align_audit.record.stored_records import Head, chosen, heads_of
-from align_audit.rules.table import LIMITS, Level, Limit, Rule, Source
 
 _FURTHEST = 8
 """Audits that are looked back over for one with a certain part: each that is looked at has to be parsed."""

@@ -7,8 +7,8 @@ from statistics import median
 
 from align_audit.alerts.behaviour import SLOW_DOWN
 from align_audit.alerts.history import History, Sign, beyond, least, level_of, most
+from align_audit.options.rules import BY_NAME
 from align_audit.record.audit_record import AuditRecord, DepthTrace, LowRankCurve
-from align_audit.rules.table import BY_NAME
 
 _LOOK = "Look at the layers' transplants and the depth trace of this record beside those of the audits before"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from align_audit.alerts.history import History, Sign
+from align_audit.options.rules import BY_NAME
 from align_audit.record.stored_records import heads_of
-from align_audit.rules.table import BY_NAME
 
 
 def non_finite(history: History) -> Sign | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
+from align_audit.options.rules import BY_NAME
 from align_audit.record.audit_record import Alert
-from align_audit.rules.table import BY_NAME
 
 _RANK = {"info": 0, "warning": 1, "error": 2}
 

@@ -6,7 +6,7 @@ import math
 
 from align_audit.alerts.behaviour import few
 from align_audit.alerts.history import History, Sign, beyond, level_of
-from align_audit.rules.table import BY_NAME
+from align_audit.options.rules import BY_NAME
 
 _LABELS = (
     "Look at the training pairs: are chosen and rejected the right way round, and of the kind that the probes are?"

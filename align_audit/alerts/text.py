@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from align_audit.alerts.behaviour import SLOW_DOWN
 from align_audit.alerts.history import History, Sign, beyond, least, level_of, most
-from align_audit.rules.table import BY_NAME
+from align_audit.options.rules import BY_NAME
 
 _SHORTCUT = (
     "Compare the lengths of chosen and rejected completions: where they differ, length alone wins. Balance them, or use a loss "

@@ -12,7 +12,7 @@ from statistics import median
 from align_audit.alerts.behaviour import SLOW_DOWN
 from align_audit.alerts.curves import mean
 from align_audit.alerts.history import Sign, View, beyond
-from align_audit.rules.table import BY_NAME
+from align_audit.options.rules import BY_NAME
 
 _LN_2 = math.log(2)
 _SPIKES = 2

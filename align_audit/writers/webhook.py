@@ -27,8 +27,8 @@ from urllib.parse import urlsplit
 
 from align_audit.errors import ConfigurationError, first_line, named, plain
 from align_audit.files import append_whole
+from align_audit.options.webhook import WebhookConfig, check_web_address
 from align_audit.record.audit_record import Alert, AuditRecord
-from align_audit.webhook_options import WebhookConfig, check_web_address
 from align_audit.writers.messages import Channel, as_json, as_slack
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from align_audit.alerts.detectors import suspect
 from align_audit.alerts.history import History
 from align_audit.config import AlertConfig, AuditConfig
 from align_audit.errors import ConfigurationError
-from align_audit.rules.options import AddedRule, RuleOptions
+from align_audit.options.rule_settings import AddedRule, RuleOptions
 from tests.helpers.alert_cases import about, alerts, health, healthy, judged, log_of, run, with_margins, with_part
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from align_audit.config import AlertConfig
+from align_audit.options.rules import BY_NAME, LIMITS, RULES, rule_named
+from align_audit.options.rules_markdown import BEGIN, tables, written_into
+from align_audit.options.signals import LAYER_SIGNALS, LOG_SIGNALS, RECORD_SIGNALS, is_log_signal, is_signal
 from align_audit.record.numbers import numbers
-from align_audit.rules.markdown import BEGIN, tables, written_into
-from align_audit.rules.signals import LAYER_SIGNALS, LOG_SIGNALS, RECORD_SIGNALS, is_log_signal, is_signal
-from align_audit.rules.table import BY_NAME, LIMITS, RULES, rule_named
 from tests.helpers.alert_cases import CONFIG, healthy
 from tests.helpers.make_record import make_record
 
@@ -19,7 +19,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "alerts.md"
 
 
 def test_the_page_prints_the_table() -> None:
-    """``python -m align_audit.rules.markdown docs/alerts.md`` writes it."""
+    """``python -m align_audit.options.rules_markdown docs/alerts.md`` writes it."""
     text = PAGE.read_text(encoding="utf-8")
     assert written_into(text) == text
     assert all(f"| `{rule.name}` |" in text for rule in RULES)

@@ -1,6 +1,6 @@
 """The table of rules as ``docs/alerts.md`` prints it.
 
-``python -m align_audit.rules.markdown docs/alerts.md`` writes it there.
+``python -m align_audit.options.rules_markdown docs/alerts.md`` writes it there.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from align_audit.rules.table import CAUSES, RULES, Limit, Rule
+from align_audit.options.rules import CAUSES, RULES, Limit, Rule
 
-BEGIN, END = "<!-- rules: made by align_audit.rules.markdown -->", "<!-- end of rules -->"
+BEGIN, END = "<!-- rules: made by align_audit.options.rules_markdown -->", "<!-- end of rules -->"
 
 
 def tables() -> str:

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from align_audit.errors import quoted
-from align_audit.rules.signals import SIGNALS, is_signal
-from align_audit.rules.table import LIMITS, Rule, did_you_mean, rule_named, rule_names
+from align_audit.options.rules import LIMITS, Rule, did_you_mean, rule_named, rule_names
+from align_audit.options.signals import SIGNALS, is_signal
 
 
 def _name_of(check: Callable[..., Any] | None) -> str | None:

@@ -1,1 +1,0 @@
-"""The table of alert rules: names, causes, limits. Data only."""
