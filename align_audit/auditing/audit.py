@@ -128,13 +128,9 @@ def run_audit(
     with memory_explained():
         cache = cache or ReferenceCache()
         kept = cache.kept(request.probe_name, kept_under(models.open(), request))
+        probes, previous = request.probes, request.previous.attribution
         session = Session(
-            models,
-            request.probes.pairs,
-            request.config,
-            truncation_mode=request.probes.truncation_mode,
-            previous=request.previous.attribution,
-            kept=kept,
+            models, probes.pairs, request.config, truncation_mode=probes.truncation_mode, previous=previous, kept=kept
         )
         task = AuditTask(session, request, cache, kept)
         if request.kind == "health":

@@ -91,8 +91,17 @@ def trainer_for(output: Path, callbacks: list[Any]) -> Any:
     return trainer
 
 
+def _at(wanted: int) -> Callable[[Any], str | None]:
+    """A rule that fires at one step."""
+
+    def check(history: Any) -> str | None:
+        return "planted" if history.step == wanted else None
+
+    return check
+
+
 def audit_callback() -> Any:
-    """The callback: an audit at every step, as small as can be, with alerts at each."""
+    """The callback: an audit at every step, as small as can be, with an alert that opens at each."""
     from align_audit import AlignmentAuditCallback, AuditConfig
 
     return AlignmentAuditCallback(
@@ -105,8 +114,10 @@ def audit_callback() -> Any:
                 "low_rank": {"enabled": False},
                 "spinal": {"enabled": False},
                 "tensorboard_images": False,
+                "generations": {"enabled": False},
+                "budget": None,
                 "schedule": {"every_n_steps": 1},
-                "alerts": {"kl_warning": 1e-12, "kl_error": 1e-11},
+                "alerts": {"rules": {f"step_{step}": {"check": _at(step), "level": "error"} for step in range(1, 9)}},
             }
         )
     )
