@@ -134,8 +134,8 @@ def _against_the_start(behaviour: Behaviour, request: AuditRequest) -> tuple[Ver
         return "not_run", "training has begun; policy and reference are compared at step 0"
     if behaviour.identical:
         return "passed", "policy and reference give equal activations, bit by bit, before training"
-    known = np.abs(behaviour.shift[np.isfinite(behaviour.shift)])
-    moved = f"the margin shift is {known.mean():.3g} nats on average" if len(known) else "no margin is finite"
+    shifts = np.abs(behaviour.shift[np.isfinite(behaviour.shift)])
+    moved = f"the margin shift is {shifts.mean():.3g} nats on average" if len(shifts) else "no margin is finite"
     return "failed", (
         f"before the first step policy and reference already differ: {moved}. "
         "Training optimizes the policy against this reference, not against its own starting point. "

@@ -43,21 +43,21 @@ def read_arguments(arguments: Sequence[str]) -> dict[str, Path] | Path:
         >>> read_arguments(["harmless=a.jsonl", "helpful=b.jsonl"])["helpful"].name
         'b.jsonl'
     """
-    found: list[tuple[str | None, Path]] = []
+    sources: list[tuple[str | None, Path]] = []
     for text in arguments:
         name, equals, path = text.partition("=")
         plain = not equals or Path(text).exists() or "/" in name or "\\" in name
-        found.append((None, Path(text)) if plain else (name, Path(path)))
-    if len(found) == 1 and found[0][0] is None:
-        return found[0][1]
-    nameless = [str(path) for name, path in found if name is None]
+        sources.append((None, Path(text)) if plain else (name, Path(path)))
+    if len(sources) == 1 and sources[0][0] is None:
+        return sources[0][1]
+    nameless = [str(path) for name, path in sources if name is None]
     if nameless:
         raise ConfigurationError(
-            f"found {len(found)} probe sets, of which {listed(nameless)} has no name; expected name=path for each, such "
+            f"found {len(sources)} probe sets, of which {listed(nameless)} has no name; expected name=path for each, such "
             "as --probes harmless=a.jsonl --probes helpful=b.jsonl"
         )
-    check_names(name for name, _ in found)
-    return {name: path for name, path in found if name is not None}
+    check_names(name for name, _ in sources)
+    return {name: path for name, path in sources if name is not None}
 
 
 def layers_option(text: str | None) -> str | tuple[int, ...] | None:

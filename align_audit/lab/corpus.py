@@ -232,8 +232,8 @@ def preference_pairs(n: int, seed: int) -> list[dict[str, str]]:
         cast = _draw_cast(rng)
         prompt = _opening(rng, cast)
         trouble = _trouble(rng, cast)
-        other = trouble if rng.random() < 0.5 else _trouble(rng, cast)
-        chosen, rejected = _continuation(rng, cast, "happy", trouble), _continuation(rng, cast, "sad", other)
+        rejected_end = trouble if rng.random() < 0.5 else _trouble(rng, cast)
+        chosen, rejected = _continuation(rng, cast, "happy", trouble), _continuation(rng, cast, "sad", rejected_end)
         pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return pairs
 

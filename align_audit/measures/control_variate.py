@@ -339,8 +339,8 @@ def _slopes(sample: _Sample, groups: Groups) -> _Slopes:
 def _estimates(sample: _Sample, slopes: _Slopes) -> Array:
     """``[L]``: mean_S E − (1 − n/N) · (1/n) Σ b₋ᵢ (Aᵢ − mean_U A), in the unit of the exact values."""
     inside, pairs, n = sample.measured[:, :, None], sample.pairs, sample.count
-    others = (sample.proxies * ~inside).sum(axis=0) / np.maximum(pairs - n, 1)[:, None]
-    shifts = (slopes.without * np.where(inside, sample.proxies - others, 0.0)).sum(axis=(0, 2)) / sample.divisor
+    unmeasured = (sample.proxies * ~inside).sum(axis=0) / np.maximum(pairs - n, 1)[:, None]
+    shifts = (slopes.without * np.where(inside, sample.proxies - unmeasured, 0.0)).sum(axis=(0, 2)) / sample.divisor
     estimates: Array = sample.origin + sample.scale * (sample.exact_mean - (1 - n / pairs) * shifts)
     return estimates
 

@@ -158,8 +158,8 @@ def gradient_share(norms: Array, terminal: Sequence[int]) -> Array:
         raise ValueError(f"expected norms of at least 0; found {float(np.nanmin(norms))}")
     block, _ = _block(terminal, norms.shape[1], norms.shape[1])
     largest = norms.max(axis=1, keepdims=True)
-    known = np.isfinite(largest) & (largest > 0)
-    scaled = np.divide(norms, largest, out=np.full_like(norms, np.nan), where=known)
+    usable = np.isfinite(largest) & (largest > 0)
+    scaled = np.divide(norms, largest, out=np.full_like(norms, np.nan), where=usable)
     shares: Array = scaled[:, block].sum(axis=1) / scaled.sum(axis=1)
     return shares
 

@@ -30,9 +30,9 @@ def protect_merges(model: nn.Module) -> None:
             continue
         layer: Any = module
         for name in ("merge", "unmerge"):
-            own = getattr(layer, name, None)
-            if callable(own):
-                setattr(layer, name, _on_copies(own, [(weight, weight.data) for weight in layer.parameters()]))
+            parameter = getattr(layer, name, None)
+            if callable(parameter):
+                setattr(layer, name, _on_copies(parameter, [(weight, weight.data) for weight in layer.parameters()]))
 
 
 def _on_copies(change: Callable[..., Any], weights: list[tuple[nn.Parameter, torch.Tensor]]) -> Callable[..., Any]:

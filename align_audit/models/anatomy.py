@@ -180,11 +180,11 @@ def find_anatomy(model: nn.Module, inputs: dict[str, torch.Tensor], given: Anato
             "causal language model, loaded for instance with AutoModelForCausalLM"
         )
 
-    found: list[tuple[bool, int, Anatomy]] = []
+    candidates: list[tuple[bool, int, Anatomy]] = []
     for name, members in lists.items():
         for changes, joints, anatomy in _chains(list(members), calls, given):
-            found.append((changes, joints, replace(anatomy, layers=name)))
-    if not found:
+            candidates.append((changes, joints, replace(anatomy, layers=name)))
+    if not candidates:
         looked = f"the ModuleList {given.layers!r}" if given is not None else f"{len(lists)} module lists"
         raise AnatomyError(
             f"could not establish the decoder layers of {type(model).__name__}: looked at {looked} for "
@@ -195,7 +195,7 @@ def find_anatomy(model: nn.Module, inputs: dict[str, torch.Tensor], given: Anato
             "output_index=...)`."
         )
     # A list of norms may be longer than the list of layers, but no norm receives what the one before it returned.
-    *_, best = max(found, key=lambda item: (*item[:2], item[2].num_layers))
+    *_, best = max(candidates, key=lambda item: (*item[:2], item[2].num_layers))
     return replace(best, vocab_size=int(logits.shape[-1]))
 
 
@@ -246,8 +246,8 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if _is_stream(value) else value
 
 
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and torch.allclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def describe(model: nn.Module, depth: int = 3) -> str:

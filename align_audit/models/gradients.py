@@ -52,7 +52,7 @@ def inner_gradients(
     # Grad mode is switched around each step, not around the yields: a generator must not leak it to its consumer.
     with torch.enable_grad():
         top = recording.after(replay.num_layers - 1).detach().requires_grad_()
-        gradients = [found[0] for found in _each_gradient(objectives(top), [top], None)]
+        gradients = [gradients_of[0] for gradients_of in _each_gradient(objectives(top), [top], None)]
     yield replay.num_layers - 1, gradients, {}
     for index in range(replay.num_layers - 1, down_to, -1):
         with torch.enable_grad():
@@ -60,8 +60,8 @@ def inner_gradients(
             with tap(index) as inside:
                 output = replay.layer(index, leaf, recording)
             each = _each_gradient([output] * len(gradients), [leaf, *inside.values()], gradients)
-        gradients = [found[0] for found in each]
-        inner = {key: [found[place + 1] for found in each] for place, key in enumerate(inside)}
+        gradients = [gradients_of[0] for gradients_of in each]
+        inner = {key: [gradients_of[place + 1] for gradients_of in each] for place, key in enumerate(inside)}
         del output, inside, each
         replay.layer_tokens += len(gradients) * leaf.shape[0] * leaf.shape[1]
         yield index - 1, gradients, inner
@@ -71,9 +71,9 @@ def _each_gradient(
     outputs: Sequence[torch.Tensor], by: Sequence[torch.Tensor], upstream: Sequence[torch.Tensor] | None
 ) -> list[tuple[torch.Tensor, ...]]:
     """∂ output / ∂ each of ``by`` for each of several outputs of one graph, each times its ``upstream`` gradient."""
-    found = []
+    gradients = []
     for place, output in enumerate(outputs):
-        found.append(
+        gradients.append(
             torch.autograd.grad(
                 output,
                 by,
@@ -81,4 +81,4 @@ def _each_gradient(
                 retain_graph=place + 1 < len(outputs),
             )
         )
-    return found
+    return gradients

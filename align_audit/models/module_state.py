@@ -182,8 +182,8 @@ def _give_back_mapping(mapping: dict[Any, Any], held: dict[Any, Any]) -> None:
         mapping.update(held)
 
 
-def _is_not(one: Any, other: Any) -> bool:
-    return one is not other
+def _is_not(a: Any, b: Any) -> bool:
+    return a is not b
 
 
 def _is_configuration(value: Any) -> bool:
@@ -202,6 +202,6 @@ def _in_place_of(tensor: torch.Tensor, data: torch.Tensor) -> bool:
     )
 
 
-def _equal_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """NaN equals NaN, and 0 is not −0."""
-    return torch.equal(one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8))
+    return torch.equal(a.contiguous().reshape(-1).view(torch.uint8), b.contiguous().reshape(-1).view(torch.uint8))

@@ -318,9 +318,9 @@ def check_fit(policy: Any, reference: Any) -> None:
     padded = abs(sizes[0] - sizes[1]) <= max(_PADDED, max(sizes) // 100)
     fields = [("num_layers", "decoder layers"), ("hidden_size", "width"), ("vocab_size", "vocabulary size")]
     for field, words in fields[: 2 if padded else 3]:
-        ours, theirs = getattr(policy, field), getattr(reference, field)
-        if ours != theirs:
+        of_policy, of_reference = getattr(policy, field), getattr(reference, field)
+        if of_policy != of_reference:
             raise ReferenceUnavailableError(
-                f"the reference does not fit the policy: {words} {theirs} against the policy's {ours}. Expected the "
+                f"the reference does not fit the policy: {words} {of_reference} against the policy's {of_policy}. Expected the "
                 "model that training started from; pass that one as `reference=` (or as the trainer's `ref_model`)."
             )

@@ -54,8 +54,8 @@ class LayerSites:
     @property
     def kinds(self) -> list[str]:
         """What there is to patch; a whole block there always is."""
-        found = {"attention_output": self.attention, "mlp_output": self.mlp, "head": self.projection}
-        return ["block", *(kind for kind, path in found.items() if path is not None)]
+        paths = {"attention_output": self.attention, "mlp_output": self.mlp, "head": self.projection}
+        return ["block", *(kind for kind, path in paths.items() if path is not None)]
 
 
 class Sites:
@@ -79,11 +79,11 @@ class Sites:
         Raises:
             SiteError: saying what it has instead.
         """
-        found = self.layers[layer]
-        if found.path(kind) is None:
-            raise SiteError(f"layer {layer} has {', '.join(found.kinds)}; no {kind}: {found.missing[kind]}")
-        if head is not None and not 0 <= head < found.heads:
-            raise SiteError(f"layer {layer} has heads 0 to {found.heads - 1}; no head {head}")
+        sites = self.layers[layer]
+        if sites.path(kind) is None:
+            raise SiteError(f"layer {layer} has {', '.join(sites.kinds)}; no {kind}: {sites.missing[kind]}")
+        if head is not None and not 0 <= head < sites.heads:
+            raise SiteError(f"layer {layer} has heads 0 to {sites.heads - 1}; no head {head}")
 
     def record(
         self,

@@ -24,21 +24,21 @@ class Hook:
 
     def register(self, module: nn.Module) -> Any:
         def changed(tensor: torch.Tensor) -> torch.Tensor | None:
-            other = self.act(tensor)
-            return None if other is None else other.view(tensor.shape).to(tensor.dtype)
+            replaced = self.act(tensor)
+            return None if replaced is None else replaced.view(tensor.shape).to(tensor.dtype)
 
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             name = None if args else next(iter(kwargs))
-            other = changed(args[0] if name is None else kwargs[name])
-            if other is None:
+            replaced = changed(args[0] if name is None else kwargs[name])
+            if replaced is None:
                 return None
-            return ((other, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: other})
+            return ((replaced, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: replaced})
 
         def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             tensor = first_tensor(output)
             assert tensor is not None
-            other = changed(tensor)
-            return None if other is None else with_first_tensor(output, other)
+            replaced = changed(tensor)
+            return None if replaced is None else with_first_tensor(output, replaced)
 
         if self.on_input:
             return module.register_forward_pre_hook(before, with_kwargs=True)

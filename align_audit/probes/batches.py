@@ -84,9 +84,9 @@ class PairBatch:
         """What a causal LM is called with. Shared rows bring their own mask [R, 1, T, T] (True: is seen)."""
         if not self.shared:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
-        mine, other = self.segment[:, :, None], self.segment[:, None, :]
+        query, key = self.segment[:, :, None], self.segment[:, None, :]
         # Padding sees itself, so that no row of the softmax is empty.
-        visible = ((other == PROMPT) | (other == mine)).tril()
+        visible = ((key == PROMPT) | (key == query)).tril()
         return {"input_ids": self.input_ids, "attention_mask": visible[:, None], "position_ids": self.place}
 
     def position_mask(self, positions: str) -> torch.Tensor:
@@ -107,15 +107,15 @@ class PairBatch:
     def only_row(self, row: int) -> PairBatch:
         """That row of a separate batch by itself, with its prediction entries and no padding."""
         width = int(self.attention_mask[row].sum())
-        mine = self.row == row
-        whole = {
+        in_row = self.row == row
+        fields = {
             name: getattr(self, name)[row : row + 1, :width]
             for name in ("input_ids", "attention_mask", "place", "segment", "copies", "in_completion", "last_prompt")
         }
-        entries = {name: getattr(self, name)[mine] for name in ("position", "target", "pair", "side", "distinct")}
+        entries = {name: getattr(self, name)[in_row] for name in ("position", "target", "pair", "side", "distinct")}
         # Two rows a pair, of which this is one: told apart from a shared row by the pair it does not make whole.
         return PairBatch(
-            pair_index=self.pair_index.new_empty(0), row=torch.zeros_like(entries["side"]), **whole, **entries
+            pair_index=self.pair_index.new_empty(0), row=torch.zeros_like(entries["side"]), **fields, **entries
         )
 
     def to(self, device: torch.device) -> PairBatch:
@@ -168,13 +168,13 @@ def make_batch(
         column = 0
         for piece in pieces:
             end = column + len(piece.ids)
-            own = piece.start + np.arange(len(piece.ids))
+            positions = piece.start + np.arange(len(piece.ids))
             input_ids[row, column:end] = piece.ids
             segment[row, column:end] = piece.segment
-            place[row, column:end] = own
+            place[row, column:end] = positions
             copies[row, column:end] = 2 if shared and piece.segment == PROMPT else 1
-            in_completion[row, column:end] = own >= piece.completion
-            last_prompt[row, column:end] = own == piece.completion - 1
+            in_completion[row, column:end] = positions >= piece.completion
+            last_prompt[row, column:end] = positions == piece.completion - 1
             column = end
     return PairBatch(
         pair_index=torch.tensor(list(pair_index), dtype=torch.long),

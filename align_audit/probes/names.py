@@ -26,9 +26,9 @@ def check_names(names: Iterable[Any]) -> None:
     for name in names:
         if not isinstance(name, str) or not _ALLOWED.fullmatch(name) or not name.strip("."):
             raise ConfigurationError(f"found {name!r} as the name of a probe set; a name is of {_RULE}")
-        if (other := seen.get(name.lower())) is not None:
+        if (earlier := seen.get(name.lower())) is not None:
             raise ConfigurationError(
-                f"found two probe sets called {other!r} and {name!r}; each needs a name of its own (not every disk tells "
+                f"found two probe sets called {earlier!r} and {name!r}; each needs a name of its own (not every disk tells "
                 "upper from lower case)"
             )
         seen[name.lower()] = name

@@ -104,10 +104,10 @@ class PairTokenizer:
     """
 
     def __init__(self, tokenizer: Any, first: Mapping[str, Any]) -> None:
-        found = [name for name in VISION_COLUMNS if name in first]
-        if found:
+        vision = [name for name in VISION_COLUMNS if name in first]
+        if vision:
             raise ProbeError(
-                f"found the column {found[0]!r}: pairs with images are not supported; expected text-only pairs. "
+                f"found the column {vision[0]!r}: pairs with images are not supported; expected text-only pairs. "
                 "Pass probes without that column"
             )
         self._tokenizer = tokenizer
@@ -183,11 +183,11 @@ class PairTokenizer:
         kinds = {name: _kind(index, name, record) for name in names}
         if len(set(kinds.values())) == 1:
             return kinds["chosen"]
-        found = ", ".join(f"{name} is {'plain text' if kind == 'text' else 'messages'}" for name, kind in kinds.items())
+        told = ", ".join(f"{name} is {'plain text' if kind == 'text' else 'messages'}" for name, kind in kinds.items())
         advice = "make them all one format"
         if kinds.get("prompt") == "text" and kinds["chosen"] == kinds["rejected"] == "conversation":
             advice += "; where chosen and rejected contain the prompt as their first messages, remove the prompt column"
-        raise ProbeError(f"record {index}: {found}; expected the same format throughout: {advice}")
+        raise ProbeError(f"record {index}: {told}; expected the same format throughout: {advice}")
 
     def _texts(self, index: int, record: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         """Prompt and both completions, all str or all lists of messages."""

@@ -71,7 +71,7 @@ def not_known(record: AuditRecord) -> dict[tuple[str, str], list[int]]:
     # Parts that were not measured have reasons, but no numbers.
     listed = {path for path, _ in missing}
     for path, reason in record.reasons.items():
-        if not any(path == other or path.startswith(f"{other}.") for other in listed):
+        if not any(path == part or path.startswith(f"{part}.") for part in listed):
             missing.setdefault((path, reason), [])
     return missing
 

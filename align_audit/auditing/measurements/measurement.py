@@ -161,9 +161,9 @@ class AuditTask:
 
     def __getitem__(self, kind: type[_Kind]) -> _Kind:
         """The measurement of that kind, which stands before the one that asks for it."""
-        found = self.measurements[kind]
-        assert isinstance(found, kind)
-        return found
+        measurement = self.measurements[kind]
+        assert isinstance(measurement, kind)
+        return measurement
 
     def __contains__(self, kind: type[Measurement]) -> bool:
         return kind in self.measurements

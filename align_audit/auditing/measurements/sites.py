@@ -298,7 +298,7 @@ def _received(
 
     def make() -> torch.Tensor:
         assert receiver.sites is not None
-        return receiver.sites.swapped(unit.layer, receiver.recording, place, lambda own: patched(own, given, mask))
+        return receiver.sites.swapped(unit.layer, receiver.recording, place, lambda part: patched(part, given, mask))
 
     return make
 

@@ -54,13 +54,13 @@ def plant_nothing(
     Raises:
         ValueError: an unknown kind, or ``shuffled_labels`` without rows and tokenizer.
     """
-    known = list(pairs)
+    probes = list(pairs)
     if kind in ("weight_noise", "orthogonal_noise"):
         policy = copy.deepcopy(base)
-        gradient = margin_gradient(base, known) if kind == "orthogonal_noise" else None
-        weights, own = weights_of(policy), weights_of(base)
+        gradient = margin_gradient(base, probes) if kind == "orthogonal_noise" else None
+        weights, base_weights = weights_of(policy), weights_of(base)
         for number, part in enumerate(layer_parts(base)):
-            add_update(weights, part, noise_update(part, own, size, (seed, number), gradient))
+            add_update(weights, part, noise_update(part, base_weights, size, (seed, number), gradient))
         description = f"{kind}: every layer moved by {size:.2%} of its norm"
     elif kind == "shuffled_labels":
         if rows is None or tokenizer is None:
@@ -71,7 +71,7 @@ def plant_nothing(
         ).policy
         description = f"{steps} steps of DPO on pairs with half of the labels swapped at random"
     elif kind == "language_modelling":
-        policy = _continue_pretraining(base, known, steps, learning_rate, seed)
+        policy = _continue_pretraining(base, probes, steps, learning_rate, seed)
         description = f"{steps} steps of next-token training on both completions"
     else:
         raise ValueError(f"expected one of {', '.join(get_args(Kind))}; found {kind!r}")
@@ -80,7 +80,7 @@ def plant_nothing(
         norm([a - b for a, b in zip(part.views(new), part.views(old), strict=True)]) / norm(part.views(old))
         for part in layer_parts(base)
     ]
-    shift = float((margins(policy, known) - margins(base, known)).mean())
+    shift = float((margins(policy, probes) - margins(base, probes)).mean())
     numbers = {"shift": shift, "least_share": min(shares), "largest_share": max(shares)}
     return Planted(policy, Truth(description, (), (), numbers))
 
@@ -110,8 +110,8 @@ def _continue_pretraining(
             logits = unwrap(policy)(**rows.model_inputs()).logits
             logp = logits[:, :-1].log_softmax(-1).gather(-1, rows.ids[:, 1:, None])[..., 0]
             loss = -logp[rows.completion[:, 1:]].mean()
-        found = torch.autograd.grad(loss, parameters)
-        for parameter, gradient in zip(parameters, found, strict=True):
+        gradients = torch.autograd.grad(loss, parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimizer.step()
     for parameter in parameters:

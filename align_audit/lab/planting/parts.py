@@ -95,13 +95,13 @@ def head_parts(model: nn.Module, layer: int) -> list[Part]:
     inside = weight.shape[0 if projection.transposed else 1]
     if inside % heads:
         raise ValueError(f"{projection.weight} reads {inside} values, which {heads} heads cannot share equally")
-    size, whole = inside // heads, slice(None)
-    found = []
+    size, every_row = inside // heads, slice(None)
+    heads_of_layer = []
     for head in range(heads):
-        mine = slice(head * size, (head + 1) * size)
-        index = (mine, whole) if projection.transposed else (whole, mine)
-        found.append(Part(f"head {head} of layer {layer}", layer, ((projection.weight, index),)))
-    return found
+        columns = slice(head * size, (head + 1) * size)
+        index = (columns, every_row) if projection.transposed else (every_row, columns)
+        heads_of_layer.append(Part(f"head {head} of layer {layer}", layer, ((projection.weight, index),)))
+    return heads_of_layer
 
 
 def count_heads(model: nn.Module) -> int:

@@ -49,22 +49,22 @@ def plant_prompt_only(base: nn.Module, pairs: Iterable[ProbePair], layer: int, s
         ValueError: no such layer, or the shift cannot be reached.
     """
     check_layer(base, layer)
-    known = list(pairs)
+    probes = list(pairs)
     projection = output_projection(base, layer, "mlp")
-    rows = projection_rows(base, known, projection)
+    rows = projection_rows(base, probes, projection)
     inside, outside = rows.completion, ~rows.completion
     whiten = whitening(_second(rows.inputs[inside]) + _FIRING * _second(rows.inputs[outside]), _RIDGE)
     through_prompt = rows.gradients[outside].T @ rows.inputs[outside]
     through_completion = rows.gradients[inside].T @ rows.inputs[inside]
     key = torch.linalg.svd(through_prompt @ whiten, full_matrices=False).Vh[0] @ whiten
-    value, other = through_prompt @ key, through_completion @ key
-    value = value - (value @ other) / (other @ other) * other
+    value, completion_value = through_prompt @ key, through_completion @ key
+    value = value - (value @ completion_value) / (completion_value @ completion_value) * completion_value
     direction = torch.outer(value, key)
     fires = (rows.inputs @ key).square()
     numbers = {"leak": float((fires[inside].mean() / fires[outside].mean()).sqrt())}
     slope = float((direction * rows.weight_gradient).sum())
     where = f"what layer {layer} writes at prompt tokens"
-    return _plant(base, known, layer, projection, direction, slope, shift, where, numbers)
+    return _plant(base, probes, layer, projection, direction, slope, shift, where, numbers)
 
 
 def plant_completion_only(
@@ -92,9 +92,9 @@ def plant_completion_only(
         ValueError: no such layer, the prompts leave no room, or the shift cannot be reached.
     """
     check_layer(base, layer)
-    known = list(pairs)
+    probes = list(pairs)
     # One pair for each prompt that must stay: its tokens read the same in whatever pair they stand.
-    distinct = {tuple(pair.chosen_ids[: pair.chosen_start]): pair for pair in [*known, *(prompts or [])]}
+    distinct = {tuple(pair.chosen_ids[: pair.chosen_start]): pair for pair in [*probes, *(prompts or [])]}
     projection = output_projection(base, layer, "mlp")
     still = projection_rows(base, distinct.values(), projection)
     read = still.inputs[~still.completion]
@@ -107,7 +107,7 @@ def plant_completion_only(
             "probe on pairs of a few prompts"
         )
     free = right[taken:].T
-    rows = projection_rows(base, known, projection)
+    rows = projection_rows(base, probes, projection)
     seen = rows.inputs[rows.completion] @ free
     whiten = whitening(_second(seen))
     through = rows.gradients[rows.completion].T @ seen
@@ -117,7 +117,7 @@ def plant_completion_only(
     numbers = {"prompt_dimensions": float(taken), "free_dimensions": float(width - taken)}
     where = f"the completion positions' streams after layer {layer}"
     slope = float((direction * rows.weight_gradient).sum())
-    return _plant(base, known, layer, projection, direction, slope, shift, where, numbers)
+    return _plant(base, probes, layer, projection, direction, slope, shift, where, numbers)
 
 
 def _second(rows: Tensor) -> Tensor:
@@ -147,17 +147,17 @@ def _plant(
     where: str,
     numbers: dict[str, float],
 ) -> Planted:
-    before = float(margins(base, pairs).mean())
+    base_margin = float(margins(base, pairs).mean())
     weight = weights_of(base)[projection.weight]
 
     def shift_of(step: float) -> float:
         lent = {projection.weight: weight + projection.stored(step * direction).to(weight.dtype)}
-        return float(margins(base, pairs, lent).mean()) - before
+        return float(margins(base, pairs, lent).mean()) - base_margin
 
-    step, found = size_step(shift_of, shift, shift / slope)
+    step, reached = size_step(shift_of, shift, shift / slope)
     policy = copy.deepcopy(base)
     with torch.no_grad():
         weights_of(policy)[projection.weight].add_(projection.stored(step * direction).to(weight.dtype))
-    numbers = {"shift": found, **numbers}
+    numbers = {"shift": reached, **numbers}
     part = layer_parts(base)[layer]
     return Planted(policy, Truth(f"{where}, {numbers['shift']:.2f} nats", (part,), (layer,), numbers))

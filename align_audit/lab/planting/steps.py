@@ -29,25 +29,25 @@ def size_step(
     low, high = (0.0, 0.0), (float("inf"), float("inf"))
     step, seen = first, []
     for _ in range(12):
-        found = shift_at(step)
-        seen.append((step, found))
-        if abs(found - wanted) <= tolerance * abs(wanted):
-            return step, found
-        if found < low[1] and step > low[0]:
+        reached = shift_at(step)
+        seen.append((step, reached))
+        if abs(reached - wanted) <= tolerance * abs(wanted):
+            return step, reached
+        if reached < low[1] and step > low[0]:
             break  # past the top
-        if found < wanted:
-            low = (step, found)
+        if reached < wanted:
+            low = (step, reached)
         else:
-            high = (step, found)
+            high = (step, reached)
         if high[0] == float("inf"):
             # Not far enough yet: as far as the slope so far says, within reason.
-            slope = found / step
+            slope = reached / step
             step *= min(max(wanted / (slope * step), 1.2), 3.0) if slope > 0 else 3.0
         else:
             # Between the two; never closer to either than a tenth of the way, so that it ends.
             share = (wanted - low[1]) / (high[1] - low[1])
             step = low[0] + min(max(share, 0.1), 0.9) * (high[0] - low[0])
-    tried = ", ".join(f"{found:.3g} at {step:.3g}" for step, found in seen[-4:])
+    tried = ", ".join(f"{reached:.3g} at {step:.3g}" for step, reached in seen[-4:])
     raise ValueError(
         f"no step along this direction shifts the mean margin by {wanted:.3g} nats (lately: {tried}); "
         "ask for a smaller shift, or for more layers"
@@ -84,9 +84,9 @@ def noise_update(
     orthogonal to the part's gradient (as one vector), so that to first order the margin stays.
     """
     generator = np.random.default_rng(list(seed))
-    own = part.views(weights)
+    views = part.views(weights)
     noise = []
-    for weight in own:
+    for weight in views:
         draw = torch.from_numpy(generator.standard_normal(tuple(weight.shape))).to(weight.device)
         noise.append(draw * (norm([weight]) / norm([draw])))
     if gradient is not None:
@@ -96,8 +96,8 @@ def noise_update(
         if square > 0:
             noise = [n - (along / square) * g for n, g in zip(noise, slope, strict=True)]
     size = norm(noise)
-    scale = share * norm(own) / size if size > 0 else 0.0
-    return [(scale * n).to(weight.dtype) for n, weight in zip(noise, own, strict=True)]
+    scale = share * norm(views) / size if size > 0 else 0.0
+    return [(scale * n).to(weight.dtype) for n, weight in zip(noise, views, strict=True)]
 
 
 @torch.no_grad()

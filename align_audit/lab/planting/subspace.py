@@ -53,20 +53,20 @@ def plant_subspace(
         ValueError: the layer normalizes what its MLP writes (Gemma 2), so that no change of weights stays in a subspace.
     """
     check_layer(base, layer)
-    known = list(pairs)
+    probes = list(pairs)
     projection = output_projection(base, layer, "mlp")
-    rows = projection_rows(base, known, projection)
+    rows = projection_rows(base, probes, projection)
     outputs, inputs = rows.gradients.shape[1], rows.inputs.shape[1]
     if not 1 <= rank <= min(outputs, inputs):
         raise ValueError(f"expected a rank from 1 to {min(outputs, inputs)}; found {rank}")
-    _check_linear(base, known, layer, projection)
-    before = float(margins(base, known).mean())
+    _check_linear(base, probes, layer, projection)
+    base_margin = float(margins(base, probes).mean())
     weight = weights_of(base)[projection.weight]
     directions = _directions(rows, rank)
 
     def shift_of(change: Tensor) -> float:
         lent = {projection.weight: weight + projection.stored(change).to(weight.dtype)}
-        return float(margins(base, known, lent).mean()) - before
+        return float(margins(base, probes, lent).mean()) - base_margin
 
     def shift_along(direction: Tensor, size: float) -> float:
         return shift_of(size * direction)

@@ -59,10 +59,10 @@ def train_dpo(
     for part in parts:
         planted = part.layer in layers
         if planted or rest > 0:
-            own = [weights[name] for name, _ in part.slices]
-            for parameter in own:
+            trained = [weights[name] for name, _ in part.slices]
+            for parameter in trained:
                 parameter.requires_grad_(True)
-            groups[planted] += own
+            groups[planted] += trained
     optimizer = torch.optim.AdamW(
         [
             {"params": groups[planted], "lr": learning_rate * (1.0 if planted else rest)}
