@@ -9,6 +9,7 @@ a room; ``test_house.py`` holds them.
 from __future__ import annotations
 
 import ast
+import functools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,6 +82,12 @@ def imports(path: Path, *, top: bool = False) -> list[Import]:
 
     ``from a import b`` counts as both ``a`` and ``a.b``.
     """
+    return _imports(path, top, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _imports(path: Path, top: bool, written: int) -> list[Import]:
+    """:func:`imports` of the file as it was ``written`` at that time; asked for many times over."""
     seen: list[Import] = []
 
     def visit(node: ast.AST) -> None:

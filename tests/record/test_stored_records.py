@@ -103,15 +103,17 @@ def test_a_line_is_taken_where_its_record_would_be(damage: str) -> None:
     whole, taken = filled(), 0
     assert head_of_line(json.dumps(whole).encode()) is not None
     for at in list(places(whole))[1:]:
-        values = copy.deepcopy(whole)
-        inside = functools.reduce(lambda value, key: value[key], at[:-1], values)
+        inside: Any = functools.reduce(lambda value, key: value[key], at[:-1], whole)
+        kept = copy.copy(inside)
         if damage == "one field less":
             del inside[at[-1]]
         elif damage == "one more field" and isinstance(inside[at[-1]], dict):
-            inside[at[-1]]["unheard of"] = 1
+            inside[at[-1]] = inside[at[-1]] | {"unheard of": 1}
         else:
             inside[at[-1]] = None if damage == "nothing" else [{"odd": "value"}]
-        line = json.dumps(values).encode()
+        line = json.dumps(whole).encode()
+        inside.clear()
+        inside.extend(kept) if isinstance(inside, list) else inside.update(kept)
         record = parse_line(line)
         assert (head_of_line(line) is None) == (record is None), at
         taken += record is not None
