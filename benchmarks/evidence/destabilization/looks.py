@@ -1,0 +1,69 @@
+"""When a run is looked at, and how: the one place that says at which steps the truth is measured and audits are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from destabilization.kinds import STEPS, Case
+
+TRUTH_EVERY = 4
+"""Steps between two measurements of the ground truth: twice as dense as audits."""
+FIRST_LOOKS = (5, 10, 20, 40)
+"""Where the schedule of health audits looks first, whatever the budget."""
+FULL = (8, 32, STEPS)
+"""Steps of full audits: what the inside adds is told from these. They are health audits of the same steps too."""
+
+
+@dataclass(frozen=True)
+class Looks:
+    """The audits of a run.
+
+    Attributes:
+        every: steps between two health audits, beside the first looks.
+        pairs: probe pairs.
+    """
+
+    every: int
+    pairs: int
+
+    @property
+    def health(self) -> tuple[int, ...]:
+        """Steps of health audits, with the one before the first step."""
+        return tuple(sorted({0, *FIRST_LOOKS, *range(self.every, STEPS + 1, self.every), STEPS}))
+
+    @property
+    def full(self) -> tuple[int, ...]:
+        """Steps of full audits."""
+        return FULL
+
+
+def truth_steps() -> tuple[int, ...]:
+    """Steps at which the ground truth is measured, from 0 on."""
+    return tuple(range(0, STEPS + 1, TRUTH_EVERY))
+
+
+def looks(case: Case) -> Looks:
+    """Tuning: every 8 steps on 24 pairs. Scoring: every 6 steps, on 24, 64 or 8 pairs in turn from seed to seed."""
+    if case.split == "tuning":
+        return Looks(every=8, pairs=24)
+    return Looks(every=6, pairs=(24, 64, 8)[case.seed % 3])
+
+
+def kept_steps(case: Case) -> frozenset[int]:
+    """Steps whose weights a run keeps."""
+    return frozenset({*truth_steps(), *looks(case).health, *looks(case).full})
+
+
+def audit_options(case: Case, *, full: bool) -> dict[str, Any]:
+    """``AuditConfig.from_dict`` of an audit: as the defaults say, but for what takes time and tells rules nothing."""
+    options: dict[str, Any] = {
+        "max_pairs": looks(case).pairs,
+        "progress": False,
+        "tensorboard": "off",
+        "strict": True,
+    }
+    if full:
+        return options | {"statistics": {"resamples": 200}, "low_rank": {"layers": "auto", "random_draws": 0}}
+    off = {"enabled": False}
+    return options | {"patching": off, "localization": off, "low_rank": off, "spinal": off}
