@@ -56,14 +56,21 @@ def kept_steps(case: Case) -> frozenset[int]:
 
 
 def audit_options(case: Case, *, full: bool) -> dict[str, Any]:
-    """``AuditConfig.from_dict`` of an audit: as the defaults say, but for what takes time and tells rules nothing."""
+    """``AuditConfig.from_dict`` of an audit: as the defaults say, but for what takes time and tells rules nothing.
+
+    Continuations may be 64 tokens long, since the answers of these models are about 50.
+    """
     options: dict[str, Any] = {
         "max_pairs": looks(case).pairs,
+        "generations": {"max_new_tokens": 64},
         "progress": False,
         "tensorboard": "off",
         "strict": True,
     }
-    if full:
-        return options | {"statistics": {"resamples": 200}, "low_rank": {"layers": "auto", "random_draws": 0}}
-    off = {"enabled": False}
-    return options | {"patching": off, "localization": off, "low_rank": off, "spinal": off}
+    if not full:
+        return options
+    return options | {
+        "patching": {"noise_draws": 1},
+        "localization": {"selection_resamples": 20, "permutations": 5},
+        "low_rank": {"bases": ["shift"], "ranks": [1, 2, 4, 8, 16], "random_draws": 0},
+    }
