@@ -123,6 +123,7 @@ TUNING_BASES = (
     Base("gentle", "healthy", learning_rate=5e-5, beta=0.3),
     Base("cosine", "healthy", learning_rate=2e-4, schedule="cosine", warmup_steps=8),
     Base("adapter", "healthy", learning_rate=1e-3, lora_rank=8, lora_targets=PROJECTIONS),
+    Base("adapter-gentle", "healthy", learning_rate=3e-4, lora_rank=8, lora_targets=PROJECTIONS),
     Base("brisk", "bait", learning_rate=2.5e-4, beta=0.1),
     Base("bump", "bait", learning_rate=3e-4, schedule="cosine", warmup_steps=24),
 )
