@@ -13,6 +13,7 @@ from typing import Any
 from scipy.stats import binomtest
 
 from destabilization.kinds import STEPS
+from destabilization.packages import package_rules
 from destabilization.rivals import LAXNESS, rival_rules
 from destabilization.rules import AUDIT_RULES, Raised, RuleSet, alarms
 from destabilization.stored import DATA, StoredRun, load
@@ -146,15 +147,19 @@ def main(options: argparse.Namespace) -> None:
     runs = load(options.split, options.data)
     groups = Groups.of(runs)
     tuning_healthy = Groups.of(load("tuning", options.data)).healthy
-    sets = [*AUDIT_RULES, *rival_rules(tuning_healthy)]
+    packages, absent = package_rules()
+    rivals = rival_rules(tuning_healthy)
+    sets = [*AUDIT_RULES, *rivals, *packages]
     summaries = [summary(groups, rules) for rules in sets]
     print_fates(runs)
     print_summaries(summaries)
-    print_kinds(groups, [sets[0], sets[1], sets[-2], sets[-1]])
+    if absent:
+        print(f"Not installed, and so not in the table: {', '.join(absent)}.\n")
+    print_kinds(groups, [*AUDIT_RULES, *rivals[-2:]])
     print_names(summaries)
     result: dict[str, Any] = {"split": options.split, "summaries": summaries}
     if options.curves:
-        result["curves"] = {rules.name: curve(groups, rules) for rules in sets}
+        result["curves"] = {rules.name: curve(groups, rules) for rules in [*AUDIT_RULES, *rivals]}
         print_curves(result["curves"], len(groups.healthy))
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
