@@ -30,10 +30,12 @@ from destabilization import (
 from destabilization.inside import auroc
 from destabilization.kinds import Case
 from destabilization.lines import Truth
-from destabilization.stored import LogRow, StoredRun
+from destabilization.stored import StoredRun
 
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
 from align_audit.lab import MODEL_DIR
+from align_audit.record.training_log import LogRow
+from align_audit.rules.table import LIMITS
 
 START = Truth(
     0, text=2.0, preferred=2.0, dispreferred=2.0, distinct=0.9, compression=0.4, length=40, ended=1.0, foreign=0.0
@@ -350,7 +352,7 @@ def test_rules_of_evaluations_compare_with_the_start() -> None:
 def test_tuning_takes_the_strictest_limits_without_a_false_alarm() -> None:
     healthy = [stored_run([START], loss_log([0.7] * 20 + [1.2, 1.2]))]
     limit = rivals.tuned(healthy, ("loss spike",))["loss spike"]
-    rules_of = rules.RuleSet("spike", rivals.union({"loss spike": 1.0}), "log")
+    rules_of = rules.RuleSet("spike", rivals.union({"loss spike": 1.0}))
     stricter = rivals.LAXNESS[rivals.LAXNESS.index(limit) - 1]
     assert rules.alarms(healthy[0], rules_of, limit) == []
     assert [raised.step for raised in rules.alarms(healthy[0], rules_of, stricter)] == [22]
@@ -358,7 +360,7 @@ def test_tuning_takes_the_strictest_limits_without_a_false_alarm() -> None:
 
 def test_alarms_before_a_fault_are_its_twins() -> None:
     log = loss_log([0.7] * 20 + [1.5, 1.5, 0.7, 0.7])
-    spike = rules.RuleSet("spike", rivals.union({"loss spike": 1.0}), "log")
+    spike = rules.RuleSet("spike", rivals.union({"loss spike": 1.0}))
     assert [raised.step for raised in rules.alarms(stored_run([START], log), spike)] == [22]
     assert rules.alarms(stored_run([START], log, fault_step=22), spike) == []
 
@@ -366,7 +368,7 @@ def test_alarms_before_a_fault_are_its_twins() -> None:
 def test_recall_false_alarms_and_lead_are_counted() -> None:
     ruined = [START, *(at(step, text=3.0) for step in (24, 28))]
     healthy = [START, at(24), at(28)]
-    spike = rules.RuleSet("spike", rivals.union({"loss spike": 1.0}), "log")
+    spike = rules.RuleSet("spike", rivals.union({"loss spike": 1.0}))
     runs = [
         stored_run(ruined, loss_log([0.7] * 20 + [1.5, 1.5]), name="seen"),
         stored_run(ruined, loss_log([0.7] * 28), name="missed"),
@@ -382,7 +384,15 @@ def test_recall_false_alarms_and_lead_are_counted() -> None:
 
 def test_limits_of_one_are_the_defaults() -> None:
     assert rules.limits(1.0) == AuditConfig().alerts
-    assert rules.limits(2.0).kl_error == 2 * AuditConfig().alerts.kl_error
+    assert all(rules.moved(limit, 1.0) == pytest.approx(limit.default, abs=1e-5) for limit in LIMITS.values())
+
+
+@pytest.mark.parametrize("laxness", rivals.LAXNESS)
+def test_moved_limits_are_allowed_and_on_the_lax_side(laxness: float) -> None:
+    config = rules.limits(laxness)
+    for name, limit in LIMITS.items():
+        change = (getattr(config, name) - limit.default) * (1 if limit.direction == "above" else -1)
+        assert change == 0 or (change > 0) == (laxness > 1), name
 
 
 def test_wilson_bounds_are_printed_also_of_none() -> None:

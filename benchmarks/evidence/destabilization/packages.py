@@ -11,15 +11,14 @@ from __future__ import annotations
 import importlib.util
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from align_audit.record.audit_record import AuditRecord
-from destabilization.rules import Alarm, Judge, RuleSet
-from destabilization.stored import LogRow
+from align_audit.record.training_log import LogRow
+from destabilization.rules import Level, LogRules, RuleSet, of_log
 
 
-def _trainpulse(log: Sequence[LogRow]) -> list[Alarm]:
+def _trainpulse(log: Sequence[LogRow]) -> list[tuple[str, Level]]:
     """Its ``Monitor`` takes every metric that is logged; alerts of the newest row."""
     from trainpulse import Monitor
 
@@ -27,13 +26,13 @@ def _trainpulse(log: Sequence[LogRow]) -> list[Alarm]:
     for row in log:
         alerts = [alert for name, value in row.logs.items() for alert in monitor.log(name, row.step, value)]
     return [
-        Alarm(alert.detector, "error" if alert.severity.value == "critical" else "warning")
+        (alert.detector, "error" if alert.severity.value == "critical" else "warning")
         for alert in alerts
         if alert.severity.value != "info"
     ]
 
 
-def _losslint(log: Sequence[LogRow]) -> list[Alarm]:
+def _losslint(log: Sequence[LogRow]) -> list[tuple[str, Level]]:
     """Its checks on the log so far, as its watch mode makes them."""
     from losslint.checks import run_all_checks
     from losslint.parsing import RunLog
@@ -41,10 +40,10 @@ def _losslint(log: Sequence[LogRow]) -> list[Alarm]:
     names = sorted({name for row in log for name in row.logs})
     series = {name: [row.logs.get(name) for row in log] for name in names}
     findings = run_all_checks(RunLog([row.step for row in log], series, Path(tempfile.gettempdir())))
-    return [Alarm(found.check, found.severity) for found in findings if found.severity != "info"]
+    return [(found.check, found.severity) for found in findings if found.severity != "info"]
 
 
-def _training_doctor(log: Sequence[LogRow]) -> list[Alarm]:
+def _training_doctor(log: Sequence[LogRow]) -> list[tuple[str, Level]]:
     """Its ``Doctor``, fed row by row as its callback does (which crashes in a trainer of today)."""
     from training_doctor.doctor import Doctor
 
@@ -52,13 +51,13 @@ def _training_doctor(log: Sequence[LogRow]) -> list[Alarm]:
     for row in log:
         diagnoses = doctor.log(row.step, **row.logs)
     return [
-        Alarm(diagnosis.problem, "error" if diagnosis.severity.value == "critical" else "warning")
+        (diagnosis.problem, "error" if diagnosis.severity.value == "critical" else "warning")
         for diagnosis in diagnoses
         if diagnosis.severity.value != "info"
     ]
 
 
-def _trainscope(log: Sequence[LogRow]) -> list[Alarm]:
+def _trainscope(log: Sequence[LogRow]) -> list[tuple[str, Level]]:
     """Its default detector on the training loss."""
     from trainscope.core.detectors import ChangePointDetector
 
@@ -67,10 +66,10 @@ def _trainscope(log: Sequence[LogRow]) -> list[Alarm]:
         loss = row.logs.get("loss", math.nan)
         if math.isfinite(loss):
             score = detector.update(loss)
-    return [] if score is None or "loss" not in log[-1].logs else [Alarm("loss spike", "error")]
+    return [] if score is None or "loss" not in log[-1].logs else [("loss spike", "error")]
 
 
-PACKAGES: dict[str, Callable[[Sequence[LogRow]], list[Alarm]]] = {
+PACKAGES: dict[str, LogRules] = {
     "trainpulse": _trainpulse,
     "losslint": _losslint,
     "training_doctor": _training_doctor,
@@ -78,17 +77,12 @@ PACKAGES: dict[str, Callable[[Sequence[LogRow]], list[Alarm]]] = {
 }
 
 
-def _fixed(judge_log: Callable[[Sequence[LogRow]], list[Alarm]]) -> Callable[[float], Judge]:
-    """Rules without a dial: a package is run as it comes."""
-
-    def judge(records: Sequence[AuditRecord], log: Sequence[LogRow]) -> list[Alarm]:
-        return judge_log(log) if log else []
-
-    return lambda laxness: judge
-
-
 def package_rules() -> tuple[list[RuleSet], list[str]]:
-    """The packages that are installed, and the names of those that are not."""
+    """The packages that are installed, and the names of those that are not. They have no dial: laxness changes nothing."""
     installed = {name: importlib.util.find_spec(name) is not None for name in PACKAGES}
-    rules = [RuleSet(f"package {name}", _fixed(PACKAGES[name]), "log") for name, there in installed.items() if there]
+    rules = [
+        RuleSet(f"package {name}", lambda laxness, judge=PACKAGES[name]: of_log(judge))
+        for name, there in installed.items()
+        if there
+    ]
     return rules, [name for name, there in installed.items() if not there]

@@ -6,14 +6,13 @@ of 1 limits are as people write them, at 2 twice as far from what is usual.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, median
 
-from align_audit.record.audit_record import AuditRecord
-from destabilization.rules import Alarm, Judge, RuleSet, alarms
-from destabilization.stored import LogRow, StoredRun
+from align_audit.record.training_log import LogRow
+from destabilization.rules import Alarms, Level, RuleSet, alarms, of_log
+from destabilization.stored import StoredRun
 
 WINDOW = 16
 SHORT = 8
@@ -130,14 +129,14 @@ SIX = (
 """The union that did best by hand in a pilot."""
 
 
-def union(rules: Mapping[str, float]) -> Callable[[float], Judge]:
+def union(rules: Mapping[str, float]) -> Callable[[float], Alarms]:
     """Rules by name, each with a laxness of its own, which a common one multiplies. Each of them is an error."""
 
-    def at(laxness: float) -> Judge:
-        def judge(records: Sequence[AuditRecord], log: Sequence[LogRow]) -> list[Alarm]:
-            return [Alarm(name, "error") for name, own in rules.items() if log and SINGLE[name](log, own * laxness)]
+    def at(laxness: float) -> Alarms:
+        def speaking(log: Sequence[LogRow]) -> list[tuple[str, Level]]:
+            return [(name, "error") for name, own in rules.items() if SINGLE[name](log, own * laxness)]
 
-        return judge
+        return of_log(speaking)
 
     return at
 
@@ -150,7 +149,7 @@ def tuned(healthy: Sequence[StoredRun], names: Sequence[str]) -> dict[str, float
     """Each rule as strict as it may be without a false alarm in any of these runs; rules that always have one are left out."""
     chosen = {}
     for name in names:
-        rules = RuleSet(name, union({name: 1.0}), "log")
+        rules = RuleSet(name, union({name: 1.0}))
         # Strictest first.
         for laxness in LAXNESS:
             if not any(alarms(run, rules, laxness) for run in healthy):
@@ -163,10 +162,9 @@ def rival_rules(healthy_tuning: Sequence[StoredRun]) -> list[RuleSet]:
     """Every rule alone as people write it, the six, and all of them with limits tuned on these healthy runs."""
     every = tuned(healthy_tuning, tuple(SINGLE))
     six = {name: laxness for name, laxness in every.items() if name in SIX}
-    make = functools.partial(RuleSet, reads="log")
     return [
-        *(make(name, union({name: 1.0})) for name in SINGLE),
-        make("the six, as written", union(dict.fromkeys(SIX, 1.0))),
-        make("the six, tuned", union(six)),
-        make("all of the log, tuned", union(every)),
+        *(RuleSet(name, union({name: 1.0})) for name in SINGLE),
+        RuleSet("the six, as written", union(dict.fromkeys(SIX, 1.0))),
+        RuleSet("the six, tuned", union(six)),
+        RuleSet("all of the log, tuned", union(every)),
     ]

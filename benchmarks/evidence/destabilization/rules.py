@@ -1,4 +1,4 @@
-"""A set of alert rules, as it is scored: from what is known at a step to the alarms that are open then."""
+"""A set of alert rules, as it is scored: what is known at a step goes in, the alarms that are open then come out."""
 
 from __future__ import annotations
 
@@ -6,40 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from align_audit.alerts.detectors import evaluate
+from align_audit.alerts.detectors import judge
 from align_audit.config import AlertConfig
 from align_audit.record.audit_record import AuditRecord
-from destabilization.stored import LogRow, StoredRun
+from align_audit.record.training_log import LogRow
+from align_audit.rules.table import LIMITS, Limit
+from destabilization.kinds import STEPS
+from destabilization.stored import StoredRun
 
 Level = Literal["warning", "error"]
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """What a rule says at the last step it was shown."""
-
-    rule: str
-    level: Level
-
-
-Judge = Callable[[Sequence[AuditRecord], Sequence[LogRow]], list[Alarm]]
-"""From the records and the log so far, oldest first, to the alarms of the newest of them."""
-
-
-@dataclass(frozen=True)
-class RuleSet:
-    """Rules under a name.
-
-    Attributes:
-        at: the rules with limits that lie so many times as far from what is usual: 1 is how they come.
-        reads: ``log``: judged at each step of training. ``audits``: at each look.
-        inside: full audits are among the records that it is shown.
-    """
-
-    name: str
-    at: Callable[[float], Judge]
-    reads: Literal["log", "audits"]
-    inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,61 +26,115 @@ class Raised:
     level: Level
 
 
+Alarms = Callable[[StoredRun], list[Raised]]
+"""All alarms of a run; each step is judged by what was known then."""
+
+
+@dataclass(frozen=True)
+class RuleSet:
+    """Rules under a name.
+
+    Attributes:
+        at: the rules with limits that lie so many times as far from what is usual: 1 is how they come.
+    """
+
+    name: str
+    at: Callable[[float], Alarms]
+
+
 def alarms(run: StoredRun, rules: RuleSet, laxness: float = 1.0) -> list[Raised]:
     """The first alarm of each rule and level in a run, by step.
 
     A run with a fault is judged after the fault begins: before that it is its twin, which is judged by itself.
     """
-    judge = rules.at(laxness)
-    records = run.records if rules.inside else run.health
-    steps = run.looks if rules.reads == "audits" else sorted({row.step for row in run.log})
     first: dict[tuple[str, Level], Raised] = {}
-    for step in (step for step in steps if step > (run.fault_step or 0)):
-        seen = [record for record in records if record.step <= step]
-        log = [row for row in run.log if row.step <= step]
-        for alarm in judge(seen, log):
-            first.setdefault((alarm.rule, alarm.level), Raised(step, alarm.rule, alarm.level))
-    return sorted(first.values(), key=lambda raised: (raised.step, raised.level, raised.rule))
+    for raised in sorted(rules.at(laxness)(run), key=lambda raised: (raised.step, raised.level, raised.rule)):
+        if raised.step > (run.fault_step or 0):
+            first.setdefault((raised.rule, raised.level), raised)
+    return list(first.values())
+
+
+LogRules = Callable[[Sequence[LogRow]], list[tuple[str, Level]]]
+"""From the trainer's log so far, oldest row first, to the rules that speak at its newest row."""
+
+
+def of_log(rules: LogRules) -> Alarms:
+    """Alarms at each row of the trainer's log."""
+
+    def alarms_of(run: StoredRun) -> list[Raised]:
+        return [
+            Raised(run.log[place - 1].step, rule, level)
+            for place in range(1, len(run.log) + 1)
+            for rule, level in rules(run.log[:place])
+        ]
+
+    return alarms_of
+
+
+def moved(limit: Limit, laxness: float) -> float:
+    """A limit so many times as far from what is usual, inside of what the option may be.
+
+    A share of something is usual at 1, everything else at 0.
+
+    Example:
+        >>> moved(LIMITS["kl_warning"], 2.0) / LIMITS["kl_warning"].default
+        2.0
+        >>> moved(LIMITS["entropy_ratio_high"], 2.0) == 1 + 2 * (LIMITS["entropy_ratio_high"].default - 1)
+        True
+    """
+    if limit.level is None or not limit.relative:
+        return limit.default
+    if limit.above >= 1:
+        value = 1 + (limit.default - 1) * laxness
+    elif limit.direction == "below" and limit.below <= 1:
+        value = limit.default**laxness
+    elif limit.direction == "below":
+        value = limit.default / laxness
+    else:
+        value = limit.default * laxness
+    edge = 1e-6
+    return min(max(value, limit.above + edge), limit.below - edge)
 
 
 def limits(laxness: float) -> AlertConfig:
-    """The limits of the alert rules, so many times as far from what a healthy run shows as the defaults are."""
-    default = AlertConfig()
-    ratio = {
-        "entropy_ratio_low": default.entropy_ratio_low**laxness,
-        "entropy_ratio_high": default.entropy_ratio_high**laxness,
-        "token_accuracy_ratio_error": default.token_accuracy_ratio_error**laxness,
-    }
-    distance = {
-        name: getattr(default, name) * laxness
-        for name in ("chosen_drop_warning", "chosen_drop_error", "kl_warning", "kl_error")
-    }
-    share = {
-        name: min(getattr(default, name) * laxness, 0.999) for name in ("accuracy_drop_warning", "accuracy_drop_error")
-    }
-    return AlertConfig(**ratio, **distance, **share)
+    """The alert rules with all their limits moved together; 1: the defaults."""
+    if laxness == 1:
+        return AlertConfig()
+    return AlertConfig(**{name: moved(limit, laxness) for name, limit in LIMITS.items()})
 
 
-def align_audit_rules(laxness: float) -> Judge:
-    """The package's own rules. Info is no alarm. A full audit of the same step as a health audit is judged with it."""
-    config = limits(laxness)
+def align_audit_rules(*, log: bool, full: bool) -> Callable[[float], Alarms]:
+    """The package's own rules, asked as in a run: each audit with its alerts is known to those after it.
 
-    def judge(records: Sequence[AuditRecord], log: Sequence[LogRow]) -> list[Alarm]:
-        if not records:
-            return []
-        newest = [record for record in records if record.step == records[-1].step]
-        raised = []
-        for record in newest:
-            earlier = [other for other in records if other.step < record.step]
-            raised += [
-                Alarm(alert.rule, alert.level) for alert in evaluate(record, earlier, config) if alert.level != "info"
-            ]
-        return raised
+    Args:
+        log: they read the trainer's log up to the audit too.
+        full: full audits are made at their steps, beside the looks.
+    """
 
-    return judge
+    def at(laxness: float) -> Alarms:
+        config = limits(laxness)
+
+        def alarms_of(run: StoredRun) -> list[Raised]:
+            raised: list[Raised] = []
+            earlier: list[AuditRecord] = []
+            for record in run.records if full else run.health:
+                known = [row for row in run.log if row.step <= record.step] if log else []
+                alerts = judge(record, earlier, known, config, max_steps=STEPS)
+                earlier.append(record.model_copy(update={"alerts": alerts}))
+                raised += [
+                    Raised(record.step, alert.rule, alert.level)
+                    for alert in alerts
+                    if alert.level != "info" and alert.event != "resolved" and record.step > 0
+                ]
+            return raised
+
+        return alarms_of
+
+    return at
 
 
 AUDIT_RULES = (
-    RuleSet("align_audit, health audits", align_audit_rules, "audits"),
-    RuleSet("align_audit, with full audits", align_audit_rules, "audits", inside=True),
+    RuleSet("align_audit, looks and log", align_audit_rules(log=True, full=False)),
+    RuleSet("align_audit, looks alone", align_audit_rules(log=False, full=False)),
+    RuleSet("align_audit, with full audits", align_audit_rules(log=True, full=True)),
 )

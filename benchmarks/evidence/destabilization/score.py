@@ -155,7 +155,7 @@ def main(options: argparse.Namespace) -> None:
     print_summaries(summaries)
     if absent:
         print(f"Not installed, and so not in the table: {', '.join(absent)}.\n")
-    print_kinds(groups, [*AUDIT_RULES, *rivals[-2:]])
+    print_kinds(groups, [*AUDIT_RULES[:2], *rivals[-2:]])
     print_names(summaries)
     result: dict[str, Any] = {"split": options.split, "summaries": summaries}
     if options.curves:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from statistics import fmean
 
 from align_audit.record.audit_record import AuditRecord, Estimate
-from destabilization.stored import LogRow
+from align_audit.record.training_log import LogRow
 
 Signal = Callable[[AuditRecord], float]
 

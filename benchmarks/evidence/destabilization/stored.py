@@ -11,18 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from align_audit.record.audit_record import AuditRecord
+from align_audit.record.training_log import LogRow
 from destabilization.kinds import STEPS, Split
 from destabilization.lines import Outcome, Truth, outcome
 
 DATA = Path(__file__).parent / "data"
-
-
-@dataclass(frozen=True)
-class LogRow:
-    """What the trainer logged at one event: name → value, as it gave them."""
-
-    step: int
-    logs: dict[str, float]
 
 
 @dataclass(frozen=True, eq=False)
