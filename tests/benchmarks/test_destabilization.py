@@ -77,6 +77,12 @@ def test_each_fault_of_the_scoring_split_meets_each_model_in_three_seeds() -> No
     assert len(met) == 3 * len(kinds.SCORING_FAULTS)
 
 
+def test_in_nine_seeds_a_fault_meets_each_model_on_each_number_of_pairs() -> None:
+    every = [case for seed in range(9) for case in kinds.cases("scoring", seed) if case.fault]
+    met = {(case.kind, case.base.model, looks.looks(case).pairs) for case in every}
+    assert len(met) == 9 * len(kinds.SCORING_FAULTS)
+
+
 def test_faults_name_what_there_is() -> None:
     every = [*kinds.SCORING_FAULTS, *(fault for faults_ in kinds.TUNING_FAULTS.values() for fault in faults_)]
     assert {fault.rows for fault in every} - {None} <= set(corruptions.CORRUPTIONS)
@@ -214,15 +220,21 @@ def shipped() -> tuple[Any, Any]:
 def test_nats_per_token_are_the_models_own_loss(shipped: tuple[Any, Any]) -> None:
     model, tokenizer = shipped
     rows = [tokenizer(text)["input_ids"] for text in models.texts("llama", 0, 1).natural[:3]]
-    losses = [float(model(torch.tensor([row]), labels=torch.tensor([row])).loss) * (len(row) - 1) for row in rows]
+    with torch.no_grad():
+        losses = [float(model(torch.tensor([row]), labels=torch.tensor([row])).loss) * (len(row) - 1) for row in rows]
     expected = sum(losses) / sum(len(row) - 1 for row in rows)
     assert truth.nats_per_token(model, [(row, 1) for row in rows]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_continuations_are_what_the_model_generates_from_each_prompt_alone(shipped: tuple[Any, Any]) -> None:
+def test_continuations_are_what_the_model_generates_from_each_prompt_alone(
+    shipped: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tokenizer = shipped
+    monkeypatch.setattr(truth, "NEW_TOKENS", 50)
+    monkeypatch.setattr(models, "PROMPTS", 4)
     meter = truth.TruthMeter("llama", tokenizer, models.texts("llama", 0, 1))
     continued, ended = meter._continue(model)
+    assert len({len(prompt) for prompt in meter._prompts}) > 1
     for row in range(4):
         prompt = torch.tensor([meter._prompts[row]])
         whole = model.generate(prompt, max_new_tokens=truth.NEW_TOKENS, do_sample=False)[0, prompt.shape[1] :].tolist()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from destabilization.kinds import STEPS, Case
+from destabilization.kinds import FIRST_SEED, STEPS, Case
 
 TRUTH_EVERY = 4
 """Steps between two measurements of the ground truth: twice as dense as audits."""
@@ -43,11 +43,20 @@ def truth_steps() -> tuple[int, ...]:
     return tuple(range(0, STEPS + 1, TRUTH_EVERY))
 
 
+PAIRS = (24, 64, 8)
+"""Probe pairs of the scoring split."""
+
+
 def looks(case: Case) -> Looks:
-    """Tuning: every 8 steps on 24 pairs. Scoring: every 6 steps, on 24, 64 or 8 pairs in turn from seed to seed."""
+    """Tuning: every 8 steps on 24 pairs. Scoring: every 6 steps, on 24, 64 or 8 pairs.
+
+    The pairs go on from seed to seed, and one further every third seed: the models that a fault meets repeat every third
+    seed too, so that in nine seeds it meets each model on each number of pairs.
+    """
     if case.split == "tuning":
         return Looks(every=8, pairs=24)
-    return Looks(every=6, pairs=(24, 64, 8)[case.seed % 3])
+    seed = case.seed - FIRST_SEED["scoring"]
+    return Looks(every=6, pairs=PAIRS[(seed + seed // 3) % 3])
 
 
 def kept_steps(case: Case) -> frozenset[int]:
