@@ -14,6 +14,7 @@ from scipy.stats import binomtest
 
 from destabilization.kinds import STEPS
 from destabilization.packages import package_rules
+from destabilization.picture import draw
 from destabilization.rivals import LAXNESS, rival_rules
 from destabilization.rules import AUDIT_RULES, Raised, RuleSet, alarms
 from destabilization.stored import DATA, StoredRun, load
@@ -31,6 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--curves", action="store_true", help="also at other limits: recall and lead at equal false alarms"
     )
+    parser.add_argument("--picture", type=Path, help="with --curves: also draw them there (PNG)")
     parser.add_argument("--json", type=Path, help="also write all of it there")
 
 
@@ -161,6 +163,9 @@ def main(options: argparse.Namespace) -> None:
     if options.curves:
         result["curves"] = {rules.name: curve(groups, rules) for rules in [*AUDIT_RULES, *rivals]}
         print_curves(result["curves"], len(groups.healthy))
+        if options.picture is not None:
+            told = [rules.name for rules in [*AUDIT_RULES, *rivals[-2:]]]
+            draw(result["curves"], told, options.picture)
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
