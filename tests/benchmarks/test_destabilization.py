@@ -92,7 +92,7 @@ def test_faults_name_what_there_is() -> None:
 def test_truth_is_as_dense_as_audits_or_denser() -> None:
     for split in ("tuning", "scoring"):
         for case in kinds.cases(split, 0):
-            steps = looks.looks(case).health
+            steps = looks.looks(case).scheduled
             gaps = [b - a for a, b in itertools.pairwise(steps) if a >= 24]
             assert max(gaps) >= looks.TRUTH_EVERY
             assert set(steps) | set(looks.truth_steps()) <= looks.kept_steps(case)
@@ -272,7 +272,8 @@ def test_audits_of_stored_weights_are_those_of_the_callback(tmp_path: Path, monk
 
     monkeypatch.setattr(training, "STEPS", 2)
     case = Case("tuning", kinds.Base("test", "healthy", pairs=16, learning_rate=1e-3), None, 3)
-    monkeypatch.setattr(auditing, "looks", lambda case: SimpleNamespace(health=(0, 2), pairs=6))
+    monkeypatch.setattr(auditing, "looks", lambda case: SimpleNamespace(full=(2,)))
+    monkeypatch.setattr(auditing, "kept_steps", lambda case: {0, 2})
     monkeypatch.setattr(looks, "looks", lambda case: looks.Looks(every=2, pairs=6))
     training.train(case, tmp_path / "stored", frozenset({0, 2}))
     auditing.audit_run(case, tmp_path / "stored", "health")
@@ -328,7 +329,7 @@ def test_numbers_are_rounded_and_nothing_else() -> None:
 def stored_run(
     truths: list[Truth], log: list[LogRow], *, fault_step: int | None = None, name: str = "run"
 ) -> StoredRun:
-    about = {"name": name, "kind": name, "group": "healthy", "twin": None, "fault_step": fault_step,
+    about = {"name": name, "kind": name, "group": "healthy", "twin": None, "fault_step": fault_step, "looks": [24, 28],
              "settings": {"model": "llama"}}  # fmt: skip
     return StoredRun(about, truths, log, [], [], None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from align_audit.models.reference import Reference
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditKind, AuditRecord, Occasion
 from destabilization.kinds import STEPS, Case
-from destabilization.looks import audit_options, looks
+from destabilization.looks import audit_options, kept_steps, looks
 from destabilization.models import MAX_LENGTH, load, texts
 from destabilization.training import WEIGHTS, load_weights
 
@@ -32,12 +32,12 @@ def audits_file(kind: AuditKind) -> str:
 
 def audit_run(case: Case, folder: Path, kind: AuditKind) -> None:
     """Audit what :func:`destabilization.training.train` left in ``folder``; all records are written at once, at the end."""
-    steps = looks(case).health if kind == "health" else looks(case).full
+    steps = sorted(kept_steps(case)) if kind == "health" else looks(case).full
     lines = [record.model_dump_json() for record in _audits(case, folder, kind, steps)]
     (folder / audits_file(kind)).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
-def _audits(case: Case, folder: Path, kind: AuditKind, steps: tuple[int, ...]) -> Iterator[AuditRecord]:
+def _audits(case: Case, folder: Path, kind: AuditKind, steps: Sequence[int]) -> Iterator[AuditRecord]:
     kept: dict[str, dict[str, str]] = json.loads((folder / WEIGHTS).read_text(encoding="utf-8"))
     settings = case.settings
     policy, tokenizer = load(settings.model)

@@ -42,7 +42,7 @@ def readings() -> dict[tuple[str, str], Reading]:
 
     def of_audits(family: str, signal: Signal) -> Reading:
         def read(run: StoredRun, step: int) -> float:
-            records = run.health if family in ("behaviour", "continuations") else run.full
+            records = run.scheduled if family in ("behaviour", "continuations") else run.full
             known = [record for record in records if 0 < record.step <= step]
             return signal(known[-1]) if known else math.nan
 
@@ -99,8 +99,8 @@ def sign_of(read: Reading, bad: Sequence[StoredRun], good: Sequence[StoredRun]) 
 def lead(read: Reading, sign: float, limit: float, run: StoredRun) -> int | None:
     """Steps from the first look beyond the limit to the line; None where it never is."""
     since = run.outcome.since
-    steps = sorted({record.step for record in run.records if record.step > (run.fault_step or 0)})
-    first = next((step for step in steps if sign * read(run, step) > limit), None)
+    after = run.fault_step or 0
+    first = next((step for step in run.looks if step > after and sign * read(run, step) > limit), None)
     return None if first is None or since is None else since - first
 
 

@@ -28,8 +28,8 @@ class Looks:
     pairs: int
 
     @property
-    def health(self) -> tuple[int, ...]:
-        """Steps of health audits, with the one before the first step."""
+    def scheduled(self) -> tuple[int, ...]:
+        """Steps of health audits that the schedule asks for, with the one before the first step."""
         return tuple(sorted({0, *FIRST_LOOKS, *range(self.every, STEPS + 1, self.every), STEPS}))
 
     @property
@@ -60,8 +60,12 @@ def looks(case: Case) -> Looks:
 
 
 def kept_steps(case: Case) -> frozenset[int]:
-    """Steps whose weights a run keeps."""
-    return frozenset({*truth_steps(), *looks(case).health, *looks(case).full})
+    """Steps whose weights a run keeps, and of which it has a health audit.
+
+    What is no look of the schedule is there for looks that the trainer's log calls for: in a run they come at once, here at
+    the next step that was kept.
+    """
+    return frozenset({*truth_steps(), *looks(case).scheduled, *looks(case).full})
 
 
 def audit_options(case: Case, *, full: bool) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from align_audit.alerts.detectors import judge
+from align_audit.alerts.detectors import judge, suspect
 from align_audit.config import AlertConfig
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.training_log import LogRow
@@ -103,11 +104,27 @@ def limits(laxness: float) -> AlertConfig:
     return AlertConfig(**{name: moved(limit, laxness) for name, limit in LIMITS.items()})
 
 
+def called_for(run: StoredRun, config: AlertConfig) -> set[int]:
+    """Steps of the looks that the trainer's log calls for, as it does in a run: where a rule of it begins to suspect.
+
+    They are made at the next step of which there is an audit, up to three steps later than a run would make them.
+    """
+    audited = [record.step for record in run.health]
+    suspected: set[str] = set()
+    steps: set[int] = set()
+    for step in sorted({row.step for row in run.log}):
+        rules = {each.rule for each in suspect([row for row in run.log if row.step <= step], config, max_steps=STEPS)}
+        if rules - suspected:
+            steps |= set(audited[bisect_left(audited, step) :][:1])
+        suspected = rules
+    return steps
+
+
 def align_audit_rules(*, log: bool, full: bool) -> Callable[[float], Alarms]:
     """The package's own rules, asked as in a run: each audit with its alerts is known to those after it.
 
     Args:
-        log: they read the trainer's log up to the audit too.
+        log: they read the trainer's log up to the audit too, and it calls for looks.
         full: full audits are made at their steps, beside the looks.
     """
 
@@ -115,9 +132,11 @@ def align_audit_rules(*, log: bool, full: bool) -> Callable[[float], Alarms]:
         config = limits(laxness)
 
         def alarms_of(run: StoredRun) -> list[Raised]:
+            steps = {0, *run.looks} | (called_for(run, config) if log else set())
+            records = [record for record in run.health if record.step in steps] + (run.full if full else [])
             raised: list[Raised] = []
             earlier: list[AuditRecord] = []
-            for record in run.records if full else run.health:
+            for record in sorted(records, key=lambda record: (record.step, record.kind == "full")):
                 known = [row for row in run.log if row.step <= record.step] if log else []
                 alerts = judge(record, earlier, known, config, max_steps=STEPS)
                 earlier.append(record.model_copy(update={"alerts": alerts}))

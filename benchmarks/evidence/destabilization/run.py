@@ -125,11 +125,13 @@ def describe(case: Case) -> dict[str, Any]:
     import transformers
     import trl
 
+    from destabilization.looks import looks
+
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
     twin = case.twin
     return {
         "name": case.name, "split": case.split, "kind": case.kind, "group": case.group, "seed": case.seed,
-        "base": case.base.name, "fault_step": None if case.fault is None else case.fault.step,
+        "looks": looks(case).scheduled, "base": case.base.name, "fault_step": None if case.fault is None else case.fault.step,
         "twin": None if twin is None else twin.name, "settings": asdict(case.settings), "versions": versions,
         "machine": platform.machine(),
     }  # fmt: skip

@@ -26,7 +26,8 @@ class StoredRun:
         about: what ``run.describe`` says of it.
         truth: its ground truth, from step 0 on.
         log: the trainer's, oldest first; of each step, and of evaluations.
-        health, full: audit records by step, the first one of before training.
+        health: audit records by step, the first one of before training: of scheduled looks and of all other steps kept.
+        full: those of full audits.
         twin_truth: the ground truth of the run without the fault; None where there is none.
     """
 
@@ -70,14 +71,15 @@ class StoredRun:
         return outcome(self.truth, self.twin_truth)
 
     @property
-    def records(self) -> list[AuditRecord]:
-        """All audits in the order of a run: by step, the cheap one first."""
-        return sorted([*self.health, *self.full], key=lambda record: (record.step, record.kind == "full"))
+    def looks(self) -> list[int]:
+        """Steps of scheduled looks after the first step."""
+        return [int(step) for step in self.about["looks"] if step > 0]
 
     @property
-    def looks(self) -> list[int]:
-        """Steps of audits after the first step."""
-        return sorted({record.step for record in self.health if record.step > 0})
+    def scheduled(self) -> list[AuditRecord]:
+        """The health audits that the schedule asks for, and the one before training."""
+        steps = {0, *self.looks}
+        return [record for record in self.health if record.step in steps]
 
 
 def load(split: Split, folder: Path = DATA) -> list[StoredRun]:
