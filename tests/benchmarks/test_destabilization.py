@@ -413,6 +413,25 @@ def test_wilson_bounds_are_printed_also_of_none() -> None:
     assert score.share(0, 0) == "none"
 
 
+def test_tables_are_written_between_the_marks_of_a_document(tmp_path: Path) -> None:
+    path = tmp_path / "alerts.md"
+    path.write_text("# Alerts\n\ntext\n")
+    score.write_section(path, "first")
+    score.write_section(path, "second")
+    assert path.read_text() == f"# Alerts\n\ntext\n\n{score.BEGIN}\nsecond\n{score.END}\n"
+    path.write_text(path.read_text() + "\n## More\n")
+    score.write_section(path, "third")
+    assert path.read_text().split(score.END)[1] == "\n## More\n"
+
+
+def test_a_suspicion_of_the_log_calls_for_one_look_at_the_next_step_kept() -> None:
+    log = [LogRow(step, {"loss": 0.7, "grad_norm": 1.0}) for step in range(1, 5)] + [
+        LogRow(step, {"loss": math.nan, "grad_norm": 1.0}) for step in range(5, 9)
+    ]
+    run = StoredRun({}, [], log, [SimpleNamespace(step=step) for step in (0, 4, 6, 8)], [], None)  # type: ignore[list-item]
+    assert rules.called_for(run, AuditConfig().alerts) == {6}
+
+
 def test_auroc_counts_ties_half() -> None:
     assert auroc([3, 4, 5], [1, 2, 3]) == pytest.approx(8.5 / 9)
     assert math.isnan(auroc([1, 2], [1, 2, 3]))

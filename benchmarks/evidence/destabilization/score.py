@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
+import io
 import json
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +25,7 @@ from destabilization.stored import DATA, StoredRun, load
 
 IN_TIME = 2
 """Looks after the line within which an alarm of it counts as in time."""
+BEGIN, END = "<!-- measured: the command score writes what stands here -->", "<!-- end of measured -->"
 RATES = (0.0, 0.02, 0.05, 0.1)
 """Shares of healthy runs with an alarm, at which rule sets are compared."""
 
@@ -33,6 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--curves", action="store_true", help="also at other limits: recall and lead at equal false alarms"
     )
     parser.add_argument("--picture", type=Path, help="with --curves: also draw them there (PNG)")
+    parser.add_argument("--write", type=Path, help="also put the tables into this document, between its marks")
     parser.add_argument("--json", type=Path, help="also write all of it there")
 
 
@@ -145,29 +151,65 @@ def summary(groups: Groups, rules: RuleSet, laxness: float = 1.0) -> dict[str, A
 
 
 def main(options: argparse.Namespace) -> None:
-    """Print the tables."""
+    """Print the tables, and write them where asked."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        result = report(options)
+    print(printed.getvalue())
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if options.write is not None:
+        write_section(options.write, printed.getvalue())
+
+
+def report(options: argparse.Namespace) -> dict[str, Any]:
+    """Score the split, print every table, and draw; the figures."""
     runs = load(options.split, options.data)
     groups = Groups.of(runs)
-    tuning_healthy = Groups.of(load("tuning", options.data)).healthy
     packages, absent = package_rules()
-    rivals = rival_rules(tuning_healthy)
+    rivals = rival_rules(Groups.of(load("tuning", options.data)).healthy)
     sets = [*AUDIT_RULES, *rivals, *packages]
     summaries = [summary(groups, rules) for rules in sets]
-    print_fates(runs)
+    print_setting(options.split, groups, absent)
     print_summaries(summaries)
-    if absent:
-        print(f"Not installed, and so not in the table: {', '.join(absent)}.\n")
     print_kinds(groups, [*AUDIT_RULES[:2], *rivals[-2:]])
     print_names(summaries)
     result: dict[str, Any] = {"split": options.split, "summaries": summaries}
     if options.curves:
-        result["curves"] = {rules.name: curve(groups, rules) for rules in [*AUDIT_RULES, *rivals]}
+        dialled = [*AUDIT_RULES, *rivals]
+        result["curves"] = {rules.name: curve(groups, rules) for rules in dialled}
         print_curves(result["curves"], len(groups.healthy))
         if options.picture is not None:
-            told = [rules.name for rules in [*AUDIT_RULES, *rivals[-2:]]]
-            draw(result["curves"], told, options.picture)
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            draw(result["curves"], [rules.name for rules in [*AUDIT_RULES, *rivals[-2:]]], options.picture)
+    print_fates(runs)
+    return result
+
+
+def write_section(path: Path, text: str) -> None:
+    """Put the tables between the marks of a document, at its end where it has none."""
+    document = path.read_text(encoding="utf-8")
+    before, _, rest = document.partition(BEGIN)
+    after = rest.partition(END)[2]
+    path.write_text(f"{before.rstrip()}\n\n{BEGIN}\n{text.strip()}\n{END}\n{after.lstrip()}", encoding="utf-8")
+
+
+def print_setting(split: str, groups: Groups, absent: Sequence[str]) -> None:
+    """Of what the figures are, and what they cannot show."""
+    healthy, harmed = len(groups.healthy), len(groups.harmed)
+    made = f"{platform.system()}, Python {platform.python_version()}, {datetime.date.today()}"
+    print("## Measured on real runs\n")
+    print(
+        f"Made by `python benchmarks/evidence/destabilization score` ({made}) from the stored runs of the {split} split:\n"
+        f"{healthy} healthy ones, {harmed} that were ruined or wasted, {len(groups.worn)} worn, {len(groups.unharmed)} whose "
+        "fault did nothing.\nFates are measured without the audit. How runs, lines and counts came about says\n"
+        "`benchmarks/evidence/destabilization/README.md`. Intervals are Wilson's at 95 %."
+    )
+    if healthy:
+        most = binomtest(0, healthy).proportion_ci(method="wilson").high
+        print(f"No false alarm in {healthy} healthy runs would still allow {most:.0%}.")
+    if absent:
+        print(f"Not installed, and so in no table: {', '.join(absent)}.")
+    print()
 
 
 def curve(groups: Groups, rules: RuleSet) -> list[dict[str, Any]]:
@@ -199,7 +241,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 def print_fates(runs: Sequence[StoredRun]) -> None:
     """What became of the runs of each kind."""
-    print("## What became of the runs\n")
+    print("### What became of the runs\n")
     kinds: dict[tuple[str, str, str], list[StoredRun]] = {}
     for run in runs:
         kinds.setdefault((run.group, run.kind, run.model), []).append(run)
@@ -219,7 +261,7 @@ def print_fates(runs: Sequence[StoredRun]) -> None:
 
 def print_summaries(summaries: Sequence[dict[str, Any]]) -> None:
     """One row for each rule set."""
-    print("## Every set of rules\n")
+    print("### Every set of rules\n")
     rows = [
         [
             figures["rules"],
@@ -243,7 +285,7 @@ def lead_words(steps: float | None) -> str:
 
 def print_kinds(groups: Groups, sets: Sequence[RuleSet]) -> None:
     """Of each kind that was harmed: how many were caught, and the median lead."""
-    print("## Kind by kind: caught, and the median lead in steps\n")
+    print("### Kind by kind: caught, and the median lead in steps\n")
     kinds: dict[tuple[str, str], list[StoredRun]] = {}
     for run in groups.harmed:
         kinds.setdefault((run.group, run.kind), []).append(run)
@@ -260,7 +302,7 @@ def print_kinds(groups: Groups, sets: Sequence[RuleSet]) -> None:
 
 def print_names(summaries: Sequence[dict[str, Any]]) -> None:
     """Misses and false alarms of the package's rules, one by one."""
-    print("## Misses and false alarms by name\n")
+    print("### Misses and false alarms by name\n")
     for figures in summaries[: len(AUDIT_RULES)]:
         print(f"{figures['rules']}: missed {', '.join(figures['missed']) or 'none'}.")
         for name, rules in figures["disturbed"].items():
@@ -270,7 +312,7 @@ def print_names(summaries: Sequence[dict[str, Any]]) -> None:
 
 def print_curves(curves: dict[str, list[dict[str, Any]]], healthy: int) -> None:
     """Recall in time and lead at equal shares of false alarms."""
-    print(f"## At equal shares of false alarms, of {healthy} healthy runs: caught in time, caught, median lead\n")
+    print(f"### At equal shares of false alarms, of {healthy} healthy runs: caught in time, caught, median lead\n")
     words: Callable[[dict[str, Any] | None], str] = lambda point: (  # noqa: E731
         "" if point is None else f"{point['in_time']}, {point['caught']}, {lead_words(point['median_lead'])}"
     )
