@@ -43,8 +43,8 @@ def readings() -> dict[tuple[str, str], Reading]:
     def of_audits(family: str, signal: Signal) -> Reading:
         def read(run: StoredRun, step: int) -> float:
             records = run.scheduled if family in ("behaviour", "continuations") else run.full
-            known = [record for record in records if 0 < record.step <= step]
-            return signal(known[-1]) if known else math.nan
+            audited = [record for record in records if 0 < record.step <= step]
+            return signal(audited[-1]) if audited else math.nan
 
         return read
 
@@ -110,8 +110,8 @@ def main(options: argparse.Namespace) -> None:
     rows, result = [], []
     for (family, name), read in readings().items():
         sign = sign_of(read, tuning.harmed, tuning.healthy)
-        known = [sign * value for run in tuning.healthy for step in run.looks for value in finite(read, [run], step)]
-        limit = max(known, default=math.inf)
+        usual = [sign * value for run in tuning.healthy for step in run.looks for value in finite(read, [run], step)]
+        limit = max(usual, default=math.inf)
         row: list[Any] = [family, name]
         figures: dict[str, Any] = {"family": family, "signal": name, "sign": sign, "limit": limit}
         for part in PARTS:

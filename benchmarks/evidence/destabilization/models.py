@@ -65,11 +65,11 @@ def texts(model: str, seed: int, pairs: int) -> Texts:
     if model == "stories260k":
         return _stories260k(seed, pairs)
     held_out = preference_pairs(TRUTH_PAIRS + PROMPTS, seed=9_001)
-    others = preference_pairs(EVALUATED + PROBED, seed=20_000 + seed)
+    held_out_rows = preference_pairs(EVALUATED + PROBED, seed=20_000 + seed)
     return Texts(
         training=preference_pairs(pairs, seed=10_000 + seed),
-        evaluated=others[:EVALUATED],
-        probes=others[EVALUATED:],
+        evaluated=held_out_rows[:EVALUATED],
+        probes=held_out_rows[EVALUATED:],
         preferred=held_out[:TRUTH_PAIRS],
         natural=stories(TRUTH_PAIRS, seed=9_002),
         prompts=[row["prompt"] for row in held_out[TRUTH_PAIRS:]],
@@ -81,10 +81,10 @@ def _stories260k(seed: int, pairs: int) -> Texts:
 
     lines = (DATA / "stories-pairs" / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
     rows: list[Row] = [json.loads(line) for line in lines]
-    truth, others = rows[-2 * TRUTH_PAIRS :], rows[: -2 * TRUTH_PAIRS]
-    random.Random(f"stories260k {seed}").shuffle(others)
+    truth, shuffled = rows[-2 * TRUTH_PAIRS :], rows[: -2 * TRUTH_PAIRS]
+    random.Random(f"stories260k {seed}").shuffle(shuffled)
     evaluated, probes, training = (
-        others[:EVALUATED], others[EVALUATED : EVALUATED + PROBED], others[EVALUATED + PROBED :],
+        shuffled[:EVALUATED], shuffled[EVALUATED : EVALUATED + PROBED], shuffled[EVALUATED + PROBED :],
     )  # fmt: skip
     natural = [
         row["prompt"] + " " + row["chosen" if place % 2 else "rejected"]

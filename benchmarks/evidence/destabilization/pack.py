@@ -112,9 +112,9 @@ def check_twin(line: dict[str, Any], lines: dict[str, dict[str, Any]]) -> None:
     twin = line["about"]["twin"]
     if twin is None:
         return
-    other = lines[twin]["weights"]
+    twin_weights = lines[twin]["weights"]
     for step, weights in line["weights"].items():
-        if int(step) <= line["about"]["fault_step"] and other[step] != weights:
+        if int(step) <= line["about"]["fault_step"] and twin_weights[step] != weights:
             raise ValueError(
                 f"{line['about']['name']} has other weights than its twin at step {step}, before its fault; expected equal ones"
             )

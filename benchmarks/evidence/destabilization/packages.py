@@ -40,7 +40,7 @@ def _losslint(log: Sequence[LogRow]) -> list[tuple[str, Level]]:
     names = sorted({name for row in log for name in row.logs})
     series = {name: [row.logs.get(name) for row in log] for name in names}
     findings = run_all_checks(RunLog([row.step for row in log], series, Path(tempfile.gettempdir())))
-    return [(found.check, found.severity) for found in findings if found.severity != "info"]
+    return [(finding.check, finding.severity) for finding in findings if finding.severity != "info"]
 
 
 def _training_doctor(log: Sequence[LogRow]) -> list[tuple[str, Level]]:

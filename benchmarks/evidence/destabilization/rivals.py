@@ -134,7 +134,7 @@ def union(rules: Mapping[str, float]) -> Callable[[float], Alarms]:
 
     def at(laxness: float) -> Alarms:
         def speaking(log: Sequence[LogRow]) -> list[tuple[str, Level]]:
-            return [(name, "error") for name, own in rules.items() if SINGLE[name](log, own * laxness)]
+            return [(name, "error") for name, factor in rules.items() if SINGLE[name](log, factor * laxness)]
 
         return of_log(speaking)
 

@@ -137,8 +137,8 @@ def align_audit_rules(*, log: bool, full: bool) -> Callable[[float], Alarms]:
             raised: list[Raised] = []
             earlier: list[AuditRecord] = []
             for record in sorted(records, key=lambda record: (record.step, record.kind == "full")):
-                known = [row for row in run.log if row.step <= record.step] if log else []
-                alerts = judge(record, earlier, known, config, max_steps=STEPS)
+                rows = [row for row in run.log if row.step <= record.step] if log else []
+                alerts = judge(record, earlier, rows, config, max_steps=STEPS)
                 earlier.append(record.model_copy(update={"alerts": alerts}))
                 raised += [
                     Raised(record.step, alert.rule, alert.level)

@@ -188,9 +188,9 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
 def write_section(path: Path, text: str) -> None:
     """Put the tables between the marks of a document, at its end where it has none."""
     document = path.read_text(encoding="utf-8")
-    before, _, rest = document.partition(BEGIN)
-    after = rest.partition(END)[2]
-    path.write_text(f"{before.rstrip()}\n\n{BEGIN}\n{text.strip()}\n{END}\n{after.lstrip()}", encoding="utf-8")
+    head, _, rest = document.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    path.write_text(f"{head.rstrip()}\n\n{BEGIN}\n{text.strip()}\n{END}\n{tail.lstrip()}", encoding="utf-8")
 
 
 def print_setting(split: str, groups: Groups, absent: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.training_log import LogRow
-from destabilization.kinds import STEPS, Split
+from destabilization.kinds import Split
 from destabilization.lines import Outcome, Truth, outcome
 
 DATA = Path(__file__).parent / "data"
@@ -114,8 +114,3 @@ def read_runs(lines: Sequence[dict[str, Any]]) -> list[StoredRun]:
         )
         for line in sorted(lines, key=lambda line: str(line["about"]["name"]))
     ]
-
-
-def share_of_run(step: int) -> float:
-    """Which part of the run is done."""
-    return step / STEPS
