@@ -11,8 +11,8 @@ TRUTH_EVERY = 4
 """Steps between two measurements of the ground truth: twice as dense as audits."""
 FIRST_LOOKS = (5, 10, 20, 40)
 """Where the schedule of health audits looks first, whatever the budget."""
-FULL = (8, 32, STEPS)
-"""Steps of full audits: what the inside adds is told from these. They are health audits of the same steps too."""
+FULL = (5, 16, 32, 48)
+"""Steps of full audits: the last looks before 10, 25, 50 and 75 % of the run, from which is told what the inside adds."""
 
 
 @dataclass(frozen=True)
