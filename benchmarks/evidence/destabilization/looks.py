@@ -1,0 +1,89 @@
+"""When a run is looked at, and how: the one place that says at which steps the truth is measured and audits are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from destabilization.kinds import FIRST_SEED, STEPS, Case
+
+TRUTH_EVERY = 4
+"""Steps between two measurements of the ground truth: twice as dense as audits."""
+FIRST_LOOKS = (5, 10, 20, 40)
+"""Where the schedule of health audits looks first, whatever the budget."""
+FULL = (5, 16, 32, 48)
+"""Steps of full audits: the last looks before 10, 25, 50 and 75 % of the run, from which is told what the inside adds."""
+
+
+@dataclass(frozen=True)
+class Looks:
+    """The audits of a run.
+
+    Attributes:
+        every: steps between two health audits, beside the first looks.
+        pairs: probe pairs.
+    """
+
+    every: int
+    pairs: int
+
+    @property
+    def scheduled(self) -> tuple[int, ...]:
+        """Steps of health audits that the schedule asks for, with the one before the first step."""
+        return tuple(sorted({0, *FIRST_LOOKS, *range(self.every, STEPS + 1, self.every), STEPS}))
+
+    @property
+    def full(self) -> tuple[int, ...]:
+        """Steps of full audits."""
+        return FULL
+
+
+def truth_steps() -> tuple[int, ...]:
+    """Steps at which the ground truth is measured, from 0 on."""
+    return tuple(range(0, STEPS + 1, TRUTH_EVERY))
+
+
+PAIRS = (24, 64, 8)
+"""Probe pairs of the scoring split."""
+
+
+def looks(case: Case) -> Looks:
+    """Tuning: every 8 steps on 24 pairs. Scoring: every 6 steps, on 24, 64 or 8 pairs.
+
+    The pairs go on from seed to seed, and one further every third seed: the models that a fault meets repeat every third
+    seed too, so that in nine seeds it meets each model on each number of pairs.
+    """
+    if case.split == "tuning":
+        return Looks(every=8, pairs=24)
+    seed = case.seed - FIRST_SEED["scoring"]
+    return Looks(every=6, pairs=PAIRS[(seed + seed // 3) % 3])
+
+
+def kept_steps(case: Case) -> frozenset[int]:
+    """Steps whose weights a run keeps, and of which it has a health audit.
+
+    What is no look of the schedule is there for looks that the trainer's log calls for: in a run they come at once, here at
+    the next step that was kept.
+    """
+    return frozenset({*truth_steps(), *looks(case).scheduled, *looks(case).full})
+
+
+def audit_options(case: Case, *, full: bool) -> dict[str, Any]:
+    """``AuditConfig.from_dict`` of an audit: as the defaults say, but for what takes time and tells rules nothing.
+
+    Continuations may be 64 tokens long, since the answers of these models are about 50.
+    """
+    options: dict[str, Any] = {
+        "max_pairs": looks(case).pairs,
+        "generations": {"max_new_tokens": 64},
+        "progress": False,
+        "tensorboard": "off",
+        "strict": True,
+    }
+    if not full:
+        return options
+    return options | {
+        "patching": {"noise_draws": 1},
+        "localization": {"selection_resamples": 20, "permutations": 5},
+        "low_rank": {"bases": ["shift"], "ranks": [1, 2, 4, 8, 16], "random_draws": 0},
+    }
