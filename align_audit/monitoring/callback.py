@@ -21,11 +21,11 @@ from align_audit.models.anatomy import Anatomy
 from align_audit.monitoring.monitor import BREAKS, AuditFailure, Moment, Outcome
 from align_audit.monitoring.probe_sets import given_by_name, make_probe_sets
 from align_audit.monitoring.schedule import Due, Event, Training, decide
-from align_audit.monitoring.start import Run, begin_run, refuse_together
+from align_audit.monitoring.start import Run, begin_run, refuse_other_options, refuse_together
 from align_audit.monitoring.trainer import TrainerFacts, read_trainer
 from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
-from align_audit.ranks import Ranks
+from align_audit.ranks import Agreed, Ranks
 from align_audit.record.audit_record import AuditKind
 from align_audit.writers.messages import OnAlert, checked
 
@@ -154,10 +154,12 @@ class AlignmentAuditCallback(TrainerCallback):
         self._ranks = Ranks.of_this_run()
         error: BaseException | None = None
         try:
-            self._run = self._begin(args, state, **kwargs)
-        except BREAKS as raised:
+            refuse_other_options(self._ranks, self.config)
+            with self._ranks.together():
+                self._run = self._begin(args, state, **kwargs)
+        except (*BREAKS, Agreed) as raised:
             error = raised
-        refuse_together(self._ranks, error, self.config)
+        refuse_together(self._ranks, error)
         assert self._run is not None
         self._training = True
         self._run.monitor.agree()
@@ -183,7 +185,7 @@ class AlignmentAuditCallback(TrainerCallback):
         train_dataloader: Any = None,
         **_: Any,
     ) -> Run:
-        """Everything that may refuse to start. Nothing in it waits for another process."""
+        """Everything that may refuse to start, on all processes together."""
         if self._run is not None:
             # auto_find_batch_size begins training again within one run; what is in the log tells what that repeats.
             self._run.monitor.writers.close()
@@ -305,7 +307,8 @@ class AlignmentAuditCallback(TrainerCallback):
             last_sync_step=facts.last_sync_step(step),
             compare_precomputed=facts.compare_precomputed,
         )
-        models = OpenModels(model, self._run.reference, autocast=facts.numerics(model), anatomy=self._anatomy)
+        numerics = facts.numerics(model)
+        models = OpenModels(model, self._run.reference, autocast=numerics, anatomy=self._anatomy, ranks=self._ranks)
         with self._run.monitor.pace.timed(kind):
             outcome = self._run.monitor.audit(models, moment)
         self._next_look = outcome.next_look
