@@ -16,7 +16,7 @@ from transformers.training_args import TrainingArguments
 
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.config import AuditConfig
-from align_audit.errors import ConfigurationError
+from align_audit.errors import AlignAuditError, ConfigurationError
 from align_audit.models.anatomy import Anatomy
 from align_audit.monitoring.monitor import BREAKS, AuditFailure, Moment, Outcome
 from align_audit.monitoring.probe_sets import given_by_name, make_probe_sets
@@ -51,6 +51,9 @@ def _guarded(event: _Event) -> _Event:
             if self.config.strict:
                 raise
             self._run.monitor.record_failure(state.global_step, AuditFailure.of(error))
+        except Agreed as agreed:  # that process says what it was
+            if self.config.strict:
+                raise AlignAuditError(str(agreed)) from None
 
     return cast(_Event, guarded)
 
@@ -231,7 +234,8 @@ class AlignmentAuditCallback(TrainerCallback):
     ) -> None:
         """Keep what the trainer logs, and leave a look due where something in it is suspicious."""
         assert self._run is not None
-        found = self._run.monitor.logged(state.global_step, logs or {}, state.max_steps or None)
+        with self._ranks.together():
+            found = self._run.monitor.logged(state.global_step, logs or {}, state.max_steps or None)
         found = self._ranks.share(found)
         if found and self.config.schedule.health and self._pending is None:
             self._pending = Due("health", f"the training log: {found[0].message}", later=True)
