@@ -2,7 +2,7 @@
 
     python benchmarks/distributed/speedup.py [--pairs 64] [--repeats 3]
 
-The ranks are forked from this process. Printed: the shortest of the repeats' times for each number of processes, and their ratio.
+The ranks are forked from this process. Printed: for each number of processes the shortest time of the repeats, and the ratio.
 """
 
 from __future__ import annotations
