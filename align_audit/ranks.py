@@ -2,10 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from align_audit.errors import AlignAuditError
+
+if TYPE_CHECKING:
+    import torch
 
 _Value = TypeVar("_Value")
+_Error = TypeVar("_Error", bound=BaseException)
+
+
+class Status(IntEnum):
+    """Whether a process can go on; of several, the worst counts."""
+
+    FINE = 0
+    MEMORY = 1
+    ERROR = 2
+
+
+class Agreed(BaseException):
+    """Another process cannot go on, so this one does not either; all of them leave at the same place.
+
+    It is no ``Exception``: who tries something out and goes on whatever comes of it must not stay behind.
+
+    Attributes:
+        status: why the other one cannot.
+    """
+
+    def __init__(self, status: Status) -> None:
+        words = {Status.MEMORY: "ran out of memory", Status.ERROR: "could not go on"}[status]
+        super().__init__(f"another process {words}")
+        self.status = status
+
+
+_GATHER, _SHARE, _SUM, _END = 1, 2, 3, 4
+_FIRST_PLACE = 16
+"""Numbers of the places at which processes meet; those of callers come behind those of this module."""
 
 
 @dataclass(frozen=True)
@@ -14,6 +51,10 @@ class Ranks:
 
     A decision that one process takes alone leaves the others waiting in their next collective operation, until the
     process group's time-out: so every decision that training sees is made of what :meth:`gather` or :meth:`share` gives.
+
+    Before every collective operation the processes tell each other whether they can go on (:meth:`check`). One that cannot
+    says so where the others come next, once, and does not join what they would have done; they leave with :class:`Agreed`.
+    What may fail on one process alone therefore stands inside :meth:`together`.
 
     Attributes:
         rank: of this process, 0 for the one that writes.
@@ -38,24 +79,123 @@ class Ranks:
         return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
 
     def gather(self, value: _Value) -> list[_Value]:
-        """What every process says, in the order of their ranks; the same list everywhere."""
+        """What every process says, in the order of their ranks; the same list everywhere.
+
+        Raises:
+            Agreed: another process cannot go on.
+        """
         if self._group is None:
             return [value]
         import torch.distributed as dist
 
+        self._meet(Status.FINE, _GATHER)
         said: list[Any] = [None] * self.size
         dist.all_gather_object(said, value, group=self._group)
         return said
 
     def share(self, value: _Value) -> _Value:
-        """The first process's word; what the others pass is not looked at."""
+        """The first process's word; what the others pass is not looked at.
+
+        Raises:
+            Agreed: another process cannot go on.
+        """
         if self._group is None:
             return value
         import torch.distributed as dist
 
+        self._meet(Status.FINE, _SHARE)
         said: list[_Value] = [value]
         dist.broadcast_object_list(said, src=0, group=self._group)
         return said[0]
+
+    def any(self, decision: bool) -> bool:
+        """Whether it is so on any process.
+
+        Raises:
+            Agreed: another process cannot go on.
+        """
+        return any(self.gather(decision))
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What the processes' tensors add up to; the same bits everywhere, and ``tensor`` itself where there is one.
+
+        Raises:
+            Agreed: another process cannot go on.
+        """
+        if self._group is None:
+            return tensor
+        import torch.distributed as dist
+
+        total = tensor.detach().cpu().clone()
+        self._meet(Status.FINE, _SUM)
+        dist.all_reduce(total, group=self._group)
+        return total.to(tensor.device)
+
+    # -- can all go on? ------------------------------------------------------------------------------------------------
+
+    def check(self, place: int) -> None:
+        """All processes come here and can go on, or none does.
+
+        Args:
+            place: a number ≥ 0 that says what comes next; the same one on all processes.
+
+        Raises:
+            Agreed: another process cannot go on.
+            AlignAuditError: the processes have come to different places.
+        """
+        if self._group is not None:
+            self._meet(Status.FINE, _FIRST_PLACE + place)
+
+    @contextlib.contextmanager
+    def together(self, out_of_memory: Callable[[BaseException], bool] = lambda _: False) -> Iterator[None]:
+        """All processes leave this at the same place: all at its end, or each with its own error or :class:`Agreed`.
+
+        A keyboard interrupt is everybody's, and is not told.
+
+        Args:
+            out_of_memory: whether an error is one of memory; the others then hear so.
+        """
+        if self._group is None:
+            yield
+            return
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            if not _is_told(error):
+                self._tell(error, Status.MEMORY if out_of_memory(error) else Status.ERROR)
+            raise
+        self._meet(Status.FINE, _END)
+
+    def _tell(self, error: BaseException, status: Status) -> None:
+        """Let the others know, where they come next.
+
+        Raises:
+            Agreed: something worse happened to another one at the same time.
+        """
+        told(error)
+        try:
+            self._meet(status, _END)
+        except Agreed as agreed:
+            if agreed.status > status:
+                raise
+
+    def _meet(self, status: Status, place: int) -> None:
+        import torch
+        import torch.distributed as dist
+
+        said = torch.tensor([status, place, -place])
+        dist.all_reduce(said, dist.ReduceOp.MAX, group=self._group)
+        worst, last, first = said.tolist()
+        if worst != Status.FINE:
+            raise Agreed(Status(worst))
+        if last != -first:
+            raise told(
+                AlignAuditError(
+                    f"the processes of this training have come to different places of an audit ({-first} and {last}; this "
+                    f"one, rank {self.rank}, to {place}); expected the same model, probes and options on all of them. "
+                    "Please report this"
+                )
+            )
 
     def close(self) -> None:
         """Let go of the group, all processes together."""
@@ -64,3 +204,21 @@ class Ranks:
 
             if dist.is_initialized():
                 dist.destroy_process_group(self._group)
+
+
+_TOLD = "_align_audit_told"
+
+
+def told(error: _Error) -> _Error:
+    """Mark an error as one that the other processes know of: they have left the same place."""
+    setattr(error, _TOLD, True)
+    return error
+
+
+def _is_told(error: BaseException | None) -> bool:
+    """Whether the error, or one that led to it, is known to the other processes."""
+    while error is not None:
+        if isinstance(error, Agreed) or getattr(error, _TOLD, False):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -25,7 +25,7 @@ from align_audit.auditing.origin import check_origin
 from align_audit.auditing.passes import expected_batches, first_pass, second_pass
 from align_audit.auditing.previous import PreviousAudit
 from align_audit.auditing.progress import ticker
-from align_audit.auditing.provenance import arrays_of, kept_under, make_record
+from align_audit.auditing.provenance import agreed_record, arrays_of, kept_under
 from align_audit.auditing.request import AuditRequest, AuditResult
 from align_audit.auditing.session.memory import memory_explained
 from align_audit.auditing.session.open_models import OpenModels
@@ -142,5 +142,5 @@ def run_audit(
             measurement.look_closer(tick)
         looks = [look for measurement in task for look in measurement.second_looks()]
         second_pass(session, task[Behaviour], looks, tick)
-        record = make_record(task, began)
+        record = agreed_record(task, began)
         return AuditResult(record, arrays_of(task), PreviousAudit(task[LowRank].spanned, record.attribution))

@@ -15,6 +15,7 @@ from align_audit.config import AuditConfig
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import Reference
 from align_audit.probes.pairs import ProbeSet
+from align_audit.ranks import Ranks
 
 
 def check_audit(
@@ -25,8 +26,12 @@ def check_audit(
     *,
     autocast: Callable[[], AbstractContextManager[Any]],
     anatomy: Anatomy | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Open both models and try what every audit needs of them, on one pair.
+
+    Args:
+        ranks: the processes that do this together.
 
     Raises:
         AnatomyError: a model cannot be opened between its layers.
@@ -34,7 +39,7 @@ def check_audit(
         ConfigurationError: probes of another vocabulary, or a site that the model does not have.
     """
     sets = list(probe_sets)
-    with OpenModels(policy, reference, autocast=autocast, anatomy=anatomy, keep_loaded=True) as models:
+    with OpenModels(policy, reference, autocast=autocast, anatomy=anatomy, keep_loaded=True, ranks=ranks) as models:
         session = Session(models, sets[0].pairs[:1], config)
         for probes in sets:
             check_vocabulary(probes.pairs, models)

@@ -14,7 +14,7 @@ from align_audit.auditing.measurements.generations import Generations
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement
 from align_audit.auditing.passes import health_pass
 from align_audit.auditing.progress import ticker
-from align_audit.auditing.provenance import arrays_of, make_record
+from align_audit.auditing.provenance import agreed_record, arrays_of
 from align_audit.auditing.request import AuditResult
 
 HEALTH: list[type[Measurement]] = [Behaviour, Generations]
@@ -32,4 +32,4 @@ def health_of(task: AuditTask, began: float, progress: Callable[[int, str], Any]
     health_pass(task, ticker(progress, len(task.session.plan)))
     for measurement in task:
         measurement.look_closer(lambda: None)
-    return AuditResult(make_record(task, began), arrays_of(task), task.request.previous)
+    return AuditResult(agreed_record(task, began), arrays_of(task), task.request.previous)

@@ -21,17 +21,21 @@ def first_pass(task: AuditTask, tick: Callable[[], None] = lambda: None) -> None
     layers, or nothing.
     """
 
-    def update(batch: PairBatch) -> None:
+    def update(batch: PairBatch) -> Callable[[], None]:
         recorded = task[Attribution].record(batch) if Attribution in task else _recorded(task.session, batch)
         for measurement in task:
             measurement.read(recorded)
         _walk_policy(task, recorded)
         _walk_reference(task, recorded)
-        for measurement in task:
-            measurement.commit(recorded)
-        tick()
 
-    task.session.each_batch(update)
+        def commit() -> None:
+            for measurement in task:
+                measurement.commit(recorded)
+
+        return commit
+
+    task.session.each_batch(update, tick=tick)
+    task.session.bring_together(*(measurement.merge for measurement in task))
 
 
 def health_pass(task: AuditTask, tick: Callable[[], None] = lambda: None) -> None:
@@ -45,13 +49,15 @@ def health_pass(task: AuditTask, tick: Callable[[], None] = lambda: None) -> Non
             with session.as_reference() as replay:
                 return replay.record(batch.model_inputs()).after(top)[at]
 
+        if session.all_of([] if task.kept.has_rows(batch) else [1]):
+            task.kept.forget_rows(batch)
         policy, reference = session.record_policy(batch).after(top)[at], task.kept.rows(batch, reference_rows)
         if not torch.equal(policy, reference):
             behaviour.identical = False
         behaviour.compare(batch, policy, reference)
-        tick()
 
-    session.each_batch(update)
+    session.each_batch(update, tick=tick)
+    session.bring_together(behaviour.merge)
 
 
 def _recorded(session: Session, batch: PairBatch) -> RecordedBatch:
@@ -119,10 +125,11 @@ def second_pass(session: Session, behaviour: Behaviour, looks: Sequence[SecondLo
 
     def update(batch: PairBatch) -> None:
         if not session.is_exact(batch):
-            tick()
             return
         places = batch.pair_index.cpu().numpy()
         margins = None if session.reference_strays else behaviour.reference_margins(batch)
+        if session.all_of([] if margins is not None else [1]):
+            margins = None
         policy, reference = session.record_both(batch, until=top, whole_reference=margins is None)
         if margins is None:
             with session.as_reference() as replay:
@@ -140,9 +147,9 @@ def second_pass(session: Session, behaviour: Behaviour, looks: Sequence[SecondLo
             assert isinstance(key, tuple)
             number, within = key
             looks[number].store(within, places, effect.numpy())
-        tick()
 
-    session.each_batch(update)
+    session.each_batch(update, tick=tick)
+    session.bring_together(*(look.merge for look in looks))
 
 
 def expected_batches(task: AuditTask) -> int:

@@ -153,6 +153,15 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def agreed_record(task: AuditTask, began: float) -> AuditRecord:
+    """:func:`make_record` on the first process, which says it for all: the others go on from the same."""
+    ranks = task.session.models.ranks
+    task.session.add_up()
+    record = ranks.share(make_record(task, began) if ranks.rank == 0 else None)
+    assert record is not None
+    return record
+
+
 def make_record(task: AuditTask, began: float) -> AuditRecord:
     """What every measurement says, its reasons under the name of its part.
 

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -59,6 +60,13 @@ class GramAccumulator:
         self.d = d
         self._matrix: Tensor | None = None
         self._rows = 0
+
+    @classmethod
+    def of(cls, gram: Gram) -> Self:
+        """One that has added up these rows already."""
+        accumulator = cls(gram.matrix.shape[0])
+        accumulator._matrix, accumulator._rows = gram.matrix.clone(), gram.rows
+        return accumulator
 
     def update(self, rows: Tensor) -> None:
         """Add rows ``[n, d]`` of any floating dtype.

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from align_audit.models.module_state import ModuleState
+from align_audit.models.weights.streaming import stream_of
 
 
 def is_adapted(module: nn.Module) -> bool:
@@ -54,6 +55,8 @@ def adapters_kept(model: nn.Module) -> Iterator[None]:
 
     What is merged is unmerged inside, and its weights are there twice as long.
     """
+    if (layers := stream_of(model)) is not None:
+        layers.rest()  # what stands in modules now is what will be given back
     adapted = [module for module in model.modules() if is_adapted(module)]
     tuners = [module for module in model.modules() if hasattr(module, "active_adapter") and not is_adapted(module)]
     parts = {id(part): part for module in adapted for part in module.modules()}
@@ -65,4 +68,6 @@ def adapters_kept(model: nn.Module) -> Iterator[None]:
                 module.unmerge()  # type: ignore[operator]
         yield
     finally:
+        if layers is not None:
+            layers.rest()
         state.give_back()

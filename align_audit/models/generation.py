@@ -61,7 +61,8 @@ def _continued(
         use_cache=True,
     )
     with _bare_settings(model), torch.no_grad():
-        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        # Whoever gathers weights says himself where processes wait for each other.
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, synced_gpus=False)
     rows: list[list[int]] = out[:, longest:].tolist()
     return rows
 

@@ -18,7 +18,9 @@ from align_audit.models.anatomy import is_peft, unwrap_only
 from align_audit.models.loading import load_model, loader_errors
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.models.weights.from_disk import open_streamed
+from align_audit.models.weights.sharded import engines_model
 from align_audit.models.weights.streaming import NotStreamable, close
+from align_audit.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
@@ -103,8 +105,12 @@ class Reference:
                 with policy.disable_adapter():
                     yield
 
-    def fingerprint(self) -> str:
-        """Hash of the weights the reference computes with: inactive adapters do not count."""
+    def fingerprint(self, ranks: Ranks | None = None) -> str:
+        """Hash of the weights the reference computes with: inactive adapters do not count.
+
+        Args:
+            ranks: the processes that weights are spread over.
+        """
         model: Any = self.model()
         skipped: tuple[str, ...] = ()
         if is_peft(model):
@@ -112,9 +118,9 @@ class Reference:
             if self._policy is not None:
                 skipped = tuple(sorted(names - {REFERENCE_ADAPTER}))
                 with adapters_kept(model):  # the weights without what the policy has merged into them
-                    return fingerprint(model, without_adapters=skipped)
+                    return fingerprint(model, without_adapters=skipped, ranks=ranks)
             skipped = tuple(sorted(names - set(model.active_adapters)))
-        return fingerprint(model, without_adapters=skipped)
+        return fingerprint(model, without_adapters=skipped, ranks=ranks)
 
     def release(self) -> None:
         """Let go of a model that was loaded or streamed for one audit; no thread of it is left."""
@@ -126,12 +132,16 @@ class Reference:
                 torch.cuda.empty_cache()
 
 
-def policy_fingerprint(policy: nn.Module) -> str:
-    """Hash of the weights the policy computes with; a frozen reference adapter beside it does not count."""
+def policy_fingerprint(policy: nn.Module, ranks: Ranks | None = None) -> str:
+    """Hash of the weights the policy computes with; a frozen reference adapter beside it does not count.
+
+    Args:
+        ranks: the processes that weights are spread over.
+    """
     if is_peft(policy):
         inactive = set(policy.peft_config) - set(policy.active_adapters)  # type: ignore[arg-type]
-        return fingerprint(policy, without_adapters=tuple(sorted(inactive)))
-    return fingerprint(policy)
+        return fingerprint(policy, without_adapters=tuple(sorted(inactive)), ranks=ranks)
+    return fingerprint(policy, ranks=ranks)
 
 
 def load_policy(
@@ -217,6 +227,7 @@ def _passed(policy: nn.Module, model: nn.Module, source: str) -> Reference:
     Raises:
         ReferenceUnavailableError: it is the policy itself, or holds parameters of the policy that train.
     """
+    model = engines_model(model)
     if model is policy or unwrap_only(model) is unwrap_only(policy):
         raise ReferenceUnavailableError(
             f"the reference ({source}) is the policy itself; expected another model, a path, or None to let it be found"

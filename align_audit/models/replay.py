@@ -92,6 +92,8 @@ class Replay:
         """Layers write into their argument, so each gets its own."""
         self.pointwise: list[nn.Module] = []
         """Modules of the last layer that may run at some positions only."""
+        self.hold: Callable[[int], None] = lambda index: None
+        """Has a layer in memory, whether or not it is going to compute: several processes bring it together."""
         self.may_skip_layers = True
         """The arguments of layers are recorded rightly where those below do not compute."""
 
@@ -261,6 +263,8 @@ class Replay:
             active: list[tuple[Hashable, torch.Tensor]] = []
             unchanged: list[Hashable] = []
             for index in range(group[0].start, self.num_layers):
+                if index >= 0:
+                    self.hold(index)
                 for place, (key, stream) in enumerate(active):
                     active[place] = (key, self.layer(index, stream, recording, read))
                 for item in group:

@@ -16,16 +16,16 @@ from transformers.training_args import TrainingArguments
 
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.config import AuditConfig
-from align_audit.errors import ConfigurationError
+from align_audit.errors import AlignAuditError, ConfigurationError
 from align_audit.models.anatomy import Anatomy
 from align_audit.monitoring.monitor import BREAKS, AuditFailure, Moment, Outcome
 from align_audit.monitoring.probe_sets import given_by_name, make_probe_sets
 from align_audit.monitoring.schedule import Due, Event, Training, decide
-from align_audit.monitoring.start import Run, begin_run, refuse_together
+from align_audit.monitoring.start import Run, begin_run, refuse_other_options, refuse_together
 from align_audit.monitoring.trainer import TrainerFacts, read_trainer
 from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
-from align_audit.ranks import Ranks
+from align_audit.ranks import Agreed, Ranks
 from align_audit.record.audit_record import AuditKind
 from align_audit.writers.messages import OnAlert, checked
 
@@ -51,6 +51,9 @@ def _guarded(event: _Event) -> _Event:
             if self.config.strict:
                 raise
             self._run.monitor.record_failure(state.global_step, AuditFailure.of(error))
+        except Agreed as agreed:  # that process says what it was
+            if self.config.strict:
+                raise AlignAuditError(str(agreed)) from None
 
     return cast(_Event, guarded)
 
@@ -154,10 +157,12 @@ class AlignmentAuditCallback(TrainerCallback):
         self._ranks = Ranks.of_this_run()
         error: BaseException | None = None
         try:
-            self._run = self._begin(args, state, **kwargs)
-        except BREAKS as raised:
+            refuse_other_options(self._ranks, self.config)
+            with self._ranks.together():
+                self._run = self._begin(args, state, **kwargs)
+        except (*BREAKS, Agreed) as raised:
             error = raised
-        refuse_together(self._ranks, error, self.config)
+        refuse_together(self._ranks, error)
         assert self._run is not None
         self._training = True
         self._run.monitor.agree()
@@ -183,7 +188,7 @@ class AlignmentAuditCallback(TrainerCallback):
         train_dataloader: Any = None,
         **_: Any,
     ) -> Run:
-        """Everything that may refuse to start. Nothing in it waits for another process."""
+        """Everything that may refuse to start, on all processes together."""
         if self._run is not None:
             # auto_find_batch_size begins training again within one run; what is in the log tells what that repeats.
             self._run.monitor.writers.close()
@@ -229,7 +234,8 @@ class AlignmentAuditCallback(TrainerCallback):
     ) -> None:
         """Keep what the trainer logs, and leave a look due where something in it is suspicious."""
         assert self._run is not None
-        found = self._run.monitor.logged(state.global_step, logs or {}, state.max_steps or None)
+        with self._ranks.together():
+            found = self._run.monitor.logged(state.global_step, logs or {}, state.max_steps or None)
         found = self._ranks.share(found)
         if found and self.config.schedule.health and self._pending is None:
             self._pending = Due("health", f"the training log: {found[0].message}", later=True)
@@ -305,7 +311,8 @@ class AlignmentAuditCallback(TrainerCallback):
             last_sync_step=facts.last_sync_step(step),
             compare_precomputed=facts.compare_precomputed,
         )
-        models = OpenModels(model, self._run.reference, autocast=facts.numerics(model), anatomy=self._anatomy)
+        numerics = facts.numerics(model)
+        models = OpenModels(model, self._run.reference, autocast=numerics, anatomy=self._anatomy, ranks=self._ranks)
         with self._run.monitor.pace.timed(kind):
             outcome = self._run.monitor.audit(models, moment)
         self._next_look = outcome.next_look

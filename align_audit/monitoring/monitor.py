@@ -26,7 +26,7 @@ from align_audit.models.reference import policy_fingerprint
 from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.schedule import Training
 from align_audit.probes.pairs import ProbeSet
-from align_audit.ranks import Ranks
+from align_audit.ranks import Agreed, Ranks
 from align_audit.record.audit_record import Alert, AuditKind, AuditRecord
 from align_audit.record.log import RunLog, arrays_name
 from align_audit.record.stored_records import Head, chosen
@@ -140,6 +140,8 @@ class _Findings:
     """The first."""
 
     def fail(self, error: BaseException, probe_name: str | None = None) -> None:
+        if isinstance(error, Agreed):
+            return  # that process says what it was
         self.error = self.error or error
         self.failures.append(AuditFailure.of(error, probe_name))
 
@@ -289,11 +291,12 @@ class Monitor:
 
     def _audit_due(self, models: OpenModels, moment: Moment, findings: _Findings) -> None:
         try:
-            policy_hash = policy_fingerprint(models.policy_model)
-            due = self.due(moment.step, policy_hash, moment.kind)
-            for name in self.probe_sets:
-                if name not in due:
-                    self._pass_by((moment.step, policy_hash, name, "full"))
+            with self._ranks.together():
+                policy_hash = policy_fingerprint(models.policy_model, self._ranks)
+                due = self.due(moment.step, policy_hash, moment.kind)
+                for name in self.probe_sets:
+                    if name not in due:
+                        self._pass_by((moment.step, policy_hash, name, "full"))
             if not due:
                 return
             with models:
@@ -301,13 +304,19 @@ class Monitor:
                     # An audit that breaks would break again on the same weights.
                     self._audited.add((moment.step, policy_hash, name, moment.kind))
                     try:
-                        self._audit_set(models, moment, name, findings)
-                    except BREAKS as error:
+                        with self._ranks.together():
+                            self._audit_set(models, moment, name, findings)
+                    except (*BREAKS, Agreed) as error:
                         findings.fail(error, name)
                         if self.strict:
                             break  # else the other probe sets are audited all the same
-        except BREAKS as error:
+        except (*BREAKS, Agreed) as error:
             findings.fail(error)
+
+    def _agreed_previous(self, name: str | None) -> PreviousAudit:
+        """What the previous audit left; where the next one begins is for the first process to say, which has the log."""
+        previous = self._previous.get(name, PreviousAudit())
+        return replace(previous, attribution=self._ranks.share(previous.attribution))
 
     def _pass_by(self, key: Key) -> None:
         """An audit that an earlier process made hands on what it left, as if it had been made now."""
@@ -329,7 +338,7 @@ class Monitor:
             beta=moment.beta,
             last_sync_step=moment.last_sync_step,
             compare_precomputed=moment.compare_precomputed,
-            previous=self._previous.get(name, PreviousAudit()),
+            previous=self._agreed_previous(name),
         )
         result = run_audit(models, request, self._cache, self._progress)
         self._previous[name] = result.left

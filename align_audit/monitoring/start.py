@@ -22,7 +22,7 @@ from align_audit.monitoring.monitor import AuditFailure, Monitor
 from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.trainer import TrainerFacts
 from align_audit.probes.pairs import ProbeSet
-from align_audit.ranks import Ranks
+from align_audit.ranks import Agreed, Ranks, Status, told
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import RunLog
 from align_audit.record.run import AuditRun
@@ -33,6 +33,9 @@ from align_audit.writers.terminal import progress_bar
 from align_audit.writers.writer import Surroundings, Writers
 
 logger = logging.getLogger(__name__)
+
+_CHECKED = 2**20 + 1
+"""Where processes meet before they try what every audit needs."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def begin_run(
     anatomy: Anatomy | None,
     on_alert: OnAlert | None = None,
 ) -> Run:
-    """Find the reference, try what every audit needs, and open what is written to. Nothing waits for another process.
+    """Find the reference, try what every audit needs, and open what is written to, all processes together.
 
     Args:
         step: at which training begins, or goes on.
@@ -68,8 +71,12 @@ def begin_run(
     """
     refuse_sharded_models(policy, given_reference, facts)
     reference = find_reference(policy, given_reference, facts)
-    check(policy, reference, probe_sets, config, facts.numerics(policy), anatomy)
-    log = open_log(facts.output_dir, policy, probe_sets, config, step) if writes else None
+    check(policy, reference, probe_sets, config, facts.numerics(policy), anatomy, ranks)
+    log = RunLog(facts.output_dir) if writes else None
+    if ranks.share(log is not None and step == 0 and len(log.records) > 0):
+        policy_hash = policy_fingerprint(policy, ranks)
+        if log is not None:
+            set_aside_another(log, policy_hash, probe_sets, config, facts.output_dir)
     monitor = Monitor(
         probe_sets,
         config,
@@ -85,26 +92,37 @@ def begin_run(
     return Run(facts, reference, monitor)
 
 
-def refuse_together(ranks: Ranks, error: BaseException | None, config: AuditConfig) -> None:
+def refuse_other_options(ranks: Ranks, config: AuditConfig) -> None:
+    """All processes audit with the same options, or none does.
+
+    Raises:
+        ConfigurationError: one has others.
+    """
+    said = ranks.gather(config.to_dict())
+    for rank, options in enumerate(said):
+        if options != said[0]:
+            odd = ", ".join(sorted(name for name, value in options.items() if value != said[0].get(name)))
+            raise ConfigurationError(
+                f"rank {rank} audits with other options than rank 0 ({odd}); expected the same AuditConfig on all ranks"
+            )
+
+
+def refuse_together(ranks: Ranks, error: BaseException | None) -> None:
     """All processes go on, or none does: one that is missing would be waited for in training's first step.
 
     Args:
         error: what this process met; None: it can go on.
 
     Raises:
-        ConfigurationError: another process cannot go on, or audits with other options.
+        ConfigurationError: another process cannot go on.
     """
-    said = ranks.gather((None if error is None else AuditFailure.of(error), config.to_dict()))
-    if error is not None:
+    failure = None if error is None or isinstance(error, Agreed) else AuditFailure.of(error)
+    said = ranks.gather(failure)
+    if error is not None and not isinstance(error, Agreed):
         raise error
-    for rank, (failure, options) in enumerate(said):
-        if failure is not None:
-            raise ConfigurationError(f"training cannot be audited: on rank {rank} {failure.kind}")
-        if options != said[0][1]:
-            odd = ", ".join(sorted(name for name, value in options.items() if value != said[0][1].get(name)))
-            raise ConfigurationError(
-                f"rank {rank} audits with other options than rank 0 ({odd}); expected the same AuditConfig on all ranks"
-            )
+    for rank, other in enumerate(said):
+        if other is not None:
+            raise ConfigurationError(f"training cannot be audited: on rank {rank} {other.kind}")
 
 
 def refuse_sharded_models(policy: nn.Module, given: Any, facts: TrainerFacts) -> None:
@@ -143,45 +161,50 @@ def check(
     config: AuditConfig,
     autocast: Callable[[], AbstractContextManager[Any]],
     anatomy: Anatomy | None,
+    ranks: Ranks,
 ) -> None:
     """Find out now what would otherwise break every audit (raises as :func:`check_audit`)."""
+    refusal: BaseException | None = None
+    ranks.check(_CHECKED)  # what broke on another process before this is not an outcome of the check
     try:
-        check_audit(policy, reference, probe_sets.values(), config, autocast=autocast, anatomy=anatomy)
-    except AlignAuditError:
-        raise
+        with ranks.together():
+            check_audit(policy, reference, probe_sets.values(), config, autocast=autocast, anatomy=anatomy, ranks=ranks)
+    except Agreed:
+        pass  # what it was, that process says below
+    except AlignAuditError as error:
+        refusal = error
     except Exception as error:
         # Not a finding of ours: let the first audit meet it, where it is recorded and training goes on.
         logger.warning("align_audit could not check its set-up: %s", named(error))
+    refused = ranks.any(refusal is not None)
+    if refusal is not None:
+        raise told(refusal)
+    if refused:
+        raise Agreed(Status.ERROR)
 
 
-def open_log(
-    output_dir: str, policy: nn.Module, probe_sets: Mapping[str | None, ProbeSet], config: AuditConfig, step: int
-) -> RunLog:
-    """The log of a run that goes on at ``step``; audits of another run that began in the same folder are set aside.
-
-    Raises:
-        ConfigurationError: it cannot be written.
-    """
-    log = RunLog(output_dir)
-    if step == 0 and not all(_begins_so(record, policy, probe_sets, config) for record in log.records):
+def set_aside_another(
+    log: RunLog, policy_hash: str, probe_sets: Mapping[str | None, ProbeSet], config: AuditConfig, output_dir: str
+) -> None:
+    """Set the audits of a log aside, if they are of another run that began in the same folder."""
+    if not all(_begins_so(record, policy_hash, probe_sets, config) for record in log.records):
         aside = log.set_aside()
         warnings.warn(
             f"{output_dir} holds the audits of an earlier run, and training starts again from step 0: they "
             f"were moved to {aside.name}",
             stacklevel=2,
         )
-    return log
 
 
 def _begins_so(
-    record: AuditRecord, policy: nn.Module, probe_sets: Mapping[str | None, ProbeSet], config: AuditConfig
+    record: AuditRecord, policy_hash: str, probe_sets: Mapping[str | None, ProbeSet], config: AuditConfig
 ) -> bool:
     """Is this what our own first audit would find: the same start, read on the same probes in the same way?"""
     provenance = record.provenance
     probes = probe_sets.get(provenance.probe_name)
     return (
         record.step == 0
-        and provenance.policy_hash == policy_fingerprint(policy)
+        and provenance.policy_hash == policy_hash
         and probes is not None
         and provenance.probe_hash == probes.content_hash
         and provenance.config == config.to_dict()

@@ -18,13 +18,18 @@ FSDP2 = {
 
 
 def become_rank(rank: int, size: int, port: int, engine: str) -> None:
-    """Set what a launcher sets, in a process that has not used accelerate yet."""
+    """Set what a launcher sets, in a process that has not used accelerate yet.
+
+    Args:
+        engine: ``ddp``, ``fsdp2``, ``fsdp2 kept`` (layers stay whole between forward and backward), ``zero2``, ``zero3``.
+    """
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true",
     )  # fmt: skip
-    if engine == "fsdp2":
+    if engine.startswith("fsdp2"):
         os.environ.update(FSDP2)
+        os.environ["FSDP_RESHARD_AFTER_FORWARD"] = str(engine != "fsdp2 kept").lower()
         _fsdp_without_accelerator()
     if engine.startswith("zero"):
         os.environ.pop("ACCELERATE_USE_CPU")
@@ -60,6 +65,8 @@ def _fsdp_without_accelerator() -> None:
     def keep_the_plugin(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
         plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                fsdp_plugin.set_mixed_precision(self._mixed_precision)
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
 
     state.AcceleratorState.__init__ = keep_the_plugin

@@ -2,63 +2,139 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from align_audit import AlignmentAuditCallback, AuditConfig
+from align_audit.models.weights.sharded import engines_model, is_spread, whole
 from align_audit.monitoring import monitor
 from tests.distributed.engines import deepspeed_options
-from tests.helpers.audits import QUICK
-from tests.helpers.dpo import build
+from tests.distributed.plants import plant
+from tests.distributed.watch import After, Before, watch_gathers
+from tests.helpers.audits import QUICK, audited
+from tests.helpers.dpo import ROWS, build
+
+
+def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A model's weights on every rank, gathered where they are spread."""
+    weights = {}
+    for name, value in model.named_parameters():
+        (weights[name],) = whole([value], [value.dtype]) if is_spread(value) else [value.detach().clone()]
+    return weights
 
 
 def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
     """Train as the case says.
 
-    ``case``: ``audit`` (options over :data:`QUICK`; None: no callback), ``mode``, ``trainer`` (options), ``break_on`` (a rank
-    whose audits fail), ``refuse_on`` (a rank whose set-up refuses), ``config_on`` (options of one rank alone).
+    ``case``:
+        ``audit``: options over :data:`QUICK`; None: no callback.
+        ``mode``, ``engine``, ``trainer``: the trainer's reference, its engine, its options.
+        ``probes``: how many pairs, or slices of them by name; else the eval set's.
+        ``break_on``, ``refuse_on``: a rank whose audits fail, whose set-up refuses.
+        ``config_on``: a rank with other options.
+        ``plant``: see :mod:`tests.distributed.plants`.
+        ``frozen``: only the last layer trains.
+        ``alone``: audit what came of it once more, in one process.
     """
     torch.set_num_threads(1)
-    callbacks = []
+    audit = None
     if case.get("audit") is not None:
         options = {**QUICK, **case["audit"]}
         if case.get("config_on", -1) == rank:
             options["seed"] = 1
-        probes = "no-such-file.jsonl" if case.get("refuse_on") == rank else None
-        callbacks.append(AlignmentAuditCallback(probes, AuditConfig.from_dict(options)))
+        counts = case.get("probes")
+        probes: Any = None if counts is None else ROWS[-counts:] if isinstance(counts, int) else {
+            name: ROWS[first:end] for name, (first, end) in counts.items()
+        }  # fmt: skip
+        if case.get("refuse_on") == rank:
+            probes = "no-such-file.jsonl"
+        audit = AlignmentAuditCallback(probes, AuditConfig.from_dict(options))
     if case.get("break_on") == rank:
 
         def run_audit(*_: Any) -> Any:
             raise ValueError("planted")
 
         monitor.run_audit = run_audit
+    if case.get("plant", {}).get("rank") == rank:
+        plant(case["plant"]["where"], case["plant"]["kind"])
     output = folder / "run"
+    before, held = Before(), watch_gathers()
+    after = After(before)
     trained = build(
-        output, case.get("mode", "ref_model made"), [*callbacks], base=folder / f"base-{rank}",
+        output, case.get("mode", "ref_model made"), [before, *([] if audit is None else [audit]), after],
+        base=folder / f"base-{rank}",
         **{
             "max_steps": 4, "per_device_train_batch_size": 2, **deepspeed_options(case.get("engine", "ddp")),
             **case.get("trainer", {}),
         },
     )  # fmt: skip
-    engine = type(trained.trainer.model).__name__
-    if callbacks and case.get("attach", True) and case.get("refuse_on") != rank:
-        callbacks[0].attach(trained.trainer)
-    trained.trainer.train()
+    trainer = trained.trainer
+    engine = type(trainer.model).__name__
+    if case.get("frozen"):
+        for name, parameter in trainer.model.named_parameters():
+            parameter.requires_grad_("layers.2." in name)
+    shell = copy.deepcopy(trainer.model) if case.get("alone") else None
+    for module in () if shell is None else shell.modules():
+        module.__dict__.pop("forward", None)  # TRL's own, which would call the model that was copied
+    if audit is not None and case.get("attach", True) and case.get("refuse_on") != rank:
+        audit.attach(trainer)
+    trainer.train()
+    weights = whole_weights(trainer.model)
+    if shell is not None:
+        references = {} if trainer.ref_model is None else whole_weights(engines_model(trainer.ref_model))
+        if rank == 0:
+            shell.load_state_dict(weights, strict=False)
+            audit_alone(folder, shell, references, audit, case)
     shutil.rmtree(folder / f"base-{rank}", ignore_errors=True)
-    state, control = trained.trainer.state, trained.trainer.control
     digest = hashlib.sha256()
-    for name, value in sorted(trained.weights.items()):
-        digest.update(name.encode() + value.numpy().tobytes())
+    for name, value in sorted(weights.items()):
+        digest.update(name.encode() + value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return {
-        "engine": type(trained.trainer.model_wrapped).__name__,
+        "engine": type(trainer.model_wrapped).__name__,
         "model": engine,
-        "step": state.global_step,
-        "stop": control.should_training_stop,
+        "reference": type(trainer.ref_model).__name__,
+        "step": trainer.state.global_step,
+        "stop": trainer.control.should_training_stop,
         "weights": digest.hexdigest(),
         "losses": trained.losses,
-        "distributed": str(trained.trainer.accelerator.distributed_type),
+        "distributed": str(trainer.accelerator.distributed_type),
+        "looks": after.looks,
+        "left": after.left,
+        "spread": after.spread,
+        "held": held,
     }
+
+
+def audit_alone(
+    folder: Path,
+    policy: Any,
+    references: dict[str, torch.Tensor],
+    callback: AlignmentAuditCallback,
+    case: dict[str, Any],
+) -> None:
+    """Write what one process finds in the weights that training has ended with: ``alone.json`` and ``alone.npz``."""
+    half = case.get("mode") == "bf16"
+    reference = None
+    if references:
+        reference = copy.deepcopy(policy)
+        reference.load_state_dict(references, strict=False)
+    for model in (policy, reference):
+        for parameter in model.parameters() if half and model is not None else ():
+            parameter.data = parameter.data.to(torch.bfloat16)  # the engine casts weights, and no buffers
+    for probe_name, probes in callback._probe_sets.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            record, arrays = audited(
+                policy, reference, probes, callback.config, step=4, beta=0.1, probe_name=probe_name,
+                **({"autocast": lambda: torch.autocast("cpu", torch.bfloat16)} if half else {}),
+            )  # fmt: skip
+        name = "alone" if probe_name is None else f"alone-{probe_name}"
+        (folder / f"{name}.json").write_text(record.model_dump_json())
+        np.savez(folder / f"{name}.npz", **arrays)

@@ -18,7 +18,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-SECONDS = float(os.environ.get("ALIGN_AUDIT_TEST_SECONDS", "60"))
+SECONDS = float(os.environ.get("ALIGN_AUDIT_TEST_SECONDS", "120"))
 """For one case. Processes that wait for each other wait half an hour."""
 
 

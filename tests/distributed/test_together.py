@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed.launch import launch
+from tests.distributed.reading import lines
 
 pytestmark = pytest.mark.distributed
 
@@ -27,13 +27,10 @@ CASES: dict[str, dict[str, Any]] = {
     "broken on 1, strict": {"audit": {"strict": True}, "break_on": 1},
     "refused on 1": {"audit": {}, "refuse_on": 1},
     "other options on 1": {"audit": {}, "config_on": 1},
-    "fsdp2": {"audit": {}, "engine": "fsdp2"},
-    "fsdp2 lora": {"audit": {}, "engine": "fsdp2", "mode": "new adapter"},
 }
 ZERO: dict[str, dict[str, Any]] = {
     "zero2 plain": {"engine": "zero2"},
     "zero2 audited": {"audit": {}, "engine": "zero2"},
-    "zero3": {"audit": {}, "engine": "zero3"},
 }
 
 
@@ -41,11 +38,6 @@ ZERO: dict[str, dict[str, Any]] = {
 def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[dict[str, Any]]]]:
     folder = tmp_path_factory.mktemp("together")
     return folder, launch(folder, CASES)
-
-
-def lines(folder: Path, case: str, name: str) -> list[dict[str, Any]]:
-    path = folder / case / "run" / "align_audit" / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def test_nobody_waits_for_ever(ran: Any) -> None:
@@ -111,14 +103,6 @@ def test_ranks_with_different_options_are_refused(ran: Any) -> None:
         assert "seed" in said["words"]
 
 
-@pytest.mark.parametrize("case", ["fsdp2", "fsdp2 lora"])
-def test_a_sharded_model_is_refused_before_it_is_called(ran: Any, case: str) -> None:
-    for said in ran[1][case]:
-        assert said["kind"] == "ConfigurationError"
-        assert "spread over processes (FSDP2)" in said["words"]
-    assert lines(ran[0], case, "failures.jsonl") == []
-
-
 @pytest.fixture(scope="module")
 def ran_zero(tmp_path_factory: pytest.TempPathFactory) -> Any:
     pytest.importorskip(
@@ -135,9 +119,3 @@ def test_training_is_the_same_bits_under_zero2(ran_zero: Any) -> None:
         assert with_ours["weights"] == without["weights"]
         assert with_ours["losses"] == without["losses"]
     assert [line["step"] for line in lines(ran_zero[0], "zero2 audited", "records.jsonl")] == [0, 2, 4]
-
-
-def test_partitioned_weights_are_refused(ran_zero: Any) -> None:
-    for said in ran_zero[1]["zero3"]:
-        assert said["kind"] == "ConfigurationError"
-        assert "spread over processes (DeepSpeed ZeRO-3)" in said["words"]

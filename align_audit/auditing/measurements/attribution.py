@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from align_audit.models.gradients import stream_gradients
 from align_audit.models.replay import Recording, Replay
 from align_audit.probes.batches import PairBatch
 from align_audit.record import audit_record
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -195,6 +198,9 @@ def _kept_streams(task: AuditTask) -> ReferenceStreams | None:
     session, config = task.session, task.session.config.patching
     directory = task.cache.directory
     if not config.enabled or not config.keep_reference or directory is None:
+        return None
+    if session.models.ranks.size > 1:
+        logger.info("patching.keep_reference keeps nothing where training runs on several processes")
         return None
     return ReferenceStreams.of(
         session,

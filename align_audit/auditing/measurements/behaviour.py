@@ -13,6 +13,7 @@ from align_audit.auditing.session.accumulators import PerPair, State
 from align_audit.measures.margin import compare_readouts, sum_by_pair
 from align_audit.models.replay import equal_streams
 from align_audit.probes.batches import PairBatch
+from align_audit.ranks import Ranks
 from align_audit.record.audit_record import Estimate, Margins
 
 
@@ -109,6 +110,11 @@ class Behaviour(Measurement):
                 parts.setdefault(prefix + "token_accuracy", []).append(readout.correct)
             parts.setdefault("kl", []).append(kl)
         return {name: torch.cat(pieces) for name, pieces in parts.items()}
+
+    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+        """Equal on every probe token is what is so on every process."""
+        super().merge(ranks, mine)
+        self.identical = not ranks.any(not self.identical)
 
     def reference_margins(self, batch: PairBatch) -> torch.Tensor | None:
         """[B] the reference's margins on a batch of the first pass, to the bit; None of another batch."""

@@ -23,6 +23,7 @@ from align_audit.measures.patching import PatchSummary, noised
 from align_audit.measures.significance import split_half_agreement
 from align_audit.models.replay import Recording, Stream
 from align_audit.probes.batches import PairBatch
+from align_audit.ranks import Ranks
 from align_audit.record.audit_record import Control
 from align_audit.record.audit_record import Controls as ControlsPart
 
@@ -304,6 +305,10 @@ class MoreNoise:
     def store(self, key: Any, places: np.ndarray, effect: np.ndarray) -> None:
         """Keep the effects [B], nats, of the pairs at ``places``."""
         self._noise.put_at(places, effect, *key)
+
+    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+        """Take over what other processes have kept of their pairs."""
+        self._noise.merge(ranks, mine)
 
 
 def noise_with(

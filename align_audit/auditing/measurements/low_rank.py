@@ -34,6 +34,7 @@ from align_audit.measures.subspace import (
     rank_95,
     rank_95_interval,
 )
+from align_audit.ranks import Ranks
 from align_audit.record.audit_record import Estimate, LowRankCurve
 
 
@@ -82,6 +83,11 @@ class LowRank(Measurement):
         """Add the batch's token rows."""
         if self.grams is not None:
             self.grams.update(recorded.batch, recorded.policy, recorded.reference)
+
+    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+        """The sums over all pairs, where they are gathered in the first pass."""
+        if self.grams is not None:
+            self.grams.merge(ranks, mine)
 
     def look_closer(self, tick: Callable[[], None]) -> None:
         """Choose the layers, gather their token rows where that is not done yet, and fit."""

@@ -20,6 +20,7 @@ from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.auditing.session.walk import Session, Unpatched
 from align_audit.models.replay import Recording, Stream
 from align_audit.probes.batches import PairBatch
+from align_audit.ranks import Ranks
 
 _Kind = TypeVar("_Kind", bound="Measurement")
 
@@ -68,12 +69,15 @@ class SecondLook(Protocol):
     def store(self, key: Any, places: np.ndarray, effect: np.ndarray) -> None:
         """Keep the effects [B], nats, of the pairs at ``places``."""
 
+    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+        """Take over what other processes have kept, as :meth:`Measurement.merge`."""
+
 
 class Measurement:
     """One concept of an audit. What a kind does not do, it leaves as it is here.
 
     A batch that runs out of memory comes again, in smaller ones: :meth:`read` and :meth:`store` overwrite what they put,
-    :meth:`commit` is called once for a batch that went through.
+    :meth:`commit` is called once for a batch that went through, on all processes that worked at once; it calls no layer.
 
     Args:
         task: the audit it is part of.
@@ -120,6 +124,14 @@ class Measurement:
 
     def commit(self, recorded: RecordedBatch) -> None:
         """First pass, after the walks: what is added up, and cannot be overwritten."""
+
+    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+        """After the first pass: take over what other processes have of their pairs. Called by all of them together.
+
+        Args:
+            mine: places of the pairs that this process has worked on.
+        """
+        self.state.merge(ranks, mine)
 
     def look_closer(self, tick: Callable[[], None]) -> None:
         """After the first pass: what takes the pairs together, or passes of its own (``tick`` after each batch)."""

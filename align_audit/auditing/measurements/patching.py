@@ -50,6 +50,7 @@ class Patching(Measurement):
         super().__init__(task)
         pairs, layers = len(self.session.pairs), self.session.num_layers
         self.enabled = self.config.patching.enabled
+        self._summary: PatchSummary | None = None
         if self.enabled:
             self.state = PatchingState(PerPair(pairs, layers + 1), PerPair(pairs, layers + 2))
 
@@ -112,9 +113,16 @@ class Patching(Measurement):
 
     def look_closer(self, tick: Callable[[], None]) -> None:
         """With ``exact_pairs`` "auto": more pairs are patched, at the layers whose intervals need them."""
-        config, session = self.config.patching, self.session
-        if not self.enabled or config.exact_pairs != "auto":
+        if not self.enabled:
             return
+        if self.config.patching.exact_pairs == "auto":
+            self._patch_more()
+        # What the next passes do is for the first process to say: another one's processor may round otherwise.
+        ranks = self.session.models.ranks
+        self._summary = ranks.share(self.summary if ranks.rank == 0 else None)
+
+    def _patch_more(self) -> None:
+        config, session = self.config.patching, self.session
         if len(session.pairs) <= config.equivalent_pairs:
             warnings.warn(
                 f"patching.exact_pairs 'auto' saves nothing here: there are {len(session.pairs)} probe pairs, and intervals "
@@ -124,7 +132,8 @@ class Patching(Measurement):
             )
         effects = self.state.effect.values[:, 1:]
         estimates, _ = self.task[Attribution].corrected(effects)
-        session.take_choice(more_pairs(session.choice, effects, estimates, config.equivalent_pairs))
+        choice = more_pairs(session.choice, effects, estimates, config.equivalent_pairs)
+        session.take_choice(session.models.ranks.share(choice))
         wanting = [
             place
             for place, layers in enumerate(session.choice.layers_of())
@@ -132,12 +141,13 @@ class Patching(Measurement):
         ]
         if wanting:
             session.each_batch(self._patch_missing, wanting)
+            session.bring_together(self.state.merge)
 
     def _patch_missing(self, batch: PairBatch) -> None:
         """Effects at the layers that the batch is to be patched at by now, and was not when it was measured."""
         session = self.session
         measured = ~np.isnan(self.state.effect.values[int(batch.pair_index[0])])
-        layers = [layer for layer in session.layers_of(batch) if not measured[layer + 1]]
+        layers = session.all_of([layer for layer in session.layers_of(batch) if not measured[layer + 1]])
         if not layers:
             return
         policy = session.record_policy(batch, until=max(layers))
@@ -164,11 +174,14 @@ class Patching(Measurement):
         """1, −1 or 0: the sign of the mean margin shift of the pairs that everything was patched on."""
         return float(np.sign(self.task[Behaviour].shift[self.session.exact_pairs].mean()))
 
-    @functools.cached_property
+    @property
     def summary(self) -> PatchSummary | None:
         """What the pairs that were patched everywhere say, once the first pass is done; None where patching is off."""
-        if not self.enabled:
-            return None
+        if self._summary is None and self.enabled:
+            self._summary = self._summarized()
+        return self._summary
+
+    def _summarized(self) -> PatchSummary:
         exact = self.session.exact_pairs
         summary = summarize_patching(
             self.state.effect.values[exact],

@@ -7,6 +7,7 @@ into the policy. What a donor gives is recorded for as many units as may be walk
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -18,6 +19,7 @@ import torch
 
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement, Reasons
 from align_audit.auditing.measurements.site_units import ModelSites, Unit, units_of
+from align_audit.auditing.session.accumulators import merge_by_place
 from align_audit.auditing.session.estimates import Estimates, estimate, floats
 from align_audit.auditing.session.walk import Session
 from align_audit.config import SiteConfig
@@ -104,12 +106,14 @@ class SiteCollector:
     def measure(self, tick: Callable[[], None] = lambda: None) -> list[SiteFindings]:
         """Everything, over all pairs that are needed."""
 
-        def update(batch: PairBatch) -> None:
-            self.update(batch)
-            tick()
-
         for places in self._segments():
-            self.session.each_batch(update, places)
+            self.session.each_batch(self.update, places, tick)
+        arrays = [
+            values
+            for findings in self.measured
+            for values in (*findings.exact.values(), *findings.attribution.values())
+        ]
+        self.session.bring_together(functools.partial(merge_by_place, arrays))
         return self.measured
 
     def _segments(self) -> list[list[int]]:
@@ -151,7 +155,7 @@ class SiteCollector:
         same_as = recording if torch.equal(top, recording.after(last)) else None
         del top
         # One half of the room for what the donor gives, one for the streams that are walked.
-        limit = max(1, session.max_streams(recording.after(-1)) // 2)
+        limit = session.least(max(1, session.max_streams(recording.after(-1)) // 2))
         for first in range(0, len(waiting), limit):
             group = waiting[first : first + limit]
             given = self._given([(self.measured[number].config, unit) for number, _, unit in group], receiver, donor)

@@ -17,7 +17,13 @@ from align_audit.auditing.session.memory import out_of_memory
 from align_audit.auditing.session.reference_cache import ReferenceTrace
 from align_audit.measures import spinal as scores
 from align_audit.measures.draws import keep_rows, prefix_keys
-from align_audit.measures.spectrum import below_rounding_floor, contraction, numerical_rank, singular_values
+from align_audit.measures.spectrum import (
+    Contraction,
+    below_rounding_floor,
+    contraction,
+    numerical_rank,
+    singular_values,
+)
 from align_audit.measures.sums import sum_into
 from align_audit.measures.transport import TransportAccumulator
 from align_audit.models.gradients import stream_gradients
@@ -63,8 +69,10 @@ class Spinal(Measurement):
         self.enabled = self.config.spinal.enabled
         self.state = SpinalState(PerPair(len(self.session.pairs), self.session.num_layers), Rows(), Rows())
         self._sampled = self._sample_rows() if self.enabled else None
-        self._reference_trace = task.cache.get(self._trace_key()) if self.enabled else None
-        self._policy_transport = self._reference_transport = np.empty((0, 0))
+        # The first process's word: it alone has what an earlier run left on disk.
+        kept = task.cache.get(self._trace_key()) if self.enabled else None
+        self._reference_trace = self.session.models.ranks.share(kept)
+        self._policy_trace: tuple[DepthTrace, Reasons] | None = None
 
     def _trace_key(self) -> tuple[str, ...]:
         """What the reference's depth trace depends on."""
@@ -97,8 +105,14 @@ class Spinal(Measurement):
         kept[at[places[keep_rows(distinct, self.config.spinal.max_rows)]]] = True
         return SampledRows(flat, first, kept, len(distinct))
 
+    def read(self, recorded: RecordedBatch) -> None:
+        """On pairs of the controls, the policy's gradients."""
+        if self.enabled and self.config.spinal.gradient_concentration and self.session.is_control(recorded.batch):
+            with self.session.as_policy() as replay:
+                self._gradients(replay, recorded)
+
     def commit(self, recorded: RecordedBatch) -> None:
-        """The batch's sampled rows of both models, and on pairs of the controls the policy's gradients."""
+        """The batch's sampled rows of both models."""
         if self._sampled is None:
             return
         batch, state = recorded.batch, self.state
@@ -109,9 +123,6 @@ class Spinal(Measurement):
         keys = self._sampled.keys[entries]
         picked = torch.from_numpy(chosen).to(batch.row.device)
         at = (batch.row[picked], batch.position[picked])
-        if self.config.spinal.gradient_concentration and self.session.is_control(batch):
-            with self.session.as_policy() as replay:
-                self._gradients(replay, recorded)
         policy = self._rows(recorded.policy, at)
         reference = self._rows(recorded.reference, at) if self._reference_trace is None else None
         # Added last, and together: a batch that runs out of memory comes again.
@@ -143,36 +154,55 @@ class Spinal(Measurement):
     # -- transport -----------------------------------------------------------------------------------------------------
 
     def look_closer(self, tick: Callable[[], None]) -> None:
-        """What the logit lens of every row travels from layer to layer.
-
-        Of all rows together, in blocks as large as the head is fast at, however few a batch had.
-        """
+        """Both traces, of all rows together; the reference's is kept in the run's cache from now on."""
         if not self.enabled:
             return
+        rows, models = self.state.policy_rows, self.session.models
         with self.session.as_policy() as replay:
-            self._policy_transport = self._travelled(replay, self.state.policy_rows)
+            distances = self._travelled(replay, rows)
+        self._policy_trace = self.depth_trace(rows, distances, _epsilon(models.policy))
         if self._reference_trace is None:
+            rows = self.state.reference_rows
             with self.session.as_reference() as replay:
-                self._reference_transport = self._travelled(replay, self.state.reference_rows)
+                distances = self._travelled(replay, rows)
+            traced = self.depth_trace(rows, distances, _epsilon(models.reference))
+            self._reference_trace = self.task.cache.put(self._trace_key(), *traced)
 
     def _travelled(self, replay: Replay, rows: Rows) -> np.ndarray:
-        """Distances [n, L − 1] of n rows; a block of rows walks up the layers, so that two layers' logits of it are held."""
-        total, layers = len(rows), replay.num_layers
+        """Distances [n, L − 1] that the logit lens of n rows travels from layer to layer, by ascending key.
+
+        In blocks as large as the head is fast at, however few rows a batch had; processes take turns of them.
+        """
+        if not len(rows):
+            return np.empty((0, replay.num_layers - 1))
+        order, ranks = rows.order().numpy(), self.session.models.ranks
         size = next(replay.head_blocks(2**62)).stop
-        walks, done = TransportAccumulator(), 0
-        while done < total:
-            block = _stretch(rows.parts, done, done + size)
+        blocks = [order[first : first + size] for first in range(0, len(order), size)]
+        walked = {
+            number: self._block_travelled(replay, rows, block)
+            for number, block in enumerate(blocks)
+            if number % ranks.size == ranks.rank
+        }
+        everywhere = {number: part for said in ranks.gather(walked) for number, part in said.items()}
+        return np.concatenate([everywhere[number] for number in range(len(blocks))])
+
+    def _block_travelled(self, replay: Replay, rows: Rows, block: np.ndarray) -> np.ndarray:
+        """Of the rows at these places, which walk up the layers, so that two layers' logits of them are held; in smaller
+        blocks after running out of memory."""
+        walks, done, size = TransportAccumulator(), 0, len(block)
+        while done < len(block):
+            streams = rows.take(block[done : done + size])
             try:
-                walks.update(self._lens(replay, block, layer) for layer in range(layers))
-                done += len(block)
+                walks.update(self._lens(replay, streams, layer) for layer in range(replay.num_layers))
+                done += len(streams)
                 continue
             except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error) or len(block) == 1:
+                if not out_of_memory(error) or len(streams) == 1:
                     raise
             # Out of the handler, so that the failed call's tensors are free.
             self.session.free_memory()
-            size = len(block) // 2
-        return walks.freeze().numpy() if total else np.empty((0, layers - 1))
+            size = len(streams) // 2
+        return walks.freeze().numpy()
 
     def _lens(self, replay: Replay, block: torch.Tensor, layer: int) -> torch.Tensor:
         """The logit lens [n, V] of rows [n, L, d] after one layer."""
@@ -183,14 +213,10 @@ class Spinal(Measurement):
     # -- what is said --------------------------------------------------------------------------------------------------
 
     def part(self) -> tuple[SpinalPart | None, Reasons]:
-        """Both traces and the scores; the reference's trace is taken from the run's cache, or kept there from now on."""
-        if not self.enabled:
+        """Both traces and the scores."""
+        if self._policy_trace is None or self._reference_trace is None:
             return None, {"": "switched off (spinal.enabled)"}
-        models = self.session.models
-        policy, why = self.depth_trace(self.state.policy_rows, self._policy_transport, _epsilon(models.policy))
-        if self._reference_trace is None:
-            traced = self.depth_trace(self.state.reference_rows, self._reference_transport, _epsilon(models.reference))
-            self._reference_trace = self.task.cache.put(self._trace_key(), *traced)
+        policy, why = self._policy_trace
         part, reasons = self._scores(policy, self._reference_trace)
         reasons |= {f"policy.{path}": reason for path, reason in why.items()}
         reasons |= {f"reference.{path}": reason for path, reason in self._reference_trace.reasons.items()}
@@ -204,19 +230,16 @@ class Spinal(Measurement):
             distances: what they travel [rows, L − 1], radians.
             epsilon: rounding unit of the dtype that the model computes in.
         """
+        ranks, layers = self.session.models.ranks, self.session.num_layers
         order = rows.order()
-        fits, floor, why = [], [], {}
-        for layer in range(self.session.num_layers):
-            # One layer at a time, in the order of the keys: no second copy of all rows, and batches cannot matter.
-            pooled = torch.cat([part[:, layer] for part in rows.parts])[order]
-            spectrum = singular_values(pooled)
-            rank = numerical_rank(pooled, epsilon, spectrum)
-            fit = contraction(spectrum, len(pooled), pooled.shape[1], rank, self.config.spinal.window)
+        mine = {layer: self._fit(rows, order, layer, epsilon) for layer in range(ranks.rank, layers, ranks.size)}
+        everywhere = {layer: fitted for said in ranks.gather(mine) for layer, fitted in said.items()}
+        fits, floor = zip(*(everywhere[layer] for layer in range(layers)), strict=True)
+        why = {}
+        for layer, fit in enumerate(fits):
             if fit.reason is not None:
                 for name in ("contraction", "contraction_r2", "contraction_stderr"):
                     why[f"{name}.{layer}"] = fit.reason
-            floor.append(below_rounding_floor(spectrum, epsilon))
-            fits.append(fit)
         for layer in np.flatnonzero(~np.isfinite(distances).all(axis=0)).tolist():
             why[f"transport.{layer}"] = f"the logit lens at layer {layer} or {layer + 1} is not finite on some rows"
         trace = DepthTrace(
@@ -228,6 +251,15 @@ class Spinal(Measurement):
             below_rounding_floor=[int(count) for count in floor],
         )
         return trace, why
+
+    def _fit(self, rows: Rows, order: torch.Tensor, layer: int, epsilon: float) -> tuple[Contraction, int]:
+        """Of one layer, and how many singular values lie below the floor of rounding."""
+        # One layer at a time, in the order of the keys: no second copy of all rows, and batches cannot matter.
+        pooled = torch.cat([part[:, layer] for part in rows.parts])[order]
+        spectrum = singular_values(pooled)
+        rank = numerical_rank(pooled, epsilon, spectrum)
+        fit = contraction(spectrum, len(pooled), pooled.shape[1], rank, self.config.spinal.window)
+        return fit, int(below_rounding_floor(spectrum, epsilon))
 
     def _scores(self, policy: DepthTrace, kept: ReferenceTrace) -> tuple[SpinalPart, Reasons]:
         config, reference = self.config.spinal, kept.trace
@@ -269,13 +301,3 @@ class Spinal(Measurement):
 def _epsilon(replay: Replay) -> float:
     """Rounding unit of the dtype that a model computes in."""
     return float(torch.finfo(replay.compute_dtype).eps)
-
-
-def _stretch(parts: list[torch.Tensor], first: int, end: int) -> torch.Tensor:
-    """Rows ``first`` to ``end`` (or the last) of all parts one behind the other."""
-    pieces, passed = [], 0
-    for part in parts:
-        if passed < end and passed + len(part) > first:
-            pieces.append(part[max(first - passed, 0) : end - passed])
-        passed += len(part)
-    return torch.cat(pieces)

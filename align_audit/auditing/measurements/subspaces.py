@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from align_audit.auditing.session.accumulators import merge_by_place
 from align_audit.auditing.session.walk import Session
 from align_audit.measures.draws import halves
 from align_audit.measures.patching import patched
@@ -25,6 +26,7 @@ from align_audit.measures.subspace import (
 )
 from align_audit.models.replay import Recording, Stream
 from align_audit.probes.batches import PairBatch
+from align_audit.ranks import Ranks
 
 Key = tuple[str, int]
 """Basis name and layer."""
@@ -98,17 +100,22 @@ class TokenGrams:
         """A pass of its own over all pairs, no further up than the layers."""
         session, top = self.session, max(self.layers)
 
-        def update(batch: PairBatch) -> None:
+        def update(batch: PairBatch) -> Callable[[], None]:
             inputs = batch.model_inputs()
             with session.as_policy() as replay:
                 policy = replay.record(inputs, until=top)
             with session.as_reference() as replay:
                 reference = replay.record(inputs, until=top)
             session.meter.sample()
-            self.update(batch, policy, reference)
-            tick()
+            return lambda: self.update(batch, policy, reference)
 
-        session.each_batch(update)
+        session.each_batch(update, tick=tick)
+        session.bring_together(self.merge)
+
+    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+        """Sums over the pairs of all processes."""
+        for key, (first, second) in self._sums.items():
+            self._sums[key] = _summed(first, ranks), _summed(second, ranks)
 
     @property
     def bytes(self) -> int:
@@ -122,6 +129,11 @@ class TokenGrams:
             first, second = self._sums.pop(key)
             grams[key] = (first.freeze(), second.freeze())
         return grams
+
+
+def _summed(sums: GramAccumulator, ranks: Ranks) -> GramAccumulator:
+    gram = sums.freeze()
+    return GramAccumulator.of(Gram(ranks.sum(gram.matrix), sum(ranks.gather(gram.rows))))
 
 
 class Fit:
@@ -276,6 +288,10 @@ class Reconstruction:
             self.effects.fitted[key[1], key[2]][places, key[3]] = effect
         else:
             self.effects.random[key[1], key[2]][places, key[3], key[4]] = effect
+
+    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+        """Take over what other processes have kept of their pairs."""
+        merge_by_place([*self.effects.fitted.values(), *self.effects.random.values()], ranks, mine)
 
 
 def beyond_the_rows(whose: str, dimensions: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,8 +17,19 @@ from align_audit.ranks import Ranks
 class Mergeable(Protocol):
     """Something that every process fills with its share of the pairs."""
 
-    def merge(self, ranks: Ranks) -> None:
-        """Hold afterwards, on every process, what one process would have of all pairs. Called by all together."""
+    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+        """Hold afterwards, on every process, what one process would have of all pairs. Called by all together.
+
+        Args:
+            mine: places of the pairs that this process has worked on.
+        """
+
+
+def merge_by_place(arrays: Sequence[np.ndarray], ranks: Ranks, mine: np.ndarray) -> None:
+    """Take over the rows [N, …] of the pairs that other processes have worked on, bit by bit."""
+    for places, rows in ranks.gather((mine, [array[mine] for array in arrays])):
+        for array, values in zip(arrays, rows, strict=True):
+            array[places] = values
 
 
 class PerPair:
@@ -30,7 +41,6 @@ class PerPair:
 
     def __init__(self, pairs: int, *shape: int) -> None:
         self.values = np.full((pairs, *shape), np.nan)
-        self._measured = np.zeros(pairs, dtype=bool)
 
     def put(self, batch: PairBatch, values: torch.Tensor | np.ndarray, *where: int) -> None:
         """Store one value a pair of the batch; ``where`` indexes the trailing axes. A second time overwrites the first."""
@@ -40,19 +50,15 @@ class PerPair:
         """Store one value for each pair at ``places``."""
         index: Any = (places, *where)
         self.values[index] = np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values)
-        self._measured[places] = True
 
     def at(self, layer: int) -> np.ndarray:
         """[N, …] of one layer, where the axis after the pairs begins with what enters layer 0 (layer −1)."""
         column: np.ndarray = self.values[:, layer + 1]
         return column
 
-    def merge(self, ranks: Ranks) -> None:
+    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
         """Take over what other processes have measured, bit by bit."""
-        places = np.flatnonzero(self._measured)
-        for others, values in ranks.gather((places, self.values[places])):
-            self.values[others] = values
-            self._measured[others] = True
+        merge_by_place([self.values], ranks, mine)
 
 
 @dataclass
@@ -79,7 +85,17 @@ class Rows:
         """[rows] places of the rows, all batches one behind the other, by ascending key."""
         return torch.from_numpy(np.argsort(np.concatenate(self.keys), kind="stable"))
 
-    def merge(self, ranks: Ranks) -> None:
+    def take(self, places: np.ndarray) -> torch.Tensor:
+        """[n, …] the rows at these places, all batches one behind the other."""
+        first = np.cumsum([0, *map(len, self.parts)])
+        part_of = np.searchsorted(first, places, side="right") - 1
+        taken = self.parts[0].new_empty((len(places), *self.parts[0].shape[1:]))
+        for part in np.unique(part_of).tolist():
+            at = np.flatnonzero(part_of == part)
+            taken[torch.from_numpy(at)] = self.parts[part][torch.from_numpy(places[at] - first[part])]
+        return taken
+
+    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
         """Hold the rows of every process."""
         said = ranks.gather((self.keys, self.parts))
         self.keys = [keys for part, _ in said for keys in part]
@@ -90,12 +106,12 @@ class Rows:
 class State:
     """What a measurement keeps of the pairs: a dataclass whose fields are merged one by one."""
 
-    def merge(self, ranks: Ranks) -> None:
+    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
         """Merge every field that can be."""
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, Mergeable):
-                value.merge(ranks)
+                value.merge(ranks, mine)
 
     def per_pair(self) -> Iterator[tuple[str, np.ndarray]]:
         """Name and values of every number per pair."""

@@ -39,6 +39,15 @@ class KeptReference:
     _layout: list[str | None] = field(default_factory=list)
     _rows: dict[tuple[tuple[int, ...], tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def has_layout(self) -> bool:
+        """Whether :meth:`layout` was found out."""
+        return bool(self._layout)
+
+    def forget_layout(self) -> None:
+        """It is found out again: another process does not know it."""
+        self._layout.clear()
+
     def layout(self, find: Callable[[], str | None]) -> str | None:
         """Why a pair's prompt cannot be computed once, found out the first time; None: it can."""
         if not self._layout:
@@ -47,8 +56,20 @@ class KeptReference:
 
     def rows(self, batch: PairBatch, run: Callable[[], torch.Tensor]) -> torch.Tensor:
         """The reference's last stream [P, d] at the prediction entries of a batch; ``run`` makes it the first time."""
-        key = (tuple(batch.pair_index.tolist()), tuple(batch.input_ids.shape))
+        key = _key(batch)
         if key not in self._rows:
             # On the CPU, whatever the model is on: training wants the device's memory for itself in between.
             self._rows[key] = run().cpu()
         return self._rows[key].to(batch.row.device)
+
+    def has_rows(self, batch: PairBatch) -> bool:
+        """Whether :meth:`rows` were made of the batch."""
+        return _key(batch) in self._rows
+
+    def forget_rows(self, batch: PairBatch) -> None:
+        """They are made again: another process does not have those of its own batch."""
+        self._rows.pop(_key(batch), None)
+
+
+def _key(batch: PairBatch) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(batch.pair_index.tolist()), tuple(batch.input_ids.shape)

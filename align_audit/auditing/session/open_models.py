@@ -20,7 +20,10 @@ from align_audit.models.reference import Reference, check_fit, policy_fingerprin
 from align_audit.models.replay import Replay
 from align_audit.models.verify import open_replay
 from align_audit.models.weights.from_host import placed
+from align_audit.models.weights.gathered import GatheredLayers, gathered_by_layer
+from align_audit.models.weights.sharded import plain_class, settle
 from align_audit.models.weights.streaming import stream_of
+from align_audit.ranks import Ranks
 
 if TYPE_CHECKING:
     from align_audit.probes.pairs import ProbePair
@@ -36,11 +39,13 @@ class OpenModels:
         autocast: makes the context the trainer computes in.
         anatomy: where the decoder layers are, for a model in which they cannot be found.
         keep_loaded: a reference that was loaded for this stays in memory, for the audit that follows.
+        ranks: the processes that do this together. Weights may be spread over them.
 
     Attributes:
         policy, reference: each open between its layers, once :meth:`open` was called.
         alike: both are built the same: what holds for how one computes holds for the other.
         bounds: what running out of memory has taught.
+        spread: weights of either are spread over the processes, which therefore call the same layers in the same order.
     """
 
     policy: Replay
@@ -55,10 +60,14 @@ class OpenModels:
         autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
         anatomy: Anatomy | None = None,
         keep_loaded: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks if ranks is not None else Ranks()
         self.policy_model = policy
         self.source = reference
         self.bounds = MemoryBounds()
+        self.spread = False
+        self._gathered: list[GatheredLayers | None] = []
         self._autocast = autocast
         self._anatomy = anatomy
         self._keep_loaded = keep_loaded
@@ -97,6 +106,12 @@ class OpenModels:
             stack.enter_context(placed(reference, next(self.policy_model.parameters()).device))
             models.append(reference)
         stack.enter_context(untouched(*models))
+        self.spread = any(map(settle, models))
+        if self.spread:
+            self.hashes  # noqa: B018  (now: they are of the shards, not of what is gathered and cast to compute with)
+        layers = None if self._anatomy is None else self._anatomy.layers
+        for number, model in enumerate(models):
+            self._gathered.append(stack.enter_context(gathered_by_layer(model, self.ranks, layers, number=number)))
         stack.enter_context(torch.no_grad())
 
     def _open_replays(self) -> None:
@@ -113,13 +128,22 @@ class OpenModels:
                 self.policy if self.alike and not source.shares_weights else None,
             )
         check_fit(self.policy.anatomy, self.reference.anatomy)
+        for replay, gathered in ((self.policy, self._gathered[0]), (self.reference, self._gathered[-1])):
+            if gathered is not None and gathered.holds(replay.layers):
+                replay.hold = gathered.need
+
+    def rest(self) -> None:
+        """Hold no layer of weights that are spread: where processes have left their work midway, each may hold another."""
+        for gathered in self._gathered:
+            if gathered is not None:
+                gathered.rest()
 
     @functools.cached_property
     def hashes(self) -> tuple[str, str]:
         """Of the weights of policy and reference."""
         # The reference first: a streamed one holds no layer while the policy is read.
-        reference = self.source.fingerprint()
-        return policy_fingerprint(self.policy_model), reference
+        reference = self.source.fingerprint(self.ranks)
+        return policy_fingerprint(self.policy_model, self.ranks), reference
 
     @functools.cached_property
     def reference_build(self) -> str:
@@ -229,7 +253,7 @@ def _built_alike(policy: nn.Module, reference: nn.Module) -> bool:
         config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
         elsewhere = ("_name_or_path", "dtype", "transformers_version", "use_cache")
         return (
-            [(name, type(module)) for name, module in model.named_modules()],
+            [(name, plain_class(module)) for name, module in model.named_modules()],
             {name: value for name, value in config.items() if name not in elsewhere},
             getattr(model.config, "_attn_implementation", None),
         )

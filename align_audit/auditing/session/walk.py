@@ -15,7 +15,7 @@ from align_audit.auditing.session.batching import Batching
 from align_audit.auditing.session.estimates import Estimates
 from align_audit.auditing.session.kept import KeptReference
 from align_audit.auditing.session.layout import why_not_shared
-from align_audit.auditing.session.memory import MemoryMeter
+from align_audit.auditing.session.memory import MemoryMeter, usual_working_bytes
 from align_audit.auditing.session.open_models import OpenModels, check_vocabulary
 from align_audit.auditing.session.readout import Readout
 from align_audit.auditing.session.subsets import CONTROL, PATCHED, PairChoice, choose_pairs
@@ -83,6 +83,7 @@ class Session(Batching):
         if len(pairs) == 0:
             raise ProbeError("the probe set is empty; expected at least one preference pair")
         self.models = models.open()
+        models.rest()
         self.pairs, self.places = in_canonical_order(pairs)
         self.config = config
         self.groups = np.array([pair.group for pair in self.pairs])
@@ -91,6 +92,8 @@ class Session(Batching):
         self.readout = Readout(self.meter.sample)
         self.as_policy, self.as_reference = models.as_policy, models.as_reference
         self._work_so_far = models.layer_tokens
+        self._work_elsewhere = 0
+        self.mine = np.zeros(len(self.pairs), dtype=bool)
         self._replayed: dict[bool, int] = {}
         """Batches whose recordings were replayed as a check, by whether the model is the reference."""
         self._strays: dict[bool, bool] = {}
@@ -100,8 +103,11 @@ class Session(Batching):
         self.exact_pairs = self.choice.everywhere
         self.control_pairs = self.choice.control_pairs
         self._roles = self.choice.roles()
+        self._agree_on_memory()
         kept = kept if kept is not None else KeptReference(())
-        self.layout_reason = kept.layout(lambda: self._why_not_shared(truncation_mode))
+        if models.ranks.any(not kept.has_layout):
+            kept.forget_layout()
+        self.layout_reason = models.ranks.share(kept.layout(lambda: self._why_not_shared(truncation_mode)))
         self.plan = self.batches(range(len(self.pairs)))
 
     @property
@@ -123,6 +129,20 @@ class Session(Batching):
         """Which layers each pair is patched at, from now on; roles, and so batches, stay what they are."""
         self.choice = choice
         self._layers_of = choice.layers_of()
+
+    def _agree_on_memory(self) -> None:
+        """The plan of batches goes by the memory of the smallest device."""
+        if self.config.working_memory_mb is None:
+            bounds = self.models.bounds
+            bounds.bytes = min(bounds.bytes, *self.models.ranks.gather(usual_working_bytes(self.device)))
+
+    def add_up(self) -> None:
+        """What the work of other processes has cost, at the end."""
+        ranks = self.models.ranks
+        self.meter.sample()
+        done, peaks = zip(*ranks.gather((self.models.layer_tokens - self._work_so_far, self.meter.peak)), strict=True)
+        self._work_elsewhere = sum(done) - done[ranks.rank]
+        self.meter.peak = max(peaks)
 
     def _why_not_shared(self, truncation_mode: str) -> str | None:
         if not self.config.share_prompts:
@@ -198,6 +218,8 @@ class Session(Batching):
             margins: [B] of the recording.
         """
         strays = self._replay_check(replay, recording, is_reference)
+        if self.models.spread:
+            strays = self.all_of(strays or []) or None
         if strays is not None:
             margins = self.readout.margins(replay, replay.unpatched(recording), batch)
             self.reference_strays |= is_reference
@@ -214,7 +236,7 @@ class Session(Batching):
             return not torch.equal(replay.layer(layer, recording.after(layer - 1), recording), recording.after(layer))
 
         strays = [layer for layer in checked if stray(layer)]
-        if strays and len(checked) < layers:
+        if self.all_of(strays) and len(checked) < layers:
             strays = [layer for layer in every if stray(layer)]
         # Counted only now: a check that ran out of memory has shown nothing, and the next batch is the first again.
         self._replayed[is_reference] = seen + 1
@@ -241,7 +263,7 @@ class Session(Batching):
             same_as: as in :meth:`Replay.walk`: a stream that equals it where it joins is not walked; its effect is 0.
             limit: streams walked together; None: as many as the working memory holds.
         """
-        limit = limit or self.max_streams(recording.after(-1))
+        limit = self.least(limit or self.max_streams(recording.after(-1)))
         with active() as replay:
             walked = replay.walk(recording, streams, limit, same_as=same_as, read=batch.read)
             for key, patched in self.readout.each_margin(replay, walked, batch):
@@ -251,4 +273,4 @@ class Session(Batching):
         """Layer calls so far, as full forwards over both sequences of every probe pair (or of these ``pairs``)."""
         over = self.pairs if pairs is None else pairs
         once = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in over) * self.num_layers
-        return (self.models.layer_tokens - self._work_so_far) / once
+        return (self.models.layer_tokens - self._work_so_far + self._work_elsewhere) / once

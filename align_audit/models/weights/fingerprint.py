@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
+from align_audit.models.weights.sharded import is_spread, part_of, settle, whole, whole_shape
 from align_audit.models.weights.streaming import stored_tensors
+from align_audit.ranks import Ranks
 
 _ROWS, _COLUMNS = 64, 1024
 """Of one block: as 64-bit integers it stays in a core's cache."""
@@ -16,21 +19,61 @@ _BLOCKS = {"cpu": 4}
 _BLOCKS_ELSEWHERE = 64
 """Blocks taken at once, by device type."""
 _MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64  # odd, as a signed 64-bit integer
+_PLACE = 2**20
+"""Where processes meet to add up what they have summed."""
 _MIXER = 0xBF58476D1CE4E5B9 - 2**64
 
 
-def fingerprint(model: nn.Module, *, without_adapters: tuple[str, ...] = ()) -> str:
+def fingerprint(model: nn.Module, *, without_adapters: tuple[str, ...] = (), ranks: Ranks | None = None) -> str:
     """16 hexadecimal digits that depend on every bit of every parameter, its name, shape and dtype.
 
     Integer sums (plain and position-weighted, modulo 2⁶⁴) are taken where the weights live and only those are hashed,
     so nothing is copied and the result does not depend on the device or the order of summation. What a streamed model
-    has left on disk is read one parameter at a time: it has the hash that it would have if it were loaded.
+    has left on disk is read one parameter at a time: it has the hash that it would have if it were loaded. Of weights that
+    are spread over processes each sums its part, at the places that it has in the whole, and the sums are added up: all of
+    them have the hash of the whole model, and gather no weights.
 
     Args:
         without_adapters: names of PEFT adapters whose parameters do not count.
+        ranks: the processes that weights are spread over; they all call this together.
+
+    Raises:
+        Agreed: another process cannot go on.
     """
+    spread = settle(model)
     weights = tensors(model, without_adapters=without_adapters)
+    if spread:
+        return hash_of(_summed_together(weights, ranks if ranks is not None else Ranks()).items())
     return hash_of((name, summed(weight())) for name, weight in weights.items())
+
+
+def _summed_together(weights: dict[str, Callable[[], torch.Tensor]], ranks: Ranks) -> dict[str, Sums]:
+    """:func:`summed` of weights that may be spread; all parts' sums are added up at once."""
+    sums: dict[str, Sums] = {}
+    shared: dict[Any, list[tuple[str, torch.Tensor, torch.Tensor]]] = {}
+    for name, weight in weights.items():
+        tensor = weight()
+        part = part_of(tensor) if is_spread(tensor) else None
+        if part is not None:
+            of_part = torch.tensor([_signed(each) for each in bit_sums(part.values, part.offset)])
+            shared.setdefault(part.group, []).append((name, tensor, of_part.to(part.device)))
+        elif is_spread(tensor):
+            ranks.check(_PLACE)
+            sums[name] = summed(*whole([tensor], [tensor.dtype]))
+        else:
+            sums[name] = summed(tensor)
+    for group, parts in shared.items():
+        total = torch.stack([of_part for _, _, of_part in parts])
+        ranks.check(_PLACE)
+        torch.distributed.all_reduce(total, group=group)  # wraps around, as sums modulo 2⁶⁴ do
+        for (name, tensor, _), (plain, weighted) in zip(parts, total.tolist(), strict=True):
+            sums[name] = tuple(whole_shape(tensor)), tensor.dtype, (plain % 2**64, weighted % 2**64)
+    return sums
+
+
+def _signed(value: int) -> int:
+    """The same bits as a signed 64-bit integer."""
+    return value - 2**64 if value >= 2**63 else value
 
 
 def tensors(model: nn.Module, *, without_adapters: tuple[str, ...] = ()) -> dict[str, Callable[[], torch.Tensor]]:
@@ -69,15 +112,21 @@ def belongs_to(model: nn.Module, name: str, adapters: tuple[str, ...]) -> bool:
     )
 
 
-def bit_sums(tensor: torch.Tensor) -> tuple[int, int]:
+def bit_sums(tensor: torch.Tensor, offset: int = 0) -> tuple[int, int]:
     """Plain and position-weighted sums of the weights' bits as integers, modulo 2⁶⁴.
 
     Weights are taken in blocks of rows and columns. Within a block a weight counts times a multiplier of its row and one of its
     column, Σ w · r · c: were rows and columns weighted apart, what has equal sums along both (+d, −d over −d, +d) would cancel.
+
+    Args:
+        offset: how many values of the whole tensor stand before these; the sums of consecutive parts add up to the whole's.
     """
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}[tensor.element_size()]
     flat = tensor.contiguous().view(-1).view(width)
     block = _ROWS * _COLUMNS
+    skipped, inside = divmod(offset * tensor.element_size() // width.itemsize, block)
+    if inside:
+        flat = torch.cat([flat.new_zeros(inside), flat])
     step = block * _BLOCKS.get(tensor.device.type, _BLOCKS_ELSEWHERE)
     by_row = _weights(torch.arange(_ROWS, device=flat.device))[:, None]
     by_column = _weights(torch.arange(_COLUMNS, device=flat.device) + 2**20)
@@ -92,7 +141,7 @@ def bit_sums(tensor: torch.Tensor) -> tuple[int, int]:
     if not plain:
         return 0, 0
     blocks = torch.cat(weighted)
-    of_blocks = _weights(torch.arange(len(blocks), device=flat.device) + 2**40)
+    of_blocks = _weights(torch.arange(len(blocks), device=flat.device) + (2**40 + skipped))
     return int(torch.cat(plain).sum()) % 2**64, int((blocks * of_blocks).sum()) % 2**64
 
 

@@ -1,35 +1,78 @@
-"""Are a model's weights spread over processes? Told from its parameters and modules, without calling it."""
+"""Are a model's weights spread over processes, by which engine, and what of them is here? The one place that knows engines."""
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
 from torch import nn
 
 from align_audit.errors import ConfigurationError
 
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+FSDP2, ZERO3 = "FSDP2", "DeepSpeed ZeRO-3"
+_ENGINES_HOOKS = ("torch.distributed.fsdp.", "deepspeed.")
+"""Where the functions come from that an engine hooks to modules."""
+
+
+def _loaded(module: str) -> Any:
+    """A module of torch where it is in use. Nobody has made anything of one that was never imported."""
+    return sys.modules.get(module)
+
 
 def how_sharded(model: nn.Module) -> str | None:
     """Which engine keeps parts of the model's weights on other processes; None where they are whole here."""
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            return "FSDP2"
-        if isinstance(module, FullyShardedDataParallel):
+    fsdp, tensor = _loaded("torch.distributed.fsdp"), _loaded("torch.distributed.tensor")
+    engine = None
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            engine = FSDP2
+        elif isinstance(module, fsdp.FullyShardedDataParallel):
             return "FSDP1"
     for parameter in model.parameters():
         # DeepSpeed marks what it has partitioned; it is not imported here, since it need not be installed.
-        if hasattr(parameter, "ds_status") and hasattr(parameter, "ds_numel"):
-            return "DeepSpeed ZeRO-3"
-        if isinstance(parameter, DTensor):
+        if _is_partitioned(parameter):
+            return ZERO3
+        if tensor is not None and isinstance(parameter, tensor.DTensor) and (engine is None or _shards(parameter) > 1):
             return "tensor parallelism"
         if hasattr(parameter, "_is_flat_param"):
             return "FSDP1"
+    return engine
+
+
+def _is_partitioned(parameter: torch.Tensor) -> bool:
+    """Whether DeepSpeed has put its marks on a parameter."""
+    return hasattr(parameter, "ds_status") and hasattr(parameter, "ds_numel")
+
+
+def _shards(parameter: Any) -> int:
+    """Along how many dimensions of its mesh a parameter is cut."""
+    return sum(not placement.is_replicate() for placement in parameter.placements)
+
+
+def _is_offloaded(parameter: Any) -> bool:
+    """Whether a spread parameter lies elsewhere than its engine computes."""
+    return is_spread(parameter) and parameter.to_local().device.type != parameter.device_mesh.device_type
+
+
+def _beyond_zero3(parameter: Any) -> str | None:
+    """What DeepSpeed does with a parameter that is not provided for here."""
+    if getattr(parameter, "ds_secondary_tensor", None) is not None or hasattr(parameter, "ds_quant_scale"):
+        return "DeepSpeed ZeRO++"
+    here = getattr(parameter, "ds_tensor", None)
+    if getattr(here, "final_location", None) == "nvme" or (here is not None and here.numel() < 1):
+        return "DeepSpeed ZeRO-3 with its parameters on NVMe"
     return None
 
 
 def refuse_sharded(model: nn.Module, what: str) -> None:
-    """Refuse a model whose layers no process holds whole.
+    """Refuse a model whose layers cannot be brought together.
 
     Such a model must not even be called: FSDP2 takes the first module that runs for the root of the model, and training's
     own first forward breaks.
@@ -38,12 +81,217 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
         what: which model it is, for the message.
 
     Raises:
-        ConfigurationError: it is sharded.
+        ConfigurationError: it is sharded in a way that is not supported.
     """
     engine = how_sharded(model)
-    if engine is not None:
+    if engine == FSDP2 and any(map(_is_offloaded, model.parameters())):
+        engine = "FSDP2 with its parameters offloaded to the CPU"
+    if engine == ZERO3:
+        engine = next(filter(None, map(_beyond_zero3, model.parameters())), engine)
+    if engine not in (None, FSDP2, ZERO3):
         raise ConfigurationError(
             f"the weights of {what} are spread over processes ({engine}), and an audit runs a model layer by layer, each layer "
-            "whole. Expected weights that every process holds whole: one process, DDP, DeepSpeed ZeRO-1 or ZeRO-2. Train with "
-            "one of these, or without this callback, and audit the saved checkpoints afterwards (`align-audit run`)"
+            "whole. Expected one process, DDP, FSDP2 (without offloading) or DeepSpeed ZeRO-1, 2 or 3 (without NVMe). Train "
+            "with one of these, or without this callback, and audit the saved checkpoints afterwards (`align-audit run`)"
         )
+
+
+def is_spread(parameter: torch.Tensor) -> bool:
+    """Whether only a part of the parameter is on this process."""
+    tensor = _loaded("torch.distributed.tensor")
+    return _is_partitioned(parameter) or (tensor is not None and isinstance(parameter, tensor.DTensor))
+
+
+def whole_shape(parameter: Any) -> torch.Size:
+    """The parameter's, wherever its parts are."""
+    return torch.Size(parameter.ds_shape) if _is_partitioned(parameter) else parameter.shape
+
+
+def engines_model(model: nn.Module) -> nn.Module:
+    """The model itself, out of the wrapper that an engine has made of a reference."""
+    deepspeed = _loaded("deepspeed")
+    if deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine):
+        inside: nn.Module = model.module
+        return inside
+    return model
+
+
+def settle(model: nn.Module) -> bool:
+    """Let the engine put parameters that it still holds whole back to their shards; whether the model has such an engine.
+
+    After an evaluation FSDP2 keeps what ran last whole, in the dtype that it computes in: until its next forward no
+    parameter of the optimizer's stands there.
+    """
+    fsdp = _loaded("torch.distributed.fsdp")
+    sharded = False
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
+            sharded = True
+    return sharded or any(map(_is_partitioned, model.parameters()))
+
+
+def plain_class(module: nn.Module) -> type:
+    """A module's class as it was before an engine made a class of its own of it."""
+    fsdp = _loaded("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule):
+        return type(module)
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, fsdp.FSDPModule))
+
+
+# -- what is here of a parameter ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this process holds of a parameter.
+
+    Attributes:
+        values: consecutive values of the flattened parameter.
+        offset: how many stand before them.
+        group: the processes that hold the rest; no two of them the same.
+        device: where they speak with each other.
+    """
+
+    values: torch.Tensor
+    offset: int
+    group: Any
+    device: torch.device
+
+
+def part_of(parameter: Any) -> Part | None:
+    """Of a spread parameter; None where it is not cut along its first dimension, so that what is here is not consecutive."""
+    if _is_partitioned(parameter):
+        here = parameter.ds_tensor
+        group = parameter.ds_process_group
+        first = torch.distributed.get_rank(group) * here.numel()
+        # Parts are of one length, and the last ones filled up.
+        values = here.detach().view(-1)[: max(0, min(here.numel(), parameter.ds_numel - first))]
+        return Part(values, min(first, parameter.ds_numel), group, parameter.device)
+    cuts = [(axis, placement) for axis, placement in enumerate(parameter.placements) if not placement.is_replicate()]
+    if len(cuts) != 1 or not cuts[0][1].is_shard(0):
+        return None
+    axis = cuts[0][0]
+    mesh, rows = parameter.device_mesh, parameter.shape[0]
+    # As torch.chunk cuts: equal parts, of which the last ones may be shorter, or empty.
+    first = min(rows, -(-rows // mesh.size(axis)) * mesh.get_local_rank(axis))
+    values = parameter.detach().to_local()
+    return Part(values, first * (parameter.numel() // max(rows, 1)), mesh.get_group(axis), values.device)
+
+
+def whole(parameters: Sequence[Any], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
+    """All values of spread parameters, each in memory of its own, in the dtype that is asked for.
+
+    All processes that hold a part call this together; what each holds is cast first, and goes to the others in one piece.
+    """
+    if any(map(_is_partitioned, parameters)):
+        return _partitioned_whole(parameters, dtypes)
+    found: list[torch.Tensor | None] = [None] * len(parameters)
+    pieces: dict[Any, list[tuple[int, torch.Tensor]]] = {}
+    for place, (parameter, dtype) in enumerate(zip(parameters, dtypes, strict=True)):
+        part = part_of(parameter)
+        if part is None:
+            with torch.no_grad():
+                found[place] = parameter.detach().full_tensor().to(dtype)
+            continue
+        size = part.group.size()
+        values = part.values.reshape(-1).to(dtype)
+        rows = parameter.shape[0]
+        longest = -(-rows // size) * (parameter.numel() // max(rows, 1))
+        # The last parts may be shorter, which all of them have to be as long as: what is appended lies at the very end.
+        values = torch.cat([values, values.new_zeros(longest - len(values))])
+        pieces.setdefault((part.group, dtype), []).append((place, values))
+    for (group, _), parts in pieces.items():
+        here = torch.cat([values for _, values in parts])
+        everywhere = here.new_empty(group.size() * len(here))
+        torch.distributed.all_gather(list(everywhere.chunk(group.size())), here, group=group)
+        by_process, first = everywhere.view(group.size(), len(here)), 0
+        for place, values in parts:
+            parameter = parameters[place]
+            column = by_process[:, first : first + len(values)].reshape(-1)[: parameter.numel()]
+            found[place] = column.clone().view(parameter.shape)
+            first += len(values)
+    return [values for values in found if values is not None]
+
+
+def _partitioned_whole(parameters: Sequence[Any], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
+    """:func:`whole` of what DeepSpeed has partitioned; small parameters it keeps whole everywhere."""
+    import deepspeed
+
+    absent = [each for each in parameters if each.ds_status.name == "NOT_AVAILABLE"]
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(absent, enabled=bool(absent)):
+        return [each.detach().to(dtype, copy=True) for each, dtype in zip(parameters, dtypes, strict=True)]
+
+
+# -- what the engine does around modules -------------------------------------------------------------------------------
+
+
+def compute_dtypes(model: nn.Module) -> dict[nn.Module, torch.dtype | None]:
+    """By module: the dtype that the engine computes its own parameters in; None: the one that they are stored in."""
+    dtypes: dict[nn.Module, torch.dtype | None] = {}
+
+    def visit(module: nn.Module, dtype: torch.dtype | None) -> None:
+        policy = _precision(module)
+        dtypes[module] = dtype = dtype if policy is None else policy.param_dtype
+        for child in module.children():
+            visit(child, dtype)
+
+    visit(model, None)
+    return dtypes
+
+
+def _precision(module: nn.Module) -> MixedPrecisionPolicy | None:
+    """The engine's own words on a module that it cares for."""
+    fsdp = _loaded("torch.distributed.fsdp")
+    if fsdp is None or not isinstance(module, fsdp.FSDPModule):
+        return None
+    policy: MixedPrecisionPolicy = module._get_fsdp_state()._mp_policy
+    return policy
+
+
+def without_engine(model: nn.Module) -> Callable[[], None]:
+    """Take the engine's hooks out of all modules, but for what they do to the dtypes of inputs and outputs.
+
+    Returns:
+        puts the very same hooks back where they were.
+    """
+    kept: list[tuple[dict[int, Any], int, Any]] = []
+    for module in model.modules():
+        policy = _precision(module)
+        for hooks, cast in ((module._forward_pre_hooks, _cast_inputs), (module._forward_hooks, _cast_output)):
+            for place, hook in list(hooks.items()):
+                if getattr(hook, "__module__", "").startswith(_ENGINES_HOOKS):
+                    kept.append((hooks, place, hook))
+                    # In its place, so that the order of all hooks stays, and what is registered beside it holds.
+                    hooks[place] = functools.partial(cast, policy)
+
+    def put_back() -> None:
+        for hooks, place, hook in kept:
+            hooks[place] = hook
+
+    return put_back
+
+
+def engine_hooks(model: nn.Module) -> Iterator[Any]:
+    """The hooks that the engine has on modules now."""
+    for module in model.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if getattr(hook, "__module__", "").startswith(_ENGINES_HOOKS):
+                yield hook
+
+
+def _cast_inputs(policy: MixedPrecisionPolicy | None, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    if policy is None or not (policy.cast_forward_inputs and policy.param_dtype):
+        return None
+    return _cast(args, policy.param_dtype), _cast(kwargs, policy.param_dtype)
+
+
+def _cast_output(policy: MixedPrecisionPolicy | None, module: nn.Module, args: Any, output: Any) -> Any:
+    return None if policy is None or policy.output_dtype is None else _cast(output, policy.output_dtype)
+
+
+def _cast(values: Any, dtype: torch.dtype) -> Any:
+    """Collections of tensors with the floating ones in another dtype."""
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(torch.Tensor, lambda each: each.to(dtype) if each.is_floating_point() else each, values)

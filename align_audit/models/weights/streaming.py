@@ -17,10 +17,12 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from align_audit.models.weights.sharded import whole_shape
 
 _ALIGNMENT = 64
 """Bytes; kernels may round differently on weights that start elsewhere."""
@@ -271,12 +273,26 @@ def copy_to(device: torch.device) -> Copy:
 
 # -- which model is streamed --------------------------------------------------------------------------------------------
 
-_streams: weakref.WeakKeyDictionary[nn.Module, LayerStream] = weakref.WeakKeyDictionary()
+
+class LayerHolder(Protocol):
+    """Has a model's decoder layers in memory while they compute: :class:`LayerStream`, and whoever gathers them."""
+
+    def need(self, index: int) -> None:
+        """Have layer ``index`` in memory."""
+
+    def rest(self) -> None:
+        """Hold no layer."""
+
+    def close(self) -> None:
+        """Hold nothing any more, and leave no trace on the layers."""
+
+
+_streams: weakref.WeakKeyDictionary[nn.Module, LayerHolder] = weakref.WeakKeyDictionary()
 _stored: weakref.WeakKeyDictionary[nn.Module, dict[str, Weight]] = weakref.WeakKeyDictionary()
 
 
-def stream_of(model: nn.Module) -> LayerStream | None:
-    """The stream of a model whose layers are brought in one at a time; None for any other."""
+def stream_of(model: nn.Module) -> LayerHolder | None:
+    """What holds the layers of a model that are brought in one at a time; None for any other."""
     return _streams.get(model)
 
 
@@ -288,7 +304,7 @@ def close(model: nn.Module) -> None:
         stream.close()
 
 
-def register(model: nn.Module, stream: LayerStream, stored: dict[str, Weight] | None = None) -> None:
+def register(model: nn.Module, stream: LayerHolder, stored: dict[str, Weight] | None = None) -> None:
     """From now on ``stream`` is the model's. ``stored``: its parameters and buffers that are not in memory, by name."""
     _streams[model] = stream
     if stored is not None:
@@ -325,7 +341,7 @@ def find_layers(model: nn.Module, path: str | None = None) -> tuple[str, list[nn
         except AttributeError:
             raise NotStreamable(f"{type(model).__name__} has no submodule {path!r}") from None
     lists = [
-        (sum(parameter.numel() for parameter in module.parameters()), -index, name, module)
+        (sum(whole_shape(parameter).numel() for parameter in module.parameters()), -index, name, module)
         for index, (name, module) in enumerate(model.named_modules())
         if isinstance(module, nn.ModuleList) and len(module) > 0
     ]

@@ -78,7 +78,7 @@ def test_every_rank_holds_what_one_process_would() -> None:
 
     def work(ranks: Ranks) -> None:
         merged[ranks.rank] = filled(Kept(), shares[ranks.rank])
-        merged[ranks.rank].merge(ranks)
+        merged[ranks.rank].merge(ranks, np.array(shares[ranks.rank]))
 
     together(3, work)
     for kept in merged.values():
@@ -91,9 +91,45 @@ def test_every_rank_holds_what_one_process_would() -> None:
         assert kept.words == "not merged"
 
 
+def test_a_second_pass_is_brought_together_as_the_first() -> None:
+    """What a process holds of pairs that another one has worked on since is out of date."""
+    merged: dict[int, PerPair] = {}
+
+    def work(ranks: Ranks) -> None:
+        kept = merged[ranks.rank] = PerPair(4, 2)
+        for column in range(2):
+            places = np.array([[0, 1], [2, 3]][ranks.rank])
+            kept.put_at(places, places + 10.0 * column, column)
+            kept.merge(ranks, places)
+
+    together(2, work)
+    for kept in merged.values():
+        np.testing.assert_array_equal(kept.values, [[0, 10], [1, 11], [2, 12], [3, 13]])
+
+
+def test_half_a_batch_that_was_given_up_is_not_handed_on() -> None:
+    merged: dict[int, PerPair] = {}
+
+    def work(ranks: Ranks) -> None:
+        kept = merged[ranks.rank] = PerPair(2)
+        kept.put_at(np.array([0, 1]), np.array([5.0, 6.0]) if ranks.rank == 0 else np.array([-1.0, -1.0]))
+        kept.merge(ranks, np.array([[0, 1], []][ranks.rank], dtype=int))
+
+    together(2, work)
+    for kept in merged.values():
+        np.testing.assert_array_equal(kept.values, [5.0, 6.0])
+
+
+def test_rows_are_taken_across_batches() -> None:
+    rows = Rows()
+    for first, count in ((0, 3), (3, 1), (4, 4)):
+        rows.add(np.arange(count, dtype=np.uint64), torch.arange(first, first + count)[:, None] * torch.ones(1, 2))
+    assert rows.take(np.array([7, 0, 3, 4, 2])).tolist() == [[7, 7], [0, 0], [3, 3], [4, 4], [2, 2]]
+
+
 def test_alone_nothing_changes() -> None:
     kept = filled(Kept(), [0, 2])
-    kept.merge(Ranks())
+    kept.merge(Ranks(), np.array([0, 2]))
     np.testing.assert_array_equal(kept.number.values, filled(Kept(), [0, 2]).number.values)
     assert len(kept.rows) == 2
 

@@ -1,0 +1,60 @@
+"""Faults that are planted on one rank, at one moment of one audit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from align_audit.auditing import audit
+from align_audit.models import verify
+from align_audit.models.replay import Replay
+from align_audit.monitoring import monitor
+from align_audit.record.log import RunLog
+
+_ERRORS: dict[str, type[Exception]] = {"error": ValueError, "memory": MemoryError, "disk": OSError}
+_CALL = 8
+"""At which call of a layer, from the first batch on: in the middle of a walk."""
+
+
+def plant(where: str, kind: str, audit_number: int = 2) -> None:
+    """Break something once, in this process.
+
+    Args:
+        where: ``set-up``, ``layer``, ``head``, ``log`` or ``writer``.
+        kind: of :data:`_ERRORS`.
+        audit_number: in which audit of the run.
+    """
+    audits = _Counter()
+    real = audit.first_pass
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        audits.count += 1
+        return real(*args, **kwargs)
+
+    audit.first_pass = counted
+    places: dict[str, tuple[Any, str, int]] = {
+        "set-up": (verify, "_check_head", 1),
+        "layer": (Replay, "layer", _CALL),
+        "head": (Replay, "head", 2),
+        "log": (RunLog, "append", 1),
+        "writer": (monitor.Monitor, "tell", 1),
+    }
+    owner, name, call = places[where]
+    wanted = 0 if where == "set-up" else audit_number
+    setattr(owner, name, _broken(getattr(owner, name), lambda: audits.count == wanted, call, _ERRORS[kind]))
+
+
+class _Counter:
+    count = 0
+
+
+def _broken(real: Callable[..., Any], now: Callable[[], bool], call: int, error: type[Exception]) -> Callable[..., Any]:
+    calls = _Counter()
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        calls.count += now()
+        if now() and calls.count == call:
+            raise error("planted")
+        return real(*args, **kwargs)
+
+    return broken
