@@ -40,6 +40,8 @@ TRAINING_PAIRS = 480
 HELD_OUT_PAIRS = 64
 AUDITED_PAIRS = 24
 BATCH_SIZE = 8
+MOST_LOOKS = 6
+"""Health audits of a run, beside those at its start."""
 SEED = 0
 
 
@@ -116,7 +118,9 @@ def _train(settings: DemoRun, output: Path, console: Any) -> Outcome:
         config=AuditConfig.from_dict(
             {
                 "max_pairs": AUDITED_PAIRS,
-                "schedule": {"every_n_steps": settings.audit_every},
+                # As by default, but for full audits at fixed steps, whatever their share of a run that takes seconds.
+                "schedule": {"every_n_steps": settings.audit_every, "most_looks": MOST_LOOKS},
+                "budget": None,
                 "low_rank": {"ranks": [1, 2, 4, 8, 16, 32]},
                 "progress": False,
             }
@@ -132,7 +136,8 @@ def _train(settings: DemoRun, output: Path, console: Any) -> Outcome:
             per_device_train_batch_size=BATCH_SIZE,
             lr_scheduler_type="constant",
             logging_steps=settings.audit_every // 2,
-            save_strategy="no",
+            save_steps=settings.audit_every,
+            save_only_model=True,
             report_to=["tensorboard"],
             gradient_checkpointing=False,
             bf16=False,
