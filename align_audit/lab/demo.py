@@ -18,6 +18,10 @@ from align_audit.lab.corpus import preference_pairs
 from align_audit.record.run import AuditRun
 from align_audit.writers.plots.gallery import save_all
 
+_INTRODUCTION = """[bold]align_audit demo[/]: the same small model is preference-trained twice, with the audit on.
+[dim]chosen: change of the chosen answers' log-probability, nats per token · KL: to the reference, nats per token
+tokens: share of next tokens that are right · reward margin: as TRL computes it, on held-out pairs[/]
+"""
 _MARKER = ".align-audit-demo"
 
 
@@ -66,7 +70,7 @@ def run_demo(output: Path) -> tuple[Outcome, Outcome]:
     began = time.perf_counter()
     _prepare(output)
     console = _console()
-    console.print("[bold]align_audit demo[/]: the same small model is preference-trained twice, with the audit on.\n")
+    console.print(_INTRODUCTION)
     # A model this small gains nothing from more threads, and loses much where other programs want the cores too.
     with threadpool_limits(limits=1):
         healthy = _train(HEALTHY, output, console)
@@ -206,10 +210,9 @@ def _conclude(healthy: Outcome, ruined: Outcome, output: Path, seconds: float, c
     console.print(table)
     console.print()
     for outcome in (healthy, ruined):
-        console.print(f"pictures of the {outcome.settings.name} run:")
-        for path in outcome.pictures.values():
-            console.print(f"  {path}", soft_wrap=True)
-    console.print(f"\nBoth runs beside TRL's own curves:\n  [bold]tensorboard --logdir {output}[/]", soft_wrap=True)
+        folder = output / outcome.settings.name / "pictures"
+        console.print(f"{len(outcome.pictures)} pictures of the {outcome.settings.name} run: {folder}", soft_wrap=True)
+    console.print(f"Both runs beside TRL's own curves: [bold]tensorboard --logdir {output}[/]", soft_wrap=True)
     console.print(f"[dim]{seconds:.0f} s in all[/]")
 
 
