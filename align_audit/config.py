@@ -19,6 +19,9 @@ from align_audit.options.yaml_lines import Place, line_at, lines_of
 Positions = Literal["all", "prompt", "completion", "last_prompt_token"]
 Basis = Literal["activation", "shift"]
 
+_SHOWN = ("progress", "tensorboard", "tensorboard_scalars", "tensorboard_images", "verbose")
+"""Options of what is shown, which change nothing in a record."""
+
 _EXPLAINED = 20
 """Problems of a configuration that are told; the rest are counted."""
 
@@ -300,8 +303,9 @@ class AuditConfig(_Part):
             cost. None: no limit; every audit that the schedule asks for is made in full.
         strict: raise when an audit breaks, instead of recording it and letting training go on.
         tensorboard: ``auto`` writes beside the trainer's own curves where it has a TensorBoard log, else into
-            ``<output_dir>/align_audit/tensorboard``; ``off`` writes none. ``tensorboard_images``: also draw heat maps and
-            depth traces there (about four seconds of one core an audit).
+            ``<output_dir>/align_audit/tensorboard``; ``off`` writes none. ``tensorboard_scalars``: ``few`` are the ten that
+            tell how the run stands, ``all`` what is measured by layer too. ``tensorboard_images``: also draw full audits.
+        verbose: print all that an audit measured on the terminal, in place of a line or five.
         max_length, truncation_mode: of probe sequences; None takes the trainer's (or 1024 and ``keep_start``).
 
     Example:
@@ -320,7 +324,9 @@ class AuditConfig(_Part):
     strict: bool = False
     progress: bool = True
     tensorboard: Literal["auto", "off"] = "auto"
+    tensorboard_scalars: Literal["few", "all"] = "few"
     tensorboard_images: bool = True
+    verbose: bool = False
     max_length: int | None = Field(default=None, ge=2)
     truncation_mode: Literal["keep_start", "keep_end"] | None = None
     statistics: StatisticsConfig = StatisticsConfig()
@@ -349,6 +355,13 @@ class AuditConfig(_Part):
         """
         values: dict[str, Any] = json.loads(self.model_dump_json())
         return values
+
+    def measures_as(self, stored: Mapping[str, Any]) -> bool:
+        """Does an audit with these options measure what one with the stored ones did? What is shown of it is no matter."""
+        options = self.to_dict()
+        return {name: options[name] for name in options if name not in _SHOWN} == {
+            name: stored[name] for name in stored if name not in _SHOWN
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

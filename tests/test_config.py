@@ -91,3 +91,11 @@ def test_a_run_with_every_limit_off_goes_on_with_its_own_log(tmp_path: Path) -> 
     (again,) = AuditRun.load(tmp_path / "run").records
     assert again.to_json() == began.to_json()
     assert not list((tmp_path / "run" / "align_audit").glob("previous-*"))
+
+
+def test_what_is_shown_makes_no_other_audit() -> None:
+    stored = AuditConfig().to_dict()
+    assert AuditConfig(verbose=True, tensorboard_scalars="all", progress=False, tensorboard="off").measures_as(stored)
+    older = {name: value for name, value in stored.items() if name not in ("verbose", "tensorboard_scalars")}
+    assert AuditConfig().measures_as(older)
+    assert not AuditConfig(max_pairs=3).measures_as(stored)

@@ -43,7 +43,7 @@ def check(folder: Path, said: str, source: str) -> None:
     assert first.provenance.probe_held_out
     assert (first.provenance.pairs, first.provenance.seed) == (3, 5), "the command line, then the file"
     assert source in first.reference_check.source
-    assert "align_audit, step 2" in said
+    assert "align_audit step 2" in said
 
 
 def test_the_recipe_trains_and_audits(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ def run(
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print all that an audit measured.")] = False,
 ) -> None:
     """Audit saved checkpoints against their reference.
 
@@ -94,7 +95,7 @@ def run(
         )
     steps = {folder: step if step is not None else step_of(folder) for folder in folders}
     sets = read_arguments(probes)
-    options = settings(config, max_pairs, max_length)
+    options = settings(config, max_pairs, max_length, verbose=verbose)
     from align_audit.monitoring.checkpoints import audit_saved  # loads torch: after what can be refused without it
 
     began = time.perf_counter()

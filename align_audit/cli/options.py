@@ -114,13 +114,18 @@ def step_of(folder: Path) -> int:
 
 
 def settings(
-    config: Path | None, max_pairs: int | None, max_length: int | None, low_rank: dict[str, Any] | None = None
+    config: Path | None,
+    max_pairs: int | None,
+    max_length: int | None,
+    low_rank: dict[str, Any] | None = None,
+    *,
+    verbose: bool = False,
 ) -> AuditConfig:
     from align_audit.config import AuditConfig
 
     # The parts themselves and no stored form of them, which has no secrets.
     values: dict[str, Any] = dict(AuditConfig.from_yaml(config)) if config is not None else {}
-    for name, value in (("max_pairs", max_pairs), ("max_length", max_length)):
+    for name, value in (("max_pairs", max_pairs), ("max_length", max_length), ("verbose", verbose or None)):
         if value is not None:
             values[name] = value
     if low_rank:

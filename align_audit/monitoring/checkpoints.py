@@ -81,7 +81,9 @@ def audit_saved(
     """
     log = RunLog(output)
     sets = read_probes(probes, checkpoints, reference, config, trust_remote_code=trust_remote_code)
-    writers = writers_for(config, Surroundings(Path(output), tuple(sets), on_alert=checked(on_alert)), OF_SAVED)
+    names = {step: folder.name for folder, step in checkpoints.items()}
+    around = Surroundings(Path(output), tuple(sets), on_alert=checked(on_alert), checkpoints=names)
+    writers = writers_for(config, around, OF_SAVED)
     writers.start(AuditRun.of(log))
     progress = progress_bar if config.progress else None
     # An error ends the audit of a checkpoint.
@@ -271,7 +273,7 @@ def _stored(
             odd = "against another reference"
         elif record.step == step and provenance.policy_hash != policy:
             odd = "of another model"
-        elif record.step == step and provenance.config != config.to_dict():
+        elif record.step == step and not config.measures_as(provenance.config):
             odd = "with other options"
         elif record.step == step and name in sets:
             stored[name] = record

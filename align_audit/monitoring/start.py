@@ -77,15 +77,16 @@ def begin_run(
         policy_hash = policy_fingerprint(policy, ranks)
         if log is not None:
             set_aside_another(log, policy_hash, probe_sets, config, facts.output_dir)
+    training_log = TrainingLog(facts.output_dir) if writes else None
     monitor = Monitor(
         probe_sets,
         config,
         log,
         ranks=ranks,
-        writers=None if log is None else open_writers(facts, config, probe_sets, log, on_alert),
+        writers=None if log is None else open_writers(facts, config, probe_sets, log, on_alert, training_log),
         progress=progress_bar if writes and config.progress and facts.progress else None,
         strict=config.strict,
-        training_log=TrainingLog(facts.output_dir) if writes else None,
+        training_log=training_log,
         pace=Pace(config, step, pairs_per_step=facts.pairs_per_step),
     )
     monitor.resume(step + 1)
@@ -207,7 +208,7 @@ def _begins_so(
         and provenance.policy_hash == policy_hash
         and probes is not None
         and provenance.probe_hash == probes.content_hash
-        and provenance.config == config.to_dict()
+        and config.measures_as(provenance.config)
     )
 
 
@@ -217,13 +218,15 @@ def open_writers(
     probe_sets: Mapping[str | None, ProbeSet],
     log: RunLog,
     on_alert: OnAlert | None = None,
+    training_log: TrainingLog | None = None,
 ) -> Writers:
     """What shows the run, started.
 
     Raises:
         ConfigurationError: one of them cannot write.
     """
-    around = Surroundings(Path(facts.output_dir), tuple(probe_sets), facts.summary_writer, on_alert)
+    logged = tuple if training_log is None else lambda: training_log.rows
+    around = Surroundings(Path(facts.output_dir), tuple(probe_sets), facts.summary_writer, on_alert, logged)
     writers = writers_for(config, around)
     writers.start(AuditRun.of(log))
     return writers

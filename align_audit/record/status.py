@@ -53,20 +53,20 @@ def status_of(records: Sequence[AuditRecord], failures: Sequence[Failure], log: 
         'BLIND'
     """
     heads = heads_of(records)
-    open_alerts = _open(heads)
-    errors = [alert for alert in open_alerts if alert.level == "error"]
+    still_open = open_alerts(heads)
+    errors = [alert for alert in still_open if alert.level == "error"]
     if errors:
         return _by(errors, "ERROR")
     blind = _blind(records, heads, failures, log)
     if blind is not None:
         return blind
-    warnings = [alert for alert in open_alerts if alert.level == "warning"]
+    warnings = [alert for alert in still_open if alert.level == "warning"]
     if warnings:
         return _by(warnings, "WATCH")
     return Status("HEALTHY", _healthy_since(heads), f"No alert is open at step {heads[-1].step}.")
 
 
-def _open(heads: Sequence[Head]) -> list[Alert]:
+def open_alerts(heads: Sequence[Head]) -> list[Alert]:
     """What the records of the last step say is open, whatever their probe set."""
     if not heads:
         return []

@@ -85,7 +85,7 @@ def _tags(path: Path) -> Iterator[tuple[int, float, str]]:
     from tensorboard.compat.proto.event_pb2 import Event
 
     # Most events of a trainer are not ours: their bytes tell.
-    ours = f"{ROOT}/".encode()
+    ours = ROOT.encode()
     for data in _events(path):
         if ours not in data:
             continue
@@ -94,7 +94,7 @@ def _tags(path: Path) -> Iterator[tuple[int, float, str]]:
         except Exception:  # protobuf's own error, of whichever implementation: a damaged record
             continue
         for value in event.summary.value:
-            if value.tag.startswith(f"{ROOT}/"):
+            if value.tag.startswith((f"{ROOT}/", f"{ROOT} ")):
                 yield event.step, event.wall_time, value.tag
 
 

@@ -1,8 +1,12 @@
 """Records as TensorBoard curves, pictures and text.
 
-Curves are those of :mod:`align_audit.writers.scalars`, under its tags. TensorBoard cannot draw NaN: what is not known is
-left out and listed, with its reason, in the text ``align_audit/not_known``. Other texts are ``align_audit/alerts`` and
-``align_audit/controls``; the pictures of :mod:`align_audit.writers.plots.gallery` stand under
+By default that is what tells how the run stands: the curves of :mod:`align_audit.writers.few_scalars`, a text
+``align_audit health/status``, and of full audits two pictures, ``align_audit health/over_steps`` and
+``align_audit where/by_layer``.
+
+With ``scalars="all"`` all else is there too: the curves of :mod:`align_audit.writers.scalars`, under its tags. TensorBoard
+cannot draw NaN: what is not known is left out and listed, with its reason, in the text ``align_audit/not_known``. Other texts
+are ``align_audit/alerts`` and ``align_audit/controls``; the pictures of :mod:`align_audit.writers.plots.gallery` stand under
 ``align_audit/<group>/<name>``.
 """
 
@@ -13,7 +17,7 @@ import logging
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from align_audit.errors import ConfigurationError, named
 from align_audit.record.audit_record import Alert, AuditRecord, SiteCurve, control_items
@@ -21,8 +25,11 @@ from align_audit.record.numbers import is_unknown, span
 from align_audit.record.run import one_per_step
 from align_audit.record.site_names import site_names
 from align_audit.record.stored_records import chosen, heads_of
+from align_audit.record.training_log import LogRow
 from align_audit.writers.event_files import SUFFIX, TagsWritten, event_files, find_event_folder
+from align_audit.writers.few_scalars import HEALTH, WHERE, few_scalars, group_of, status_text
 from align_audit.writers.scalars import not_known, root_of, scalars
+from align_audit.writers.standing import Standing, standing_at
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -33,7 +40,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_LAST = "controls"
+_LAST = {"few": "status", "all": "controls"}
 """The text that is written last of the curves and texts of an audit: where it is, they all are."""
 _TEXT = "text_summary"
 """What a summary writer puts below the tag of a text."""
@@ -49,8 +56,10 @@ class TensorBoard:
     Args:
         output_dir: of the training.
         trainers: gives the trainer's summary writer, None where it has none (any more). Asked at every audit.
-        images: draw heat maps and traces too (a few seconds an audit).
+        images: draw full audits too.
         probe_names: of all sets that will be written; TensorBoard reads one layout, which has to name them all.
+        scalars: ``few``: how the run stands; ``all``: everything, and all pictures.
+        training_log: gives what the trainer has logged so far.
     """
 
     name = "TensorBoard"
@@ -61,12 +70,16 @@ class TensorBoard:
         trainers: Callable[[], SummaryWriter | None],
         images: bool = True,
         probe_names: Sequence[str | None] = (None,),
+        scalars: Literal["few", "all"] = "few",
+        training_log: Callable[[], Sequence[LogRow]] = tuple,
     ) -> None:
         self._output_dir = Path(output_dir)
         self._trainers = trainers
         self._images = images
         self._probe_names = tuple(probe_names)
-        self._layout_written = False
+        self._scalars = scalars
+        self._training_log = training_log
+        self._layout_written = scalars == "few"
         self._opened: SummaryWriter | None = None
 
     @classmethod
@@ -79,6 +92,8 @@ class TensorBoard:
             surroundings.trainers_tensorboard,
             images=config.tensorboard_images,
             probe_names=surroundings.probe_names,
+            scalars=config.tensorboard_scalars,
+            training_log=surroundings.training_log,
         )
 
     def start(self, run: AuditRun) -> None:
@@ -104,18 +119,18 @@ class TensorBoard:
         their folder was deleted. Pictures, which take seconds, are drawn of the last of these only."""
         if not records:
             return
-        written = TagsWritten(f"/{_LAST}/{_TEXT}")
+        written = TagsWritten(f"/{_LAST[self._scalars]}/{_TEXT}")
         for path in event_files(self._output_dir):
             written.read(path)
         missing = [
             (place, head)
             for place, head in enumerate(heads_of(records))
-            if not written.complete(root_of(head.probe_name), head.step, _time_of(head.created) or 0.0)
+            if not written.complete(self._root(head.probe_name), head.step, _time_of(head.created) or 0.0)
         ]
         for place, head in missing:
-            self._write(board, records[place], written.at(head.step, _time_of(head.created) or 0.0))
-        if missing and self._images:
-            _draw(board, records[missing[-1][0]], records)
+            self._write(board, records[place], records, written.at(head.step, _time_of(head.created) or 0.0))
+        if missing:
+            self._draw(board, records[missing[-1][0]], records)
         if missing:
             board.flush()
 
@@ -123,29 +138,50 @@ class TensorBoard:
         """Write one audit at its step; the pictures over steps are of the audits of its probe set up to then."""
         board = self._summary_writer()
         try:
-            self._write(board, record)
-            if self._images:
-                _draw(board, record, history)
+            self._write(board, record, history)
+            self._draw(board, record, history)
         finally:
             board.flush()
 
-    def _write(self, board: SummaryWriter, record: AuditRecord, written: Collection[str] = ()) -> None:
+    def _root(self, probe_name: str | None) -> str:
+        """What the tag of the text that is written last begins with."""
+        return root_of(probe_name) if self._scalars == "all" else group_of(HEALTH, probe_name)
+
+    def _write(
+        self,
+        board: SummaryWriter,
+        record: AuditRecord,
+        history: Sequence[AuditRecord],
+        written: Collection[str] = (),
+    ) -> None:
         """Curves and texts, but for those whose tags were written; at the time of the audit, whenever that was."""
-        step, root = record.step, root_of(record.provenance.probe_name)
+        step, name = record.step, record.provenance.probe_name
+        standing = standing_at(record, history, self._training_log())
         when = _time_of(record.provenance.created)
         if not self._layout_written:
             board.add_custom_scalars(custom_scalars_layout(self._probe_names, record.sites))
             self._layout_written = True
-        for tag, value in scalars(record).items():
+        values = few_scalars(standing)
+        alerts = "\n\n".join(map(alert_text, record.alerts))
+        texts = {f"{group_of(HEALTH, name)}/status": "\n\n".join(filter(None, (status_text(standing), alerts)))}
+        if self._scalars == "all":
+            values |= scalars(record)
+            texts |= _texts(record, alerts)
+        for tag, value in values.items():
             if tag not in written:
                 board.add_scalar(tag, value, step, when)
-        texts = {"alerts": "\n\n".join(map(alert_text, record.alerts))}
-        if not_known(record):
-            texts["not_known"] = not_known_table(record)
-        texts[_LAST] = controls_table(record)
-        for name, text in texts.items():
-            if text and f"{root}/{name}/{_TEXT}" not in written:
-                board.add_text(f"{root}/{name}", text, step, when)
+        for tag, text in texts.items():
+            if text and f"{tag}/{_TEXT}" not in written:
+                board.add_text(tag, text, step, when)
+
+    def _draw(self, board: SummaryWriter, record: AuditRecord, history: Sequence[AuditRecord]) -> None:
+        """Pictures of a full audit. A health audit has no more to show than its curves."""
+        if not self._images or record.kind == "health":
+            return
+        name = record.provenance.probe_name
+        earlier = chosen(history, lambda head: head.key != record.key and head.probe_name == name)
+        standing = standing_at(record, history, self._training_log())
+        _add_images(board, standing, [*earlier, record], self._scalars)
 
     def alert(self, alert: Alert, record: AuditRecord) -> None:
         """It stands in the text of its record."""
@@ -175,26 +211,38 @@ def _time_of(created: str) -> float | None:
         return None
 
 
-def _draw(board: SummaryWriter, record: AuditRecord, history: Sequence[AuditRecord]) -> None:
-    name = record.provenance.probe_name
-    earlier = chosen(history, lambda head: head.key != record.key and head.probe_name == name)
-    _add_images(board, record, [*earlier, record])
-
-
-def _add_images(board: SummaryWriter, record: AuditRecord, records: Sequence[AuditRecord]) -> None:
+def _add_images(board: SummaryWriter, standing: Standing, records: Sequence[AuditRecord], which: str) -> None:
+    from align_audit.writers.plots.at_a_glance import drawable, health_at_a_glance, where_at_a_glance
     from align_audit.writers.plots.canvas import pixels
     from align_audit.writers.plots.gallery import pictures_of
 
+    record = standing.record
+    name = record.provenance.probe_name
     # Later audits may be in the log when an earlier step is written again; a picture at a step shows none of them.
     records = [each for each in one_per_step(records) if each.step <= record.step]
-    for name, picture in pictures_of(records).items():
+    figures = {f"{group_of(HEALTH, name)}/over_steps": health_at_a_glance(records, standing)}
+    if drawable(record):
+        figures[f"{group_of(WHERE, name)}/by_layer"] = where_at_a_glance(record)
+    for tag, figure in figures.items():
+        # add_figure would go through pyplot, and its global state.
+        board.add_image(tag, pixels(figure), record.step, dataformats="HWC")
+    for title, picture in pictures_of(records).items() if which == "all" else ():
         if picture.measured(record):
-            tag = f"{root_of(record.provenance.probe_name)}/{picture.part}/{name}"
-            # add_figure would go through pyplot, and its global state.
+            tag = f"{root_of(name)}/{picture.part}/{title}"
             board.add_image(tag, pixels(picture.draw(records)), record.step, dataformats="HWC")
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def _texts(record: AuditRecord, alerts: str) -> dict[str, str]:
+    """Tag → text of all that is said of an audit beside its status; empty where there is nothing to say."""
+    root = root_of(record.provenance.probe_name)
+    return {
+        f"{root}/alerts": alerts,
+        f"{root}/not_known": not_known_table(record) if not_known(record) else "",
+        f"{root}/{_LAST['all']}": controls_table(record),
+    }
 
 
 def alert_text(alert: Alert) -> str:

@@ -1,156 +1,125 @@
-"""An audit on the terminal: a short table, and a panel for each alert. Plain text where the output is no terminal."""
+"""A run on the terminal: a line for each audit while all is well, five when not, each alert once, and a table at the end."""
 
 from __future__ import annotations
 
-import math
+import re
 import select
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from align_audit.record.audit_record import GUARDED, Alert, AuditRecord, control_items
-from align_audit.record.numbers import NO_REASON, Number, by_path, is_unknown, span, why_unknown
-from align_audit.record.site_names import site_name
-from align_audit.writers.words import on_probes, overshoot
+from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.run import AuditRun
+from align_audit.record.training_log import LogRow
+from align_audit.writers.alert_panel import alert_panel
+from align_audit.writers.audit_table import summary_table
+from align_audit.writers.brief import brief, brief_of_more
+from align_audit.writers.closing_table import closing
+from align_audit.writers.standing import Standing, standing_at
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import Console
 
     from align_audit.config import AuditConfig
-    from align_audit.record.run import AuditRun
     from align_audit.writers.writer import Surroundings
-
-_LEVEL_STYLES = {"info": "cyan", "warning": "yellow", "error": "bold red"}
-_VERDICT_STYLES = {"passed": "green", "failed": "bold red", "not_run": "dim"}
-_PLAIN = str.maketrans({"≤": "<=", "–": "-", "—": "-", "−": "-", "…": "...", "’": "'", "‖": "||", "²": "2"})
-
-
-@dataclass(frozen=True)
-class _Row:
-    label: str
-    parts: tuple[tuple[str, str], ...]
-    """Text and style, in order."""
-
-    @classmethod
-    def of(cls, label: str, text: str, style: str = "") -> _Row:
-        return cls(label, ((text, style),))
-
-
-@dataclass(frozen=True)
-class _Summary:
-    title: str
-    rows: tuple[_Row, ...]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich import box
-        from rich.table import Table
-
-        table = Table(
-            box=box.SIMPLE_HEAD if options.is_terminal else None,
-            show_header=False,
-            title=_text([(self.title, "bold")], options),
-            title_justify="left",
-            pad_edge=False,
-            padding=(0, 2, 0, 0),
-        )
-        table.add_column(no_wrap=True)
-        table.add_column(ratio=1)
-        for row in self.rows:
-            table.add_row(row.label, _text(row.parts, options))
-        yield table
-
-
-@dataclass(frozen=True)
-class _AlertPanel:
-    alert: Alert
-    advise: bool = True
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.console import Group
-        from rich.padding import Padding
-        from rich.panel import Panel
-
-        alert, style = self.alert, _LEVEL_STYLES[self.alert.level]
-        where = f", layers {span(alert.layers)}" if alert.layers else ""
-        probes = f", probes {alert.probe_name!r}" if alert.probe_name is not None else ""
-        title = f"{alert.level.upper()} {alert.rule} (step {alert.step}{probes}{where})"
-        parts = [_text([(alert.message, "")], options)]
-        if self.advise:
-            parts.append(_text([("To do: ", "bold"), (alert.suggestion, "")], options))
-        numbers = {"value": alert.value, "baseline": alert.baseline, "threshold": alert.threshold}
-        given = [f"{name} {value:.3g}" for name, value in numbers.items() if not is_unknown(value)]
-        if given:
-            parts.append(_text([(", ".join(given), "dim")], options))
-        if options.is_terminal:
-            yield Panel(Group(*parts), title=_text([(title, style)], options), title_align="left", border_style=style)
-        else:
-            yield _text([(title, style)], options)
-            yield Padding(Group(*parts), (0, 0, 0, 2))
-
-
-def summary_table(record: AuditRecord) -> _Summary:
-    """A rich renderable: what one audit found, in some fifteen lines of 80 columns."""
-    provenance = record.provenance
-    patched = ""
-    if (attribution := record.attribution) is not None:
-        least, most = attribution.exact_pairs, max(attribution.patched_pairs, default=attribution.exact_pairs)
-        patched = f" ({least} patched)" if most == least else f" ({least} to {most} patched)"
-    title = (
-        f"align_audit, step {record.step}{on_probes(record)}: {provenance.pairs} pairs{patched}, "
-        f"{provenance.model_type} with {provenance.num_layers} layers"
-    )
-    return _Summary(title, tuple(_rows(record)))
-
-
-def alert_panel(alert: Alert, advise: bool = True) -> _AlertPanel:
-    """A rich renderable: what an alert saw, and (``advise``) what to do."""
-    return _AlertPanel(alert, advise)
 
 
 class Terminal:
-    """Prints the summary of each audit, then its warnings and errors.
+    """Prints how the run stands at each audit, in whole what happens to its alerts, and a table over checkpoints at the end.
 
-    What an alert of level info says (a control that failed) stands in the table already; advice that several alerts of an
-    audit share is printed with the last of them.
+    Advice that several alerts of an audit share is printed with the last of them.
 
     Args:
         console: where to; None: standard output.
+        verbose: print all that an audit measured, as a table.
+        output_dir: of the run, for the table at the end; None: there is none.
+        training_log: gives what the trainer has logged so far.
+        checkpoints: step → name, of those that are audited; None: those that lie in ``output_dir`` at the end.
     """
 
     name = "standard output"
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        console: Console | None = None,
+        *,
+        verbose: bool = False,
+        output_dir: Path | None = None,
+        training_log: Callable[[], Sequence[LogRow]] = tuple,
+        checkpoints: Mapping[int, str] | None = None,
+    ) -> None:
         self._console = console
+        self._verbose = verbose
+        self._output_dir = output_dir
+        self._training_log = training_log
+        self._checkpoints = checkpoints
+        self._shown: dict[str | None, Standing] = {}
+        """What was printed last, of each probe set."""
 
     @classmethod
     def of(cls, config: AuditConfig, surroundings: Surroundings) -> Self:
         """On standard output, whatever the configuration."""
-        return cls()
+        return cls(
+            verbose=config.verbose,
+            output_dir=surroundings.output_dir,
+            training_log=surroundings.training_log,
+            checkpoints=surroundings.checkpoints,
+        )
 
     def start(self, run: AuditRun) -> None:
         """Nothing is printed before the first audit."""
 
     def record(self, record: AuditRecord, history: Sequence[AuditRecord]) -> None:
-        """Print the table."""
-        self._print(summary_table(record))
+        """Print how the run stands now."""
+        standing = standing_at(record, history, self._training_log())
+        shown = self._shown.get(record.provenance.probe_name)
+        self._shown[record.provenance.probe_name] = standing
+        if self._verbose:
+            self._print(summary_table(record, standing.status))
+        elif shown is not None and _adds_to(standing, shown):
+            self._print(brief_of_more(standing), whole_lines=True)
+        else:
+            self._print(brief(standing), whole_lines=True)
 
     def alert(self, alert: Alert, record: AuditRecord) -> None:
-        """Print a warning or an error."""
-        if alert.level == "info":
+        """Print a warning or an error that has opened, got worse or is over. Info stands in the table."""
+        if alert.level == "info" or alert.event == "open":
             return
-        printed = [each for each in record.alerts if each.level != "info"]
+        printed = [each for each in record.alerts if each.level != "info" and each.event not in ("open", "resolved")]
         last = max((place for place, each in enumerate(printed) if each == alert), default=len(printed))
         self._print(
             alert_panel(alert, advise=all(later.suggestion != alert.suggestion for later in printed[last + 1 :]))
         )
 
     def close(self) -> None:
-        """Standard output is not ours to close."""
+        """Print the table, where anything was audited. Standard output is not ours to close."""
+        if self._output_dir is None or not self._shown:
+            return
+        self._shown = {}
+        checkpoints = _saved_in(self._output_dir) if self._checkpoints is None else self._checkpoints
+        for part in closing(AuditRun.load(self._output_dir), checkpoints):
+            self._print(part, whole_lines=True)
 
-    def _print(self, renderable: Any) -> None:
+    def _print(self, renderable: Any, whole_lines: bool = False) -> None:
+        """``whole_lines``: off a terminal, what does not fit its width is not cut."""
         console = self._console or _standard_output()
-        console.print(renderable)
+        console.print(renderable, soft_wrap=whole_lines and not console.is_terminal)
+
+
+def _adds_to(standing: Standing, shown: Standing) -> bool:
+    """Is this the full audit that follows a health audit of the same step, and finds nothing else wrong?"""
+    return (
+        (standing.record.step, standing.record.kind, shown.record.kind) == (shown.record.step, "full", "health")
+        and standing.status.word == shown.status.word
+        and {alert.cause for alert in standing.alerts} <= {alert.cause for alert in shown.alerts}
+    )
+
+
+def _saved_in(output_dir: Path) -> dict[int, str]:
+    """Step → folder of the checkpoints that exist: the trainer deletes old ones (``save_total_limit``)."""
+    folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
+    return {int(match[1]): match[0] for path in folders if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
 
 
 def _standard_output() -> Console:
@@ -185,153 +154,3 @@ def progress_bar(total: int, description: str) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(total=total, desc=description, unit="batch", leave=False, dynamic_ncols=True, disable=None)
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
-def _rows(record: AuditRecord) -> Iterator[_Row]:
-    at = by_path(record)
-    if record.finding is not None:
-        yield _Row.of("finding", record.finding.words, "bold" if record.finding.localized else "")
-    yield _number_row("margin shift", at["margins.shift"], signed=True)
-    yield _number_row("accuracy", at["margins.accuracy"])
-    yield _number_row("chosen log-prob.", at["margins.chosen_logp_change_per_token"], signed=True)
-    yield _number_row("KL to reference", at["margins.kl"])
-    yield from _patching_rows(record, at)
-    yield from _low_rank_rows(record)
-    yield from _site_rows(record, at)
-    yield from _spinal_rows(record, at)
-    yield from _control_rows(record)
-    if record.reference_check.verdict == "failed":
-        yield _Row.of("reference", f"CHECK FAILED: {record.reference_check.reason}", "bold red")
-    cost = record.cost
-    memory = cost.peak_memory / 2**20
-    size = f"{memory / 1024:.1f} GiB" if memory >= 1024 else f"{memory:.0f} MiB"
-    yield _Row.of("cost", f"{cost.seconds:.1f} s, {size} at the peak, {cost.forward_equivalents:.0f} forwards")
-
-
-def _number_row(label: str, number: Number, signed: bool = False) -> _Row:
-    if is_unknown(number.value):
-        return _unknown(label, number.reason or NO_REASON)
-    return _Row.of(label, _interval(number, signed) + (f" {number.unit}" if number.unit.startswith("nats") else ""))
-
-
-def _patching_rows(record: AuditRecord, at: Mapping[str, Number]) -> Iterator[_Row]:
-    if record.patching is None:
-        yield _unknown("patching", why_unknown(record, "patching"))
-        return
-    peak = record.patching.peak_layer
-    if peak is None:
-        yield _unknown("peak layer", why_unknown(record, "patching.peak_layer"))
-    else:
-        transplant = _interval(at[f"patching.block_transplant.{peak}"], signed=True)
-        yield _Row.of("peak layer", f"{peak}, block transplant {transplant} nats")
-    yield _number_row("additivity", at["patching.additivity"])
-
-
-def _spinal_rows(record: AuditRecord, at: Mapping[str, Number]) -> Iterator[_Row]:
-    if (spinal := record.spinal) is None:
-        yield _unknown("SPINAL", why_unknown(record, "spinal"))
-        return
-    words = {
-        "delta_align": f"{spinal.delta_align:+.3g}",
-        "coherence": f"{_number(spinal.coherence)} (reference {_number(spinal.reference_coherence)})",
-    }
-    for name, text in words.items():
-        number = at[f"spinal.{name}"]
-        yield _unknown(name, number.reason or NO_REASON) if is_unknown(number.value) else _Row.of(name, text)
-
-
-def _low_rank_rows(record: AuditRecord) -> Iterator[_Row]:
-    curves = [(basis, layer, curve) for basis, by in record.low_rank.items() for layer, curve in sorted(by.items())]
-    if not curves:
-        yield _unknown("rank_95", why_unknown(record, "low_rank"))
-        return
-    # The shift basis is the alignment subspace proper. A few directions of the activations throw most of the stream away,
-    # so that the margin may overshoot and a tiny rank look sufficient: the record and the pictures have that curve.
-    curves = [curve for curve in curves if curve[0] == "shift"] or curves
-    # Some lines at most: with every layer measured, the figures of the deepest reading are in the record.
-    shown = curves if len(curves) <= 4 else [c for c in curves if c[1] == _peak(record, c[1])][:4] or curves[:4]
-    said = []
-    for basis, layer, curve in shown:
-        rank = f"> {max(curve.ranks)}" if _unreached(curve) else _number(curve.rank_95)
-        beyond = overshoot(curve)
-        rank += "" if beyond is None else f", overshooting to {_number(beyond)} of the effect"
-        said.append(f"{rank} (layer {layer}, {basis} basis)")
-    more = f", {len(curves) - len(shown)} more in the record" if len(shown) < len(curves) else ""
-    yield _Row.of("rank_95", ", ".join(said) + more)
-
-
-def _site_rows(record: AuditRecord, at: Mapping[str, Number]) -> Iterator[_Row]:
-    for place, curve in enumerate(record.sites):
-        label = site_name(curve)
-        if curve.peak is None:
-            yield _unknown(label, why_unknown(record, f"sites.{place}.peak"))
-            continue
-        unit = curve.units[curve.peak]
-        where = f"layer {unit.layer}" if unit.layer == unit.last_layer else f"layers {unit.layer}–{unit.last_layer}"
-        where += "" if unit.head is None else f", head {unit.head}"
-        text = f"peak {where}: {_interval(at[f'sites.{place}.sufficiency.{curve.peak}'], signed=True)} nats"
-        if not curve.sufficiency_p_adjusted[curve.peak] < 0.05:
-            text += ", not told from 0"
-        if curve.correlation is not None:
-            text += f" ({curve.estimator.replace('_', ' ')}, correlation {_number(curve.correlation[curve.peak])})"
-        yield _Row.of(label, text)
-
-
-def _peak(record: AuditRecord, default: int) -> int:
-    peak = record.patching.peak_layer if record.patching is not None else None
-    return default if peak is None else peak
-
-
-def _unreached(curve: Any) -> bool:
-    """Unknown because no rank was enough, which is a finding, and not because the effect was not known."""
-    return is_unknown(curve.rank_95) and all(math.isfinite(fraction.mean) for fraction in curve.effect_fraction)
-
-
-def _control_rows(record: AuditRecord) -> Iterator[_Row]:
-    by_verdict: dict[str, list[str]] = {"passed": [], "failed": [], "not_run": []}
-    for name, control in control_items(record):
-        by_verdict[control.verdict].append(name.replace("_", " "))
-    parts: list[tuple[str, str]] = []
-    for verdict, names in by_verdict.items():
-        if names:
-            parts.append(("; " if parts else "", ""))
-            parts.append((f"{verdict.replace('_', ' ')}: {', '.join(names)}", _VERDICT_STYLES[verdict]))
-    yield _Row("controls", tuple(parts))
-    for name, control in control_items(record):
-        if control.verdict == "failed":
-            yield _Row.of("  not evidence", f"{GUARDED[name]} ({name.replace('_', ' ')}): {control.reason}", "red")
-
-
-def _unknown(label: str, reason: str) -> _Row:
-    return _Row.of(label, f"not known: {reason}", "dim")
-
-
-def _number(value: float) -> str:
-    return "not known" if math.isnan(value) else f"{value:.3g}"
-
-
-def _interval(number: Number, signed: bool = False) -> str:
-    """An estimate with its interval."""
-    mean, low, high = (math.nan if end is None else end for end in (number.value, number.low, number.high))
-    # One number of decimals for all three, from the width of the interval: 9.69 [7.2, 12.1] reads badly.
-    width = high - low
-    scale = width if width > 0 and math.isfinite(width) else abs(mean)
-    of_size = scale > 0 and math.isfinite(scale)
-    decimals = min(max(1 - math.floor(math.log10(scale)), 0), 6) if of_size else 2
-    sign = "+" if signed else ""
-    return f"{mean:{sign}.{decimals}f} [{low:{sign}.{decimals}f}, {high:{sign}.{decimals}f}]"
-
-
-def _text(parts: Sequence[tuple[str, str]], options: ConsoleOptions) -> Any:
-    """Styled text in which brackets are brackets, and only characters that the output can encode."""
-    from rich.text import Text
-
-    text = Text()
-    for string, style in parts:
-        if options.ascii_only:
-            string = string.translate(_PLAIN).encode("ascii", "replace").decode()
-        text.append(string, style=style)
-    return text

@@ -7,7 +7,7 @@ A new writer is a class with the methods of :class:`Writer` in a file of its own
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from align_audit.errors import named
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.run import AuditRun
+from align_audit.record.training_log import LogRow
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -64,6 +65,10 @@ class Surroundings:
     """Gives the summary writer that the trainer's own curves go through, None where it has none or has closed it."""
     on_alert: Callable[[Alert, AuditRecord], object] | None = None
     """A user's function that is to be told of alerts."""
+    training_log: Callable[[], Sequence[LogRow]] = tuple
+    """Gives what the trainer has logged so far, by step."""
+    checkpoints: Mapping[int, str] | None = None
+    """Step → name of the saved checkpoints that are audited; None: they come as training goes on."""
 
 
 class Writers:

@@ -34,8 +34,8 @@ from destabilization.stored import StoredRun
 
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
 from align_audit.lab import MODEL_DIR
+from align_audit.options.rules import LIMITS
 from align_audit.record.training_log import LogRow
-from align_audit.rules.table import LIMITS
 
 START = Truth(
     0, text=2.0, preferred=2.0, dispreferred=2.0, distinct=0.9, compression=0.4, length=40, ended=1.0, foreign=0.0

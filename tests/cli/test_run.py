@@ -44,7 +44,8 @@ def adapters(place: SimpleNamespace) -> dict[str, Path]:
 
 def test_one_checkpoint_is_audited_as_the_callback_did(command: Any, place: SimpleNamespace, tmp_path: Path) -> None:
     checkpoint = place.full / "checkpoint-2"
-    done = command(*arguments(place, checkpoint, tmp_path / "out", "--reference", place.base), pictures=True)
+    more = ["--reference", place.base, "--verbose"]
+    done = command(*arguments(place, checkpoint, tmp_path / "out", *more), pictures=True)
     assert done.code == 0, done.err
     (record,) = AuditRun.load(tmp_path / "out").records
     ours = {record.step: record for record in AuditRun.load(place.full).records}[2]
@@ -79,9 +80,14 @@ def test_a_folder_of_checkpoints_is_one_run_and_a_second_time_changes_nothing(
     log = tmp_path / "out" / "align_audit" / "records.jsonl"
     before = log.read_bytes()
 
+    assert [line.split()[:3] for line in first.out.splitlines() if line.startswith("align_audit step")] == [
+        ["align_audit", "step", "1"], ["align_audit", "step", "2"]
+    ]  # fmt: skip
+    assert "latest healthy: checkpoint-" in first.out
+
     monkeypatch.setattr("align_audit.monitoring.monitor.run_audit", None)
-    second = command(*again, pictures=True)
-    assert second.code == 0, second.err
+    second = command(*again, "--verbose", pictures=True)
+    assert second.code == 0, "what is shown is no other option: " + second.err
     assert "2 audit(s)" in second.out
     assert log.read_bytes() == before
     assert {path.name for path in (tmp_path / "out" / "pictures").iterdir()} == PICTURES

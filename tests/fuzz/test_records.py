@@ -20,9 +20,12 @@ from align_audit.record.numbers import walk
 from align_audit.record.run import AuditRun, layer_rows, row_of
 from align_audit.record.stored_records import Head, head_of_line, parse_line
 from align_audit.record.transfer_record import TransferRecord
+from align_audit.writers.alert_panel import alert_panel
+from align_audit.writers.audit_table import summary_table
+from align_audit.writers.brief import brief, brief_of_more
 from align_audit.writers.scalars import not_known, scalars
+from align_audit.writers.standing import standing_at
 from align_audit.writers.tensorboard import controls_table, not_known_table
-from align_audit.writers.terminal import alert_panel, summary_table
 from tests.fuzz.cases import as_json, bytes_of, damaged, fuzz, told, values
 from tests.helpers.make_record import make_record, make_run
 
@@ -48,6 +51,8 @@ def readable(record: AuditRecord) -> None:
     not_known_table(record)
     console = Console(file=io.StringIO(), width=80)
     console.print(summary_table(record))
+    console.print(brief(standing_at(record, [])))
+    console.print(brief_of_more(standing_at(record, [])))
     for alert in record.alerts:
         console.print(alert_panel(alert))
     judge(record, [make_record(1, layers=3)])

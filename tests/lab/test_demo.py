@@ -33,6 +33,9 @@ def test_a_short_demo_trains_audits_and_draws(
         assert len(outcome.pictures) == 6
         assert list((tmp_path / "demo" / outcome.settings.name / "runs").rglob("events.out.tfevents.*"))
     assert f"tensorboard --logdir {tmp_path / 'demo'}" in printed
+    assert printed.count("align_audit step 0  HEALTHY  policy and reference are equal before training") == 2
+    assert printed.count("latest healthy: ") == 2, "each run ends with its table"
+    assert "latest healthy: checkpoint-4" in printed
     # Ruin shows in the audit: both runs took as many steps on the same pairs.
     healthy, ruined = (outcome.run.records[-1].margins.kl.mean for outcome in outcomes)
     assert ruined > 10 * healthy > 0

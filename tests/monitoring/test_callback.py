@@ -114,7 +114,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Any:
     output = tmp_path_factory.mktemp("plain") / "out"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trained = run(output, quick(tensorboard="auto"), attach=False, report_to=["tensorboard"])
+        everything = quick(tensorboard="auto", tensorboard_scalars="all")
+        trained = run(output, everything, attach=False, report_to=["tensorboard"])
     return SimpleNamespace(trained=trained, output=output, warned=[str(item.message) for item in caught])
 
 
@@ -215,7 +216,7 @@ def test_attached_it_writes_through_the_trainers_own_writer(attached: Any) -> No
     (file,) = event_files(attached.output)
     assert not file.name.endswith(".align_audit")
     run_folder = events(file.parent)
-    assert [event.step for event in run_folder.Scalars("align_audit/margins/kl")] == [0, 2, 3, 4, 5]
+    assert [event.step for event in run_folder.Scalars("align_audit health/kl")] == [0, 2, 3, 4, 5]
     assert [event.step for event in run_folder.Scalars("train/loss")] == [1, 2, 3, 4, 5]
     assert "eval/loss" in run_folder.Tags()["scalars"]
 
@@ -254,7 +255,7 @@ def test_a_stop_by_a_later_callback_still_audits_the_last_step(event: str, tmp_p
     files = event_files(tmp_path)
     assert len(files) == (1 if event == "on_step_end" else 2)
     (folder,) = {file.parent for file in files}
-    assert [event.step for event in events(folder).Scalars("align_audit/margins/shift")] == [0, 1]
+    assert [event.step for event in events(folder).Scalars("align_audit health/kl")] == [0, 1]
     assert [event.step for event in events(folder).Scalars("train/loss")] == [1]
 
 
@@ -285,7 +286,7 @@ def test_epochs_end_with_one_record(tmp_path: Path) -> None:
     assert steps(tmp_path / "out") == [0, 2]
     folder = tmp_path / "out" / "align_audit" / "tensorboard"
     assert {file.parent for file in event_files(tmp_path)} == {folder}
-    assert [event.step for event in events(folder).Scalars("align_audit/margins/shift")] == [0, 2]
+    assert [event.step for event in events(folder).Scalars("align_audit health/kl")] == [0, 2]
 
 
 def test_loading_the_best_model_makes_no_record(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,7 +19,9 @@ from torch.utils.tensorboard import SummaryWriter
 from align_audit.record.log import RunLog
 from align_audit.record.run import AuditRun
 from align_audit.writers.event_files import TagsWritten, event_files
+from align_audit.writers.few_scalars import few_scalars
 from align_audit.writers.scalars import scalars
+from align_audit.writers.standing import standing_at
 from align_audit.writers.tensorboard import TensorBoard
 from tests.helpers.make_record import make_run
 from tests.monitoring.test_callback import quick, run
@@ -45,14 +48,17 @@ TensorBoard.record = killed
 ends = {}
 for moment in ("before", "half"):
     if not (child := os.fork()):
-        run(Path(sys.argv[1]) / moment, quick(tensorboard="auto", tensorboard_images=False, schedule={"every_n_steps": 1}),
+        run(Path(sys.argv[1]) / moment, quick(tensorboard="auto", tensorboard_scalars="all", tensorboard_images=False,
+            schedule={"every_n_steps": 1}),
             attach=False, save_steps=1)
         os._exit(0)
     ends[moment] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 print(json.dumps(ends))
 """
 """Two runs, one after the other, each in a process of its own that is killed; what they import is imported once."""
-CONFIG = {"tensorboard": "auto", "tensorboard_images": False, "schedule": {"every_n_steps": 1}}
+CONFIG = {
+    "tensorboard": "auto", "tensorboard_scalars": "all", "tensorboard_images": False, "schedule": {"every_n_steps": 1},
+}  # fmt: skip
 
 
 def counted(output: Path) -> Counter[tuple[str, int]]:
@@ -71,11 +77,15 @@ def points(output: Path, tag: str) -> list[int]:
     return sorted(step for (name, step), count in counted(output).items() for _ in range(count) if name == tag)
 
 
-def each_once(output: Path) -> None:
+def each_once(output: Path, everything: bool = True) -> None:
     counts = counted(output)
-    for record in AuditRun.load(output).records:
-        for tag in (*scalars(record), "align_audit/controls/text_summary", "align_audit/not_known/text_summary"):
+    records = AuditRun.load(output).records
+    for record in records:
+        few = (*few_scalars(standing_at(record, records)), "align_audit health/status/text_summary")
+        rest = (*scalars(record), "align_audit/controls/text_summary", "align_audit/not_known/text_summary")
+        for tag in (*few, *(rest if everything else ())):
             assert counts[tag, record.step] == 1, (tag, record.step)
+        assert everything or not any(counts[tag, record.step] for tag in rest)
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +130,8 @@ def written(output: Path) -> RunLog:
     return log
 
 
-def begin(output: Path, log: RunLog, images: bool = False) -> None:
-    board = TensorBoard(output, lambda: None, images=images)
+def begin(output: Path, log: RunLog, images: bool = False, which: Literal["few", "all"] = "all") -> None:
+    board = TensorBoard(output, lambda: None, images=images, scalars=which)
     board.start(AuditRun.of(log))
     board.close()
 
@@ -143,9 +153,19 @@ def test_nothing_is_written_twice_however_often_a_run_goes_on(tmp_path: Path) ->
     assert points(tmp_path, "align_audit/margins/shift") == [0, 0, 50, 50, 100, 100]
 
 
-def test_an_event_file_cut_off_anywhere_is_completed(tmp_path: Path) -> None:
+def test_the_few_are_not_written_twice_either_and_not_confused_with_all(tmp_path: Path) -> None:
+    log = written(tmp_path)
+    for _ in range(2):
+        begin(tmp_path, log, which="few")
+        each_once(tmp_path, everything=False)
+    begin(tmp_path, log, which="all")
+    each_once(tmp_path)
+
+
+@pytest.mark.parametrize("which", ["few", "all"])
+def test_an_event_file_cut_off_anywhere_is_completed(tmp_path: Path, which: Literal["few", "all"]) -> None:
     log = written(tmp_path / "whole")
-    begin(tmp_path / "whole", log)
+    begin(tmp_path / "whole", log, which=which)
     (whole,) = event_files(tmp_path / "whole")
     data = whole.read_bytes()
     for cut in range(0, len(data), len(data) // 7):
@@ -153,8 +173,8 @@ def test_an_event_file_cut_off_anywhere_is_completed(tmp_path: Path) -> None:
         shutil.copytree(tmp_path / "whole", output)
         (file,) = event_files(output)
         os.truncate(file, cut)
-        begin(output, RunLog(output))
-        each_once(output)
+        begin(output, RunLog(output), which=which)
+        each_once(output, everything=which == "all")
 
 
 def test_a_damaged_event_file_stops_nothing(tmp_path: Path) -> None:

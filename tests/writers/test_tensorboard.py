@@ -20,11 +20,15 @@ from align_audit.errors import ConfigurationError
 from align_audit.record.audit_record import AuditRecord, Control
 from align_audit.record.run import AuditRun
 from align_audit.writers import tensorboard
+from align_audit.writers.few_scalars import few_scalars
 from align_audit.writers.plots import gallery
 from align_audit.writers.scalars import not_known, scalars
+from align_audit.writers.standing import standing_at
 from align_audit.writers.tensorboard import TensorBoard, custom_scalars_layout
+from tests.helpers.alert_cases import on_set
 from tests.helpers.make_record import make_record, make_run, make_sites
 from tests.helpers.record_parts import NO_SHIFT
+from tests.helpers.screens import a_run, quick_look
 
 NO_RUN = AuditRun(Path("nowhere"), [], [], [])
 
@@ -51,8 +55,13 @@ def text(events: EventAccumulator, tag: str) -> dict[int, str]:
 
 
 def board(summary_writer: Any, **options: Any) -> TensorBoard:
-    """A writer beside this one of a trainer."""
-    return TensorBoard("nowhere", lambda: summary_writer, **options)
+    """A writer beside this one of a trainer, of everything unless ``scalars`` says otherwise."""
+    return TensorBoard("nowhere", lambda: summary_writer, **({"scalars": "all"} | options))
+
+
+def few(record: AuditRecord, history: Sequence[AuditRecord]) -> dict[str, float]:
+    """The curves that tell how a run stands."""
+    return few_scalars(standing_at(record, history))
 
 
 class Recorder:
@@ -82,7 +91,7 @@ def test_what_is_written_can_be_read_back(summary_writer: SummaryWriter, tmp_pat
 
     events = read(tmp_path)  # nobody closed the writer: it was flushed
     tags = events.Tags()
-    expected = {record.step: scalars(record) for record in run}
+    expected = {record.step: scalars(record) | few(record, run) for record in run}
     assert set(tags["scalars"]) == {tag for values in expected.values() for tag in values}
     for tag in tags["scalars"]:
         values = {event.step: event.value for event in events.Scalars(tag)}
@@ -93,6 +102,8 @@ def test_what_is_written_can_be_read_back(summary_writer: SummaryWriter, tmp_pat
                 assert math.isfinite(values[record.step])
 
     assert set(tags["images"]) == {
+        "align_audit health/over_steps",
+        "align_audit where/by_layer",
         "align_audit/margins/margins_over_steps",
         "align_audit/patching/recovery_by_layer_and_step",
         "align_audit/patching/layer_gain_by_layer_and_step",
@@ -156,14 +167,16 @@ def test_a_complete_record_has_nothing_to_list() -> None:
     assert not_known(record) == {}
     recorder = Recorder()
     board(recorder, images=False).record(record, [])
-    assert {args[0] for args in recorder.named("add_text")} == {"align_audit/controls"}
+    assert {args[0] for args in recorder.named("add_text")} == {"align_audit/controls", "align_audit health/status"}
 
 
 def test_parts_that_were_switched_off_give_their_reason_and_no_picture() -> None:
     record = make_record(10, layers=3, patching=False, localization=False, low_rank=False, spinal=False)
     recorder = Recorder()
     board(recorder).record(record, [])
-    assert [args[0] for args in recorder.named("add_image")] == ["align_audit/margins/margins_over_steps"]
+    assert [args[0] for args in recorder.named("add_image")] == [
+        "align_audit health/over_steps", "align_audit/margins/margins_over_steps"
+    ]  # fmt: skip
     written = {args[0]: args[1] for args in recorder.named("add_text")}
     for part in ("patching", "localization", "spinal"):
         assert f"| `{part}` |  | switched off in the configuration |" in written["align_audit/not_known"]
@@ -172,7 +185,7 @@ def test_parts_that_were_switched_off_give_their_reason_and_no_picture() -> None
 def test_the_given_writer_is_flushed_and_never_closed() -> None:
     recorder, other = Recorder(), Recorder()
     trainers = [recorder, recorder, other]
-    writer = TensorBoard("nowhere", lambda: trainers.pop(0), images=False)  # type: ignore[arg-type, return-value]
+    writer = TensorBoard("nowhere", lambda: trainers.pop(0), images=False, scalars="all")  # type: ignore[arg-type, return-value]
     writer.start(NO_RUN)
     writer.record(make_record(10, layers=2), [])
     assert recorder.calls[-1][0] == "flush"
@@ -195,7 +208,7 @@ def test_the_given_writer_is_flushed_and_never_closed() -> None:
 def test_it_goes_on_in_the_same_folder_when_the_trainer_has_closed_its_writer(tmp_path: Path) -> None:
     first, second, third = make_run("healthy", 3, 2)
     trainers: list[SummaryWriter | None] = [SummaryWriter(str(tmp_path / "runs" / "today"))]
-    writer = TensorBoard(tmp_path, lambda: trainers[0], images=False)
+    writer = TensorBoard(tmp_path, lambda: trainers[0], images=False, scalars="all")
     writer.start(NO_RUN)
     writer.record(first, [])
     assert trainers[0] is not None
@@ -261,9 +274,55 @@ def test_each_curve_of_a_finer_site_has_a_chart(tmp_path: Path) -> None:
     assert len(charts) == 4
     assert "align_audit: finer sites" not in custom_scalars_layout()
     writer = SummaryWriter(tmp_path)
-    TensorBoard(tmp_path, lambda: writer).record(record, [])
+    TensorBoard(tmp_path, lambda: writer, scalars="all").record(record, [])
     writer.close()
     tags = read(tmp_path).Tags()
     assert {tag for tag in tags["images"] if "/sites/" in tag} == {
         "align_audit/sites/head_attribution_map", "align_audit/sites/site_curves"
     }  # fmt: skip
+
+
+# -- what is shown by default ------------------------------------------------------------------------------------------
+
+
+def test_by_default_about_ten_curves_grouped_before_the_slash(summary_writer: SummaryWriter, tmp_path: Path) -> None:
+    run = a_run("ruined")
+    writer = board(summary_writer, scalars="few")
+    for record in run[:-1]:
+        writer.record(record, run)
+    look = quick_look(run[-1])
+    writer.record(look, [*run[:-1], look])
+    events = read(tmp_path)
+    tags = events.Tags()
+    health = ("chosen_logp_change_per_token", "kl", "next_token_accuracy", "reward_accuracy", "entropy_ratio", "status")
+    where = ("peak_layer", "peak_share", "additivity", "delta_align")
+    assert set(tags["scalars"]) == {
+        *(f"align_audit health/{name}" for name in health), *(f"align_audit where/{name}" for name in where)
+    }  # fmt: skip
+    assert [event.value for event in events.Scalars("align_audit health/status")] == [0.0, 0.0, 0.0, 2.0, 2.0]
+    assert [event.step for event in events.Scalars("align_audit where/additivity")] == [5, 10, 20], "of full audits"
+    assert set(tags["images"]) == {"align_audit health/over_steps", "align_audit where/by_layer"}
+    assert [event.step for event in events.Images("align_audit health/over_steps")] == [0, 5, 10, 20], "of full audits"
+    assert [event.step for event in events.Images("align_audit where/by_layer")] == [5, 10, 20]
+    assert {(event.width, event.height) for tag in tags["images"] for event in events.Images(tag)} == {(640, 420)}
+    assert set(tags["tensors"]) == {"align_audit health/status/text_summary"}, "no layout of curves that are not there"
+
+
+def test_the_status_text_says_what_is_wrong_and_what_to_do(summary_writer: SummaryWriter, tmp_path: Path) -> None:
+    run = a_run("ruined")
+    for record in run:
+        board(summary_writer, scalars="few", images=False).record(record, run)
+    found = read(tmp_path).Tensors("align_audit health/status/text_summary")
+    said = {event.step: event.tensor_proto.string_val[0].decode() for event in found}
+    assert said[10].startswith("**HEALTHY** at step 10\n\nchosen +0.01, KL 0.04 (limit 0.35)")
+    assert "Do:" not in said[10]
+    assert said[20].startswith("**ERROR** at step 20: the policy is leaving its language\n\n")
+    assert "**Do:** last clean audit: step 10; no checkpoint" in said[20]
+    assert run[3].alerts[0].message in said[20]
+    assert "*Evidence:* 6 of 6 controls." in said[20]
+
+
+def test_a_named_set_has_its_curves_in_the_same_groups() -> None:
+    record = on_set(a_run("well")[1], "harmless")
+    tags = set(few(record, []))
+    assert {tag.rsplit("/", 1)[0] for tag in tags} == {"align_audit health/harmless", "align_audit where/harmless"}

@@ -8,14 +8,16 @@ import pytest
 from rich.console import Console
 
 from align_audit.record.audit_record import Alert, AuditRecord, Control, Estimate
-from align_audit.writers.terminal import Terminal, alert_panel, progress_bar, summary_table
+from align_audit.writers.alert_panel import alert_panel
+from align_audit.writers.audit_table import summary_table
+from align_audit.writers.terminal import Terminal, progress_bar
 from tests.helpers.make_record import make_record, make_sites
 from tests.helpers.record_parts import NO_SHIFT
 
 
 def print_record(record: AuditRecord, console: Console) -> None:
-    """An audit and its alerts, as a run tells of them."""
-    terminal = Terminal(console)
+    """All of an audit and its alerts, as a run tells of them."""
+    terminal = Terminal(console, verbose=True)
     terminal.record(record, [])
     for alert in record.alerts:
         terminal.alert(alert, record)

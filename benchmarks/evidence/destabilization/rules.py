@@ -9,9 +9,9 @@ from typing import Literal
 
 from align_audit.alerts.detectors import judge, suspect
 from align_audit.config import AlertConfig
+from align_audit.options.rules import LIMITS, Limit
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.training_log import LogRow
-from align_audit.rules.table import LIMITS, Limit
 from destabilization.kinds import STEPS
 from destabilization.stored import StoredRun
 

@@ -27,8 +27,8 @@ from align_audit.models.reference import resolve_reference
 from align_audit.monitoring.checkpoints import audit_saved
 from align_audit.probes.batches import make_batch
 from align_audit.record.audit_record import Attribution, AuditRecord, Estimate
+from align_audit.writers.audit_table import summary_table
 from align_audit.writers.scalars import not_known, scalars
-from align_audit.writers.terminal import summary_table
 from tests.helpers.audits import QUICK_LASSO, audited, session_of
 from tests.helpers.dpo import ROWS, build
 from tests.helpers.probe_tokenizer import make_tokenizer

@@ -1,0 +1,182 @@
+"""What a run ends with on a terminal: a table over its checkpoints, the latest healthy one, and what was left out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from align_audit.errors import plain
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.log import FAILURES
+from align_audit.record.numbers import span
+from align_audit.record.run import AuditRun
+from align_audit.record.status import Status
+from align_audit.writers.standing import Standing, figure, percent, standing_at, where_in_short
+from align_audit.writers.styled import STATUS_STYLES, text_of
+from align_audit.writers.words import on_probes
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+MOST_ROWS = 24
+"""Rows of a table; of more, those at which the status changes stay, and the rest is thinned out evenly."""
+REPORT = "report.html"
+
+_NO_ROOM = "does not fit the budget"
+"""What the reason of an audit says where a full one was asked for, and a health audit was made (``monitoring.pace``)."""
+
+
+@dataclass(frozen=True)
+class _Table:
+    """The audits of one probe set."""
+
+    title: str
+    rows: tuple[Standing, ...]
+    left_out: int
+    status: Status
+    """Of the set now, which a failure since the last audit may have changed."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table
+
+        def text(words: str, style: str = "") -> Any:
+            return text_of([(words, style)], options)
+
+        unit = "margin" if all(row.reward_margin is not None for row in self.rows) else "shift (nats)"
+        title = text(self.title, "bold")
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for name in ("step", "status", "chosen", "KL", "tokens", "reward acc.", unit):
+            table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True)
+        table.add_column("where")
+        for row in self.rows:
+            margins = row.record.margins
+            word = self.status.word if row is self.rows[-1] else row.status.word
+            margin = row.reward_margin if unit == "margin" else margins.shift.mean
+            same = row.record.reference_check.same_weights
+            cells = (
+                str(row.record.step),
+                word,
+                figure(margins.chosen_logp_change_per_token.mean, signed=True),
+                figure(margins.kl.mean),
+                percent(margins.token_accuracy.mean),
+                "–" if same else percent(margins.accuracy.mean),
+                "–" if same else figure(margin, signed=True),
+                where_in_short(row.full if row.full is not None and row.full.step == row.record.step else None),
+            )
+            table.add_row(*(text(cell, STATUS_STYLES[word] if cell is word else "") for cell in cells))
+        yield table
+        if self.left_out:
+            yield text(f"{self.left_out} more audits are in the record log", "dim")
+
+
+@dataclass(frozen=True)
+class _Line:
+    words: str
+    style: str = ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        text = text_of([(self.words, self.style)], options)
+        if not options.is_terminal:
+            text.no_wrap, text.overflow = True, "ignore"
+        yield text
+
+
+def closing(run: AuditRun, checkpoints: Mapping[int, str]) -> list[_Table | _Line]:
+    """Rich renderables: a table for each probe set, what did not come through or did not fit, and the latest healthy audit.
+
+    Args:
+        checkpoints: step → name, of those that exist.
+    """
+    said: list[_Table | _Line] = []
+    healthy: list[set[int]] = []
+    for name in run.probe_names:
+        of_set = run.select(name)
+        rows = _by_step(of_set)
+        shown = thinned(rows, checkpoints)
+        title = f"align_audit{on_probes(rows[-1].record)}: {rows[-1].record.provenance.pairs} pairs, {_counted(rows)}"
+        said.append(_Table(title, tuple(shown), len(rows) - len(shown), of_set.status))
+        words = {row.record.step: row.status.word for row in rows} | {rows[-1].record.step: of_set.status.word}
+        healthy.append({step for step, word in words.items() if word == "HEALTHY"})
+    if not said:
+        return []
+    said += [_Line(words) for words in (_broken(run), _unaffordable(run, checkpoints)) if words]
+    return [*said, _Line(_latest_healthy(run, set.intersection(*healthy), checkpoints), "bold")]
+
+
+def _by_step(run: AuditRun) -> list[Standing]:
+    """How the run stood at each of its steps; a full audit counts for its step, where there was one."""
+    latest: dict[int, AuditRecord] = {}
+    for record in run.records:
+        if record.kind == "full" or record.step not in latest or latest[record.step].kind == "health":
+            latest[record.step] = record
+    return [standing_at(record, run.records, run.training_log) for record in latest.values()]
+
+
+def _counted(rows: Sequence[Standing]) -> str:
+    full = sum(row.record.kind == "full" for row in rows)
+    return f"{len(rows)} step{'s' if len(rows) != 1 else ''} audited, {full} in full"
+
+
+def thinned(rows: Sequence[Standing], checkpoints: Mapping[int, str], most: int = MOST_ROWS) -> list[Standing]:
+    """At most so many rows: ends, changes of status and checkpoints first, then evenly."""
+    if len(rows) <= most:
+        return list(rows)
+    changes = [place for place in range(1, len(rows)) if rows[place].status.word != rows[place - 1].status.word]
+    saved = [place for place, row in enumerate(rows) if row.record.step in checkpoints]
+    evenly = [round(place * (len(rows) - 1) / (most - 1)) for place in range(most)]
+    kept: set[int] = set()
+    for place in (0, len(rows) - 1, *changes, *reversed(saved), *evenly):
+        if len(kept) < most:
+            kept.add(place)
+    return [rows[place] for place in sorted(kept)]
+
+
+def _latest_healthy(run: AuditRun, steps: set[int], checkpoints: Mapping[int, str]) -> str:
+    """``latest healthy: checkpoint-60``: a checkpoint that exists, else the step; and where the report is, if there is one."""
+    report = run.directory / REPORT
+    end = f" · report: {plain(report)}" if report.is_file() else ""
+    saved = [step for step in steps if step in checkpoints]
+    if saved:
+        return f"latest healthy: {plain(checkpoints[max(saved)])}{end}"
+    if not steps:
+        return f"latest healthy: none of the audits{end}"
+    step = max(steps)
+    if step == 0:
+        return f"latest healthy: step 0, the model that training started from{end}"
+    return f"latest healthy: step {step} (no checkpoint of it was kept){end}"
+
+
+def _broken(run: AuditRun) -> str:
+    if not run.failures:
+        return ""
+    steps = sorted({failure.step for failure in run.failures})
+    count = len(run.failures)
+    where = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
+    audits = "an audit" if count == 1 else f"{count} audits"
+    return f"{audits} broke at {where}: the tracebacks are in {plain(run.directory / FAILURES)}"
+
+
+def _unaffordable(run: AuditRun, checkpoints: Mapping[int, str]) -> str:
+    """Full audits that the budget had no room for, of steps that have none by now: what one takes, and how to get it."""
+    full = {record.step for record in run.records if record.kind == "full"}
+    asked: dict[int, str] = {}
+    for record in run.records:
+        reason = record.occasion.reason if record.occasion is not None else ""
+        if record.kind == "health" and _NO_ROOM in reason and record.step not in full:
+            asked[record.step] = reason
+    if not asked:
+        return ""
+    last = max(asked)
+    seconds = re.search(r"takes about (\d+) s", asked[last])
+    takes = f" (about {seconds[1]} s each)" if seconds is not None else ""
+    audits = "a full audit" if len(asked) == 1 else f"{len(asked)} full audits"
+    steps = ("step " if len(asked) == 1 else "steps ") + span(list(asked))
+    afterwards = ""
+    if last in checkpoints:
+        afterwards = f", or afterwards: align-audit run {plain(run.directory.parent / checkpoints[last])}"
+    return (
+        f"{audits} did not fit the budget{takes}: where the preference sits was not measured at {steps}. "
+        f"To get it: AuditConfig(budget=None), or a larger budget{afterwards}"
+    )

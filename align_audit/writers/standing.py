@@ -1,0 +1,247 @@
+"""How a run stands at one of its audits: its status, what is open, and the figures that every screen shows first.
+
+Terminal, closing table, TensorBoard and pictures read them here, so that all of them say the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from align_audit.options.rules import BY_NAME, CAUSES, LIMITS
+from align_audit.record.audit_record import Alert, AuditRecord, control_items
+from align_audit.record.numbers import is_unknown, span
+from align_audit.record.status import Status, open_alerts, status_of
+from align_audit.record.stored_records import StoredRecords, chosen, heads_of
+from align_audit.record.training_log import LogRow, up_to
+
+_MARGIN = "rewards/margins"
+"""What the trainer calls its reward margin on the training pairs."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A run, of one probe set, as it stood at an audit.
+
+    Attributes:
+        record: of the audit.
+        status: at its step, from this audit and those before it.
+        alerts: what is open, the worst first, then the oldest.
+        full: the last full audit up to this one; None: there was none.
+        logged: the trainer's last row up to this step that has a reward margin.
+    """
+
+    record: AuditRecord
+    status: Status
+    alerts: list[Alert]
+    full: AuditRecord | None
+    logged: LogRow | None
+
+    @property
+    def worst(self) -> Alert | None:
+        """The alert that the status is of; None: no warning and no error is open."""
+        return next((alert for alert in self.alerts if alert.level != "info"), None)
+
+    @property
+    def broken(self) -> bool:
+        """Has the measurement's own identity control failed?"""
+        return self.full is not None and self.full.controls.identity.verdict == "failed"
+
+    @property
+    def level(self) -> str:
+        """Of the limits that are worth showing: those of an error where one is open."""
+        return "error" if self.status.word == "ERROR" else "warning"
+
+    @property
+    def reward_margin(self) -> float | None:
+        """β times the margin shift, in TRL's unit; None: β is not known."""
+        beta = self.record.provenance.beta
+        return None if beta is None else beta * self.record.margins.shift.mean
+
+    @property
+    def logged_margin(self) -> float | None:
+        """What the trainer itself says of its training pairs."""
+        return None if self.logged is None else self.logged.logs[_MARGIN]
+
+    @cached_property
+    def entropy_ratio(self) -> float:
+        """Entropy of the policy over that of the reference; NaN where it cannot be known."""
+        margins = self.record.margins
+        reference = margins.reference_entropy.mean
+        return margins.entropy.mean / reference if reference > 0 else math.nan
+
+    def headline(self) -> str:
+        """What is wrong, as a clause, and since when; of a healthy run, that nothing is."""
+        worst = self.worst
+        if self.status.word == "BLIND" or worst is None:
+            return self.status.reason.rstrip(".")
+        words = CAUSES.get(worst.cause) or worst.rule.replace("_", " ")
+        since = worst.step if worst.since is None else worst.since
+        words += "" if since == self.record.step else f", since step {since}"
+        more = sum(alert.level != "info" for alert in self.alerts) - 1
+        return words + (f" (and {more} more alert{'s' if more > 1 else ''})" if more else "")
+
+
+def standing_at(record: AuditRecord, history: Sequence[AuditRecord], log: Sequence[LogRow] = ()) -> Standing:
+    """How things stood at an audit.
+
+    Args:
+        history: audits of the run, of all probe sets, in any order, with this one or without; later ones do not count.
+        log: the trainer's, by step.
+    """
+    records = _up_to_here(record, history)
+    rows = up_to(log, record.step)
+    full = chosen(records, lambda head: head.kind == "full")
+    return Standing(
+        record,
+        status_of(records, [], rows),
+        _by_weight(open_alerts(heads_of(records))),
+        full[-1] if full else None,
+        next((row for row in reversed(rows) if _MARGIN in row.logs), None),
+    )
+
+
+def _up_to_here(record: AuditRecord, history: Sequence[AuditRecord]) -> Sequence[AuditRecord]:
+    """The audits of its probe set up to this one, which is among them, by step; stored ones are not parsed for it."""
+    here = (record.step, record.provenance.created)
+    kept = chosen(
+        history,
+        lambda head: (
+            head.probe_name == record.provenance.probe_name
+            and ((head.step, head.created) <= here or head.key == record.key)
+        ),
+    )
+    if isinstance(kept, StoredRecords):
+        kept = kept.by_step()
+    else:
+        kept = sorted(kept, key=lambda each: (each.step, each.provenance.created))
+    return kept if any(head.key == record.key for head in heads_of(kept)) else [*kept, record]
+
+
+def _by_weight(alerts: Sequence[Alert]) -> list[Alert]:
+    """One of each cause, the worst first, then the oldest."""
+    latest = {alert.cause or alert.rule: alert for alert in alerts}
+    order = {"error": 0, "warning": 1, "info": 2}
+    return sorted(
+        latest.values(), key=lambda alert: (order[alert.level], alert.step if alert.since is None else alert.since)
+    )
+
+
+def limit_of(record: AuditRecord, option: str) -> float | None:
+    """A limit of the rules as it stood in the configuration of an audit; None: that rule or level was switched off.
+
+    Example:
+        >>> limit_of(record, "kl_warning")                                                    # doctest: +SKIP
+        0.35
+    """
+    options: Any = record.provenance.config.get("alerts", {})
+    if not isinstance(options, dict):
+        options = {}
+    rule = next(rule.name for rule in BY_NAME.values() if any(limit.option == option for limit in rule.limits))
+    said = options["rules"].get(rule) if isinstance(options.get("rules"), dict) else None
+    if options.get("enabled") is False or (isinstance(said, dict) and said.get("enabled") is False):
+        return None
+    try:
+        value = float(options.get(option, LIMITS[option].default))
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+# --- where, and with what evidence ------------------------------------------------------------------------------------
+
+
+def where_in_words(full: AuditRecord | None, step: int) -> str:
+    """Where the preference sits, in a few words: ``layers 3–4, 92 % of the gain``.
+
+    Args:
+        full: the last full audit.
+        step: of the audit that it is said at.
+    """
+    if full is None:
+        return "not measured yet"
+    if full.reference_check.same_weights:
+        return "nowhere: policy and reference are equal" if full.step == step else "not measured since training began"
+    return _where(full) + ("" if full.step == step else f" (step {full.step})")
+
+
+def where_in_short(full: AuditRecord | None) -> str:
+    """The same for a column: ``layers 3–4``, ``layer 2 (31 %)``; ``–``: not known."""
+    if full is None or full.patching is None or full.reference_check.same_weights:
+        return "–"
+    if full.finding is not None and full.finding.localized:
+        return _layers(full.finding.layers)
+    peak = full.patching.peak_layer
+    return "–" if peak is None else f"layer {peak}" + _share(peak_share(full), " ({})")
+
+
+def peak_share(full: AuditRecord) -> float:
+    """Share of the margin shift that is gained at the peak layer; NaN where it cannot be known."""
+    patching = full.patching
+    if patching is None or patching.peak_layer is None:
+        return math.nan
+    return patching.layer_gain[patching.peak_layer].mean
+
+
+def _where(full: AuditRecord) -> str:
+    patching = full.patching
+    if patching is None:
+        return "not measured"
+    if full.finding is not None and full.finding.localized:
+        gain = patching.standing_out.gain.mean if patching.standing_out is not None else math.nan
+        return _layers(full.finding.layers) + _share(gain, ", {} of the gain")
+    if patching.peak_layer is None:
+        return "no layer stands out"
+    return f"peak at layer {patching.peak_layer}" + _share(peak_share(full), ", {} of the gain") + ", not localized"
+
+
+def _share(value: float, form: str) -> str:
+    return form.format(percent(value)) if math.isfinite(value) else ""
+
+
+def _layers(layers: Sequence[int]) -> str:
+    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {span(layers)}"
+
+
+def evidence_in_words(full: AuditRecord | None) -> str:
+    """How many of the controls that were run have passed, and which did not: ``4 of 5 controls (not split half)``."""
+    if full is None:
+        return "no controls yet"
+    run = [(name, control) for name, control in control_items(full) if control.verdict != "not_run"]
+    if not run:
+        return "no control was run"
+    failed = [name.replace("_", " ") for name, control in run if control.verdict == "failed"]
+    passed = f"{len(run) - len(failed)} of {len(run)} controls"
+    return passed + (f" (not {', '.join(failed)})" if failed else "")
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def figure(value: float | None, signed: bool = False) -> str:
+    """A number with two decimals, more where it is small: ``+0.01``, ``9.42``, ``0.0041``, ``not known``.
+
+    Example:
+        >>> figure(9.42), figure(-5.4, signed=True), figure(0.0041), figure(float("nan"))
+        ('9.42', '−5.40', '0.0041', 'not known')
+    """
+    if is_unknown(value):
+        return "not known"
+    assert value is not None
+    sign = "+" if signed else ""
+    small = 0 < abs(value) < 0.01
+    words = f"{value:{sign}.2g}" if small else f"{value:{sign}.2f}"
+    return words.replace("-", "−", 1) if words.startswith("-") else words
+
+
+def percent(value: float | None) -> str:
+    """A share.
+
+    Example:
+        >>> percent(0.824), percent(None)
+        ('82 %', 'not known')
+    """
+    return "not known" if is_unknown(value) or value is None else f"{value * 100:.0f} %"
