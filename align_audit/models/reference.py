@@ -18,7 +18,6 @@ from align_audit.models.anatomy import is_peft, unwrap_only
 from align_audit.models.loading import load_model, loader_errors
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.models.weights.from_disk import open_streamed
-from align_audit.models.weights.sharded import engines_model
 from align_audit.models.weights.streaming import NotStreamable, close
 from align_audit.ranks import Ranks
 
@@ -227,7 +226,6 @@ def _passed(policy: nn.Module, model: nn.Module, source: str) -> Reference:
     Raises:
         ReferenceUnavailableError: it is the policy itself, or holds parameters of the policy that train.
     """
-    model = engines_model(model)
     if model is policy or unwrap_only(model) is unwrap_only(policy):
         raise ReferenceUnavailableError(
             f"the reference ({source}) is the policy itself; expected another model, a path, or None to let it be found"

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from align_audit import AlignmentAuditCallback, AuditConfig
-from align_audit.models.weights.sharded import engines_model, is_spread, whole
+from align_audit.models.weights.sharded import is_spread, whole
 from align_audit.monitoring import monitor
 from tests.distributed.engines import deepspeed_options
 from tests.distributed.plants import plant
@@ -88,7 +88,7 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
     trainer.train()
     weights = whole_weights(trainer.model)
     if shell is not None:
-        references = {} if trainer.ref_model is None else whole_weights(engines_model(trainer.ref_model))
+        references = {} if trainer.ref_model is None else whole_weights(trainer.ref_model)
         if rank == 0:
             shell.load_state_dict(weights, strict=False)
             audit_alone(folder, shell, references, audit, case)

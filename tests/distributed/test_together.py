@@ -31,6 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
 ZERO: dict[str, dict[str, Any]] = {
     "zero2 plain": {"engine": "zero2"},
     "zero2 audited": {"audit": {}, "engine": "zero2"},
+    "zero3": {"audit": {}, "engine": "zero3"},
 }
 
 
@@ -119,3 +120,9 @@ def test_training_is_the_same_bits_under_zero2(ran_zero: Any) -> None:
         assert with_ours["weights"] == without["weights"]
         assert with_ours["losses"] == without["losses"]
     assert [line["step"] for line in lines(ran_zero[0], "zero2 audited", "records.jsonl")] == [0, 2, 4]
+
+
+def test_partitioned_weights_are_refused(ran_zero: Any) -> None:
+    for said in ran_zero[1]["zero3"]:
+        assert said["kind"] == "ConfigurationError"
+        assert "spread over processes (DeepSpeed ZeRO-3)" in said["words"]

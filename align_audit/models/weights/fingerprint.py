@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from align_audit.models.weights.sharded import is_spread, part_of, settle, whole, whole_shape
+from align_audit.models.weights.sharded import is_spread, part_of, settle, whole
 from align_audit.models.weights.streaming import stored_tensors
 from align_audit.ranks import Ranks
 
@@ -56,7 +56,7 @@ def _summed_together(weights: dict[str, Callable[[], torch.Tensor]], ranks: Rank
         part = part_of(tensor) if is_spread(tensor) else None
         if part is not None:
             of_part = torch.tensor([_signed(each) for each in bit_sums(part.values, part.offset)])
-            shared.setdefault(part.group, []).append((name, tensor, of_part.to(part.device)))
+            shared.setdefault(part.group, []).append((name, tensor, of_part.to(part.values.device)))
         elif is_spread(tensor):
             ranks.check(_PLACE)
             sums[name] = summed(*whole([tensor], [tensor.dtype]))
@@ -67,7 +67,7 @@ def _summed_together(weights: dict[str, Callable[[], torch.Tensor]], ranks: Rank
         ranks.check(_PLACE)
         torch.distributed.all_reduce(total, group=group)  # wraps around, as sums modulo 2⁶⁴ do
         for (name, tensor, _), (plain, weighted) in zip(parts, total.tolist(), strict=True):
-            sums[name] = tuple(whole_shape(tensor)), tensor.dtype, (plain % 2**64, weighted % 2**64)
+            sums[name] = tuple(tensor.shape), tensor.dtype, (plain % 2**64, weighted % 2**64)
     return sums
 
 

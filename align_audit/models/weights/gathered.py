@@ -19,7 +19,7 @@ from torch import nn
 
 from align_audit.errors import ConfigurationError
 from align_audit.models.anatomy import unwrap
-from align_audit.models.weights.sharded import compute_dtypes, is_spread, settle, whole, whole_shape, without_engine
+from align_audit.models.weights.sharded import compute_dtypes, is_spread, settle, whole, without_engine
 from align_audit.models.weights.streaming import NotStreamable, close, find_layers, register
 from align_audit.ranks import Ranks
 
@@ -34,7 +34,7 @@ class _Weight:
 
     @property
     def bytes(self) -> int:
-        return whole_shape(self.resting).numel() * self.dtype.itemsize
+        return self.resting.numel() * self.dtype.itemsize
 
     def rest(self) -> None:
         self.put(self.resting)

@@ -16,8 +16,8 @@ from align_audit.errors import ConfigurationError
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-FSDP2, ZERO3 = "FSDP2", "DeepSpeed ZeRO-3"
-_ENGINES_HOOKS = ("torch.distributed.fsdp.", "deepspeed.")
+FSDP2 = "FSDP2"
+_ENGINES_HOOKS = ("torch.distributed.fsdp.",)
 """Where the functions come from that an engine hooks to modules."""
 
 
@@ -37,18 +37,13 @@ def how_sharded(model: nn.Module) -> str | None:
             return "FSDP1"
     for parameter in model.parameters():
         # DeepSpeed marks what it has partitioned; it is not imported here, since it need not be installed.
-        if _is_partitioned(parameter):
-            return ZERO3
+        if hasattr(parameter, "ds_status") and hasattr(parameter, "ds_numel"):
+            return "DeepSpeed ZeRO-3"
         if tensor is not None and isinstance(parameter, tensor.DTensor) and (engine is None or _shards(parameter) > 1):
             return "tensor parallelism"
         if hasattr(parameter, "_is_flat_param"):
             return "FSDP1"
     return engine
-
-
-def _is_partitioned(parameter: torch.Tensor) -> bool:
-    """Whether DeepSpeed has put its marks on a parameter."""
-    return hasattr(parameter, "ds_status") and hasattr(parameter, "ds_numel")
 
 
 def _shards(parameter: Any) -> int:
@@ -59,16 +54,6 @@ def _shards(parameter: Any) -> int:
 def _is_offloaded(parameter: Any) -> bool:
     """Whether a spread parameter lies elsewhere than its engine computes."""
     return is_spread(parameter) and parameter.to_local().device.type != parameter.device_mesh.device_type
-
-
-def _beyond_zero3(parameter: Any) -> str | None:
-    """What DeepSpeed does with a parameter that is not provided for here."""
-    if getattr(parameter, "ds_secondary_tensor", None) is not None or hasattr(parameter, "ds_quant_scale"):
-        return "DeepSpeed ZeRO++"
-    here = getattr(parameter, "ds_tensor", None)
-    if getattr(here, "final_location", None) == "nvme" or (here is not None and here.numel() < 1):
-        return "DeepSpeed ZeRO-3 with its parameters on NVMe"
-    return None
 
 
 def refuse_sharded(model: nn.Module, what: str) -> None:
@@ -86,12 +71,10 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
     engine = how_sharded(model)
     if engine == FSDP2 and any(map(_is_offloaded, model.parameters())):
         engine = "FSDP2 with its parameters offloaded to the CPU"
-    if engine == ZERO3:
-        engine = next(filter(None, map(_beyond_zero3, model.parameters())), engine)
-    if engine not in (None, FSDP2, ZERO3):
+    if engine not in (None, FSDP2):
         raise ConfigurationError(
             f"the weights of {what} are spread over processes ({engine}), and an audit runs a model layer by layer, each layer "
-            "whole. Expected one process, DDP, FSDP2 (without offloading) or DeepSpeed ZeRO-1, 2 or 3 (without NVMe). Train "
+            "whole. Expected one process, DDP, FSDP2 (without offloading), DeepSpeed ZeRO-1 or ZeRO-2. Train "
             "with one of these, or without this callback, and audit the saved checkpoints afterwards (`align-audit run`)"
         )
 
@@ -99,21 +82,7 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
 def is_spread(parameter: torch.Tensor) -> bool:
     """Whether only a part of the parameter is on this process."""
     tensor = _loaded("torch.distributed.tensor")
-    return _is_partitioned(parameter) or (tensor is not None and isinstance(parameter, tensor.DTensor))
-
-
-def whole_shape(parameter: Any) -> torch.Size:
-    """The parameter's, wherever its parts are."""
-    return torch.Size(parameter.ds_shape) if _is_partitioned(parameter) else parameter.shape
-
-
-def engines_model(model: nn.Module) -> nn.Module:
-    """The model itself, out of the wrapper that an engine has made of a reference."""
-    deepspeed = _loaded("deepspeed")
-    if deepspeed is not None and isinstance(model, deepspeed.DeepSpeedEngine):
-        inside: nn.Module = model.module
-        return inside
-    return model
+    return tensor is not None and isinstance(parameter, tensor.DTensor)
 
 
 def settle(model: nn.Module) -> bool:
@@ -128,7 +97,7 @@ def settle(model: nn.Module) -> bool:
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
             sharded = True
-    return sharded or any(map(_is_partitioned, model.parameters()))
+    return sharded
 
 
 def plain_class(module: nn.Module) -> type:
@@ -150,24 +119,15 @@ class Part:
         values: consecutive values of the flattened parameter.
         offset: how many stand before them.
         group: the processes that hold the rest; no two of them the same.
-        device: where they speak with each other.
     """
 
     values: torch.Tensor
     offset: int
     group: Any
-    device: torch.device
 
 
 def part_of(parameter: Any) -> Part | None:
     """Of a spread parameter; None where it is not cut along its first dimension, so that what is here is not consecutive."""
-    if _is_partitioned(parameter):
-        here = parameter.ds_tensor
-        group = parameter.ds_process_group
-        first = torch.distributed.get_rank(group) * here.numel()
-        # Parts are of one length, and the last ones filled up.
-        values = here.detach().view(-1)[: max(0, min(here.numel(), parameter.ds_numel - first))]
-        return Part(values, min(first, parameter.ds_numel), group, parameter.device)
     cuts = [(axis, placement) for axis, placement in enumerate(parameter.placements) if not placement.is_replicate()]
     if len(cuts) != 1 or not cuts[0][1].is_shard(0):
         return None
@@ -176,7 +136,7 @@ def part_of(parameter: Any) -> Part | None:
     # As torch.chunk cuts: equal parts, of which the last ones may be shorter, or empty.
     first = min(rows, -(-rows // mesh.size(axis)) * mesh.get_local_rank(axis))
     values = parameter.detach().to_local()
-    return Part(values, first * (parameter.numel() // max(rows, 1)), mesh.get_group(axis), values.device)
+    return Part(values, first * (parameter.numel() // max(rows, 1)), mesh.get_group(axis))
 
 
 def whole(parameters: Sequence[Any], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
@@ -184,8 +144,6 @@ def whole(parameters: Sequence[Any], dtypes: Sequence[torch.dtype]) -> list[torc
 
     All processes that hold a part call this together; what each holds is cast first, and goes to the others in one piece.
     """
-    if any(map(_is_partitioned, parameters)):
-        return _partitioned_whole(parameters, dtypes)
     found: list[torch.Tensor | None] = [None] * len(parameters)
     pieces: dict[Any, list[tuple[int, torch.Tensor]]] = {}
     for place, (parameter, dtype) in enumerate(zip(parameters, dtypes, strict=True)):
@@ -212,15 +170,6 @@ def whole(parameters: Sequence[Any], dtypes: Sequence[torch.dtype]) -> list[torc
             found[place] = column.clone().view(parameter.shape)
             first += len(values)
     return [values for values in found if values is not None]
-
-
-def _partitioned_whole(parameters: Sequence[Any], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
-    """:func:`whole` of what DeepSpeed has partitioned; small parameters it keeps whole everywhere."""
-    import deepspeed
-
-    absent = [each for each in parameters if each.ds_status.name == "NOT_AVAILABLE"]
-    with torch.no_grad(), deepspeed.zero.GatheredParameters(absent, enabled=bool(absent)):
-        return [each.detach().to(dtype, copy=True) for each, dtype in zip(parameters, dtypes, strict=True)]
 
 
 # -- what the engine does around modules -------------------------------------------------------------------------------
