@@ -132,7 +132,7 @@ def _at_start(standing: Standing) -> str | None:
 
 def figures_in_words(standing: Standing) -> str:
     """``chosen +0.01, KL 0.04 (limit 0.35), tokens 82 %, reward margin +0.50``."""
-    margins, limit = standing.record.margins, limit_of(standing.record, "kl_warning")
+    margins, limit = standing.record.margins, limit_of(standing.record, f"kl_{standing.level}")
     kl = f"KL {figure(margins.kl.mean)}" + ("" if limit is None else f" (limit {limit:g})")
     return ", ".join(
         (

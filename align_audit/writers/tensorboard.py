@@ -24,7 +24,7 @@ from align_audit.record.audit_record import Alert, AuditRecord, SiteCurve, contr
 from align_audit.record.numbers import is_unknown, span
 from align_audit.record.run import one_per_step
 from align_audit.record.site_names import site_names
-from align_audit.record.stored_records import chosen, heads_of
+from align_audit.record.stored_records import chosen, events_of, heads_of
 from align_audit.record.training_log import LogRow
 from align_audit.writers.event_files import SUFFIX, TagsWritten, event_files, find_event_folder
 from align_audit.writers.few_scalars import HEALTH, WHERE, few_scalars, group_of, status_text
@@ -163,7 +163,8 @@ class TensorBoard:
             self._layout_written = True
         values = few_scalars(standing)
         alerts = "\n\n".join(map(alert_text, record.alerts))
-        texts = {f"{group_of(HEALTH, name)}/status": "\n\n".join(filter(None, (status_text(standing), alerts)))}
+        news = map(alert_text, events_of(record.alerts))
+        texts = {f"{group_of(HEALTH, name)}/status": "\n\n".join((status_text(standing), *news))}
         if self._scalars == "all":
             values |= scalars(record)
             texts |= _texts(record, alerts)

@@ -49,7 +49,8 @@ def test_few_words_large_letters_and_nothing_cut(figure: Any) -> None:
     assert len(words) <= 15
     assert min(text.get_fontsize() for text in written) >= 13
     renderer = figure.canvas.get_renderer()
-    for text in written:
+    names = [text for axes in figure.axes for text in (axes.xaxis.label, axes.yaxis.label) if text.get_text()]
+    for text in (figure._suptitle, *names):
         box = text.get_window_extent(renderer)
         assert box.x0 >= 0 and box.x1 <= 640 and box.y0 >= 0 and box.y1 <= 420, text.get_text()
 
