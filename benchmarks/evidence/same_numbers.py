@@ -344,7 +344,7 @@ def curves_in(output: Path) -> dict[str, list[list[float]]]:
         events.Reload()
         for tag in sorted(events.Tags()["scalars"]):
             # TRL's own curves hold times; what training computed shows in the weights' hashes.
-            if tag.startswith("align_audit/") and "/cost/" not in tag:
+            if tag.startswith("align_audit") and "/cost/" not in tag:
                 found.setdefault(tag, []).extend([event.step, event.value] for event in events.Scalars(tag))
     return found
 
