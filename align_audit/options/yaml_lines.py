@@ -15,14 +15,18 @@ _DEEPEST = 8
 def lines_of(text: str) -> dict[Place, int]:
     """The line, from 1, of each key and item of a YAML text, down to eight levels.
 
+    What an alias repeats is entered where it stands first alone: written out, a few lines may be billions of places.
+
     Raises:
         yaml.YAMLError: the text is no YAML.
     """
     lines: dict[Place, int] = {}
+    entered: set[int] = set()
 
     def visit(node: yaml.Node | None, place: Place) -> None:
-        if len(place) == _DEEPEST:
+        if len(place) == _DEEPEST or id(node) in entered:
             return
+        entered.add(id(node))
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
                 if isinstance(key, yaml.ScalarNode):
@@ -34,7 +38,8 @@ def lines_of(text: str) -> dict[Place, int]:
                 lines[*place, index] = value.start_mark.line + 1
                 visit(value, (*place, index))
 
-    visit(yaml.compose(text, Loader=yaml.SafeLoader), ())
+    top = yaml.compose(text, Loader=yaml.SafeLoader)
+    visit(top, ())
     return lines
 
 
