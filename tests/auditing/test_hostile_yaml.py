@@ -53,8 +53,8 @@ def test_aliases_are_not_written_out(tmp_path: Path) -> None:
 
 def test_a_mistake_is_still_told_with_its_place_and_value(tmp_path: Path) -> None:
     words = refused(tmp_path / "audit.yaml", "max_pairs: 0\npatching: {exact_pears: 3}\n")
-    assert "max_pairs: Input should be greater than or equal to 1 (found 0)" in words
-    assert "unknown option 'patching.exact_pears'" in words
+    assert "max_pairs (line 1): Input should be greater than or equal to 1 (found 0)" in words
+    assert "unknown option 'patching.exact_pears' (line 2) (did you mean 'exact_pairs'?)" in words
     assert "line 2, column 1" in refused(tmp_path / "audit.yaml", "seed: 1\n\tb: 2\n")
 
 
