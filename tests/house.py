@@ -31,7 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 WITHIN: dict[str, tuple[str, ...]] = {
     "auditing": ("session", "previous", "request", "measurements"),
     "models": ("anatomy", "weights"),
-    "writers": ("words", "plots"),
+    "writers": ("words", "standing", "plots"),
     "lab": ("planting",),
 }
 """Inside a room, from the ground up: each of these imports, of its room, only itself and those before it; the rest is above."""
