@@ -208,7 +208,10 @@ def test_where_some_layers_have_the_site_the_record_says_which_have_not() -> Non
         ({"site": "head", "heads": (1, 1)}, "each once"),
         ({"site": "resid"}, "attention_output"),
         ({"site": "block", "estimator": "control_variate", "pairs": 4}, "at least 8 patched pairs"),
-        ({"site": "block", "layer": (1,)}, "unknown option 'sites.0.layer'; the options there are site, layers"),
+        (
+            {"site": "block", "layer": (1,)},
+            r"unknown option 'sites.0.layer' .did you mean 'layers'\?.; the options there are site, layers",
+        ),
     ],
 )
 def test_nonsense_is_refused_by_the_configuration(site: dict[str, Any], words: str) -> None:
