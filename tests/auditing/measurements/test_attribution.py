@@ -370,7 +370,7 @@ def test_a_training_chooses_by_its_last_audit_and_a_resumed_one_does_too(tmp_pat
     patching = {"exact_pairs": "auto", "equivalent_pairs": 23, "control_pairs": 10, "attribution_points": (0.0,)}
     values: dict[str, Any] = {
         "max_pairs": 24, "low_rank": {"enabled": False}, "localization": {"enabled": False}, "spinal": {"enabled": False},
-        "tensorboard": "off", "progress": False, "strict": True, "patching": patching,
+        "tensorboard": "off", "progress": False, "strict": True, "patching": patching, "budget": None,
     }  # fmt: skip
     config = AuditConfig.from_dict(values)
 

@@ -281,7 +281,7 @@ def test_before_training_nothing_is_taken_on_trust(tmp_path: Path, backward: lis
 def test_a_training_keeps_it_in_its_run_and_finds_the_same(tmp_path: Path) -> None:
     values: dict[str, Any] = {
         "max_pairs": 12, "low_rank": {"enabled": False}, "localization": {"enabled": False}, "spinal": {"enabled": False},
-        "tensorboard": "off", "progress": False, "strict": True,
+        "tensorboard": "off", "progress": False, "strict": True, "budget": None, "generations": {"enabled": False},
     }  # fmt: skip
     curves = []
     for keep in (True, False):
