@@ -50,7 +50,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Two steps, two named sets, audited at 0, 1 and 2."""
     output = tmp_path_factory.mktemp("sets") / "out"
     config = quick(
-        tensorboard="auto", tensorboard_images=False, schedule={"every_n_steps": 1}, low_rank=LOW_RANK,
+        tensorboard="auto", tensorboard_scalars="all", tensorboard_images=False, schedule={"every_n_steps": 1},
+        low_rank=LOW_RANK,
     )  # fmt: skip
     made = train(
         output, config, SETS, max_steps=2, save_steps=1, report_to=["tensorboard"], lr_scheduler_type="constant"

@@ -371,6 +371,8 @@ def test_a_training_chooses_by_its_last_audit_and_a_resumed_one_does_too(tmp_pat
     values: dict[str, Any] = {
         "max_pairs": 24, "low_rank": {"enabled": False}, "localization": {"enabled": False}, "spinal": {"enabled": False},
         "tensorboard": "off", "progress": False, "strict": True, "patching": patching, "budget": None,
+        # What is tried once a process would tell the resumed run from the other one.
+        "generations": {"enabled": False}, "share_prompts": False,
     }  # fmt: skip
     config = AuditConfig.from_dict(values)
 
