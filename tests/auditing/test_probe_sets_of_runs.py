@@ -254,7 +254,7 @@ def test_saved_checkpoints_are_audited_on_every_named_set(
     run = AuditRun.load(tmp_path / "out")
     during = AuditRun.load(trained.output)
     for name in SETS:
-        assert f"step 2 on '{name}': 4 pairs" in done.out
+        assert f"align_audit step 2 on '{name}'  " in done.out
         view = run.select(name)
         assert [record.step for record in view.records] == [1, 2]
         assert [r.key for r in view.records] == [r.key for r in during.select(name).records[1:]]
