@@ -168,7 +168,7 @@ def _moved(policy: list[float], reference: list[float], layers: list[int]) -> fl
     apart = [
         abs(policy[layer] - reference[layer])
         for layer in layers
-        if layer < min(len(policy), len(reference)) and math.isfinite(policy[layer] - reference[layer])
+        if 0 <= layer < min(len(policy), len(reference)) and math.isfinite(policy[layer] - reference[layer])
     ]
     return sum(apart) / len(apart) if apart else math.nan
 
