@@ -13,9 +13,6 @@ from align_audit.record.training_log import LogRow
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
-_GIVEN = re.compile(r"\. (?=The last clean audit was at step|No audit before it was clean)")
-"""Where what :func:`advise` has said of an alert begins in its suggestion: it is said anew at each look."""
-
 _SLOWER = 5
 """By how much the learning rate is to be divided where the policy leaves its language."""
 _RATE_IS_THE_KNOB = ("drift", "numbers")
@@ -80,12 +77,16 @@ def _advised(
     if checkpoint is not None:
         path = checkpoint if output_dir is None else f"{output_dir}/{checkpoint}"
         command = f"trainer.train(resume_from_checkpoint={path!r})"
-    words = [_GIVEN.split(alert.suggestion)[0], _back(clean, checkpoint, checkpoints), _knob(alert, rate, beta)]
+    # What was said of an alert at an earlier look is said anew.
+    remedy, knob = alert.remedy or alert.suggestion, _knob(alert, rate, beta)
+    words = [remedy, _back(clean, checkpoint, checkpoints), knob]
     return alert.model_copy(
         update={
             "clean_step": clean,
             "checkpoint": checkpoint,
             "command": command,
+            "remedy": remedy,
+            "knob": knob or None,
             "suggestion": ". ".join(word for word in words if word),
         }
     )

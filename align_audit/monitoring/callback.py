@@ -26,7 +26,6 @@ from align_audit.monitoring.trainer import TrainerFacts, read_trainer
 from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Agreed, Ranks
-from align_audit.record.audit_record import AuditKind
 from align_audit.writers.messages import OnAlert, checked
 
 if TYPE_CHECKING:
@@ -283,18 +282,13 @@ class AlignmentAuditCallback(TrainerCallback):
         assert pace is not None
         # Clocks differ from process to process: the first one's word holds.
         due = self._ranks.share(pace.choose(due, training))
-        opened = self._audit(due.kind, due.reason, event, training, control, model)
+        opened = self._audit(due, event, training, control, model)
         if opened and due.kind == "health" and self.config.schedule.escalate:
-            self._audit("full", f"a health audit warns: {', '.join(opened)}", event, training, control, model)
+            warned = Due("full", f"a health audit warns: {', '.join(opened)}")
+            self._audit(warned, event, training, control, model)
 
     def _audit(
-        self,
-        kind: AuditKind,
-        reason: str,
-        event: Event,
-        training: Training,
-        control: TrainerControl,
-        model: nn.Module,
+        self, due: Due, event: Event, training: Training, control: TrainerControl, model: nn.Module
     ) -> list[str]:
         """One moment's audits, and what they ask of training. The rules that warn, and are new."""
         assert self._run is not None
@@ -302,9 +296,10 @@ class AlignmentAuditCallback(TrainerCallback):
         facts, step = self._run.facts, training.step
         moment = Moment(
             step,
-            kind,
-            reason,
+            due.kind,
+            due.reason,
             training,
+            due.unaffordable,
             at_start=event is Event.TRAIN_BEGIN and step == 0,
             beta=facts.beta,
             learning_rate=facts.learning_rate,
@@ -313,7 +308,7 @@ class AlignmentAuditCallback(TrainerCallback):
         )
         numerics = facts.numerics(model)
         models = OpenModels(model, self._run.reference, autocast=numerics, anatomy=self._anatomy, ranks=self._ranks)
-        with self._run.monitor.pace.timed(kind):
+        with self._run.monitor.pace.timed(due.kind):
             outcome = self._run.monitor.audit(models, moment)
         self._next_look = outcome.next_look
         self._act(outcome, control, step, just_saved=event is Event.SAVE)

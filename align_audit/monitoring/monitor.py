@@ -51,6 +51,7 @@ class Moment:
         kind: how much is measured.
         reason: why it is made, in words.
         training: what stands of training; None for a saved checkpoint.
+        unaffordable: see :class:`~align_audit.monitoring.schedule.Due`.
         origin: of a saved checkpoint: what the log of its run says of it.
     """
 
@@ -58,6 +59,7 @@ class Moment:
     kind: AuditKind = "full"
     reason: str = ""
     training: Training | None = None
+    unaffordable: float | None = None
     at_start: bool = False
     beta: float | None = None
     learning_rate: float | None = None
@@ -346,7 +348,7 @@ class Monitor:
             return
         record = result.record if moment.origin is None else moment.origin.noted(result.record)
         if self.pace is not None and moment.training is not None:
-            occasion = self.pace.occasion(record, moment.reason, moment.training)
+            occasion = self.pace.occasion(record, moment.reason, moment.training, moment.unaffordable)
             record = record.model_copy(update={"occasion": occasion})
         record = record.model_copy(update={"alerts": self._judged(record, moment)})
         findings.records[name] = record

@@ -66,15 +66,15 @@ class Pace:
             or affords_full(self.spent(training), training, self._config.budget)
         ):
             return due
-        return replace(due, kind="health", reason=f"{due.reason}; {self._no_room(training)}")
-
-    def _no_room(self, training: Training) -> str:
         budget, cost = self._config.budget, self.spent(training).expected_full
         assert budget is not None
         takes = "" if cost is None else f" takes about {cost:.0f} s and"
-        return f"a full audit{takes} does not fit the budget of {budget:.1%} of the run yet"
+        reason = f"{due.reason}; a full audit{takes} does not fit the budget of {budget:.1%} of the run yet"
+        return replace(due, kind="health", reason=reason, unaffordable=cost)
 
-    def occasion(self, record: AuditRecord, reason: str, training: Training) -> Occasion:
+    def occasion(
+        self, record: AuditRecord, reason: str, training: Training, unaffordable: float | None = None
+    ) -> Occasion:
         """What the record of an audit that was just made says of it; plans the next look."""
         self._counted += record.cost.seconds
         self._spend(record.kind, record.cost.seconds, self._counted, record.provenance.num_layers)
@@ -84,6 +84,7 @@ class Pace:
             reason=reason,
             next_step=self.plan(training),
             share_spent=spent.share,
+            unaffordable_seconds=unaffordable,
             training_pair_seconds=spent.training / pairs if pairs else None,
         )
 

@@ -38,12 +38,14 @@ class Due:
         reason: what asks, in words.
         budgeted: a full one is made only where the budget allows it, and is a health audit elsewhere.
         later: it has to wait for the next event.
+        unaffordable: seconds that a full audit was expected to take, in whose place this one is made; None: in none's.
     """
 
     kind: AuditKind
     reason: str
     budgeted: bool = False
     later: bool = False
+    unaffordable: float | None = None
 
     def with_pending(self, pending: Due | None) -> Due:
         """What is asked for now, and what was left due before: the larger of both."""
@@ -86,7 +88,7 @@ def decide(
 
     Example:
         >>> decide(Event.SAVE, Training(step=3, max_steps=9), ScheduleConfig(on_save=True))
-        Due(kind='full', reason='a checkpoint was saved', budgeted=True, later=False)
+        Due(kind='full', reason='a checkpoint was saved', budgeted=True, later=False, unaffordable=None)
     """
     asked = _asked(event, training, schedule, next_look)
     if event in (Event.TRAIN_BEGIN, Event.TRAIN_END, Event.LOG):

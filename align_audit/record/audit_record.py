@@ -113,6 +113,8 @@ class Occasion(Part):
     """At which step the next look is due, if nothing calls for an earlier one; None: at none."""
     share_spent: Annotated[float | None, In("share")] = None
     """Share of the run's wall-clock time that went into audits so far, with this one; None: not known yet."""
+    unaffordable_seconds: Annotated[float | None, In("seconds")] = None
+    """What a full audit was expected to take that was asked for and did not fit the budget; None: none was left out."""
     training_pair_seconds: Annotated[float | None, In("seconds")] = None
     """Of the trainer's own steps in this run, for each pair trained on; None: no step was made yet."""
 
@@ -350,6 +352,10 @@ class Alert(Part):
     """The newest checkpoint from no later than that which still existed, as a folder's name."""
     command: str | None = None
     """What goes back to it."""
+    remedy: str = ""
+    """What its rule says to do, to which ``suggestion`` adds where to go back to, and the knob."""
+    knob: str | None = None
+    """The learning rate and beta as they are, and as they should be."""
 
 
 class ReferenceCheck(Part):

@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -216,7 +215,9 @@ def what_to_do(standing: Standing) -> str:
     """The next step, in a line: where to go back to, and the knob. The alert itself says it in whole."""
     if standing.status.word == "BLIND" or (alert := standing.worst) is None:
         return _unblinded(standing)
-    return ". ".join(words for words in (_back(alert), _knob(alert)) if words)
+    return ". ".join(
+        words for words in (_back(alert), alert.knob or (alert.remedy or alert.suggestion).split(". ")[0]) if words
+    )
 
 
 def _unblinded(standing: Standing) -> str:
@@ -233,9 +234,3 @@ def _back(alert: Alert) -> str:
         return f"{clean}; no checkpoint from then or before was kept (save_steps, save_total_limit)"
     go = alert.command or alert.checkpoint
     return f"{clean}; go back to {alert.checkpoint}" + (f": {go}" if go != alert.checkpoint else "")
-
-
-def _knob(alert: Alert) -> str:
-    """Of the advice its last sentence, on the learning rate as it is and as it should be; else its first."""
-    rate = re.search(r"(?:^|\. )(Learning rate .+)$", alert.suggestion)
-    return rate[1] if rate is not None else alert.suggestion.split(". ")[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,6 @@ if TYPE_CHECKING:
 MOST_ROWS = 24
 """Rows of a table; of more, those at which the status changes stay, and the rest is thinned out evenly."""
 REPORT = "report.html"
-
-_NO_ROOM = "does not fit the budget"
-"""What the reason of an audit says where a full one was asked for, and a health audit was made (``monitoring.pace``)."""
 
 
 @dataclass(frozen=True)
@@ -161,16 +157,15 @@ def _broken(run: AuditRun) -> str:
 def _unaffordable(run: AuditRun, checkpoints: Mapping[int, str]) -> str:
     """Full audits that the budget had no room for, of steps that have none by now: what one takes, and how to get it."""
     full = {record.step for record in run.records if record.kind == "full"}
-    asked: dict[int, str] = {}
+    asked: dict[int, float] = {}
     for record in run.records:
-        reason = record.occasion.reason if record.occasion is not None else ""
-        if record.kind == "health" and _NO_ROOM in reason and record.step not in full:
-            asked[record.step] = reason
+        seconds = None if record.occasion is None else record.occasion.unaffordable_seconds
+        if seconds is not None and record.step not in full:
+            asked[record.step] = seconds
     if not asked:
         return ""
     last = max(asked)
-    seconds = re.search(r"takes about (\d+) s", asked[last])
-    takes = f" (about {seconds[1]} s each)" if seconds is not None else ""
+    takes = f" (about {asked[last]:.0f} s each)"
     audits = "a full audit" if len(asked) == 1 else f"{len(asked)} full audits"
     steps = ("step " if len(asked) == 1 else "steps ") + span(list(asked))
     afterwards = ""

@@ -101,7 +101,7 @@ def out_of_budget(step: int) -> AuditRecord:
     due = pace.choose(Due("full", "a checkpoint was saved", budgeted=True), Training(step, 60))
     assert due.kind == "health"
     record = quick_look(calm(step))
-    return record.model_copy(update={"occasion": Occasion(reason=due.reason)})
+    return record.model_copy(update={"occasion": Occasion(reason=due.reason, unaffordable_seconds=due.unaffordable)})
 
 
 def test_full_audits_that_did_not_fit_are_told_once_with_what_they_take() -> None:
@@ -146,8 +146,10 @@ def test_a_terminal_ends_with_it_where_anything_was_audited(tmp_path: Path) -> N
     log.close()
 
 
-def test_a_writer_that_was_never_told_anything_reads_no_log(tmp_path: Path) -> None:
+def test_a_writer_that_was_never_told_anything_reads_no_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Terminal(output_dir=tmp_path / "nowhere").close()
+    assert capsys.readouterr().out == ""
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_shift_is_shown_where_beta_is_not_known() -> None:
