@@ -31,7 +31,10 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 class _Part(BaseModel):
     # As in records: an infinite limit is a word in JSON, so that what was stored equals what is asked for now.
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings")
+    # What was found is said by ``_explain``, which knows what is secret; pydantic's own words are not to quote it.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings", hide_input_in_errors=True
+    )
 
 
 class StatisticsConfig(_Part):
@@ -382,7 +385,7 @@ class AuditConfig(_Part):
         except Exception as error:  # PyYAML raises many kinds on what is no YAML, or YAML that is too deep
             raise ConfigurationError(
                 f"cannot read the audit configuration {plain(path)}: {_in_a_line(error)}"
-            ) from error
+            ) from None  # PyYAML's own words quote the line, which may hold a secret
         if values is None:
             values = {}
         _check_names(values, plain(path))

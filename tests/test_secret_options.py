@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 
 from align_audit import AuditConfig
 from align_audit.cli.options import settings
+from align_audit.config import AlertConfig
 from align_audit.errors import ConfigurationError
 from align_audit.options.webhook import WebhookConfig
 
@@ -118,3 +121,19 @@ def test_an_error_beside_it_does_not_quote_it(values: Any, said: str) -> None:
     with pytest.raises(ConfigurationError, match=said) as raised:
         AuditConfig.from_dict({"alerts": values})
     assert SECRET not in str(raised.value)
+
+
+def test_no_error_of_a_part_alone_quotes_it(tmp_path: Path) -> None:
+    """Whoever builds a part without the whole, and a YAML file that is none: nor the traceback behind the message."""
+    tries: list[Callable[[], object]] = [
+        lambda: WebhookConfig(url=f"htps://{SECRET}"),  # type: ignore[arg-type]
+        lambda: WebhookConfig(url=URL, headers={"Authorization": f"Bearer {SECRET}\n"}),  # type: ignore[arg-type, dict-item]
+        lambda: AlertConfig(webhook=f"htps://{SECRET}"),  # type: ignore[arg-type]
+        lambda: AlertConfig(webhook={"url": URL, "adress": SECRET}),  # type: ignore[arg-type]
+        lambda: AuditConfig.from_yaml(tmp_path / "a.yaml"),
+    ]
+    (tmp_path / "a.yaml").write_text(f"alerts: {{webhook: https://{SECRET}, a: b: c}}\n")
+    for build in tries:
+        with pytest.raises(Exception, match=r".") as caught:
+            build()
+        assert SECRET not in "".join(traceback.format_exception(caught.value))

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from align_audit.errors import quoted
-from align_audit.options.rules import LIMITS, Rule, did_you_mean, rule_named, rule_names
+from align_audit.options.rules import CAUSES, LIMITS, Rule, did_you_mean, rule_named, rule_names
 from align_audit.options.signals import SIGNALS, is_signal
 
 
@@ -21,7 +21,9 @@ def _name_of(check: Callable[..., Any] | None) -> str | None:
 
 
 class _Options(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings")
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings", hide_input_in_errors=True
+    )
 
 
 if TYPE_CHECKING:
@@ -98,6 +100,9 @@ class AddedRule(_Options):
 
 RuleSetting = RuleOptions | AddedRule
 
+RESERVED = frozenset({*CAUSES, "control_failed"})
+"""Causes, which an added rule's name would be one of, and what records of earlier versions alerted to."""
+
 _Setting = TypeVar("_Setting", RuleOptions, AddedRule)
 
 
@@ -119,6 +124,10 @@ def read_rules(values: Mapping[Any, Any]) -> tuple[dict[str, RuleSetting], dict[
             raise wrong(f"expected names of rules, found {quoted(name)}", "rules")
         rule = rule_named(name)
         if rule is None:
+            if name in RESERVED:
+                raise wrong(
+                    f"{quoted(name)} is no name for a rule: alerts of this name mean something else", "rules", name
+                )
             rules[name] = _added(name, said)
             continue
         if rule.name in rules:

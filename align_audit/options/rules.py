@@ -46,10 +46,18 @@ class Limit:
     relative: bool = True
 
     def eased(self, value: float, hysteresis: float) -> float:
-        """The limit that an open alert has to come back behind: ``value`` moved to the healthy side by that share."""
+        """The limit that an open alert has to come back behind: ``value`` moved to the healthy side by that share of its
+        distance from what is healthy, which is 1 for a ratio, and 0 for what only grows."""
         if not self.relative:
             return value
+        if self.is_ratio:
+            return 1 + (value - 1) * hysteresis
         return value * hysteresis if self.direction == "above" else value / hysteresis
+
+    @property
+    def is_ratio(self) -> bool:
+        """Of a number that is 1 where all is well; the limit lies on one side of it."""
+        return self.above >= 1.0 if self.direction == "above" else self.below == 1.0
 
 
 @dataclass(frozen=True)

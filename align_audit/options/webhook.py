@@ -18,7 +18,8 @@ class WebhookConfig(BaseModel):
     ``to_yaml`` give, nor in records, so that runs that differ in nothing else have the same options.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    # An error that quotes what it found would quote a secret.
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
 
     url: SecretStr | None = Field(default=None, exclude=True, repr=False)
     """``https://…`` or ``http://…``. None: that of the environment variable ``ALIGN_AUDIT_WEBHOOK_URL``, which has to be set

@@ -11,7 +11,7 @@ from align_audit.alerts.detectors import suspect
 from align_audit.alerts.history import History
 from align_audit.config import AlertConfig, AuditConfig
 from align_audit.errors import ConfigurationError
-from align_audit.options.rule_settings import AddedRule, RuleOptions
+from align_audit.options.rule_settings import RESERVED, AddedRule, RuleOptions
 from tests.helpers.alert_cases import about, alerts, health, healthy, judged, log_of, run, with_margins, with_part
 
 
@@ -180,3 +180,10 @@ def test_a_function_that_breaks_costs_no_other_alert(answer: Any, caplog: pytest
         ("kl_out_of_bounds", "warning")
     ]
     assert "the alert rule mine" in caplog.text
+
+
+@pytest.mark.parametrize("name", sorted(RESERVED))
+def test_an_added_rule_takes_no_name_of_a_cause(name: str) -> None:
+    """It would silence the rules of that cause, or be silenced with them."""
+    with pytest.raises(ConfigurationError, match=f"'{name}' is no name for a rule"):
+        AuditConfig.from_dict({"alerts": {"rules": {name: {"signal": "margins.kl", "above": 0.1}}}})

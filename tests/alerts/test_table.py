@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from align_audit.config import AlertConfig
-from align_audit.options.rules import BY_NAME, LIMITS, RULES, rule_named
+from align_audit.options.rules import BY_NAME, LIMITS, RULES, Limit, rule_named
 from align_audit.options.rules_markdown import BEGIN, tables, written_into
 from align_audit.options.signals import LAYER_SIGNALS, LOG_SIGNALS, RECORD_SIGNALS, is_log_signal, is_signal
 from align_audit.record.numbers import numbers
@@ -114,3 +114,14 @@ def test_the_numbers_of_the_first_audit_are_within_the_limits() -> None:
     record = make_record(0, progress=0.0)
     assert record.margins.kl.mean == 0.0
     assert all(math.isfinite(limit.default) for limit in LIMITS.values())
+
+
+@pytest.mark.parametrize("hysteresis", [0.05, 0.5, 0.8, 1.0])
+@pytest.mark.parametrize("limit", LIMITS.values(), ids=lambda limit: limit.option)
+def test_no_eased_limit_reaches_what_is_healthy(limit: Limit, hysteresis: float) -> None:
+    """A ratio of 1 is a policy as its reference: an alert that holds one beyond its limit would never clear."""
+    for value in {limit.default, 1.2 if limit.direction == "above" and limit.is_ratio else limit.default}:
+        eased = limit.eased(value, hysteresis)
+        if limit.is_ratio and limit.relative:
+            assert eased > 1 if limit.direction == "above" else eased < 1
+        assert eased <= value if limit.direction == "above" else eased >= value
