@@ -135,7 +135,9 @@ def sudden_change(history: History) -> Sign | None:
     median and median absolute deviation. The jump may lie at the look before: the measure still stands far from where it was.
     """
     config, record = history.config, history.record
-    healthy = list(history.healthy[-(2 * config.baseline_audits + 4) :])
+    # A step at which everything was measured after a look is one look.
+    last_of_step = {look.step: look for look in history.healthy[-2 * (2 * config.baseline_audits + 4) :]}
+    healthy = list(last_of_step.values())[-(2 * config.baseline_audits + 4) :]
     for usual in (healthy, healthy[:-1]):
         if len(usual) < config.baseline_audits + 1:
             continue

@@ -10,10 +10,9 @@ beyond a limit as a whole: a wide interval on few probes raises nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, islice
+from itertools import islice
 from types import ModuleType
 from typing import Any
 
@@ -26,7 +25,8 @@ from align_audit.alerts.lifecycle import cause_of, open_after, step
 from align_audit.config import AlertConfig
 from align_audit.options.rules import BY_NAME, RULES, Rule, Source
 from align_audit.record.audit_record import Alert, AuditRecord
-from align_audit.record.stored_records import Head, StoredRecords, chosen, heads_of
+from align_audit.record.course import course_of
+from align_audit.record.stored_records import Head, chosen, heads_of
 from align_audit.record.training_log import LogRow
 
 
@@ -83,7 +83,7 @@ def judge(
     config = AlertConfig() if config is None else config
     if not config.enabled:
         return []
-    course = _course(record, earlier)
+    course = course_of(record, earlier)
     heads = heads_of(course)
     # A record has all alerts that are open at it. Those of one step that were made within a second have no order.
     last_step, last_time = max(((head.step, head.created) for head in heads), default=(-1, ""))
@@ -125,36 +125,6 @@ def suspect(log: Sequence[LogRow], config: AlertConfig, *, max_steps: int | None
 
 
 # --- whose records, and of which course ---------------------------------------------------------------------------------
-
-
-def _course(record: AuditRecord, earlier: Sequence[AuditRecord]) -> Sequence[AuditRecord]:
-    """The earlier records that this one goes on from, by step.
-
-    A run that was resumed from an earlier step left records of the course that it took before: made earlier, of later steps.
-    Of audits of one step, set and kind the newest counts.
-    """
-    # Other weights at this very step are of another course, too.
-    now, policy = record.step, record.provenance.policy_hash
-    heads = [head for head in heads_of(earlier) if head.step < now or (head.step == now and head.policy_hash == policy)]
-    least = math.inf
-    kept: dict[tuple[int, str | None, str], Head] = {}
-    for _, made in groupby(sorted(heads, key=lambda head: head.created, reverse=True), key=lambda head: head.created):
-        together = list(made)
-        for head in sorted(together, key=lambda head: head.key[1:3]):
-            if head.step <= least:
-                kept.setdefault((head.step, head.probe_name, head.kind), head)
-        least = min(least, *(head.step for head in together))
-    names = {(head.key, head.created) for head in kept.values()}
-    course = chosen(earlier, lambda head: (head.key, head.created) in names)
-    if isinstance(course, StoredRecords):
-        return course.by_step()
-    return sorted(course, key=_place)
-
-
-def _place(record: AuditRecord) -> tuple[int, str, str, str]:
-    """The order of a course, whatever the order of the probe sets of a step."""
-    there = record.provenance
-    return record.step, there.created, there.probe_name or "", record.kind
 
 
 def _histories(view: View, record: AuditRecord, course: Sequence[AuditRecord]) -> list[History]:

@@ -76,11 +76,18 @@ class History(View):
             ),
         )
 
-    def baseline(self, value: Callable[[AuditRecord], float]) -> float | None:
-        """Median of ``value`` over the first healthy audits, or None before there are enough of them."""
+    def baseline(self, value: Callable[[AuditRecord], float], source: Source = "margins") -> float | None:
+        """Median of ``value`` over the first healthy audits, or None before there are enough of them.
+
+        Args:
+            source: the part of a record that ``value`` reads.
+        """
         needed = self.config.baseline_audits
+        healthy = self.healthy
+        if source in _IN_FULL:
+            healthy = chosen(healthy, lambda head: head.kind == "full")
         # No more than these: each record that is looked at has to be parsed.
-        finite = (number for record in self.healthy if math.isfinite(number := value(record)))
+        finite = (number for record in healthy[:_FURTHEST] if math.isfinite(number := value(record)))
         first = list(islice(finite, needed))
         return median(first) if len(first) == needed else None
 

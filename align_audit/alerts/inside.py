@@ -35,7 +35,9 @@ def additivity_collapsed(history: History) -> Sign | None:
     if history.record.patching is None:
         return None
     additivity = history.record.patching.additivity
-    baseline = history.baseline(lambda record: record.patching.additivity.mean if record.patching else math.nan)
+    baseline = history.baseline(
+        lambda record: record.patching.additivity.mean if record.patching else math.nan, "patching"
+    )
     at = history.limit("additivity_warning")
     at = at if baseline is None else min(at, 0.6 * baseline)
     if not additivity.high < at:
@@ -55,7 +57,9 @@ def localization_moved(history: History) -> Sign | None:
     if here is None:
         return None
     rule = BY_NAME["localization_moved"]
-    center = history.baseline(lambda record: record.localization.center_of_mass if record.localization else math.nan)
+    center = history.baseline(
+        lambda record: record.localization.center_of_mass if record.localization else math.nan, "localization"
+    )
     if center is not None:
         moved = abs(here.center_of_mass - center)
         if beyond(history, moved, "center_moved"):
@@ -65,7 +69,9 @@ def localization_moved(history: History) -> Sign | None:
             )
             at = center + math.copysign(history.limit("center_moved"), here.center_of_mass - center)
             return Sign(rule, "warning", here.center_of_mass, message, _LOOK, limit=at, baseline=center)
-    spread = history.baseline(lambda record: record.localization.entropy if record.localization else math.nan)
+    spread = history.baseline(
+        lambda record: record.localization.entropy if record.localization else math.nan, "localization"
+    )
     if spread is None or not beyond(history, here.entropy - spread, "localization_spread"):
         return None
     message = (
@@ -95,7 +101,7 @@ def _rank(record: AuditRecord) -> float:
 def rank_inflated(history: History) -> Sign | None:
     """The change needs many more directions than at the run's own first audits."""
     found = _curve(history.record)
-    baseline = None if found is None else history.baseline(_rank)
+    baseline = None if found is None else history.baseline(_rank, "low_rank")
     if found is None or not baseline:
         return None
     layer, curve = found
@@ -139,7 +145,7 @@ def coherence_collapsed(history: History) -> Sign | None:
     spinal = history.record.spinal
     if spinal is None or not math.isfinite(spinal.coherence):
         return None
-    usual = history.baseline(lambda record: record.spinal.coherence if record.spinal else math.nan)
+    usual = history.baseline(lambda record: record.spinal.coherence if record.spinal else math.nan, "spinal")
     baseline = spinal.reference_coherence if usual is None else usual
     if not baseline > 0:
         return None
@@ -212,7 +218,9 @@ def gradient_left_terminal(history: History) -> Sign | None:
     if spinal is None:
         return None
     share = spinal.gradient_concentration
-    baseline = history.baseline(lambda record: record.spinal.gradient_concentration.mean if record.spinal else math.nan)
+    baseline = history.baseline(
+        lambda record: record.spinal.gradient_concentration.mean if record.spinal else math.nan, "spinal"
+    )
     if not baseline or not beyond(history, 1 - most(share) / baseline, "concentration_drop"):
         return None
     return Sign(

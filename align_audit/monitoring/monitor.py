@@ -28,6 +28,7 @@ from align_audit.monitoring.schedule import Training
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Agreed, Ranks
 from align_audit.record.audit_record import Alert, AuditKind, AuditRecord
+from align_audit.record.course import course_of
 from align_audit.record.log import RunLog, arrays_name
 from align_audit.record.stored_records import Head, chosen
 from align_audit.record.training_log import TrainingLog
@@ -362,7 +363,8 @@ class Monitor:
     def _judged(self, record: AuditRecord, moment: Moment) -> list[Alert]:
         """What is open at an audit, and what to do about it."""
         assert self.log is not None
-        earlier, rows = self.log.records, [] if self.training_log is None else self.training_log.rows
+        earlier = course_of(record, self.log.records)
+        rows = [] if self.training_log is None else self.training_log.rows
         max_steps = None if moment.training is None else moment.training.max_steps
         alerts = judge(record, earlier, rows, self.config.alerts, max_steps=max_steps)
         knobs = {"beta": moment.beta, "learning_rate": moment.learning_rate}

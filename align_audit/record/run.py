@@ -95,7 +95,8 @@ class AuditRun:
             self,
             records=records,
             alerts=sorted(alerts, key=lambda alert: alert.step),
-            failures=[failure for failure in self.failures if failure.probe_name == name],
+            # One without a name broke before any set was come to.
+            failures=[failure for failure in self.failures if failure.probe_name in (name, None)],
             probe_name=name,
         )
 

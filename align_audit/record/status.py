@@ -9,6 +9,7 @@ from statistics import median
 from typing import Literal
 
 from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.course import present_course
 from align_audit.record.log import Failure
 from align_audit.record.stored_records import Head, chosen, heads_of
 from align_audit.record.training_log import LogRow
@@ -52,6 +53,7 @@ def status_of(records: Sequence[AuditRecord], failures: Sequence[Failure], log: 
         >>> status_of([], [], []).word
         'BLIND'
     """
+    records = present_course(records)
     heads = heads_of(records)
     still_open = open_alerts(heads)
     errors = [alert for alert in still_open if alert.level == "error"]
@@ -105,7 +107,7 @@ def _healthy_since(heads: Sequence[Head]) -> int:
 def _blind(
     records: Sequence[AuditRecord], heads: Sequence[Head], failures: Sequence[Failure], log: Sequence[LogRow]
 ) -> Status | None:
-    last_failure = max(failures, key=lambda failure: failure.step, default=None)
+    last_failure = max(failures, key=lambda failure: (failure.time, failure.step), default=None)
     if not heads:
         reason = "No audit has been made yet."
         if last_failure is not None:
@@ -113,15 +115,30 @@ def _blind(
                 f"No audit has come through; the last broke at step {last_failure.step}: {_last_line(last_failure)}."
             )
         return Status("BLIND", None, reason)
-    last = heads[-1]
-    if last_failure is not None and last_failure.step > last.step:
-        first = min(failure.step for failure in failures if failure.step > last.step)
-        return Status("BLIND", first, f"Audits break since step {first}: {_last_line(last_failure)}.")
+    since = _broken_since(heads, failures)
+    if since:
+        return Status("BLIND", since[0].step, f"Audits break since step {since[0].step}: {_last_line(since[-1])}.")
     full = chosen(records, lambda head: head.kind == "full")
     if full and full[-1].controls.identity.verdict == "failed":
         record = full[-1]
         return Status("BLIND", record.step, f"The identity control failed: {record.controls.identity.reason}.")
     return _silent(records, heads, log)
+
+
+def _broken_since(heads: Sequence[Head], failures: Sequence[Failure]) -> list[Failure]:
+    """The failures, by time, that no later audit of their probe set has made good; one without a name is of all sets.
+
+    Those of a course that was left when the run was resumed are older than its audits.
+    """
+    last: dict[str | None, tuple[str, int]] = {}
+    for head in heads:
+        last[head.probe_name] = max(last.get(head.probe_name, ("", -1)), (head.created, head.step))
+    ages = {each.probe_name: last.get(each.probe_name, ("", -1)) for each in failures}
+    ages[None] = last.get(None, min(last.values()))
+    return sorted(
+        (each for each in failures if each.step > ages[each.probe_name][1] and each.time >= ages[each.probe_name][0]),
+        key=lambda each: (each.time, each.step),
+    )
 
 
 def _silent(records: Sequence[AuditRecord], heads: Sequence[Head], log: Sequence[LogRow]) -> Status | None:
@@ -130,7 +147,9 @@ def _silent(records: Sequence[AuditRecord], heads: Sequence[Head], log: Sequence
         return None
     last, now = heads[-1].step, log[-1].step
     occasion = records[-1].occasion
-    if occasion is not None and occasion.next_step is not None:
+    if occasion is not None:
+        if occasion.next_step is None:
+            return None  # none is planned
         interval = occasion.next_step - last
     else:
         steps = sorted({head.step for head in heads})

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from align_audit.errors import plain
 from align_audit.record.audit_record import AuditRecord
+from align_audit.record.course import present_course
 from align_audit.record.log import FAILURES
 from align_audit.record.numbers import span
 from align_audit.record.run import AuditRun
@@ -104,7 +105,7 @@ def closing(run: AuditRun, checkpoints: Mapping[int, str]) -> list[_Table | _Lin
 def _by_step(run: AuditRun) -> list[Standing]:
     """How the run stood at each of its steps; a full audit counts for its step, where there was one."""
     latest: dict[int, AuditRecord] = {}
-    for record in run.records:
+    for record in present_course(run.records):
         if record.kind == "full" or record.step not in latest or latest[record.step].kind == "health":
             latest[record.step] = record
     return [standing_at(record, run.records, run.training_log) for record in latest.values()]

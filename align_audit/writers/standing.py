@@ -13,6 +13,7 @@ from typing import Any
 
 from align_audit.options.rules import BY_NAME, CAUSES, LIMITS
 from align_audit.record.audit_record import Alert, AuditRecord, control_items
+from align_audit.record.course import course_of
 from align_audit.record.numbers import is_unknown, span
 from align_audit.record.status import Status, open_alerts, status_of
 from align_audit.record.stored_records import StoredRecords, chosen, heads_of
@@ -105,7 +106,11 @@ def standing_at(record: AuditRecord, history: Sequence[AuditRecord], log: Sequen
 
 
 def _up_to_here(record: AuditRecord, history: Sequence[AuditRecord]) -> Sequence[AuditRecord]:
-    """The audits of its probe set up to this one, which is among them, by step; stored ones are not parsed for it."""
+    """The audits of its probe set up to this one, which is among them, by step; stored ones are not parsed for it.
+
+    Of the course that it is on: a run that was resumed has others as well.
+    """
+    history = course_of(record, history)
     here = (record.step, record.provenance.created)
     kept = chosen(
         history,

@@ -251,6 +251,9 @@ def alert_text(alert: Alert) -> str:
     where = f", layers {span(alert.layers)}" if alert.layers else ""
     numbers = {"value": alert.value, "baseline": alert.baseline, "threshold": alert.threshold}
     given = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if not is_unknown(value))
+    if alert.event == "resolved":
+        since = alert.step if alert.since is None else alert.since
+        return f"**RESOLVED: {alert.rule}** (step {alert.step}; {alert.level} since step {since}{where})"
     return (
         f"**{alert.level.upper()}: {alert.rule}** (step {alert.step}{where})\n\n"
         f"{alert.message}\n\n*What to do:* {alert.suggestion}" + (f"\n\n*Numbers:* {given}" if given else "")

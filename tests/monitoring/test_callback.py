@@ -398,14 +398,14 @@ def test_a_killed_run_goes_on_with_the_numbers_of_one_that_was_not(tmp_path: Pat
 def test_an_audit_is_not_judged_by_later_steps(resumed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resumed from step 2 on another course, step 3 is compared with 0 to 2, not with the old 3 and 4."""
     seen: dict[int, list[int]] = {}
-    real = detectors._course
+    real = detectors.course_of
 
     def watched(record: Any, earlier: Any) -> Any:
         course = real(record, earlier)
         seen.setdefault(record.step, [each.step for each in course])
         return course
 
-    monkeypatch.setattr(detectors, "_course", watched)
+    monkeypatch.setattr(detectors, "course_of", watched)
     checkpoint = str(resumed.output / "checkpoint-2")
     run(resumed.output, resumed.config, max_steps=3, resume=checkpoint, lr_scheduler_type="constant", beta=1.0)
     assert seen == {3: [0, 1, 2]}

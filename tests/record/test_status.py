@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from align_audit.record.run import AuditRun
 from align_audit.record.status import status_of
 from align_audit.record.training_log import LogRow
 from tests.helpers.alert_cases import health, healthy, on_set, with_part
+from tests.helpers.make_record import make_record
 
 
 def alert(level: str, step: int, since: int | None, event: str = "open", rule: str = "kl_out_of_bounds") -> Alert:
@@ -104,3 +106,59 @@ def test_status_is_of_all_probe_sets_or_of_one(tmp_path: Path) -> None:
     assert run.status.word == "ERROR"
     assert run.select("a").status.word == "HEALTHY"
     assert run.select("b").status.word == "ERROR"
+
+
+def of_course(step: int, minute: int, word: str = "calm", **provenance: Any) -> AuditRecord:
+    """An audit made in that minute, with an error open or nothing."""
+    record = make_record(step, layers=2, kind="healthy", alerts=[])
+    made = record.provenance.model_copy(update={"created": f"2026-01-01T00:{minute:02}:00+00:00", **provenance})
+    alerts = [] if word == "calm" else [alert_at(step)]
+    return record.model_copy(update={"provenance": made, "alerts": alerts})
+
+
+def alert_at(step: int) -> Alert:
+    return Alert(
+        rule="kl_out_of_bounds",
+        cause="drift",
+        level="error",
+        step=step,
+        since=step,
+        value=2.0,
+        message="KL",
+        suggestion="",
+    )
+
+
+def failed_at(step: int, minute: int, name: str | None = None) -> Failure:
+    time = f"2026-01-01T00:{minute:02}:30+00:00"
+    return Failure(step=step, time=time, error="Traceback\nOSError: gone", probe_name=name)
+
+
+def test_what_was_left_when_a_run_was_resumed_says_nothing_of_it() -> None:
+    """Neither an error of later steps of the course before, nor a failure there."""
+    left = [of_course(0, 0), of_course(20, 1), of_course(40, 2, "error"), of_course(60, 3, "error")]
+    resumed = [*left, of_course(25, 10), of_course(30, 11)]
+    assert status_of(left, [], []).word == "ERROR"
+    assert status_of(sorted(resumed, key=lambda each: each.step), [failed_at(70, 4)], []).word == "HEALTHY"
+    assert status_of(resumed, [failed_at(35, 12)], []).word == "BLIND"
+
+
+def test_a_set_that_breaks_is_not_hidden_by_one_that_does_not() -> None:
+    good = [of_course(step, minute, probe_name="good") for minute, step in enumerate((0, 10, 20))]
+    bad = of_course(0, 0, probe_name="bad")
+    failures = [failed_at(10, 1, "bad"), failed_at(20, 2, "bad")]
+    status = status_of([bad, *good], failures, [])
+    assert (status.word, status.since) == ("BLIND", 10)
+    again = of_course(30, 3, probe_name="bad")
+    assert status_of([bad, *good, again], failures, []).word == "HEALTHY"
+    # What broke before any set was come to is made good only where every set was audited since.
+    assert status_of([bad, *good], [failed_at(10, 1)], []).word == "BLIND"
+
+
+def test_silence_after_the_last_look_that_was_planned_is_none() -> None:
+    """The budget allows none before the end."""
+    records = [of_course(step, minute) for minute, step in enumerate((0, 5, 10, 20))]
+    log = [LogRow(step, {"loss": 0.5}) for step in range(21, 500)]
+    last = records[-1].model_copy(update={"occasion": Occasion(reason="a look was planned", next_step=None)})
+    assert status_of(records, [], log).word == "BLIND", "records of versions that planned nothing"
+    assert status_of([*records[:-1], last], [], log).word == "HEALTHY"

@@ -18,7 +18,7 @@ from align_audit.record.run import AuditRun
 from align_audit.writers.closing_table import closing, thinned
 from align_audit.writers.standing import standing_at
 from align_audit.writers.terminal import Terminal
-from tests.helpers.alert_cases import on_set
+from tests.helpers.alert_cases import on_set, with_part
 from tests.helpers.screens import LOG, a_run, calm, quick_look, ruined, screen
 
 NONE: dict[int, str] = {}
@@ -86,7 +86,7 @@ def test_each_set_has_a_table_and_healthy_is_what_is_so_in_all() -> None:
 
 
 def test_a_run_whose_audits_break_ends_blind() -> None:
-    failure = Failure(step=60, time="2026-01-01T00:00:00+00:00", error="Traceback\nValueError: no")
+    failure = Failure(step=60, time="2026-01-01T01:00:00+00:00", error="Traceback\nValueError: no")
     lines = shown(a_run("well"), {40: "checkpoint-40", 20: "checkpoint-20"}, failures=[failure])
     assert lines[6].split()[:2] == ["40", "BLIND"]
     assert lines[7] == "an audit broke at step 60: the tracebacks are in runs/dpo/align_audit/failures.jsonl"
@@ -117,7 +117,8 @@ def test_full_audits_that_did_not_fit_are_told_once_with_what_they_take() -> Non
 
 
 def test_a_long_run_is_thinned_and_keeps_what_matters() -> None:
-    records = [calm(step) for step in range(50)] + [a_run("ruined")[3].model_copy(update={"step": 50})]
+    ruined_last = with_part(a_run("ruined")[3], "provenance", created="2026-01-01T00:50:00+00:00")
+    records = [calm(step) for step in range(50)] + [ruined_last.model_copy(update={"step": 50})]
     rows = [standing_at(record, records[: place + 1]) for place, record in enumerate(records)]
     kept = [row.record.step for row in thinned(rows, {7: "checkpoint-7", 31: "checkpoint-31"})]
     assert len(kept) == 24
