@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from align_audit.cli.doctor import doctor
 from align_audit.cli.options import (
     ConfigOption,
     DeviceOption,
@@ -186,6 +187,9 @@ def transfer(
     typer.echo(f"transfer in {time.perf_counter() - began:.0f} s; the record is {output / 'transfer.json'}")
     for path in pictures.values():
         typer.echo(f"  {path}")
+
+
+app.command()(doctor)
 
 
 def _conclude(records: list[AuditRecord], output: Path, seconds: float) -> None:

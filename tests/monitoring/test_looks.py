@@ -10,6 +10,7 @@ import pytest
 
 import align_audit.monitoring.monitor
 from align_audit import AuditConfig, AuditRun
+from align_audit.monitoring.forecast import Costs, PlannedSteps, forecast
 from tests.monitoring.test_callback import At, quick, run
 
 OFF: dict[str, Any] = {"before_training": False, "on_save": False, "on_last_step": False, "first_health": 100}
@@ -21,6 +22,11 @@ NO_ROOM = 1e-6
 def looked(output: Path) -> list[tuple[int, str]]:
     """Step and kind of each audit, in the order of the log."""
     return [(record.step, record.kind) for record in AuditRun.load(output).records]
+
+
+def foreseen(config: AuditConfig, planned: PlannedSteps) -> list[tuple[int, str]]:
+    """The same, as it is forecast before training."""
+    return list(forecast(config, planned, Costs(step=1.0, health=0.1, full=1.0)).audits)
 
 
 def reasons(output: Path) -> list[str]:
@@ -37,6 +43,7 @@ def test_three_lines_look_early_and_at_the_end(tmp_path: Path) -> None:
     config = quick(budget=NO_ROOM, alerts={"enabled": False})
     run(tmp_path / "out", config, max_steps=12, save_steps=500, logging_steps=5)
     assert looked(tmp_path / "out") == [(0, "health"), (5, "health"), (10, "health"), (12, "health")]
+    assert foreseen(config, PlannedSteps(12, save_steps=500)) == looked(tmp_path / "out")
     said = reasons(tmp_path / "out")
     assert said[1:3] == ["a look at step 5 was planned", "a look at step 10 was planned"]
     assert said[0].startswith("before training; a full audit")
@@ -56,6 +63,8 @@ def test_without_a_budget_full_audits_are_made_where_they_are_asked_for(tmp_path
     assert looked(tmp_path / "out") == [(0, "full"), (5, "full"), (6, "full")]
     run(tmp_path / "two", quick(budget=None, alerts={"enabled": False}), max_steps=7, save_steps=6)
     assert looked(tmp_path / "two") == [(0, "full"), (5, "health"), (6, "full"), (7, "full")]
+    for output, planned in (("out", PlannedSteps(6, save_steps=5)), ("two", PlannedSteps(7, save_steps=6))):
+        assert foreseen(quick(budget=None), planned) == looked(tmp_path / output)
 
 
 def test_a_look_that_warns_is_followed_by_a_full_audit_once(tmp_path: Path) -> None:

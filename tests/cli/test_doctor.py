@@ -1,0 +1,183 @@
+"""``align-audit doctor``: each thing that can be wrong before training is named with its fix, and a good plan is ready."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from align_audit.errors import ConfigurationError
+from align_audit.models.loading import load_model
+from align_audit.models.weights.fingerprint import fingerprint
+from align_audit.monitoring.plain_step import StepOptions, seconds_per_pair
+from align_audit.probes.pairs import ProbeSet
+from tests.cli.commands import refused
+from tests.helpers.dpo import ROWS, saved_model
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A model on disk, 16 pairs of 8 prompts, and a file of cheap options."""
+    folder = tmp_path_factory.mktemp("doctor")
+    probes, options = folder / "pairs.jsonl", folder / "audit.yaml"
+    probes.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:16]), encoding="utf-8")
+    options.write_text("patching: {noise_draws: 1}\nlocalization: {selection_resamples: 8, permutations: 2}\n")
+    return SimpleNamespace(folder=folder, model=saved_model(folder / "base"), probes=probes, options=options)
+
+
+def asked(start: SimpleNamespace, *more: Any, model: Any = None) -> list[Any]:
+    return ["doctor", model or start.model, "--probes", start.probes, "--config", start.options, *more]
+
+
+def levels(out: str) -> dict[str, str]:
+    return {check["name"]: check["level"] for check in map(json.loads, out.splitlines())}
+
+
+@pytest.fixture
+def ready(command: Any, start: SimpleNamespace, tmp_path: Path) -> list[dict[str, str]]:
+    """The checks of a plan with nothing wrong in it."""
+    done = command(*asked(start, "--steps", "400", "--output-dir", tmp_path / "out", "--json"))
+    assert done.code == 0, done.out + done.err
+    return [json.loads(line) for line in done.out.splitlines()]
+
+
+def test_everything_is_looked_at_and_nothing_is_left_behind(ready: list[dict[str, str]], tmp_path: Path) -> None:
+    by_name = {check["name"]: check for check in ready}
+    expected = ["versions", "output", "model", "probes", "reference", "layers", "sites", "cost", "schedule"]
+    assert list(by_name) == expected
+    assert {check["level"] for check in ready} <= {"green", "yellow"}
+    assert by_name["layers"]["found"].startswith("3 decoder layers")
+    assert "16 pairs" in by_name["probes"]["found"]
+    assert by_name["probes"]["level"] == "yellow", "8 prompts are few"
+    assert "first look at the trained policy: step 5" in by_name["schedule"]["found"]
+    assert "training pairs" in by_name["cost"]["found"]
+    assert list(tmp_path.iterdir()) == [], "nothing is written"
+
+
+def test_people_read_a_line_a_check_and_the_verdict_last(command: Any, start: SimpleNamespace) -> None:
+    done = command(*asked(start))
+    assert done.code == 0
+    lines = done.out.splitlines()
+    assert lines[0].strip().startswith("ok  versions: Python")
+    assert lines[-1] == "ready"
+    assert "schedule: how long the run is was not said" in done.out
+    assert "do: --steps" in done.out
+
+
+def test_a_model_that_cannot_be_loaded_is_the_thing_to_change(
+    command: Any, start: SimpleNamespace, tmp_path: Path
+) -> None:
+    done = command(*asked(start, model=tmp_path / "nothing"))
+    assert done.code == 1
+    assert done.out.splitlines()[-1].startswith("not ready: model; name a folder or hub name")
+    assert "Traceback" not in done.out + done.err
+
+
+def test_pairs_that_cannot_be_used_are_the_thing_to_change(
+    command: Any, start: SimpleNamespace, tmp_path: Path
+) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"text": "no pair"}\n')
+    done = command("doctor", start.model, "--probes", empty, "--json")
+    assert done.code == 1
+    assert levels(done.out)["probes"] == "red"
+
+
+def test_a_reference_of_another_size_is_refused_before_training(
+    command: Any, start: SimpleNamespace, tmp_path: Path
+) -> None:
+    other = saved_model(tmp_path / "other", hidden_size=64)
+    done = command(*asked(start, "--reference", other, "--json"))
+    assert done.code == 1
+    last = json.loads(done.out.splitlines()[-1])
+    assert (last["name"], last["level"]) == ("reference", "red")
+    assert "--reference" in last["fix"]
+
+
+def test_trackers_and_folders_are_looked_at_before_any_model(
+    command: Any, start: SimpleNamespace, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    more = ["--output-dir", file / "out", "--report-to", "tensorboard", "--report-to", "comet_ml", "--json"]
+    done = command(*asked(start, *more, model=tmp_path / "nothing"))
+    assert done.code == 1
+    checks = [json.loads(line) for line in done.out.splitlines()]
+    assert [check["name"] for check in checks] == ["versions", "output", "trackers", "trackers", "model"]
+    assert [check["level"] for check in checks[1:4]] == ["red", "green", "yellow"]
+
+
+def test_a_folder_that_holds_a_run_is_named(
+    command: Any, start: SimpleNamespace, place: SimpleNamespace, tmp_path: Path
+) -> None:
+    shutil.copytree(place.full / "align_audit", tmp_path / "out" / "align_audit")
+    done = command(*asked(start, "--output-dir", tmp_path / "out", "--json", model=tmp_path / "nothing"))
+    check = next(check for check in map(json.loads, done.out.splitlines()) if check["name"] == "output")
+    assert check["level"] == "yellow"
+    assert "earlier run" in check["found"]
+
+
+def test_the_arguments_of_a_script_are_read_as_trl_reads_them(start: SimpleNamespace) -> None:
+    from align_audit.cli.doctor import plan_of_script
+
+    common = {"probes": start.probes, "device": "cpu", "dtype": None, "trust_remote_code": False}
+    arguments = (
+        f"--model_name_or_path {start.model} --dataset_name {start.folder} --max_steps 90 --use_peft --save_steps 30 "
+        "--per_device_train_batch_size 2 --gradient_accumulation_steps 4 --beta 0.3 --report_to mlflow --use_cpu "
+        "--eval_strategy steps --eval_steps 45 --output_dir out --bf16 False"
+    ).split()
+    plan = plan_of_script(arguments, common)
+    assert (plan.model, plan.max_steps, plan.pairs_per_step) == (start.model, 90, 8)
+    assert (plan.save_steps, plan.eval_steps, plan.lora, plan.beta) == (30, 45, True, 0.3)
+    assert (plan.report_to, plan.output_dir) == (("mlflow",), Path("out"))
+
+
+def test_epochs_are_counted_in_the_data(start: SimpleNamespace, tmp_path: Path) -> None:
+    from align_audit.cli.doctor import plan_of_script
+
+    common = {"probes": start.probes, "device": "cpu", "dtype": None, "trust_remote_code": False}
+    (tmp_path / "train.jsonl").write_text(start.probes.read_text())
+    arguments = (
+        f"--model_name_or_path {start.model} --dataset_name {tmp_path} --num_train_epochs 3 --use_cpu --bf16 False "
+        "--per_device_train_batch_size 2 --gradient_accumulation_steps 2"
+    ).split()
+    assert plan_of_script(arguments, common).max_steps == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--learning_rate", "fast"], "are not those of a DPO script"),
+        (["--dataset_name", "pairs", "--use_cpu", "--bf16", "False"], "name no model"),
+    ],
+)
+def test_arguments_that_are_no_script_s_are_refused(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from align_audit.cli.doctor import plan_of_script
+
+    with pytest.raises(ConfigurationError, match=words):
+        plan_of_script(arguments, {"trust_remote_code": False})
+
+
+def test_no_model_and_two_models_are_refused(command: Any, start: SimpleNamespace) -> None:
+    refused(command("doctor", "--probes", start.probes), "found no model")
+    refused(command(*asked(start, "second-model")), "expected one model", "second-model")
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_timed_step_leaves_the_models_as_they_were(start: SimpleNamespace, lora: bool) -> None:
+    policy, reference = load_model(start.model), load_model(start.model)
+    tokenizer = None
+    rows = [{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [3, 5]}] * 3
+    probes = ProbeSet.from_dataset(rows[:1], tokenizer)
+    before = fingerprint(policy), fingerprint(reference)
+    assert seconds_per_pair(policy, reference, probes.pairs, StepOptions(lora=lora)) > 0
+    assert (fingerprint(policy), fingerprint(reference)) == before
+    assert not policy.training
+    assert all(weight.grad is None and weight.requires_grad for weight in policy.parameters())
+    assert not policy.is_gradient_checkpointing

@@ -1,0 +1,61 @@
+"""A schedule played through: what is made when, and what it takes. That runs are as foreseen, ``test_looks`` holds."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from align_audit.config import AuditConfig
+from align_audit.monitoring.forecast import Costs, PlannedSteps, forecast
+
+CHEAP = Costs(step=1.0, health=0.5, full=10.0)
+
+
+def test_all_audits_together_keep_the_budget() -> None:
+    run = forecast(AuditConfig(), PlannedSteps(2000, save_steps=500), CHEAP, layers=6)
+    assert run.share <= 0.05
+    assert run.count("full") >= 2
+    assert run.audit_seconds == run.count("health") * CHEAP.health + run.count("full") * CHEAP.full
+    assert run.training_seconds == 2000
+
+
+def test_a_first_look_comes_early_and_looks_never_stop() -> None:
+    run = forecast(AuditConfig(), PlannedSteps(2000, save_steps=500), CHEAP, layers=6)
+    steps = [step for step, _ in run.audits]
+    assert run.first_look == 5
+    assert steps == sorted(steps)
+    assert steps[-1] == 2000
+    assert max(later - earlier for earlier, later in pairwise(steps)) < 1000
+
+
+def test_a_run_shorter_than_the_first_look_is_seen_at_its_end() -> None:
+    assert forecast(AuditConfig(), PlannedSteps(4), CHEAP).first_look == 4
+
+
+def test_with_nothing_scheduled_nothing_is_foreseen() -> None:
+    never = {"before_training": False, "health": False, "on_save": False, "on_last_step": False}
+    run = forecast(AuditConfig.from_dict({"schedule": never}), PlannedSteps(50, save_steps=10), CHEAP)
+    assert (run.audits, run.first_look, run.share) == ((), None, 0.0)
+
+
+def test_evaluations_and_fixed_steps_are_audited_whatever_they_cost() -> None:
+    config = AuditConfig.from_dict(
+        {
+            "schedule": {
+                "before_training": False,
+                "health": False,
+                "on_last_step": False,
+                "on_evaluate": True,
+                "every_n_steps": 4,
+            }
+        }
+    )
+    run = forecast(config, PlannedSteps(8, eval_steps=6), Costs(step=0.01, health=1.0, full=100.0))
+    assert run.audits == ((4, "full"), (6, "full"), (8, "full"))
+
+
+@pytest.mark.parametrize(("steps", "seconds"), [(0, 1.0), (5, 0.0)])
+def test_steps_that_take_no_time_are_refused(steps: int, seconds: float) -> None:
+    with pytest.raises(ValueError, match="expected steps that take time"):
+        forecast(AuditConfig(), PlannedSteps(steps), Costs(step=seconds, health=1.0, full=1.0))
