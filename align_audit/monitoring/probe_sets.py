@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from align_audit.config import AuditConfig
+from align_audit.errors import ProbeError
 from align_audit.measures.resampling import LEAST_GROUPS
 from align_audit.models.guard import untouched
 from align_audit.probes.names import as_name, check_names
@@ -84,14 +85,21 @@ def _probe_set(
 ) -> ProbeSet:
     if isinstance(data, ProbeSet):
         return data
-    with untouched():
-        return ProbeSet.from_dataset(
-            data,
-            tokenizer,
-            max_pairs=config.max_pairs,
-            max_length=config.max_length or facts.max_length,
-            truncation_mode=str(config.truncation_mode or facts.truncation_mode),
-            seed=config.seed,
-            source=source,
-            held_out=held_out,
-        )
+    try:
+        with untouched():
+            return ProbeSet.from_dataset(
+                data,
+                tokenizer,
+                max_pairs=config.max_pairs,
+                max_length=config.max_length or facts.max_length,
+                truncation_mode=str(config.truncation_mode or facts.truncation_mode),
+                seed=config.seed,
+                source=source,
+                held_out=held_out,
+            )
+    except ProbeError as error:
+        if source is None:
+            raise  # the caller knows what was given
+        raise ProbeError(
+            f"no preference pairs can be drawn from {source}: {error}. Pass pairs to the callback: probes=..."
+        ) from error

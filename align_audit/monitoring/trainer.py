@@ -25,7 +25,8 @@ class TrainerFacts:
         attached: the trainer itself is in reach; else only its arguments are.
         output_dir: where the run's files go.
         reference: the reference that the trainer holds.
-        beta: of the DPO loss.
+        beta: of a loss whose rewards are β times log-probability ratios to the reference, as DPO's; None: of any other loss,
+            where an option of that name is something else.
         learning_rate: at its highest.
         eval_sets: held-out pairs, or several such sets by name; None: there are none in reach.
         train_set: the pairs trained on.
@@ -106,7 +107,7 @@ def read_trainer(trainer: Any, args: Any, train_dataloader: Any = None) -> Train
         attached=attached,
         output_dir=args.output_dir,
         reference=getattr(trainer, "ref_model", None),
-        beta=getattr(args, "beta", getattr(trainer, "beta", None)),
+        beta=_beta(args),
         learning_rate=getattr(args, "learning_rate", None),
         eval_sets=getattr(trainer, "eval_dataset", None),
         train_set=trainer.train_dataset if attached else getattr(train_dataloader, "dataset", None),
@@ -123,6 +124,19 @@ def read_trainer(trainer: Any, args: Any, train_dataloader: Any = None) -> Train
         progress=not args.disable_tqdm,
         summary_writer=_summary_writer_of(trainer),
     )
+
+
+_IMPLICIT_REWARDS = ("DPOConfig", "KTOConfig", "OnlineDPOConfig")
+"""Arguments whose ``beta`` scales log-probability ratios to rewards. Of others it weighs a penalty (GRPO, RLOO), odds (ORPO),
+or log-probabilities without a reference (CPO)."""
+
+
+def _beta(args: Any) -> float | None:
+    if not any(kind.__name__ in _IMPLICIT_REWARDS for kind in type(args).__mro__):
+        return None
+    beta = getattr(args, "beta", None)
+    # OnlineDPO takes one for each epoch, too.
+    return float(beta) if isinstance(beta, int | float) else None
 
 
 def _pairs_per_step(args: Any) -> int | None:

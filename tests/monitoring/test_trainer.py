@@ -15,13 +15,19 @@ from transformers.integrations import TensorBoardCallback
 from align_audit.monitoring.trainer import TrainerFacts, read_trainer
 
 
-def arguments(**changes: Any) -> SimpleNamespace:
+class DPOConfig(SimpleNamespace):
+    """Known by its name, as TRL's own and classes made of it are."""
+
+
+def arguments(kind: type[SimpleNamespace] = SimpleNamespace, **changes: Any) -> SimpleNamespace:
     """What every trainer of transformers has."""
-    return SimpleNamespace(**{"output_dir": "out", "bf16": False, "fp16": False, "disable_tqdm": True, **changes})
+    return kind(**{"output_dir": "out", "bf16": False, "fp16": False, "disable_tqdm": True, **changes})
 
 
 def test_a_trainer_out_of_reach_says_what_its_arguments_do() -> None:
-    args = arguments(beta=0.3, max_length=77, truncation_mode="keep_end", ld_alpha=0.5, load_best_model_at_end=True)
+    args = arguments(
+        DPOConfig, beta=0.3, max_length=77, truncation_mode="keep_end", ld_alpha=0.5, load_best_model_at_end=True
+    )
     facts = read_trainer(None, args, SimpleNamespace(dataset="pairs"))
     assert not facts.attached
     assert (facts.reference, facts.eval_sets, facts.summary_writer()) == (None, None, None)
@@ -42,6 +48,19 @@ def test_a_trainer_that_knows_nothing_of_preferences() -> None:
     assert (facts.train_set, facts.eval_sets) == ("trained", "held out")
     assert (facts.max_length, facts.truncation_mode, facts.compare_precomputed) == (1024, "keep_start", True)
     assert facts.numerics(nn.Linear(1, 1)) is contextlib.nullcontext
+
+
+@pytest.mark.parametrize(
+    ("kind", "beta", "expected"),
+    [
+        (DPOConfig, 0.3, 0.3),
+        (type("MyConfig", (DPOConfig,), {}), 0.3, 0.3),
+        (type("GRPOConfig", (SimpleNamespace,), {}), 0.3, None),
+        (type("OnlineDPOConfig", (SimpleNamespace,), {}), [0.3, 0.1], None),
+    ],
+)
+def test_a_beta_is_read_where_it_scales_rewards(kind: type[SimpleNamespace], beta: Any, expected: float | None) -> None:
+    assert read_trainer(None, arguments(kind, beta=beta)).beta == expected
 
 
 def test_the_trainers_curves_are_in_reach_while_it_draws_them() -> None:
