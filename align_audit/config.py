@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from align_audit.errors import SHOWN, ConfigurationError, first_line, plain, quoted
+from align_audit.options.examples import ExamplesConfig
 from align_audit.options.rule_settings import AddedRule, Limits, RuleOptions, RuleSetting, read_rules
 from align_audit.options.rules import Rule, did_you_mean
 from align_audit.options.webhook import WebhookConfig, quotation
@@ -19,7 +20,7 @@ from align_audit.options.yaml_lines import Place, line_at, lines_of
 Positions = Literal["all", "prompt", "completion", "last_prompt_token"]
 Basis = Literal["activation", "shift"]
 
-_SHOWN = ("progress", "tensorboard", "tensorboard_scalars", "tensorboard_images", "verbose")
+_SHOWN = ("progress", "tensorboard", "tensorboard_scalars", "tensorboard_images", "verbose", "examples")
 """Options of what is shown, which change nothing in a record."""
 
 _EXPLAINED = 20
@@ -340,6 +341,7 @@ class AuditConfig(_Part):
     """Finer sites to patch beside the residual stream; none by default, since each takes a walk of its own."""
     spinal: SpinalConfig = SpinalConfig()
     generations: GenerationsConfig = GenerationsConfig()
+    examples: ExamplesConfig = ExamplesConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     alerts: AlertConfig = AlertConfig()
 

@@ -10,6 +10,7 @@ from typing import Any, overload
 
 from torch import nn
 
+from align_audit.auditing.examples import texts_of
 from align_audit.auditing.health import health_of
 from align_audit.auditing.measurements.attribution import Attribution
 from align_audit.auditing.measurements.behaviour import Behaviour
@@ -143,4 +144,5 @@ def run_audit(
         looks = [look for measurement in task for look in measurement.second_looks()]
         second_pass(session, task[Behaviour], looks, tick)
         record = agreed_record(task, began)
-        return AuditResult(record, arrays_of(task), PreviousAudit(task[LowRank].spanned, record.attribution))
+        left = PreviousAudit(task[LowRank].spanned, record.attribution)
+        return AuditResult(record, arrays_of(task), left, texts_of(task))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from align_audit.auditing.examples import texts_of
 from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.generations import Generations
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement
@@ -32,4 +33,4 @@ def health_of(task: AuditTask, began: float, progress: Callable[[int, str], Any]
     health_pass(task, ticker(progress, len(task.session.plan)))
     for measurement in task:
         measurement.look_closer(lambda: None)
-    return AuditResult(agreed_record(task, began), arrays_of(task), task.request.previous)
+    return AuditResult(agreed_record(task, began), arrays_of(task), task.request.previous, texts_of(task))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +11,7 @@ from align_audit.auditing.previous import PreviousAudit
 from align_audit.config import AuditConfig
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditKind, AuditRecord, Occasion
+from align_audit.record.pair_texts import PairTexts
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,11 @@ class AuditResult:
     Attributes:
         arrays: what is too large for a record: numbers per pair, and each subspace basis.
         left: what the next audit of these pairs goes on from.
+        texts: decodes what changed in text; None where no text is to be kept (``examples.pairs`` 0). It may raise what a
+            tokenizer raises.
     """
 
     record: AuditRecord
     arrays: dict[str, np.ndarray]
     left: PreviousAudit
+    texts: Callable[[], PairTexts] | None = None

@@ -30,6 +30,7 @@ from align_audit.ranks import Agreed, Ranks
 from align_audit.record.audit_record import Alert, AuditKind, AuditRecord
 from align_audit.record.course import course_of
 from align_audit.record.log import RunLog, arrays_name
+from align_audit.record.pair_texts import PairTexts
 from align_audit.record.stored_records import Head, chosen
 from align_audit.record.training_log import TrainingLog
 from align_audit.writers.writer import Writers
@@ -356,9 +357,26 @@ class Monitor:
         # Acted on whatever follows: neither a full disk nor a closed terminal makes them untrue.
         findings.alerts += record.alerts
         self.log.save_arrays(record.step, arrays_name(name), result.arrays)
+        self._keep_texts(self.log, record, result.texts)
         self.log.append(record)
         # Writers come after the log: what breaks in one of them costs no record.
         self.tell(record)
+
+    def _keep_texts(self, log: RunLog, record: AuditRecord, texts: Callable[[], PairTexts] | None) -> None:
+        """Keep what changed in text. An audit without it is still one: what breaks is said once, and nothing else."""
+        if texts is None:
+            return
+        try:
+            log.save_texts(record, texts())
+        except BREAKS as error:
+            kind = f"texts: {type(error).__name__}"
+            if kind not in self._shown:
+                self._shown.add(kind)
+                logger.warning(
+                    "what changed in text at step %d could not be kept: %s. The audit was made all the same, and reports show "
+                    "it without texts (shown once)",
+                    record.step, named(error),
+                )  # fmt: skip
 
     def _judged(self, record: AuditRecord, moment: Moment) -> list[Alert]:
         """What is open at an audit, and what to do about it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from align_audit.config import AuditConfig
@@ -84,7 +85,7 @@ def _probe_set(
     held_out: bool | None = None,
 ) -> ProbeSet:
     if isinstance(data, ProbeSet):
-        return data
+        return data if data.tokenizer is not None else replace(data, tokenizer=tokenizer)
     try:
         with untouched():
             return ProbeSet.from_dataset(

@@ -110,6 +110,8 @@ class ProbeSet:
         dropped: reason → number of pairs that were met while drawing and could not be used.
         max_length, truncation_mode: as in ``DPOConfig``; ``max_length`` in tokens, None for no truncation.
         held_out: whether the policy does not train on these pairs; None when unknown.
+        tokenizer: what tells the text of the tokens, where they are shown; None: nothing does. It is not part of what the set
+            is (of equality, hash and what :meth:`save` writes), and the callback gives the trainer's to a set without one.
 
     Example:
         >>> rows = [{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [3, 5]}]
@@ -124,6 +126,7 @@ class ProbeSet:
     max_length: int | None
     truncation_mode: str
     held_out: bool | None
+    tokenizer: PreTrainedTokenizerBase | ProcessorMixin | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.pairs:
@@ -200,7 +203,8 @@ class ProbeSet:
             raise ProbeError(_explain_nothing_left(opened.description, dropped, max_length))
         pairs.sort(key=lambda pair: pair.index)
         dropped = dict(sorted(dropped.items()))
-        return cls(tuple(pairs), source or opened.description, dropped, max_length, truncation_mode, held_out)
+        source = source or opened.description
+        return cls(tuple(pairs), source, dropped, max_length, truncation_mode, held_out, tokenizer)
 
     @cached_property
     def content_hash(self) -> str:

@@ -55,8 +55,8 @@ def truncate(
     return ids[cut:], max(start - cut, 0)
 
 
-def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Number of leading tokens that ``a`` and ``b`` have in common."""
+def shared_prefix(a: Sequence[object], b: Sequence[object]) -> int:
+    """Number of leading tokens, or characters of two texts, that ``a`` and ``b`` have in common."""
     for place, (left, right) in enumerate(zip(a, b, strict=False)):
         if left != right:
             return place
@@ -68,7 +68,7 @@ def tokenizer_untouched(tokenizer: Any) -> Iterator[None]:
     """Leave a fast tokenizer as it was: each call of one clears the truncation and padding set in its backend."""
     from transformers import PreTrainedTokenizerFast
 
-    inner = _text_tokenizer(tokenizer)
+    inner = text_tokenizer(tokenizer)
     if not isinstance(inner, PreTrainedTokenizerFast):
         yield
         return
@@ -84,7 +84,7 @@ def tokenizer_untouched(tokenizer: Any) -> Iterator[None]:
             backend.enable_padding(**padding)
 
 
-def _text_tokenizer(tokenizer: Any) -> Any:
+def text_tokenizer(tokenizer: Any) -> Any:
     """The tokenizer itself, also where a processor wraps it."""
     from transformers import ProcessorMixin
 
@@ -123,7 +123,7 @@ class PairTokenizer:
         self._implicit_prompt = "prompt" not in first
         self._eos: str | None = None
         if self._format(0, first) == "text":
-            eos = _text_tokenizer(tokenizer).eos_token
+            eos = text_tokenizer(tokenizer).eos_token
             if eos is None:
                 raise ProbeError(
                     "the tokenizer has no EOS token, which DPOTrainer appends to completions that are plain text; "

@@ -8,7 +8,8 @@
 - ``training.jsonl``: what the trainer logged (:mod:`align_audit.record.training_log`);
 - ``failures.jsonl``: audits that broke, with their traceback;
 - ``step-<N>/*.safetensors``: what is too large for a line (per-pair values, subspace bases), of a named probe set in
-  ``arrays-<name>``;
+  ``arrays-<name>``; and ``texts.json`` or ``texts-<name>.json``: the pairs that moved most, as text
+  (:mod:`align_audit.record.pair_texts`);
 - ``previous-<n>/``: the same of runs that began again in the same output directory.
 
 The logs only grow, and survive a kill between any two bytes: a line is whole once its newline is there, and a torn end
@@ -35,6 +36,7 @@ from align_audit.files import append_whole, is_folder_here, remove_abandoned, wr
 from align_audit.record.audit_record import Alert, AuditRecord, RecordKey
 from align_audit.record.lines import read_lines, read_records, repair
 from align_audit.record.lock import FileLock, identity_of, lock
+from align_audit.record.pair_texts import PairTexts, read_pair_texts
 from align_audit.record.stored_records import StoredRecords, events_of
 
 if TYPE_CHECKING:
@@ -193,6 +195,13 @@ class RunLog:
         """What :meth:`save_arrays` wrote: see :func:`load_arrays`."""
         return load_arrays(self.directory, step, name)
 
+    def save_texts(self, record: AuditRecord, texts: PairTexts) -> Path:
+        """Write what changed in text at an audit to ``step-<N>/texts.json``, or ``texts-<probe name>.json``, as
+        :meth:`save_arrays` writes."""
+        path = _texts_path(self.step_dir(record.step), record)
+        write_atomically(path, texts.beside(record).to_json().encode())
+        return path
+
     def _append(self, name: str, lines: Sequence[str]) -> None:
         if not lines:
             return
@@ -282,9 +291,17 @@ def _step_path(directory: Path, step: int) -> Path:
 
 
 def _arrays_path(folder: Path, name: str) -> Path:
+    return folder / f"{_plain_name(name)}.safetensors"
+
+
+def _texts_path(folder: Path, record: AuditRecord) -> Path:
+    return folder / f"{_plain_name(arrays_name(record.provenance.probe_name, 'texts'))}.json"
+
+
+def _plain_name(name: str) -> str:
     if not name or Path(name).name != name or name == "..":
         raise ValueError(f"expected a plain name such as 'pairs' for the arrays, found {name!r}")
-    return folder / f"{name}.safetensors"
+    return name
 
 
 def load_arrays(directory: Path, step: int, name: str) -> dict[str, np.ndarray]:
@@ -301,3 +318,8 @@ def load_arrays(directory: Path, step: int, name: str) -> dict[str, np.ndarray]:
         return load(path.read_bytes())
     except (OSError, SafetensorError) as error:
         raise RecordError(f"cannot read the arrays {plain(path)}: {first_line(error)}") from None
+
+
+def load_texts(directory: Path, record: AuditRecord) -> PairTexts | None:
+    """What :meth:`RunLog.save_texts` wrote into a log's folder: see :func:`read_pair_texts`."""
+    return read_pair_texts(_texts_path(_step_path(directory, record.step), record), record)

@@ -22,8 +22,10 @@ from align_audit.record.log import (
     arrays_name,
     by_step,
     load_arrays,
+    load_texts,
 )
 from align_audit.record.numbers import Word, by_series, walk
+from align_audit.record.pair_texts import PairTexts
 from align_audit.record.status import Status, status_of
 from align_audit.record.stored_records import chosen, events_of, heads_of
 from align_audit.record.training_log import TRAINING, LogRow, read_training_log
@@ -133,6 +135,17 @@ class AuditRun:
         Of a :meth:`select`-ed set with a name, those of ``<name>-<probe name>``.
         """
         return load_arrays(self.directory, step, arrays_name(self.probe_name, name))
+
+    def pair_texts(self, record: AuditRecord) -> PairTexts | None:
+        """What changed in text at an audit of this run: the pairs that lost and gained most, token by token.
+
+        It is foreign text: escape it where it is shown.
+
+        Returns:
+            None where none was kept (an older log, ``examples.pairs`` 0, an audit whose texts could not be written), and,
+            with a warning, where what was kept cannot be read.
+        """
+        return load_texts(self.directory, record)
 
     def to_pandas(self, layers: bool = False) -> pd.DataFrame:
         """The run as a table.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement, Reasons, RecordedBatch
-from align_audit.auditing.session.accumulators import PerPair, State
+from align_audit.auditing.session.accumulators import PerPair, PerToken, State
 from align_audit.measures.margin import compare_readouts, sum_by_pair
 from align_audit.models.replay import equal_streams
 from align_audit.probes.batches import PairBatch
@@ -19,7 +19,10 @@ from align_audit.record.audit_record import Estimate, Margins
 
 @dataclass
 class BehaviourState(State):
-    """Log-probabilities in nats, summed over completion tokens; KL and entropies in nats per token; accuracies in [0, 1]."""
+    """Log-probabilities in nats, summed over completion tokens; KL and entropies in nats per token; accuracies in [0, 1].
+
+    ``token_changes``: log π − log ρ of each token, nats; nothing is put where no pair is kept as text.
+    """
 
     chosen_logp: PerPair
     rejected_logp: PerPair
@@ -32,6 +35,7 @@ class BehaviourState(State):
     reference_entropy: PerPair
     token_accuracy: PerPair
     reference_token_accuracy: PerPair
+    token_changes: PerToken
 
 
 class Behaviour(Measurement):
@@ -47,7 +51,7 @@ class Behaviour(Measurement):
     def __init__(self, task: AuditTask) -> None:
         super().__init__(task)
         pairs = len(self.session.pairs)
-        self.state = BehaviourState(*(PerPair(pairs) for _ in range(11)))
+        self.state = BehaviourState(*(PerPair(pairs) for _ in range(11)), token_changes=PerToken(pairs))
         self.identical = True
         self._reference_margins: dict[tuple[int, ...], torch.Tensor] = {}
 
@@ -74,6 +78,8 @@ class Behaviour(Measurement):
         tokens = sum_by_pair(torch.ones_like(values["kl"]), batch.pair, batch.side, batch.num_pairs)
         state.chosen_tokens.put(batch, tokens[0])
         state.rejected_tokens.put(batch, tokens[1])
+        if self.config.examples.pairs:
+            state.token_changes.put(batch, values["logp"] - values["reference_logp"])
         margins = []
         for prefix, chosen_logp, rejected_logp, entropy, token_accuracy in (
             ("", state.chosen_logp, state.rejected_logp, state.entropy, state.token_accuracy),

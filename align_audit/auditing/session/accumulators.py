@@ -61,6 +61,31 @@ class PerPair:
         merge_by_place([self.values], ranks, mine)
 
 
+class PerToken:
+    """A number for each completion token of a pair that can be predicted; float32, in the order of the ``ProbeSet``.
+
+    Attributes:
+        values: of each pair those of its chosen and of its rejected completion, [C] and [R]; None until put.
+    """
+
+    def __init__(self, pairs: int) -> None:
+        self.values: list[tuple[np.ndarray, np.ndarray] | None] = [None] * pairs
+
+    def put(self, batch: PairBatch, values: torch.Tensor) -> None:
+        """Store one value for each prediction entry [P] of the batch. A second time overwrites the first."""
+        # Entries are ordered by side, then by pair.
+        counts = torch.bincount(batch.side * batch.num_pairs + batch.pair, minlength=2 * batch.num_pairs).tolist()
+        parts = [part.numpy() for part in values.float().cpu().split(counts)]
+        for number, place in enumerate(batch.pair_index.tolist()):
+            self.values[place] = parts[number], parts[number + batch.num_pairs]
+
+    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+        """Take over what other processes have measured, bit by bit."""
+        for places, values in ranks.gather((mine.tolist(), [self.values[place] for place in mine])):
+            for place, value in zip(places, values, strict=True):
+                self.values[place] = value
+
+
 @dataclass
 class Rows:
     """Token rows of a sample, each under a key that says which it is; sorted by key, the order of batches is gone.
