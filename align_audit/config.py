@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from align_audit.errors import SHOWN, ConfigurationError, first_line, plain, quoted
+from align_audit.errors import ConfigurationError, plain, quoted
 from align_audit.options.examples import ExamplesConfig
 from align_audit.options.rule_settings import AddedRule, Limits, RuleOptions, RuleSetting, read_rules
 from align_audit.options.rules import Rule, did_you_mean
 from align_audit.options.webhook import WebhookConfig, quotation
-from align_audit.options.yaml_lines import Place, line_at, lines_of
+from align_audit.options.yaml_lines import Place, in_a_line, line_at, lines_of
 
 Positions = Literal["all", "prompt", "completion", "last_prompt_token"]
 Basis = Literal["activation", "shift"]
@@ -386,7 +386,7 @@ class AuditConfig(_Part):
             values = yaml.safe_load(text)
         except Exception as error:  # PyYAML raises many kinds on what is no YAML, or YAML that is too deep
             raise ConfigurationError(
-                f"cannot read the audit configuration {plain(path)}: {_in_a_line(error)}"
+                f"cannot read the audit configuration {plain(path)}: {in_a_line(error)}"
             ) from None  # PyYAML's own words quote the line, which may hold a secret
         if values is None:
             values = {}
@@ -410,13 +410,6 @@ def _check_names(values: Any, where: str) -> None:
         raise ConfigurationError(f"{where}: expected a mapping of options, found {type(values).__name__}")
     if unnamed := [key for key in values if not isinstance(key, str)]:
         raise ConfigurationError(f"{where}: expected names of options, found {quoted(unnamed[0])}")
-
-
-def _in_a_line(error: Exception) -> str:
-    """What PyYAML found, and where: its own text is of several lines."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem and (mark := error.problem_mark):
-        return f"{plain(error.problem, SHOWN)} (line {mark.line + 1}, column {mark.column + 1})"
-    return first_line(error)
 
 
 def _explain(error: ValidationError, lines: Mapping[Place, int] | None = None) -> str:

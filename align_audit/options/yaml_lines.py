@@ -1,10 +1,12 @@
-"""Where in a YAML file a value stands, so that what is wrong with it can be said with its line."""
+"""Where in a YAML file something stands, so that what is wrong with it can be said with its line."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import yaml
+
+from align_audit.errors import SHOWN, first_line, plain
 
 Place = tuple[str | int, ...]
 """Keys and indices from the top of the file to a value."""
@@ -46,3 +48,10 @@ def lines_of(text: str) -> dict[Place, int]:
 def line_at(lines: Mapping[Place, int], place: Place) -> int | None:
     """The line of a place, or of the nearest one around it that the file has."""
     return next((lines[place[:end]] for end in range(len(place), 0, -1) if place[:end] in lines), None)
+
+
+def in_a_line(error: Exception) -> str:
+    """What PyYAML found, and where: its own text is of several lines."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and (mark := error.problem_mark):
+        return f"{plain(error.problem, SHOWN)} (line {mark.line + 1}, column {mark.column + 1})"
+    return first_line(error)

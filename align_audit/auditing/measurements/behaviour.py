@@ -24,6 +24,7 @@ class BehaviourState(State):
     ``token_changes``: log π − log ρ of each token, nats; nothing is put where no pair is kept as text.
     """
 
+    token_changes: PerToken
     chosen_logp: PerPair
     rejected_logp: PerPair
     reference_chosen_logp: PerPair
@@ -35,7 +36,6 @@ class BehaviourState(State):
     reference_entropy: PerPair
     token_accuracy: PerPair
     reference_token_accuracy: PerPair
-    token_changes: PerToken
 
 
 class Behaviour(Measurement):
@@ -51,7 +51,7 @@ class Behaviour(Measurement):
     def __init__(self, task: AuditTask) -> None:
         super().__init__(task)
         pairs = len(self.session.pairs)
-        self.state = BehaviourState(*(PerPair(pairs) for _ in range(11)), token_changes=PerToken(pairs))
+        self.state = BehaviourState(PerToken(pairs), *(PerPair(pairs) for _ in range(11)))
         self.identical = True
         self._reference_margins: dict[tuple[int, ...], torch.Tensor] = {}
 
