@@ -9,8 +9,9 @@ from typing import Any
 from align_audit.probes.tokens import shared_prefix, text_tokenizer
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-_LONGEST_CHARACTER = 4
-"""Bytes of a character in UTF-8, and so tokens that it may be spread over."""
+_LONGEST_WAIT = 8
+"""Tokens that may wait together for one that makes them text: a character has four bytes at most, and tokens that decode to
+nothing, or stray bytes, may stand before it."""
 _CONTEXT = 8
 """Tokens before the first one that are decoded with it: whether a word begins with a space depends on them."""
 
@@ -46,7 +47,7 @@ def text_pieces(tokenizer: Any, ids: Sequence[int], start: int = 0, limit: int |
             context = done = token + 1
             continue
         text = _addition(tokenizer, ids[context:done], ids[done : token + 1])
-        waiting = (not text or text.endswith(_UNFINISHED)) and token + 1 - done < _LONGEST_CHARACTER
+        waiting = (not text or text.endswith(_UNFINISHED)) and token + 1 - done < _LONGEST_WAIT
         if not waiting or token + 1 == len(ids):
             pieces.append((text, token + 1 - done))
             context, done = done, token + 1

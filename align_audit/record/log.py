@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from align_audit.errors import ConfigurationError, RecordError, first_line, plain
+from align_audit.errors import ConfigurationError, RecordError, first_line, plain, quoted
 from align_audit.files import append_whole, is_folder_here, remove_abandoned, write_atomically
 from align_audit.record.audit_record import Alert, AuditRecord, RecordKey
 from align_audit.record.lines import read_lines, read_records, repair
@@ -300,7 +300,7 @@ def _texts_path(folder: Path, record: AuditRecord) -> Path:
 
 def _plain_name(name: str) -> str:
     if not name or Path(name).name != name or name == "..":
-        raise ValueError(f"expected a plain name such as 'pairs' for the arrays, found {name!r}")
+        raise ValueError(f"expected a plain name such as 'pairs' for a file of a step, found {quoted(name)}")
     return name
 
 
@@ -322,4 +322,9 @@ def load_arrays(directory: Path, step: int, name: str) -> dict[str, np.ndarray]:
 
 def load_texts(directory: Path, record: AuditRecord) -> PairTexts | None:
     """What :meth:`RunLog.save_texts` wrote into a log's folder: see :func:`read_pair_texts`."""
-    return read_pair_texts(_texts_path(_step_path(directory, record.step), record), record)
+    try:
+        path = _texts_path(_step_path(directory, record.step), record)
+    except ValueError as error:  # a record that was made elsewhere
+        warnings.warn(f"what changed in text is left out: {error}", stacklevel=3)
+        return None
+    return read_pair_texts(path, record)
