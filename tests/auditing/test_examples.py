@@ -14,11 +14,9 @@ from torch import nn
 
 from align_audit import AuditConfig, ProbeSet
 from align_audit.auditing.examples import MOST_OF_PROMPT, MOST_TOKENS, MovedPair, moved_most, pair_texts
-from align_audit.auditing.once import audit_once
-from align_audit.models.reference import resolve_reference
 from align_audit.probes.pairs import ProbePair
 from align_audit.record.pair_texts import PairText, PairTexts
-from tests.helpers.audits import QUICK
+from tests.helpers.audits import QUICK, audited_whole
 from tests.helpers.probe_tokenizer import make_tokenizer
 from tests.helpers.tiny import perturbed, tiny_model
 
@@ -48,7 +46,7 @@ def pairs(count: int = 9) -> ProbeSet:
 
 def texts(models: Models, probes: ProbeSet, kind: str = "health", **changes: Any) -> PairTexts | None:
     config = AuditConfig.from_dict({**QUICK, **changes})
-    result = audit_once(models[0], resolve_reference(*models), probes, config, kind=kind)
+    result = audited_whole(*models, probes, config, kind=kind)
     return None if result.texts is None else result.texts()
 
 

@@ -18,7 +18,7 @@ from align_audit.monitoring import monitor
 from tests.distributed.engines import deepspeed_options
 from tests.distributed.plants import plant
 from tests.distributed.watch import After, Before, watch_gathers
-from tests.helpers.audits import QUICK, audited
+from tests.helpers.audits import QUICK, audited_whole
 from tests.helpers.dpo import ROWS, build
 
 
@@ -119,7 +119,7 @@ def audit_alone(
     callback: AlignmentAuditCallback,
     case: dict[str, Any],
 ) -> None:
-    """Write what one process finds in the weights that training has ended with: ``alone.json`` and ``alone.npz``."""
+    """Write what one process finds in the weights that training has ended with: ``alone.json``, ``.texts.json``, ``.npz``."""
     half = case.get("mode") == "bf16"
     reference = None
     if references:
@@ -131,10 +131,12 @@ def audit_alone(
     for probe_name, probes in callback._probe_sets.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            record, arrays = audited(
+            result = audited_whole(
                 policy, reference, probes, callback.config, step=4, beta=0.1, probe_name=probe_name,
                 **({"autocast": lambda: torch.autocast("cpu", torch.bfloat16)} if half else {}),
             )  # fmt: skip
+        assert result.texts is not None
         name = "alone" if probe_name is None else f"alone-{probe_name}"
-        (folder / f"{name}.json").write_text(record.model_dump_json())
-        np.savez(folder / f"{name}.npz", **arrays)
+        (folder / f"{name}.json").write_text(result.record.model_dump_json())
+        (folder / f"{name}.texts.json").write_text(result.texts().to_json())
+        np.savez(folder / f"{name}.npz", **result.arrays)

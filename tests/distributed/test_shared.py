@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from align_audit import AuditRun
+from align_audit.record.pair_texts import PairTexts
 from tests.distributed.launch import launch
 from tests.distributed.reading import MADE_ELSEWHERE, differing, lines
 from tests.helpers.audits import QUICK_LASSO
@@ -87,6 +89,17 @@ def test_numbers_per_pair_are_the_same_bits(ran: Any, case: str) -> None:
             else:
                 np.testing.assert_array_equal(values, alone[key], err_msg=key)
         assert any(key.startswith("per_pair.") for key in here)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_changed_in_text_is_what_one_process_finds(ran: Any, case: str) -> None:
+    run = AuditRun.load(ran[0] / case / "run")
+    for record in (record for record in run.records if record.step == 4):
+        here = run.pair_texts(record)
+        alone = PairTexts.load(ran[0] / case / f"{_sets(case)[record.provenance.probe_name]}.texts.json")
+        assert here is not None
+        assert here.lost + here.gained != []
+        assert (here.lost, here.gained) == (alone.lost, alone.gained)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])

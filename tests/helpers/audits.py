@@ -8,6 +8,7 @@ import numpy as np
 from torch import nn
 
 from align_audit.auditing.once import audit_once
+from align_audit.auditing.request import AuditResult
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
@@ -38,9 +39,16 @@ Audited: TypeAlias = tuple[AuditRecord, dict[str, np.ndarray]]
 
 def audited(policy: nn.Module, reference: Any, probes: ProbeSet, config: AuditConfig, **asked: Any) -> Audited:
     """The record and the arrays; ``reference``: a model, a path, None, or a ``Reference``."""
-    resolved = reference if isinstance(reference, Reference) else resolve_reference(policy, reference)
-    result = audit_once(policy, resolved, probes, config, **asked)
+    result = audited_whole(policy, reference, probes, config, **asked)
     return result.record, result.arrays
+
+
+def audited_whole(
+    policy: nn.Module, reference: Any, probes: ProbeSet, config: AuditConfig, **asked: Any
+) -> AuditResult:
+    """All that an audit gives; the arguments of :func:`audited`."""
+    resolved = reference if isinstance(reference, Reference) else resolve_reference(policy, reference)
+    return audit_once(policy, resolved, probes, config, **asked)
 
 
 def session_of(models: OpenModels, probes: ProbeSet, config: AuditConfig) -> Session:

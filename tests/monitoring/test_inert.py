@@ -60,6 +60,10 @@ def test_losses_gradients_and_weights_are_bit_identical(mode: str, tmp_path: Pat
         assert other.generations.model_dump_json() == one.generations.model_dump_json()
         # A look sees to the bit what the whole audit sees.
         assert other.margins.model_dump_json() == one.margins.model_dump_json()
+        whole, look = run.pair_texts(one), looks.pair_texts(other)
+        assert whole is not None
+        assert whole == look
+        assert bool(whole.lost + whole.gained) == (one.margins.shift.mean != 0.0)
     first, last = run.records[0], run.records[-1]
     # At step 0 every mode's reference is the policy's starting point: exactly zero everywhere.
     assert first.reference_check.verdict == "passed", first.reference_check.reason

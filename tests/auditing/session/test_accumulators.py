@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from align_audit.auditing.session.accumulators import PerPair, Rows, State
+from align_audit.auditing.session.accumulators import PerPair, PerToken, Rows, State
 from align_audit.probes.batches import make_batch
 from align_audit.ranks import Ranks
 from tests.helpers.tiny import random_pairs
@@ -145,3 +145,29 @@ def test_putting_again_overwrites() -> None:
 
 def test_names_and_values_of_all_numbers_per_pair() -> None:
     assert [name for name, _ in Kept().per_pair()] == ["number", "layers"]
+
+
+def test_numbers_of_tokens_are_those_of_each_pair_and_side_on_any_process() -> None:
+    """Of random pairs each completion's own tokens, from batches in any order, on three ranks that read different pairs."""
+    pairs = random_pairs(7).pairs
+
+    def read(kept: PerToken, places: list[int], **layout: Any) -> None:
+        batch = make_batch([pairs[place] for place in places], places, 0, **layout)
+        kept.put(batch, batch.target.double() + 0.25)
+
+    def expected(ids: tuple[int, ...], start: int) -> list[float]:
+        return [token + 0.25 for token in ids[max(start, 1) :]]
+
+    def on_a_rank(ranks: Ranks) -> None:
+        kept = PerToken(7)
+        mine = [[3, 0], [6, 1], [2, 5, 4]][ranks.rank]
+        read(kept, mine, shared=ranks.rank == 1)
+        read(kept, mine[:1])  # again, as after running out of memory
+        kept.merge(ranks, np.array(mine))
+        for pair, values in zip(pairs, kept.values, strict=True):
+            assert values is not None
+            assert values[0].dtype == values[1].dtype == np.float32
+            assert values[0].tolist() == expected(pair.chosen_ids, pair.chosen_start)
+            assert values[1].tolist() == expected(pair.rejected_ids, pair.rejected_start)
+
+    together(3, on_a_rank)
