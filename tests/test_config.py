@@ -99,3 +99,4 @@ def test_what_is_shown_makes_no_other_audit() -> None:
     older = {name: value for name, value in stored.items() if name not in ("verbose", "tensorboard_scalars")}
     assert AuditConfig().measures_as(older)
     assert not AuditConfig(max_pairs=3).measures_as(stored)
+    assert AuditConfig.from_dict({"examples": {"pairs": 0}}).measures_as(stored), "what is kept as text is no number"

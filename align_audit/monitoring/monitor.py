@@ -21,7 +21,7 @@ from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.config import AlertConfig, AuditConfig
-from align_audit.errors import AlignAuditError, named
+from align_audit.errors import AlignAuditError, named, plain
 from align_audit.models.reference import policy_fingerprint
 from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.schedule import Training
@@ -375,7 +375,7 @@ class Monitor:
                 logger.warning(
                     "what changed in text at step %d could not be kept: %s. The audit was made all the same, and reports show "
                     "it without texts (shown once)",
-                    record.step, named(error),
+                    record.step, plain(named(error), 300),
                 )  # fmt: skip
 
     def _judged(self, record: AuditRecord, moment: Moment) -> list[Alert]:
