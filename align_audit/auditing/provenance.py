@@ -78,8 +78,8 @@ def kept_under(models: OpenModels, request: AuditRequest) -> tuple[str, ...]:
     """What all depends on that a run keeps in memory of its reference on a probe set."""
     config = request.config
     return (
-        models.hashes[1], models.reference_build, request.probes.content_hash, str(models.reference.compute_dtype),
-        str(config.share_prompts), config.generations.model_dump_json(),
+        models.hashes[1], models.reference_build, models.policy_form, request.probes.content_hash,
+        str(models.reference.compute_dtype), str(config.share_prompts), config.generations.model_dump_json(),
     )  # fmt: skip
 
 
@@ -185,7 +185,6 @@ def make_record(task: AuditTask, began: float) -> AuditRecord:
     session.meter.sample()
     record = AuditRecord(
         kind=request.kind,
-        occasion=request.occasion,
         step=request.step,
         provenance=provenance_of(session, request),
         reference_check=check_reference(session, task[Behaviour], request),

@@ -218,15 +218,17 @@ class Session(Batching):
             margins: [B] of the recording.
         """
         strays = self._replay_check(replay, recording, is_reference)
-        if self.models.spread:
-            strays = self.all_of(strays or []) or None
         if strays is not None:
             margins = self.readout.margins(replay, replay.unpatched(recording), batch)
             self.reference_strays |= is_reference
         return Unpatched(margins, strays)
 
     def _replay_check(self, replay: Replay, recording: Recording, is_reference: bool) -> list[int] | None:
-        """Layers at which a replay strays from the recording; None where it does not stray at all."""
+        """Layers at which a replay strays from the recording; None where it does not stray at all.
+
+        Where processes have to call the same layers, those at which it strays on any of them: which ones are tried on this
+        batch, and on the next, is then the same everywhere.
+        """
         layers = self.num_layers
         seen = self._replayed.get(is_reference, 0)
         every = range(layers)
@@ -235,9 +237,9 @@ class Session(Batching):
         def stray(layer: int) -> bool:
             return not torch.equal(replay.layer(layer, recording.after(layer - 1), recording), recording.after(layer))
 
-        strays = [layer for layer in checked if stray(layer)]
-        if self.all_of(strays) and len(checked) < layers:
-            strays = [layer for layer in every if stray(layer)]
+        strays = self.layers_of_any([layer for layer in checked if stray(layer)])
+        if strays and len(checked) < layers:
+            strays = self.layers_of_any([layer for layer in every if stray(layer)])
         # Counted only now: a check that ran out of memory has shown nothing, and the next batch is the first again.
         self._replayed[is_reference] = seen + 1
         self._strays[is_reference] = bool(strays)

@@ -85,19 +85,25 @@ def is_spread(parameter: torch.Tensor) -> bool:
     return tensor is not None and isinstance(parameter, tensor.DTensor)
 
 
-def settle(model: nn.Module) -> bool:
-    """Let the engine put parameters that it still holds whole back to their shards; whether the model has such an engine.
+def _engine_modules(model: nn.Module) -> list[Any]:
+    """The modules that FSDP2 has taken over."""
+    fsdp = _loaded("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def has_engine(model: nn.Module) -> bool:
+    """Whether an engine keeps the model's weights in shards, and brings them together to compute."""
+    return bool(_engine_modules(model))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let the engine, where the model has one, put parameters that it still holds whole back to their shards.
 
     After an evaluation FSDP2 keeps what ran last whole, in the dtype that it computes in: until its next forward no
     parameter of the optimizer's stands there.
     """
-    fsdp = _loaded("torch.distributed.fsdp")
-    sharded = False
-    for module in model.modules() if fsdp is not None else ():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
-            sharded = True
-    return sharded
+    for module in _engine_modules(model):
+        module.reshard()
 
 
 def plain_class(module: nn.Module) -> type:
