@@ -133,7 +133,8 @@ def _against_the_start(behaviour: Behaviour, request: AuditRequest) -> tuple[Ver
     if not request.at_start:
         return "not_run", "training has begun; policy and reference are compared at step 0"
     if behaviour.identical:
-        return "passed", "policy and reference give equal activations, bit by bit, before training"
+        compared = "activations" if request.kind == "full" else "last activations"
+        return "passed", f"policy and reference give equal {compared}, bit by bit, before training"
     shifts = np.abs(behaviour.shift[np.isfinite(behaviour.shift)])
     moved = f"the margin shift is {shifts.mean():.3g} nats on average" if len(shifts) else "no margin is finite"
     return "failed", (
