@@ -294,5 +294,7 @@ def _form(model: Any) -> tuple[Any, ...]:
     return (
         [(name, plain_class(module)) for name, module in model.named_modules()],
         {name: value for name, value in config.items() if name not in elsewhere},
+        # Two models may share a configuration, which then says what was done to the last one that was resized.
+        tuple(model.get_input_embeddings().weight.shape),
         getattr(model.config, "_attn_implementation", None),
     )

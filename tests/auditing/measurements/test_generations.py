@@ -196,13 +196,14 @@ def test_no_prompt_is_continued_beyond_the_positions_of_either_model(family: str
     """On a CUDA device a position behind the last one of a learned table ends the process."""
     reference = tiny_model(family, dtype=torch.float32, **{name: 26})
     policy = perturbed(reference, 0.3)
+    policy.config = copy.deepcopy(policy.config)
     for model, role in ((policy, "policy"), (reference, "reference")):
         if narrower not in (role, "both"):
             setattr(model.config, name, 512)
     probes = random_pairs(12)
-    short = [prompt for prompt in drawn(probes, 99) if len(prompt) <= 8]
+    short = [prompt for prompt in drawn(probes, 99) if len(prompt) <= 4]
     assert 0 < len(short) < 6
-    said = looked(policy, reference, probes, lengthened(18)).generations
+    said = looked(policy, reference, probes, lengthened(22)).generations
     assert said is not None
     assert said.prompts == len(short)
     assert math.isfinite(said.surprise.mean)
