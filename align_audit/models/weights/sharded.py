@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -205,13 +206,19 @@ def _precision(module: nn.Module) -> MixedPrecisionPolicy | None:
 
 
 def without_engine(model: nn.Module) -> Callable[[], None]:
-    """Take the engine's hooks out of all modules, but for what they do to the dtypes of inputs and outputs.
+    """Take the engine's hooks out of all modules, but for what they do to the dtypes of inputs and outputs, and methods that it
+    has made forwards of (``generate``, by ``register_fsdp_forward_method``): the engine would take what is gathered for shards.
 
     Returns:
-        puts the very same hooks back where they were.
+        puts the very same hooks and methods back where they were.
     """
-    kept: list[tuple[dict[int, Any], int, Any]] = []
+    kept: list[tuple[dict[Any, Any], Any, Any]] = []
     for module in model.modules():
+        for name, method in list(vars(module).items()):
+            function: Any = method.__func__ if inspect.ismethod(method) else None
+            if _is_engines(function):
+                kept.append((vars(module), name, method))
+                vars(module)[name] = function.__wrapped__
         policy = _precision(module)
         for hooks, cast in ((module._forward_pre_hooks, _cast_inputs), (module._forward_hooks, _cast_output)):
             for place, hook in list(hooks.items()):
@@ -225,6 +232,12 @@ def without_engine(model: nn.Module) -> Callable[[], None]:
             hooks[place] = hook
 
     return put_back
+
+
+def _is_engines(function: Any) -> bool:
+    """Whether the engine has put a function of its own around a method; it then goes by the method's name and module."""
+    defined: str = getattr(function, "__globals__", {}).get("__name__", "")
+    return defined.startswith(_ENGINES_HOOKS) and hasattr(function, "__wrapped__")
 
 
 def engine_hooks(model: nn.Module) -> Iterator[Any]:
