@@ -32,21 +32,6 @@ def end_tokens(model: Any, completions: Sequence[Sequence[int]] = ()) -> frozens
     return frozenset(named | (last if len(last) == 1 and len(completions) > 1 else set()))
 
 
-def positions_of(model: Any) -> int | None:
-    """How many tokens a sequence of the model may have, by its configuration; None: it names no limit.
-
-    Behind the last of learned positions there is no row of their table (on a CUDA device to look for it is an assertion
-    that ends the process); behind the last of others a model was never trained.
-    """
-    config: Any = getattr(model, "config", None)
-    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        limit = getattr(text, name, None)
-        if isinstance(limit, int) and limit > 0:
-            return limit
-    return None
-
-
 def continue_greedily(
     model: Any,
     prompts: Sequence[Sequence[int]],

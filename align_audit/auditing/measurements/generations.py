@@ -16,7 +16,8 @@ from align_audit.auditing.session.memory import out_of_memory
 from align_audit.errors import first_line
 from align_audit.measures.continuations import repeated_share, until_end
 from align_audit.measures.margin import token_logp
-from align_audit.models.generation import can_generate, continue_greedily, end_tokens, positions_of
+from align_audit.models.generation import can_generate, continue_greedily, end_tokens
+from align_audit.models.positions import positions_of
 from align_audit.models.replay import Replay
 from align_audit.ranks import Agreed, Status
 from align_audit.record.audit_record import Generations as GenerationsPart

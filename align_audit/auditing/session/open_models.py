@@ -17,6 +17,7 @@ from align_audit.errors import AnatomyError, ConfigurationError, ReferenceUnavai
 from align_audit.models.anatomy import Anatomy, unwrap
 from align_audit.models.build import build_fingerprint
 from align_audit.models.guard import untouched
+from align_audit.models.positions import learned_positions
 from align_audit.models.reference import Reference, check_fit, policy_fingerprint
 from align_audit.models.replay import Replay
 from align_audit.models.verify import open_replay
@@ -280,6 +281,23 @@ def check_vocabulary(pairs: Sequence[ProbePair], models: OpenModels) -> None:
             f"({reference}) has not: they use tokens that were added for training, of which the reference says nothing. "
             "Give it the same tokens before training starts (resize_token_embeddings), or probes without them"
         )
+
+
+def check_positions(pairs: Sequence[ProbePair], models: OpenModels) -> None:
+    """Refuse probe pairs that are longer than a model's table of positions: on a CUDA device to look behind its last row ends
+    the process, and training with it.
+
+    Raises:
+        ConfigurationError: a sequence has more tokens than the policy has positions, or the reference.
+    """
+    longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
+    for replay, role in ((models.policy, "policy"), (models.reference, "reference")):
+        limit = learned_positions(replay.model)
+        if limit is not None and longest > limit:
+            raise ConfigurationError(
+                f"the probes hold a sequence of {longest} tokens, and the {role} has {limit} positions (a table that was "
+                f"learned); expected no longer ones. Set max_length={limit} or less, or pass shorter probes"
+            )
 
 
 def _built_alike(policy: nn.Module, reference: nn.Module) -> bool:
