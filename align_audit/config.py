@@ -204,8 +204,8 @@ class ScheduleConfig(_Part):
     """When the callback audits, and how much.
 
     A *full* audit measures everything; a *health* audit patches nothing, and from a run's second one on costs about one
-    forward of the policy over the probe pairs. ``AuditConfig.budget`` bounds the time that all of them take: a full audit
-    that does not fit it is made as a health audit, and the record says so.
+    forward of the policy over the probe pairs, and its continuations (``generations``). ``AuditConfig.budget`` bounds the
+    time that all of them take: a full audit that does not fit it is made as a health audit, and the record says so.
     """
 
     before_training: bool = True

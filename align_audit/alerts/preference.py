@@ -71,7 +71,7 @@ def never_started(history: History) -> Sign | None:
     )
     if record.step > 0 and record.reference_check.same_weights:
         message = (
-            f"After {record.step} steps the policy's weights equal the reference's bit by bit: nothing was learned."
+            f"After {record.step} steps the policy computes what its reference does, bit by bit: nothing was learned."
         )
         return Sign(rule, "error" if history.begun else "warning", 0.0, message, suggestion)
     kl, shift = record.margins.kl, record.margins.shift

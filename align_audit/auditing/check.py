@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from align_audit.auditing.measurements.sites import SiteCollector
-from align_audit.auditing.session.open_models import OpenModels, check_vocabulary
+from align_audit.auditing.session.open_models import OpenModels, check_positions, check_vocabulary
 from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.models.anatomy import Anatomy
@@ -36,11 +36,13 @@ def check_audit(
     Raises:
         AnatomyError: a model cannot be opened between its layers.
         ReferenceUnavailableError: the reference cannot be had, or does not fit the policy.
-        ConfigurationError: probes of another vocabulary, or a site that the model does not have.
+        ConfigurationError: probes of another vocabulary, or longer than a model has positions, or a site that the model
+            does not have.
     """
     sets = list(probe_sets)
     with OpenModels(policy, reference, autocast=autocast, anatomy=anatomy, keep_loaded=True, ranks=ranks) as models:
         session = Session(models, sets[0].pairs[:1], config)
         for probes in sets:
             check_vocabulary(probes.pairs, models)
+            check_positions(probes.pairs, models)
         SiteCollector(session)

@@ -1,7 +1,8 @@
 """A health audit: what both models say of the pairs and how they go on by themselves; nothing is patched.
 
-From a run's second one on it costs about one forward of the policy over the probe pairs: what it needs of the reference is
-kept (:mod:`align_audit.auditing.session.kept`).
+From a run's second one on it costs about one forward of the policy over the probe pairs, and what the policy takes to write
+its continuations and the reference to read them: what else it needs of the reference is kept
+(:mod:`align_audit.auditing.session.kept`).
 """
 
 from __future__ import annotations

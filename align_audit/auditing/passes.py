@@ -9,6 +9,7 @@ import torch
 from align_audit.auditing.measurements.attribution import Attribution
 from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement, RecordedBatch, SecondLook
+from align_audit.auditing.session.kept import RowsKey, rows_key
 from align_audit.auditing.session.walk import Session, Unpatched
 from align_audit.models.replay import Stream
 from align_audit.probes.batches import PairBatch
@@ -42,21 +43,25 @@ def health_pass(task: AuditTask, tick: Callable[[], None] = lambda: None) -> Non
     """One forward of the policy over every batch, compared with what is kept of the reference; nothing is patched."""
     session, behaviour, top = task.session, task[Behaviour], task.session.num_layers - 1
 
-    def update(batch: PairBatch) -> None:
+    compared: set[RowsKey] = set()
+
+    def update(batch: PairBatch) -> Callable[[], None]:
         at = (batch.row, batch.position)
 
         def reference_rows() -> torch.Tensor:
             with session.as_reference() as replay:
                 return replay.record(batch.model_inputs()).after(top)[at]
 
-        if session.all_of([] if task.kept.has_rows(batch) else [1]):
+        if session.so_for_any(not task.kept.has_rows(batch)):
             task.kept.forget_rows(batch)
         policy, reference = session.record_policy(batch).after(top)[at], task.kept.rows(batch, reference_rows)
         if not torch.equal(policy, reference):
             behaviour.identical = False
         behaviour.compare(batch, policy, reference)
+        return lambda: compared.add(rows_key(batch))
 
     session.each_batch(update, tick=tick)
+    task.kept.forget_rows_but(compared)
     session.bring_together(behaviour.merge)
 
 
@@ -128,7 +133,7 @@ def second_pass(session: Session, behaviour: Behaviour, looks: Sequence[SecondLo
             return
         places = batch.pair_index.cpu().numpy()
         margins = None if session.reference_strays else behaviour.reference_margins(batch)
-        if session.all_of([] if margins is not None else [1]):
+        if session.so_for_any(margins is None):
             margins = None
         policy, reference = session.record_both(batch, until=top, whole_reference=margins is None)
         if margins is None:

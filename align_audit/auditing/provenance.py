@@ -78,8 +78,8 @@ def kept_under(models: OpenModels, request: AuditRequest) -> tuple[str, ...]:
     """What all depends on that a run keeps in memory of its reference on a probe set."""
     config = request.config
     return (
-        models.hashes[1], models.reference_build, request.probes.content_hash, str(models.reference.compute_dtype),
-        str(config.share_prompts), config.generations.model_dump_json(),
+        models.hashes[1], models.reference_build, models.policy_form, request.probes.content_hash,
+        str(models.reference.compute_dtype), str(config.share_prompts), config.generations.model_dump_json(),
     )  # fmt: skip
 
 
@@ -133,7 +133,8 @@ def _against_the_start(behaviour: Behaviour, request: AuditRequest) -> tuple[Ver
     if not request.at_start:
         return "not_run", "training has begun; policy and reference are compared at step 0"
     if behaviour.identical:
-        return "passed", "policy and reference give equal activations, bit by bit, before training"
+        compared = "activations" if request.kind == "full" else "last activations"
+        return "passed", f"policy and reference give equal {compared}, bit by bit, before training"
     shifts = np.abs(behaviour.shift[np.isfinite(behaviour.shift)])
     moved = f"the margin shift is {shifts.mean():.3g} nats on average" if len(shifts) else "no margin is finite"
     return "failed", (
@@ -185,7 +186,6 @@ def make_record(task: AuditTask, began: float) -> AuditRecord:
     session.meter.sample()
     record = AuditRecord(
         kind=request.kind,
-        occasion=request.occasion,
         step=request.step,
         provenance=provenance_of(session, request),
         reference_check=check_reference(session, task[Behaviour], request),

@@ -10,7 +10,7 @@ import numpy as np
 from align_audit.auditing.previous import PreviousAudit
 from align_audit.config import AuditConfig
 from align_audit.probes.pairs import ProbeSet
-from align_audit.record.audit_record import AuditKind, AuditRecord, Occasion
+from align_audit.record.audit_record import AuditKind, AuditRecord
 from align_audit.record.pair_texts import PairTexts
 
 
@@ -20,7 +20,6 @@ class AuditRequest:
 
     Attributes:
         kind: everything, or health only.
-        occasion: why it is made; None outside of a run.
         probe_name: what the run calls the probe set; None where it has only one, without a name.
         at_start: training has not begun, so policy and reference should compute the same.
         beta: of the training, for the record.
@@ -33,7 +32,6 @@ class AuditRequest:
     config: AuditConfig
     step: int = 0
     kind: AuditKind = "full"
-    occasion: Occasion | None = None
     probe_name: str | None = None
     at_start: bool = False
     beta: float | None = None

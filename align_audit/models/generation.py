@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -32,20 +33,36 @@ def end_tokens(model: Any, completions: Sequence[Sequence[int]] = ()) -> frozens
 
 
 def continue_greedily(
-    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int], device: torch.device
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    ends: Collection[int],
+    device: torch.device,
+    suppressed: Collection[int] = (),
+    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> list[list[int]]:
     """The most likely next token, again and again: for each prompt the new tokens, at most ``max_new_tokens``.
 
     A row goes on after its end until all have ended; what stands behind an end means nothing.
+
+    Args:
+        suppressed: tokens that are never written.
+        autocast: makes the context that the model computes in.
     """
-    if next(model.parameters()).dtype == torch.float64:
-        # Eager attention of a sliding window gives NaN there where the padding is longer than the window.
-        return [_continued(model, [prompt], max_new_tokens, ends, device)[0] for prompt in prompts]
-    return _continued(model, prompts, max_new_tokens, ends, device)
+    # Eager attention of a sliding window gives NaN in float64 where the padding is longer than the window.
+    alone = next(model.parameters()).dtype == torch.float64
+    groups = [[prompt] for prompt in prompts] if alone else [prompts]
+    with autocast():
+        return [row for group in groups for row in _continued(model, group, max_new_tokens, ends, device, suppressed)]
 
 
 def _continued(
-    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Collection[int], device: torch.device
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    ends: Collection[int],
+    device: torch.device,
+    suppressed: Collection[int],
 ) -> list[list[int]]:
     from transformers import GenerationConfig
 
@@ -58,6 +75,7 @@ def _continued(
         do_sample=False,
         pad_token_id=_PAD,
         eos_token_id=sorted(ends) or None,
+        suppress_tokens=sorted(suppressed) or None,
         use_cache=True,
     )
     with _bare_settings(model), torch.no_grad():

@@ -12,7 +12,7 @@ from torch import nn
 
 from align_audit.models.adapters import protect_merges
 from align_audit.models.module_state import ModuleState
-from align_audit.models.weights.sharded import settle
+from align_audit.models.weights.sharded import reshard
 from align_audit.models.weights.streaming import stream_of
 
 
@@ -30,7 +30,7 @@ def untouched(*models: nn.Module) -> Iterator[None]:
     off, and weights that were made in it are seen through ordinary tensors over the same memory.
     """
     for model in models:
-        settle(model)  # what an engine holds whole for now would come back empty
+        reshard(model)  # what an engine holds whole for now would come back empty
     streams = [stream for model in models if (stream := stream_of(model)) is not None]
     for stream in streams:
         stream.rest()  # what is kept below would keep the layer that is held now, beside the two that come

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,9 +16,9 @@ from align_audit.errors import ReferenceUnavailableError
 from align_audit.models.adapters import adapters_kept
 from align_audit.models.anatomy import is_peft, unwrap_only
 from align_audit.models.loading import load_model, loader_errors
-from align_audit.models.weights.fingerprint import fingerprint
+from align_audit.models.weights.fingerprint import belongs_to, fingerprint
 from align_audit.models.weights.from_disk import open_streamed
-from align_audit.models.weights.streaming import NotStreamable, close
+from align_audit.models.weights.streaming import NotStreamable, close, files_of
 from align_audit.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,8 @@ class Reference:
         self._model = model
         self._load = load
         self._policy = adapter_of
+        self._hashed: tuple[Hashable, str] | None = None
+        """The weights' hash that was taken last, and the stamp that they had then."""
 
     @property
     def shares_weights(self) -> bool:
@@ -110,16 +112,48 @@ class Reference:
         Args:
             ranks: the processes that weights are spread over.
         """
+        model = self.model()
+        if self._policy is None:
+            return fingerprint(model, without_adapters=self._inactive(), ranks=ranks)
+        with adapters_kept(model):  # the weights without what the policy has merged into them
+            return fingerprint(model, without_adapters=self._inactive(), ranks=ranks)
+
+    def _inactive(self) -> tuple[str, ...]:
+        """The adapters that the reference does not compute with."""
         model: Any = self.model()
-        skipped: tuple[str, ...] = ()
-        if is_peft(model):
-            names = set(model.peft_config)
-            if self._policy is not None:
-                skipped = tuple(sorted(names - {REFERENCE_ADAPTER}))
-                with adapters_kept(model):  # the weights without what the policy has merged into them
-                    return fingerprint(model, without_adapters=skipped, ranks=ranks)
-            skipped = tuple(sorted(names - set(model.active_adapters)))
-        return fingerprint(model, without_adapters=skipped, ranks=ranks)
+        if not is_peft(model):
+            return ()
+        active = {REFERENCE_ADAPTER} if self._policy is not None else set(model.active_adapters)
+        return tuple(sorted(set(model.peft_config) - active))
+
+    def stamp(self) -> Hashable | None:
+        """What stays as it is while the weights do, without a look at them; None: nothing does.
+
+        Of files, which they are and when they were written; of parameters, which objects they are, where they lie and how
+        often they were written to. What is written through ``parameter.data`` does not count there, which is how trainers
+        synchronize a reference: of one that may move, and from time to time of any, take :meth:`fingerprint`.
+        """
+        model = self.model()
+        files = files_of(model)
+        if files is not None:
+            return files
+        if self._load is not None:
+            return None  # read anew each time
+        inactive = self._inactive()
+        parameters = [
+            (name, parameter) for name, parameter in model.named_parameters() if not belongs_to(model, name, inactive)
+        ]
+        if any(type(each) is not nn.Parameter or each.is_inference() or each.is_meta for _, each in parameters):
+            return None  # spread, quantized or absent: such a tensor knows nothing of what is written to it
+        return tuple((name, id(parameter), parameter.data_ptr(), parameter._version) for name, parameter in parameters)
+
+    def hash_at(self, stamp: Hashable | None) -> str | None:
+        """The hash that the weights had at that stamp; None: it was not taken."""
+        return self._hashed[1] if stamp is not None and self._hashed is not None and self._hashed[0] == stamp else None
+
+    def remember_hash(self, stamp: Hashable | None, hashed: str) -> None:
+        """Keep what :meth:`fingerprint` gave of weights with that :meth:`stamp`."""
+        self._hashed = None if stamp is None else (stamp, hashed)
 
     def release(self) -> None:
         """Let go of a model that was loaded or streamed for one audit; no thread of it is left."""

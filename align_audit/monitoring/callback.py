@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import operator
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
@@ -18,7 +19,7 @@ from align_audit.auditing.session.open_models import OpenModels
 from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError
 from align_audit.models.anatomy import Anatomy
-from align_audit.monitoring.monitor import BREAKS, AuditFailure, Moment, Outcome
+from align_audit.monitoring.monitor import BREAKS, Moment, Outcome
 from align_audit.monitoring.probe_sets import given_by_name, make_probe_sets
 from align_audit.monitoring.schedule import Due, Event, Training, decide
 from align_audit.monitoring.start import Run, begin_run, refuse_other_options, refuse_together
@@ -44,15 +45,8 @@ def _guarded(event: _Event) -> _Event:
     def guarded(self: AlignmentAuditCallback, args: Any, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
         if self._run is None or not self._training:
             return  # such as an evaluation before training, or after it, when the best checkpoint was loaded back
-        try:
+        with self._unbroken(state.global_step):
             event(self, args, state, *rest, **kwargs)
-        except BREAKS as error:
-            if self.config.strict:
-                raise
-            self._run.monitor.record_failure(state.global_step, AuditFailure.of(error))
-        except Agreed as agreed:  # that process says what it was
-            if self.config.strict:
-                raise AlignAuditError(str(agreed)) from None
 
     return cast(_Event, guarded)
 
@@ -164,10 +158,27 @@ class AlignmentAuditCallback(TrainerCallback):
         refuse_together(self._ranks, error)
         assert self._run is not None
         self._training = True
-        self._run.monitor.agree()
-        self._next_look = self._ranks.share(self._begin_pace(state, control))
-        self._at(Event.TRAIN_BEGIN, state, control, kwargs["model"])
-        self._run.reference.release()  # loaded for the check, and left in memory where no audit followed
+        with self._unbroken(state.global_step):
+            with self._ranks.together():
+                self._run.monitor.agree()
+                self._next_look = self._ranks.share(self._begin_pace(state, control))
+            self._at(Event.TRAIN_BEGIN, state, control, kwargs["model"])
+        with self._unbroken(state.global_step):
+            self._run.reference.release()  # loaded for the check, and left in memory where no audit followed
+
+    @contextlib.contextmanager
+    def _unbroken(self, step: int) -> Iterator[None]:
+        """Nothing leaves this but with ``strict``: what goes wrong inside is recorded as a failed audit is."""
+        assert self._run is not None
+        try:
+            yield
+        except BREAKS as error:
+            if self.config.strict:
+                raise
+            self._run.monitor.fail(step, error)
+        except Agreed as agreed:  # that process says what it was
+            if self.config.strict:
+                raise AlignAuditError(str(agreed)) from None
 
     def _begin_pace(self, state: TrainerState, control: TrainerControl) -> int | None:
         """Start the clocks; the step of the first look."""
@@ -191,7 +202,7 @@ class AlignmentAuditCallback(TrainerCallback):
         if self._run is not None:
             # auto_find_batch_size begins training again within one run; what is in the log tells what that repeats.
             self._run.monitor.writers.close()
-        facts = read_trainer(self._trainer() if self._trainer is not None else None, args, train_dataloader)
+        facts = read_trainer(self._trainer() if self._trainer is not None else None, args, train_dataloader, state)
         self._find_probes(facts, processing_class)
         return begin_run(
             model,
@@ -292,7 +303,6 @@ class AlignmentAuditCallback(TrainerCallback):
     ) -> list[str]:
         """One moment's audits, and what they ask of training. The rules that warn, and are new."""
         assert self._run is not None
-        assert self._run.monitor.pace is not None
         facts, step = self._run.facts, training.step
         moment = Moment(
             step,
@@ -307,24 +317,40 @@ class AlignmentAuditCallback(TrainerCallback):
             compare_precomputed=facts.compare_precomputed,
         )
         numerics = facts.numerics(model)
-        models = OpenModels(model, self._run.reference, autocast=numerics, anatomy=self._anatomy, ranks=self._ranks)
-        with self._run.monitor.pace.timed(due.kind):
-            outcome = self._run.monitor.audit(models, moment)
+        models = OpenModels(
+            model,
+            self._run.reference,
+            autocast=numerics,
+            anatomy=self._anatomy,
+            ranks=self._ranks,
+            # That a reference moved which should not is noticed at the next full audit.
+            rehash=due.kind == "full" or facts.sync_every is not None,
+        )
+        outcome = self._run.monitor.audit(models, moment)
         self._next_look = outcome.next_look
-        self._act(outcome, control, step, just_saved=event is Event.SAVE)
+        self._act(outcome, control, step, event)
         return outcome.opened
 
-    def _act(self, outcome: Outcome, control: TrainerControl, step: int, *, just_saved: bool) -> None:
+    def _act(self, outcome: Outcome, control: TrainerControl, step: int, event: Event) -> None:
         """Hand the wishes of an audit to the trainer."""
+        reasons = ", ".join(outcome.reasons)
         if outcome.stop:
-            logger.warning("align_audit stops training at step %d: %s", step, ", ".join(outcome.reasons))
+            logger.warning("align_audit stops training at step %d: %s", step, reasons)
             control.should_training_stop = True
-        if outcome.save and not just_saved:
-            logger.warning("align_audit saves a checkpoint at step %d: %s", step, ", ".join(outcome.reasons))
-            if step == 0:
-                self._save_next = True  # the Trainer forgets a wish to save that is made before the first step
-            else:
-                control.should_save = True
+        if not outcome.save or event is Event.SAVE:
+            return
+        if event is Event.TRAIN_END:
+            logger.warning("align_audit would save a checkpoint at step %d, and training has ended: %s", step, reasons)
+            return
+        # Before a step the trainer saves nothing: what it is asked for then comes of the weights after the step.
+        saved = step + 1 if event in (Event.TRAIN_BEGIN, Event.STEP_BEGIN) else step
+        logger.warning(
+            "align_audit saves a checkpoint at step %d, for what it saw at step %d: %s", saved, step, reasons
+        )
+        if event is Event.TRAIN_BEGIN:
+            self._save_next = True  # the Trainer forgets a wish to save that is made before its first step begins
+        else:
+            control.should_save = True
 
 
 __all__ = ["AlignmentAuditCallback"]

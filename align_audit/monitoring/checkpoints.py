@@ -134,7 +134,7 @@ def _audit_checkpoint(
     for record in stored.values():
         monitor.tell(record)
     monitor.resume(moment.step)
-    outcome = monitor.audit(OpenModels(policy, reference), moment)
+    outcome = monitor.audit(OpenModels(policy, reference, hashes=hashes), moment)
     by_name = {**stored, **outcome.records}
     return [by_name[name] for name in sets]
 

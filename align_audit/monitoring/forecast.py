@@ -103,7 +103,7 @@ def _events(planned: PlannedSteps) -> Iterator[tuple[Event, Training]]:
         saving = saving or (bool(planned.save_steps) and step == planned.max_steps)
         evaluating = bool(planned.eval_steps) and step % (planned.eval_steps or 1) == 0
         training = Training(step, planned.max_steps, saving=saving)
-        yield Event.STEP_END, training
+        yield Event.STEP_END, replace(training, evaluating=evaluating)
         if evaluating:
             yield Event.EVALUATE, training
         if saving:

@@ -5,9 +5,10 @@ Every run of audits goes through :class:`Monitor`: training with the callback, a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -22,7 +23,6 @@ from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.config import AlertConfig, AuditConfig
 from align_audit.errors import AlignAuditError, named, plain
-from align_audit.models.reference import policy_fingerprint
 from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.schedule import Training
 from align_audit.probes.pairs import ProbeSet
@@ -86,9 +86,9 @@ class AuditFailure:
     rank: int = 0
 
     @classmethod
-    def of(cls, error: BaseException, probe_name: str | None = None) -> Self:
+    def of(cls, error: BaseException, probe_name: str | None = None, rank: int = 0) -> Self:
         """What is worth telling other processes of an error."""
-        return cls(named(error), "".join(traceback.format_exception(error)), probe_name)
+        return cls(named(error), "".join(traceback.format_exception(error)), probe_name, rank)
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,14 @@ class _Findings:
     failures: list[AuditFailure] = field(default_factory=list)
     error: BaseException | None = None
     """The first."""
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """What breaks inside is kept here, and goes no further."""
+        try:
+            yield
+        except (*BREAKS, Agreed) as error:
+            self.fail(error)
 
     def fail(self, error: BaseException, probe_name: str | None = None) -> None:
         if isinstance(error, Agreed):
@@ -224,15 +232,13 @@ class Monitor:
             AlignAuditError: an audit broke on another process, with ``strict``; on this one its own error is raised.
         """
         findings = _Findings()
-        self._audit_due(models, moment, findings)
+        next_look = self._audit_due(models, moment, findings)
         # The one place where processes wait for each other: whatever happened before, each of them comes here. What
         # follows is made of what all of them said, so that they save together and stop together.
-        training = moment.training
-        next_look = None if self.pace is None or training is None else self.pace.plan(training)
         said = self._ranks.gather((findings.alerts, findings.failures, next_look))
         failures = [replace(failure, rank=rank) for rank, (_, broken, _) in enumerate(said) for failure in broken]
         for failure in failures:
-            self.record_failure(moment.step, failure)
+            self.record_failure(moment.step, failure, heard=True)
         if self.strict and failures:
             if findings.error is not None:
                 raise findings.error
@@ -250,19 +256,34 @@ class Monitor:
     def logged(self, step: int, logs: Mapping[str, object], max_steps: int | None) -> list[Suspicion]:
         """Keep what the trainer logs, and say what is newly suspicious in it; nothing where this process keeps no log.
 
+        What cannot be kept is looked at all the same: the disk that refuses it is a failure of its own.
+
         Raises:
-            OSError: it cannot be kept.
+            OSError: it cannot be kept, with ``strict``.
         """
         if self.training_log is None:
             return []
-        self.training_log.append(step, logs)
+        try:
+            self.training_log.append(step, logs)
+        except OSError as error:
+            if self.strict:
+                raise
+            self.fail(step, error)
         suspicions = suspect(self.training_log.rows, self.config.alerts, max_steps=max_steps)
         fresh = [suspicion for suspicion in suspicions if suspicion.rule not in self._suspected]
         self._suspected = {suspicion.rule for suspicion in suspicions}
         return fresh
 
-    def record_failure(self, step: int, failure: AuditFailure) -> None:
-        """Keep it where this process keeps the log, and say it once."""
+    def fail(self, step: int, error: BaseException) -> None:
+        """Record and say what broke on this process alone."""
+        self.record_failure(step, AuditFailure.of(error, rank=self._ranks.rank))
+
+    def record_failure(self, step: int, failure: AuditFailure, *, heard: bool = False) -> None:
+        """Keep it where this process keeps the log, and say it once.
+
+        Args:
+            heard: all processes know of it, so that the one with the log keeps it.
+        """
         rank = failure.rank
         where = "" if rank == 0 else f" on rank {rank}"
         done, where_to_look = "was recorded", "the traceback is in align_audit/failures.jsonl"
@@ -273,8 +294,11 @@ class Monitor:
             except Exception as error:
                 done = f"could not be recorded ({named(error)})"
                 where_to_look = f"its traceback:\n{failure.traceback}"
-        elif not (self._ranks.size == 1 or rank == self._ranks.rank):
+        elif rank != self._ranks.rank:
             return  # that process says it
+        elif not heard or self._ranks.size == 1:
+            done = "could not be recorded (this process keeps no log)"
+            where_to_look = f"its traceback:\n{failure.traceback}"
         if self.strict:
             return  # whoever gets the error shows it
         on = "" if failure.probe_name is None else f" on the probes {failure.probe_name!r}"
@@ -293,29 +317,38 @@ class Monitor:
         self._ranks.close()
         self._ranks = Ranks()
 
-    def _audit_due(self, models: OpenModels, moment: Moment, findings: _Findings) -> None:
-        try:
-            with self._ranks.together():
-                policy_hash = policy_fingerprint(models.policy_model, self._ranks)
-                due = self.due(moment.step, policy_hash, moment.kind)
-                for name in self.probe_sets:
-                    if name not in due:
-                        self._pass_by((moment.step, policy_hash, name, "full"))
-            if not due:
-                return
-            with models:
-                for name in due:
-                    # An audit that breaks would break again on the same weights.
-                    self._audited.add((moment.step, policy_hash, name, moment.kind))
-                    try:
-                        with self._ranks.together():
-                            self._audit_set(models, moment, name, findings)
-                    except (*BREAKS, Agreed) as error:
-                        findings.fail(error, name)
-                        if self.strict:
-                            break  # else the other probe sets are audited all the same
-        except (*BREAKS, Agreed) as error:
-            findings.fail(error)
+    def _audit_due(self, models: OpenModels, moment: Moment, findings: _Findings) -> int | None:
+        """Audit what is due; the step of the next look, as this process plans it. Nothing that breaks leaves it."""
+        training, pace, next_look = moment.training, self.pace, None
+        with findings.collecting(), contextlib.nullcontext() if pace is None else pace.timed(moment.kind):
+            self._audit_sets(models, moment, findings)
+        if pace is not None and training is not None:
+            with findings.collecting():
+                # After its time was booked: what this moment has cost is no time of training.
+                next_look = pace.plan(training)
+        return next_look
+
+    def _audit_sets(self, models: OpenModels, moment: Moment, findings: _Findings) -> None:
+        with self._ranks.together():
+            policy_hash = models.policy_hash
+            # The first process's word: an audit that all of them make together is due for all of them.
+            due = self._ranks.share(self.due(moment.step, policy_hash, moment.kind))
+            for name in self.probe_sets:
+                if name not in due:
+                    self._pass_by((moment.step, policy_hash, name, "full"))
+        if not due:
+            return
+        with models:
+            for name in due:
+                # An audit that breaks would break again on the same weights.
+                self._audited.add((moment.step, policy_hash, name, moment.kind))
+                try:
+                    with self._ranks.together():
+                        self._audit_set(models, moment, name, findings)
+                except (*BREAKS, Agreed) as error:
+                    findings.fail(error, name)
+                    if self.strict:
+                        break  # else the other probe sets are audited all the same
 
     def _agreed_previous(self, name: str | None) -> PreviousAudit:
         """What the previous audit left; where the next one begins is for the first process to say, which has the log."""

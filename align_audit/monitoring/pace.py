@@ -69,13 +69,15 @@ class Pace:
         budget, cost = self._config.budget, self.spent(training).expected_full
         assert budget is not None
         takes = "" if cost is None else f" takes about {cost:.0f} s and"
-        reason = f"{due.reason}; a full audit{takes} does not fit the budget of {budget:.1%} of the run yet"
+        yet = "" if training.is_last else " yet"
+        reason = f"{due.reason}; a full audit{takes} does not fit the budget of {budget:.1%} of the run{yet}"
         return replace(due, kind="health", reason=reason, unaffordable=cost)
 
     def occasion(
         self, record: AuditRecord, reason: str, training: Training, unaffordable: float | None = None
     ) -> Occasion:
-        """What the record of an audit that was just made says of it; plans the next look."""
+        """What the record of an audit that was just made says of it. The next look is planned as far as it can be told by
+        then: once the moment's time is booked (:meth:`timed`), whoever audits plans it again."""
         self._counted += record.cost.seconds
         self._spend(record.kind, record.cost.seconds, self._counted, record.provenance.num_layers)
         spent = self.spent(training)

@@ -2,8 +2,8 @@
 
 Order of events, as transformers' Trainer fires them: ``step_end`` → ``log`` → ``evaluate`` → ``save``; TRL's reference
 synchronization runs in its own ``on_step_end``, after ours. So an audit due on a synchronization step waits for the next
-event, and one due on a step that is saved waits for the save, which may ask for more. The trainer's TensorBoard writer is
-closed before our ``train_end``, so the last step is audited before that.
+event, and one due on a step that is evaluated or saved waits for the event that may ask for more, the later one where both
+do. The trainer's TensorBoard writer is closed before our ``train_end``, so the last step is audited before that.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ class Event(Enum):
     TRAIN_BEGIN = "train_begin"
     STEP_BEGIN = "step_begin"
     STEP_END = "step_end"
-    LOG = "log"
     EVALUATE = "evaluate"
     SAVE = "save"
     EPOCH_END = "epoch_end"
@@ -65,6 +64,7 @@ class Training:
         max_steps: after how many it ends, if nothing stops it.
         stopping: somebody has asked it to stop.
         saving: a checkpoint of this step is about to be saved.
+        evaluating: this step is about to be evaluated.
         syncs_reference: the reference is synchronized with the policy at this step, after our own event.
         best_loaded: the best checkpoint was loaded back, so that the weights are not those of this step.
     """
@@ -73,8 +73,14 @@ class Training:
     max_steps: int
     stopping: bool = False
     saving: bool = False
+    evaluating: bool = False
     syncs_reference: bool = False
     best_loaded: bool = False
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no step follows."""
+        return self.stopping or self.step >= self.max_steps
 
 
 def decide(
@@ -91,20 +97,28 @@ def decide(
         Due(kind='full', reason='a checkpoint was saved', budgeted=True, later=False, unaffordable=None)
     """
     asked = _asked(event, training, schedule, next_look)
-    if event in (Event.TRAIN_BEGIN, Event.TRAIN_END, Event.LOG):
+    if event in (Event.TRAIN_BEGIN, Event.TRAIN_END):
         return asked
+    waits = _more_may_be_asked(event, training, schedule)
     if event is Event.STEP_END:
-        if asked is None:
-            return None
-        waits = training.syncs_reference or (training.saving and schedule.on_save)
-        return replace(asked, later=waits)
-    return asked.with_pending(pending) if asked is not None else pending and replace(pending, later=False)
+        return None if asked is None else replace(asked, later=waits or training.syncs_reference)
+    due = pending if asked is None else asked.with_pending(pending)
+    return None if due is None else replace(due, later=waits)
+
+
+def _more_may_be_asked(event: Event, training: Training, schedule: ScheduleConfig) -> bool:
+    """Whether an event of this step that is still to come asks for an audit of the same weights."""
+    save = training.saving and schedule.on_save
+    if event in (Event.STEP_END, Event.EPOCH_END):
+        return save or (training.evaluating and schedule.on_evaluate)
+    return event is Event.EVALUATE and save
 
 
 def _asked(event: Event, training: Training, schedule: ScheduleConfig, next_look: int | None) -> Due | None:
     last = Due("full", "the last step", budgeted=True)
     if event is Event.TRAIN_BEGIN:
-        return Due("full", "before training", budgeted=True) if schedule.before_training else None
+        begins = "before training" if training.step == 0 else f"before training goes on from step {training.step}"
+        return Due("full", begins, budgeted=True) if schedule.before_training else None
     if event is Event.TRAIN_END:
         return last if schedule.on_last_step and not training.best_loaded else None
     if event is Event.EVALUATE:
@@ -120,7 +134,7 @@ def _asked_by_step(training: Training, schedule: ScheduleConfig, next_look: int 
     every = schedule.every_n_steps
     if every is not None and training.step % every == 0:
         return Due("full", f"every {every} steps" if every > 1 else "every step")
-    if schedule.on_last_step and (training.stopping or training.step >= training.max_steps):
+    if schedule.on_last_step and training.is_last:
         return Due("full", "the last step", budgeted=True)
     if schedule.health and next_look is not None and training.step >= next_look:
         return Due("health", f"a look at step {next_look} was planned")
@@ -178,8 +192,7 @@ def affords_full(spent: Spent, training: Training, budget: float | None) -> bool
     if spent.audits + cost > allowed:
         return False
     in_all = _allowance(spent.training / spent.steps * _steps_in_all(spent, training), budget)
-    is_last = training.stopping or training.step >= training.max_steps
-    return is_last or spent.audits + 2 * cost <= in_all
+    return training.is_last or spent.audits + 2 * cost <= in_all
 
 
 def look_after(spent: Spent, training: Training, schedule: ScheduleConfig, budget: float | None) -> int | None:

@@ -18,7 +18,7 @@ from align_audit.errors import AlignAuditError, ConfigurationError, named
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
 from align_audit.models.weights.sharded import refuse_sharded
-from align_audit.monitoring.monitor import AuditFailure, Monitor
+from align_audit.monitoring.monitor import BREAKS, AuditFailure, Monitor
 from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.trainer import TrainerFacts
 from align_audit.probes.pairs import ProbeSet
@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 _CHECKED = 2**20 + 1
 """Where processes meet before they try what every audit needs."""
+_REFUSED = 2**20 + 2
+"""Where they meet after it, to tell each other what came of it."""
 
 
 @dataclass(frozen=True)
@@ -174,9 +176,10 @@ def check(
         pass  # what it was, that process says below
     except AlignAuditError as error:
         refusal = error
-    except Exception as error:
+    except BREAKS as error:
         # Not a finding of ours: let the first audit meet it, where it is recorded and training goes on.
         logger.warning("align_audit could not check its set-up: %s", named(error))
+    ranks.check(_REFUSED)
     refused = ranks.any(refusal is not None)
     if refusal is not None:
         raise told(refusal)

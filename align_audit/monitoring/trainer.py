@@ -87,18 +87,20 @@ class TrainerFacts:
             max_steps=state.max_steps,
             stopping=bool(control.should_training_stop),
             saving=bool(control.should_save),
+            evaluating=bool(control.should_evaluate),
             syncs_reference=self.sync_every is not None and step % self.sync_every == 0,
             best_loaded=self.loads_best and state.best_model_checkpoint is not None,
         )
 
 
-def read_trainer(trainer: Any, args: Any, train_dataloader: Any = None) -> TrainerFacts:
+def read_trainer(trainer: Any, args: Any, train_dataloader: Any = None, state: Any = None) -> TrainerFacts:
     """Read a trainer, or the arguments of one that is out of reach.
 
     Args:
         trainer: None where the callback was not attached.
         args: its ``TrainingArguments``, of whatever kind.
         train_dataloader: what an event gives; holds the training set of a trainer that is out of reach.
+        state: its ``TrainerState``, once it trains; knows the batch that ``auto_find_batch_size`` has come to.
     """
     attached = trainer is not None
     loading = getattr(args, "model_init_kwargs", None) or {}
@@ -119,7 +121,7 @@ def read_trainer(trainer: Any, args: Any, train_dataloader: Any = None) -> Train
         compare_precomputed=getattr(args, "ld_alpha", None) is None,
         trust_remote_code=bool(getattr(args, "trust_remote_code", False) or loading.get("trust_remote_code", False)),
         revision=loading.get("revision"),
-        pairs_per_step=_pairs_per_step(args),
+        pairs_per_step=_pairs_per_step(args, state),
         loads_best=bool(getattr(args, "load_best_model_at_end", False)),
         progress=not args.disable_tqdm,
         summary_writer=_summary_writer_of(trainer),
@@ -139,9 +141,10 @@ def _beta(args: Any) -> float | None:
     return float(beta) if isinstance(beta, int | float) else None
 
 
-def _pairs_per_step(args: Any) -> int | None:
+def _pairs_per_step(args: Any, state: Any) -> int | None:
     try:
-        return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+        on_each = getattr(state, "train_batch_size", None) or args.train_batch_size
+        return int(on_each * args.gradient_accumulation_steps * args.world_size)
     except (AttributeError, TypeError, ValueError):
         return None
 

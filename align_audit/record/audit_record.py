@@ -359,7 +359,11 @@ class Alert(Part):
 
 
 class ReferenceCheck(Part):
-    """Is the reference what it should be? ``same_weights``: equal to the policy bit by bit."""
+    """Is the reference what it should be?
+
+    ``same_weights``: on every probe token it computed what the policy did, bit by bit: each layer's stream in a full audit,
+    the last one in a health audit. Weights that differ and still compute the same do not show.
+    """
 
     source: str
     """Where the reference came from, in words."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from align_audit.auditing import audit
+from align_audit.auditing.measurements import generations
 from align_audit.models import verify
 from align_audit.models.replay import Replay
 from align_audit.monitoring import monitor
@@ -20,7 +22,8 @@ def plant(where: str, kind: str, audit_number: int = 2) -> None:
     """Break something once, in this process.
 
     Args:
-        where: ``set-up``, ``layer``, ``head``, ``log`` or ``writer``.
+        where: ``set-up``, ``layer``, ``head``, ``log``, ``writer`` or ``continuation``; ``stray``: a replay strays once from
+            its recording, whatever ``kind``.
         kind: of :data:`_ERRORS`.
         audit_number: in which audit of the run.
     """
@@ -38,23 +41,31 @@ def plant(where: str, kind: str, audit_number: int = 2) -> None:
         "head": (Replay, "head", 2),
         "log": (RunLog, "append", 1),
         "writer": (monitor.Monitor, "tell", 1),
+        "continuation": (generations, "continue_greedily", 1),
+        "stray": (Replay, "layer", 1),
     }
     owner, name, call = places[where]
     wanted = 0 if where == "set-up" else audit_number
-    setattr(owner, name, _broken(getattr(owner, name), lambda: audits.count == wanted, call, _ERRORS[kind]))
+    plan = functools.partial(_broken, getattr(owner, name), lambda: audits.count == wanted, call)
+    setattr(owner, name, plan(None if where == "stray" else _ERRORS[kind]))
 
 
 class _Counter:
     count = 0
 
 
-def _broken(real: Callable[..., Any], now: Callable[[], bool], call: int, error: type[Exception]) -> Callable[..., Any]:
+def _broken(
+    real: Callable[..., Any], now: Callable[[], bool], call: int, error: type[Exception] | None
+) -> Callable[..., Any]:
+    """The same function, which at its ``call``-th call raises, or gives another tensor where there is no ``error``."""
     calls = _Counter()
 
     def broken(*args: Any, **kwargs: Any) -> Any:
         calls.count += now()
-        if now() and calls.count == call:
+        planted = now() and calls.count == call
+        if planted and error is not None:
             raise error("planted")
-        return real(*args, **kwargs)
+        value = real(*args, **kwargs)
+        return value + 1 if planted else value
 
     return broken

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -91,6 +92,16 @@ def test_a_full_audit_that_does_not_fit_is_made_small_and_says_so() -> None:
     assert pace.choose(FULL, Training(500, 1000)) == FULL
     always = Due("full", "every 100 steps")
     assert pace.choose(always, at) == always
+
+
+@pytest.mark.parametrize("last", [{"step": 1000}, {"step": 100, "stopping": True}])
+def test_on_the_last_step_nothing_is_put_off(last: dict[str, Any]) -> None:
+    pace, clock = begun()
+    audit(pace, clock, "health", 0, 100.0)
+    clock.now += 100.0
+    chosen = pace.choose(FULL, Training(**{"max_steps": 1000, **last}))
+    assert chosen.kind == "health"
+    assert chosen.reason.endswith("does not fit the budget of 5.0% of the run")
 
 
 def test_without_a_budget_every_full_audit_is_one() -> None:

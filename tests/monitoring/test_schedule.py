@@ -106,6 +106,48 @@ def test_an_audit_waits_while_the_reference_is_about_to_be_synchronized(
     assert now(decided(event, options, {"syncs_reference": True, **training})) is expected
 
 
+@pytest.mark.parametrize(
+    ("event", "to_come", "options", "waits"),
+    [
+        (Event.STEP_END, "saving", {"on_save": True}, True),
+        (Event.STEP_END, "evaluating", {"on_evaluate": True}, True),
+        (Event.STEP_END, "evaluating", {"on_save": True}, False),
+        (Event.EPOCH_END, "saving", {"on_save": True}, True),
+        (Event.EPOCH_END, "evaluating", {"on_evaluate": True}, True),
+        (Event.EVALUATE, "saving", {"on_save": True}, True),
+        (Event.EVALUATE, "saving", {"on_save": True, "on_evaluate": True}, True),
+        (Event.EVALUATE, "saving", {}, False),
+        (Event.EVALUATE, "evaluating", {"on_evaluate": True}, False),
+        (Event.SAVE, "saving", {"on_save": True}, False),
+        # Whoever was to save or evaluate did not: what waited is made before the next step.
+        (Event.STEP_BEGIN, "saving", {"on_save": True}, False),
+    ],
+)
+def test_a_look_waits_for_an_event_of_its_step_that_may_ask_for_more(
+    event: Event, to_come: str, options: dict[str, Any], waits: bool
+) -> None:
+    due = decided(event, options, {to_come: True}, PENDING, next_look=4)
+    assert now(due) is not waits
+    # What is then made is one audit of these weights, and the larger one.
+    saved = decided(Event.SAVE, {"on_save": True}, {}, due)
+    assert saved is not None
+    assert (saved.kind, saved.later) == ("full", False)
+
+
+def test_a_look_of_a_step_that_is_evaluated_and_saved_is_made_at_the_save() -> None:
+    options, due, made = {"on_save": True, "on_evaluate": True}, None, []
+    for event, to_come in ((Event.STEP_END, {"evaluating": True}), (Event.EVALUATE, {}), (Event.SAVE, {})):
+        due = decided(event, options, {"saving": event is not Event.SAVE, **to_come}, due, next_look=4)
+        assert due is not None
+        made += [] if due.later else [(event, due.kind, due.reason)]
+    assert made == [(Event.SAVE, "full", "the trainer evaluated")]
+
+
+def test_a_run_that_goes_on_is_not_before_training() -> None:
+    due = decided(Event.TRAIN_BEGIN, {"before_training": True}, {"step": 500})
+    assert due == Due("full", "before training goes on from step 500", budgeted=True)
+
+
 @pytest.mark.parametrize("asks", [False, True])
 def test_the_start_forgets_what_an_earlier_training_left(asks: bool) -> None:
     due = decided(Event.TRAIN_BEGIN, {"before_training": asks}, {"step": 0}, PENDING)

@@ -96,7 +96,7 @@ def test_the_last_synchronization() -> None:
 
 
 def test_what_the_schedule_is_told() -> None:
-    control = SimpleNamespace(should_training_stop=True, should_save=False)
+    control = SimpleNamespace(should_training_stop=True, should_save=False, should_evaluate=True)
 
     def training(step: int, best: str | None = None, **changes: Any) -> Any:
         state = SimpleNamespace(global_step=step, max_steps=9, best_model_checkpoint=best)
@@ -109,3 +109,12 @@ def test_what_the_schedule_is_told() -> None:
     assert training(2, "checkpoint-1", load_best_model_at_end=True).best_loaded
     assert not training(2, "checkpoint-1").best_loaded
     assert not training(2, load_best_model_at_end=True).best_loaded
+    assert (training(2).saving, training(2).evaluating) == (False, True)
+
+
+@pytest.mark.parametrize(("tried", "expected"), [(None, 48), (8, 48), (2, 12)])
+def test_a_step_is_made_of_the_batch_that_was_found_to_fit(tried: int | None, expected: int) -> None:
+    """``auto_find_batch_size`` leaves the arguments as they were given."""
+    args = arguments(train_batch_size=8, gradient_accumulation_steps=3, world_size=2)
+    assert read_trainer(None, args, state=SimpleNamespace(train_batch_size=tried)).pairs_per_step == expected
+    assert read_trainer(None, args).pairs_per_step == 48

@@ -42,7 +42,8 @@ class Behaviour(Measurement):
     """Reads both models at the prediction positions, and keeps the margins that patched runs are compared with.
 
     Attributes:
-        identical: policy and reference gave the same residual streams, bit by bit, on every probe token.
+        identical: policy and reference gave the same residual streams, bit by bit, on every probe token; in a health audit
+            the same last streams where tokens are predicted.
     """
 
     name: ClassVar[str | None] = "margins"

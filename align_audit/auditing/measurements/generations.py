@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import ClassVar
 
 import numpy as np
@@ -12,86 +13,176 @@ from align_audit.auditing.measurements.measurement import AuditTask, Measurement
 from align_audit.auditing.session.estimates import Estimates
 from align_audit.auditing.session.kept import Continued
 from align_audit.auditing.session.memory import out_of_memory
-from align_audit.errors import first_line, named
+from align_audit.errors import first_line
 from align_audit.measures.continuations import repeated_share, until_end
 from align_audit.measures.margin import token_logp
 from align_audit.models.generation import can_generate, continue_greedily, end_tokens
+from align_audit.models.positions import positions_of
 from align_audit.models.replay import Replay
+from align_audit.ranks import Agreed, Status
 from align_audit.record.audit_record import Generations as GenerationsPart
+
+Prompt = tuple[int, ...]
+"""Token ids."""
+Active = Callable[[], AbstractContextManager[Replay]]
+"""Makes one of the models compute: ``Session.as_policy`` or ``Session.as_reference``."""
 
 
 class Generations(Measurement):
-    """Continues the same prompts with both models; the reference's continuations are made once a run."""
+    """Continues the same prompts with both models; the reference's continuations are made once a run.
+
+    Both write with the tokens that both have, and stop at the tokens that end a text for either: what one model's files say
+    of its end, and the other's do not, makes no difference between them.
+    """
 
     name: ClassVar[str | None] = "generations"
 
     def __init__(self, task: AuditTask) -> None:
         super().__init__(task)
         self.settings = self.config.generations
+        models = self.session.models
+        self._replays = models.policy, models.reference
+        self._vocabulary = min(replay.anatomy.vocab_size for replay in self._replays)
+        """Tokens that both models have."""
+        limits = [limit for replay in self._replays if (limit := positions_of(replay.model)) is not None]
+        self._positions = min(limits, default=None)
+        """Tokens that a sequence may have in both models; None: as many as there are."""
         self.prompts = dict(self._drawn()) if self.settings.enabled else {}
         """Place of a pair → its prompt."""
+        self._ends = self._end_tokens()
         self._policy = self._reference = Continued([], [], [])
         self._why_not = self._refusal()
 
-    def _drawn(self) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """One pair of each prompt, in the order of their tokens' hashes: which are drawn depends on nothing but these."""
+    def _drawn(self) -> Iterator[tuple[int, Prompt]]:
+        """One pair of each prompt that leaves room, in the order of their tokens' hashes: which are drawn depends on nothing
+        but these."""
         seen: set[int] = set()
         for place, pair in enumerate(self.session.pairs):
             prompt = pair.chosen_ids[: pair.chosen_start]
-            if len(prompt) > 0 and pair.group not in seen and len(seen) < self.settings.prompts:
+            if self._has_room(prompt) and pair.group not in seen and len(seen) < self.settings.prompts:
                 seen.add(pair.group)
                 yield place, prompt
+
+    def _has_room(self, prompt: Prompt) -> bool:
+        """Whether there is something to go on from, and positions enough to do so."""
+        if self._positions is None:
+            return len(prompt) > 0
+        return 0 < len(prompt) <= self._positions - self.settings.max_new_tokens
+
+    def _end_tokens(self) -> frozenset[int]:
+        completions = [ids for pair in self.session.pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+        ends = frozenset().union(*(end_tokens(replay.model, completions) for replay in self._replays))
+        return frozenset(token for token in ends if token < self._vocabulary)
 
     def _refusal(self) -> str | None:
         if not self.settings.enabled:
             return "switched off (generations.enabled)"
         if not self.prompts:
-            return "no probe pair has a prompt to go on from"
-        models = self.session.models
-        if not (can_generate(models.policy.model) and can_generate(models.reference.model)):
-            return f"{type(models.policy.model).__name__} has no generate()"
+            return self._why_none_is_drawn()
+        for replay in self._replays:
+            if not can_generate(replay.model):
+                return f"{type(replay.model).__name__} has no generate()"
         return None
+
+    def _why_none_is_drawn(self) -> str:
+        shortest = min((pair.chosen_start for pair in self.session.pairs if pair.chosen_start > 0), default=None)
+        if shortest is None:
+            return "no probe pair has a prompt to go on from"
+        return (
+            f"the shortest prompt ({shortest} tokens) and generations.max_new_tokens ({self.settings.max_new_tokens}) go "
+            f"beyond the {self._positions} positions that the models have; expected a smaller max_new_tokens, or probes with "
+            "shorter prompts"
+        )
 
     def look_closer(self, tick: object) -> None:
         """Continue the prompts, and let the reference read what was written."""
         if self._why_not is not None:
             return
-        kept, session = self.task.kept, self.session
-        try:
-            if kept.continued is None:
-                with session.as_reference() as replay:
-                    kept.continued = self._continued(replay)
-            with session.as_policy() as replay:
-                self._policy = self._continued(replay)
-        except (
-            AttributeError,
-            IndexError,
-            KeyError,
-            NotImplementedError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            if out_of_memory(error):
-                raise
-            # A model whose forward is sound may still have no sound way to go on from its own cache.
-            self._why_not = f"generate() failed: {first_line(error) or named(error)}"
+        kept, session, ranks = self.task.kept, self.session, self.session.models.ranks
+        # What is kept may differ from process to process; what is done next may not.
+        self._why_not = ranks.share(kept.why_not_continued)
+        if self._why_not is not None:
             return
-        self._reference = kept.continued
-        if self._policy.tokens == self._reference.tokens:
-            self._policy = self._reference
+        if ranks.any(kept.continued is None or kept.continued.ends != self._ends):
+            kept.continued = self._tried(session.as_reference, remember=True)
+        if kept.continued is None:
+            return
+        policy = self._tried(session.as_policy)
+        if policy is not None:
+            self._reference = kept.continued
+            self._policy = self._reference if policy.tokens == self._reference.tokens else policy
 
-    def _continued(self, replay: Replay) -> Continued:
-        pairs = self.session.pairs
-        ends = end_tokens(replay.model, [ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)])
-        prompts = list(self.prompts.values())
-        rows = continue_greedily(replay.model, prompts, self.settings.max_new_tokens, ends, replay.device)
-        texts = [until_end(row, ends) for row in rows]
+    def _tried(self, active: Active, *, remember: bool = False) -> Continued | None:
+        """What the model writes; None on all processes where one cannot, and ``_why_not`` says why.
+
+        Args:
+            remember: where it cannot, it is not tried again in this run. Memory that ran out may be there the next time.
+        """
+        try:
+            return self._continued(active)
+        except _NoRoom:
+            self._why_not = "memory ran out, also with one prompt at a time"
+            return None
+        except Agreed:
+            self._why_not = "generate() failed on another process"
+        # A model whose forward is sound may still have no sound way to go on from its own cache, and say so in any way.
+        except (Exception, SystemExit) as error:
+            self._why_not = f"generate() failed: {first_line(error)}"
+        if remember:
+            self.task.kept.why_not_continued = self._why_not
+        self.session.models.rest()
+        return None
+
+    def _continued(self, active: Active) -> Continued:
+        """All prompts at once; one after the other where memory does not hold them, here or on another process.
+
+        Raises:
+            _NoRoom: nor does it hold one.
+            Agreed: another process cannot go on.
+        """
+        session, prompts = self.session, list(self.prompts.values())
+        for count in dict.fromkeys((len(prompts), 1)):
+            try:
+                with session.models.ranks.together(out_of_memory), active() as replay:
+                    parts = [
+                        self._written(replay, prompts[first : first + count]) for first in range(0, len(prompts), count)
+                    ]
+            except Agreed as agreed:
+                if agreed.status is not Status.MEMORY:
+                    raise
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+            else:
+                return Continued(
+                    [tokens for part in parts for tokens in part.tokens],
+                    [ended for part in parts for ended in part.ended],
+                    [surprise for part in parts for surprise in part.surprise],
+                    self._ends,
+                )
+            # Out of the handler, so that the failed call's tensors are free.
+            session.models.rest()
+            session.free_memory()
+        raise _NoRoom
+
+    def _written(self, replay: Replay, prompts: Sequence[Prompt]) -> Continued:
+        """What the model makes of these prompts, at once."""
+        rows = continue_greedily(
+            replay.model,
+            prompts,
+            self.settings.max_new_tokens,
+            # Processes that bring weights together take the same number of steps, wherever each sees its texts end.
+            () if self.session.models.spread else self._ends,
+            replay.device,
+            range(self._vocabulary, replay.anatomy.vocab_size),
+            replay.autocast,
+        )
+        texts = [until_end(row, self._ends) for row in rows]
         self.session.meter.sample()
         tokens = [text for text, _ in texts]
         return Continued(tokens, [ended for _, ended in texts], self._surprise(prompts, tokens))
 
-    def _surprise(self, prompts: list[tuple[int, ...]], texts: list[list[int]]) -> list[float]:
+    def _surprise(self, prompts: Sequence[Prompt], texts: list[list[int]]) -> list[float]:
         """−log ρ of each text behind its prompt, nats per token."""
         widest = max(len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True))
         ids = torch.zeros(len(prompts), widest, dtype=torch.long)
@@ -133,3 +224,7 @@ class Generations(Measurement):
     @property
     def _over_prompts(self) -> Estimates:
         return self.estimates.over(np.array(list(self.prompts)))
+
+
+class _NoRoom(Exception):
+    """Memory holds not even one prompt's continuation."""

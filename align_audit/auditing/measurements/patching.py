@@ -147,7 +147,7 @@ class Patching(Measurement):
         """Effects at the layers that the batch is to be patched at by now, and was not when it was measured."""
         session = self.session
         measured = ~np.isnan(self.state.effect.values[int(batch.pair_index[0])])
-        layers = session.all_of([layer for layer in session.layers_of(batch) if not measured[layer + 1]])
+        layers = session.layers_of_any([layer for layer in session.layers_of(batch) if not measured[layer + 1]])
         if not layers:
             return
         policy = session.record_policy(batch, until=max(layers))

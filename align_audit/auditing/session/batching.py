@@ -178,11 +178,15 @@ class Batching:
         """What all processes have room for, where they have to call the same layers."""
         return min(self.models.ranks.gather(number)) if self.models.spread else number
 
-    def all_of(self, places: Sequence[int]) -> list[int]:
-        """What any process names, ascending, where they have to call the same layers."""
+    def layers_of_any(self, layers: Sequence[int]) -> list[int]:
+        """The layers that any process names, ascending, where they have to call the same ones."""
         if not self.models.spread:
-            return list(places)
-        return sorted(set().union(*self.models.ranks.gather(places)))
+            return list(layers)
+        return sorted(set().union(*self.models.ranks.gather(layers)))
+
+    def so_for_any(self, decision: bool) -> bool:
+        """Whether it is so on any process, where they have to call the same layers."""
+        return self.models.ranks.any(decision) if self.models.spread else decision
 
     def free_memory(self) -> None:
         """Give back what nothing refers to any more."""

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 import torch
 
 from align_audit.probes.batches import PairBatch
+
+KEPT_BYTES = 2**30
+"""Of a probe set's rows, how much stays in the host's memory; what is beyond that is computed at every look."""
+
+RowsKey = tuple[tuple[int, ...], tuple[int, ...]]
+"""A batch: places of its pairs, and the shape that they are laid out in."""
 
 
 @dataclass
@@ -18,11 +24,13 @@ class Continued:
         tokens: of each prompt, up to and with the one that ends it.
         ended: whether there is one.
         surprise: −log ρ in nats per token, of each.
+        ends: the tokens that end a text.
     """
 
     tokens: list[list[int]]
     ended: list[bool]
     surprise: list[float]
+    ends: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -30,14 +38,16 @@ class KeptReference:
     """Of one reference on one probe set, as long as neither changes.
 
     Attributes:
-        key: what all of it depends on: weights, build, pairs, settings.
+        key: what all of it depends on: weights, build, how the policy is built, pairs, settings.
         continued: its own continuations; None: not made yet.
+        why_not_continued: why it cannot continue a text, once that has shown.
     """
 
     key: tuple[str, ...]
     continued: Continued | None = None
+    why_not_continued: str | None = None
     _layout: list[str | None] = field(default_factory=list)
-    _rows: dict[tuple[tuple[int, ...], tuple[int, ...]], torch.Tensor] = field(default_factory=dict)
+    _rows: dict[RowsKey, torch.Tensor] = field(default_factory=dict)
 
     @property
     def has_layout(self) -> bool:
@@ -55,21 +65,35 @@ class KeptReference:
         return self._layout[0]
 
     def rows(self, batch: PairBatch, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The reference's last stream [P, d] at the prediction entries of a batch; ``run`` makes it the first time."""
-        key = _key(batch)
+        """The reference's last stream [P, d] at the prediction entries of a batch; ``run`` makes it the first time, and every
+        time where :data:`KEPT_BYTES` are full."""
+        key = rows_key(batch)
         if key not in self._rows:
+            made = run()
+            if self.kept_bytes + made.nbytes > KEPT_BYTES:
+                return made
             # On the CPU, whatever the model is on: training wants the device's memory for itself in between.
-            self._rows[key] = run().cpu()
+            self._rows[key] = made.cpu()
         return self._rows[key].to(batch.row.device)
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of all :meth:`rows` that are kept."""
+        return sum(rows.nbytes for rows in self._rows.values())
+
     def has_rows(self, batch: PairBatch) -> bool:
-        """Whether :meth:`rows` were made of the batch."""
-        return _key(batch) in self._rows
+        """Whether :meth:`rows` of the batch are kept."""
+        return rows_key(batch) in self._rows
 
     def forget_rows(self, batch: PairBatch) -> None:
         """They are made again: another process does not have those of its own batch."""
-        self._rows.pop(_key(batch), None)
+        self._rows.pop(rows_key(batch), None)
+
+    def forget_rows_but(self, keys: Collection[RowsKey]) -> None:
+        """Let go of the rows of all other batches: pairs go together otherwise by now, and nobody asks for them again."""
+        self._rows = {key: rows for key, rows in self._rows.items() if key in keys}
 
 
-def _key(batch: PairBatch) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def rows_key(batch: PairBatch) -> RowsKey:
+    """What :meth:`KeptReference.rows` of a batch are kept under."""
     return tuple(batch.pair_index.tolist()), tuple(batch.input_ids.shape)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from align_audit.auditing.session.memory import out_of_memory
 from align_audit.models.replay import Replay
 from align_audit.probes.batches import PairBatch, common_prompt, make_batch, pair_tokens
 
@@ -24,6 +25,9 @@ def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float)
 
     Args:
         tolerance: largest difference of a logit, as a share of the largest logit.
+
+    Raises:
+        MemoryError, RuntimeError: memory ran out, as :func:`~align_audit.auditing.session.memory.out_of_memory` knows it.
     """
     order = sorted(
         (i for i, pair in enumerate(pairs) if common_prompt(pair)), key=lambda i: pair_tokens(pairs[i], True)
@@ -38,6 +42,8 @@ def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float)
         try:
             packed = _logits(replay, batch)
         except Exception as error:
+            if out_of_memory(error):
+                raise  # it says nothing of the model, and would be kept for the run
             return f"the model does not take rows with a mask of their own ({type(error).__name__}: {error})"
         whole = make_batch([pair], [index], 0).to(replay.device)
         for side in sides:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,12 +17,13 @@ from align_audit.errors import AnatomyError, ConfigurationError, ReferenceUnavai
 from align_audit.models.anatomy import Anatomy, unwrap
 from align_audit.models.build import build_fingerprint
 from align_audit.models.guard import untouched
+from align_audit.models.positions import learned_positions
 from align_audit.models.reference import Reference, check_fit, policy_fingerprint
 from align_audit.models.replay import Replay
 from align_audit.models.verify import open_replay
 from align_audit.models.weights.from_host import placed
 from align_audit.models.weights.gathered import GatheredLayers, gathered_by_layer
-from align_audit.models.weights.sharded import plain_class, settle
+from align_audit.models.weights.sharded import has_engine, plain_class, reshard
 from align_audit.models.weights.streaming import stream_of
 from align_audit.ranks import Ranks
 
@@ -40,6 +42,9 @@ class OpenModels:
         anatomy: where the decoder layers are, for a model in which they cannot be found.
         keep_loaded: a reference that was loaded for this stays in memory, for the audit that follows.
         ranks: the processes that do this together. Weights may be spread over them.
+        rehash: False: weights of the reference that show no sign of a change since they were hashed for an earlier audit are
+            not read for it again.
+        hashes: of the weights of policy and reference, where somebody has just read them.
 
     Attributes:
         policy, reference: each open between its layers, once :meth:`open` was called.
@@ -61,6 +66,8 @@ class OpenModels:
         anatomy: Anatomy | None = None,
         keep_loaded: bool = False,
         ranks: Ranks | None = None,
+        rehash: bool = True,
+        hashes: tuple[str, str] | None = None,
     ) -> None:
         self.ranks = ranks if ranks is not None else Ranks()
         self.policy_model = policy
@@ -71,6 +78,10 @@ class OpenModels:
         self._autocast = autocast
         self._anatomy = anatomy
         self._keep_loaded = keep_loaded
+        self._rehash = rehash
+        self._hashes = hashes
+        self._stamp: Hashable | None = None
+        """What tells that the reference's weights are those of an earlier hash."""
         self._stack = contextlib.ExitStack()
         self._opened = False
 
@@ -101,12 +112,15 @@ class OpenModels:
         models = [self.policy_model]
         with untouched(self.policy_model):  # loading a reference draws random numbers
             reference = self.source.model()
+            self._stamp = self.source.stamp()  # now: below, weights may be copied to where they compute
         if reference is not self.policy_model:
             check_in_memory(reference, "reference")
             stack.enter_context(placed(reference, next(self.policy_model.parameters()).device))
             models.append(reference)
         stack.enter_context(untouched(*models))
-        self.spread = any(map(settle, models))
+        for model in models:
+            reshard(model)
+        self.spread = any(map(has_engine, models))
         if self.spread:
             self.hashes  # noqa: B018  (now: they are of the shards, not of what is gathered and cast to compute with)
         layers = None if self._anatomy is None else self._anatomy.layers
@@ -141,15 +155,38 @@ class OpenModels:
     @functools.cached_property
     def hashes(self) -> tuple[str, str]:
         """Of the weights of policy and reference."""
+        if self._hashes is not None:
+            return self._hashes
         # The reference first: a streamed one holds no layer while the policy is read.
-        reference = self.source.fingerprint(self.ranks)
-        return policy_fingerprint(self.policy_model, self.ranks), reference
+        reference = self._reference_hash()
+        return self.policy_hash, reference
+
+    @functools.cached_property
+    def policy_hash(self) -> str:
+        """Of the policy's weights; also before the models are open."""
+        return policy_fingerprint(self.policy_model, self.ranks) if self._hashes is None else self._hashes[0]
+
+    def _reference_hash(self) -> str:
+        # Weights that are spread are hashed by all processes or by none, and are in memory.
+        if not self._rehash and not self.spread:
+            hashed = self.source.hash_at(self._stamp)
+            if hashed is not None:
+                return hashed
+        hashed = self.source.fingerprint(self.ranks)
+        self.source.remember_hash(self._stamp, hashed)
+        return hashed
 
     @functools.cached_property
     def reference_build(self) -> str:
         """Hash of what the reference computes with beside its parameters."""
         with self.as_reference() as replay:
             return build_fingerprint(replay.model)
+
+    @functools.cached_property
+    def policy_form(self) -> str:
+        """Hash of how the policy is built: its modules, configuration and attention, and the dtype that it computes in."""
+        words = f"{_form(self.policy.model)}{self.policy.compute_dtype}"
+        return hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
 
     @contextlib.contextmanager
     def as_policy(self) -> Iterator[Replay]:
@@ -246,16 +283,36 @@ def check_vocabulary(pairs: Sequence[ProbePair], models: OpenModels) -> None:
         )
 
 
+def check_positions(pairs: Sequence[ProbePair], models: OpenModels) -> None:
+    """Refuse probe pairs that are longer than a model's table of positions: on a CUDA device to look behind its last row ends
+    the process, and training with it.
+
+    Raises:
+        ConfigurationError: a sequence has more tokens than the policy has positions, or the reference.
+    """
+    longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
+    for replay, role in ((models.policy, "policy"), (models.reference, "reference")):
+        limit = learned_positions(replay.model)
+        if limit is not None and longest > limit:
+            raise ConfigurationError(
+                f"the probes hold a sequence of {longest} tokens, and the {role} has {limit} positions (a table that was "
+                f"learned); expected no longer ones. Set max_length={limit} or less, or pass shorter probes"
+            )
+
+
 def _built_alike(policy: nn.Module, reference: nn.Module) -> bool:
     """Whether the reference is built just as the (unwrapped) policy is."""
+    return _form(policy) == _form(unwrap(reference))
 
-    def build(model: Any) -> tuple[Any, ...]:
-        config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
-        elsewhere = ("_name_or_path", "dtype", "transformers_version", "use_cache")
-        return (
-            [(name, plain_class(module)) for name, module in model.named_modules()],
-            {name: value for name, value in config.items() if name not in elsewhere},
-            getattr(model.config, "_attn_implementation", None),
-        )
 
-    return build(policy) == build(unwrap(reference))
+def _form(model: Any) -> tuple[Any, ...]:
+    """How an unwrapped model is built, whatever its weights are."""
+    config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
+    elsewhere = ("_name_or_path", "dtype", "transformers_version", "use_cache")
+    return (
+        [(name, plain_class(module)) for name, module in model.named_modules()],
+        {name: value for name, value in config.items() if name not in elsewhere},
+        # Two models may share a configuration, which then says what was done to the last one that was resized.
+        tuple(model.get_input_embeddings().weight.shape),
+        getattr(model.config, "_attn_implementation", None),
+    )

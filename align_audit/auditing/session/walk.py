@@ -16,7 +16,7 @@ from align_audit.auditing.session.estimates import Estimates
 from align_audit.auditing.session.kept import KeptReference
 from align_audit.auditing.session.layout import why_not_shared
 from align_audit.auditing.session.memory import MemoryMeter, usual_working_bytes
-from align_audit.auditing.session.open_models import OpenModels, check_vocabulary
+from align_audit.auditing.session.open_models import OpenModels, check_positions, check_vocabulary
 from align_audit.auditing.session.readout import Readout
 from align_audit.auditing.session.subsets import CONTROL, PATCHED, PairChoice, choose_pairs
 from align_audit.errors import ProbeError
@@ -67,7 +67,7 @@ class Session(Batching):
 
     Raises:
         ProbeError: there are no pairs.
-        ConfigurationError: the pairs were tokenized for another vocabulary.
+        ConfigurationError: the pairs were tokenized for another vocabulary, or are longer than a model has positions.
     """
 
     def __init__(
@@ -99,6 +99,7 @@ class Session(Batching):
         self._strays: dict[bool, bool] = {}
         self.reference_strays = False
         check_vocabulary(self.pairs, models)
+        check_positions(self.pairs, models)
         self.take_choice(choose_pairs(self.pairs, self.num_layers, config, previous))
         self.exact_pairs = self.choice.everywhere
         self.control_pairs = self.choice.control_pairs
@@ -218,15 +219,17 @@ class Session(Batching):
             margins: [B] of the recording.
         """
         strays = self._replay_check(replay, recording, is_reference)
-        if self.models.spread:
-            strays = self.all_of(strays or []) or None
         if strays is not None:
             margins = self.readout.margins(replay, replay.unpatched(recording), batch)
             self.reference_strays |= is_reference
         return Unpatched(margins, strays)
 
     def _replay_check(self, replay: Replay, recording: Recording, is_reference: bool) -> list[int] | None:
-        """Layers at which a replay strays from the recording; None where it does not stray at all."""
+        """Layers at which a replay strays from the recording; None where it does not stray at all.
+
+        Where processes have to call the same layers, those at which it strays on any of them: which ones are tried on this
+        batch, and on the next, is then the same everywhere.
+        """
         layers = self.num_layers
         seen = self._replayed.get(is_reference, 0)
         every = range(layers)
@@ -235,9 +238,9 @@ class Session(Batching):
         def stray(layer: int) -> bool:
             return not torch.equal(replay.layer(layer, recording.after(layer - 1), recording), recording.after(layer))
 
-        strays = [layer for layer in checked if stray(layer)]
-        if self.all_of(strays) and len(checked) < layers:
-            strays = [layer for layer in every if stray(layer)]
+        strays = self.layers_of_any([layer for layer in checked if stray(layer)])
+        if strays and len(checked) < layers:
+            strays = self.layers_of_any([layer for layer in every if stray(layer)])
         # Counted only now: a check that ran out of memory has shown nothing, and the next batch is the first again.
         self._replayed[is_reference] = seen + 1
         self._strays[is_reference] = bool(strays)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from align_audit.models.weights.sharded import is_spread, part_of, settle, whole
+from align_audit.models.weights.sharded import has_engine, is_spread, part_of, reshard, whole
 from align_audit.models.weights.streaming import stored_tensors
 from align_audit.ranks import Ranks
 
@@ -40,9 +40,9 @@ def fingerprint(model: nn.Module, *, without_adapters: tuple[str, ...] = (), ran
     Raises:
         Agreed: another process cannot go on.
     """
-    spread = settle(model)
+    reshard(model)
     weights = tensors(model, without_adapters=without_adapters)
-    if spread:
+    if has_engine(model):
         return hash_of(_summed_together(weights, ranks if ranks is not None else Ranks()).items())
     return hash_of((name, summed(weight())) for name, weight in weights.items())
 

@@ -294,7 +294,7 @@ def open_streamed(
     cast(Any, model).config.name_or_path = str(path)
     model.eval()
     stream = LayerStream(members, weights, copy_to(there), pinned=there.type == "cuda")
-    register(model, stream, stored)
+    register(model, stream, stored, frozenset((entry.file, entry.stamp) for entry in entries.values()))
     try:
         _try(model, there)
         stream.rest()

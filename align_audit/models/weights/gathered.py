@@ -19,7 +19,7 @@ from torch import nn
 
 from align_audit.errors import ConfigurationError
 from align_audit.models.anatomy import unwrap
-from align_audit.models.weights.sharded import compute_dtypes, is_spread, settle, whole, without_engine
+from align_audit.models.weights.sharded import compute_dtypes, has_engine, is_spread, reshard, whole, without_engine
 from align_audit.models.weights.streaming import NotStreamable, close, find_layers, register
 from align_audit.ranks import Ranks
 
@@ -150,9 +150,10 @@ def gathered_by_layer(
         ConfigurationError: adapters are merged into weights that are spread.
         Agreed: another process cannot go on.
     """
-    if not settle(model):
+    if not has_engine(model):
         yield None
         return
+    reshard(model)
     _refuse_merged(model)
     try:
         _, members = find_layers(unwrap(model), layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -85,19 +86,25 @@ def is_spread(parameter: torch.Tensor) -> bool:
     return tensor is not None and isinstance(parameter, tensor.DTensor)
 
 
-def settle(model: nn.Module) -> bool:
-    """Let the engine put parameters that it still holds whole back to their shards; whether the model has such an engine.
+def _engine_modules(model: nn.Module) -> list[Any]:
+    """The modules that FSDP2 has taken over."""
+    fsdp = _loaded("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
+def has_engine(model: nn.Module) -> bool:
+    """Whether an engine keeps the model's weights in shards, and brings them together to compute."""
+    return bool(_engine_modules(model))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let the engine, where the model has one, put parameters that it still holds whole back to their shards.
 
     After an evaluation FSDP2 keeps what ran last whole, in the dtype that it computes in: until its next forward no
     parameter of the optimizer's stands there.
     """
-    fsdp = _loaded("torch.distributed.fsdp")
-    sharded = False
-    for module in model.modules() if fsdp is not None else ():
-        if isinstance(module, fsdp.FSDPModule):
-            module.reshard()
-            sharded = True
-    return sharded
+    for module in _engine_modules(model):
+        module.reshard()
 
 
 def plain_class(module: nn.Module) -> type:
@@ -199,13 +206,19 @@ def _precision(module: nn.Module) -> MixedPrecisionPolicy | None:
 
 
 def without_engine(model: nn.Module) -> Callable[[], None]:
-    """Take the engine's hooks out of all modules, but for what they do to the dtypes of inputs and outputs.
+    """Take the engine's hooks out of all modules, but for what they do to the dtypes of inputs and outputs, and methods that it
+    has made forwards of (``generate``, by ``register_fsdp_forward_method``): the engine would take what is gathered for shards.
 
     Returns:
-        puts the very same hooks back where they were.
+        puts the very same hooks and methods back where they were.
     """
-    kept: list[tuple[dict[int, Any], int, Any]] = []
+    kept: list[tuple[dict[Any, Any], Any, Any]] = []
     for module in model.modules():
+        for name, method in list(vars(module).items()):
+            function: Any = method.__func__ if inspect.ismethod(method) else None
+            if _is_engines(function):
+                kept.append((vars(module), name, method))
+                vars(module)[name] = function.__wrapped__
         policy = _precision(module)
         for hooks, cast in ((module._forward_pre_hooks, _cast_inputs), (module._forward_hooks, _cast_output)):
             for place, hook in list(hooks.items()):
@@ -219,6 +232,12 @@ def without_engine(model: nn.Module) -> Callable[[], None]:
             hooks[place] = hook
 
     return put_back
+
+
+def _is_engines(function: Any) -> bool:
+    """Whether the engine has put a function of its own around a method; it then goes by the method's name and module."""
+    defined: str = getattr(function, "__globals__", {}).get("__name__", "")
+    return defined.startswith(_ENGINES_HOOKS) and hasattr(function, "__wrapped__")
 
 
 def engine_hooks(model: nn.Module) -> Iterator[Any]:

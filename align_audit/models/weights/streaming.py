@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -272,6 +273,10 @@ def copy_to(device: torch.device) -> Copy:
 # -- which model is streamed --------------------------------------------------------------------------------------------
 
 
+Files = frozenset[tuple[Path, tuple[int, int, int]]]
+"""The files that a model is read from, each with what it looked like when it was opened."""
+
+
 class LayerHolder(Protocol):
     """Has a model's decoder layers in memory while they compute: :class:`LayerStream`, and whoever gathers them."""
 
@@ -287,6 +292,7 @@ class LayerHolder(Protocol):
 
 _streams: weakref.WeakKeyDictionary[nn.Module, LayerHolder] = weakref.WeakKeyDictionary()
 _stored: weakref.WeakKeyDictionary[nn.Module, dict[str, Weight]] = weakref.WeakKeyDictionary()
+_files: weakref.WeakKeyDictionary[nn.Module, Files] = weakref.WeakKeyDictionary()
 
 
 def stream_of(model: nn.Module) -> LayerHolder | None:
@@ -298,15 +304,30 @@ def close(model: nn.Module) -> None:
     """End the streaming of a model, if it is streamed: nothing is held for its layers and no thread runs."""
     stream = _streams.pop(model, None)
     _stored.pop(model, None)
+    _files.pop(model, None)
     if stream is not None:
         stream.close()
 
 
-def register(model: nn.Module, stream: LayerHolder, stored: dict[str, Weight] | None = None) -> None:
-    """From now on ``stream`` is the model's. ``stored``: its parameters and buffers that are not in memory, by name."""
+def register(
+    model: nn.Module, stream: LayerHolder, stored: dict[str, Weight] | None = None, files: Files | None = None
+) -> None:
+    """From now on ``stream`` is the model's.
+
+    Args:
+        stored: its parameters and buffers that are not in memory, by name.
+        files: that all of its weights are read from.
+    """
     _streams[model] = stream
     if stored is not None:
         _stored[model] = stored
+    if files is not None:
+        _files[model] = files
+
+
+def files_of(model: nn.Module) -> Files | None:
+    """The files that a model streamed from disk is read from, as they were when it was opened; None for any other."""
+    return _files.get(model)
 
 
 def stored_tensors(model: nn.Module) -> Mapping[str, Callable[[], torch.Tensor]]:

@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 from align_audit.auditing.audit import run_audit
+from align_audit.auditing.measurements import generations
+from align_audit.auditing.measurements.generations import Generations
+from align_audit.auditing.measurements.measurement import AuditTask
 from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
@@ -19,9 +22,10 @@ from align_audit.config import AuditConfig
 from align_audit.measures.continuations import repeated_share
 from align_audit.models.reference import resolve_reference
 from align_audit.probes.pairs import ProbeSet
+from align_audit.ranks import Ranks
 from align_audit.record.audit_record import AuditRecord
-from tests.helpers.audits import QUICK
-from tests.helpers.tiny import perturbed, random_pairs, tiny_model
+from tests.helpers.audits import QUICK, session_of
+from tests.helpers.tiny import VOCABULARY, perturbed, random_pairs, tiny_model
 
 NEW = 12
 CONFIG = AuditConfig.from_dict({**QUICK, "generations": {"prompts": 6, "max_new_tokens": NEW}})
@@ -177,3 +181,190 @@ def test_a_policy_of_nan_says_so_and_ends_no_audit() -> None:
     assert record.generations is not None
     assert math.isfinite(record.generations.surprise.mean), "whatever it writes, the reference is sound"
     assert math.isnan(record.margins.policy.mean)
+
+
+# -- what would break a model that writes ------------------------------------------------------------------------------
+
+
+def lengthened(limit: int) -> AuditConfig:
+    return AuditConfig.from_dict({**QUICK, "generations": {"prompts": 6, "max_new_tokens": limit}})
+
+
+@pytest.mark.parametrize(("family", "name"), [("gpt2", "n_positions"), ("llama", "max_position_embeddings")])
+@pytest.mark.parametrize("narrower", ["policy", "reference", "both"])
+def test_no_prompt_is_continued_beyond_the_positions_of_either_model(family: str, name: str, narrower: str) -> None:
+    """On a CUDA device a position behind the last one of a learned table ends the process."""
+    reference = tiny_model(family, dtype=torch.float32, **{name: 26})
+    policy = perturbed(reference, 0.3)
+    policy.config = copy.deepcopy(policy.config)
+    for model, role in ((policy, "policy"), (reference, "reference")):
+        if narrower not in (role, "both"):
+            setattr(model.config, name, 512)
+    probes = random_pairs(12)
+    short = [prompt for prompt in drawn(probes, 99) if len(prompt) <= 4]
+    assert 0 < len(short) < 6
+    said = looked(policy, reference, probes, lengthened(22)).generations
+    assert said is not None
+    assert said.prompts == len(short)
+    assert math.isfinite(said.surprise.mean)
+    record = looked(policy, reference, probes, lengthened(26))
+    assert record.generations is None
+    assert "go beyond the 26 positions that the models have" in record.reasons["generations"]
+    assert math.isfinite(record.margins.kl.mean)
+
+
+@pytest.mark.parametrize("wider", ["policy", "reference"])
+def test_tokens_that_only_one_model_has_are_not_written(wider: str) -> None:
+    """Those that were added for training: here they are the likeliest everywhere, and nothing changes."""
+    reference = tiny_model("llama")
+    policy = perturbed(reference, 0.3)
+    plain = looked(policy, reference, random_pairs(6)).generations
+    model: Any = policy if wider == "policy" else reference
+    model.resize_token_embeddings(VOCABULARY + 4, mean_resizing=False)
+    with torch.no_grad():
+        row = 100 * model.lm_head.weight[5]
+        model.lm_head.weight[VOCABULARY:] = torch.stack([row, -row, row, -row])
+    said = looked(policy, reference, random_pairs(6)).generations
+    assert plain is not None
+    assert said is not None
+    for name in ("repetition", "length", "ended", "reference_repetition", "reference_length", "reference_ended"):
+        assert getattr(said, name).mean == getattr(plain, name).mean, name
+    # The reference says what is likely among all of its tokens.
+    if wider == "policy":
+        assert said.surprise.mean == pytest.approx(plain.surprise.mean)
+
+
+def test_it_computes_as_the_trainer_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = tiny_model("llama", dtype=torch.float32)
+    policy = perturbed(reference, 0.1)
+    inside: list[bool] = []
+    real = type(policy).generate
+
+    def generate(self: Any, **options: Any) -> Any:
+        inside.append(torch.is_autocast_enabled("cpu"))
+        return real(self, **options)
+
+    monkeypatch.setattr(type(policy), "generate", generate)
+    autocast = {"autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
+    for options, expected in ((autocast, [True, True]), ({}, [False, False])):
+        inside.clear()
+        with OpenModels(policy, resolve_reference(policy, reference), **options) as models:
+            run_audit(models, AuditRequest(random_pairs(4), CONFIG, kind="health"))
+        assert inside == expected
+
+
+def test_both_models_stop_where_either_would() -> None:
+    """A trainer may set the end of one of them alone."""
+    reference = tiny_model("llama")
+    policy = perturbed(reference, 0.3)
+    probes = random_pairs(8)
+    prompts = drawn(probes, 6)
+    ends = {greedy(policy, prompts[0], set())[3], greedy(reference, prompts[1], set())[4]}
+    for model, end in zip((policy, reference), sorted(ends), strict=True):
+        model.generation_config.eos_token_id, model.config.eos_token_id = end, None
+    said = looked(policy, reference, probes).generations
+    assert said is not None
+    for model, length in ((policy, said.length), (reference, said.reference_length)):
+        assert length.mean == np.mean([len(greedy(model, prompt, ends)) for prompt in prompts])
+
+
+# -- what breaks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_out_of_memory_prompts_are_continued_one_by_one(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference = tiny_model("llama")
+    policy, cache = perturbed(reference, 0.3), ReferenceCache()
+    plain = looked(policy, reference, random_pairs(6))
+    real = generations.continue_greedily
+    room = 1
+
+    def continued(model: Any, prompts: Any, *rest: Any) -> Any:
+        if len(prompts) > room:
+            raise error
+        return real(model, prompts, *rest)
+
+    monkeypatch.setattr(generations, "continue_greedily", continued)
+    assert looked(policy, reference, random_pairs(6)).generations == plain.generations
+    room = 0
+    record = looked(policy, reference, random_pairs(6), cache=cache)
+    assert record.generations is None
+    assert record.reasons["generations"] == "memory ran out, also with one prompt at a time"
+    assert record.margins == plain.margins
+    room = 6
+    again = looked(policy, reference, random_pairs(6), cache=cache)
+    assert again.generations == plain.generations, "there may be memory at the next look"
+
+
+@pytest.mark.parametrize(("role", "tries"), [("reference", 1), ("policy", 2)])
+@pytest.mark.parametrize("error", [IndexError("no cache"), ZeroDivisionError("no cache"), SystemExit("no cache")])
+def test_a_reference_that_cannot_go_on_is_not_tried_again(role: str, tries: int, error: BaseException) -> None:
+    reference = tiny_model("llama", dtype=torch.float32)
+    policy, cache, tried = perturbed(reference, 0.1), ReferenceCache(), []
+
+    def broken(**_: Any) -> Any:
+        tried.append(role)
+        raise error
+
+    {"policy": policy, "reference": reference}[role].generate = broken
+    for _ in range(2):
+        record = looked(policy, reference, random_pairs(4), cache=cache)
+        assert record.reasons["generations"] == "generate() failed: no cache"
+    assert len(tried) == tries
+
+
+class Lacking(Ranks):
+    """The processes of a run of two, of which the other one has kept nothing."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, True]
+
+
+def test_what_another_process_has_not_kept_is_made_again_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are spread are brought together by all of them, or by none."""
+    reference = tiny_model("llama", dtype=torch.float32)
+    policy = perturbed(reference, 0.1)
+    written: list[Any] = []
+    real = generations.continue_greedily
+    monkeypatch.setattr(
+        generations, "continue_greedily", lambda model, *rest: written.append(model) or real(model, *rest)
+    )
+    probes = random_pairs(4)
+    with OpenModels(policy, resolve_reference(policy, reference)) as models:
+        task = AuditTask(session_of(models, probes, CONFIG), AuditRequest(probes, CONFIG), ReferenceCache())
+        task.begin([Generations])
+        task[Generations].look_closer(None)
+        assert written == [reference, policy]
+        task[Generations].look_closer(None)
+        assert written[2:] == [policy]
+        models.ranks = Lacking()
+        task[Generations].look_closer(None)
+        assert written[3:] == [reference, policy]
+
+
+def test_processes_that_bring_weights_together_take_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever each of them writes; and what is said of it is the same."""
+    reference = tiny_model("llama")
+    policy = perturbed(reference, 0.3)
+    probes = random_pairs(4)
+    end = greedy(policy, drawn(probes, 1)[0], set())[2]
+    policy.generation_config.eos_token_id = reference.generation_config.eos_token_id = end
+    asked: list[Any] = []
+    real = generations.continue_greedily
+    monkeypatch.setattr(
+        generations,
+        "continue_greedily",
+        lambda model, prompts, count, ends, *rest: asked.append(ends) or real(model, prompts, count, ends, *rest),
+    )
+    parts = []
+    for spread in (False, True):
+        with OpenModels(policy, resolve_reference(policy, reference)) as models:
+            task = AuditTask(session_of(models, probes, CONFIG), AuditRequest(probes, CONFIG), ReferenceCache())
+            task.begin([Generations])
+            models.spread = spread
+            task[Generations].look_closer(None)
+            parts.append(task[Generations].part())
+    assert [bool(ends) for ends in asked] == [True, True, False, False]
+    assert parts[0] == parts[1]
+    assert parts[0][0] is not None
+    assert parts[0][0].ended.mean > 0

@@ -6,12 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from align_audit.auditing.session import layout
 from align_audit.auditing.session.layout import why_not_shared
+from align_audit.auditing.session.open_models import OpenModels
 from align_audit.config import AuditConfig
+from align_audit.models.reference import resolve_reference
 from align_audit.models.verify import open_replay
 from align_audit.probes.pairs import ProbePair, ProbeSet
-from tests.helpers.audits import audited
+from align_audit.ranks import Ranks
+from tests.helpers.audits import audited, session_of
 from tests.helpers.tiny import VOCABULARY, perturbed, random_pairs, tiny_model
 from tests.models.test_families import build
 
@@ -136,3 +141,43 @@ def test_a_reference_of_another_build_is_tried_for_itself() -> None:
     record, _ = run(policy, reference, random_pairs(4))
     assert record.provenance.layout_reason is not None
     assert record.provenance.vocab_size == VOCABULARY
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), ValueError("no mask")])
+def test_memory_that_ran_out_is_no_property_of_the_model(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer is kept for the run."""
+
+    def fails(*_: Any) -> Any:
+        raise error
+
+    replay = open_replay(tiny_model("llama"))
+    monkeypatch.setattr(layout, "_logits", fails)
+    if isinstance(error, ValueError):
+        reason = why_not_shared(replay, random_pairs(4).pairs, TOLERANCE)
+        assert reason == "the model does not take rows with a mask of their own (ValueError: no mask)"
+    else:
+        with pytest.raises(type(error)):
+            why_not_shared(replay, random_pairs(4).pairs, TOLERANCE)
+
+
+class Straying(Ranks):
+    """The processes of a run of two, in the other of which replays stray at layer 1."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, [1]]
+
+
+def test_processes_that_call_the_same_layers_try_the_same_ones() -> None:
+    """After a replay has strayed on one of them, each tries every layer of each batch."""
+    reference = tiny_model("llama")
+    policy, probes = perturbed(reference), random_pairs(4)
+    with OpenModels(policy, resolve_reference(policy, reference)) as models:
+        session = session_of(models, probes, AuditConfig.from_dict(SETTINGS))
+        batch = session.batch([0, 1])
+        with session.as_reference() as replay:
+            recording = replay.record(batch.model_inputs())
+            models.spread, models.ranks = True, Straying()
+            for _ in range(3):
+                so_far = replay.layer_tokens
+                assert session._replay_check(replay, recording, is_reference=True) == [1]
+                assert replay.layer_tokens - so_far == replay.num_layers * batch.input_ids.numel()

@@ -1,0 +1,80 @@
+"""What a run keeps of its reference: bounded, of the batches of the last look, and of models that are built as they were."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from align_audit.auditing.audit import run_audit
+from align_audit.auditing.provenance import kept_under
+from align_audit.auditing.request import AuditRequest
+from align_audit.auditing.session import kept as module
+from align_audit.auditing.session.kept import KeptReference, rows_key
+from align_audit.auditing.session.open_models import OpenModels
+from align_audit.auditing.session.reference_cache import ReferenceCache
+from align_audit.config import AuditConfig
+from align_audit.models.reference import resolve_reference
+from align_audit.probes.batches import PairBatch, make_batch
+from align_audit.record.audit_record import AuditRecord
+from tests.helpers.audits import QUICK
+from tests.helpers.tiny import perturbed, random_pairs, tiny_model
+
+PAIRS = random_pairs(6).pairs
+BATCHES = [make_batch(PAIRS[first : first + 2], [first, first + 1], 0) for first in (0, 2, 4)]
+
+
+def rows_of(batch: PairBatch) -> torch.Tensor:
+    return torch.full((len(batch.row), 8), float(batch.pair_index[0]))
+
+
+def test_rows_beyond_the_bound_are_made_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "KEPT_BYTES", sum(rows_of(batch).nbytes for batch in BATCHES[:2]))
+    kept, made = KeptReference(()), []
+    for _ in range(2):
+        for batch in BATCHES:
+            rows = kept.rows(batch, lambda batch=batch: made.append(rows_key(batch)) or rows_of(batch))
+            assert torch.equal(rows, rows_of(batch))
+        assert kept.kept_bytes <= module.KEPT_BYTES
+    assert made == [*map(rows_key, BATCHES), rows_key(BATCHES[2])]
+    kept.forget_rows_but({rows_key(BATCHES[1])})
+    assert [kept.has_rows(batch) for batch in BATCHES] == [False, True, False]
+
+
+def look(policy: torch.nn.Module, reference: torch.nn.Module, cache: ReferenceCache, tokens: int) -> AuditRecord:
+    config = AuditConfig.from_dict({**QUICK, "batch_tokens": tokens})
+    with OpenModels(policy, resolve_reference(policy, reference)) as models:
+        return run_audit(models, AuditRequest(random_pairs(6), config, kind="health"), cache).record
+
+
+def test_a_look_lets_go_of_batches_that_are_none_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after running out of memory, from where on batches are smaller."""
+    reference = tiny_model("llama", dtype=torch.float32)
+    policy, cache = perturbed(reference), ReferenceCache()
+    kept: list[KeptReference] = []
+    real = ReferenceCache.kept
+    monkeypatch.setattr(ReferenceCache, "kept", lambda *asked: kept.append(real(*asked)) or kept[-1])
+    look(policy, reference, cache, 400)
+    size, layouts = kept[-1].kept_bytes, set(kept[-1]._rows)
+    look(policy, reference, cache, 60)
+    assert kept[0] is kept[1]
+    assert not layouts >= set(kept[-1]._rows), "in smaller batches"
+    assert kept[-1].kept_bytes == size > 0, "each pair once"
+
+
+def test_what_is_kept_depends_on_how_the_policy_is_built() -> None:
+    """Whether a prompt may be computed once is tried on it too; what its weights are is no matter."""
+    reference = tiny_model("llama", dtype=torch.float32)
+    request = AuditRequest(random_pairs(2), AuditConfig())
+
+    def key(policy: torch.nn.Module) -> tuple[str, ...]:
+        with OpenModels(policy, resolve_reference(policy, reference)) as models:
+            return kept_under(models.open(), request)
+
+    first = key(perturbed(reference, 0.1))
+    assert key(perturbed(reference, 0.2)) == first
+    scaled = copy.deepcopy(reference)
+    scaled.config.rms_norm_eps *= 2
+    scaled.set_attn_implementation("eager")
+    assert key(scaled) != first

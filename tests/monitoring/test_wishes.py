@@ -1,0 +1,69 @@
+"""What an audit asks of the trainer, at each event and step; and events in which something breaks."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from align_audit import AlignmentAuditCallback, AuditRun
+from align_audit.monitoring import callback as module
+from align_audit.monitoring.monitor import Outcome
+from align_audit.monitoring.pace import Pace
+from align_audit.monitoring.schedule import Event
+from tests.monitoring.test_callback import quick, run
+
+SAVES = Outcome({}, [], [], ["planted"], save=True, stop=False)
+
+
+@pytest.mark.parametrize("step", [0, 500])
+@pytest.mark.parametrize(
+    ("event", "at_once", "at_the_next_step", "saved"),
+    [
+        (Event.TRAIN_BEGIN, False, True, 1),
+        (Event.STEP_BEGIN, True, False, 1),
+        (Event.STEP_END, True, False, 0),
+        (Event.EVALUATE, True, False, 0),
+        (Event.EPOCH_END, True, False, 0),
+        (Event.SAVE, False, False, None),
+        (Event.TRAIN_END, False, False, None),
+    ],
+)
+def test_a_wish_to_save_is_made_where_the_trainer_hears_it(
+    step: int, event: Event, at_once: bool, at_the_next_step: bool, saved: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also of a run that goes on from a checkpoint; and what is said names the step that will be saved."""
+    callback = AlignmentAuditCallback(config=quick())
+    control: Any = SimpleNamespace(should_save=False, should_training_stop=False)
+    with caplog.at_level(logging.WARNING, logger=module.__name__):
+        callback._act(SAVES, control, step, event)
+    assert (control.should_save, callback._save_next) == (at_once, at_the_next_step)
+    said = [entry.getMessage() for entry in caplog.records]
+    if saved is not None:
+        assert said == [
+            f"align_audit saves a checkpoint at step {step + saved}, for what it saw at step {step}: planted"
+        ]
+    elif event is Event.TRAIN_END:
+        assert said == [f"align_audit would save a checkpoint at step {step}, and training has ended: planted"]
+    else:
+        assert said == []
+
+
+@pytest.mark.parametrize("broken", ["choose", "begin", "plan"])
+def test_what_breaks_beside_an_audit_breaks_no_training(
+    broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the event that begins training on."""
+
+    def breaks(*_: Any) -> Any:
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(Pace, broken, breaks)
+    trained = run(tmp_path / "out", quick(strict=False), max_steps=1, save_strategy="no")
+    assert trained.trainer.state.global_step == 1
+    failures = AuditRun.load(tmp_path / "out").failures
+    assert {failure.step for failure in failures} >= {0}
+    assert all("ZeroDivisionError: planted" in failure.error for failure in failures)
