@@ -141,7 +141,10 @@ class _Played:
             return  # these weights were audited so
         seconds = self._costs.of(kind)
         spent = replace(self.spent, audits=self.spent.audits + seconds)
-        self.spent = replace(spent, health=seconds) if kind == "health" else replace(spent, full=seconds)
+        if kind == "health":
+            self.spent = replace(spent, looks=spent.looks + seconds, health=seconds)
+        else:
+            self.spent = replace(spent, full=seconds)
         self.audits.append((training.step, kind))
         self._next = self._plan(training)
 

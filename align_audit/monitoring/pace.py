@@ -44,7 +44,7 @@ class Pace:
 
     def begin(self, training: Training) -> None:
         """Training begins now: what was done before it counts as nothing."""
-        self._began, self._spent = self._clock(), replace(self._spent, audits=0.0)
+        self._began, self._spent = self._clock(), replace(self._spent, audits=0.0, looks=0.0)
         self.plan(training)
 
     def plan(self, training: Training) -> int | None:
@@ -101,7 +101,8 @@ class Pace:
             self._spend(kind, whole - self._counted, whole if self._counted else None)
 
     def _spend(self, kind: AuditKind, more: float, in_all: float | None, layers: int | None = None) -> None:
-        spent = replace(self._spent, audits=self._spent.audits + more, layers=layers or self._spent.layers)
+        looks = self._spent.looks + (more if kind == "health" else 0.0)
+        spent = replace(self._spent, audits=self._spent.audits + more, looks=looks, layers=layers or self._spent.layers)
         if in_all is not None:
             spent = replace(spent, health=in_all) if kind == "health" else replace(spent, full=in_all)
         self._spent = spent

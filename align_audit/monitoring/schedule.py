@@ -152,6 +152,7 @@ class Spent:
         steps: optimizer steps since this process began training.
         training: all that was no audit.
         audits: in all.
+        looks: of these, health audits.
         health, full: of the last audit of each kind, over all probe sets; None: there was none.
         layers: of the model, by which a first full audit is judged in advance.
     """
@@ -159,6 +160,7 @@ class Spent:
     steps: int = 0
     training: float = 0.0
     audits: float = 0.0
+    looks: float = 0.0
     health: float | None = None
     full: float | None = None
     layers: int = 0
@@ -228,11 +230,20 @@ def _affordable(spent: Spent, training: Training, schedule: ScheduleConfig, budg
         return never
     steps = _steps_in_all(spent, training)
     in_all = _allowance(spent.training / spent.steps * steps, budget)
-    full = spent.expected_full
+    full, in_full = spent.expected_full, spent.audits - spent.looks
+    # Else looks take all there is as it comes, and no checkpoint is ever audited in full.
+    at_most = _LOOKS * in_all if schedule.on_save and full is not None and in_full + full <= in_all else math.inf
     if schedule.on_last_step and full is not None and spent.audits + full <= in_all:
         in_all -= full
     began = training.step - spent.steps
-    return min(never, began + math.ceil((spent.audits + spent.health) / (in_all / steps)))
+    allowed = min(in_all - in_full, at_most)
+    if allowed <= 0:
+        return never
+    return min(never, began + math.ceil((spent.looks + spent.health) / (allowed / steps)))
+
+
+_LOOKS = 0.5
+"""The share of the budget that looks may take where checkpoints are to be audited in full."""
 
 
 def _allowance(training: float, budget: float) -> float:

@@ -184,14 +184,14 @@ def looks(
     """Steps of the looks of a run that is otherwise left alone, and the share of the time that they took."""
     schedule, budget = ScheduleConfig(**{"on_save": False, **options}), 0.05
     audits = health
-    spent = Spent(0, 0.0, audits, health, full)
+    spent = Spent(0, 0.0, audits, looks=audits, health=health, full=full)
     step, made = 0, [0]
     while (at := look_after(spent, Training(step, steps), schedule, budget)) is not None:
         assert at > step
         step = at
         made.append(step)
         audits += health
-        spent = Spent(step, step * seconds_per_step, audits, health, full)
+        spent = Spent(step, step * seconds_per_step, audits, looks=audits, health=health, full=full)
     return made, audits / (audits + steps * seconds_per_step)
 
 
@@ -211,6 +211,15 @@ def test_looks_take_what_the_budget_leaves_beside_the_last_audit() -> None:
     without, more = looks(1000, 1.0, health=1.0, full=20.0, on_last_step=False)
     assert len(without) > len(made)
     assert share < more <= 0.05
+
+
+def test_looks_leave_half_of_the_budget_to_checkpoints_that_can_be_audited_in_full() -> None:
+    _, alone = looks(1000, 1.0, health=1.0, full=20.0, on_last_step=False)
+    _, beside = looks(1000, 1.0, health=1.0, full=20.0, on_last_step=False, on_save=True)
+    _, no_room = looks(1000, 1.0, health=1.0, full=60.0, on_last_step=False, on_save=True)
+    assert alone == pytest.approx(0.05, abs=0.002)
+    assert beside == pytest.approx(0.025, abs=0.002)
+    assert no_room == alone, "what never fits is not waited for"
 
 
 def test_cheap_looks_are_not_made_without_end() -> None:
