@@ -28,7 +28,7 @@ def rule_of(name: str, added: AddedRule) -> Rule:
         family=name,
         source=_source(added),
         # Somebody asked for just this: an error of theirs is one as soon as its patience says so.
-        standing="certain" if added.level == "error" else "alone",
+        weight="certain" if added.level == "error" else "alone",
         reads=() if added.signal is None else (added.signal,),
         says="a rule of the configuration",
         patience=added.patience,

@@ -6,8 +6,8 @@ import re
 from collections.abc import Collection, Sequence
 
 from align_audit.alerts.curves import TrainerLog
-from align_audit.alerts.lifecycle import cause_of, since_of
 from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.open_alerts import cause_of, is_serious, since_of
 from align_audit.record.stored_records import Head, heads_of
 from align_audit.record.training_log import LogRow
 
@@ -52,8 +52,7 @@ def clean_step(heads: Sequence[Head], since: int) -> int | None:
     clean: dict[int, bool] = {}
     for head in heads:
         if head.step < since:
-            still = not any(alert.level != "info" and alert.event != "resolved" for alert in head.alerts)
-            clean[head.step] = clean.get(head.step, True) and still
+            clean[head.step] = clean.get(head.step, True) and not any(map(is_serious, head.alerts))
     return max((step for step, still in clean.items() if still), default=None)
 
 

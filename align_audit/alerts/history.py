@@ -13,6 +13,7 @@ from align_audit.alerts.curves import TrainerLog
 from align_audit.config import AlertConfig
 from align_audit.options.rules import LIMITS, Level, Limit, Rule, Source
 from align_audit.record.audit_record import AuditRecord, Estimate
+from align_audit.record.open_alerts import is_serious
 from align_audit.record.stored_records import Head, chosen, heads_of
 
 _FURTHEST = 8
@@ -69,11 +70,7 @@ class History(View):
         reference = self.record.provenance.reference_hash
         return chosen(
             self.before,
-            lambda head: (
-                head.step > 0
-                and head.key[2] == reference
-                and not any(alert.level != "info" and alert.event != "resolved" for alert in head.alerts)
-            ),
+            lambda head: head.step > 0 and head.key[2] == reference and not any(map(is_serious, head.alerts)),
         )
 
     def baseline(self, value: Callable[[AuditRecord], float], source: Source = "margins") -> float | None:
@@ -136,7 +133,7 @@ class Sign:
         limit, baseline: in the unit of the value, so that they can be drawn together.
         step: of the look it was seen at; earlier than the one to judge where that has not measured it.
         held: looks in a row, up to this one, at which it was seen, as far as was looked back.
-        strong: of them, those at which it lay beyond the limit of an error.
+        error_looks: of them, the last ones in a row at which it lay beyond the limit of an error.
         few_pairs: it goes by a mean without an interval; so many pairs.
     """
 
@@ -150,7 +147,7 @@ class Sign:
     layers: Sequence[int] = ()
     step: int = -1
     held: int = 1
-    strong: int = 0
+    error_looks: int = 0
     probe_name: str | None = None
     few_pairs: int | None = None
 

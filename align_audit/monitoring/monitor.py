@@ -28,6 +28,7 @@ from align_audit.monitoring.schedule import Training
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Agreed, Ranks
 from align_audit.record.audit_record import Alert, AuditKind, AuditRecord
+from align_audit.record.checkpoint_names import checkpoints_in
 from align_audit.record.course import course_of
 from align_audit.record.log import RunLog, arrays_name
 from align_audit.record.pair_texts import PairTexts
@@ -426,7 +427,7 @@ class Monitor:
 def _checkpoints(folder: Path) -> list[str]:
     """The checkpoints that exist now: the trainer deletes old ones (``save_total_limit``)."""
     try:
-        return [path.name for path in folder.glob("checkpoint-*") if path.is_dir()]
+        return list(checkpoints_in(folder).values())
     except OSError:
         return []
 

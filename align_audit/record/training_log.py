@@ -7,7 +7,6 @@ that JSON does not know are words, as in records. What is no number (the trainer
 from __future__ import annotations
 
 import json
-import math
 import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from align_audit.files import append_whole
 from align_audit.record.lines import read_lines, repair
 from align_audit.record.log import FOLDER
+from align_audit.record.numbers import json_number
 
 TRAINING = "training.jsonl"
 
@@ -80,7 +80,7 @@ class TrainingLog:
             return None
         row = LogRow(step, kept)
         _follow(self._rows, row)
-        line = json.dumps({"step": step, "logs": {name: _word(number) for name, number in kept.items()}})
+        line = json.dumps({"step": step, "logs": {name: json_number(number) for name, number in kept.items()}})
         append_whole(self.path, f"{line}\n".encode())
         return row
 
@@ -135,9 +135,3 @@ def _number(value: object) -> float | None:
         return float(value)
     except (OverflowError, ValueError):
         return None
-
-
-def _word(number: float) -> float | str:
-    if math.isnan(number):
-        return "NaN"
-    return number if math.isfinite(number) else "Infinity" if number > 0 else "-Infinity"

@@ -7,7 +7,6 @@ resolved.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from align_audit.errors import ConfigurationError, named, plain
 from align_audit.record.audit_record import Alert, AuditRecord, RecordKey
-from align_audit.record.numbers import is_unknown, span
+from align_audit.record.numbers import is_unknown, json_number, span
 from align_audit.record.stored_records import heads_of
 
 if TYPE_CHECKING:
@@ -112,8 +111,8 @@ def as_slack(alert: Alert, record: AuditRecord, directory: Path) -> dict[str, An
 def _json_value(value: Any) -> Any:
     if isinstance(value, list):
         return [_json_value(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, float):
+        return json_number(value)
     return plain(value) if isinstance(value, str) else value
 
 

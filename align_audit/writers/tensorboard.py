@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from align_audit.errors import ConfigurationError, named
 from align_audit.record.audit_record import Alert, AuditRecord, SiteCurve, control_items
 from align_audit.record.numbers import is_unknown, span
+from align_audit.record.open_alerts import since_of
 from align_audit.record.run import one_per_step
 from align_audit.record.site_names import site_names
 from align_audit.record.stored_records import chosen, events_of, heads_of
@@ -252,8 +253,7 @@ def alert_text(alert: Alert) -> str:
     numbers = {"value": alert.value, "baseline": alert.baseline, "threshold": alert.threshold}
     given = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if not is_unknown(value))
     if alert.event == "resolved":
-        since = alert.step if alert.since is None else alert.since
-        return f"**RESOLVED: {alert.rule}** (step {alert.step}; {alert.level} since step {since}{where})"
+        return f"**RESOLVED: {alert.rule}** (step {alert.step}; {alert.level} since step {since_of(alert)}{where})"
     return (
         f"**{alert.level.upper()}: {alert.rule}** (step {alert.step}{where})\n\n"
         f"{alert.message}\n\n*What to do:* {alert.suggestion}" + (f"\n\n*Numbers:* {given}" if given else "")
