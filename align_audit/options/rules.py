@@ -107,6 +107,12 @@ CAUSES: dict[str, str] = {
 }
 """Cause → what it is, in words. In the order in which they are told at equal level."""
 
+NO_WAY_BACK: dict[str, str] = {
+    "learning": "There is nothing to go back to, because nothing was learned yet: mend that and start again",
+    "saturation": "There is no need to go back: what was learned stands",
+}
+"""Causes of which no earlier checkpoint is free, or which did no harm to this one → that, in words."""
+
 
 def _warning(
     option: str, default: float, unit: str, direction: Direction, says: str, above: float = 0.0, below: float = math.inf

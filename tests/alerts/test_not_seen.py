@@ -1,4 +1,4 @@
-"""What becomes of an alert that a look does not see: it is held where that look measured nothing of it, and told as of before."""
+"""What becomes of an alert that a look does not see: it is held where that measured nothing of it, and told in the past."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_a_warning_silences_nothing(rule: str) -> None:
 
 
 def test_an_error_that_is_not_patient_yet_silences_nothing() -> None:
-    config = AlertConfig(rules={"reference_changed": {"patience": 2, "level": "warning"}})
+    config = AlertConfig(rules={"reference_changed": {"patience": 2}})
     assert [alert.cause for alert in alerts(SILENCING["reference_changed"], config=config)] == ["drift"]
 
 
