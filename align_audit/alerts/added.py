@@ -82,7 +82,7 @@ def _by_check(name: str, added: AddedRule, check: Callable[[Any], str | None], h
         return None
     if said is None:
         return None
-    if not isinstance(said, str):
+    if not isinstance(said, str) or not said.strip():
         logger.error("the alert rule %s: expected a message or None, found %s", plain(name, 60), quoted(said))
         return None
     return Sign(rule_of(name, added), added.level, math.nan, said, added.suggestion or _NEXT)
