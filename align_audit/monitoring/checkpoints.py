@@ -19,12 +19,11 @@ from align_audit.errors import AlignAuditError, AnatomyError, ConfigurationError
 from align_audit.models.anatomy import is_peft
 from align_audit.models.loading import base_of, load_tokenizer
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
-from align_audit.monitoring.monitor import Moment, Monitor
+from align_audit.monitoring.monitor import Moment, Monitor, start_writers
 from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import RunLog
-from align_audit.record.run import AuditRun
 from align_audit.record.transfer_record import TransferRecord
 from align_audit.writers.messages import OnAlert, checked
 from align_audit.writers.registry import OF_SAVED, writers_for
@@ -83,8 +82,7 @@ def audit_saved(
     sets = read_probes(probes, checkpoints, reference, config, trust_remote_code=trust_remote_code)
     names = {step: folder.name for folder, step in checkpoints.items()}
     around = Surroundings(Path(output), tuple(sets), on_alert=checked(on_alert), checkpoints=names)
-    writers = writers_for(config, around, OF_SAVED)
-    writers.start(AuditRun.of(log))
+    writers = start_writers(writers_for(config, around, OF_SAVED), log)
     progress = progress_bar if config.progress else None
     # An error ends the audit of a checkpoint.
     monitor = Monitor(sets, config, log, writers=writers, progress=progress, strict=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from align_audit.files import append_whole
+from align_audit.files import append_whole, wait_until_on_disk
 from align_audit.record.lines import read_lines, repair
 from align_audit.record.log import FOLDER
 from align_audit.record.numbers import json_number
@@ -60,6 +60,7 @@ class TrainingLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         repair(self.path)
         self._rows = read_training_log(self.path)
+        self._on_disk = True
 
     @property
     def rows(self) -> list[LogRow]:
@@ -67,7 +68,9 @@ class TrainingLog:
         return self._rows
 
     def append(self, step: int, logs: Mapping[str, object]) -> LogRow | None:
-        """Add what was logged at a step, and wait until it is on disk.
+        """Add what was logged at a step. The operating system has it then; :meth:`sync` waits for the disk.
+
+        A step of a fast training takes less time than a disk does.
 
         Returns:
             The row; None, with nothing written, where the log has no number in it.
@@ -81,8 +84,19 @@ class TrainingLog:
         row = LogRow(step, kept)
         _follow(self._rows, row)
         line = json.dumps({"step": step, "logs": {name: json_number(number) for name, number in kept.items()}})
-        append_whole(self.path, f"{line}\n".encode())
+        append_whole(self.path, f"{line}\n".encode(), wait=False)
+        self._on_disk = False
         return row
+
+    def sync(self) -> None:
+        """Wait until all rows are on disk, those of an audit with its record.
+
+        Raises:
+            OSError: the disk refuses, or the file is gone.
+        """
+        if not self._on_disk:
+            wait_until_on_disk(self.path)
+            self._on_disk = True
 
 
 def read_training_log(path: Path) -> list[LogRow]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from align_audit.errors import ConfigurationError, named, plain
 from align_audit.record.audit_record import Alert, AuditRecord, RecordKey
 from align_audit.record.numbers import is_unknown, json_number, span
-from align_audit.record.stored_records import heads_of
+from align_audit.record.stored_records import events_of, heads_of
 
 if TYPE_CHECKING:
     from align_audit.config import AuditConfig
@@ -135,7 +135,8 @@ def checked(function: OnAlert | None) -> OnAlert | None:
 class Channel:
     """A writer of events: it says each alert that opens, gets worse or is resolved, and nothing of audits.
 
-    What the run held when it was started is no news: ``align-audit run`` shows stored audits again.
+    What the run held when it was started is no news: ``align-audit run`` shows stored audits again. But for what nobody was
+    told of, because the process was killed between log and channels: that is said at the start.
     """
 
     name: str
@@ -144,8 +145,14 @@ class Channel:
         self._stored: set[RecordKey] = set()
 
     def start(self, run: AuditRun) -> None:
-        """Remember what is no news any more."""
+        """Remember what is no news any more, and say what was not said. Channels that have to get ready do so first."""
         self._stored = {head.key for head in heads_of(run.records)}
+        for record in run.untold:
+            for alert in events_of(record.alerts):
+                try:
+                    self.say(alert, record)
+                except Exception as error:  # an old alert that cannot be said is no reason to refuse a run
+                    logger.error("align_audit could not tell %s of step %d: %s", self.name, record.step, named(error))
 
     def record(self, record: AuditRecord, history: Sequence[AuditRecord]) -> None:
         """An audit is no event."""
