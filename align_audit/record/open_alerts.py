@@ -59,9 +59,7 @@ def open_after(alerts: Sequence[Alert], at: int) -> list[Alert]:
         if not anew and any(alert.event == "resolved" for alert in same):
             continue
         newest = anew or same
-        worst = min(
-            newest, key=lambda alert: (SEVERITY[alert.level], since_of(alert), -alert.looks, alert.model_dump_json())
-        )
+        worst = min(newest, key=lambda alert: (SEVERITY[alert.level], since_of(alert), -alert.looks, repr(alert)))
         looks = max(alert.looks for alert in newest)
         still_open.append(worst.model_copy(update={"looks": looks}))
     return still_open

@@ -30,6 +30,7 @@ OnAlert = Callable[[Alert, AuditRecord], object]
 """A user's function: it is given the alert, and the record that it was raised on."""
 
 
+_NO_MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "\uff20"})
 _LONGEST = 2000
 """Characters of a paragraph; Slack cuts messages, and log collectors cut lines."""
 
@@ -102,10 +103,11 @@ def as_json(alert: Alert, record: AuditRecord, directory: Path) -> dict[str, Any
 def as_slack(alert: Alert, record: AuditRecord, directory: Path) -> dict[str, Any]:
     """An alert as a Slack message, in which nothing of it is markup, a link or a mention.
 
-    Source: https://api.slack.com/docs/message-formatting (the three characters to be escaped; ``mrkdwn``).
+    Source: https://api.slack.com/docs/message-formatting (the three characters to be escaped; ``mrkdwn``; what is written
+    between angle brackets). Others that take this form find mentions in plain text: an at sign is shown in full width.
     """
     text = "\n".join(paragraphs(alert, directory))
-    return {"text": text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"), "mrkdwn": False}
+    return {"text": text.translate(_NO_MARKUP), "mrkdwn": False}
 
 
 def _json_value(value: Any) -> Any:

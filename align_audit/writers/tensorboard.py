@@ -29,6 +29,7 @@ from align_audit.record.stored_records import chosen, events_of, heads_of
 from align_audit.record.training_log import LogRow
 from align_audit.writers.event_files import SUFFIX, TagsWritten, event_files, find_event_folder
 from align_audit.writers.few_scalars import HEALTH, WHERE, few_scalars, group_of, status_text
+from align_audit.writers.markdown import code, escaped
 from align_audit.writers.scalars import not_known, root_of, scalars
 from align_audit.writers.standing import Standing, standing_at
 
@@ -253,19 +254,22 @@ def alert_text(alert: Alert) -> str:
     numbers = {"value": alert.value, "baseline": alert.baseline, "threshold": alert.threshold}
     given = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if not is_unknown(value))
     if alert.event == "resolved":
-        return f"**RESOLVED: {alert.rule}** (step {alert.step}; {alert.level} since step {since_of(alert)}{where})"
+        return f"**RESOLVED: {escaped(alert.rule)}** (step {alert.step}; {alert.level} since step {since_of(alert)}{where})"
     return (
-        f"**{alert.level.upper()}: {alert.rule}** (step {alert.step}{where})\n\n"
-        f"{alert.message}\n\n*What to do:* {alert.suggestion}" + (f"\n\n*Numbers:* {given}" if given else "")
+        f"**{alert.level.upper()}: {escaped(alert.rule)}** (step {alert.step}{where})\n\n"
+        f"{escaped(alert.message)}\n\n*What to do:* {escaped(alert.suggestion)}"
+        + (f"\n\n*Numbers:* {given}" if given else "")
     )
 
 
 def controls_table(record: AuditRecord) -> str:
     """What was found, in words; then verdict and reason of every control and of the check of the reference, in Markdown."""
-    rows = [(name.replace("_", " "), control.verdict, control.reason) for name, control in control_items(record)]
-    said = f"**Finding:** {record.finding.words}\n\n" if record.finding is not None else ""
+    rows = [
+        (name.replace("_", " "), control.verdict, escaped(control.reason)) for name, control in control_items(record)
+    ]
+    said = f"**Finding:** {escaped(record.finding.words)}\n\n" if record.finding is not None else ""
     check = record.reference_check
-    rows.append((f"reference ({check.source})", check.verdict, check.reason))
+    rows.append((f"reference ({escaped(check.source)})", check.verdict, escaped(check.reason)))
     return said + _table(
         ("control", "verdict", "why"),
         [
@@ -282,13 +286,13 @@ def not_known_table(record: AuditRecord) -> str:
         ranks = any(part in path for part in ("effect_fraction", "random_subspace", "explained"))
         unit = "units" if path.startswith("sites.") else "ranks" if ranks else "layers"
 
-        rows.append((f"`{path}`", f"{unit} {span(places)}" if places else "", reason))
+        rows.append((code(path), f"{unit} {span(places)}" if places else "", escaped(reason)))
     return _table(("not known", "where", "why"), rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(cells) + " |"
 
     return "\n".join([line(head), "|" + " --- |" * len(head), *map(line, rows)])
 
