@@ -70,7 +70,7 @@ class History(View):
         reference = self.record.provenance.reference_hash
         return chosen(
             self.before,
-            lambda head: head.step > 0 and head.key[2] == reference and not any(map(is_serious, head.alerts)),
+            lambda head: head.step > 0 and head.reference_hash == reference and not any(map(is_serious, head.alerts)),
         )
 
     def baseline(self, value: Callable[[AuditRecord], float], source: Source = "margins") -> float | None:
@@ -92,7 +92,7 @@ class History(View):
     def heads(self) -> list[Head]:
         """Of the audits before, against this reference and of the trained policy."""
         reference = self.record.provenance.reference_hash
-        return [head for head in heads_of(self.before) if head.step > 0 and head.key[2] == reference]
+        return [head for head in heads_of(self.before) if head.step > 0 and head.reference_hash == reference]
 
     def at(self, record: AuditRecord) -> History:
         """What was to be seen at one of the audits before. The trainer's log ends at its step."""

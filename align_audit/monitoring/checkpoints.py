@@ -262,21 +262,21 @@ def _stored(
     """
     policy, reference = weights
     stored: dict[str | None, AuditRecord] = {}
-    for record in log.records:
-        provenance, odd = record.provenance, None
-        name = provenance.probe_name
-        if name in sets and provenance.probe_hash != sets[name].content_hash:
+    records = log.records
+    for place, head in enumerate(records.heads):
+        name, odd = head.probe_name, None
+        if name in sets and head.probe_hash != sets[name].content_hash:
             odd = "on other probe pairs" + (f" called {name!r}" if name is not None else "")
-        elif provenance.reference_hash != reference and (one_reference or record.step == step):
+        elif head.reference_hash != reference and (one_reference or head.step == step):
             odd = "against another reference"
-        elif record.step == step and provenance.policy_hash != policy:
+        elif head.step == step and head.policy_hash != policy:
             odd = "of another model"
-        elif record.step == step and not config.measures_as(provenance.config):
+        elif head.step == step and not config.measures_as(records[place].provenance.config):
             odd = "with other options"
-        elif record.step == step and name in sets:
-            stored[name] = record
+        elif head.step == step and name in sets:
+            stored[name] = records[place]
         if odd is not None:
             raise ConfigurationError(
-                f"{log.directory} holds an audit of step {record.step} {odd}; one log is one run: choose another --output"
+                f"{log.directory} holds an audit of step {head.step} {odd}; one log is one run: choose another --output"
             )
     return stored

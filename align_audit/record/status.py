@@ -100,7 +100,7 @@ def _blind(
     if full and full[-1].controls.identity.verdict == "failed":
         record = full[-1]
         return Status("BLIND", record.step, f"The identity control failed: {record.controls.identity.reason}.")
-    return _silent(records, heads, log)
+    return _silent(heads, log)
 
 
 def _broken_since(heads: Sequence[Head], failures: Sequence[Failure]) -> list[Failure]:
@@ -119,12 +119,12 @@ def _broken_since(heads: Sequence[Head], failures: Sequence[Failure]) -> list[Fa
     )
 
 
-def _silent(records: Sequence[AuditRecord], heads: Sequence[Head], log: Sequence[LogRow]) -> Status | None:
+def _silent(heads: Sequence[Head], log: Sequence[LogRow]) -> Status | None:
     """Has training gone on for three intervals without an audit?"""
     if not log:
         return None
     last, now = heads[-1].step, log[-1].step
-    occasion = records[-1].occasion
+    occasion = heads[-1].occasion
     if occasion is not None:
         if occasion.next_step is None:
             return None  # none is planned

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import numbers
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,10 +127,7 @@ def course_of(rows: Iterable[LogRow]) -> list[LogRow]:
 
 def up_to(rows: Sequence[LogRow], step: int) -> Sequence[LogRow]:
     """The rows of a course until a step, that of the step with them."""
-    end = len(rows)
-    # From the end: what is asked for is nearly always all, or nearly all.
-    while end and rows[end - 1].step > step:
-        end -= 1
+    end = bisect_right(rows, step, key=lambda row: row.step)
     return rows if end == len(rows) else rows[:end]
 
 

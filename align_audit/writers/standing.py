@@ -120,11 +120,12 @@ def _up_to_here(record: AuditRecord, history: Sequence[AuditRecord]) -> Sequence
             and ((head.step, head.created) <= here or head.key == record.key)
         ),
     )
+    missing = not any(head.key == record.key for head in heads_of(kept))
     if isinstance(kept, StoredRecords):
         kept = kept.by_step()
-    else:
-        kept = sorted(kept, key=lambda each: (each.step, each.provenance.created))
-    return kept if any(head.key == record.key for head in heads_of(kept)) else [*kept, record]
+        return kept.followed_by(record) if missing else kept
+    kept = sorted(kept, key=lambda each: (each.step, each.provenance.created))
+    return [*kept, record] if missing else kept
 
 
 def _by_weight(alerts: Sequence[Alert]) -> list[Alert]:
