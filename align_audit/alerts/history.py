@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -155,6 +156,8 @@ class Sign:
     def words(self) -> str:
         """The message, with what has to be known beside it."""
         words = self.message
+        if self.limit is not None and not re.search(rf"(?<![\d.]){re.escape(f'{self.limit:.3g}')}(?!\.?\d)", words):
+            words += f" The limit is {self.limit:.3g}."
         if self.few_pairs is not None:
             words += f" (Of {self.few_pairs} pairs, too few for an interval: this goes by the mean alone.)"
         return words if self.probe_name is None else f"On the probes {self.probe_name!r}: {words}"
