@@ -19,7 +19,8 @@ from align_audit.errors import AlignAuditError, AnatomyError, ConfigurationError
 from align_audit.models.anatomy import is_peft
 from align_audit.models.loading import base_of, load_tokenizer
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
-from align_audit.monitoring.monitor import Moment, Monitor, start_writers
+from align_audit.monitoring.monitor import Moment, Monitor
+from align_audit.monitoring.resumed_writers import start_writers
 from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord

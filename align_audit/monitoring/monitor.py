@@ -32,7 +32,6 @@ from align_audit.record.checkpoint_names import checkpoints_in
 from align_audit.record.course import course_of
 from align_audit.record.log import RunLog, arrays_name
 from align_audit.record.pair_texts import PairTexts
-from align_audit.record.run import AuditRun
 from align_audit.record.stored_records import Head, chosen
 from align_audit.record.training_log import TrainingLog
 from align_audit.writers.writer import Writers
@@ -436,19 +435,6 @@ class Monitor:
         knobs = {"beta": moment.beta, "learning_rate": moment.learning_rate}
         folder = self.log.directory.parent
         return advise(alerts, earlier, rows, checkpoints=_checkpoints(folder), output_dir=str(folder), **knobs)
-
-
-def start_writers(writers: Writers, log: RunLog) -> Writers:
-    """Start writers with what a log holds; what happened to alerts and nobody was told of is told then, once.
-
-    Raises:
-        ConfigurationError: one of them cannot write.
-    """
-    run = AuditRun.of(log)
-    writers.start(run)
-    for record in run.untold:
-        log.note_told(record)
-    return writers
 
 
 def _checkpoints(folder: Path) -> list[str]:

@@ -11,7 +11,8 @@ import pytest
 
 from align_audit import AuditConfig
 from align_audit.errors import ConfigurationError
-from align_audit.monitoring.monitor import Monitor, start_writers
+from align_audit.monitoring.monitor import Monitor
+from align_audit.monitoring.resumed_writers import start_writers
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.log import TOLD, RunLog
 from align_audit.record.run import AuditRun
