@@ -19,7 +19,6 @@ from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
 from align_audit.models.weights.sharded import refuse_sharded
 from align_audit.monitoring.monitor import BREAKS, AuditFailure, Monitor
-from align_audit.monitoring.resumed_writers import start_writers
 from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.resumed_writers import start_writers
 from align_audit.monitoring.trainer import TrainerFacts
