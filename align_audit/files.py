@@ -43,10 +43,13 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def append_whole(path: Path, data: bytes) -> None:
-    """Append whole lines to a file, made when absent, and wait until they are on disk.
+def append_whole(path: Path, data: bytes, *, wait: bool = True) -> None:
+    """Append whole lines to a file, made when absent.
 
     Where the file does not end with a newline (a torn line, or another program's), a new line is begun.
+
+    Args:
+        wait: until they are on disk. Without it the operating system has them: they outlive this process, not the machine.
 
     Raises:
         OSError: the disk refuses; the file is as long as it was.
@@ -63,12 +66,26 @@ def append_whole(path: Path, data: bytes) -> None:
         try:
             while written < len(data):
                 written += os.write(descriptor, memoryview(data)[written:])
-            os.fsync(descriptor)
+            if wait:
+                os.fsync(descriptor)
         except BaseException:
             # A disk that ran full leaves half a line. What is behind it is somebody else's.
             if os.fstat(descriptor).st_size == end + written:
                 os.ftruncate(descriptor, end)
             raise
+    finally:
+        os.close(descriptor)
+
+
+def wait_until_on_disk(path: Path) -> None:
+    """Wait until what was appended to a file is on disk.
+
+    Raises:
+        OSError: there is no such file, or the disk refuses.
+    """
+    descriptor = os.open(path, os.O_RDWR | _BINARY)
+    try:
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

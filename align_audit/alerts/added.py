@@ -28,7 +28,7 @@ def rule_of(name: str, added: AddedRule) -> Rule:
         family=name,
         source=_source(added),
         # Somebody asked for just this: an error of theirs is one as soon as its patience says so.
-        standing="certain" if added.level == "error" else "alone",
+        weight="certain" if added.level == "error" else "alone",
         reads=() if added.signal is None else (added.signal,),
         says="a rule of the configuration",
         patience=added.patience,
@@ -82,7 +82,7 @@ def _by_check(name: str, added: AddedRule, check: Callable[[Any], str | None], h
         return None
     if said is None:
         return None
-    if not isinstance(said, str):
+    if not isinstance(said, str) or not said.strip():
         logger.error("the alert rule %s: expected a message or None, found %s", plain(name, 60), quoted(said))
         return None
     return Sign(rule_of(name, added), added.level, math.nan, said, added.suggestion or _NEXT)

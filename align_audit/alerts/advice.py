@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 
 from align_audit.alerts.curves import TrainerLog
-from align_audit.alerts.lifecycle import cause_of, since_of
+from align_audit.options.rules import NO_WAY_BACK
 from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.checkpoint_names import checkpoint_step
+from align_audit.record.open_alerts import cause_of, is_serious, since_of
 from align_audit.record.stored_records import Head, heads_of
 from align_audit.record.training_log import LogRow
-
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 _SLOWER = 5
 """By how much the learning rate is to be divided where the policy leaves its language."""
@@ -52,8 +51,7 @@ def clean_step(heads: Sequence[Head], since: int) -> int | None:
     clean: dict[int, bool] = {}
     for head in heads:
         if head.step < since:
-            still = not any(alert.level != "info" and alert.event != "resolved" for alert in head.alerts)
-            clean[head.step] = clean.get(head.step, True) and still
+            clean[head.step] = clean.get(head.step, True) and not any(map(is_serious, head.alerts))
     return max((step for step, still in clean.items() if still), default=None)
 
 
@@ -71,7 +69,7 @@ def _advised(
     output_dir: str | None,
     beta: float | None,
 ) -> Alert:
-    clean = clean_step(heads, since_of(alert))
+    clean = None if cause_of(alert) in NO_WAY_BACK else clean_step(heads, since_of(alert))
     checkpoint = None if clean is None else newest_checkpoint(checkpoints, clean)
     command = None
     if checkpoint is not None:
@@ -79,7 +77,7 @@ def _advised(
         command = f"trainer.train(resume_from_checkpoint={path!r})"
     # What was said of an alert at an earlier look is said anew.
     remedy, knob = alert.remedy or alert.suggestion, _knob(alert, rate, beta)
-    words = [remedy, _back(clean, checkpoint, checkpoints), knob]
+    words = [remedy, _back(alert, heads, clean, checkpoints), knob]
     return alert.model_copy(
         update={
             "clean_step": clean,
@@ -92,23 +90,32 @@ def _advised(
     )
 
 
-def _back(clean: int | None, checkpoint: str | None, checkpoints: Collection[str]) -> str:
-    """Where to go back to, or why nowhere."""
+def _back(alert: Alert, heads: Sequence[Head], clean: int | None, checkpoints: Collection[str]) -> str:
+    """Where to go back to, or why nowhere. A warning costs no training yet: it says what to do should it become an error."""
+    if cause_of(alert) in NO_WAY_BACK:
+        return NO_WAY_BACK[cause_of(alert)]
+    is_error = alert.level == "error"
     if clean is None:
-        return "No audit before it was clean: start again"
+        any_came = any(head.step < since_of(alert) for head in heads)
+        why = "No audit before it was clean" if any_came else "No audit came before it that could be clean"
+        return f"{why}: start again" if is_error else f"{why}: should it become an error, start again"
+    checkpoint = newest_checkpoint(checkpoints, clean)
     if checkpoint is not None:
-        return f"The last clean audit was at step {clean}: go back to {checkpoint}"
+        if is_error:
+            return f"The last clean audit was at step {clean}: go back to {checkpoint}"
+        return f"Should it become an error, go back to {checkpoint}: the last clean audit was at step {clean}"
     saved = _saved(checkpoints)
-    oldest = f"; the oldest that exists is of step {min(saved)}" if saved else ""
-    return (
-        f"The last clean audit was at step {clean}, and no checkpoint from then or before was kept{oldest}: start again, and "
-        "save more often (save_steps, save_total_limit)"
-    )
+    none_kept = f"the last clean audit was at step {clean}, and no checkpoint from then or before was kept"
+    none_kept += f"; the oldest that exists is of step {min(saved)}" if saved else ""
+    more = "save more often (save_steps, save_total_limit)"
+    if is_error:
+        return f"T{none_kept[1:]}: start again, and {more}"
+    return f"Should it become an error, there is nothing to go back to, because {none_kept}: {more}"
 
 
 def _saved(checkpoints: Collection[str]) -> dict[int, str]:
     """Step → folder, of those that are checkpoints by their name."""
-    return {int(match[1]): name for name in checkpoints if (match := _CHECKPOINT.fullmatch(name))}
+    return {step: name for name in checkpoints if (step := checkpoint_step(name)) is not None}
 
 
 def _knob(alert: Alert, rate: float, beta: float | None) -> str:

@@ -8,6 +8,7 @@ from align_audit.alerts.history import Sign
 from align_audit.config import AlertConfig
 from align_audit.options.rules import CAUSES, RULES
 from align_audit.record.audit_record import Alert, AlertLevel
+from align_audit.record.open_alerts import SEVERITY
 
 _PLACES = {rule.name: place for place, rule in enumerate(RULES)}
 _CAUSES = {cause: place for place, cause in enumerate(CAUSES)}
@@ -54,11 +55,11 @@ def alert_of(
 
 def _order(sign: Sign) -> tuple[int, int, int, int, str]:
     """The strongest sign first; the same whatever the order of the probe sets."""
-    standing = {"certain": 0, "alone": 1, "witness": 2}[sign.rule.standing]
+    weight = {"certain": 0, "alone": 1, "witness": 2}[sign.rule.weight]
     # The trainer's log is of other pairs than the rest: it leads only where nothing was measured.
-    logged = sign.rule.source == "log" and sign.rule.standing != "certain"
+    logged = sign.rule.source == "log" and sign.rule.weight != "certain"
     place = _PLACES.get(sign.rule.name, len(_PLACES))
-    return standing + 3 * logged, sign.level != "error", place, -sign.step, sign.probe_name or ""
+    return weight + 3 * logged, sign.level != "error", place, -sign.step, sign.probe_name or ""
 
 
 def _level(
@@ -68,18 +69,19 @@ def _level(
     families = {sign.rule.family for sign in signs}
     strong = [sign for sign in signs if sign.level == "error" and config.may_be_error(sign.rule.name)]
     may_be_error = any(config.may_be_error(sign.rule.name) for sign in signs)
-    if any(sign.rule.standing == "certain" and sign.held >= config.patience(sign.rule) for sign in strong):
+    if any(sign.rule.weight == "certain" and sign.held >= config.patience(sign.rule) for sign in strong):
         return "error", ""
     if strong and len(families) >= 2:
         return "error", ""
     if any(
-        sign.rule.lone_error and sign.strong >= max(config.error_looks, config.patience(sign.rule)) for sign in strong
+        sign.rule.lone_error and sign.error_looks >= max(config.error_looks, config.patience(sign.rule))
+        for sign in strong
     ):
-        looks = max(sign.strong for sign in strong)
+        looks = max(sign.error_looks for sign in strong)
         return "error", f" Seen at {looks} looks in a row." if looks > 1 else ""
     if may_be_error and len(families) >= config.agreeing_families:
         return "error", ""
-    alone = [sign for sign in signs if sign.rule.standing != "witness"]
+    alone = [sign for sign in signs if sign.rule.weight != "witness"]
     confirmed = [sign for sign in alone if sign.held >= config.patience(sign.rule) + extra_looks]
     agreeing = len(families) >= 2 and alone and not extra_looks
     return ("warning" if confirmed or agreeing or (alone and is_open) else None), ""
@@ -96,5 +98,4 @@ def _told(signs: Sequence[Sign], lead: Sign) -> str:
 
 def by_severity(alert: Alert) -> tuple[bool, int, int, str]:
     """The worst first; resolved ones last."""
-    order = {"error": 0, "warning": 1, "info": 2}
-    return alert.event == "resolved", order[alert.level], _CAUSES.get(alert.cause, len(_CAUSES)), alert.cause
+    return alert.event == "resolved", SEVERITY[alert.level], _CAUSES.get(alert.cause, len(_CAUSES)), alert.cause

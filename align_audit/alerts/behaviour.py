@@ -27,11 +27,16 @@ def chosen_logp_falling(history: History) -> Sign | None:
     config, margins = history.config, history.record.margins
     change = margins.chosen_logp_change_per_token
     why = f"The chosen completions lose {-change.mean:.2f} nats per token against the reference, "
-    if least(margins.shift) > 0:
+    shift = margins.shift
+    if least(shift) > 0:
         why += (
-            f"while the margin rises by {margins.shift.mean:.1f} nats: the loss is met by making both completions "
+            f"while the margin rises by {shift.mean:.1f} nats: the loss is met by making both completions "
             "unlikely, and the probability goes to text that is in neither."
         )
+    elif not math.isfinite(shift.mean):
+        why += "and whether the margin rises is not known."
+    elif shift.mean > 0:
+        why += "and the margin does not rise beyond doubt."
     else:
         why += "and the margin does not rise."
     rule, pairs = BY_NAME["chosen_logp_falling"], few(history, change)
@@ -148,8 +153,11 @@ def sudden_change(history: History) -> Sign | None:
                 for earlier, after in pairwise(usual)
                 if after.step > earlier.step
             ]
-            usually = median(rates) if rates else math.nan
-            spread = 1.4826 * median(abs(rate - usually) for rate in rates) if rates else math.nan
+            rates = [rate for rate in rates if math.isfinite(rate)]
+            if not rates:
+                continue
+            usually = median(rates)
+            spread = 1.4826 * median(abs(rate - usually) for rate in rates)
             floor = config.jump_share * getattr(config, option)
             at = max(floor, (usually + history.limit("jump_deviations") * spread) * gap)
             start, here = number(last.margins), number(record.margins)

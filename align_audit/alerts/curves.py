@@ -42,10 +42,36 @@ class TrainerLog:
         return [row.logs[column] for row in self.rows[-_END:] if column in row.logs][-count:]
 
     def window(self, column: str, steps: int) -> list[float] | None:
-        """What was logged over the last ``steps`` steps; None: nothing, or the column is not so old yet."""
-        first = next((row.step for row in islice(self.rows, _START) if column in row.logs), None)
-        values = [row.logs[column] for row in self.rows[-_END:] if column in row.logs and row.step > self.step - steps]
-        return values if values and first is not None and self.step - first >= steps - 1 else None
+        """What was logged over the last ``steps`` steps: the values of :meth:`window_rows`."""
+        rows = self.window_rows(column, steps)
+        return None if rows is None else [value for _, value in rows]
+
+    def window_rows(self, column: str, steps: int, least: int = 1) -> list[tuple[int, float]] | None:
+        """Step and value of what was logged over the last ``steps`` steps, oldest first.
+
+        They are counted back from the column's own last row: what other rows come between, of an evaluation say, must not
+        change what is in the window.
+
+        Args:
+            least: so many rows belong to it at least, however rarely the column is logged.
+
+        Returns:
+            None: nothing was logged, the column is not so old yet, or it is not logged any more.
+        """
+        rows = [(row.step, row.logs[column]) for row in self.rows[-_END:] if column in row.logs]
+        first = self._first_step(column)
+        if len(rows) < least or first is None:
+            return None
+        last = rows[-1][0]
+        apart = last - rows[-2][0] if len(rows) > 1 else 0
+        if last - first < steps - 1 or self.step - last > max(steps, apart):
+            return None
+        within = sum(step > last - steps for step, _ in rows)
+        return rows[-max(within, least) :]
+
+    def _first_step(self, column: str) -> int | None:
+        """At which a column was logged first, as far as that is looked for."""
+        return next((row.step for row in islice(self.rows, _START) if column in row.logs), None)
 
     def recent(self, column: str, before: int | None = None) -> list[float]:
         """What was logged over the last rows (``before``: up to that step), oldest first, without what is not finite."""
@@ -80,13 +106,12 @@ class TrainerLog:
                 if column in row.logs
             ]
             return (values[-1][1], values[0][1]) if values and values[-1][0] > values[0][0] else None
-        first = next((row.step for row in islice(self.rows, _START) if column in row.logs), None)
-        now = self.window(column, steps)
-        if now is None or first is None or self.step - first < 2 * steps - 1:
+        first, rows = self._first_step(column), self.window_rows(column, steps)
+        if rows is None or first is None or rows[-1][0] - first < 2 * steps - 1:
             return None
-        return mean(now), self.start(column, steps)
+        return mean([value for _, value in rows]), self.start(column, steps)
 
 
 def mean(values: Sequence[float]) -> float:
-    """Their mean; NaN of none."""
-    return sum(values) / len(values) if values else math.nan
+    """Their mean; NaN of none, and where one of them is not finite."""
+    return sum(values) / len(values) if values and all(map(math.isfinite, values)) else math.nan

@@ -11,21 +11,22 @@ beyond a limit as a whole: a wide interval on few probes raises nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from types import ModuleType
-from typing import Any
+from typing import Any, Self
 
 from align_audit.alerts import behaviour, inside, integrity, preference, text, trainer_log
 from align_audit.alerts.added import detector_of, log_detector_of, rule_of
 from align_audit.alerts.agreement import alert_of, by_severity
 from align_audit.alerts.curves import TrainerLog
 from align_audit.alerts.history import Detector, History, LogDetector, Sign, View, measured
-from align_audit.alerts.lifecycle import cause_of, open_after, step
+from align_audit.alerts.lifecycle import step
 from align_audit.config import AlertConfig
 from align_audit.options.rules import BY_NAME, RULES, Rule, Source
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.course import course_of
+from align_audit.record.open_alerts import cause_of, open_alerts
 from align_audit.record.stored_records import Head, chosen, heads_of
 from align_audit.record.training_log import LogRow
 
@@ -41,9 +42,6 @@ LOG_DETECTORS: dict[str, LogDetector] = _by_name(trainer_log)
 
 _SILENCING = ("reference", "numbers")
 """Causes after whose error, where a record shows it, nothing that is measured against the reference means anything."""
-
-_GONE = ("control_failed",)
-"""Rules of earlier versions that are none any more: controls are notes beside the numbers."""
 
 _STEPS_APART = 3
 """A probe set has a say as long as it was audited at one of so many steps of audits before."""
@@ -85,27 +83,25 @@ def judge(
         return []
     course = course_of(record, earlier)
     heads = heads_of(course)
-    # A record has all alerts that are open at it. Those of one step that were made within a second have no order.
-    last_step, last_time = max(((head.step, head.created) for head in heads), default=(-1, ""))
-    before = [alert for head in heads if (head.step, head.created) == (last_step, last_time) for alert in head.alerts]
-    open_alerts = open_after([alert for alert in before if alert.rule not in _GONE], last_step)
+    still_open = open_alerts(heads)
     view = View(
         step=record.step,
         config=config,
         log=TrainerLog(log).until(record.step),
         max_steps=max_steps,
-        eased=_eased(open_alerts),
+        eased=_eased(still_open),
     )
-    signs = [sign for history in _histories(view, record, course) for sign in _signs(history, course)]
-    silencing = [sign for sign in signs if sign.rule.cause in _SILENCING]
-    signs = silencing or [*signs, *_log_signs(view, heads)]
-    found = [
-        alert
-        for cause in dict.fromkeys(sign.rule.cause for sign in signs)
-        if (alert := _alert(cause, signs, view, open_alerts, heads)) is not None
-    ]
-    held = {cause_of(alert) for alert in open_alerts} - set(_SILENCING) if silencing else set()
-    return sorted(step(open_alerts, found, record.step, held), key=by_severity)
+    looks = [_Look.of(history, course) for history in _histories(view, record, course)]
+    signs = [sign for look in looks for sign in _signs(look)]
+    # What the log alone shows is silent with the rest, or seen with it, but silences nothing.
+    silent = any(
+        alert.level == "error" and alert.step == record.step
+        for alert in _raised([sign for sign in signs if sign.rule.cause in _SILENCING], view, still_open, heads)
+    )
+    signs += _log_signs(view, heads)
+    raised = _raised([sign for sign in signs if not silent or sign.rule.cause in _SILENCING], view, still_open, heads)
+    held = {cause_of(alert) for alert in still_open} - set(_SILENCING) if silent else set()
+    return sorted(step(still_open, raised, record.step, held, _unmeasured(still_open, looks, view)), key=by_severity)
 
 
 def suspect(log: Sequence[LogRow], config: AlertConfig, *, max_steps: int | None = None) -> list[Suspicion]:
@@ -171,31 +167,55 @@ def _log_rules(config: AlertConfig) -> Iterator[tuple[Rule, LogDetector]]:
             yield rule, log_detector_of(name, added)
 
 
-def _signs(history: History, course: Sequence[AuditRecord]) -> Iterator[Sign]:
+@dataclass(frozen=True)
+class _Look:
+    """One probe set at a step.
+
+    Attributes:
+        history: of its newest audit.
+        siblings: audits of the same weights and step.
+        bases: what :meth:`base` has looked for already.
+    """
+
+    history: History
+    siblings: Sequence[AuditRecord]
+    bases: dict[Source, History | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, history: History, course: Sequence[AuditRecord]) -> Self:
+        """That of a history, among the audits of the run."""
+        there = history.record.provenance
+        same = (history.step, there.policy_hash, there.reference_hash, there.probe_name)
+        return cls(history, chosen(course, lambda head: head.key[:4] == same))
+
+    @property
+    def probe_name(self) -> str | None:
+        """Of the set."""
+        return self.history.record.provenance.probe_name
+
+    def base(self, source: Source) -> History | None:
+        """The newest look that has a part: the audit itself, another one of the same weights and step, or one before."""
+        if source not in self.bases:
+            self.bases[source] = self._base(source)
+        return self.bases[source]
+
+    def _base(self, source: Source) -> History | None:
+        history = self.history
+        for record in (history.record, *self.siblings):
+            if measured(record, source):
+                return replace(history, record=record)
+        last = history.last(source)
+        return None if last is None else replace(last, eased=history.eased)
+
+
+def _signs(look: _Look) -> Iterator[Sign]:
     """What the rules see of one probe set, each at the last audit that measured what it reads."""
-    there = history.record.provenance
-    same = (history.step, there.policy_hash, there.reference_hash, there.probe_name)
-    siblings = chosen(course, lambda head: head.key[:4] == same)
-    bases: dict[Source, History | None] = {}
-    for rule, detector in _rules(history.config):
-        if rule.source not in bases:
-            bases[rule.source] = _base(history, siblings, rule.source)
-        base = bases[rule.source]
+    config = look.history.config
+    for rule, detector in _rules(config):
+        base = look.base(rule.source)
         if base is not None and (sign := detector(base)) is not None:
-            looks = _looks_before(base, rule, detector)
-            counted = _counted(sign, looks, history.config)
-            yield replace(counted, step=base.step, probe_name=there.probe_name)
-
-
-def _base(history: History, siblings: Sequence[AuditRecord], source: Source) -> History | None:
-    """The newest look that has a part: the audit itself, another one of the same weights and step, or one before."""
-    if measured(history.record, source):
-        return history
-    for record in siblings:
-        if measured(record, source):
-            return replace(history, record=record)
-    last = history.last(source)
-    return None if last is None else replace(last, eased=history.eased)
+            counted = _counted(sign, _looks_before(base, rule, detector), config)
+            yield replace(counted, step=base.step, probe_name=look.probe_name)
 
 
 def _looks_before(history: History, rule: Rule, detector: Detector) -> Iterator[Sign | None]:
@@ -217,24 +237,49 @@ def _log_signs(view: View, heads: Sequence[Head]) -> Iterator[Sign]:
 
 def _counted(sign: Sign, before: Iterable[Sign | None], config: AlertConfig) -> Sign:
     """With how many looks in a row it was seen at, as far as its patience asks for; ``before`` goes back in time."""
-    held, strong = 1, int(sign.level == "error")
+    held, errors = 1, int(sign.level == "error")
     for previous in islice(before, max(config.patience(sign.rule), config.error_looks - 1)):
         if previous is None:
             break
-        if previous.level == "error" and strong == held:
-            strong += 1
+        if previous.level == "error" and errors == held:
+            errors += 1
         held += 1
-    return replace(sign, held=held, strong=strong)
+    return replace(sign, held=held, error_looks=errors)
 
 
 # --- alerts -------------------------------------------------------------------------------------------------------------
 
 
+def _raised(signs: Sequence[Sign], view: View, still_open: Sequence[Alert], heads: Sequence[Head]) -> list[Alert]:
+    """The alerts that signs make, one of each cause."""
+    causes = dict.fromkeys(sign.rule.cause for sign in signs)
+    made = (_alert(cause, signs, view, still_open, heads) for cause in causes)
+    return [alert for alert in made if alert is not None]
+
+
+def _unmeasured(still_open: Sequence[Alert], looks: Sequence[_Look], view: View) -> set[str]:
+    """Causes of open alerts whose rule reads what was measured before this step, and not at it, on the probe set it leads on.
+
+    A set that has no say any more holds nothing, and neither does a part that no audit of late has.
+    """
+    by_name = {look.probe_name: look for look in looks}
+    rules = {**BY_NAME, **{name: rule_of(name, added) for name, added in view.config.added.items()}}
+    causes = set()
+    for alert in still_open:
+        rule, look = rules.get(alert.rule), by_name.get(alert.probe_name)
+        if rule is None or rule.source == "log" or look is None:
+            continue
+        base = look.base(rule.source)
+        if base is not None and base.step < view.step:
+            causes.add(cause_of(alert))
+    return causes
+
+
 def _alert(
-    cause: str, signs: Sequence[Sign], view: View, open_alerts: Sequence[Alert], heads: Sequence[Head]
+    cause: str, signs: Sequence[Sign], view: View, still_open: Sequence[Alert], heads: Sequence[Head]
 ) -> Alert | None:
     """The alert that the signs of a cause make together."""
-    is_open = any(cause_of(alert) == cause for alert in open_alerts)
+    is_open = any(cause_of(alert) == cause for alert in still_open)
     steps = sorted({head.step for head in heads})[-view.config.cooldown :] if view.config.cooldown else []
     resolved = any(
         alert.event == "resolved" and cause_of(alert) == cause
@@ -247,9 +292,9 @@ def _alert(
     return alert_of(same, view.config, is_open=is_open, extra_looks=extra)
 
 
-def _eased(open_alerts: Sequence[Alert]) -> frozenset[str]:
+def _eased(still_open: Sequence[Alert]) -> frozenset[str]:
     """The limits of warnings that open alerts went by."""
-    names = {name for alert in open_alerts for name in (alert.rule, *alert.signals)}
+    names = {name for alert in still_open for name in (alert.rule, *alert.signals)}
     return frozenset(
         limit.option for name in names if name in BY_NAME for limit in BY_NAME[name].limits if limit.level == "warning"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,6 +14,7 @@ from align_audit.alerts.curves import TrainerLog
 from align_audit.config import AlertConfig
 from align_audit.options.rules import LIMITS, Level, Limit, Rule, Source
 from align_audit.record.audit_record import AuditRecord, Estimate
+from align_audit.record.open_alerts import is_serious
 from align_audit.record.stored_records import Head, chosen, heads_of
 
 _FURTHEST = 8
@@ -69,11 +71,7 @@ class History(View):
         reference = self.record.provenance.reference_hash
         return chosen(
             self.before,
-            lambda head: (
-                head.step > 0
-                and head.key[2] == reference
-                and not any(alert.level != "info" and alert.event != "resolved" for alert in head.alerts)
-            ),
+            lambda head: head.step > 0 and head.reference_hash == reference and not any(map(is_serious, head.alerts)),
         )
 
     def baseline(self, value: Callable[[AuditRecord], float], source: Source = "margins") -> float | None:
@@ -95,7 +93,7 @@ class History(View):
     def heads(self) -> list[Head]:
         """Of the audits before, against this reference and of the trained policy."""
         reference = self.record.provenance.reference_hash
-        return [head for head in heads_of(self.before) if head.step > 0 and head.key[2] == reference]
+        return [head for head in heads_of(self.before) if head.step > 0 and head.reference_hash == reference]
 
     def at(self, record: AuditRecord) -> History:
         """What was to be seen at one of the audits before. The trainer's log ends at its step."""
@@ -136,7 +134,7 @@ class Sign:
         limit, baseline: in the unit of the value, so that they can be drawn together.
         step: of the look it was seen at; earlier than the one to judge where that has not measured it.
         held: looks in a row, up to this one, at which it was seen, as far as was looked back.
-        strong: of them, those at which it lay beyond the limit of an error.
+        error_looks: of them, the last ones in a row at which it lay beyond the limit of an error.
         few_pairs: it goes by a mean without an interval; so many pairs.
     """
 
@@ -150,7 +148,7 @@ class Sign:
     layers: Sequence[int] = ()
     step: int = -1
     held: int = 1
-    strong: int = 0
+    error_looks: int = 0
     probe_name: str | None = None
     few_pairs: int | None = None
 
@@ -158,6 +156,8 @@ class Sign:
     def words(self) -> str:
         """The message, with what has to be known beside it."""
         words = self.message
+        if self.limit is not None and not re.search(rf"(?<![\d.]){re.escape(f'{self.limit:.3g}')}(?!\.?\d)", words):
+            words += f" The limit is {self.limit:.3g}."
         if self.few_pairs is not None:
             words += f" (Of {self.few_pairs} pairs, too few for an interval: this goes by the mean alone.)"
         return words if self.probe_name is None else f"On the probes {self.probe_name!r}: {words}"

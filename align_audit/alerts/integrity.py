@@ -71,14 +71,14 @@ def reference_changed(history: History) -> Sign | None:
         if last.reference_check.last_sync_step != synchronized:
             return None
         head = heads_of([last])[0]
-    if head.key[2] == reference:
+    if head.reference_hash == reference:
         return None
     return Sign(
         BY_NAME["reference_changed"],
         "error",
         math.nan,
         f"The reference ({record.reference_check.source}) is not the one of step {head.step}: its weights changed from "
-        f"{head.key[2]} to {reference}, and no synchronization did it. Margins of the two steps have different zero "
+        f"{head.reference_hash} to {reference}, and no synchronization did it. Margins of the two steps have different zero "
         "points, in the training log too.",
         "Check for parameters that policy and reference share and that train: biases of a LoRA configuration, "
         "modules_to_save, or one model object passed as both",

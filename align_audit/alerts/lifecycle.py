@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 
-from align_audit.options.rules import BY_NAME
 from align_audit.record.audit_record import Alert
+from align_audit.record.open_alerts import SEVERITY, cause_of, since_of
 
-_RANK = {"info": 0, "warning": 1, "error": 2}
 
-
-def step(open_alerts: Iterable[Alert], found: Iterable[Alert], at: int, held: Collection[str] = ()) -> list[Alert]:
+def step(
+    open_alerts: Iterable[Alert],
+    found: Iterable[Alert],
+    at: int,
+    held: Collection[str] = (),
+    unmeasured: Collection[str] = (),
+) -> list[Alert]:
     """The alerts that are open, or were just resolved, after a look.
 
     An alert is resolved when two looks in a row do not see it; until then it stays open, with ``looks`` of 0 after the first.
-    Its level never falls while it is open.
+    Its level never falls while it is open. The message of one that is not seen says so, and what was said of it before.
 
     Args:
         open_alerts: at the look before, with at most one of each cause.
@@ -22,6 +26,8 @@ def step(open_alerts: Iterable[Alert], found: Iterable[Alert], at: int, held: Co
             last: it keeps an alert open, and opens none.
         at: the step of this look. Looks at one step (of several probe sets, or a health and a full audit) count once.
         held: causes about which nothing can be said now: they stay as they are.
+        unmeasured: causes that went by what this look did not measure (another probe set, a part of a full audit): for them it
+            is no look, and where it does not see them it neither counts nor moves their step.
     """
     earlier = {cause_of(alert): alert for alert in open_alerts}
     seen = {cause_of(alert): alert for alert in found}
@@ -33,19 +39,23 @@ def step(open_alerts: Iterable[Alert], found: Iterable[Alert], at: int, held: Co
             if now.step == at:
                 alerts.append(now.model_copy(update={"event": "opened", "since": at, "looks": 1}))
         elif cause in held:
-            alerts.append(previous.model_copy(update={"event": "open", "step": at}))
+            alerts.append(_retold(previous, f"Nothing can be said of it at step {at}.", event="open", step=at))
         elif now is not None:
             alerts.append(_seen_again(previous, now, at))
+        elif cause in unmeasured:
+            alerts.append(_retold(previous, f"What it goes by was not measured at step {at}.", event="open"))
         else:
             alerts.append(_not_seen(previous, at))
     return alerts
 
 
 def _seen_again(previous: Alert, now: Alert, at: int) -> Alert:
-    worse = _RANK[now.level] > _RANK[previous.level]
+    worse = SEVERITY[now.level] < SEVERITY[previous.level]
     looks = previous.looks
     if now.step == at:
         looks = max(looks, 1) if previous.step == at else looks + 1
+    else:
+        now = _retold(now, f"What it goes by was not measured at step {at}.")
     return now.model_copy(
         update={
             "event": "worse" if worse else "open",
@@ -62,37 +72,18 @@ def _seen_again(previous: Alert, now: Alert, at: int) -> Alert:
 
 def _not_seen(previous: Alert, at: int) -> Alert:
     resolved = previous.looks == 0 and previous.step < at
-    return previous.model_copy(
-        update={"event": "resolved" if resolved else "open", "step": at, "looks": 0, "since": since_of(previous)}
-    )
+    words = f"It is not seen at step {at}; it is over when the next look does not see it either."
+    if resolved:
+        words = f"It is over: at step {at} a second look in a row did not see it."
+    event = "resolved" if resolved else "open"
+    return _retold(previous, words, event=event, step=at, looks=0, since=since_of(previous))
 
 
-def open_after(alerts: Sequence[Alert], at: int) -> list[Alert]:
-    """What stays open after a step, of the alerts of records of that step which may have been judged in any order."""
-    open_alerts = []
-    for cause in dict.fromkeys(map(cause_of, alerts)):
-        same = [alert for alert in alerts if cause_of(alert) == cause]
-        # One that was resolved at this step began before it: where another begins at it, that one came after.
-        anew = [alert for alert in same if alert.event != "resolved" and since_of(alert) == at]
-        if not anew and any(alert.event == "resolved" for alert in same):
-            continue
-        newest = anew or same
-        worst = max(
-            newest, key=lambda alert: (_RANK[alert.level], -since_of(alert), alert.looks, alert.model_dump_json())
-        )
-        looks = max(alert.looks for alert in newest)
-        open_alerts.append(worst.model_copy(update={"looks": looks}))
-    return open_alerts
-
-
-def cause_of(alert: Alert) -> str:
-    """Its cause; of records of versions that had none, that of its rule."""
-    if alert.cause:
-        return alert.cause
-    rule = BY_NAME.get(alert.rule)
-    return alert.rule if rule is None else rule.cause
-
-
-def since_of(alert: Alert) -> int:
-    """The step at which it was opened; of records of versions that did not say so, its own."""
-    return alert.step if alert.since is None else alert.since
+def _retold(alert: Alert, words: str, **update: object) -> Alert:
+    """An alert that is not seen now: what was said of it when it was, is told as of then."""
+    observation = alert.observation or alert.message
+    # Records of versions without it do not say when one was seen that the look before did not see.
+    at = alert.observed_at if alert.observed_at is not None or alert.looks == 0 else alert.step
+    when = "Earlier" if at is None else f"At step {at}"
+    message = f"{words} {when} it said: {observation}"
+    return alert.model_copy(update={"message": message, "observation": observation, "observed_at": at, **update})

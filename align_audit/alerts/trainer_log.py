@@ -62,7 +62,7 @@ def _against_start(
         if apart is None:
             continue
         now, start = apart
-        limit = beyond(view, now / start, *options) if start else None
+        limit = beyond(view, now / start, *options) if start and math.isfinite(now) else None
         if limit is not None:
             at = view.limit(limit.option) * start
             return Sign(rule, "warning", now, words(now, start), suggestion, limit=at, baseline=start)
@@ -97,21 +97,21 @@ def log_token_accuracy(view: View) -> Sign | None:
 
 
 def log_gradient_spike(view: View) -> Sign | None:
-    """The gradient norm spikes twice within the window, against the median before it."""
-    steps = _steps(view)
-    window = view.log.window("grad_norm", steps)
+    """The gradient norm spikes twice within the window (of two rows at least), against the median before it."""
+    window = view.log.window_rows("grad_norm", _steps(view), least=_SPIKES)
     if window is None:
         return None
-    usual = view.log.recent("grad_norm", before=view.log.step - steps)[-_USUAL:]
+    (first, _), (last, _) = window[0], window[-1]
+    usual = view.log.recent("grad_norm", before=first - 1)[-_USUAL:]
     if len(usual) < _USUAL // 2 or not median(usual) > 0:
         return None
     at = view.limit("log_spike_ratio") * median(usual)
-    spikes = [norm for norm in window if norm > at]
+    spikes = [norm for _, norm in window if norm > at]
     if len(spikes) < _SPIKES:
         return None
     message = (
-        f"In the trainer's log the gradient norm rose above {at:.3g} {len(spikes)} times in {steps} steps, up to "
-        f"{max(spikes):.3g}; its median before is {median(usual):.3g}."
+        f"In the trainer's log the gradient norm rose above {at:.3g} in {len(spikes)} of {len(window)} rows of steps {first} "
+        f"to {last}, up to {max(spikes):.3g}; its median before is {median(usual):.3g}."
     )
     suggestion = (
         "Lower the learning rate, clip gradients harder (max_grad_norm), or look at the training pairs of those steps"
@@ -148,12 +148,12 @@ def log_stuck(view: View) -> Sign | None:
     at = view.limit("log_stuck_margin")
     # Where the loss is used up its gradient is as good as 0, and something was learned.
     moved = margins is not None and abs(mean(margins)) > at
-    if norms is not None and max(map(abs, norms)) == 0.0 and not moved:
+    if norms is not None and all(norm == 0.0 for norm in norms) and not moved:
         message = (
             f"In the trainer's log the gradient norm is exactly 0 over the last {steps} steps: nothing is trained."
         )
         return Sign(rule, "warning", 0.0, message, suggestion)
-    if losses is None or margins is None or not view.begun or moved:
+    if losses is None or margins is None or not view.begun or moved or not math.isfinite(sum(losses) + sum(margins)):
         return None
     if not beyond(view, max(abs(loss - _LN_2) for loss in losses), "log_stuck_margin"):
         return None
@@ -168,7 +168,7 @@ def log_saturated(view: View) -> Sign | None:
     """Every training pair of the window is ranked right, at a loss of nothing."""
     steps = _steps(view)
     losses, ranked = view.log.window("loss", steps), view.log.window("rewards/accuracies", steps)
-    if losses is None or ranked is None or mean(ranked) < 1.0 - 1.0 / 64:
+    if losses is None or ranked is None or not mean(ranked) >= 1.0 - 1.0 / 64:
         return None
     # A loss of exactly 0 may be a NaN that was filtered: that is another rule's.
     if not beyond(view, mean(losses), "log_saturated_loss") or log_not_finite(view) is not None:

@@ -11,6 +11,7 @@ import typer
 
 from align_audit.errors import SHOWN, ConfigurationError, first_line, listed, plain, quoted
 from align_audit.probes.names import check_names
+from align_audit.record.checkpoint_names import checkpoint_step
 
 if TYPE_CHECKING:
     from align_audit.config import AuditConfig
@@ -109,8 +110,7 @@ def _numbered(path: Path) -> list[Path]:
 
 def step_of(folder: Path) -> int:
     """N of ``checkpoint-N``, else 0."""
-    match = re.fullmatch(r"checkpoint-(\d+)", folder.resolve().name)
-    return int(match.group(1)) if match else 0
+    return checkpoint_step(folder.resolve().name) or 0
 
 
 def settings(

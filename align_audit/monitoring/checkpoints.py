@@ -20,11 +20,11 @@ from align_audit.models.anatomy import is_peft
 from align_audit.models.loading import base_of, load_tokenizer
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
 from align_audit.monitoring.monitor import Moment, Monitor
+from align_audit.monitoring.resumed_writers import start_writers
 from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import RunLog
-from align_audit.record.run import AuditRun
 from align_audit.record.transfer_record import TransferRecord
 from align_audit.writers.messages import OnAlert, checked
 from align_audit.writers.registry import OF_SAVED, writers_for
@@ -83,8 +83,7 @@ def audit_saved(
     sets = read_probes(probes, checkpoints, reference, config, trust_remote_code=trust_remote_code)
     names = {step: folder.name for folder, step in checkpoints.items()}
     around = Surroundings(Path(output), tuple(sets), on_alert=checked(on_alert), checkpoints=names)
-    writers = writers_for(config, around, OF_SAVED)
-    writers.start(AuditRun.of(log))
+    writers = start_writers(writers_for(config, around, OF_SAVED), log)
     progress = progress_bar if config.progress else None
     # An error ends the audit of a checkpoint.
     monitor = Monitor(sets, config, log, writers=writers, progress=progress, strict=True)
@@ -264,21 +263,21 @@ def _stored(
     """
     policy, reference = weights
     stored: dict[str | None, AuditRecord] = {}
-    for record in log.records:
-        provenance, odd = record.provenance, None
-        name = provenance.probe_name
-        if name in sets and provenance.probe_hash != sets[name].content_hash:
+    records = log.records
+    for place, head in enumerate(records.heads):
+        name, odd = head.probe_name, None
+        if name in sets and head.probe_hash != sets[name].content_hash:
             odd = "on other probe pairs" + (f" called {name!r}" if name is not None else "")
-        elif provenance.reference_hash != reference and (one_reference or record.step == step):
+        elif head.reference_hash != reference and (one_reference or head.step == step):
             odd = "against another reference"
-        elif record.step == step and provenance.policy_hash != policy:
+        elif head.step == step and head.policy_hash != policy:
             odd = "of another model"
-        elif record.step == step and not config.measures_as(provenance.config):
+        elif head.step == step and not config.measures_as(records[place].provenance.config):
             odd = "with other options"
-        elif record.step == step and name in sets:
-            stored[name] = record
+        elif head.step == step and name in sets:
+            stored[name] = records[place]
         if odd is not None:
             raise ConfigurationError(
-                f"{log.directory} holds an audit of step {record.step} {odd}; one log is one run: choose another --output"
+                f"{log.directory} holds an audit of step {head.step} {odd}; one log is one run: choose another --output"
             )
     return stored

@@ -28,6 +28,7 @@ from align_audit.monitoring.schedule import Training
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Agreed, Ranks
 from align_audit.record.audit_record import Alert, AuditKind, AuditRecord
+from align_audit.record.checkpoint_names import checkpoints_in
 from align_audit.record.course import course_of
 from align_audit.record.log import RunLog, arrays_name
 from align_audit.record.pair_texts import PairTexts
@@ -252,6 +253,8 @@ class Monitor:
         for alert in record.alerts:
             if alert.event != "open":
                 self.writers.alert(alert, record)
+        if self.log is not None:
+            self.log.note_told(record)
 
     def logged(self, step: int, logs: Mapping[str, object], max_steps: int | None) -> list[Suspicion]:
         """Keep what the trainer logs, and say what is newly suspicious in it; nothing where this process keeps no log.
@@ -312,6 +315,7 @@ class Monitor:
     def close(self) -> None:
         """Let go of the writers, of the log and of the other processes, all of these together."""
         self.writers.close()
+        self._sync_training_log()
         if self.log is not None:
             self.log.close()
         self._ranks.close()
@@ -391,9 +395,19 @@ class Monitor:
         findings.alerts += record.alerts
         self.log.save_arrays(record.step, arrays_name(name), result.arrays)
         self._keep_texts(self.log, record, result.texts)
-        self.log.append(record)
-        # Writers come after the log: what breaks in one of them costs no record.
-        self.tell(record)
+        news = self.log.append(record)
+        self._sync_training_log()
+        # Writers come after the log: what breaks in one of them costs no record. What the log holds already is no news.
+        if news:
+            self.tell(record)
+
+    def _sync_training_log(self) -> None:
+        if self.training_log is None:
+            return
+        try:
+            self.training_log.sync()
+        except OSError as error:  # costs no audit
+            logger.error("the trainer's log in %s is not safe on disk: %s", self.training_log.path, named(error))
 
     def _keep_texts(self, log: RunLog, record: AuditRecord, texts: Callable[[], PairTexts] | None) -> None:
         """Keep what changed in text. An audit without it is still one: what breaks is said once, and nothing else."""
@@ -426,7 +440,7 @@ class Monitor:
 def _checkpoints(folder: Path) -> list[str]:
     """The checkpoints that exist now: the trainer deletes old ones (``save_total_limit``)."""
     try:
-        return [path.name for path in folder.glob("checkpoint-*") if path.is_dir()]
+        return list(checkpoints_in(folder).values())
     except OSError:
         return []
 

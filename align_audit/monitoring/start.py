@@ -20,12 +20,12 @@ from align_audit.models.reference import Reference, policy_fingerprint, resolve_
 from align_audit.models.weights.sharded import refuse_sharded
 from align_audit.monitoring.monitor import BREAKS, AuditFailure, Monitor
 from align_audit.monitoring.pace import Pace
+from align_audit.monitoring.resumed_writers import start_writers
 from align_audit.monitoring.trainer import TrainerFacts
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Agreed, Ranks, Status, told
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import RunLog
-from align_audit.record.run import AuditRun
 from align_audit.record.training_log import TrainingLog
 from align_audit.writers.messages import OnAlert
 from align_audit.writers.registry import writers_for
@@ -230,6 +230,4 @@ def open_writers(
     """
     logged = tuple if training_log is None else lambda: training_log.rows
     around = Surroundings(Path(facts.output_dir), tuple(probe_sets), facts.summary_writer, on_alert, logged)
-    writers = writers_for(config, around)
-    writers.start(AuditRun.of(log))
-    return writers
+    return start_writers(writers_for(config, around), log)

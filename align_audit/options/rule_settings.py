@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from align_audit.errors import quoted
-from align_audit.options.rules import CAUSES, LIMITS, Rule, did_you_mean, rule_named, rule_names
+from align_audit.options.rules import CAUSES, LIMITS, RETIRED, Rule, did_you_mean, rule_named, rule_names
 from align_audit.options.signals import SIGNALS, is_signal
 
 
@@ -100,7 +100,7 @@ class AddedRule(_Options):
 
 RuleSetting = RuleOptions | AddedRule
 
-RESERVED = frozenset({*CAUSES, "control_failed"})
+RESERVED = frozenset({*CAUSES, *RETIRED})
 """Causes, which an added rule's name would be one of, and what records of earlier versions alerted to."""
 
 _Setting = TypeVar("_Setting", RuleOptions, AddedRule)

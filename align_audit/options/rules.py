@@ -15,7 +15,7 @@ from align_audit.errors import quoted
 
 Level = Literal["warning", "error"]
 Direction = Literal["above", "below"]
-Standing = Literal["certain", "alone", "witness"]
+Weight = Literal["certain", "alone", "witness"]
 """``certain``: an error by itself, at once. ``alone``: a warning by itself. ``witness``: counts beside another sign only."""
 
 Source = Literal["margins", "reference", "generations", "patching", "localization", "low_rank", "spinal", "log"]
@@ -69,7 +69,7 @@ class Rule:
         family: rules that are no independent signs of each other; agreement is counted in families.
         patience: looks in a row after which it counts by itself.
         lone_error: seen beyond its limit of an error at two looks in a row, it is an error by itself.
-        turns: it has an error that no limit stands for: a sign turned round, weights that are equal.
+        error_without_limit: it has an error that no limit stands for: a sign turned round, weights that are equal.
         reads: dotted paths in a record, or columns of the log.
         says: what it fires on, as a clause.
     """
@@ -78,22 +78,22 @@ class Rule:
     cause: str
     family: str
     source: Source
-    standing: Standing
+    weight: Weight
     reads: tuple[str, ...]
     says: str
     limits: tuple[Limit, ...] = ()
     patience: int = 1
     lone_error: bool = True
-    turns: bool = False
+    error_without_limit: bool = False
 
     @property
     def highest(self) -> str:
         """The highest level that it can reach with nothing but itself."""
-        if self.standing == "certain":
+        if self.weight == "certain":
             return "error"
-        if self.standing == "witness":
+        if self.weight == "witness":
             return "none"
-        strong = self.turns or any(limit.level == "error" for limit in self.limits)
+        strong = self.error_without_limit or any(limit.level == "error" for limit in self.limits)
         return "error" if self.lone_error and strong else "warning"
 
 
@@ -106,6 +106,12 @@ CAUSES: dict[str, str] = {
     "saturation": "nothing is left to learn",
 }
 """Cause → what it is, in words. In the order in which they are told at equal level."""
+
+NO_WAY_BACK: dict[str, str] = {
+    "learning": "There is nothing to go back to, because nothing was learned yet: mend that and start again",
+    "saturation": "There is no need to go back: what was learned stands",
+}
+"""Causes of which no earlier checkpoint is free, or which did no harm to this one → that, in words."""
 
 
 def _warning(
@@ -275,7 +281,7 @@ _RECORD_RULES = (
         "the margin shift on the probes lies below 0, or falls below its best, at two looks in a row",
         (_warning("shift_of_best", 0.5, "share of its best", "below", "margin shift", below=1.0),),
         patience=2,
-        turns=True,
+        error_without_limit=True,
     ),
     Rule(
         "accuracy_falling", "preference", "accuracy", "margins", "alone", ("margins.accuracy",),
@@ -295,7 +301,7 @@ _RECORD_RULES = (
             _setting("never_started_steps", 50, "steps", "when to look, where it is not"),
         ),
         patience=2,
-        turns=True,
+        error_without_limit=True,
     ),
 )  # fmt: skip
 
@@ -355,6 +361,9 @@ _LOG_RULES = (
 
 RULES: tuple[Rule, ...] = _RECORD_RULES + _LOG_RULES
 """In the order in which they are told at equal level."""
+
+RETIRED: frozenset[str] = frozenset({"control_failed"})
+"""Rules of earlier versions that are none any more: controls are notes beside the numbers. Their alerts say nothing."""
 
 BY_NAME: dict[str, Rule] = {rule.name: rule for rule in RULES}
 LIMITS: dict[str, Limit] = {limit.option: limit for rule in RULES for limit in rule.limits}

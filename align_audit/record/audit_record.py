@@ -345,7 +345,12 @@ class Alert(Part):
     baseline: float | None = None
     threshold: float | None = None
     message: str
+    """What is seen; of an alert that is not seen at this audit, that it is not, and its ``observation``."""
     suggestion: str
+    observation: str = ""
+    """What was seen at the audit that saw it last, where this one does not; empty: ``message`` is that of this audit."""
+    observed_at: int | None = None
+    """The step of that audit; None: this one saw it, or it is not known."""
     clean_step: int | None = None
     """The last audit before it opened at which no warning and no error was open."""
     checkpoint: str | None = None

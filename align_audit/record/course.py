@@ -16,8 +16,12 @@ def course_of(record: AuditRecord, earlier: Sequence[AuditRecord]) -> Sequence[A
     A run that was resumed from an earlier step left records of the course that it took before: made earlier, of later steps.
     Of audits of one step, set and kind the newest counts.
     """
+    return _course_until(record.step, record.provenance.policy_hash, earlier)
+
+
+def _course_until(now: int, policy: str, earlier: Sequence[AuditRecord]) -> Sequence[AuditRecord]:
+    """The records that an audit of these weights at this step goes on from. No stored one is parsed for it."""
     # Other weights at this very step are of another course, too.
-    now, policy = record.step, record.provenance.policy_hash
     heads = [head for head in heads_of(earlier) if head.step < now or (head.step == now and head.policy_hash == policy)]
     least = math.inf
     kept: dict[tuple[int, str | None, str], Head] = {}
@@ -46,5 +50,4 @@ def present_course(records: Sequence[AuditRecord]) -> Sequence[AuditRecord]:
     if not heads:
         return records
     newest = max(heads, key=lambda head: (head.created, head.step))
-    last = chosen(records, lambda head: (head.key, head.created) == (newest.key, newest.created))[0]
-    return course_of(last, records)
+    return _course_until(newest.step, newest.policy_hash, records)

@@ -7,6 +7,7 @@
   records are the source, and have those that only stay open too);
 - ``training.jsonl``: what the trainer logged (:mod:`align_audit.record.training_log`);
 - ``failures.jsonl``: audits that broke, with their traceback;
+- ``told.jsonl``: of which records the writers were told what happened to alerts at them, one a line;
 - ``step-<N>/*.safetensors``: what is too large for a line (per-pair values, subspace bases), of a named probe set in
   ``arrays-<name>``; and ``texts.json`` or ``texts-<name>.json``: the pairs that moved most, as text
   (:mod:`align_audit.record.pair_texts`);
@@ -46,6 +47,7 @@ FOLDER = "align_audit"
 RECORDS = "records.jsonl"
 ALERTS = "alerts.jsonl"
 FAILURES = "failures.jsonl"
+TOLD = "told.jsonl"
 
 
 def arrays_name(probe_name: str | None, name: str = "arrays") -> str:
@@ -70,6 +72,14 @@ class Failure(BaseModel):
     """The traceback."""
     probe_name: str | None = None
     """The probe set it was on, where that has a name."""
+
+
+class _Told(BaseModel):
+    """A line of ``told.jsonl``."""
+
+    model_config = ConfigDict(frozen=True)
+
+    record: RecordKey
 
 
 class RunLog:
@@ -100,7 +110,7 @@ class RunLog:
                 probe.write(b"\n")
             self._hold()
             self._remove_leftovers()
-            for name in (RECORDS, ALERTS, FAILURES):
+            for name in (RECORDS, ALERTS, FAILURES, TOLD):
                 repair(self.directory / name)
             _sync_directory(self.directory)
         except BlockingIOError as error:
@@ -115,6 +125,7 @@ class RunLog:
             ) from error
         self._records = read_records(self.directory / RECORDS)
         self._keys = {head.key for head in self._records.heads}
+        self._told = {line.record for line in read_lines(self.directory / TOLD, _Told)}
         self._add_missing_alerts()
 
     def close(self) -> None:
@@ -146,6 +157,30 @@ class RunLog:
         self._append_alerts([alert.model_dump_json() for alert in events_of(record.alerts)])
         return True
 
+    @property
+    def untold(self) -> StoredRecords:
+        """The record that was added last, where something happened to alerts at it that nobody was told of; else none.
+
+        A process tells of each record right after it has added it, so that of those before all is told. In a log of a version
+        that did not note it, that is only unknown of a record that is the first of its kind: it is told once more then.
+        """
+        with_events = [head.key for head in self._records.heads if events_of(head.alerts)]
+        last = self._records.heads[-1].key if with_events else None
+        if last is None or with_events[-1] != last or last in self._told or (len(with_events) > 1 and not self._told):
+            return StoredRecords()
+        return self._records.where(lambda head: head.key == last)
+
+    def note_told(self, record: AuditRecord) -> None:
+        """Note that the writers were told what happened to alerts at a record; nothing where nothing did, or it is noted."""
+        if record.key in self._told or not events_of(record.alerts):
+            return
+        self._told.add(record.key)
+        try:
+            self._append(TOLD, [_Told(record=record.key).model_dump_json()])
+        except OSError as error:  # the worst that follows is that somebody is told twice
+            path = plain(self.directory / TOLD)
+            warnings.warn(f"that alerts were told could not be noted in {path}: {first_line(error)}", stacklevel=3)
+
     def append_failure(self, step: int, error_text: str, probe_name: str | None = None) -> None:
         """Note that the audit of this step broke, on which probe set, and how."""
         time = datetime.now(UTC).isoformat(timespec="seconds")
@@ -171,7 +206,7 @@ class RunLog:
             path.rename(aside / path.name)
         self._hold()
         _sync_directory(self.directory)
-        self._records, self._keys = StoredRecords(), set()
+        self._records, self._keys, self._told = StoredRecords(), set(), set()
         return aside
 
     def step_dir(self, step: int) -> Path:
@@ -234,6 +269,8 @@ class RunLog:
         missing = self._records.where(lambda head: head.key not in present)
         self._append(RECORDS, [line.decode().rstrip() for _, line in missing.lines])
         self._append_alerts([alert.model_dump_json() for alert in missing.alerts])
+        told = [head.key for head in missing.heads if head.key in self._told]
+        self._append(TOLD, [_Told(record=key).model_dump_json() for key in told])
         _sync_directory(self.directory)
         self._identity = identity_of(path)
         if missing:

@@ -236,6 +236,18 @@ _IN_A_SEQUENCE = (Estimate, int, float)
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
+def json_number(value: float) -> float | str:
+    """A number as JSON can hold it: one that is not finite as a word.
+
+    Example:
+        >>> json_number(0.5), json_number(-math.inf)
+        (0.5, '-Infinity')
+    """
+    if math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
 def _parsed(value: Any) -> Any:
     """What plain JSON stands for, where no schema says it: estimates, and numbers that JSON does not know."""
     if isinstance(value, dict):

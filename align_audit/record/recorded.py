@@ -6,12 +6,12 @@ A checkpoint's files say where it came from, and files can be replaced. The log 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, ValidationError
 
+from align_audit.record.checkpoint_names import checkpoint_step
 from align_audit.record.log import FOLDER, RECORDS
 
 _COMPARABLE_FROM = 2
@@ -73,9 +73,9 @@ def runs_beside(checkpoint: Path) -> list[RecordedRun]:
 
 def step_saved(checkpoint: Path) -> int | None:
     """At which step of training a checkpoint was saved; None: its folder does not say."""
-    match = re.fullmatch(r"checkpoint-(\d+)", checkpoint.resolve().name)
-    if match is not None:
-        return int(match.group(1))
+    saved = checkpoint_step(checkpoint.resolve().name)
+    if saved is not None:
+        return saved
     try:
         step = json.loads((checkpoint / "trainer_state.json").read_bytes()).get("global_step")
     except (OSError, ValueError, RecursionError, AttributeError):

@@ -61,12 +61,14 @@ class AuditRun:
     """The probe set that :meth:`select` has narrowed this to, where it has a name."""
     training_log: Sequence[LogRow] = ()
     """What the trainer logged, by step; empty where none was kept."""
+    untold: Sequence[AuditRecord] = ()
+    """Of a log that is open for appending: records of whose alerts nobody was told, because the process was killed first."""
 
     @classmethod
     def of(cls, log: RunLog) -> Self:
         """The run of a log that is open for appending, as it stands now. Failures and the trainer's log are in files only."""
         records = log.records
-        return cls(log.directory, records, records.alerts, failures=[])
+        return cls(log.directory, records, records.alerts, failures=[], untold=log.untold)
 
     @property
     def status(self) -> Status:

@@ -11,6 +11,7 @@ from typing import Literal
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.course import present_course
 from align_audit.record.log import Failure
+from align_audit.record.open_alerts import is_serious, open_alerts, since_of
 from align_audit.record.stored_records import Head, chosen, heads_of
 from align_audit.record.training_log import LogRow
 
@@ -18,8 +19,6 @@ StatusWord = Literal["HEALTHY", "WATCH", "ERROR", "BLIND"]
 
 _INTERVALS = 3
 """So many intervals without an audit are silence."""
-_NOT_ALERTS = ("control_failed",)
-"""What versions before this one alerted to, and which says nothing of the run."""
 
 
 @dataclass(frozen=True)
@@ -68,37 +67,16 @@ def status_of(records: Sequence[AuditRecord], failures: Sequence[Failure], log: 
     return Status("HEALTHY", _healthy_since(heads), f"No alert is open at step {heads[-1].step}.")
 
 
-def open_alerts(heads: Sequence[Head]) -> list[Alert]:
-    """What the records of the last step say is open, whatever their probe set."""
-    if not heads:
-        return []
-    step = heads[-1].step
-    alerts = [alert for head in heads if head.step == step for alert in head.alerts]
-    resolved = {alert.cause for alert in heads[-1].alerts if alert.event == "resolved"}
-    return [
-        alert
-        for alert in alerts
-        if alert.event != "resolved"
-        and alert.rule not in _NOT_ALERTS
-        and (not alert.cause or alert.cause not in resolved)
-    ]
-
-
 def _by(alerts: Sequence[Alert], word: StatusWord) -> Status:
-    since = [alert.step if alert.since is None else alert.since for alert in alerts]
-    oldest = min(range(len(alerts)), key=lambda place: since[place])
-    return Status(word, since[oldest], alerts[oldest].message)
+    oldest = min(alerts, key=since_of)
+    return Status(word, since_of(oldest), oldest.message)
 
 
 def _healthy_since(heads: Sequence[Head]) -> int:
     """The first step of those at the end at which nothing serious was open."""
     since = heads[-1].step
     for head in reversed(heads):
-        serious = any(
-            alert.level != "info" and alert.event != "resolved" and alert.rule not in _NOT_ALERTS
-            for alert in head.alerts
-        )
-        if serious:
+        if any(map(is_serious, head.alerts)):
             break
         since = head.step
     return since
@@ -122,7 +100,7 @@ def _blind(
     if full and full[-1].controls.identity.verdict == "failed":
         record = full[-1]
         return Status("BLIND", record.step, f"The identity control failed: {record.controls.identity.reason}.")
-    return _silent(records, heads, log)
+    return _silent(heads, log)
 
 
 def _broken_since(heads: Sequence[Head], failures: Sequence[Failure]) -> list[Failure]:
@@ -141,12 +119,12 @@ def _broken_since(heads: Sequence[Head], failures: Sequence[Failure]) -> list[Fa
     )
 
 
-def _silent(records: Sequence[AuditRecord], heads: Sequence[Head], log: Sequence[LogRow]) -> Status | None:
+def _silent(heads: Sequence[Head], log: Sequence[LogRow]) -> Status | None:
     """Has training gone on for three intervals without an audit?"""
     if not log:
         return None
     last, now = heads[-1].step, log[-1].step
-    occasion = records[-1].occasion
+    occasion = heads[-1].occasion
     if occasion is not None:
         if occasion.next_step is None:
             return None  # none is planned

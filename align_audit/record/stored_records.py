@@ -23,6 +23,7 @@ from align_audit.record.audit_record import (
     AuditRecord,
     Estimate,
     Margins,
+    Occasion,
     Provenance,
     RecordKey,
 )
@@ -37,11 +38,11 @@ KEPT_PARSED = 256
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What records are searched, ordered and judged by.
+    """What records are searched, ordered and judged by, and what is drawn of all of them at every audit.
 
     Attributes:
         key: :attr:`AuditRecord.key`.
-        accuracy, shift: of the ``margins``.
+        accuracy, shift, kl, chosen_logp_change_per_token: of the ``margins``.
     """
 
     step: int
@@ -50,19 +51,25 @@ class Head:
     probe_hash: str
     accuracy: Estimate
     shift: Estimate
+    kl: Estimate
+    chosen_logp_change_per_token: Estimate
+    occasion: Occasion | None
     alerts: tuple[Alert, ...]
 
     @classmethod
     def of(cls, record: AuditRecord) -> Self:
         """That of a record."""
-        there = record.provenance
+        there, margins = record.provenance, record.margins
         return cls(
             record.step,
             there.created,
             record.key,
             there.probe_hash,
-            record.margins.accuracy,
-            record.margins.shift,
+            margins.accuracy,
+            margins.shift,
+            margins.kl,
+            margins.chosen_logp_change_per_token,
+            record.occasion,
             tuple(record.alerts),
         )
 
@@ -70,6 +77,11 @@ class Head:
     def policy_hash(self) -> str:
         """``provenance.policy_hash``."""
         return self.key[1]
+
+    @property
+    def reference_hash(self) -> str:
+        """``provenance.reference_hash``."""
+        return self.key[2]
 
     @property
     def probe_name(self) -> str | None:
@@ -108,7 +120,7 @@ def head_of_line(line: bytes) -> Head | None:
 @functools.cache
 def _fields_of_record() -> TypeAdapter[dict[str, Any]]:
     # Those that heads are made of stay what they are.
-    return plain_validator(AuditRecord, kept=(Provenance, Margins, Alert))
+    return plain_validator(AuditRecord, kept=(Provenance, Margins, Occasion, Alert))
 
 
 class _Line:
@@ -219,6 +231,12 @@ class StoredRecords(Sequence[AuditRecord]):
     def by_step(self) -> StoredRecords:
         """By step, then by creation."""
         return StoredRecords(sorted(self._kept, key=lambda kept: (kept.head.step, kept.head.created)), self._recent)
+
+    def followed_by(self, record: AuditRecord) -> StoredRecords:
+        """These and one more, with none of them parsed for it."""
+        longer = StoredRecords(self._kept, self._recent)
+        longer.append(record, record.to_json().encode())
+        return longer
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -7,18 +7,19 @@ that JSON does not know are words, as in records. What is no number (the trainer
 from __future__ import annotations
 
 import json
-import math
 import numbers
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from align_audit.files import append_whole
+from align_audit.files import append_whole, wait_until_on_disk
 from align_audit.record.lines import read_lines, repair
 from align_audit.record.log import FOLDER
+from align_audit.record.numbers import json_number
 
 TRAINING = "training.jsonl"
 
@@ -60,6 +61,7 @@ class TrainingLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         repair(self.path)
         self._rows = read_training_log(self.path)
+        self._on_disk = True
 
     @property
     def rows(self) -> list[LogRow]:
@@ -67,7 +69,9 @@ class TrainingLog:
         return self._rows
 
     def append(self, step: int, logs: Mapping[str, object]) -> LogRow | None:
-        """Add what was logged at a step, and wait until it is on disk.
+        """Add what was logged at a step. The operating system has it then; :meth:`sync` waits for the disk.
+
+        A step of a fast training takes less time than a disk does.
 
         Returns:
             The row; None, with nothing written, where the log has no number in it.
@@ -80,9 +84,20 @@ class TrainingLog:
             return None
         row = LogRow(step, kept)
         _follow(self._rows, row)
-        line = json.dumps({"step": step, "logs": {name: _word(number) for name, number in kept.items()}})
-        append_whole(self.path, f"{line}\n".encode())
+        line = json.dumps({"step": step, "logs": {name: json_number(number) for name, number in kept.items()}})
+        append_whole(self.path, f"{line}\n".encode(), wait=False)
+        self._on_disk = False
         return row
+
+    def sync(self) -> None:
+        """Wait until all rows are on disk, those of an audit with its record.
+
+        Raises:
+            OSError: the disk refuses, or the file is gone.
+        """
+        if not self._on_disk:
+            wait_until_on_disk(self.path)
+            self._on_disk = True
 
 
 def read_training_log(path: Path) -> list[LogRow]:
@@ -112,10 +127,7 @@ def course_of(rows: Iterable[LogRow]) -> list[LogRow]:
 
 def up_to(rows: Sequence[LogRow], step: int) -> Sequence[LogRow]:
     """The rows of a course until a step, that of the step with them."""
-    end = len(rows)
-    # From the end: what is asked for is nearly always all, or nearly all.
-    while end and rows[end - 1].step > step:
-        end -= 1
+    end = bisect_right(rows, step, key=lambda row: row.step)
     return rows if end == len(rows) else rows[:end]
 
 
@@ -135,9 +147,3 @@ def _number(value: object) -> float | None:
         return float(value)
     except (OverflowError, ValueError):
         return None
-
-
-def _word(number: float) -> float | str:
-    if math.isnan(number):
-        return "NaN"
-    return number if math.isfinite(number) else "Infinity" if number > 0 else "-Infinity"

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from align_audit.options.rules import NO_WAY_BACK
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.writers.standing import (
     Standing,
@@ -227,10 +228,13 @@ def _unblinded(standing: Standing) -> str:
 
 
 def _back(alert: Alert) -> str:
+    if alert.cause == "" or alert.cause in NO_WAY_BACK:
+        return ""
     if alert.clean_step is None:
-        return "" if alert.cause == "" else "no audit before it was clean"
+        return "no clean audit before it"
     clean = f"last clean audit: step {alert.clean_step}"
     if alert.checkpoint is None:
         return f"{clean}; no checkpoint from then or before was kept (save_steps, save_total_limit)"
     go = alert.command or alert.checkpoint
-    return f"{clean}; go back to {alert.checkpoint}" + (f": {go}" if go != alert.checkpoint else "")
+    when = "go back" if alert.level == "error" else "should it become an error, go back"
+    return f"{clean}; {when} to {alert.checkpoint}" + (f": {go}" if go != alert.checkpoint else "")

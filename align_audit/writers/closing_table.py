@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from align_audit.errors import plain
-from align_audit.record.audit_record import AuditRecord
 from align_audit.record.course import present_course
 from align_audit.record.log import FAILURES
 from align_audit.record.numbers import span
 from align_audit.record.run import AuditRun
 from align_audit.record.status import Status
+from align_audit.record.stored_records import Head, heads_of
 from align_audit.writers.standing import Standing, figure, percent, standing_at, where_in_short
 from align_audit.writers.styled import STATUS_STYLES, text_of
 from align_audit.writers.words import on_probes
@@ -104,11 +104,12 @@ def closing(run: AuditRun, checkpoints: Mapping[int, str]) -> list[_Table | _Lin
 
 def _by_step(run: AuditRun) -> list[Standing]:
     """How the run stood at each of its steps; a full audit counts for its step, where there was one."""
-    latest: dict[int, AuditRecord] = {}
-    for record in present_course(run.records):
-        if record.kind == "full" or record.step not in latest or latest[record.step].kind == "health":
-            latest[record.step] = record
-    return [standing_at(record, run.records, run.training_log) for record in latest.values()]
+    latest: dict[int, tuple[Head, int]] = {}
+    course = present_course(run.records)
+    for place, head in enumerate(heads_of(course)):
+        if head.kind == "full" or head.step not in latest or latest[head.step][0].kind == "health":
+            latest[head.step] = head, place
+    return [standing_at(course[place], run.records, run.training_log) for _, place in latest.values()]
 
 
 def _counted(rows: Sequence[Standing]) -> str:
@@ -157,12 +158,13 @@ def _broken(run: AuditRun) -> str:
 
 def _unaffordable(run: AuditRun, checkpoints: Mapping[int, str]) -> str:
     """Full audits that the budget had no room for, of steps that have none by now: what one takes, and how to get it."""
-    full = {record.step for record in run.records if record.kind == "full"}
+    heads = heads_of(run.records)
+    full = {head.step for head in heads if head.kind == "full"}
     asked: dict[int, float] = {}
-    for record in run.records:
-        seconds = None if record.occasion is None else record.occasion.unaffordable_seconds
-        if seconds is not None and record.step not in full:
-            asked[record.step] = seconds
+    for head in heads:
+        seconds = None if head.occasion is None else head.occasion.unaffordable_seconds
+        if seconds is not None and head.step not in full:
+            asked[head.step] = seconds
     if not asked:
         return ""
     last = max(asked)

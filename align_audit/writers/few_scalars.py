@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import math
 
-from align_audit.errors import plain
 from align_audit.writers.brief import figures_in_words, what_to_do
+from align_audit.writers.markdown import escaped
 from align_audit.writers.scalars import ROOT
 from align_audit.writers.standing import Standing, evidence_in_words, peak_share, where_in_words
 
@@ -56,9 +56,9 @@ def status_text(standing: Standing) -> str:
     """How the run stands at an audit, in Markdown: status, figures, where, and what to do."""
     lines = [f"**{standing.status.word}** at step {standing.record.step}", figures_in_words(standing)]
     if standing.status.word != "HEALTHY":
-        lines[0] += f": {plain(standing.headline())}"
+        lines[0] += f": {escaped(standing.headline())}"
     step = standing.record.step
     lines.append(f"*Where:* {where_in_words(standing.full, step)}. *Evidence:* {evidence_in_words(standing.full)}.")
     if standing.status.word != "HEALTHY":
-        lines.append(f"**Do:** {plain(what_to_do(standing))}")
+        lines.append(f"**Do:** {escaped(what_to_do(standing))}")
     return "\n\n".join(lines)

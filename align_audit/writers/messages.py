@@ -7,7 +7,6 @@ resolved.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from align_audit.errors import ConfigurationError, named, plain
 from align_audit.record.audit_record import Alert, AuditRecord, RecordKey
-from align_audit.record.numbers import is_unknown, span
-from align_audit.record.stored_records import heads_of
+from align_audit.record.numbers import is_unknown, json_number, span
+from align_audit.record.stored_records import events_of, heads_of
 
 if TYPE_CHECKING:
     from align_audit.config import AuditConfig
@@ -31,6 +30,7 @@ OnAlert = Callable[[Alert, AuditRecord], object]
 """A user's function: it is given the alert, and the record that it was raised on."""
 
 
+_NO_MARKUP = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", "@": "\uff20"})
 _LONGEST = 2000
 """Characters of a paragraph; Slack cuts messages, and log collectors cut lines."""
 
@@ -103,17 +103,18 @@ def as_json(alert: Alert, record: AuditRecord, directory: Path) -> dict[str, Any
 def as_slack(alert: Alert, record: AuditRecord, directory: Path) -> dict[str, Any]:
     """An alert as a Slack message, in which nothing of it is markup, a link or a mention.
 
-    Source: https://api.slack.com/docs/message-formatting (the three characters to be escaped; ``mrkdwn``).
+    Source: https://api.slack.com/docs/message-formatting (the three characters to be escaped; ``mrkdwn``; what is written
+    between angle brackets). Others that take this form find mentions in plain text: an at sign is shown in full width.
     """
     text = "\n".join(paragraphs(alert, directory))
-    return {"text": text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"), "mrkdwn": False}
+    return {"text": text.translate(_NO_MARKUP), "mrkdwn": False}
 
 
 def _json_value(value: Any) -> Any:
     if isinstance(value, list):
         return [_json_value(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, float):
+        return json_number(value)
     return plain(value) if isinstance(value, str) else value
 
 
@@ -136,7 +137,8 @@ def checked(function: OnAlert | None) -> OnAlert | None:
 class Channel:
     """A writer of events: it says each alert that opens, gets worse or is resolved, and nothing of audits.
 
-    What the run held when it was started is no news: ``align-audit run`` shows stored audits again.
+    What the run held when it was started is no news: ``align-audit run`` shows stored audits again. But for what nobody was
+    told of, because the process was killed between log and channels: that is said at the start.
     """
 
     name: str
@@ -145,8 +147,14 @@ class Channel:
         self._stored: set[RecordKey] = set()
 
     def start(self, run: AuditRun) -> None:
-        """Remember what is no news any more."""
+        """Remember what is no news any more, and say what was not said. Channels that have to get ready do so first."""
         self._stored = {head.key for head in heads_of(run.records)}
+        for record in run.untold:
+            for alert in events_of(record.alerts):
+                try:
+                    self.say(alert, record)
+                except Exception as error:  # an old alert that cannot be said is no reason to refuse a run
+                    logger.error("align_audit could not tell %s of step %d: %s", self.name, record.step, named(error))
 
     def record(self, record: AuditRecord, history: Sequence[AuditRecord]) -> None:
         """An audit is no event."""

@@ -15,7 +15,8 @@ from align_audit.options.rules import BY_NAME, CAUSES, LIMITS
 from align_audit.record.audit_record import Alert, AuditRecord, control_items
 from align_audit.record.course import course_of
 from align_audit.record.numbers import is_unknown, span
-from align_audit.record.status import Status, open_alerts, status_of
+from align_audit.record.open_alerts import SEVERITY, open_alerts, since_of
+from align_audit.record.status import Status, status_of
 from align_audit.record.stored_records import StoredRecords, chosen, heads_of
 from align_audit.record.training_log import LogRow, up_to
 
@@ -80,7 +81,7 @@ class Standing:
         if self.status.word == "BLIND" or worst is None:
             return self.status.reason.rstrip(".")
         words = CAUSES.get(worst.cause) or worst.rule.replace("_", " ")
-        since = worst.step if worst.since is None else worst.since
+        since = since_of(worst)
         words += "" if since == self.record.step else f", since step {since}"
         more = sum(alert.level != "info" for alert in self.alerts) - 1
         return words + (f" (and {more} more alert{'s' if more > 1 else ''})" if more else "")
@@ -119,20 +120,17 @@ def _up_to_here(record: AuditRecord, history: Sequence[AuditRecord]) -> Sequence
             and ((head.step, head.created) <= here or head.key == record.key)
         ),
     )
+    missing = not any(head.key == record.key for head in heads_of(kept))
     if isinstance(kept, StoredRecords):
         kept = kept.by_step()
-    else:
-        kept = sorted(kept, key=lambda each: (each.step, each.provenance.created))
-    return kept if any(head.key == record.key for head in heads_of(kept)) else [*kept, record]
+        return kept.followed_by(record) if missing else kept
+    kept = sorted(kept, key=lambda each: (each.step, each.provenance.created))
+    return [*kept, record] if missing else kept
 
 
 def _by_weight(alerts: Sequence[Alert]) -> list[Alert]:
-    """One of each cause, the worst first, then the oldest."""
-    latest = {alert.cause or alert.rule: alert for alert in alerts}
-    order = {"error": 0, "warning": 1, "info": 2}
-    return sorted(
-        latest.values(), key=lambda alert: (order[alert.level], alert.step if alert.since is None else alert.since)
-    )
+    """The worst first, then the oldest."""
+    return sorted(alerts, key=lambda alert: (SEVERITY[alert.level], since_of(alert)))
 
 
 def limit_of(record: AuditRecord, option: str) -> float | None:

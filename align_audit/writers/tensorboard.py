@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from align_audit.errors import ConfigurationError, named
 from align_audit.record.audit_record import Alert, AuditRecord, SiteCurve, control_items
 from align_audit.record.numbers import is_unknown, span
+from align_audit.record.open_alerts import since_of
 from align_audit.record.run import one_per_step
 from align_audit.record.site_names import site_names
-from align_audit.record.stored_records import chosen, events_of, heads_of
+from align_audit.record.stored_records import Head, chosen, events_of, heads_of
 from align_audit.record.training_log import LogRow
 from align_audit.writers.event_files import SUFFIX, TagsWritten, event_files, find_event_folder
 from align_audit.writers.few_scalars import HEALTH, WHERE, few_scalars, group_of, status_text
+from align_audit.writers.markdown import code, escaped
 from align_audit.writers.scalars import not_known, root_of, scalars
 from align_audit.writers.standing import Standing, standing_at
 
@@ -128,18 +130,20 @@ class TensorBoard:
             if not written.complete(self._root(head.probe_name), head.step, _time_of(head.created) or 0.0)
         ]
         for place, head in missing:
-            self._write(board, records[place], records, written.at(head.step, _time_of(head.created) or 0.0))
+            record = records[place]
+            standing = standing_at(record, records, self._training_log())
+            self._write(board, standing, written.at(head.step, _time_of(head.created) or 0.0))
         if missing:
-            self._draw(board, records[missing[-1][0]], records)
-        if missing:
+            self._draw(board, standing, records)
             board.flush()
 
     def record(self, record: AuditRecord, history: Sequence[AuditRecord]) -> None:
         """Write one audit at its step; the pictures over steps are of the audits of its probe set up to then."""
         board = self._summary_writer()
+        standing = standing_at(record, history, self._training_log())
         try:
-            self._write(board, record, history)
-            self._draw(board, record, history)
+            self._write(board, standing)
+            self._draw(board, standing, history)
         finally:
             board.flush()
 
@@ -147,16 +151,10 @@ class TensorBoard:
         """What the tag of the text that is written last begins with."""
         return root_of(probe_name) if self._scalars == "all" else group_of(HEALTH, probe_name)
 
-    def _write(
-        self,
-        board: SummaryWriter,
-        record: AuditRecord,
-        history: Sequence[AuditRecord],
-        written: Collection[str] = (),
-    ) -> None:
+    def _write(self, board: SummaryWriter, standing: Standing, written: Collection[str] = ()) -> None:
         """Curves and texts, but for those whose tags were written; at the time of the audit, whenever that was."""
+        record = standing.record
         step, name = record.step, record.provenance.probe_name
-        standing = standing_at(record, history, self._training_log())
         when = _time_of(record.provenance.created)
         if not self._layout_written:
             board.add_custom_scalars(custom_scalars_layout(self._probe_names, record.sites))
@@ -175,14 +173,19 @@ class TensorBoard:
             if text and f"{tag}/{_TEXT}" not in written:
                 board.add_text(tag, text, step, when)
 
-    def _draw(self, board: SummaryWriter, record: AuditRecord, history: Sequence[AuditRecord]) -> None:
+    def _draw(self, board: SummaryWriter, standing: Standing, history: Sequence[AuditRecord]) -> None:
         """Pictures of a full audit. A health audit has no more to show than its curves."""
+        record = standing.record
         if not self._images or record.kind == "health":
             return
         name = record.provenance.probe_name
-        earlier = chosen(history, lambda head: head.key != record.key and head.probe_name == name)
-        standing = standing_at(record, history, self._training_log())
-        _add_images(board, standing, [*earlier, record], self._scalars)
+        # Later audits may be in the log when an earlier step is written again; a picture at a step shows none of them.
+        earlier = chosen(
+            history, lambda head: head.key != record.key and head.probe_name == name and head.step <= record.step
+        )
+        _add_images(board, standing, earlier)
+        if self._scalars == "all":
+            _add_gallery(board, one_per_step([*earlier, record]), record)
 
     def alert(self, alert: Alert, record: AuditRecord) -> None:
         """It stands in the text of its record."""
@@ -212,22 +215,30 @@ def _time_of(created: str) -> float | None:
         return None
 
 
-def _add_images(board: SummaryWriter, standing: Standing, records: Sequence[AuditRecord], which: str) -> None:
+def _add_images(board: SummaryWriter, standing: Standing, earlier: Sequence[AuditRecord]) -> None:
+    """The two pictures that there are by default. Of the audits before they show what their heads hold: none is parsed."""
     from align_audit.writers.plots.at_a_glance import drawable, health_at_a_glance, where_at_a_glance
     from align_audit.writers.plots.canvas import pixels
-    from align_audit.writers.plots.gallery import pictures_of
 
     record = standing.record
     name = record.provenance.probe_name
-    # Later audits may be in the log when an earlier step is written again; a picture at a step shows none of them.
-    records = [each for each in one_per_step(records) if each.step <= record.step]
-    figures = {f"{group_of(HEALTH, name)}/over_steps": health_at_a_glance(records, standing)}
+    heads = sorted([*heads_of(earlier), Head.of(record)], key=lambda head: (head.step, head.created))
+    newest = list({head.step: head for head in heads}.values())
+    figures = {f"{group_of(HEALTH, name)}/over_steps": health_at_a_glance(newest, standing)}
     if drawable(record):
         figures[f"{group_of(WHERE, name)}/by_layer"] = where_at_a_glance(record)
     for tag, figure in figures.items():
         # add_figure would go through pyplot, and its global state.
         board.add_image(tag, pixels(figure), record.step, dataformats="HWC")
-    for title, picture in pictures_of(records).items() if which == "all" else ():
+
+
+def _add_gallery(board: SummaryWriter, records: Sequence[AuditRecord], record: AuditRecord) -> None:
+    """All other pictures of a record among those before it, which they show in whole: every one of them is parsed."""
+    from align_audit.writers.plots.canvas import pixels
+    from align_audit.writers.plots.gallery import pictures_of
+
+    name = record.provenance.probe_name
+    for title, picture in pictures_of(records).items():
         if picture.measured(record):
             tag = f"{root_of(name)}/{picture.part}/{title}"
             board.add_image(tag, pixels(picture.draw(records)), record.step, dataformats="HWC")
@@ -252,20 +263,22 @@ def alert_text(alert: Alert) -> str:
     numbers = {"value": alert.value, "baseline": alert.baseline, "threshold": alert.threshold}
     given = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if not is_unknown(value))
     if alert.event == "resolved":
-        since = alert.step if alert.since is None else alert.since
-        return f"**RESOLVED: {alert.rule}** (step {alert.step}; {alert.level} since step {since}{where})"
+        return f"**RESOLVED: {escaped(alert.rule)}** (step {alert.step}; {alert.level} since step {since_of(alert)}{where})"
     return (
-        f"**{alert.level.upper()}: {alert.rule}** (step {alert.step}{where})\n\n"
-        f"{alert.message}\n\n*What to do:* {alert.suggestion}" + (f"\n\n*Numbers:* {given}" if given else "")
+        f"**{alert.level.upper()}: {escaped(alert.rule)}** (step {alert.step}{where})\n\n"
+        f"{escaped(alert.message)}\n\n*What to do:* {escaped(alert.suggestion)}"
+        + (f"\n\n*Numbers:* {given}" if given else "")
     )
 
 
 def controls_table(record: AuditRecord) -> str:
     """What was found, in words; then verdict and reason of every control and of the check of the reference, in Markdown."""
-    rows = [(name.replace("_", " "), control.verdict, control.reason) for name, control in control_items(record)]
-    said = f"**Finding:** {record.finding.words}\n\n" if record.finding is not None else ""
+    rows = [
+        (name.replace("_", " "), control.verdict, escaped(control.reason)) for name, control in control_items(record)
+    ]
+    said = f"**Finding:** {escaped(record.finding.words)}\n\n" if record.finding is not None else ""
     check = record.reference_check
-    rows.append((f"reference ({check.source})", check.verdict, check.reason))
+    rows.append((f"reference ({escaped(check.source)})", check.verdict, escaped(check.reason)))
     return said + _table(
         ("control", "verdict", "why"),
         [
@@ -282,13 +295,13 @@ def not_known_table(record: AuditRecord) -> str:
         ranks = any(part in path for part in ("effect_fraction", "random_subspace", "explained"))
         unit = "units" if path.startswith("sites.") else "ranks" if ranks else "layers"
 
-        rows.append((f"`{path}`", f"{unit} {span(places)}" if places else "", reason))
+        rows.append((code(path), f"{unit} {span(places)}" if places else "", escaped(reason)))
     return _table(("not known", "where", "why"), rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"
+        return "| " + " | ".join(cells) + " |"
 
     return "\n".join([line(head), "|" + " --- |" * len(head), *map(line, rows)])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import select
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.checkpoint_names import checkpoints_in
 from align_audit.record.run import AuditRun
 from align_audit.record.training_log import LogRow
 from align_audit.writers.alert_panel import alert_panel
@@ -97,7 +97,7 @@ class Terminal:
         if self._output_dir is None or not self._shown:
             return
         self._shown = {}
-        checkpoints = _saved_in(self._output_dir) if self._checkpoints is None else self._checkpoints
+        checkpoints = checkpoints_in(self._output_dir) if self._checkpoints is None else self._checkpoints
         for part in closing(AuditRun.load(self._output_dir), checkpoints):
             self._print(part, whole_lines=True)
 
@@ -114,12 +114,6 @@ def _adds_to(standing: Standing, shown: Standing) -> bool:
         and standing.status.word == shown.status.word
         and {alert.cause for alert in standing.alerts} <= {alert.cause for alert in shown.alerts}
     )
-
-
-def _saved_in(output_dir: Path) -> dict[int, str]:
-    """Step → folder of the checkpoints that exist: the trainer deletes old ones (``save_total_limit``)."""
-    folders = [path for path in output_dir.glob("checkpoint-*") if path.is_dir()]
-    return {int(match[1]): match[0] for path in folders if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
 
 
 def _standard_output() -> Console:

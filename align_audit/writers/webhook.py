@@ -230,7 +230,6 @@ class Webhook(Channel):
         Raises:
             ConfigurationError: neither the options nor the environment hold a URL, or the environment's is none.
         """
-        super().start(run)
         headers = {name: text.get_secret_value() for name, text in self._options.headers.items()}
         address = Address(_url(self._options), headers)
         self._host, self._unsent = address.host, run.directory / UNSENT
@@ -239,6 +238,7 @@ class Webhook(Channel):
         )
         self._form = as_slack if slack else as_json
         self._outbox = Outbox(address.post, self._keep, self._options.timeout_seconds)
+        super().start(run)
 
     def say(self, alert: Alert, record: AuditRecord) -> None:
         """Hand it to the thread."""

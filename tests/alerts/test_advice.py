@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align_audit.alerts.advice import advise, clean_step, newest_checkpoint
+from align_audit.options.rules import CAUSES
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.stored_records import heads_of
 from tests.helpers.alert_cases import about, alerts, healthy, judged, log_of, run, with_margins
@@ -42,7 +43,38 @@ def test_without_a_kept_checkpoint_it_says_that() -> None:
 def test_at_a_first_audit_nothing_is_clean() -> None:
     (alert,) = advise(alerts(ruined(), []), [], LOG, checkpoints=["checkpoint-20"])
     assert (alert.clean_step, alert.checkpoint) == (None, None)
-    assert "No audit before it was clean: start again" in alert.suggestion
+    assert "No audit came before it that could be clean: start again" in alert.suggestion
+    assert "No audit before it was clean" not in alert.suggestion, "there was none"
+
+
+@pytest.mark.parametrize("cause", CAUSES)
+@pytest.mark.parametrize("level", ["warning", "error"])
+@pytest.mark.parametrize("checkpoints", [[], ["checkpoint-20"], ["checkpoint-35"]])
+@pytest.mark.parametrize("earlier", ["none", "clean", "not clean"])
+def test_each_cause_is_told_where_to_go_back_to_or_why_nowhere(
+    cause: str, level: str, checkpoints: list[str], earlier: str
+) -> None:
+    """One walk over all that the advice depends on: what it names exists, and what it says is so."""
+    before = {"none": [], "clean": judged(run()), "not clean": judged([ruined(10), ruined(20)])}[earlier]
+    raised = Alert(
+        rule="r", cause=cause, level=level, step=40, since=40, value=1.0, message="M.", suggestion="Mend it"
+    )  # type: ignore[arg-type]  # fmt: skip
+    (alert,) = advise([raised], before, LOG, checkpoints=checkpoints, output_dir="out")
+    said = alert.suggestion
+    assert said.startswith("Mend it. ")
+    assert (alert.command is None) == (alert.checkpoint is None)
+    assert alert.checkpoint is None or alert.checkpoint in said
+    if cause in ("learning", "saturation"):
+        assert (alert.clean_step, alert.checkpoint) == (None, None), "no earlier state is better"
+        assert "checkpoint" not in said and "clean" not in said
+        return
+    assert ("Should it become an error" in said or "should it become an error" in said) == (level == "warning")
+    assert alert.clean_step == (30 if earlier == "clean" else None)
+    assert ("No audit came before it" in said) == (earlier == "none")
+    assert ("No audit before it was clean" in said) == (earlier == "not clean")
+    assert (alert.checkpoint == "checkpoint-20") == (earlier == "clean" and checkpoints == ["checkpoint-20"])
+    assert ("no checkpoint from then or before was kept" in said) == (earlier == "clean" and alert.checkpoint is None)
+    assert ("the oldest that exists is of step 35" in said) == (earlier == "clean" and checkpoints == ["checkpoint-35"])
 
 
 def test_while_it_is_open_it_goes_back_to_before_it_opened() -> None:

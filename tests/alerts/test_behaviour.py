@@ -53,6 +53,10 @@ def test_chosen_log_probability_says_whether_the_margin_rises() -> None:
     falling = sign("chosen_logp_falling", with_margins(fallen, shift=Estimate(mean=12.3, low=-1.0, high=20.0)))
     assert "and the margin does not rise" in falling.message
     assert "12.3" not in falling.message
+    falling = sign("chosen_logp_falling", with_margins(fallen, shift=about(-1.0)))
+    assert falling.message.endswith("and the margin does not rise.")
+    unknown = sign("chosen_logp_falling", with_margins(fallen, shift=Estimate.unknown("a margin is not finite")))
+    assert unknown.message.endswith("and whether the margin rises is not known.")
 
 
 @pytest.mark.parametrize(
@@ -243,3 +247,6 @@ def test_nothing_is_sudden_where_numbers_are_not_known() -> None:
     steady = [at_kl(step, 0.001 * step) for step in (10, 20, 40, 80)]
     assert sign("sudden_change", at_kl(90, math.nan), steady) is None
     assert sign("sudden_change", at_kl(90, 0.3), [at_kl(step, NAN) for step in (10, 20, 40, 80)]) is None
+    for place in range(3):
+        partly = [at_kl(step, NAN if at == place else 0.001 * step) for at, step in enumerate((10, 20, 40, 80))]
+        assert "nan" not in sign("sudden_change", at_kl(90, 0.3), partly).message

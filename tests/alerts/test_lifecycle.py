@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from align_audit.alerts.lifecycle import cause_of, open_after, step
+from align_audit.alerts.lifecycle import step
 from align_audit.record.audit_record import Alert
+from align_audit.record.open_alerts import cause_of, open_after
 
 
 def alert(at: int, level: Any = "warning", cause: str = "drift", **changes: Any) -> Alert:

@@ -187,3 +187,10 @@ def test_an_added_rule_takes_no_name_of_a_cause(name: str) -> None:
     """It would silence the rules of that cause, or be silenced with them."""
     with pytest.raises(ConfigurationError, match=f"'{name}' is no name for a rule"):
         AuditConfig.from_dict({"alerts": {"rules": {name: {"signal": "margins.kl", "above": 0.1}}}})
+
+
+@pytest.mark.parametrize("said", ["", "  \n", 3, True])
+def test_a_rule_that_says_nothing_is_no_alert(said: Any, caplog: pytest.LogCaptureFixture) -> None:
+    config = AlertConfig(rules={"mine": lambda history: said})
+    assert names(healthy(), config) == []
+    assert "the alert rule mine: expected a message or None, found" in caplog.text

@@ -21,6 +21,7 @@ from align_audit.monitoring import monitor as module
 from align_audit.monitoring.monitor import Moment, Monitor, Outcome, comparable
 from align_audit.ranks import Ranks
 from align_audit.record.log import RunLog
+from align_audit.record.training_log import TrainingLog
 from align_audit.writers.terminal import Terminal
 from align_audit.writers.writer import Writers
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
@@ -327,6 +328,30 @@ def test_writers_are_told_of_alerts_after_their_record(bench: Any) -> None:
     curves = Curves()
     outcome = bench(writers=Writers([curves]), config=quick(alerts=AT_ONCE)).audit(1)
     assert curves.alerts == [(alert.rule, 1) for alert in outcome.alerts] != []
+
+
+def test_an_audit_that_the_log_holds_already_is_told_to_nobody(bench: Any) -> None:
+    """Another monitor on the same log has audited these weights since this one read what is in it."""
+    writer, again = Curves(), Curves()
+    first = bench(config=quick(alerts=AT_ONCE), writers=Writers([writer]))
+    second = bench(config=quick(alerts=AT_ONCE), writers=Writers([again]), log=first.monitor.log)
+    first.audit(1)
+    second.audit(1)
+    assert (writer.told, writer.alerts) == ([(1, [1])], [("at_once", 1)])
+    assert (again.told, again.alerts) == ([], [])
+    assert len(first.run.records) == 1
+
+
+def test_the_trainers_log_is_on_disk_with_the_audit(
+    bench: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    training_log = TrainingLog(tmp_path / "run")
+    monitor = bench(training_log=training_log)
+    training_log.append(1, {"loss": 0.5})
+    training_log.path.unlink()
+    monitor.audit(1)
+    assert "training.jsonl is not safe on disk: FileNotFoundError" in caplog.text
+    assert [record.step for record in monitor.run.records] == [1], "which costs no audit"
 
 
 @pytest.mark.parametrize("method", ["save_arrays", "append"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ def test_a_step_that_is_made_again_is_logged_once() -> None:
 def test_a_disk_that_refuses_loses_no_row_for_the_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = TrainingLog(tmp_path)
 
-    def refuse(path: Path, data: bytes) -> None:
+    def refuse(path: Path, data: bytes, wait: bool) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("align_audit.record.training_log.append_whole", refuse)
@@ -116,3 +117,21 @@ def test_a_run_that_is_read_back_has_it(tmp_path: Path) -> None:
     TrainingLog(tmp_path).append(10, {"loss": 0.5})
     assert list(AuditRun.load(tmp_path).training_log) == [LogRow(10, {"loss": 0.5})]
     assert list(AuditRun.load(tmp_path / "align_audit" / "records.jsonl").training_log) == [LogRow(10, {"loss": 0.5})]
+
+
+def test_rows_wait_for_no_disk_and_an_audit_waits_for_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, waited = TrainingLog(tmp_path), []
+    monkeypatch.setattr(os, "fsync", waited.append)
+    for step in range(50):
+        log.append(step, {"loss": 0.5})
+    assert waited == []
+    assert len(read_training_log(log.path)) == 50, "another process sees them at once"
+    log.sync()
+    log.sync()
+    assert len(waited) == 1, "once for all of them"
+    log.append(50, {"loss": 0.5})
+    log.path.unlink()
+    with pytest.raises(OSError, match=r"training\.jsonl"):
+        log.sync()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.numbers import is_unknown
+from align_audit.record.stored_records import Head
 from align_audit.writers.plots.canvas import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, bars, styled, wrap
 from align_audit.writers.standing import Standing, figure, limit_of, where_in_words
 
@@ -29,20 +30,20 @@ _COLOURS = {"HEALTHY": GREEN, "WATCH": ORANGE, "ERROR": RED, "BLIND": PURPLE}
 
 
 @styled
-def health_at_a_glance(records: Sequence[AuditRecord], standing: Standing) -> Figure:
+def health_at_a_glance(heads: Sequence[Head], standing: Standing) -> Figure:
     """KL to the reference and the fall of the chosen completions over steps, with the limits of warnings and errors.
 
     Args:
-        records: of one probe set, one a step, by step; the last is of ``standing``.
+        heads: of the records of one probe set, one a step, by step; the last is of ``standing``.
     """
     drawing, title = _canvas()
     top, bottom = drawing.subplots(2, 1, sharex=True)
-    steps = [record.step for record in records]
+    steps = [head.step for head in heads]
     for axes, name, field, sign, option in (
         (top, "KL", "kl", 1.0, "kl"),
         (bottom, "chosen", "chosen_logp_change_per_token", -1.0, "chosen_drop"),
     ):
-        values = [getattr(record.margins, field).mean for record in records]
+        values = [getattr(head, field).mean for head in heads]
         axes.plot(steps, values, "-o", color=BLUE, linewidth=2.5, markersize=6 if len(steps) < 40 else 0)
         axes.axhline(0.0, color=GREY, linewidth=1, linestyle=":")
         limits = [limit_of(standing.record, f"{option}_{level}") for level in ("warning", "error")]

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.text import Text
 
 from align_audit.record.audit_record import AuditRecord
+from align_audit.record.stored_records import heads_of
 from align_audit.writers.plots.at_a_glance import drawable, health_at_a_glance, where_at_a_glance
 from align_audit.writers.plots.canvas import RED, pixels
 from align_audit.writers.standing import standing_at
@@ -18,7 +19,7 @@ from tests.helpers.screens import a_run, calm
 
 
 def health_of(records: Sequence[AuditRecord]) -> Any:
-    return health_at_a_glance(records, standing_at(records[-1], records))
+    return health_at_a_glance(heads_of(records), standing_at(records[-1], records))
 
 
 def texts(figure: Any) -> list[Text]:
