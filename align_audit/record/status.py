@@ -18,7 +18,7 @@ StatusWord = Literal["HEALTHY", "WATCH", "ERROR", "BLIND"]
 
 _INTERVALS = 3
 """So many intervals without an audit are silence."""
-_NOT_ALERTS = ("control_failed",)
+NOT_ALERTS = ("control_failed",)
 """What versions before this one alerted to, and which says nothing of the run."""
 
 
@@ -79,7 +79,7 @@ def open_alerts(heads: Sequence[Head]) -> list[Alert]:
         alert
         for alert in alerts
         if alert.event != "resolved"
-        and alert.rule not in _NOT_ALERTS
+        and alert.rule not in NOT_ALERTS
         and (not alert.cause or alert.cause not in resolved)
     ]
 
@@ -95,7 +95,7 @@ def _healthy_since(heads: Sequence[Head]) -> int:
     since = heads[-1].step
     for head in reversed(heads):
         serious = any(
-            alert.level != "info" and alert.event != "resolved" and alert.rule not in _NOT_ALERTS
+            alert.level != "info" and alert.event != "resolved" and alert.rule not in NOT_ALERTS
             for alert in head.alerts
         )
         if serious:

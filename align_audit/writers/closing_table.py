@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from align_audit.errors import plain
-from align_audit.record.audit_record import AuditRecord
 from align_audit.record.course import present_course
 from align_audit.record.log import FAILURES
 from align_audit.record.numbers import span
 from align_audit.record.run import AuditRun
 from align_audit.record.status import Status
-from align_audit.writers.standing import Standing, figure, percent, standing_at, where_in_short
+from align_audit.writers.standing import Standing, audit_of_each_step, figure, percent, standing_at, where_in_short
 from align_audit.writers.styled import STATUS_STYLES, text_of
 from align_audit.writers.words import on_probes
 
@@ -104,11 +103,8 @@ def closing(run: AuditRun, checkpoints: Mapping[int, str]) -> list[_Table | _Lin
 
 def _by_step(run: AuditRun) -> list[Standing]:
     """How the run stood at each of its steps; a full audit counts for its step, where there was one."""
-    latest: dict[int, AuditRecord] = {}
-    for record in present_course(run.records):
-        if record.kind == "full" or record.step not in latest or latest[record.step].kind == "health":
-            latest[record.step] = record
-    return [standing_at(record, run.records, run.training_log) for record in latest.values()]
+    audits = audit_of_each_step(present_course(run.records))
+    return [standing_at(record, run.records, run.training_log) for record in audits]
 
 
 def _counted(rows: Sequence[Standing]) -> str:

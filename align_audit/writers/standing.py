@@ -126,6 +126,19 @@ def _up_to_here(record: AuditRecord, history: Sequence[AuditRecord]) -> Sequence
     return kept if any(head.key == record.key for head in heads_of(kept)) else [*kept, record]
 
 
+def audit_of_each_step(records: Sequence[AuditRecord]) -> list[AuditRecord]:
+    """One audit of each step, by step: the full one where there was one, else the last look.
+
+    Args:
+        records: of one course and one probe set, by step.
+    """
+    latest: dict[int, AuditRecord] = {}
+    for record in records:
+        if record.kind == "full" or record.step not in latest or latest[record.step].kind == "health":
+            latest[record.step] = record
+    return list(latest.values())
+
+
 def _by_weight(alerts: Sequence[Alert]) -> list[Alert]:
     """One of each cause, the worst first, then the oldest."""
     latest = {alert.cause or alert.rule: alert for alert in alerts}

@@ -112,9 +112,9 @@ def test_the_configuration_chooses_among_the_writers(tmp_path: Path) -> None:
         made = [make(config, Surroundings(tmp_path, on_alert=print)) for make in WRITERS]
         return [writer.name for writer in made if writer is not None]
 
-    assert names() == ["TensorBoard", "standard output", "Python logging", "on_alert"]
-    assert names(tensorboard="off") == ["standard output", "Python logging", "on_alert"]
-    posted = {"tensorboard": "off", "alerts": {"webhook": "https://localhost/"}}
+    assert names() == ["TensorBoard", "the report", "standard output", "Python logging", "on_alert"]
+    assert names(tensorboard="off") == ["the report", "standard output", "Python logging", "on_alert"]
+    posted = {"tensorboard": "off", "report": False, "alerts": {"webhook": "https://localhost/"}}
     assert names(**posted) == ["standard output", "Python logging", "on_alert", "the webhook"]
     writers_for(AuditConfig(), Surroundings(tmp_path))
     assert list(tmp_path.iterdir()) == [], "nothing is opened before the start"
