@@ -84,7 +84,7 @@ def provenance_data(record: AuditRecord | None, run: AuditRun) -> list[list[str]
             ["model", f"{there.model_type}, {there.num_layers} layers, {there.hidden_size} wide"],
             ["policy", there.policy_hash],
             ["reference", f"{there.reference_hash} ({record.reference_check.source})"],
-            ["reference check", f"{record.reference_check.verdict}: {record.reference_check.reason}"],
+            ["reference check", f"{record.reference_check.verdict.replace('_', ' ')}: {record.reference_check.reason}"],
             ["probe pairs", f"{there.pairs} ({held_out}), {there.probe_source}" + (f"; dropped: {dropped}" if dropped else "")],
             ["probe hash", there.probe_hash],
             ["beta", "not known" if there.beta is None else f"{there.beta:g}"],

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class Report:
     """Writes the page of a run whenever something was audited, an audit broke, or the run is over.
 
-    A reader sees the page before or the new one, never a part. Of 50 audits of 32 layers a page takes about a tenth of a
+    A reader sees the page before or the new one, never a part. Of 50 audits of 32 layers a page takes a quarter of a
     second (``tests/writers/web/test_report_writer.py`` measures it).
 
     Args:

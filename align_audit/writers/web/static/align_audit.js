@@ -9,6 +9,7 @@
     { key: "gain", name: "what each layer adds to those below, as a share of the shift", unit: "share", share: true },
   ];
   const WORDS = { HEALTHY: "No alert is open", WATCH: "A warning is open", ERROR: "An error is open", BLIND: "The audit cannot see" };
+  const PRINTED = 232;
   let counted = 0;
 
   function make(tag, options, ...children) {
@@ -339,10 +340,11 @@
     const bases = [...new Set(data.curves.map((curve) => curve.basis))];
     const part = (basis) => {
       const of = data.curves.filter((curve) => curve.basis === basis);
-      const says = "Share of the effect by rank, " + basis + " basis, step " + data.step;
-      const rows = () => table(says, ["layer", "rank", "share of the effect", "interval"], of.flatMap((curve) => curve.ranks.map((rank, at) =>
-        [String(curve.layer), String(rank), shown(curve.fraction.mean[at]), shown(curve.fraction.low[at]) + " to " + shown(curve.fraction.high[at])])));
-      const series = of.slice(0, 6).map((curve) => ({ name: "layer " + curve.layer, x: curve.ranks, y: curve.fraction.mean }));
+      const at = of.length === 1 ? "layer " + of[0].layer + ", " : "";
+      const says = "Share of the effect by rank, " + at + basis + " basis, step " + data.step + (of.length > 6 ? " (six of " + of.length + " layers)" : "");
+      const rows = () => table(says, ["layer", "rank", "share of the effect", "interval"], of.flatMap((curve) => curve.ranks.map((rank, place) =>
+        [String(curve.layer), String(rank), shown(curve.fraction.mean[place]), shown(curve.fraction.low[place]) + " to " + shown(curve.fraction.high[place])])));
+      const series = of.slice(0, 6).map((curve) => ({ name: "layer " + curve.layer, x: curve.ranks, y: curve.fraction.mean, low: curve.fraction.low, high: curve.fraction.high }));
       return make("div", {}, make("h3", { text: says }), chart(says, "low-rank-" + basis, (place) => charts.curves(place, series, "rank", "share of the effect"), rows));
     };
     // The shift's basis is the alignment subspace proper; the activations' is dominated by what both models share.
@@ -413,10 +415,10 @@
     show(0);
   }
 
-  /* A printed page is narrower than a window: charts take its width for the while. */
+  /* A printed page is narrower than a window, and is not laid out yet when this is told: four panels fit a page's width. */
   function printing(root) {
-    addEventListener("beforeprint", () => root.querySelectorAll(".chart.js-plotly-plot").forEach((place) => {
-      if (place.offsetParent !== null) Plotly.relayout(place, { width: place.clientWidth, autosize: false });
+    addEventListener("beforeprint", () => root.querySelectorAll(".chart.small.js-plotly-plot").forEach((place) => {
+      Plotly.relayout(place, { width: PRINTED, autosize: false });
     }));
     addEventListener("afterprint", () => redraw(root));
   }

@@ -227,10 +227,11 @@
   /* Several curves with a legend; names are ours. */
   function curves(place, series, x, y) {
     return draw(place, (c) => {
-      const palette = [c.line, c.high, c.second, c.faint, c.warning, c.ink];
+      const palette = [c.line, c.error, c.second, c.warning, c.ink, c.faint];
       return series.map((each, at) => ({
         name: each.name, x: each.x, y: each.y, mode: "lines+markers", connectgaps: false,
         line: { color: palette[at % palette.length], width: 2, dash: each.dashed ? "dot" : "solid" },
+        error_y: each.low ? errorBars({ mean: each.y, low: each.low, high: each.high }, palette[at % palette.length]) : undefined,
         marker: { size: 6, symbol: ["circle", "square", "diamond", "cross", "x", "triangle-up"][at % 6] },
         hovertemplate: x + " %{x}: %{y:.3g}<extra></extra>",
       }));
