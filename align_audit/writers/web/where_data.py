@@ -28,8 +28,8 @@ def where_data(audits: Sequence[AuditRecord]) -> dict[str, Any] | None:
     Returns:
         ``steps``, ``layers`` (their number); by audit ``sentences``, ``claims`` (layers of the claim), ``peaks``,
         ``transplant`` and ``gain`` (``mean``, ``low``, ``high`` by layer; nats, and shares of the shift), ``ends`` (what
-        embedding and head add), ``additivity``, and ``unknown``, why there are no gains; ``sites``, the finer ones of the last audit that has
-        some. None: nothing was patched.
+        embedding and head add), ``additivity``, and ``unknown``, why there are no gains; ``sites``, the finer
+        ones of the last audit that has some. None: nothing was patched.
     """
     patched = [record for record in audits if record.patching is not None]
     if not patched:

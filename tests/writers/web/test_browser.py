@@ -209,7 +209,8 @@ def test_finer_sites_and_folded_charts_are_drawn_when_they_are_opened(browser: B
 def test_the_slider_shows_another_audit(browser: Browser) -> None:
     browser.show("ruined")
     said = browser.text(".finding")
-    heights = "return [...document.querySelectorAll(\"[data-chart='audit'] .barlayer .point path\")].map(e => e.getBBox().height)"
+    bars = "[data-chart='audit'] .barlayer .point path"
+    heights = f'return [...document.querySelectorAll("{bars}")].map(each => each.getBBox().height)'
     last = browser.js(heights)
     move = (
         "const s = document.getElementById('audit-slider'); s.value = arguments[0]; s.dispatchEvent(new Event('input'))"

@@ -1,4 +1,4 @@
-"""The page as a file: no text of a run gets out of its data, no host is asked, and the chart library is what its record says."""
+"""The page as a file: no text of a run gets out of its data, no host is asked, and the chart library is the one named."""
 
 from __future__ import annotations
 

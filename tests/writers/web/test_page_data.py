@@ -313,7 +313,7 @@ def test_evidence_is_of_each_full_audit_with_its_reasons() -> None:
 def test_only_a_broken_identity_control_is_marked_as_such() -> None:
     record = make_record(20)
     failed = Control(verdict="failed", reason="it moves by 0.1")
-    everything = {name: failed for name in type(record.controls).model_fields}
+    everything = dict.fromkeys(type(record.controls).model_fields, failed)
     data = first(as_run([record.model_copy(update={"controls": record.controls.model_copy(update=everything)})]))
     assert [chip["name"] for chip in data["evidence"][0]["chips"] if chip["broken"]] == ["identity"]
     assert data["status"]["word"] == "BLIND"
