@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from align_audit.record.audit_record import Alert, AuditRecord, Estimate
-from align_audit.record.log import Failure
+from align_audit.record.log import Failure, RunLog
+from align_audit.record.pair_texts import PairText, PairTexts, TokenChange
 from align_audit.record.run import AuditRun
 from align_audit.record.training_log import LogRow
 from tests.helpers.alert_cases import health, with_part
@@ -52,7 +53,9 @@ def hostile_run() -> AuditRun:
         rule=HOSTILE, cause=HOSTILE, level="error", step=40, since=40, value=1.0, message=HOSTILE, suggestion=HOSTILE,
         clean_step=0, checkpoint=HOSTILE, command=HOSTILE, remedy=HOSTILE, signals=[HOSTILE],
     )  # fmt: skip
-    names = dict.fromkeys(("model_type", "probe_source", "probe_name"), HOSTILE)
+    # Names of probe sets are parts of file names, and hold no slash.
+    name = HOSTILE.replace("/", "∕")
+    names = {"model_type": HOSTILE, "probe_source": HOSTILE, "probe_name": name}
     control = record.controls.noise.model_copy(update={"reason": HOSTILE, "verdict": "failed"})
     said = {
         "alerts": [alert],
@@ -62,8 +65,8 @@ def hostile_run() -> AuditRun:
         "finding": None if record.finding is None else record.finding.model_copy(update={"words": HOSTILE}),
         "reasons": {HOSTILE: HOSTILE},
     }
-    failure = Failure(step=41, time=HOSTILE, error=HOSTILE, probe_name=HOSTILE)
-    return as_run([record.model_copy(update=said)], [failure], name=HOSTILE.replace("/", "∕"))
+    failure = Failure(step=41, time=HOSTILE, error=HOSTILE, probe_name=name)
+    return as_run([record.model_copy(update=said)], [failure], name=name)
 
 
 def unknown_run() -> AuditRun:
@@ -74,6 +77,33 @@ def unknown_run() -> AuditRun:
 def health_run() -> AuditRun:
     """Looks only: nothing was patched."""
     return as_run([health(make_record(step)) for step in (0, 10, 20)])
+
+
+def texts_run(folder: Path, word: str = " fine") -> AuditRun:
+    """A healthy run with what changed in text at its last audit, on disk; ``word`` is a token of every completion."""
+    log = RunLog(folder)
+    for record in (records := a_run("well")):
+        log.append(record)
+
+    def pair(place: int, shift: float) -> PairText:
+        changes = [0.4, shift / 2, math.nan, -0.1]
+        tokens = [
+            TokenChange(text=text, change=change) for text, change in zip(["It", word, "\n", "."], changes, strict=True)
+        ]
+        return PairText(
+            pair=place,
+            prompt=f"How are you?\n{word}",
+            shift=shift,
+            chosen=tokens,
+            rejected=tokens[:2],
+            rejected_tokens=300,
+        )
+
+    log.save_texts(
+        records[-1], PairTexts(lost=[pair(7, -6.0)], gained=[pair(1, 8.0), pair(2, 3.0)]).beside(records[-1])
+    )
+    log.close()
+    return AuditRun.load(folder)
 
 
 def failed_run() -> AuditRun:

@@ -63,7 +63,8 @@ def cost_data(records: Sequence[AuditRecord]) -> dict[str, Any]:
     shares = [record.occasion.share_spent for record in records if record.occasion is not None]
     share = next((share for share in reversed(shares) if share is not None), None)
     total = sum(record.cost.seconds for record in records)
-    words = f"{len(records)} audits took {total:.0f} s" if total >= 10 else f"{len(records)} audits took {total:.1f} s"
+    count = "1 audit" if len(records) == 1 else f"{len(records)} audits"
+    words = f"{count} took {total:.0f} s" if total >= 10 else f"{count} took {total:.1f} s"
     return {
         "title": words + ("" if share is None else f", {share * 100:.1f} % of the run"),
         "steps": [record.step for record in records],

@@ -29,6 +29,7 @@ from align_audit.writers.web.folded_data import (
 from align_audit.writers.web.health_panels import health_panels, training_curves
 from align_audit.writers.web.json_values import text
 from align_audit.writers.web.standing_data import alert_rows, first_error, standing_now, status_data
+from align_audit.writers.web.texts_data import texts_data
 from align_audit.writers.web.where_data import evidence_data, low_rank_data, spinal_data, where_data
 
 FORMAT = 1
@@ -105,7 +106,7 @@ def _set_data(run: AuditRun, name: str | None) -> dict[str, Any]:
         "training": training_curves(run.training_log),
         "first_error": first_error(heads),
         "alerts": alert_rows(heads, standing) if heads else [],
-        "texts": None,
+        "texts": texts_data(run, course),
         "where": where_data(patched),
         "evidence": evidence_data(patched),
         "more": {

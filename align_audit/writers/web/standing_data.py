@@ -85,9 +85,12 @@ def _figures(standing: Standing) -> str:
         chosen = f"chosen answers {verb} {figure(abs(change))} nats per token"
         chosen += "" if drop is None or change > 0 else f" (limit {drop:g})"
     kl = f"KL to the reference is {figure(margins.kl.mean)}" + ("" if most is None else f" (limit {most:g})")
+    right = margins.token_accuracy.mean
+    reference = f"(reference {percent(margins.reference_token_accuracy.mean)})"
     tokens = (
-        f"{percent(margins.token_accuracy.mean)} of next tokens are right "
-        f"(reference {percent(margins.reference_token_accuracy.mean)})"
+        f"{percent(right)} of next tokens are right {reference}"
+        if math.isfinite(right)
+        else "next tokens are not known"
     )
     return f"{chosen}, {kl}, {tokens}"
 
@@ -195,17 +198,19 @@ def alert_rows(heads: Sequence[Head], standing: Standing | None) -> list[dict[st
             if alert.rule not in NOT_ALERTS:
                 lives.setdefault(alert.cause or alert.rule, []).append(alert)
     still = {alert.cause or alert.rule for alert in standing.alerts} if standing is not None else set()
-    rows = [_alert_row(name, life, name in still, heads[-1].step) for name, life in lives.items()]
+    steps = [head.step for head in heads]
+    rows = [_alert_row(name, life, name in still, steps) for name, life in lives.items()]
     return sorted(rows, key=lambda row: (row["cleared"] is not None, _ORDER[row["level"]], row["since"]))
 
 
-def _alert_row(name: str, life: Sequence[Alert], is_open: bool, last_step: int) -> dict[str, Any]:
+def _alert_row(name: str, life: Sequence[Alert], is_open: bool, steps: Sequence[int]) -> dict[str, Any]:
     seen = [alert for alert in life if alert.event != "resolved"] or list(life)
     last = seen[-1]
     opened = {alert.step if alert.since is None else alert.since for alert in seen}
     resolved = [alert.step for alert in life if alert.event == "resolved" and alert.step >= last.step]
     # Of versions that told of no end, it is over at the first step that it is not said at.
-    cleared = None if is_open else (resolved[-1] if resolved else last_step)
+    later = [step for step in steps if step > last.step] or [steps[-1]]
+    cleared = None if is_open else (resolved[-1] if resolved else later[0])
     with_cause = [alert for alert in seen if alert.cause]
     return {
         "level": min((alert.level for alert in seen), key=_ORDER.__getitem__),

@@ -29,6 +29,7 @@ from tests.helpers.pages import (
     large_run,
     ruined_run,
     sets_run,
+    texts_run,
     unknown_run,
 )
 
@@ -200,6 +201,25 @@ def test_finer_sites_and_folded_charts_are_drawn_when_they_are_opened(browser: B
     assert browser.marks("low-rank-shift", ".scatterlayer .points path") >= 5
     assert browser.marks("spinal-contraction", ".scatterlayer .points path") == 24
     assert browser.marks("spinal-transport", ".scatterlayer .points path") == 22
+    assert browser.complaints() == []
+
+
+def test_tokens_are_shaded_by_their_change_and_say_it(browser: Browser, tmp_path: Path) -> None:
+    browser.show(texts_run(tmp_path, HOSTILE))
+    tokens = browser.js(
+        "return [...document.querySelectorAll('.pair-text .tokens')][0].querySelectorAll('.token').values().map(each => "
+        "[each.textContent, each.title, getComputedStyle(each).backgroundColor]).toArray()"
+    )
+    assert [title for _, title, _ in tokens] == ["+0.4 nats", "−3 nats", "not known", "−0.1 nats"]
+    assert "<img src=x" in tokens[1][0]
+    shades = [shade for _, _, shade in tokens]
+    assert len(set(shades)) == 4, "up, down, not known, and a little down"
+    assert not browser.js("return document.querySelector('.pair-text details').open"), "the prompt is folded"
+    browser.open_all()
+    assert "How are you?" in browser.text(".pair-text pre")
+    assert "It+0.4" in browser.text(".pair-text .as-table tbody")
+    assert browser.text(".pair-text:nth-of-type(1) h3") == "Pair 7: margin shift −6 nats"
+    assert browser.js("return document.querySelectorAll('#align-audit img, #align-audit script').length") == 0
     assert browser.complaints() == []
 
 

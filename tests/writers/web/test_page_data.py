@@ -29,6 +29,7 @@ from tests.helpers.pages import (
     large_run,
     ruined_run,
     sets_run,
+    texts_run,
     unknown_run,
 )
 from tests.helpers.screens import a_run
@@ -278,6 +279,36 @@ def test_a_control_that_failed_is_no_alert_of_the_run() -> None:
     alert = make_record(100, kind="destabilizing", progress=1.0).alerts[0].model_copy(update={"rule": "control_failed"})
     data = first(as_run([record.model_copy(update={"alerts": [alert]})]))
     assert (data["alerts"], data["first_error"], data["status"]["word"]) == ([], None, "HEALTHY")
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_those_of_the_last_audit_that_kept_some(tmp_path: Path) -> None:
+    texts = first(texts_run(tmp_path))["texts"]
+    assert texts["step"] == 40
+    assert [(pair["pair"], pair["shift"]) for pair in (*texts["lost"], *texts["gained"])] == [
+        (7, -6.0),
+        (1, 8.0),
+        (2, 3.0),
+    ]
+    lost = texts["lost"][0]
+    assert lost["prompt"] == "How are you?\n fine"
+    assert lost["chosen"] == {
+        "tokens": [
+            {"text": "It", "change": 0.4}, {"text": " fine", "change": -3.0}, {"text": "↵", "change": None},
+            {"text": ".", "change": -0.1},
+        ],
+        "length": None,
+    }  # fmt: skip
+    assert (len(lost["rejected"]["tokens"]), lost["rejected"]["length"]) == (2, 300)
+    assert first(healthy_run())["texts"] is None
+
+
+def test_foreign_tokens_hold_no_control_characters(tmp_path: Path) -> None:
+    words = list(strings(first(texts_run(tmp_path, HOSTILE))["texts"]))
+    assert any("\\x1b[31m" in word for word in words)
+    assert all(letter.isprintable() or letter == "\n" for word in words for letter in word)
 
 
 # --- where and evidence -----------------------------------------------------------------------------------------------

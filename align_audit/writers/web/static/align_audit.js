@@ -32,6 +32,8 @@
     return share ? (value * 100).toFixed(1) + " %" : Number(value.toPrecision(4)).toString().replace("-", "−");
   }
 
+  const signed = (value) => (value > 0 ? "+" : "") + shown(value);
+
   function table(caption, head, rows) {
     return make("div", { class: "wide" }, make("table", {},
       make("caption", { text: caption }),
@@ -192,27 +194,28 @@
     return "color-mix(in srgb, var(" + (change < 0 ? "--low" : "--high") + ") " + Math.round(share * 85) + "%, transparent)";
   }
 
-  function completion(title, tokens, length, size) {
+  function completion(title, said, size) {
+    const tokens = said.tokens;
     const text = make("p", { class: "tokens", dir: "auto" });
     tokens.forEach((token) => {
-      const span = make("span", { class: "token", title: (token.change === null ? "not known" : shown(token.change) + " nats"), text: token.text });
+      const span = make("span", { class: "token", title: token.change === null ? "not known" : signed(token.change) + " nats", text: token.text });
       span.style.backgroundColor = shade(token.change, size);
       text.append(span);
     });
-    const more = length > tokens.length ? make("p", { class: "legend", text: (length - tokens.length) + " more tokens are not shown" }) : null;
     const total = tokens.reduce((sum, token) => sum + (token.change || 0), 0);
-    return make("div", {}, make("h4", { text: title + ": " + shown(total) + " nats over " + tokens.length + " tokens" }), text, more,
+    const over = said.length === null ? "" : " over its beginning, of " + said.length + " tokens";
+    return make("div", {}, make("h4", { text: title + ": " + signed(total) + " nats" + over }), text,
       folded("Tokens as a table", () => table(title, ["token", "change of log-probability (nats)"],
-        tokens.map((token) => [token.text, shown(token.change)])), { class: "as-table" }));
+        tokens.map((token) => [token.text, signed(token.change)])), { class: "as-table" }));
   }
 
   function pairText(pair) {
-    const changes = pair.chosen.concat(pair.rejected).map((token) => token.change).filter((change) => change !== null).map(Math.abs).sort((a, b) => a - b);
+    const changes = pair.chosen.tokens.concat(pair.rejected.tokens).map((token) => token.change).filter((change) => change !== null).map(Math.abs).sort((a, b) => a - b);
     const size = changes.length ? Math.max(changes[Math.floor(0.95 * (changes.length - 1))], 0.1) : 1;
     return make("article", { class: "pair-text" },
-      make("h3", { text: "Pair " + pair.pair + ": margin shift " + (pair.shift > 0 ? "+" : "") + shown(pair.shift) + " nats" }),
+      make("h3", { text: "Pair " + pair.pair + ": margin shift " + signed(pair.shift) + " nats" }),
       folded("Prompt", () => foreign("pre", pair.prompt)),
-      completion("chosen", pair.chosen, pair.chosen_tokens, size), completion("rejected", pair.rejected, pair.rejected_tokens, size));
+      completion("chosen", pair.chosen, size), completion("rejected", pair.rejected, size));
   }
 
   function texts(set) {
@@ -240,7 +243,7 @@
     let measure = MEASURES[0], at = there.steps.length - 1;
     const sentence = foreign("p", "", { class: "finding", "aria-live": "polite" });
     const ends = make("p", { class: "legend" });
-    const output = make("output", { for: "audit-slider" });
+    const output = make("output", { for: "audit-slider", "aria-live": "off" });
     const slider = make("input", { type: "range", id: "audit-slider", min: 0, max: there.steps.length - 1, step: 1, value: at });
     const select = make("select", { id: "measure" }, ...MEASURES.map((each, place) => make("option", { value: place, text: each.name })));
     const claim = () => (there.claims[at].length ? there.claims[at] : there.peaks[at] === null ? [] : [there.peaks[at]]);
@@ -287,13 +290,13 @@
   }
 
   function sites(there) {
-    return folded("Finer sites, step " + there.sites_step, () => there.sites.map((site) => {
+    return folded("Finer sites, step " + there.sites_step, () => make("div", { class: "side-by-side" }, ...there.sites.map((site) => {
       const left = site.left_out ? " (" + site.left_out + " of less effect are not shown)" : "";
       const says = site.name + ": what each puts into the reference, nats" + left;
       const rows = () => table(site.name, ["layer", ...(site.heads ? ["head"] : []), "mean", "low", "high"], site.layers.map((layer, at) =>
         [String(layer), ...(site.heads ? [String(site.heads[at])] : []), ...["mean", "low", "high"].map((end) => shown(site.sufficiency[end][at]))]));
       return make("div", {}, make("h3", { text: says }), chart(says, "site-" + site.site, (place) => charts.siteChart(place, site), rows));
-    }), { class: "sites" });
+    })), { class: "sites" });
   }
 
   function evidenceChips(audit) {

@@ -66,15 +66,21 @@
     return words(value) + (known(low) && known(high) ? " (" + words(low) + " to " + words(high) + ")" : "");
   }
 
-  /* At which end of a limit its words are farther from the curve: at the right, unless the curve is there. */
-  function freeEnd(panel, y) {
+  /* Where the words of a limit hide no data: at the right and on its worse side, unless the curve is there. */
+  function freePlace(panel, y, share) {
     const [first, last] = stepRange(panel.steps);
-    const distance = (from, to) => Math.min(Infinity, ...panel.steps.flatMap((step, at) => {
-      const share = (step - first) / (last - first);
-      return share < from || share > to || !known(panel.mean[at]) ? []
-        : [panel.mean[at], panel.low[at], panel.high[at]].filter(known).map((value) => Math.abs(value - y));
-    }));
-    return distance(0.5, 1) >= 0.1 * (panel.reach[1] - panel.reach[0]) || distance(0.5, 1) >= distance(0, 0.5) ? 1 : 0;
+    const height = 0.07 * (panel.reach[1] - panel.reach[0]);
+    const worse = panel.worse === "above" ? 1 : -1;
+    const places = [[1, worse], [1, -worse], [0, worse], [0, -worse]].map(([end, side]) => {
+      const centre = y + side * height;
+      const near = panel.steps.flatMap((step, at) => {
+        const along = (step - first) / (last - first);
+        const under = end ? along >= 1 - share : along <= share;
+        return under && known(panel.mean[at]) ? [panel.mean[at], panel.low[at], panel.high[at]].filter(known) : [];
+      });
+      return { end, side, room: Math.min(Infinity, ...near.map((value) => Math.abs(value - centre))) };
+    });
+    return places.find((place) => place.room >= 1.2 * height) || places.reduce((best, place) => (place.room > best.room ? place : best));
   }
 
   /* Dashed limits with their level in words; two that lie close together share a line of text. */
@@ -92,13 +98,20 @@
       const words = close
         ? panel.limits.map((each) => each.level + " " + each.says).join(" · ")
         : limit.level + " " + limit.says;
-      const end = freeEnd(panel, limit.value + (panel.worse === "above" ? 0.06 : -0.06) * (top - bottom));
+      const place = freePlace(panel, limit.value, close ? 0.75 : 0.42);
       notes.push({
-        xref: "paper", x: end, xanchor: end ? "right" : "left", y: limit.value, yanchor: panel.worse === "above" ? "bottom" : "top",
+        xref: "paper", x: place.end, xanchor: place.end ? "right" : "left", y: limit.value, yanchor: place.side > 0 ? "bottom" : "top",
         text: words, showarrow: false, font: { size: 11, color: c.ink }, bgcolor: c.page, opacity: 0.85, borderpad: 0,
       });
     });
     return { shapes, notes };
+  }
+
+  /* Said in a chart that has nothing to draw: an empty one looks broken. */
+  function emptyNote(values, c) {
+    return values.some(known) ? [] : [{
+      xref: "paper", yref: "paper", x: 0.5, y: 0.5, xanchor: "center", text: "not known", showarrow: false, font: { size: 14, color: c.faint },
+    }];
   }
 
   function healthPanel(place, panel, firstError) {
@@ -111,6 +124,8 @@
       {
         x: panel.steps, y: panel.mean, mode: many ? "lines" : "lines+markers", connectgaps: false,
         line: { color: c.line, width: 2.5 }, marker: { size: 7, color: c.line },
+        // A band of one audit has no width.
+        error_y: panel.steps.length === 1 ? errorBars(panel, c.line) : undefined,
         text: panel.mean.map((value, at) => hoverOf(value, panel.low[at], panel.high[at], panel.share)),
         hovertemplate: "step %{x}: %{text}<extra></extra>",
       },
@@ -123,8 +138,8 @@
         });
       }
       return {
-        shapes: marks.shapes, annotations: marks.notes, margin: { l: 46, r: 8, t: 6, b: 36 },
-        xaxis: { title: { text: "step", standoff: 4 }, range: stepRange(panel.steps), zeroline: false },
+        shapes: marks.shapes, annotations: marks.notes.concat(emptyNote(panel.mean, c)), margin: { l: 46, r: 8, t: 6, b: 36 },
+        xaxis: { title: { text: "step", standoff: 4 }, range: stepRange(panel.steps), zeroline: false, ...ticksOf(panel.steps) },
         yaxis: { range: panel.reach, tickformat: panel.share ? ".0%" : "", nticks: 5 },
       };
     });
@@ -135,6 +150,9 @@
     const room = 0.04 * (last - first) || 1;
     return [first - room, last + room];
   }
+
+  /* Steps are whole numbers. */
+  const ticksOf = (steps) => (Math.max(...steps) - Math.min(...steps) < 5 ? { tickvals: [...new Set(steps)] } : {});
 
   /* What the trainer logged: thin and grey. */
   function trainingCurve(place, curve, steps) {
@@ -183,6 +201,7 @@
         zeroline: false, range: [-0.5, where.steps.length - 0.5],
       },
       yaxis: { title: { text: "layer" }, showgrid: false, zeroline: false, nticks: 9, tickformat: "d", range: [-0.5, where.layers - 0.5] },
+      annotations: emptyNote(mean.flat(), c),
       shapes: [{ type: "rect", x0: at - 0.5, x1: at + 0.5, y0: -0.5, y1: where.layers - 0.5, line: { color: c.ink, width: 2 } }],
     }));
   }
@@ -193,14 +212,15 @@
   }
 
   /* The layers of one audit. */
-  function layerBars(place, series, measure, marked) {
+  function layerBars(place, series, measure, marked, at) {
+    const layers = at || series.mean.map((_, layer) => layer);
     return draw(place, (c) => [{
-      type: "bar", x: series.mean.map((_, layer) => layer), y: series.mean, error_y: errorBars(series, c.ink),
-      marker: { color: series.mean.map((_, layer) => (marked.includes(layer) ? c.line : c.second)) },
-      text: series.mean.map((value, layer) => hoverOf(value, series.low[layer], series.high[layer], measure.share)),
+      type: "bar", x: layers, y: series.mean, error_y: errorBars(series, c.ink),
+      marker: { color: layers.map((layer) => (marked.includes(layer) ? c.line : c.second)) },
+      text: series.mean.map((value, place) => hoverOf(value, series.low[place], series.high[place], measure.share)),
       textposition: "none", hovertemplate: "layer %{x}: %{text}<extra></extra>",
-    }], () => ({
-      margin: { l: 50, r: 8, t: 8, b: 40 }, bargap: 0.2,
+    }], (c) => ({
+      annotations: emptyNote(series.mean, c), margin: { l: 50, r: 8, t: 8, b: 40 }, bargap: 0.2,
       xaxis: { title: { text: "layer", standoff: 4 }, showgrid: false, zeroline: false, tickformat: "d", nticks: 12 },
       yaxis: { title: { text: measure.unit }, tickformat: measure.share ? ".0%" : "", rangemode: "tozero" },
     }));
@@ -210,7 +230,7 @@
   function siteChart(place, site) {
     const series = site.sufficiency;
     if (!site.heads) {
-      return layerBars(place, series, { unit: "nats", share: false }, []);
+      return layerBars(place, series, { unit: "nats", share: false }, [], site.layers);
     }
     const size = largest([series.mean]);
     return draw(place, (c) => [{
