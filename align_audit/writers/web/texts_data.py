@@ -19,8 +19,8 @@ def texts_data(run: AuditRun, records: Sequence[AuditRecord]) -> dict[str, Any] 
 
     Returns:
         ``step``; ``lost`` and ``gained``, pairs with ``pair`` (its place in the data set), ``shift`` (nats), ``prompt``, and
-        ``chosen`` and ``rejected`` with ``tokens`` (``text`` and ``change``, nats), and ``length``, that of the whole completion
-        in tokens, where only its beginning is kept.
+        ``chosen`` and ``rejected`` with ``tokens`` (``text`` and ``change``, nats), and ``length``, that of the completion in
+        tokens, where only its beginning is kept.
     """
     for record in reversed(records):
         kept = run.pair_texts(record)

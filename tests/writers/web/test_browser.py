@@ -6,10 +6,7 @@ lacks a kind of chart draws nothing, and says nothing.
 
 from __future__ import annotations
 
-import base64
-import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ import pytest
 from align_audit.record.run import AuditRun
 from align_audit.writers.web.report_writer import write_report
 from tests.helpers.alert_cases import with_margins
+from tests.helpers.browser import CHROMIUM, DRIVER, Browser, open_browser
 from tests.helpers.pages import (
     HOSTILE,
     as_run,
@@ -35,99 +33,39 @@ from tests.helpers.pages import (
 
 pytestmark = pytest.mark.browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
 RUNS = {
     "healthy": healthy_run, "ruined": ruined_run, "hostile": hostile_run, "unknown": unknown_run, "health": health_run,
     "failed": failed_run, "sets": sets_run, "large": large_run, "none": lambda: as_run([]),
 }  # fmt: skip
 
 
-class Browser:
-    """One page at a time, at a width and in a theme."""
+class Pages:
+    """Pages of runs in a browser; each is written once."""
 
-    def __init__(self, driver: Any, folder: Path) -> None:
-        self.driver, self._folder = driver, folder
+    def __init__(self, browser: Browser, folder: Path) -> None:
+        self._browser, self._folder = browser, folder
 
-    def show(self, run: str | AuditRun, width: int = 1300, theme: str = "light") -> Browser:
-        """Open the page of a run. What the browser logged of the page before is forgotten."""
+    def show(self, run: str | AuditRun, width: int = 1300, theme: str = "light") -> None:
+        """Open the page of a run of :data:`RUNS`, or of a given one."""
         path = self._folder / f"{run if isinstance(run, str) else 'given'}.html"
         if not isinstance(run, str):
             write_report(run, path)
         elif not path.exists():
             write_report(RUNS[run](), path)
-        self.driver.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
-        )
-        features = [{"name": "prefers-color-scheme", "value": theme}]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-        for kind in ("browser", "performance"):
-            self.driver.get_log(kind)
-        self.driver.get(path.as_uri())
-        return self
+        self._browser.show(path, width, theme)
 
-    def js(self, code: str, *arguments: Any) -> Any:
-        return self.driver.execute_script(code, *arguments)
-
-    def marks(self, chart: str, kind: str) -> int:
-        """Marks of a kind that a chart has drawn, and that have a size."""
-        count: int = self.js(
-            "return [...document.querySelectorAll(`[data-chart='${arguments[0]}'] ${arguments[1]}`)]"
-            ".filter(e => { const b = e.getBoundingClientRect(); return b.width > 0 || b.height > 0; }).length",
-            chart, kind,
-        )  # fmt: skip
-        return count
-
-    def charts(self) -> list[str]:
-        """Those that are to be seen."""
-        names: list[str] = self.js(
-            "return [...document.querySelectorAll('.chart')].filter(e => e.offsetParent !== null).map(e => e.dataset.chart)"
-        )
-        return names
-
-    def text(self, selector: str) -> str:
-        words: str = self.js("return document.querySelector(arguments[0]).textContent", selector)
-        return words
-
-    def complaints(self) -> list[str]:
-        """What the browser logged of this page: errors of scripts, requests refused by the policy, and the like."""
-        return [entry["message"] for entry in self.driver.get_log("browser")]
-
-    def requests(self) -> list[str]:
-        """The addresses that the page asked for, itself left out, and pictures that it holds."""
-        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
-        asked = [each["request"]["url"] for each in sent if each["type"] != "Document"]
-        return [address for address in asked if not address.startswith("data:")]
-
-    def open_all(self) -> None:
-        """Unfold everything, tables too; what that unfolds as well."""
-        for _ in range(3):
-            self.js("document.querySelectorAll('details').forEach(each => { each.open = true; })")
-            self.driver.execute_async_script("setTimeout(arguments[0], 50)")
-
-    def print(self) -> bytes:
-        printed = self.driver.execute_cdp_cmd("Page.printToPDF", {"preferCSSPageSize": True, "printBackground": True})
-        return base64.b64decode(printed["data"])
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._browser, name)
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """Headless Chromium, without a network."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is missing: pip install selenium")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
+    """Headless Chromium, one for all tests of this file."""
+    pytest.importorskip("selenium", reason="selenium is missing: pip install selenium")
     if CHROMIUM is None or DRIVER is None:
         pytest.skip("Chromium or its driver is missing: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    try:
-        yield Browser(driver, tmp_path_factory.mktemp("pages"))
-    finally:
-        driver.quit()
+    with open_browser() as opened:
+        yield Pages(opened, tmp_path_factory.mktemp("pages"))
 
 
 # --- drawn ------------------------------------------------------------------------------------------------------------
@@ -135,7 +73,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @pytest.mark.parametrize(("width", "theme"), [(390, "dark"), (1300, "light")])
 @pytest.mark.parametrize("run", list(RUNS))
-def test_any_page_is_whole_and_asks_no_host(browser: Browser, run: str, width: int, theme: str) -> None:
+def test_any_page_is_whole_and_asks_no_host(browser: Pages, run: str, width: int, theme: str) -> None:
     """Nothing stands out of the window, no script complains, no chart is empty, and nothing is asked for."""
     browser.show(run, width, theme)
     browser.open_all()
@@ -153,7 +91,7 @@ def test_any_page_is_whole_and_asks_no_host(browser: Browser, run: str, width: i
     )
 
 
-def test_every_mark_of_the_charts_is_drawn(browser: Browser) -> None:
+def test_every_mark_of_the_charts_is_drawn(browser: Pages) -> None:
     run = ruined_run()
     browser.show("ruined")
     for panel in ("chosen", "kl", "tokens"):
@@ -171,9 +109,10 @@ def test_every_mark_of_the_charts_is_drawn(browser: Browser) -> None:
     assert browser.complaints() == []
 
 
-def test_the_heat_map_has_colours_of_both_directions(browser: Browser) -> None:
+def test_the_heat_map_has_colours_of_both_directions(browser: Pages) -> None:
     """Counted in its picture: a map of one colour would be drawn, and say nothing."""
-    colours = browser.show("ruined").driver.execute_async_script(
+    browser.show("ruined")
+    colours = browser.driver.execute_async_script(
         """const [image, done] = [document.querySelector("[data-chart='layers'] .heatmaplayer image"), arguments[0]];
         const picture = new Image();
         picture.onload = () => {
@@ -192,7 +131,7 @@ def test_the_heat_map_has_colours_of_both_directions(browser: Browser) -> None:
     assert any(int(blue) > int(red) + 60 for red, _, blue in (colour.split(",") for colour in colours))
 
 
-def test_finer_sites_and_folded_charts_are_drawn_when_they_are_opened(browser: Browser) -> None:
+def test_finer_sites_and_folded_charts_are_drawn_when_they_are_opened(browser: Pages) -> None:
     browser.show("healthy")
     assert "site-head" not in browser.charts()
     browser.open_all()
@@ -204,7 +143,7 @@ def test_finer_sites_and_folded_charts_are_drawn_when_they_are_opened(browser: B
     assert browser.complaints() == []
 
 
-def test_tokens_are_shaded_by_their_change_and_say_it(browser: Browser, tmp_path: Path) -> None:
+def test_tokens_are_shaded_by_their_change_and_say_it(browser: Pages, tmp_path: Path) -> None:
     browser.show(texts_run(tmp_path, HOSTILE))
     tokens = browser.js(
         "return [...document.querySelectorAll('.pair-text .tokens')][0].querySelectorAll('.token').values().map(each => "
@@ -226,7 +165,7 @@ def test_tokens_are_shaded_by_their_change_and_say_it(browser: Browser, tmp_path
 # --- controls ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_slider_shows_another_audit(browser: Browser) -> None:
+def test_the_slider_shows_another_audit(browser: Pages) -> None:
     browser.show("ruined")
     said = browser.text(".finding")
     bars = "[data-chart='audit'] .barlayer .point path"
@@ -248,7 +187,7 @@ def test_the_slider_shows_another_audit(browser: Browser) -> None:
     assert browser.complaints() == []
 
 
-def test_the_slider_moves_by_the_keyboard(browser: Browser) -> None:
+def test_the_slider_moves_by_the_keyboard(browser: Pages) -> None:
     from selenium.webdriver.common.keys import Keys
 
     browser.show("ruined")
@@ -261,19 +200,19 @@ def test_the_slider_moves_by_the_keyboard(browser: Browser) -> None:
     assert browser.text(".reason").startswith("noise, ")
 
 
-def test_pointing_at_a_layer_says_its_value_with_the_interval(browser: Browser) -> None:
+def test_pointing_at_a_layer_says_its_value_with_the_interval(browser: Pages) -> None:
     from selenium.webdriver import ActionChains
 
     browser.show("ruined")
     layers = browser.driver.find_element("css selector", "[data-chart='layers'] .nsewdrag")
     browser.js("arguments[0].scrollIntoView({block: 'center'})", layers)
     ActionChains(browser.driver).move_to_element(layers).perform()
-    browser.driver.execute_async_script("setTimeout(arguments[0], 200)")
+    browser.wait(200)
     words = browser.text("[data-chart='layers'] .hoverlayer")
     assert re.search(r"layer \d+, step \d+: \S+ \(\S+ to \S+\) nats", words), words
 
 
-def test_the_theme_can_be_turned_and_charts_follow(browser: Browser) -> None:
+def test_the_theme_can_be_turned_and_charts_follow(browser: Pages) -> None:
     browser.show("ruined", theme="light")
     paper = "return getComputedStyle(document.body).backgroundColor"
     line = "return getComputedStyle([...document.querySelectorAll(\"[data-chart='kl'] .js-line\")].at(-1)).stroke"
@@ -287,7 +226,7 @@ def test_the_theme_can_be_turned_and_charts_follow(browser: Browser) -> None:
     assert browser.js(paper) == light[0]
 
 
-def test_a_probe_set_is_chosen_and_the_worst_is_shown_first(browser: Browser) -> None:
+def test_a_probe_set_is_chosen_and_the_worst_is_shown_first(browser: Pages) -> None:
     browser.show("sets")
     assert browser.text("h1").startswith("ERROR")
     browser.js("const s = document.getElementById('probe-set'); s.value = 1; s.dispatchEvent(new Event('change'))")
@@ -297,12 +236,12 @@ def test_a_probe_set_is_chosen_and_the_worst_is_shown_first(browser: Browser) ->
     assert browser.complaints() == []
 
 
-def test_the_command_is_copied(browser: Browser) -> None:
+def test_the_command_is_copied(browser: Pages) -> None:
     browser.show("ruined")
     browser.js("window.kept = ''; document.addEventListener('copy', () => { window.kept = String(getSelection()); })")
     browser.js("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
     browser.driver.find_element("css selector", ".banner .copy").click()
-    browser.driver.execute_async_script("setTimeout(arguments[0], 50)")
+    browser.wait(50)
     assert browser.js("return window.kept") == "trainer.train(resume_from_checkpoint='runs/dpo/checkpoint-10')"
     assert browser.text(".banner .said") == "copied"
 
@@ -310,7 +249,7 @@ def test_the_command_is_copied(browser: Browser) -> None:
 # --- who cannot see it, prints it, or wrote it ------------------------------------------------------------------------
 
 
-def test_every_chart_says_its_finding_and_has_its_numbers_as_a_table(browser: Browser) -> None:
+def test_every_chart_says_its_finding_and_has_its_numbers_as_a_table(browser: Pages) -> None:
     browser.show("ruined")
     said = browser.js("return [...document.querySelectorAll('.chart')].map(e => [e.getAttribute('role'), e.ariaLabel])")
     assert said and all(role == "img" and len(label) > 10 for role, label in said)
@@ -328,7 +267,7 @@ def test_every_chart_says_its_finding_and_has_its_numbers_as_a_table(browser: Br
     assert browser.js("return document.documentElement.lang") == "en"
 
 
-def test_foreign_text_is_text(browser: Browser) -> None:
+def test_foreign_text_is_text(browser: Pages) -> None:
     browser.show("hostile")
     browser.open_all()
     assert browser.js("return document.title").startswith("ERROR")
@@ -338,14 +277,14 @@ def test_foreign_text_is_text(browser: Browser) -> None:
     assert browser.js("return document.querySelectorAll('#align-audit img, #align-audit script').length") == 0
 
 
-def test_it_prints_on_one_page(browser: Browser) -> None:
+def test_it_prints_on_one_page(browser: Pages) -> None:
     for run in ("ruined", "healthy"):
         for theme in ("light", "dark"):
-            printed = browser.show(run, theme=theme).print()
-            assert len(re.findall(rb"/Type\s*/Page\b", printed)) == 1, (run, theme)
+            browser.show(run, theme=theme)
+            assert len(re.findall(rb"/Type\s*/Page\b", browser.print())) == 1, (run, theme)
 
 
-def test_a_page_of_numbers_that_end_in_the_middle_draws_what_is_known(browser: Browser) -> None:
+def test_a_page_of_numbers_that_end_in_the_middle_draws_what_is_known(browser: Pages) -> None:
     records = list(ruined_run().records)
     unknown = records[2].margins.kl.unknown("nobody knows")
     records[2] = with_margins(records[2], kl=unknown)
