@@ -106,6 +106,21 @@ def test_a_new_writer_is_one_line_in_the_registry(tmp_path: Path, monkeypatch: p
     assert [(around.output_dir, around.probe_names) for around in surroundings] == [(tmp_path / "run", (None,))]
 
 
+@dataclass
+class Witness(Toy):
+    """Is told of failures, too."""
+
+    def failure(self) -> None:
+        self._note("failure", None)
+
+
+def test_a_failure_is_told_to_those_that_show_failures(caplog: pytest.LogCaptureFixture) -> None:
+    witness, toy, last = Witness(breaks="failure"), Toy(), Witness()
+    Writers([witness, toy, last]).failure()
+    assert (witness.told, toy.told, last.told) == ([("failure", None)], [], [("failure", None)])
+    assert "could not show a failure in a toy: ValueError: no paper" in caplog.text
+
+
 def test_the_configuration_chooses_among_the_writers(tmp_path: Path) -> None:
     def names(**options: Any) -> list[str]:
         config = AuditConfig.from_dict(options)

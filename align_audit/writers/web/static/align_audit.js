@@ -188,18 +188,13 @@
 
   // --- texts ----------------------------------------------------------------------------------------------------------
 
-  function shade(change, size) {
-    if (change === null) return "";
-    const share = Math.min(Math.abs(change) / size, 1);
-    return "color-mix(in srgb, var(" + (change < 0 ? "--low" : "--high") + ") " + Math.round(share * 85) + "%, transparent)";
-  }
-
   function completion(title, said, size) {
     const tokens = said.tokens;
     const text = make("p", { class: "tokens", dir: "auto" });
     tokens.forEach((token) => {
-      const span = make("span", { class: "token", title: token.change === null ? "not known" : signed(token.change) + " nats", text: token.text });
-      span.style.backgroundColor = shade(token.change, size);
+      const side = token.change === null ? "" : token.change < 0 ? " low" : " high";
+      const span = make("span", { class: "token" + side, title: token.change === null ? "not known" : signed(token.change) + " nats", text: token.text });
+      span.style.setProperty("--share", Math.min(Math.abs(token.change || 0) / size, 1).toFixed(2));
       text.append(span);
     });
     const total = tokens.reduce((sum, token) => sum + (token.change || 0), 0);
