@@ -35,9 +35,9 @@ class Screen:
 
 
 SCREENS = (
-    Screen("report-healthy", "healthy", height=1000),
-    Screen("report-ruined", "ruined", height=1300),
-    Screen("report-ruined-dark", "ruined", theme="dark", height=1300),
+    Screen("report-healthy", "healthy", height=920),
+    Screen("report-ruined", "ruined", height=1150),
+    Screen("report-ruined-dark", "ruined", theme="dark", height=1150),
     Screen("report-phone", "ruined", width=390, height=1500),
 )
 
