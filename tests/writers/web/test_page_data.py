@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from align_audit.record.audit_record import Control
 from align_audit.record.run import AuditRun
 from align_audit.record.training_log import LogRow
+from align_audit.record.transfer_record import TransferRecord
 from align_audit.writers.web.health_panels import thinned_points, training_curves
 from align_audit.writers.web.json_values import lines, number, text
 from align_audit.writers.web.page_data import page_data
@@ -379,6 +381,20 @@ def test_a_rank_is_not_claimed_where_random_subspaces_do_as_well() -> None:
     failed = record.controls.model_copy(update={"random_subspace": Control(verdict="failed", reason="they do as well")})
     title = first(as_run([record.model_copy(update={"controls": failed})]))["more"]["low_rank"]["title"]
     assert title == "No low-rank subspace claimed: random subspaces do as well"
+
+
+def test_a_transfer_beside_the_log_is_shown(transfer_record: TransferRecord, tmp_path: Path) -> None:
+    run = replace(as_run([make_record(20)]), directory=tmp_path / "align_audit")
+    transfer_record.save(tmp_path / "transfer.json")
+    shown = first(run)["more"]["transfer"]
+    assert shown["title"] == "Transfer between probe sets at step 30"
+    assert len(shown["cells"]) == 9
+    cell = next(each for each in shown["cells"] if (each["fitted"], each["patched"]) == ("harmless", "helpful-v1.1"))
+    stored = transfer_record.cells["shift"][1]["harmless"]["helpful-v1.1"]
+    assert (cell["rank"], cell["fraction"]["mean"]) == (4, number(stored.effect_fraction[-1].mean))
+    (tmp_path / "transfer.json").write_text("{}")
+    broken = first(run)["more"]["transfer"]
+    assert broken["title"].startswith("The transfer record cannot be read") and broken["cells"] == []
 
 
 def test_provenance_cost_and_what_is_not_known() -> None:
