@@ -162,6 +162,13 @@ def test_tokens_are_shaded_by_their_change_and_say_it(browser: Pages, tmp_path: 
     assert browser.complaints() == []
 
 
+def test_what_broke_is_told_at_once_where_nothing_else_is_known(browser: Pages) -> None:
+    browser.show("failed")
+    browser.wait(100)
+    assert "RuntimeError: no memory" in browser.text("main > details table")
+    assert browser.complaints() == []
+
+
 # --- controls ---------------------------------------------------------------------------------------------------------
 
 

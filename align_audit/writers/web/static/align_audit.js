@@ -372,7 +372,8 @@
 
   function failures(run) {
     if (!run.failures.length) return null;
-    return folded("Audits that broke: " + run.failures.length, () => table("Audits that broke", ["step", "time", "error"], run.failures));
+    return folded("Audits that broke: " + run.failures.length, () => table("Audits that broke", ["step", "time", "error"], run.failures),
+      { open: run.status.word === "BLIND" ? "" : null });
   }
 
   // --- the page -------------------------------------------------------------------------------------------------------
