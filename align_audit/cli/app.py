@@ -26,6 +26,7 @@ from align_audit.cli.options import (
     settings,
     step_of,
 )
+from align_audit.cli.report import report
 from align_audit.errors import AlignAuditError, ConfigurationError, first_line, listed, plain
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ def transfer(
 
 
 app.command()(doctor)
+app.command()(report)
 
 
 def _conclude(records: list[AuditRecord], output: Path, seconds: float) -> None:

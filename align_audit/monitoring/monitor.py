@@ -294,6 +294,7 @@ class Monitor:
             text = failure.traceback if rank == 0 else f"On rank {rank}:\n{failure.traceback}"
             try:
                 self.log.append_failure(step, text, failure.probe_name)
+                self.writers.failure()
             except Exception as error:
                 done = f"could not be recorded ({named(error)})"
                 where_to_look = f"its traceback:\n{failure.traceback}"

@@ -12,8 +12,8 @@ from align_audit.record.log import FAILURES
 from align_audit.record.numbers import span
 from align_audit.record.run import AuditRun
 from align_audit.record.status import Status
-from align_audit.record.stored_records import Head, heads_of
-from align_audit.writers.standing import Standing, figure, percent, standing_at, where_in_short
+from align_audit.record.stored_records import heads_of
+from align_audit.writers.standing import Standing, audit_of_each_step, figure, percent, standing_at, where_in_short
 from align_audit.writers.styled import STATUS_STYLES, text_of
 from align_audit.writers.words import on_probes
 
@@ -104,12 +104,8 @@ def closing(run: AuditRun, checkpoints: Mapping[int, str]) -> list[_Table | _Lin
 
 def _by_step(run: AuditRun) -> list[Standing]:
     """How the run stood at each of its steps; a full audit counts for its step, where there was one."""
-    latest: dict[int, tuple[Head, int]] = {}
-    course = present_course(run.records)
-    for place, head in enumerate(heads_of(course)):
-        if head.kind == "full" or head.step not in latest or latest[head.step][0].kind == "health":
-            latest[head.step] = head, place
-    return [standing_at(course[place], run.records, run.training_log) for _, place in latest.values()]
+    audits = audit_of_each_step(present_course(run.records))
+    return [standing_at(record, run.records, run.training_log) for record in audits]
 
 
 def _counted(rows: Sequence[Standing]) -> str:

@@ -8,6 +8,7 @@ from align_audit.config import AuditConfig
 from align_audit.writers.messages import LogLines, Told
 from align_audit.writers.tensorboard import TensorBoard
 from align_audit.writers.terminal import Terminal
+from align_audit.writers.web.report_writer import Report
 from align_audit.writers.webhook import Webhook
 from align_audit.writers.writer import Surroundings, Writer, Writers
 
@@ -15,6 +16,7 @@ Maker = Callable[[AuditConfig, Surroundings], Writer | None]
 
 WRITERS: list[Maker] = [
     TensorBoard.of,
+    Report.of,
     Terminal.of,
     LogLines.of,
     Told.of,

@@ -17,7 +17,7 @@ from align_audit.record.course import course_of
 from align_audit.record.numbers import is_unknown, span
 from align_audit.record.open_alerts import SEVERITY, open_alerts, since_of
 from align_audit.record.status import Status, status_of
-from align_audit.record.stored_records import StoredRecords, chosen, heads_of
+from align_audit.record.stored_records import Head, StoredRecords, chosen, heads_of
 from align_audit.record.training_log import LogRow, up_to
 
 _MARGIN = "rewards/margins"
@@ -126,6 +126,19 @@ def _up_to_here(record: AuditRecord, history: Sequence[AuditRecord]) -> Sequence
         return kept.followed_by(record) if missing else kept
     kept = sorted(kept, key=lambda each: (each.step, each.provenance.created))
     return [*kept, record] if missing else kept
+
+
+def audit_of_each_step(records: Sequence[AuditRecord]) -> list[AuditRecord]:
+    """One audit of each step, by step: the full one where there was one, else the last look. Others are not parsed for it.
+
+    Args:
+        records: of one course and one probe set, by step.
+    """
+    latest: dict[int, tuple[Head, int]] = {}
+    for place, head in enumerate(heads_of(records)):
+        if head.kind == "full" or head.step not in latest or latest[head.step][0].kind == "health":
+            latest[head.step] = head, place
+    return [records[place] for _, place in latest.values()]
 
 
 def _by_weight(alerts: Sequence[Alert]) -> list[Alert]:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from align_audit.errors import named
 from align_audit.record.audit_record import Alert, AuditRecord
@@ -48,6 +48,14 @@ class Writer(Protocol):
 
     def close(self) -> None:
         """After the last audit. It is told of nothing more."""
+
+
+@runtime_checkable
+class ShowsFailures(Protocol):
+    """A writer that shows audits that broke, too: silence must not look like health."""
+
+    def failure(self) -> None:
+        """An audit broke, and its failure is in the log."""
 
 
 def _no_writer() -> None:
@@ -102,6 +110,10 @@ class Writers:
     def alert(self, alert: Alert, record: AuditRecord) -> None:
         """One alert of an audit: see :meth:`Writer.alert`."""
         self._each(lambda writer: writer.alert(alert, record), f"write step {record.step} to")
+
+    def failure(self) -> None:
+        """An audit broke, and its failure is in the log: those that show failures are told."""
+        self._each(lambda writer: writer.failure() if isinstance(writer, ShowsFailures) else None, "show a failure in")
 
     def close(self) -> None:
         """After the last audit: see :meth:`Writer.close`. There are no writers then."""

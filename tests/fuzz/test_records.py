@@ -26,6 +26,8 @@ from align_audit.writers.brief import brief, brief_of_more
 from align_audit.writers.scalars import not_known, scalars
 from align_audit.writers.standing import standing_at
 from align_audit.writers.tensorboard import controls_table, not_known_table
+from align_audit.writers.web.page import page
+from align_audit.writers.web.page_data import page_data
 from tests.fuzz.cases import as_json, bytes_of, damaged, fuzz, told, values
 from tests.helpers.make_record import make_record, make_run
 
@@ -55,6 +57,7 @@ def readable(record: AuditRecord) -> None:
     console.print(brief_of_more(standing_at(record, [])))
     for alert in record.alerts:
         console.print(alert_panel(alert))
+    page(page_data(AuditRun(Path("nowhere"), [record], record.alerts, [])))
     judge(record, [make_record(1, layers=3)])
 
 

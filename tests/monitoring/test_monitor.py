@@ -23,6 +23,7 @@ from align_audit.ranks import Ranks
 from align_audit.record.log import RunLog
 from align_audit.record.training_log import TrainingLog
 from align_audit.writers.terminal import Terminal
+from align_audit.writers.web.report_writer import Report
 from align_audit.writers.writer import Writers
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 from tests.monitoring.test_callback import quick
@@ -394,6 +395,18 @@ def test_a_failure_that_was_recorded_is_said_with_its_place(
     assert "broke and was recorded" in shown
     assert "align_audit/failures.jsonl" in shown
     assert "Traceback" not in shown
+
+
+def test_an_audit_that_breaks_is_on_the_page_at_once(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page that went on saying HEALTHY while no audit comes through would be believed."""
+    report = Report()
+    first = bench(writers=Writers([report]))
+    report.start(AuditRun.of(first.monitor.log))
+    plant(monkeypatch, None)
+    first.audit(1)
+    page = (first.run.directory / "report.html").read_text(encoding="utf-8")
+    assert "ZeroDivisionError: planted" in page
+    assert '"word":"BLIND"' in page
 
 
 def test_an_error_without_words_is_called_by_its_name() -> None:

@@ -106,15 +106,30 @@ def test_a_new_writer_is_one_line_in_the_registry(tmp_path: Path, monkeypatch: p
     assert [(around.output_dir, around.probe_names) for around in surroundings] == [(tmp_path / "run", (None,))]
 
 
+@dataclass
+class Witness(Toy):
+    """Is told of failures, too."""
+
+    def failure(self) -> None:
+        self._note("failure", None)
+
+
+def test_a_failure_is_told_to_those_that_show_failures(caplog: pytest.LogCaptureFixture) -> None:
+    witness, toy, last = Witness(breaks="failure"), Toy(), Witness()
+    Writers([witness, toy, last]).failure()
+    assert (witness.told, toy.told, last.told) == ([("failure", None)], [], [("failure", None)])
+    assert "could not show a failure in a toy: ValueError: no paper" in caplog.text
+
+
 def test_the_configuration_chooses_among_the_writers(tmp_path: Path) -> None:
     def names(**options: Any) -> list[str]:
         config = AuditConfig.from_dict(options)
         made = [make(config, Surroundings(tmp_path, on_alert=print)) for make in WRITERS]
         return [writer.name for writer in made if writer is not None]
 
-    assert names() == ["TensorBoard", "standard output", "Python logging", "on_alert"]
-    assert names(tensorboard="off") == ["standard output", "Python logging", "on_alert"]
-    posted = {"tensorboard": "off", "alerts": {"webhook": "https://localhost/"}}
+    assert names() == ["TensorBoard", "the report", "standard output", "Python logging", "on_alert"]
+    assert names(tensorboard="off") == ["the report", "standard output", "Python logging", "on_alert"]
+    posted = {"tensorboard": "off", "report": False, "alerts": {"webhook": "https://localhost/"}}
     assert names(**posted) == ["standard output", "Python logging", "on_alert", "the webhook"]
     writers_for(AuditConfig(), Surroundings(tmp_path))
     assert list(tmp_path.iterdir()) == [], "nothing is opened before the start"

@@ -1,0 +1,419 @@
+"""What a page says of a run, as plain values: status, panels and their limits, alerts, where, evidence; of any run at all."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align_audit.record.audit_record import Control
+from align_audit.record.run import AuditRun
+from align_audit.record.training_log import LogRow
+from align_audit.record.transfer_record import TransferRecord
+from align_audit.writers.web.health_panels import thinned_points, training_curves
+from align_audit.writers.web.json_values import lines, number, text
+from align_audit.writers.web.page_data import page_data
+from tests.helpers.alert_cases import health
+from tests.helpers.make_record import make_record
+from tests.helpers.pages import (
+    FAILED,
+    HOSTILE,
+    as_run,
+    failed_run,
+    health_run,
+    healthy_run,
+    hostile_run,
+    large_run,
+    ruined_run,
+    sets_run,
+    texts_run,
+    unknown_run,
+)
+from tests.helpers.screens import a_run
+
+STORED = sorted((Path(__file__).parents[2] / "record" / "data").glob("*.records.jsonl"))
+RUNS: list[Callable[[], AuditRun]] = [
+    healthy_run, ruined_run, hostile_run, unknown_run, health_run, failed_run, sets_run, lambda: as_run([]),
+    lambda: as_run([make_record(0, progress=0.0)]), lambda: as_run([make_record(5, layers=1)]),
+    *(lambda path=path: AuditRun.load(path) for path in STORED),  # type: ignore[misc]
+]  # fmt: skip
+NAMES = [
+    "healthy", "ruined", "hostile", "unknown", "health", "failed", "sets", "none", "start", "one layer",
+    *(path.name for path in STORED),
+]  # fmt: skip
+
+
+def first(run: AuditRun) -> dict[str, Any]:
+    """What the page shows first."""
+    data: dict[str, Any] = page_data(run)["sets"][0]
+    return data
+
+
+def panel(run: AuditRun, key: str) -> dict[str, Any]:
+    return next(each for each in first(run)["panels"] if each["key"] == key)
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in a plain value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from strings(key)
+            yield from strings(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from strings(each)
+
+
+# --- any run ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", RUNS, ids=NAMES)
+def test_of_any_run_there_is_plain_json_without_control_characters(make: Callable[[], AuditRun]) -> None:
+    data = page_data(make(), written="2026-01-01T00:00:00+00:00")
+    assert json.loads(json.dumps(data, allow_nan=False)) == data
+    assert data["sets"]
+    for each in data["sets"]:
+        assert set(each) >= {"name", "status", "panels", "alerts", "texts", "where", "evidence", "more"}
+        assert each["status"]["sentences"]
+    assert all(letter.isprintable() for words in strings(data) for letter in words)
+
+
+def test_a_run_without_audits_is_blind_and_says_so() -> None:
+    data = page_data(as_run([]))
+    assert data["run"]["status"] == {"word": "BLIND", "since": None, "reason": "No audit has been made yet."}
+    assert data["sets"][0]["panels"] == []
+    assert data["sets"][0]["where"] is None
+
+
+def test_audits_that_all_broke_are_told_with_what_to_do() -> None:
+    data = page_data(failed_run())
+    status = data["sets"][0]["status"]
+    assert status["word"] == "BLIND"
+    assert "RuntimeError: no memory" in status["sentences"][0]
+    assert "failures.jsonl" in status["do"]["words"]
+    assert data["run"]["failures"] == [["60", FAILED.time, "RuntimeError: no memory"]]
+
+
+def test_a_failure_after_healthy_audits_makes_the_page_blind() -> None:
+    status = first(as_run(a_run("well"), [FAILED]))["status"]
+    assert (status["word"], status["since"]) == ("BLIND", 60)
+    assert "Audits break since step 60" in status["sentences"][0]
+    assert "1 audit broke" in status["facts"]
+
+
+def test_what_is_not_known_is_null() -> None:
+    data = first(unknown_run())
+    for each in data["panels"]:
+        assert each["mean"] == [None, None]
+        assert each["now"] == "not known"
+        assert all(math.isfinite(end) for end in each["reach"])
+    assert data["where"]["transplant"][0]["mean"] == [None] * 12
+    assert data["where"]["sites"][0]["sufficiency"]["mean"] == [None] * 12
+    assert {"reason": "nobody knows", "paths": data["more"]["unknown"][0]["paths"]} in data["more"]["unknown"]
+
+
+def test_a_health_run_has_panels_and_no_layers() -> None:
+    data = first(health_run())
+    assert [each["steps"] for each in data["panels"]] == [[0, 10, 20]] * 4
+    assert (data["where"], data["evidence"], data["more"]["low_rank"], data["more"]["spinal"]) == (None, [], None, None)
+
+
+# --- status -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_healthy_run_needs_nothing_done() -> None:
+    data = first(healthy_run())
+    status = data["status"]
+    assert status["word"] == "HEALTHY"
+    assert status["sentences"] == [
+        "No alert is open at step 40.",
+        "Chosen answers gained 0.01 nats per token, KL to the reference is 0.04 (limit 0.35), 82 % of next tokens are right "
+        "(reference 82 %).",
+    ]
+    assert status["do"] == {"words": "Nothing to do.", "checkpoint": None, "command": None}
+    assert (data["alerts"], data["first_error"]) == ([], None)
+
+
+def test_a_ruined_run_says_since_when_and_what_to_go_back_to() -> None:
+    data = first(ruined_run())
+    status = data["status"]
+    assert (status["word"], status["since"], data["first_error"]) == ("ERROR", 20, 20)
+    assert status["sentences"][1].startswith(
+        "Chosen answers lost 5.40 nats per token (limit 0.6), KL to the reference is 9.40"
+    )
+    assert status["do"]["checkpoint"] == "checkpoint-10"
+    assert status["do"]["command"] == "trainer.train(resume_from_checkpoint='runs/dpo/checkpoint-10')"
+    assert "The last clean audit was at step 10: go back to checkpoint-10. Learning rate 0.003" in status["do"]["words"]
+    assert status["log"] == "The training log at step 20: reward margin +4.90."
+
+
+def test_the_log_is_read_up_to_the_audit() -> None:
+    late = [LogRow(10, {"loss": 0.5}), LogRow(400, {"loss": 0.1})]
+    assert first(as_run(a_run("well"), log=late))["status"]["log"] == "The training log at step 10: loss 0.50."
+
+
+def test_probe_sets_stand_by_themselves_the_worst_first() -> None:
+    data = page_data(sets_run())
+    assert [(each["name"], each["status"]["word"]) for each in data["sets"]] == [
+        ("helpful", "ERROR"),
+        ("harmless", "HEALTHY"),
+    ]
+    assert data["run"]["status"]["word"] == "ERROR"
+    assert data["sets"][1]["alerts"] == []
+
+
+def test_a_course_that_was_left_is_not_shown() -> None:
+    """A run that was resumed from step 10 has records of both courses."""
+    old, new = a_run("ruined"), a_run("well")
+    again = [
+        record.model_copy(
+            update={
+                "provenance": record.provenance.model_copy(
+                    update={"created": f"2026-02-01T00:{record.step:02}:00+00:00", "policy_hash": f"new-{record.step}"}
+                )
+            }
+        )
+        for record in new
+        if record.step > 10
+    ]
+    data = first(as_run(sorted([*old, *again], key=lambda record: (record.step, record.provenance.created))))
+    assert data["panels"][1]["steps"] == [0, 5, 10, 20, 40]
+    assert max(data["panels"][1]["mean"]) == 0.04
+    assert (data["status"]["word"], data["alerts"], data["first_error"]) == ("HEALTHY", [], None)
+
+
+# --- panels -----------------------------------------------------------------------------------------------------------
+
+
+def test_limits_stand_where_the_rules_judge() -> None:
+    limits = {
+        each["key"]: [(limit["level"], limit["value"]) for limit in each["limits"]]
+        for each in first(ruined_run())["panels"]
+    }
+    assert limits["chosen"] == [("warning", -0.25), ("error", -0.6)]
+    assert limits["kl"] == [("warning", 0.35), ("error", 0.7)]
+    # Of the reference's 82 %, and under the best accuracy, 90 %.
+    assert limits["tokens"] == [("warning", pytest.approx(0.8 * 0.82)), ("error", pytest.approx(0.6 * 0.82))]
+    assert limits["accuracy"] == [("warning", pytest.approx(0.8)), ("error", pytest.approx(0.65))]
+
+
+def test_limits_are_those_of_the_configuration_and_gone_with_their_rule() -> None:
+    def with_alerts(**alerts: Any) -> AuditRun:
+        record = make_record(20)
+        return as_run(
+            [
+                record.model_copy(
+                    update={"provenance": record.provenance.model_copy(update={"config": {"alerts": alerts}})}
+                )
+            ]
+        )
+
+    assert panel(with_alerts(kl_warning=3.0), "kl")["limits"][0] == {"level": "warning", "value": 3.0, "says": "3.00"}
+    assert panel(with_alerts(kl_warning=3.0), "kl")["reach"][1] > 3.0
+    assert panel(with_alerts(rules={"kl_out_of_bounds": {"enabled": False}}), "kl")["limits"] == []
+
+
+@pytest.mark.parametrize("make", [healthy_run, ruined_run, health_run, unknown_run])
+def test_axes_reach_past_every_limit_and_hold_all_that_is_known(make: Callable[[], AuditRun]) -> None:
+    for each in first(make())["panels"]:
+        low, high = each["reach"]
+        values = [value for name in ("mean", "low", "high") for value in each[name] if value is not None]
+        values += [limit["value"] for limit in each["limits"]]
+        assert values == [] or (low < min(values) and max(values) < high)
+
+
+def test_an_accuracy_of_equal_models_is_none() -> None:
+    """No pair's margin has grown, which is not an accuracy of 0."""
+    assert panel(as_run([make_record(0, progress=0.0), make_record(20)]), "accuracy")["mean"][0] is None
+
+
+def test_a_panel_says_its_value_and_its_limits() -> None:
+    each = panel(ruined_run(), "kl")
+    assert each["says"] == "KL to the reference: 9.40 nats/token at step 40, warning limit 0.35, error limit 0.70"
+    assert (each["now"], each["interval"]) == ("9.40", "9.39 to 9.41")
+    assert panel(ruined_run(), "tokens")["reference"] == [pytest.approx(0.82)] * 4 + [pytest.approx(0.82)]
+
+
+def test_of_two_audits_of_a_step_the_full_one_is_drawn() -> None:
+    full = make_record(20)
+    looked = health(full.model_copy(update={"margins": make_record(20, progress=1.0).margins}))
+    assert panel(as_run([looked, full]), "kl")["mean"] == [number(full.margins.kl.mean)]
+    assert panel(as_run([full, looked]), "kl")["mean"] == [number(full.margins.kl.mean)]
+
+
+def test_the_trainers_curves_are_thinned_and_keep_their_spikes() -> None:
+    log = [LogRow(step, {"loss": 9.0 if step == 777 else 0.5}) for step in range(5000)]
+    (curve,) = training_curves(log)
+    assert len(curve["steps"]) <= 300
+    assert (777, 9.0) in zip(curve["steps"], curve["values"], strict=True)
+    assert (curve["steps"][0], curve["steps"][-1]) == (0, 4999)
+    nothing = [(step, math.nan) for step in range(1000)]
+    assert len(thinned_points(nothing, 10)) <= 10
+
+
+# --- alerts -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_cause_has_one_row_over_all_its_audits() -> None:
+    (row,) = first(ruined_run())["alerts"]
+    assert (row["level"], row["since"], row["cleared"], row["times"]) == ("error", 20, None, 1)
+    assert row["cause"] == "the policy is leaving its language"
+    assert row["command"] == "trainer.train(resume_from_checkpoint='runs/dpo/checkpoint-10')"
+
+
+def test_an_alert_that_is_over_says_when_and_advises_nothing() -> None:
+    (row,) = first(as_run(a_run("resolved")))["alerts"]
+    assert (row["since"], row["cleared"]) == (20, 59)
+    assert (row["suggestion"], row["command"]) == ("", None)
+    assert "lose 5.40 nats per token" in row["message"]
+
+
+def test_a_control_that_failed_is_no_alert_of_the_run() -> None:
+    """Versions before this one alerted to it."""
+    record = make_record(20)
+    alert = make_record(100, kind="destabilizing", progress=1.0).alerts[0].model_copy(update={"rule": "control_failed"})
+    data = first(as_run([record.model_copy(update={"alerts": [alert]})]))
+    assert (data["alerts"], data["first_error"], data["status"]["word"]) == ([], None, "HEALTHY")
+
+
+# --- texts ------------------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_those_of_the_last_audit_that_kept_some(tmp_path: Path) -> None:
+    texts = first(texts_run(tmp_path))["texts"]
+    assert texts["step"] == 40
+    assert [(pair["pair"], pair["shift"]) for pair in (*texts["lost"], *texts["gained"])] == [
+        (7, -6.0),
+        (1, 8.0),
+        (2, 3.0),
+    ]
+    lost = texts["lost"][0]
+    assert lost["prompt"] == "How are you?\n fine"
+    assert lost["chosen"] == {
+        "tokens": [
+            {"text": "It", "change": 0.4}, {"text": " fine", "change": -3.0}, {"text": "↵", "change": None},
+            {"text": ".", "change": -0.1},
+        ],
+        "length": None,
+    }  # fmt: skip
+    assert (len(lost["rejected"]["tokens"]), lost["rejected"]["length"]) == (2, 300)
+    assert first(healthy_run())["texts"] is None
+
+
+def test_foreign_tokens_hold_no_control_characters(tmp_path: Path) -> None:
+    words = list(strings(first(texts_run(tmp_path, HOSTILE))["texts"]))
+    assert any("\\x1b[31m" in word for word in words)
+    assert all(letter.isprintable() or letter == "\n" for word in words for letter in word)
+
+
+# --- where and evidence -----------------------------------------------------------------------------------------------
+
+
+def test_layers_are_those_of_the_records() -> None:
+    run = healthy_run()
+    where = first(run)["where"]
+    patched = [record for record in run.records if record.patching is not None]
+    assert where["steps"] == [record.step for record in patched]
+    for place, record in enumerate(patched):
+        assert record.patching is not None and record.finding is not None
+        assert where["transplant"][place]["mean"] == [number(each.mean) for each in record.patching.block_transplant]
+        assert where["gain"][place]["high"] == [number(each.high) for each in record.patching.layer_gain]
+        assert where["sentences"][place].lower() == record.finding.words.lower()
+        assert where["claims"][place] == record.finding.layers
+    assert where["unknown"][0] != ""
+    assert [site["name"] for site in where["sites"]] == [
+        "Attention output", "MLP output, completion", "Heads", "Windows of 2 layers",
+    ]  # fmt: skip
+
+
+def test_evidence_is_of_each_full_audit_with_its_reasons() -> None:
+    run = healthy_run()
+    evidence = first(run)["evidence"]
+    assert [each["step"] for each in evidence] == first(run)["where"]["steps"]
+    chips = {chip["name"]: chip for chip in evidence[-1]["chips"]}
+    assert len(chips) == 6
+    assert chips["split half"]["reason"] == run.records[-1].controls.split_half.reason
+    assert not any(chip["broken"] for chip in chips.values())
+
+
+def test_only_a_broken_identity_control_is_marked_as_such() -> None:
+    record = make_record(20)
+    failed = Control(verdict="failed", reason="it moves by 0.1")
+    everything = dict.fromkeys(type(record.controls).model_fields, failed)
+    data = first(as_run([record.model_copy(update={"controls": record.controls.model_copy(update=everything)})]))
+    assert [chip["name"] for chip in data["evidence"][0]["chips"] if chip["broken"]] == ["identity"]
+    assert data["status"]["word"] == "BLIND"
+    assert "trust nothing" in data["status"]["do"]["words"].lower()
+
+
+# --- folded -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "title"),
+    [
+        ({"delta_align": -0.05}, "No SPINAL signature: Δalign −0.05, coherence 0.30 (reference 0.30)"),
+        ({"delta_align": 0.01}, "No SPINAL signature: Δalign +0.01, coherence 0.30 (reference 0.30)"),
+        ({"delta_align": 0.4, "coherence": 0.1}, "No SPINAL signature: Δalign +0.40, coherence 0.10 (reference 0.30)"),
+        (
+            {"delta_align": 0.4},
+            "Δalign is positive, as in SPINAL's signature: Δalign +0.40, coherence 0.30 (reference 0.30)",
+        ),
+        ({"delta_align": math.nan}, "SPINAL: not known (the record gives no reason)"),
+    ],
+)
+def test_a_title_states_the_finding(changes: dict[str, float], title: str) -> None:
+    record = make_record(20)
+    assert record.spinal is not None
+    spinal = record.spinal.model_copy(update={"coherence": 0.3, "reference_coherence": 0.3} | changes)
+    assert first(as_run([record.model_copy(update={"spinal": spinal})]))["more"]["spinal"]["title"] == title
+
+
+def test_a_rank_is_not_claimed_where_random_subspaces_do_as_well() -> None:
+    record = make_record(20)
+    failed = record.controls.model_copy(update={"random_subspace": Control(verdict="failed", reason="they do as well")})
+    title = first(as_run([record.model_copy(update={"controls": failed})]))["more"]["low_rank"]["title"]
+    assert title == "No low-rank subspace claimed: random subspaces do as well"
+
+
+def test_a_transfer_beside_the_log_is_shown(transfer_record: TransferRecord, tmp_path: Path) -> None:
+    run = replace(as_run([make_record(20)]), directory=tmp_path / "align_audit")
+    transfer_record.save(tmp_path / "transfer.json")
+    shown = first(run)["more"]["transfer"]
+    assert shown["title"] == "Transfer between probe sets at step 30"
+    assert len(shown["cells"]) == 9
+    cell = next(each for each in shown["cells"] if (each["fitted"], each["patched"]) == ("harmless", "helpful-v1.1"))
+    stored = transfer_record.cells["shift"][1]["harmless"]["helpful-v1.1"]
+    assert (cell["rank"], cell["fraction"]["mean"]) == (4, number(stored.effect_fraction[-1].mean))
+    (tmp_path / "transfer.json").write_text("{}")
+    broken = first(run)["more"]["transfer"]
+    assert broken["title"].startswith("The transfer record cannot be read") and broken["cells"] == []
+
+
+def test_provenance_cost_and_what_is_not_known() -> None:
+    more = first(ruined_run())["more"]
+    assert dict(more["provenance"])["model"] == "llama, 12 layers, 512 wide"
+    assert more["cost"]["title"] == "5 audits took 78 s"
+    assert all(each["reason"] and each["paths"] for each in more["unknown"])
+
+
+# --- size and values --------------------------------------------------------------------------------------------------
+
+
+def test_the_largest_run_leaves_room_under_two_megabytes() -> None:
+    """The front end takes 1.55 MB of them."""
+    assert len(json.dumps(page_data(large_run()), separators=(",", ":"))) < 400_000
+
+
+def test_values_are_short_and_text_is_one_line() -> None:
+    assert (number(1 / 3), number(math.inf), number(None), number(-1234567.0)) == (0.3333, None, None, -1235000.0)
+    assert "\n" not in text("a\nb") and "\x1b" not in text(HOSTILE)
+    assert lines("a\nb\x1b\n") == "a\nb\\x1b\n"
+    assert len(text("x" * 10**5)) == 2000
