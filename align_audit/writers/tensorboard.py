@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from align_audit.errors import ConfigurationError, named
 from align_audit.record.audit_record import Alert, AuditRecord, SiteCurve, control_items
 from align_audit.record.numbers import is_unknown, span
-from align_audit.record.run import one_per_step
 from align_audit.record.site_names import site_names
-from align_audit.record.stored_records import chosen, events_of, heads_of
+from align_audit.record.stored_records import events_of, heads_of
 from align_audit.record.training_log import LogRow
 from align_audit.writers.event_files import SUFFIX, TagsWritten, event_files, find_event_folder
-from align_audit.writers.few_scalars import HEALTH, WHERE, few_scalars, group_of, status_text
+from align_audit.writers.few_pictures import drawn_records, few_pictures
+from align_audit.writers.few_scalars import HEALTH, few_scalars, group_of, status_text
 from align_audit.writers.scalars import not_known, root_of, scalars
 from align_audit.writers.standing import Standing, standing_at
 
@@ -179,10 +179,8 @@ class TensorBoard:
         """Pictures of a full audit. A health audit has no more to show than its curves."""
         if not self._images or record.kind == "health":
             return
-        name = record.provenance.probe_name
-        earlier = chosen(history, lambda head: head.key != record.key and head.probe_name == name)
         standing = standing_at(record, history, self._training_log())
-        _add_images(board, standing, [*earlier, record], self._scalars)
+        _add_images(board, standing, drawn_records(record, history), self._scalars)
 
     def alert(self, alert: Alert, record: AuditRecord) -> None:
         """It stands in the text of its record."""
@@ -213,18 +211,12 @@ def _time_of(created: str) -> float | None:
 
 
 def _add_images(board: SummaryWriter, standing: Standing, records: Sequence[AuditRecord], which: str) -> None:
-    from align_audit.writers.plots.at_a_glance import drawable, health_at_a_glance, where_at_a_glance
     from align_audit.writers.plots.canvas import pixels
     from align_audit.writers.plots.gallery import pictures_of
 
     record = standing.record
     name = record.provenance.probe_name
-    # Later audits may be in the log when an earlier step is written again; a picture at a step shows none of them.
-    records = [each for each in one_per_step(records) if each.step <= record.step]
-    figures = {f"{group_of(HEALTH, name)}/over_steps": health_at_a_glance(records, standing)}
-    if drawable(record):
-        figures[f"{group_of(WHERE, name)}/by_layer"] = where_at_a_glance(record)
-    for tag, figure in figures.items():
+    for tag, figure in few_pictures(standing, records).items():
         # add_figure would go through pyplot, and its global state.
         board.add_image(tag, pixels(figure), record.step, dataformats="HWC")
     for title, picture in pictures_of(records).items() if which == "all" else ():

@@ -1,0 +1,48 @@
+"""The two pictures that tell how a run stands, for whatever shows pictures beside curves.
+
+``align_audit health/over_steps`` and ``align_audit where/by_layer``, with the name of the probe set between, as the curves of
+:mod:`align_audit.writers.few_scalars` have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.run import one_per_step
+from align_audit.record.stored_records import chosen
+from align_audit.writers.few_scalars import HEALTH, WHERE, group_of
+from align_audit.writers.standing import Standing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def drawn_records(record: AuditRecord, history: Sequence[AuditRecord]) -> list[AuditRecord]:
+    """What a picture at an audit shows: the audits of its probe set, one a step, up to its step, by step.
+
+    Later audits may be in the log when an earlier step is written again; a picture at a step shows none of them.
+
+    Args:
+        history: audits of the run, of all probe sets, in any order, with this one or without.
+    """
+    name = record.provenance.probe_name
+    earlier = chosen(history, lambda head: head.key != record.key and head.probe_name == name)
+    return [each for each in one_per_step([*earlier, record]) if each.step <= record.step]
+
+
+def few_pictures(standing: Standing, records: Sequence[AuditRecord]) -> dict[str, Figure]:
+    """Tag → picture, 640 × 420 pixels; that of layers only where something is known of them.
+
+    Args:
+        records: those of :func:`drawn_records`, of the audit of ``standing``.
+    """
+    from align_audit.writers.plots.at_a_glance import drawable, health_at_a_glance, where_at_a_glance
+
+    record = standing.record
+    name = record.provenance.probe_name
+    figures = {f"{group_of(HEALTH, name)}/over_steps": health_at_a_glance(records, standing)}
+    if drawable(record):
+        figures[f"{group_of(WHERE, name)}/by_layer"] = where_at_a_glance(record)
+    return figures
