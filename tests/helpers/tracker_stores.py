@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import struct
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -81,11 +82,16 @@ class WandbStore:
         wandb.finish()
 
     def read(self, name: str) -> Stored:
-        for path in sorted(self._folder.glob("wandb/offline-run-*/*.wandb")):
-            records = list(_wandb_records(path))
-            if any(record.run.display_name == name for record in records if record.HasField("run")):
-                return self._stored(records, path.parent / "files")
-        raise AssertionError(f"no run {name!r} below {self._folder}")
+        # Another process writes the log, and goes on for a moment after the run was finished.
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            for path in self._folder.glob("wandb/offline-run-*/*.wandb"):
+                records = list(_wandb_records(path))
+                named = any(record.HasField("run") and record.run.display_name == name for record in records)
+                if named and any(record.HasField("exit") for record in records):
+                    return self._stored(records, path.parent / "files")
+            time.sleep(0.05)
+        raise AssertionError(f"no finished run {name!r} below {self._folder}")
 
     def _stored(self, records: list[Any], files: Path) -> Stored:
         stored = Stored(defaultdict(dict), defaultdict(dict), [], "", None)
@@ -117,7 +123,16 @@ class WandbStore:
 
 
 def _items(items: Any) -> dict[str, Any]:
-    return {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items}
+    """Key → value; one with parts, as a picture has them, is a dict."""
+    row: dict[str, Any] = {}
+    for item in items:
+        key, *part = list(item.nested_key) or [item.key]
+        value = json.loads(item.value_json)
+        if part:
+            row.setdefault(key, {})[part[0]] = value
+        else:
+            row[key] = value
+    return row
 
 
 def _wandb_records(path: Path) -> Iterator[Any]:

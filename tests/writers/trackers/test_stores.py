@@ -97,7 +97,9 @@ def test_a_tracker_holds_curves_pictures_status_alerts_and_report(
     assert sorted(stored.pictures["align_audit health/over_steps"]) == steps
     assert set(stored.pictures) == {"align_audit health/over_steps", "align_audit where/by_layer"}
     assert {size for points in stored.pictures.values() for size in points.values()} == {(WIDTH, HEIGHT)}
-    assert ("ERROR" in stored.status, "HEALTHY" in stored.status) == (ends == "ruined", ends == "well")
+    standing = standing_at(records[-1], records, LOG)
+    assert standing.status.word == {"well": "HEALTHY", "ruined": "ERROR", "resolved": "HEALTHY"}[ends]
+    assert standing.status.word in stored.status
     assert stored.report == "<b>the end</b>"
     compare_alerts(store, stored, records, tmp_path)
 
