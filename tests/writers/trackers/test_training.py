@@ -20,8 +20,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 SETTINGS = {
     "max_pairs": 4, "statistics": {"bootstrap_resamples": 100}, "progress": False, "localization": {"enabled": False},
     "low_rank": {"enabled": False}, "spinal": {"enabled": False}, "generations": {"enabled": False}, "strict": True,
-    # After a step of this size every audit is beyond these.
-    "alerts": {"kl_warning": 1e-9, "kl_error": 1e-9}, "budget": None, "schedule": {"first_health": 1},
+    "patching": {"transplants": False, "reverse": False, "noise_draws": 0}, "tensorboard": "off",
+    # At 0, 2 and 3; after two steps of this size every audit is beyond these limits.
+    "schedule": {"health": False, "every_n_steps": 2}, "alerts": {"kl_warning": 1e-9, "kl_error": 1e-9}, "budget": None,
 }  # fmt: skip
 
 
@@ -57,13 +58,10 @@ def test_a_training_is_in_its_tracker_beside_the_trainers_own_curves(
     stored = store.read(name)
 
     audited = AuditRun.load(tmp_path / "run").records
-    steps = sorted({record.step for record in audited})
-    assert steps[0] == 0 and steps[-1] == 3
-    assert sorted(stored.curves["align_audit health/kl"]) == steps
-    last = next(record for record in reversed(audited) if record.step == 3)
-    assert stored.curves["align_audit health/kl"][3] == pytest.approx(last.margins.kl.mean)
-    full = sorted({record.step for record in audited if record.kind == "full"})
-    assert sorted(stored.pictures["align_audit health/over_steps"]) == full and full[-1] == 3
+    kl = {record.step: record.margins.kl.mean for record in audited}
+    assert list(kl) == [0, 2, 3]
+    assert stored.curves["align_audit health/kl"] == pytest.approx(kl)
+    assert sorted(stored.pictures["align_audit health/over_steps"]) == [0, 2, 3]
 
     loss = "loss" if store.name == "mlflow" else "train/loss"
     assert sorted(stored.curves[loss]) == [1, 2, 3]
@@ -78,15 +76,6 @@ def test_a_training_is_in_its_tracker_beside_the_trainers_own_curves(
     titles = {"wandb": "W&B run", "mlflow": "MLflow run", "trackio": "Trackio run"}
     assert len(lines) == 1
     assert f"align_audit writes to {folder}, {titles[store.name]} {name}" in lines[0]
-
-
-def test_switched_off_nothing_is_sent(store: Store, tmp_path: Path) -> None:
-    name = f"{store.name} off"
-    config = AuditConfig.from_dict({**SETTINGS, "trackers": "off", "schedule": {"health": False}})
-    trained(tmp_path, [AlignmentAuditCallback(config=config)], report_to=[store.name], run_name=name)
-    store.finish()
-    curves = store.read(name).curves
-    assert curves and not [tag for tag in curves if tag.startswith("align_audit")]
 
 
 def test_what_a_trainer_reports_to(store: Store, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from align_audit.options.trackers import TRACKER_NAMES
 from align_audit.writers.terminal import Terminal
 from align_audit.writers.trackers import writer as module
 from align_audit.writers.trackers.entry import Entry, Notice, Tracker
-from align_audit.writers.trackers.writer import TrackerWriter, chosen_trackers, destinations
+from align_audit.writers.trackers.writer import TrackerWriter, chosen_trackers, destinations, maker
 from align_audit.writers.writer import Surroundings
 from tests.helpers.screens import a_run, quick_look
 
@@ -195,7 +195,9 @@ def around(*names: Any) -> Surroundings:
 def test_trackers_are_chosen_of_those_that_the_trainer_reports_to(option: Any, chosen: list[str]) -> None:
     config = AuditConfig.from_dict({"trackers": option})
     assert AuditConfig.from_dict(config.to_dict()) == config
-    assert chosen_trackers(config, around("wandb", "mlflow")) == chosen
+    reported = around("wandb", "mlflow")
+    assert chosen_trackers(config, reported) == chosen
+    assert [name for name in TRACKER_NAMES if maker(name)(config, reported) is not None] == chosen
 
 
 def test_a_tracker_beyond_these_is_refused() -> None:
