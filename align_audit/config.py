@@ -14,13 +14,16 @@ from align_audit.errors import ConfigurationError, plain, quoted
 from align_audit.options.examples import ExamplesConfig
 from align_audit.options.rule_settings import AddedRule, Limits, RuleOptions, RuleSetting, read_rules
 from align_audit.options.rules import Rule, did_you_mean
+from align_audit.options.trackers import TrackerChoice
 from align_audit.options.webhook import WebhookConfig, quotation
 from align_audit.options.yaml_lines import Place, in_a_line, line_at, lines_of
 
 Positions = Literal["all", "prompt", "completion", "last_prompt_token"]
 Basis = Literal["activation", "shift"]
 
-_SHOWN = ("progress", "tensorboard", "tensorboard_scalars", "tensorboard_images", "report", "verbose", "examples")
+_SHOWN = (
+    "progress", "tensorboard", "tensorboard_scalars", "tensorboard_images", "report", "trackers", "verbose", "examples",
+)  # fmt: skip
 """Options of what is shown, which change nothing in a record."""
 
 _EXPLAINED = 20
@@ -310,6 +313,7 @@ class AuditConfig(_Part):
             ``<output_dir>/align_audit/tensorboard``; ``off`` writes none. ``tensorboard_scalars``: ``few`` are the ten that
             tell how the run stands, ``all`` what is measured by layer too. ``tensorboard_images``: also draw full audits.
         report: rewrite ``<output_dir>/align_audit/report.html`` after each audit: the run as a page, in one file.
+        trackers: ``auto`` writes to W&B, MLflow and Trackio where the trainer reports to them; ``off`` to none; or some names.
         verbose: print all that an audit measured on the terminal, in place of a line or five.
         max_length, truncation_mode: of probe sequences; None takes the trainer's (or 1024 and ``keep_start``).
 
@@ -332,6 +336,7 @@ class AuditConfig(_Part):
     tensorboard_scalars: Literal["few", "all"] = "few"
     tensorboard_images: bool = True
     report: bool = True
+    trackers: TrackerChoice = "auto"
     verbose: bool = False
     max_length: int | None = Field(default=None, ge=2)
     truncation_mode: Literal["keep_start", "keep_end"] | None = None

@@ -15,6 +15,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import align_audit
+from align_audit.options.trackers import TRACKER_NAMES
+from tests.house import files, imports
 from tests.wheel import REPOSITORY, source_faults, wheel_faults
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -81,11 +83,23 @@ def test_what_the_package_imports_is_declared(project: dict[str, Any]) -> None:
     imported = set()
     for path in (REPOSITORY / "align_audit").rglob("*.py"):
         imported |= set(re.findall(r"^\s*(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE))
+    imported -= set(TRACKER_NAMES)  # an extra: the next test is of them
     # pydantic requires the one version of its core that fits it.
     ours = {"align-audit", "pydantic-core"}
     external = {canonicalize_name(name) for module in imported for name in of_module.get(module, [])} - ours
     assert {"torch", "pyarrow"} <= external
     assert sorted(external - declared) == []
+
+
+def test_clients_of_trackers_are_imported_where_a_run_of_theirs_is_open(project: dict[str, Any]) -> None:
+    """They come with an extra: nothing imports them at its top, nor outside what writes to them."""
+    clients = {canonicalize_name(Requirement(line).name) for line in project["optional-dependencies"]["trackers"]}
+    importing = {
+        path: roots for path in files() if (roots := {each.module.split(".")[0] for each in imports(path)} & clients)
+    }
+    assert {name for roots in importing.values() for name in roots} == clients == set(TRACKER_NAMES)
+    assert {path.parent.name for path in importing} == {"trackers"}
+    assert not [each for path in importing for each in imports(path, top=True) if each.module.split(".")[0] in clients]
 
 
 def test_versions_agree(project: dict[str, Any]) -> None:

@@ -229,5 +229,7 @@ def open_writers(
         ConfigurationError: one of them cannot write.
     """
     logged = tuple if training_log is None else lambda: training_log.rows
-    around = Surroundings(Path(facts.output_dir), tuple(probe_sets), facts.summary_writer, on_alert, logged)
+    around = Surroundings(
+        Path(facts.output_dir), tuple(probe_sets), facts.summary_writer, on_alert, logged, trackers=facts.trackers
+    )
     return start_writers(writers_for(config, around), log)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from align_audit.monitoring.schedule import Training
+from align_audit.options.trackers import TRACKER_NAMES, TrackerName
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -43,6 +44,7 @@ class TrainerFacts:
         progress: it shows progress bars.
         summary_writer: gives what its own TensorBoard curves go through; None where there are none, and once it has closed
             it (which it does before the last event of ours).
+        trackers: those that it reports to.
     """
 
     attached: bool
@@ -64,6 +66,7 @@ class TrainerFacts:
     loads_best: bool
     progress: bool
     summary_writer: Callable[[], SummaryWriter | None]
+    trackers: tuple[TrackerName, ...] = ()
 
     def numerics(self, model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
         """The context the trainer computes in: accelerate puts it around the model's forward, out of our reach."""
@@ -125,6 +128,7 @@ def read_trainer(trainer: Any, args: Any, train_dataloader: Any = None, state: A
         loads_best=bool(getattr(args, "load_best_model_at_end", False)),
         progress=not args.disable_tqdm,
         summary_writer=_summary_writer_of(trainer),
+        trackers=_trackers_of(trainer, args),
     )
 
 
@@ -158,3 +162,15 @@ def _summary_writer_of(trainer: Any) -> Callable[[], SummaryWriter | None]:
         callbacks = trainer.callback_handler.callbacks
         boards = [callback for callback in callbacks if isinstance(callback, TensorBoardCallback)]
     return lambda: next((board.tb_writer for board in boards if board.tb_writer is not None), None)
+
+
+def _trackers_of(trainer: Any, args: Any) -> tuple[TrackerName, ...]:
+    """Those whose callbacks a trainer has; of one that is out of reach, those that its arguments name."""
+    if trainer is None:
+        reported = getattr(args, "report_to", None) or []
+        return tuple(name for name in TRACKER_NAMES if name in reported)
+    from transformers.integrations import MLflowCallback, TrackioCallback, WandbCallback
+
+    kinds: dict[TrackerName, type] = {"wandb": WandbCallback, "mlflow": MLflowCallback, "trackio": TrackioCallback}
+    callbacks = trainer.callback_handler.callbacks
+    return tuple(name for name in TRACKER_NAMES if any(isinstance(callback, kinds[name]) for callback in callbacks))

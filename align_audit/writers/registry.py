@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from align_audit.config import AuditConfig
+from align_audit.options.trackers import TRACKER_NAMES
 from align_audit.writers.messages import LogLines, Told
 from align_audit.writers.tensorboard import TensorBoard
 from align_audit.writers.terminal import Terminal
+from align_audit.writers.trackers.writer import maker
 from align_audit.writers.web.report_writer import Report
 from align_audit.writers.webhook import Webhook
 from align_audit.writers.writer import Surroundings, Writer, Writers
 
 Maker = Callable[[AuditConfig, Surroundings], Writer | None]
+
+_TRACKERS: list[Maker] = [maker(name) for name in TRACKER_NAMES]
 
 WRITERS: list[Maker] = [
     TensorBoard.of,
@@ -21,12 +25,14 @@ WRITERS: list[Maker] = [
     LogLines.of,
     Told.of,
     Webhook.of,
+    # They send the report: whatever writes it stands before them.
+    *_TRACKERS,
 ]
 """Each makes a writer for a run, or none where the configuration asks for none. They are told in this order."""
 
 
-OF_SAVED: list[Maker] = [make for make in WRITERS if make != TensorBoard.of]
-"""Those of audits of saved checkpoints, which have pictures of their own."""
+OF_SAVED: list[Maker] = [make for make in WRITERS if make not in (TensorBoard.of, *_TRACKERS)]
+"""Those of audits of saved checkpoints, which have pictures of their own, and no trainer that reports to a tracker."""
 
 
 def writers_for(config: AuditConfig, surroundings: Surroundings, makers: Sequence[Maker] | None = None) -> Writers:

@@ -25,10 +25,11 @@ from align_audit.record.numbers import is_unknown, span
 from align_audit.record.open_alerts import since_of
 from align_audit.record.run import one_per_step
 from align_audit.record.site_names import site_names
-from align_audit.record.stored_records import Head, chosen, events_of, heads_of
+from align_audit.record.stored_records import events_of, heads_of
 from align_audit.record.training_log import LogRow
 from align_audit.writers.event_files import SUFFIX, TagsWritten, event_files, find_event_folder
-from align_audit.writers.few_scalars import HEALTH, WHERE, few_scalars, group_of, status_text
+from align_audit.writers.few_pictures import drawn_records, few_pictures
+from align_audit.writers.few_scalars import HEALTH, few_scalars, group_of, status_text
 from align_audit.writers.markdown import code, escaped
 from align_audit.writers.scalars import not_known, root_of, scalars
 from align_audit.writers.standing import Standing, standing_at
@@ -178,11 +179,7 @@ class TensorBoard:
         record = standing.record
         if not self._images or record.kind == "health":
             return
-        name = record.provenance.probe_name
-        # Later audits may be in the log when an earlier step is written again; a picture at a step shows none of them.
-        earlier = chosen(
-            history, lambda head: head.key != record.key and head.probe_name == name and head.step <= record.step
-        )
+        earlier = drawn_records(record, history)
         _add_images(board, standing, earlier)
         if self._scalars == "all":
             _add_gallery(board, one_per_step([*earlier, record]), record)
@@ -216,18 +213,11 @@ def _time_of(created: str) -> float | None:
 
 
 def _add_images(board: SummaryWriter, standing: Standing, earlier: Sequence[AuditRecord]) -> None:
-    """The two pictures that there are by default. Of the audits before they show what their heads hold: none is parsed."""
-    from align_audit.writers.plots.at_a_glance import drawable, health_at_a_glance, where_at_a_glance
+    """The two pictures that there are by default."""
     from align_audit.writers.plots.canvas import pixels
 
     record = standing.record
-    name = record.provenance.probe_name
-    heads = sorted([*heads_of(earlier), Head.of(record)], key=lambda head: (head.step, head.created))
-    newest = list({head.step: head for head in heads}.values())
-    figures = {f"{group_of(HEALTH, name)}/over_steps": health_at_a_glance(newest, standing)}
-    if drawable(record):
-        figures[f"{group_of(WHERE, name)}/by_layer"] = where_at_a_glance(record)
-    for tag, figure in figures.items():
+    for tag, figure in few_pictures(standing, earlier).items():
         # add_figure would go through pyplot, and its global state.
         board.add_image(tag, pixels(figure), record.step, dataformats="HWC")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import select
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from align_audit.errors import named
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.checkpoint_names import checkpoints_in
 from align_audit.record.run import AuditRun
@@ -17,12 +20,16 @@ from align_audit.writers.audit_table import summary_table
 from align_audit.writers.brief import brief, brief_of_more
 from align_audit.writers.closing_table import closing
 from align_audit.writers.standing import Standing, standing_at
+from align_audit.writers.trackers.writer import destinations
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from align_audit.config import AuditConfig
     from align_audit.writers.writer import Surroundings
+
+
+logger = logging.getLogger(__name__)
 
 
 class Terminal:
@@ -36,6 +43,7 @@ class Terminal:
         output_dir: of the run, for the table at the end; None: there is none.
         training_log: gives what the trainer has logged so far.
         checkpoints: step → name, of those that are audited; None: those that lie in ``output_dir`` at the end.
+        destinations: gives the line that says where the run is written; None: it is not said.
     """
 
     name = "standard output"
@@ -48,27 +56,39 @@ class Terminal:
         output_dir: Path | None = None,
         training_log: Callable[[], Sequence[LogRow]] = tuple,
         checkpoints: Mapping[int, str] | None = None,
+        destinations: Callable[[], str] | None = None,
     ) -> None:
         self._console = console
         self._verbose = verbose
         self._output_dir = output_dir
         self._training_log = training_log
         self._checkpoints = checkpoints
+        self._destinations = destinations
         self._shown: dict[str | None, Standing] = {}
         """What was printed last, of each probe set."""
 
     @classmethod
     def of(cls, config: AuditConfig, surroundings: Surroundings) -> Self:
-        """On standard output, whatever the configuration."""
+        """On standard output, whatever the configuration. Where a training is written is said when it starts."""
+        trains = surroundings.checkpoints is None
         return cls(
             verbose=config.verbose,
             output_dir=surroundings.output_dir,
             training_log=surroundings.training_log,
             checkpoints=surroundings.checkpoints,
+            destinations=functools.partial(destinations, config, surroundings) if trains else None,
         )
 
     def start(self, run: AuditRun) -> None:
-        """Nothing is printed before the first audit."""
+        """Print where the run is written. What breaks in that is logged: no run begins or ends by it."""
+        if self._destinations is None:
+            return
+        from rich.text import Text
+
+        try:
+            self._print(Text(self._destinations()), whole_lines=True)
+        except Exception as error:
+            logger.error("align_audit could not print where it writes: %s", named(error))
 
     def record(self, record: AuditRecord, history: Sequence[AuditRecord]) -> None:
         """Print how the run stands now."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from align_audit.errors import named
+from align_audit.options.trackers import TrackerName
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.run import AuditRun
 from align_audit.record.training_log import LogRow
@@ -77,6 +78,8 @@ class Surroundings:
     """Gives what the trainer has logged so far, by step."""
     checkpoints: Mapping[int, str] | None = None
     """Step → name of the saved checkpoints that are audited; None: they come as training goes on."""
+    trackers: tuple[TrackerName, ...] = ()
+    """Those that the trainer reports to."""
 
 
 class Writers:
