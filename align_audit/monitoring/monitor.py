@@ -272,7 +272,7 @@ class Monitor:
             if self.strict:
                 raise
             self.fail(step, error)
-        suspicions = suspect(self.training_log.rows, self.config.alerts, max_steps=max_steps)
+        suspicions = suspect(self.training_log.judged, self.config.alerts, max_steps=max_steps)
         fresh = [suspicion for suspicion in suspicions if suspicion.rule not in self._suspected]
         self._suspected = {suspicion.rule for suspicion in suspicions}
         return fresh
@@ -430,7 +430,7 @@ class Monitor:
         """What is open at an audit, and what to do about it."""
         assert self.log is not None
         earlier = course_of(record, self.log.records)
-        rows = [] if self.training_log is None else self.training_log.rows
+        rows = [] if self.training_log is None else self.training_log.judged
         max_steps = None if moment.training is None else moment.training.max_steps
         alerts = judge(record, earlier, rows, self.config.alerts, max_steps=max_steps)
         knobs = {"beta": moment.beta, "learning_rate": moment.learning_rate}

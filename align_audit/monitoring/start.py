@@ -79,7 +79,7 @@ def begin_run(
         policy_hash = policy_fingerprint(policy, ranks)
         if log is not None:
             set_aside_another(log, policy_hash, probe_sets, config, facts.output_dir)
-    training_log = TrainingLog(facts.output_dir) if writes else None
+    training_log = TrainingLog(facts.output_dir, implicit_rewards=facts.beta is not None) if writes else None
     monitor = Monitor(
         probe_sets,
         config,

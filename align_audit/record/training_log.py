@@ -23,6 +23,9 @@ from align_audit.record.numbers import json_number
 
 TRAINING = "training.jsonl"
 
+_REWARDS = "rewards/"
+"""In the names of what TRL logs of rewards, in training and in evaluations."""
+
 
 @dataclass(frozen=True, slots=True)
 class LogRow:
@@ -49,24 +52,32 @@ class TrainingLog:
 
     Args:
         directory: the training's output directory; the file lies in its ``align_audit`` folder, made when absent.
+        implicit_rewards: what is logged as rewards is β times log-probability ratios to the reference. Where it is something
+            else, as odds or the scores of a judge, it is kept, and no rule reads it.
 
     Raises:
         OSError: the folder cannot be made or written to.
         RecordError: the file cannot be read.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | Path, *, implicit_rewards: bool = True) -> None:
         # Absolute now: the working directory may change while the run goes on.
         self.path = Path(os.path.abspath(directory)) / FOLDER / TRAINING
         self.path.parent.mkdir(parents=True, exist_ok=True)
         repair(self.path)
         self._rows = read_training_log(self.path)
+        self._judged = self._rows if implicit_rewards else list(map(_without_rewards, self._rows))
         self._on_disk = True
 
     @property
     def rows(self) -> list[LogRow]:
         """By step; not a copy."""
         return self._rows
+
+    @property
+    def judged(self) -> list[LogRow]:
+        """The same as rules read them; not a copy."""
+        return self._judged
 
     def append(self, step: int, logs: Mapping[str, object]) -> LogRow | None:
         """Add what was logged at a step. The operating system has it then; :meth:`sync` waits for the disk.
@@ -84,6 +95,8 @@ class TrainingLog:
             return None
         row = LogRow(step, kept)
         _follow(self._rows, row)
+        if self._judged is not self._rows:
+            _follow(self._judged, _without_rewards(row))
         line = json.dumps({"step": step, "logs": {name: json_number(number) for name, number in kept.items()}})
         append_whole(self.path, f"{line}\n".encode(), wait=False)
         self._on_disk = False
@@ -137,6 +150,10 @@ def _follow(course: list[LogRow], row: LogRow) -> None:
     while course and (course[-1].step > row.step or (course[-1].step == row.step and names & set(course[-1].logs))):
         course.pop()
     course.append(row)
+
+
+def _without_rewards(row: LogRow) -> LogRow:
+    return LogRow(row.step, {name: value for name, value in row.logs.items() if _REWARDS not in name})
 
 
 def _number(value: object) -> float | None:

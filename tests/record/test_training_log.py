@@ -135,3 +135,16 @@ def test_rows_wait_for_no_disk_and_an_audit_waits_for_all_of_them(
     log.path.unlink()
     with pytest.raises(OSError, match=r"training\.jsonl"):
         log.sync()
+
+
+def test_rewards_that_are_no_log_ratios_are_kept_and_judged_by_no_rule(tmp_path: Path) -> None:
+    log = TrainingLog(tmp_path, implicit_rewards=False)
+    rows = [{"loss": 0.5, "rewards/margins": -1.0}, {"loss": 0.4, "eval_rewards/accuracies": 0.1}]
+    for step, row in enumerate(rows, 1):
+        log.append(step, row)
+    log.append(2, {"loss": 0.3, "rewards/margins": -2.0})
+    expected = [LogRow(1, {"loss": 0.5}), LogRow(2, {"loss": 0.3})]
+    assert log.judged == expected, "a step that is made again replaces what it left"
+    assert log.rows[0].logs["rewards/margins"] == -1.0
+    assert TrainingLog(tmp_path, implicit_rewards=False).judged == expected
+    assert TrainingLog(tmp_path).judged == log.rows
