@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +12,15 @@ import torch
 from torch import nn
 
 from align_audit.auditing.origin import check_origin
+from align_audit.auditing.probe_files import read_probes
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.transfer import check_before_transfer, run_transfer
 from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, AnatomyError, ConfigurationError, ReferenceUnavailableError
 from align_audit.models.anatomy import is_peft
-from align_audit.models.loading import base_of, load_tokenizer
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
 from align_audit.monitoring.monitor import Moment, Monitor
 from align_audit.monitoring.resumed_writers import start_writers
-from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import RunLog
@@ -167,37 +166,6 @@ def transfer_saved(
     named = {name: pairs for name, pairs in sets.items() if name is not None}
     check_before_transfer(policy, step or None, model, resolved, named, named=reference is not None, tell=tell)
     return run_transfer(model, resolved, named, config, step, progress=progress)
-
-
-def read_probes(
-    probes: str | Path | Mapping[str, str | Path],
-    checkpoints: Iterable[Path],
-    reference: str | None,
-    config: AuditConfig,
-    *,
-    trust_remote_code: bool = False,
-) -> dict[str | None, ProbeSet]:
-    """The probe sets at those paths, tokenized with the models' tokenizer; a single path's set is called None."""
-    paths: dict[str | None, str | Path] = {}
-    if isinstance(probes, Mapping):
-        check_names(probes)
-        paths.update(probes)
-    else:
-        paths[None] = probes
-    bases = [base for folder in checkpoints if (base := base_of(folder)) is not None]
-    places = [*checkpoints, *([reference] if reference is not None else []), *bases]
-    tokenizer = load_tokenizer(places, trust_remote_code=trust_remote_code)
-    return {
-        name: ProbeSet.from_dataset(
-            path,
-            tokenizer,
-            max_pairs=config.max_pairs,
-            max_length=config.max_length or 1024,
-            truncation_mode=config.truncation_mode or "keep_start",
-            seed=config.seed,
-        )
-        for name, path in paths.items()
-    }
 
 
 class SharedReference:
