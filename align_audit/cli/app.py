@@ -28,6 +28,7 @@ from align_audit.cli.options import (
     step_of,
 )
 from align_audit.cli.report import report
+from align_audit.cli.reading import compare
 from align_audit.errors import AlignAuditError, ConfigurationError, first_line, listed, plain
 
 if TYPE_CHECKING:
@@ -201,6 +202,7 @@ def transfer(
         typer.echo(f"  {path}")
 
 
+app.command()(compare)
 app.command()(doctor)
 app.command()(report)
 

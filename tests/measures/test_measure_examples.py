@@ -11,7 +11,7 @@ import pytest
 @pytest.mark.parametrize(
     "name",
     [
-        "control_variate", "draws", "exact_pairs", "layer_set", "localization", "significance", "spectrum", "spinal",
+        "combined_shares", "control_variate", "draws", "exact_pairs", "layer_set", "localization", "significance", "spectrum", "spinal",
         "statistics", "subspace", "sums", "transport",
     ],
 )  # fmt: skip
