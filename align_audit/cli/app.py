@@ -15,10 +15,15 @@ from align_audit.cli.options import (
     ConfigOption,
     DeviceOption,
     DtypeOption,
+    FailOnOption,
+    GateOption,
     MaxLengthOption,
     ReferenceOption,
+    ResumeOption,
     TrustOption,
+    announce,
     bases_option,
+    demands_option,
     device_option,
     dtype_option,
     find_checkpoints,
@@ -93,12 +98,15 @@ def run(
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
+    fail_on: FailOnOption = None,
+    gate: GateOption = None,
+    resume: ResumeOption = True,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print all that an audit measured.")] = False,
 ) -> None:
     """Audit saved checkpoints against their reference.
 
-    Of several checkpoints, one that cannot be read is named on stderr, the others are audited, and the exit status is 1.
-    It is 2 where nothing could be audited.
+    Exit status: 0; 1 where one of several checkpoints could not be read (it is named on stderr, the others are audited);
+    2 where nothing could be audited, an option is wrong, or a checkpoint broke a --gate or --fail-on.
 
     Example: align-audit run runs/dpo/checkpoint-500 --reference base-model --probes held-out.jsonl
     """
@@ -108,6 +116,7 @@ def run(
             f"--step names one step, and {plain(checkpoint)} holds {len(folders)} checkpoints; leave it out"
         )
     steps = {folder: step if step is not None else step_of(folder) for folder in folders}
+    demands = demands_option(gate, fail_on)
     sets = read_arguments(probes)
     options = settings(config, max_pairs, max_length, verbose=verbose)
     from align_audit.monitoring.checkpoints import audit_saved  # loads torch: after what can be refused without it
@@ -123,8 +132,15 @@ def run(
         dtype=dtype_option(dtype),
         trust_remote_code=trust_remote_code,
         tell=_complain,
+        on_turn=announce if options.progress and len(steps) > 1 else None,
+        fresh=not resume,
     )
     _conclude(audits.records, output, time.perf_counter() - began)
+    names = {number: folder.name for folder, number in steps.items()}
+    if demands is not None and (broken := demands.broken(audits.records, output, names)):
+        for words in broken:
+            _complain(words)
+        raise typer.Exit(2)
     if audits.broken:
         raise typer.Exit(1)
 
@@ -224,7 +240,7 @@ def _complain(words: str) -> None:
 def main() -> None:
     """Entry point: our own errors are messages, not tracebacks."""
     try:
-        app()
+        app(prog_name="align-audit")
     except AlignAuditError as error:
         _complain(str(error))
         sys.exit(2)

@@ -14,7 +14,9 @@ from align_audit.probes.names import check_names
 from align_audit.record.checkpoint_names import checkpoint_step
 
 if TYPE_CHECKING:
+    from align_audit.cli.gates import Demands
     from align_audit.config import AuditConfig
+    from align_audit.monitoring.checkpoints import Turn
 
 ReferenceOption = Annotated[
     str | None,
@@ -28,6 +30,28 @@ DtypeOption = Annotated[
 ]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that is saved with a model (auto_map).")
+]
+
+FailOnOption = Annotated[
+    str | None,
+    typer.Option(
+        help="error or warning: exit with status 2 where a checkpoint has an open alert so serious, or is BLIND."
+    ),
+]
+GateOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A number that every checkpoint has to keep, such as 'spinal.coherence>=0.4' or 'margins.shift.low>0'; several "
+        "times. Exit status 2 where one is broken; a number that is not known breaks it."
+    ),
+]
+ResumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--resume/--fresh",
+        help="Go on with the log in --output: what was audited already, with the same weights and pairs, is not audited again. "
+        "--fresh sets the log aside and audits all.",
+    ),
 ]
 
 
@@ -131,6 +155,34 @@ def settings(
     if low_rank:
         values["low_rank"] = {**dict(values.get("low_rank", {})), **low_rank}
     return AuditConfig.from_dict(values)
+
+
+def demands_option(gates: Sequence[str] | None, fail_on: str | None) -> Demands | None:
+    """What checkpoints have to keep; None: nothing."""
+    if not gates and fail_on is None:
+        return None
+    from align_audit.cli.gates import Demands
+
+    return Demands.parse(gates or (), fail_on)
+
+
+def announce(turn: Turn) -> None:
+    """Say on stderr which checkpoint comes next, and about how long it and the rest will take."""
+    left = "" if turn.seconds_left is None else f", about {duration(turn.seconds_left)} left"
+    typer.echo(f"{plain(turn.folder.name)}, {turn.number} of {turn.count}{left}", err=True)
+
+
+def duration(seconds: float) -> str:
+    """A time in words, rounded.
+
+    Example:
+        >>> duration(12.3), duration(200), duration(5000)
+        ('12 s', '3 min', '1 h 23 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def dtype_option(name: str | None) -> str | None:
