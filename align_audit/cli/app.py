@@ -34,6 +34,7 @@ from align_audit.cli.options import (
 )
 from align_audit.cli.report import report
 from align_audit.cli.reading import compare
+from align_audit.cli.reading import card, compare
 from align_audit.errors import AlignAuditError, ConfigurationError, first_line, listed, plain
 
 if TYPE_CHECKING:
@@ -219,6 +220,7 @@ def transfer(
 
 
 app.command()(compare)
+app.command()(card)
 app.command()(doctor)
 app.command()(report)
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from align_audit.errors import ConfigurationError, listed, plain
+from align_audit.cli.options import step_of
+from align_audit.errors import ConfigurationError, first_line, listed, plain
+from align_audit.files import write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,6 +60,64 @@ def compare(
         return
     several = len(comparisons) > 1
     _print(ComparisonTable(each, f"Probes {name!r}" if several else "") for name, each in comparisons.items())
+
+
+def card(
+    run: Annotated[Path, typer.Argument(help="Output directory of a run, or its log.")],
+    write: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the section into this README.md (or that of this folder) instead: in place of the one that is there, "
+            "or at the end."
+        ),
+    ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(help="The audited step; by default N of a checkpoint-N that is written to, else the last."),
+    ] = None,
+) -> None:
+    """Print a model-card section in Markdown: status, figures with intervals, where with its evidence, versions and hashes.
+
+    It stands between markers. --write leaves everything outside of them as it was, byte for byte.
+
+    Exit status: 0; 2 where there is no such audit, or the file cannot be written.
+
+    Example: align-audit card runs/dpo --write runs/dpo/checkpoint-500/README.md
+    """
+    from align_audit.record.run import AuditRun
+    from align_audit.writers.closing_table import saved_in
+    from align_audit.writers.model_card import model_card, with_section
+
+    stored = AuditRun.load(run)
+    checkpoints = saved_in(stored.directory.parent)
+    if write is None:
+        typer.echo(model_card(stored, step, checkpoints))
+        return
+    page = write / "README.md" if write.is_dir() else write
+    numbered = step_of(page.parent)
+    if step is None and numbered:
+        step = numbered
+        checkpoints[step] = page.parent.resolve().name
+    section = model_card(stored, step, checkpoints)
+    _write_page(page, lambda text: with_section(text, section))
+    typer.echo(f"the section is in {plain(page)}")
+
+
+def _write_page(page: Path, change: Callable[[bytes], bytes]) -> None:
+    """Change a file, whole or not at all; one that is not there yet is made. Its mode stays, and a link stays one."""
+    target = page.resolve()
+    try:
+        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+        text = target.read_bytes() if mode is not None else b""
+        changed = change(text)
+        if changed != text:
+            write_atomically(target, changed)
+            if mode is not None:
+                target.chmod(mode)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot write {plain(page)}: {first_line(error)}; expected a README.md in a folder that exists"
+        ) from None
 
 
 def _directory(run: AuditRun) -> Path:
