@@ -120,6 +120,7 @@ def test_outside_text_stays_text() -> None:
         for token in tokens(_same_shape(plain, section))
         if "text" not in token.type and token.type != "softbreak"
     ]
+    assert not [address for address in ("://", "www.", "@") if address in section]
     shown = text_of(section)
     assert (
         shown.count(
