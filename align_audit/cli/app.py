@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,11 +18,14 @@ from align_audit.cli.options import (
     FailOnOption,
     GateOption,
     MaxLengthOption,
+    PickleOption,
     ReferenceOption,
     ResumeOption,
     TrustOption,
     announce,
     bases_option,
+    check_files,
+    complain,
     demands_option,
     device_option,
     dtype_option,
@@ -36,9 +39,13 @@ from align_audit.cli.report import report
 from align_audit.cli.reading import compare
 from align_audit.cli.reading import card, compare
 from align_audit.errors import AlignAuditError, ConfigurationError, first_line, listed, plain
+from align_audit.models.pickles import refuse_pickles
 
 if TYPE_CHECKING:
     from align_audit.record.audit_record import AuditRecord
+
+_UsageError: Any = typer.BadParameter.__bases__[0]
+"""Of click, or of the copy of it that newer versions of typer bring along."""
 
 app = typer.Typer(
     name="align-audit",
@@ -99,6 +106,7 @@ def run(
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
+    allow_pickle: PickleOption = False,
     fail_on: FailOnOption = None,
     gate: GateOption = None,
     resume: ResumeOption = True,
@@ -119,7 +127,10 @@ def run(
     steps = {folder: step if step is not None else step_of(folder) for folder in folders}
     demands = demands_option(gate, fail_on)
     sets = read_arguments(probes)
+    check_files(sets, config)
     options = settings(config, max_pairs, max_length, verbose=verbose)
+    if not allow_pickle:
+        refuse_pickles([*folders, *([reference] if reference is not None else [])])
     from align_audit.monitoring.checkpoints import audit_saved  # loads torch: after what can be refused without it
 
     began = time.perf_counter()
@@ -132,7 +143,7 @@ def run(
         device_option(device),
         dtype=dtype_option(dtype),
         trust_remote_code=trust_remote_code,
-        tell=_complain,
+        tell=complain,
         on_turn=announce if options.progress and len(steps) > 1 else None,
         fresh=not resume,
     )
@@ -140,7 +151,7 @@ def run(
     names = {number: folder.name for folder, number in steps.items()}
     if demands is not None and (broken := demands.broken(audits.records, output, names)):
         for words in broken:
-            _complain(words)
+            complain(words)
         raise typer.Exit(2)
     if audits.broken:
         raise typer.Exit(1)
@@ -165,6 +176,7 @@ def transfer(
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
+    allow_pickle: PickleOption = False,
 ) -> None:
     """Patch the subspaces fitted on one probe set on the pairs of another: does what was learned on one carry the other?
 
@@ -183,6 +195,9 @@ def transfer(
             f"a transfer is between at least two probe sets; found {listed(probes)}. Expected name=path for each, such as "
             "--probes harmless=a.jsonl --probes helpful=b.jsonl"
         )
+    check_files(sets, config)
+    if not allow_pickle:
+        refuse_pickles([folders[0], *([reference] if reference is not None else [])])
     low_rank = {
         name: value
         for name, value in (("layers", layers_option(layer)), ("bases", bases_option(basis)))
@@ -209,7 +224,7 @@ def transfer(
         device_option(device),
         dtype=dtype_option(dtype),
         trust_remote_code=trust_remote_code,
-        tell=_complain,
+        tell=complain,
     )
     record.save(output / "transfer.json")
     print_transfer(record)
@@ -234,18 +249,26 @@ def _conclude(records: list[AuditRecord], output: Path, seconds: float) -> None:
         typer.echo(f"  {path}")
 
 
-def _complain(words: str) -> None:
-    # Paths and names of whatever came from outside: no terminal obeys them.
-    typer.echo("align-audit: " + "\n".join(map(plain, words.split("\n"))), err=True)
-
-
 def main() -> None:
-    """Entry point: our own errors are messages, not tracebacks."""
+    """Entry point: our own errors, and wrong arguments, are messages of a line, not tracebacks."""
     try:
-        app(prog_name="align-audit")
+        status = app(prog_name="align-audit", standalone_mode=False)
     except AlignAuditError as error:
-        _complain(str(error))
-        sys.exit(2)
+        complain(str(error))
+        status = 2
+    except _UsageError as error:
+        status = _told(error)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _told(error: Any) -> int:
+    """Say what is wrong with the arguments, and where to look; the help itself where there were none."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        path = "align-audit" if error.ctx is None else error.ctx.command_path
+        complain(f"{' '.join(error.format_message().split()).rstrip('.')}; see {path} --help")
+    return int(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,6 +45,13 @@ GateOption = Annotated[
     typer.Option(
         help="A number that every checkpoint has to keep, such as 'spinal.coherence>=0.4' or 'margins.shift.low>0'; several "
         "times. Exit status 2 where one is broken; a number that is not known breaks it."
+    ),
+]
+PickleOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Read weights that are pickles (pytorch_model.bin, adapter_model.bin), which can run code when they are opened.",
     ),
 ]
 ResumeOption = Annotated[
@@ -115,7 +124,7 @@ def find_checkpoints(path: Path) -> list[Path]:
         is_folder = False
     if not is_folder:
         raise ConfigurationError(
-            f"no checkpoint at {plain(path)}: expected a folder with a saved model, or of checkpoint-N folders"
+            f"no checkpoint at {plain(path)}{near_path(path)}: expected a folder with a saved model, or of checkpoint-N folders"
         )
     if any((path / name).is_file() for name in ("config.json", "adapter_config.json")) and not _numbered(path):
         return [path]
@@ -126,6 +135,40 @@ def find_checkpoints(path: Path) -> list[Path]:
         f"{plain(path)} holds no config.json, no adapter_config.json and no checkpoint-N folder; expected what the trainer or "
         "save_pretrained writes"
     )
+
+
+def near_path(path: Path) -> str:
+    """``" (did you mean runs/dpo?)"`` of a path that is not there; empty where nothing in its folder is called alike."""
+    try:
+        if path.exists():
+            return ""
+        names = [entry.name for entry in itertools.islice(path.parent.iterdir(), 1000)]
+    except (OSError, ValueError):  # no such folder either, or no path at all
+        return ""
+    near = get_close_matches(path.name, names, n=1, cutoff=0.7)
+    return f" (did you mean {plain(path.parent / near[0])}?)" if near else ""
+
+
+def check_files(sets: Mapping[str, Path] | Path, config: Path | None) -> None:
+    """Refuse files that are not there before anything heavy loads.
+
+    Raises:
+        ConfigurationError: there is none; with the nearest name in its folder.
+    """
+    paths = {
+        "--probes": [sets] if isinstance(sets, Path) else list(sets.values()),
+        "--config": [config] if config else [],
+    }
+    for option, given in paths.items():
+        for path in given:
+            near = near_path(path)
+            if near:
+                raise ConfigurationError(f"{option}: {plain(path)}: no such file{near}")
+
+
+def complain(words: str) -> None:
+    """Say on stderr what is wrong. Paths and names in it came from outside: no terminal obeys them."""
+    typer.echo("align-audit: " + "\n".join(map(plain, words.split("\n"))), err=True)
 
 
 def _numbered(path: Path) -> list[Path]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import stat
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from align_audit.cli.options import step_of
-from align_audit.errors import ConfigurationError, first_line, listed, plain
+from align_audit.cli.options import complain, near_path, step_of
+from align_audit.errors import ConfigurationError, RecordError, first_line, listed, plain
 from align_audit.files import write_atomically
 
 if TYPE_CHECKING:
@@ -44,10 +45,9 @@ def compare(
         raise ConfigurationError(f"expected at least two runs to compare, found {listed(runs)}; name another")
     from align_audit.record.compare import Side
     from align_audit.record.compare import compare as compared
-    from align_audit.record.run import AuditRun
     from align_audit.writers.comparison import ComparisonTable, comparison_values, short_names
 
-    stored = [AuditRun.load(path) for path in runs]
+    stored = [load_run(path) for path in runs]
     names = short_names([str(_directory(run)) for run in stored])
     comparisons = {
         probes: compared([Side(name, run) for name, run in zip(names, narrowed, strict=True)], _interval)
@@ -84,11 +84,10 @@ def card(
 
     Example: align-audit card runs/dpo --write runs/dpo/checkpoint-500/README.md
     """
-    from align_audit.record.run import AuditRun
     from align_audit.writers.closing_table import saved_in
     from align_audit.writers.model_card import model_card, with_section
 
-    stored = AuditRun.load(run)
+    stored = load_run(run)
     checkpoints = saved_in(stored.directory.parent)
     if write is None:
         typer.echo(model_card(stored, step, checkpoints))
@@ -101,6 +100,25 @@ def card(
     section = model_card(stored, step, checkpoints)
     _write_page(page, lambda text: with_section(text, section))
     typer.echo(f"the section is in {plain(page)}")
+
+
+def load_run(path: Path) -> AuditRun:
+    """A stored run. What its log holds of damaged lines is said on stderr.
+
+    Raises:
+        RecordError: no run is there (with the nearest name that there is), or it was written by a newer align_audit.
+    """
+    from align_audit.record.run import AuditRun
+
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        try:
+            run = AuditRun.load(path)
+        except RecordError as error:
+            raise RecordError(f"{error}{near_path(path)}") from None
+    for each in noted:
+        complain(str(each.message))
+    return run
 
 
 def _write_page(page: Path, change: Callable[[bytes], bytes]) -> None:
