@@ -6,8 +6,13 @@ import html
 import math
 from typing import TYPE_CHECKING
 
+from align_audit.errors import plain
+
 if TYPE_CHECKING:
     from align_audit.record.audit_record import AuditRecord, Estimate
+
+
+_LEFT = 'style="text-align:left"'
 
 
 def line_of(record: AuditRecord) -> str:
@@ -23,7 +28,7 @@ def line_of(record: AuditRecord) -> str:
     where = "" if record.finding is None else ", " + _claim(record)
     alerts = [alert.rule for alert in record.alerts if alert.event != "resolved" and alert.level != "info"]
     warned = f", alerts: {', '.join(alerts)}" if alerts else ""
-    return f"<AuditRecord step {record.step}, {record.kind}, {there.pairs} pairs{on}: {figures}{where}{warned}>"
+    return plain(f"<AuditRecord step {record.step}, {record.kind}, {there.pairs} pairs{on}: {figures}{where}{warned}>")
 
 
 def html_of(record: AuditRecord) -> str:
@@ -41,10 +46,10 @@ def html_of(record: AuditRecord) -> str:
         "alerts": "; ".join(f"{alert.level} {alert.rule} ({alert.event})" for alert in record.alerts) or "none",
     }
     lines = "".join(
-        f'<tr><th style="text-align:left">{html.escape(name)}</th><td style="text-align:left">{html.escape(words)}</td></tr>'
+        f"<tr><th {_LEFT}>{html.escape(name)}</th><td {_LEFT}>{html.escape(plain(words))}</td></tr>"
         for name, words in rows.items()
     )
-    caption = html.escape(f"align_audit, step {record.step}, {record.kind} audit of {there.model_type}")
+    caption = html.escape(plain(f"align_audit, step {record.step}, {record.kind} audit of {there.model_type}"))
     return f"<table><caption>{caption}</caption><tbody>{lines}</tbody></table>"
 
 

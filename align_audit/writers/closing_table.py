@@ -88,10 +88,11 @@ class _Table:
         """As a table of a page; every text in it is escaped."""
         head = "".join(f"<th>{html.escape(name)}</th>" for name in self._columns())
         rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>" for cells in self._cells()
+            "<tr>" + "".join(f"<td>{html.escape(plain(cell))}</td>" for cell in cells) + "</tr>"
+            for cells in self._cells()
         )
         rest = f"<p>{self._rest()}</p>" if self._rest() else ""
-        caption = f"<caption>{html.escape(self.title)}</caption>"
+        caption = f"<caption>{html.escape(plain(self.title))}</caption>"
         return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{rest}"
 
 
