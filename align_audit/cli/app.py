@@ -35,9 +35,8 @@ from align_audit.cli.options import (
     settings,
     step_of,
 )
-from align_audit.cli.report import report
-from align_audit.cli.reading import compare
 from align_audit.cli.reading import card, compare
+from align_audit.cli.report import report
 from align_audit.errors import AlignAuditError, ConfigurationError, first_line, listed, plain
 from align_audit.models.pickles import refuse_pickles
 

@@ -84,11 +84,11 @@ def card(
 
     Example: align-audit card runs/dpo --write runs/dpo/checkpoint-500/README.md
     """
-    from align_audit.writers.closing_table import saved_in
+    from align_audit.record.checkpoint_names import checkpoints_in
     from align_audit.writers.model_card import model_card, with_section
 
     stored = load_run(run)
-    checkpoints = saved_in(stored.directory.parent)
+    checkpoints = checkpoints_in(stored.directory.parent)
     if write is None:
         typer.echo(model_card(stored, step, checkpoints))
         return
