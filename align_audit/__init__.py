@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from align_audit.monitoring.callback import AlignmentAuditCallback
     from align_audit.probes.pairs import ProbeSet
     from align_audit.record.audit_record import Alert, AuditRecord
-    from align_audit.record.run import AuditRun
     from align_audit.record.transfer_record import TransferRecord
+    from align_audit.writers.notebook import AuditRun
 
 _WHERE = {
     "Alert": "align_audit.record.audit_record",
@@ -28,7 +28,7 @@ _WHERE = {
     "Anatomy": "align_audit.models.anatomy",
     "AuditConfig": "align_audit.config",
     "AuditRecord": "align_audit.record.audit_record",
-    "AuditRun": "align_audit.record.run",
+    "AuditRun": "align_audit.writers.notebook",
     "ProbeSet": "align_audit.probes.pairs",
     "TransferRecord": "align_audit.record.transfer_record",
     "audit": "align_audit.auditing.audit",

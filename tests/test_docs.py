@@ -134,7 +134,10 @@ def test_configurations_that_are_written_are_valid() -> None:
 
 def test_options_of_the_command_that_are_written_are_there() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    has = {command: {name for each in commands[command].params for name in each.opts} for command in commands}
+    has = {
+        command: {name for each in commands[command].params for name in (*each.opts, *each.secondary_opts)}
+        for command in commands
+    }
     written = []
     for path in DOCUMENTS:
         text = path.read_text(encoding="utf-8").replace("\\\n", " ")

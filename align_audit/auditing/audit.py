@@ -25,6 +25,7 @@ from align_audit.auditing.measurements.spinal import Spinal
 from align_audit.auditing.origin import check_origin
 from align_audit.auditing.passes import expected_batches, first_pass, second_pass
 from align_audit.auditing.previous import PreviousAudit
+from align_audit.auditing.probe_files import Probes, opened
 from align_audit.auditing.progress import ticker
 from align_audit.auditing.provenance import agreed_record, arrays_of, kept_under
 from align_audit.auditing.request import AuditRequest, AuditResult
@@ -36,7 +37,6 @@ from align_audit.config import AuditConfig
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import load_policy, refuse_itself, resolve_reference
 from align_audit.probes.names import check_names
-from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
 
 logger = logging.getLogger(__name__)
@@ -53,16 +53,16 @@ Model = nn.Module | str | Path
 
 # fmt: off
 @overload
-def audit(policy: Model, reference: Model | None, probes: ProbeSet, config: AuditConfig | None = ..., step: int = ..., *,
+def audit(policy: Model, reference: Model | None, probes: Probes, config: AuditConfig | None = ..., step: int = ..., *,
           anatomy: Anatomy | None = ...) -> AuditRecord: ...
 @overload
-def audit(policy: Model, reference: Model | None, probes: Mapping[str, ProbeSet], config: AuditConfig | None = ...,
+def audit(policy: Model, reference: Model | None, probes: Mapping[str, Probes], config: AuditConfig | None = ...,
           step: int = ..., *, anatomy: Anatomy | None = ...) -> dict[str, AuditRecord]: ...
 # fmt: on
 def audit(
     policy: Model,
     reference: Model | None,
-    probes: ProbeSet | Mapping[str, ProbeSet],
+    probes: Probes | Mapping[str, Probes],
     config: AuditConfig | None = None,
     step: int = 0,
     *,
@@ -73,8 +73,9 @@ def audit(
     Args:
         policy: a causal LM, a PEFT model, or the path of either.
         reference: the same; None: the policy's ``"ref"`` adapter, else its adapters off, else its own source path.
-        probes: preference pairs, tokenized as the trainer does; or several such sets by name, all audited with the
-            models opened once.
+        probes: preference pairs, tokenized as the trainer does, or the path of some (``.jsonl``, ``.json``, ``.parquet``, a
+            data set folder), for which the tokenizer is that of the policy's folder; or several of either by name, all
+            audited with the models opened once.
         config: what to measure; defaults to all of it.
         step: the training step the record names.
         anatomy: where the decoder layers are, for a model in which they cannot be found.
@@ -83,31 +84,36 @@ def audit(
         The record, or the records by name. Neither model, nor any random state, is changed.
 
     Raises:
-        ConfigurationError: a name that cannot be one (see :mod:`align_audit.probes.names`).
+        ConfigurationError: a name that cannot be one (see :mod:`align_audit.probes.names`), or a path where no tokenizer lies
+            beside a model.
         ReferenceUnavailableError: no reference can be had, it does not fit the policy, or a checkpoint's own files lead to
             another one than the log of its run names.
         AnatomyError: the model cannot be opened between its layers.
-        ProbeError: there are no pairs.
+        ProbeError: there are no pairs, or their file cannot be read.
+
+    Example::
+
+        record = audit("runs/dpo/checkpoint-500", "base-model", "held-out.jsonl")
     """
-    sets: Mapping[Any, ProbeSet] = probes if isinstance(probes, Mapping) else {None: probes}
-    if sets is probes:
-        check_names(sets)
+    config = config or AuditConfig()
+    given: Mapping[Any, Probes] = probes if isinstance(probes, Mapping) else {None: probes}
+    if given is probes:
+        check_names(given)
+    sets = opened(given, policy, reference, config)
     folder = None if isinstance(policy, nn.Module) else Path(policy)
     if not isinstance(policy, nn.Module):
         policy = load_policy(policy, reference=reference)
     resolved = resolve_reference(policy, reference)
     with memory_explained(), OpenModels(policy, resolved, anatomy=anatomy) as models:
         refuse_itself(models.open().hashes[0], resolved, models.hashes[1])
-        asked = {
-            name: AuditRequest(pairs, config or AuditConfig(), step, probe_name=name) for name, pairs in sets.items()
-        }
+        asked = {name: AuditRequest(pairs, config, step, probe_name=name) for name, pairs in sets.items()}
         origin = None if folder is None else check_origin(
             folder, step or None, policy, resolved, models.hashes, sets, named=reference is not None, tell=logger.warning,
         )  # fmt: skip
         records = {name: run_audit(models, request).record for name, request in asked.items()}
         if origin is not None:
             records = {name: origin.noted(record) for name, record in records.items()}
-    return records if sets is probes else records[None]
+    return records if given is probes else records[None]
 
 
 def run_audit(

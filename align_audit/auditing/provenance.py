@@ -202,9 +202,9 @@ def make_record(task: AuditTask, began: float) -> AuditRecord:
 
 
 def arrays_of(task: AuditTask) -> dict[str, np.ndarray]:
-    """What all measurements keep beside the record; of the given pairs, in their order."""
+    """What all measurements keep beside the record, and the group of each pair; of the given pairs, in their order."""
     places = task.session.places
-    return {
+    return {f"{PER_PAIR}group": task.session.groups[places]} | {
         name: values[places] if name.startswith(PER_PAIR) else values
         for measurement in task
         for name, values in measurement.arrays().items()

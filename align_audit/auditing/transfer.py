@@ -24,6 +24,7 @@ from align_audit.auditing.measurements.subspaces import Fit, Key, Reconstruction
 from align_audit.auditing.measurements.transfer_cells import EXCLUDED, HELD_OUT, Cells, ProbeSide, held_out_spans
 from align_audit.auditing.origin import check_origin
 from align_audit.auditing.passes import first_pass, second_pass
+from align_audit.auditing.probe_files import Probes, opened
 from align_audit.auditing.progress import ticker
 from align_audit.auditing.provenance import provenance_of
 from align_audit.auditing.request import AuditRequest
@@ -54,7 +55,7 @@ Which = dict[tuple[str, str], np.ndarray]
 def transfer(
     policy: nn.Module | str | Path,
     reference: nn.Module | str | Path | None,
-    probes: Mapping[str, ProbeSet],
+    probes: Mapping[str, Probes],
     config: AuditConfig | None = None,
     step: int = 0,
     *,
@@ -68,7 +69,7 @@ def transfer(
 
     Args:
         policy, reference: as :func:`align_audit.audit`.
-        probes: at least two sets by name.
+        probes: at least two sets by name; paths of pairs as of :func:`align_audit.audit`.
         config: its ``low_rank`` says bases, ranks, layers and random draws (``layers="auto"``: what each set would choose
             by itself, together), ``patching`` the positions, ``statistics`` the intervals. What else it switches on or off
             is not looked at.
@@ -91,14 +92,16 @@ def transfer(
     if not isinstance(probes, Mapping):
         raise ConfigurationError(f"expected probe sets by name, {{'harmless': …}}; found {type(probes).__name__}")
     check_names(probes)
+    config = config or AuditConfig()
+    sets = opened(probes, policy, reference, config)
     folder = None if isinstance(policy, nn.Module) else Path(policy)
     if not isinstance(policy, nn.Module):
         policy = load_policy(policy, reference=reference)
     resolved = resolve_reference(policy, reference)
     refuse_itself(policy_fingerprint(policy), resolved, resolved.fingerprint() if resolved.own_source else "")
     if folder is not None:
-        check_before_transfer(folder, step or None, policy, resolved, probes, named=reference is not None)
-    return run_transfer(policy, resolved, probes, config or AuditConfig(), step, anatomy=anatomy)
+        check_before_transfer(folder, step or None, policy, resolved, sets, named=reference is not None)
+    return run_transfer(policy, resolved, sets, config, step, anatomy=anatomy)
 
 
 def check_before_transfer(

@@ -5,19 +5,28 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from align_audit import __version__
 from align_audit.cli.doctor import doctor
 from align_audit.cli.options import (
     ConfigOption,
     DeviceOption,
     DtypeOption,
+    FailOnOption,
+    GateOption,
     MaxLengthOption,
+    PickleOption,
     ReferenceOption,
+    ResumeOption,
     TrustOption,
+    announce,
     bases_option,
+    check_files,
+    complain,
+    demands_option,
     device_option,
     dtype_option,
     find_checkpoints,
@@ -26,11 +35,16 @@ from align_audit.cli.options import (
     settings,
     step_of,
 )
+from align_audit.cli.reading import card, compare
 from align_audit.cli.report import report
 from align_audit.errors import AlignAuditError, ConfigurationError, first_line, listed, plain
+from align_audit.models.pickles import refuse_pickles
 
 if TYPE_CHECKING:
     from align_audit.record.audit_record import AuditRecord
+
+_UsageError: Any = typer.BadParameter.__bases__[0]
+"""Of click, or of the copy of it that newer versions of typer bring along."""
 
 app = typer.Typer(
     name="align-audit",
@@ -42,8 +56,18 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"align-audit {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Watch what preference training does inside a language model."""
 
 
@@ -81,12 +105,16 @@ def run(
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
+    allow_pickle: PickleOption = False,
+    fail_on: FailOnOption = None,
+    gate: GateOption = None,
+    resume: ResumeOption = True,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print all that an audit measured.")] = False,
 ) -> None:
     """Audit saved checkpoints against their reference.
 
-    Of several checkpoints, one that cannot be read is named on stderr, the others are audited, and the exit status is 1.
-    It is 2 where nothing could be audited.
+    Exit status: 0; 1 where one of several checkpoints could not be read (it is named on stderr, the others are audited);
+    2 where nothing could be audited, an option is wrong, or a checkpoint broke a --gate or --fail-on.
 
     Example: align-audit run runs/dpo/checkpoint-500 --reference base-model --probes held-out.jsonl
     """
@@ -96,8 +124,12 @@ def run(
             f"--step names one step, and {plain(checkpoint)} holds {len(folders)} checkpoints; leave it out"
         )
     steps = {folder: step if step is not None else step_of(folder) for folder in folders}
+    demands = demands_option(gate, fail_on)
     sets = read_arguments(probes)
+    check_files(sets, config)
     options = settings(config, max_pairs, max_length, verbose=verbose)
+    if not allow_pickle:
+        refuse_pickles([*folders, *([reference] if reference is not None else [])])
     from align_audit.monitoring.checkpoints import audit_saved  # loads torch: after what can be refused without it
 
     began = time.perf_counter()
@@ -110,9 +142,16 @@ def run(
         device_option(device),
         dtype=dtype_option(dtype),
         trust_remote_code=trust_remote_code,
-        tell=_complain,
+        tell=complain,
+        on_turn=announce if options.progress and len(steps) > 1 else None,
+        fresh=not resume,
     )
     _conclude(audits.records, output, time.perf_counter() - began)
+    names = {number: folder.name for folder, number in steps.items()}
+    if demands is not None and (broken := demands.broken(audits.records, output, names)):
+        for words in broken:
+            complain(words)
+        raise typer.Exit(2)
     if audits.broken:
         raise typer.Exit(1)
 
@@ -136,6 +175,7 @@ def transfer(
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
+    allow_pickle: PickleOption = False,
 ) -> None:
     """Patch the subspaces fitted on one probe set on the pairs of another: does what was learned on one carry the other?
 
@@ -154,6 +194,9 @@ def transfer(
             f"a transfer is between at least two probe sets; found {listed(probes)}. Expected name=path for each, such as "
             "--probes harmless=a.jsonl --probes helpful=b.jsonl"
         )
+    check_files(sets, config)
+    if not allow_pickle:
+        refuse_pickles([folders[0], *([reference] if reference is not None else [])])
     low_rank = {
         name: value
         for name, value in (("layers", layers_option(layer)), ("bases", bases_option(basis)))
@@ -180,7 +223,7 @@ def transfer(
         device_option(device),
         dtype=dtype_option(dtype),
         trust_remote_code=trust_remote_code,
-        tell=_complain,
+        tell=complain,
     )
     record.save(output / "transfer.json")
     print_transfer(record)
@@ -190,6 +233,8 @@ def transfer(
         typer.echo(f"  {path}")
 
 
+app.command()(compare)
+app.command()(card)
 app.command()(doctor)
 app.command()(report)
 
@@ -203,18 +248,26 @@ def _conclude(records: list[AuditRecord], output: Path, seconds: float) -> None:
         typer.echo(f"  {path}")
 
 
-def _complain(words: str) -> None:
-    # Paths and names of whatever came from outside: no terminal obeys them.
-    typer.echo("align-audit: " + "\n".join(map(plain, words.split("\n"))), err=True)
-
-
 def main() -> None:
-    """Entry point: our own errors are messages, not tracebacks."""
+    """Entry point: our own errors, and wrong arguments, are messages of a line, not tracebacks."""
     try:
-        app()
+        status = app(prog_name="align-audit", standalone_mode=False)
     except AlignAuditError as error:
-        _complain(str(error))
-        sys.exit(2)
+        complain(str(error))
+        status = 2
+    except _UsageError as error:
+        status = _told(error)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _told(error: Any) -> int:
+    """Say what is wrong with the arguments, and where to look; the help itself where there were none."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()
+    else:
+        path = "align-audit" if error.ctx is None else error.ctx.command_path
+        complain(f"{' '.join(error.format_message().split()).rstrip('.')}; see {path} --help")
+    return int(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +16,9 @@ from align_audit.probes.names import check_names
 from align_audit.record.checkpoint_names import checkpoint_step
 
 if TYPE_CHECKING:
+    from align_audit.cli.gates import Demands
     from align_audit.config import AuditConfig
+    from align_audit.monitoring.checkpoints import Turn
 
 ReferenceOption = Annotated[
     str | None,
@@ -28,6 +32,35 @@ DtypeOption = Annotated[
 ]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that is saved with a model (auto_map).")
+]
+
+FailOnOption = Annotated[
+    str | None,
+    typer.Option(
+        help="error or warning: exit with status 2 where a checkpoint has an open alert so serious, or is BLIND."
+    ),
+]
+GateOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A number that every checkpoint has to keep, such as 'spinal.coherence>=0.4' or 'margins.shift.low>0'; several "
+        "times. Exit status 2 where one is broken; a number that is not known breaks it."
+    ),
+]
+PickleOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Read weights that are pickles (pytorch_model.bin, adapter_model.bin), which can run code when they are opened.",
+    ),
+]
+ResumeOption = Annotated[
+    bool,
+    typer.Option(
+        "--resume/--fresh",
+        help="Go on with the log in --output: what was audited already, with the same weights and pairs, is not audited again. "
+        "--fresh sets the log aside and audits all.",
+    ),
 ]
 
 
@@ -91,7 +124,7 @@ def find_checkpoints(path: Path) -> list[Path]:
         is_folder = False
     if not is_folder:
         raise ConfigurationError(
-            f"no checkpoint at {plain(path)}: expected a folder with a saved model, or of checkpoint-N folders"
+            f"no checkpoint at {plain(path)}{near_path(path)}: expected a folder with a saved model, or of checkpoint-N folders"
         )
     if any((path / name).is_file() for name in ("config.json", "adapter_config.json")) and not _numbered(path):
         return [path]
@@ -102,6 +135,40 @@ def find_checkpoints(path: Path) -> list[Path]:
         f"{plain(path)} holds no config.json, no adapter_config.json and no checkpoint-N folder; expected what the trainer or "
         "save_pretrained writes"
     )
+
+
+def near_path(path: Path) -> str:
+    """``" (did you mean runs/dpo?)"`` of a path that is not there; empty where nothing in its folder is called alike."""
+    try:
+        if path.exists():
+            return ""
+        names = [entry.name for entry in itertools.islice(path.parent.iterdir(), 1000)]
+    except (OSError, ValueError):  # no such folder either, or no path at all
+        return ""
+    near = get_close_matches(path.name, names, n=1, cutoff=0.7)
+    return f" (did you mean {plain(path.parent / near[0])}?)" if near else ""
+
+
+def check_files(sets: Mapping[str, Path] | Path, config: Path | None) -> None:
+    """Refuse files that are not there before anything heavy loads.
+
+    Raises:
+        ConfigurationError: there is none; with the nearest name in its folder.
+    """
+    paths = {
+        "--probes": [sets] if isinstance(sets, Path) else list(sets.values()),
+        "--config": [config] if config else [],
+    }
+    for option, given in paths.items():
+        for path in given:
+            near = near_path(path)
+            if near:
+                raise ConfigurationError(f"{option}: {plain(path)}: no such file{near}")
+
+
+def complain(words: str) -> None:
+    """Say on stderr what is wrong. Paths and names in it came from outside: no terminal obeys them."""
+    typer.echo("align-audit: " + "\n".join(map(plain, words.split("\n"))), err=True)
 
 
 def _numbered(path: Path) -> list[Path]:
@@ -131,6 +198,34 @@ def settings(
     if low_rank:
         values["low_rank"] = {**dict(values.get("low_rank", {})), **low_rank}
     return AuditConfig.from_dict(values)
+
+
+def demands_option(gates: Sequence[str] | None, fail_on: str | None) -> Demands | None:
+    """What checkpoints have to keep; None: nothing."""
+    if not gates and fail_on is None:
+        return None
+    from align_audit.cli.gates import Demands
+
+    return Demands.parse(gates or (), fail_on)
+
+
+def announce(turn: Turn) -> None:
+    """Say on stderr which checkpoint comes next, and about how long it and the rest will take."""
+    left = "" if turn.seconds_left is None else f", about {duration(turn.seconds_left)} left"
+    typer.echo(f"{plain(turn.folder.name)}, {turn.number} of {turn.count}{left}", err=True)
+
+
+def duration(seconds: float) -> str:
+    """A time in words, rounded.
+
+    Example:
+        >>> duration(12.3), duration(200), duration(5000)
+        ('12 s', '3 min', '1 h 23 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def dtype_option(name: str | None) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +13,15 @@ import torch
 from torch import nn
 
 from align_audit.auditing.origin import check_origin
+from align_audit.auditing.probe_files import read_probes
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.transfer import check_before_transfer, run_transfer
 from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, AnatomyError, ConfigurationError, ReferenceUnavailableError
 from align_audit.models.anatomy import is_peft
-from align_audit.models.loading import base_of, load_tokenizer
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
 from align_audit.monitoring.monitor import Moment, Monitor
 from align_audit.monitoring.resumed_writers import start_writers
-from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import RunLog
@@ -47,6 +47,21 @@ class SavedAudits:
     broken: dict[Path, AlignAuditError]
 
 
+@dataclass(frozen=True)
+class Turn:
+    """A checkpoint that is about to be audited.
+
+    Attributes:
+        number: from 1, of ``count``.
+        seconds_left: for this one and the rest, as long as those that were audited took; None: none was yet.
+    """
+
+    folder: Path
+    number: int
+    count: int
+    seconds_left: float | None
+
+
 def audit_saved(
     checkpoints: Mapping[Path, int],
     reference: str | None,
@@ -59,6 +74,8 @@ def audit_saved(
     trust_remote_code: bool = False,
     tell: Callable[[str], None] = logger.error,
     on_alert: OnAlert | None = None,
+    on_turn: Callable[[Turn], object] | None = None,
+    fresh: bool = False,
 ) -> SavedAudits:
     """Audit each checkpoint (folder → step) against ``reference`` and append to the log in ``output``.
 
@@ -73,6 +90,8 @@ def audit_saved(
         tell: is given a line for each checkpoint that is passed over, and for what is not as its own run recorded it (see
             :mod:`align_audit.auditing.origin`).
         on_alert: is called with each alert that is news, and the record it was raised on (as of the callback).
+        on_turn: is called before each checkpoint.
+        fresh: begin an empty log, and move one that is there into a folder beside it; else it is gone on with.
 
     Raises:
         ConfigurationError: the log in ``output`` is another run's, no checkpoint could be audited, or a webhook has no URL.
@@ -81,6 +100,8 @@ def audit_saved(
     """
     log = RunLog(output)
     sets = read_probes(probes, checkpoints, reference, config, trust_remote_code=trust_remote_code)
+    if fresh and log.records:
+        tell(f"the {len(log.records)} audits that were in {log.directory} are in {log.set_aside().name} there now")
     names = {step: folder.name for folder, step in checkpoints.items()}
     around = Surroundings(Path(output), tuple(sets), on_alert=checked(on_alert), checkpoints=names)
     writers = start_writers(writers_for(config, around, OF_SAVED), log)
@@ -91,7 +112,7 @@ def audit_saved(
     records: list[AuditRecord] = []
     broken: dict[Path, AlignAuditError] = {}
     with contextlib.closing(writers):
-        for folder, step in checkpoints.items():
+        for folder, step in _in_turn(checkpoints, log, on_turn):
             try:
                 policy = load_policy(
                     folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, reference=reference
@@ -108,6 +129,22 @@ def audit_saved(
                 broken[folder] = error
                 tell(f"{folder.name} is passed over: {error}")
     return _some_of(SavedAudits(records, broken))
+
+
+def _in_turn(
+    checkpoints: Mapping[Path, int], log: RunLog, on_turn: Callable[[Turn], object] | None
+) -> Iterator[tuple[Path, int]]:
+    """The checkpoints with their steps, each announced."""
+    audited, spent = 0, 0.0
+    for place, (folder, step) in enumerate(checkpoints.items()):
+        if on_turn is not None:
+            left = (len(checkpoints) - place) * spent / audited if audited else None
+            on_turn(Turn(folder, place + 1, len(checkpoints), left))
+        began, stored = time.perf_counter(), len(log.records)
+        yield folder, step
+        # One that the log held already took no time to speak of, and says nothing of the rest.
+        if len(log.records) > stored:
+            audited, spent = audited + 1, spent + time.perf_counter() - began
 
 
 def _some_of(audits: SavedAudits) -> SavedAudits:
@@ -167,37 +204,6 @@ def transfer_saved(
     named = {name: pairs for name, pairs in sets.items() if name is not None}
     check_before_transfer(policy, step or None, model, resolved, named, named=reference is not None, tell=tell)
     return run_transfer(model, resolved, named, config, step, progress=progress)
-
-
-def read_probes(
-    probes: str | Path | Mapping[str, str | Path],
-    checkpoints: Iterable[Path],
-    reference: str | None,
-    config: AuditConfig,
-    *,
-    trust_remote_code: bool = False,
-) -> dict[str | None, ProbeSet]:
-    """The probe sets at those paths, tokenized with the models' tokenizer; a single path's set is called None."""
-    paths: dict[str | None, str | Path] = {}
-    if isinstance(probes, Mapping):
-        check_names(probes)
-        paths.update(probes)
-    else:
-        paths[None] = probes
-    bases = [base for folder in checkpoints if (base := base_of(folder)) is not None]
-    places = [*checkpoints, *([reference] if reference is not None else []), *bases]
-    tokenizer = load_tokenizer(places, trust_remote_code=trust_remote_code)
-    return {
-        name: ProbeSet.from_dataset(
-            path,
-            tokenizer,
-            max_pairs=config.max_pairs,
-            max_length=config.max_length or 1024,
-            truncation_mode=config.truncation_mode or "keep_start",
-            seed=config.seed,
-        )
-        for name, path in paths.items()
-    }
 
 
 class SharedReference:

@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from torch import nn
 
 from align_audit.auditing.audit import run_audit
+from align_audit.auditing.probe_files import read_probes
 from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.memory import MemoryMeter
 from align_audit.auditing.session.open_models import OpenModels, check_vocabulary
@@ -31,7 +32,6 @@ from align_audit.measures.resampling import LEAST_GROUPS
 from align_audit.models.find_sites import find_sites
 from align_audit.models.loading import base_of, load_model
 from align_audit.models.reference import Reference, resolve_reference
-from align_audit.monitoring.checkpoints import read_probes
 from align_audit.monitoring.forecast import Costs, Forecast, PlannedSteps, forecast
 from align_audit.monitoring.plain_step import StepOptions, seconds_per_pair
 from align_audit.probes.pairs import ProbeSet

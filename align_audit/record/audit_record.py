@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
+from align_audit.record.in_short import html_of, line_of
 from align_audit.record.schema import Labelled, Migration, Part, Stored
 from align_audit.record.units import In, Labels
 
@@ -498,6 +499,14 @@ class AuditRecord(Stored):
         """What makes two audits the same: step, policy weights, reference weights, name of the probe set, kind."""
         there = self.provenance
         return (self.step, there.policy_hash, there.reference_hash, there.probe_name, self.kind)
+
+    def __repr__(self) -> str:
+        return line_of(self)
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
 
 
 def control_items(record: AuditRecord) -> Iterator[tuple[str, Control]]:

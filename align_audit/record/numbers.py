@@ -141,6 +141,11 @@ def _fields(kind: type[Part]) -> tuple[list[_Field], dict[Along, str]]:
     return [_Field(name, info[name], _marker(info[name], In)) for name in info if name not in passed], labels
 
 
+def fields_of(kind: type[Part]) -> list[tuple[str, Any]]:
+    """The fields of a part that :func:`walk` goes into, with what each may hold; without ``extra``, which has no schema."""
+    return [(field.name, field.info.annotation) for field in _fields(kind)[0] if field.name != "extra"]
+
+
 @dataclass(frozen=True)
 class _Walk:
     record: AuditRecord

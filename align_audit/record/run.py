@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from align_audit.errors import RecordError
+from align_audit.errors import RecordError, listed, plain
 from align_audit.record.audit_record import Alert, AuditRecord, DepthTrace
 from align_audit.record.lines import read_lines, read_records
 from align_audit.record.log import (
@@ -130,6 +130,26 @@ class AuditRun:
             training_log = read_training_log(path.with_name(TRAINING))
         alerts.sort(key=lambda alert: alert.step)
         return cls(path.parent, records, alerts, failures, training_log=training_log)
+
+    def __repr__(self) -> str:
+        """In a line: where it lies, how many audits of which steps and probe set, and how it stands."""
+        heads = heads_of(self.records)
+        steps = [head.step for head in heads]
+        audits = f"{len(heads)} audit{'s' if len(heads) != 1 else ''}"
+        between = (
+            ""
+            if not steps
+            else f", step {steps[0]}"
+            if len(set(steps)) == 1
+            else f", steps {min(steps)} to {max(steps)}"
+        )
+        names = (
+            [self.probe_name]
+            if self.probe_name is not None
+            else [name for name in self.probe_names if name is not None]
+        )
+        on = f" on {listed(map(repr, names))}" if names else ""
+        return f"<AuditRun {plain(self.directory)}: {audits}{on}{between}, {self.status}>"
 
     def load_arrays(self, step: int, name: str) -> dict[str, np.ndarray]:
         """The arrays of ``step-<N>/<name>.safetensors``; a missing or damaged file raises ``RecordError``.

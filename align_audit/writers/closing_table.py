@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import html
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,26 +36,24 @@ class _Table:
     status: Status
     """Of the set now, which a failure since the last audit may have changed."""
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        from rich.table import Table
+    @property
+    def _by_beta(self) -> bool:
+        """Whether margins are shown in TRL's unit: β is known at every row."""
+        return all(row.reward_margin is not None for row in self.rows)
 
-        def text(words: str, style: str = "") -> Any:
-            return text_of([(words, style)], options)
+    def _columns(self) -> tuple[str, ...]:
+        unit = "margin" if self._by_beta else "shift (nats)"
+        return "step", "status", "chosen", "KL", "tokens", "reward acc.", unit, "where"
 
-        unit = "margin" if all(row.reward_margin is not None for row in self.rows) else "shift (nats)"
-        title = text(self.title, "bold")
-        table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for name in ("step", "status", "chosen", "KL", "tokens", "reward acc.", unit):
-            table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True)
-        table.add_column("where")
+    def _cells(self) -> Iterator[tuple[str, ...]]:
+        """Of each row, in the order of the columns; the status is the second."""
         for row in self.rows:
             margins = row.record.margins
-            word = self.status.word if row is self.rows[-1] else row.status.word
-            margin = row.reward_margin if unit == "margin" else margins.shift.mean
+            margin = row.reward_margin if self._by_beta else margins.shift.mean
             same = row.record.reference_check.same_weights
-            cells = (
+            yield (
                 str(row.record.step),
-                word,
+                self.status.word if row is self.rows[-1] else row.status.word,
                 figure(margins.chosen_logp_change_per_token.mean, signed=True),
                 figure(margins.kl.mean),
                 percent(margins.token_accuracy.mean),
@@ -62,14 +61,45 @@ class _Table:
                 "–" if same else figure(margin, signed=True),
                 where_in_short(row.full if row.full is not None and row.full.step == row.record.step else None),
             )
-            table.add_row(*(text(cell, STATUS_STYLES[word] if cell is word else "") for cell in cells))
+
+    def _rest(self) -> str:
+        return f"{self.left_out} more audits are in the record log" if self.left_out else ""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        from rich.table import Table
+
+        def text(words: str, style: str = "") -> Any:
+            return text_of([(words, style)], options)
+
+        title = text(self.title, "bold")
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        *columns, where = self._columns()
+        for name in columns:
+            table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True)
+        table.add_column(where)
+        for cells in self._cells():
+            styles = ("", STATUS_STYLES[cells[1]], *[""] * (len(cells) - 2))
+            table.add_row(*map(text, cells, styles))
         yield table
-        if self.left_out:
-            yield text(f"{self.left_out} more audits are in the record log", "dim")
+        if self._rest():
+            yield text(self._rest(), "dim")
+
+    def html(self) -> str:
+        """As a table of a page; every text in it is escaped."""
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in self._columns())
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(plain(cell))}</td>" for cell in cells) + "</tr>"
+            for cells in self._cells()
+        )
+        rest = f"<p>{self._rest()}</p>" if self._rest() else ""
+        caption = f"<caption>{html.escape(plain(self.title))}</caption>"
+        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{rest}"
 
 
 @dataclass(frozen=True)
 class _Line:
+    """A sentence below the tables."""
+
     words: str
     style: str = ""
 
@@ -78,6 +108,10 @@ class _Line:
         if not options.is_terminal:
             text.no_wrap, text.overflow = True, "ignore"
         yield text
+
+    def html(self) -> str:
+        """As a paragraph of a page, escaped."""
+        return f"<p>{html.escape(plain(self.words))}</p>"
 
 
 def closing(run: AuditRun, checkpoints: Mapping[int, str]) -> list[_Table | _Line]:

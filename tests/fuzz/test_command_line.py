@@ -22,12 +22,14 @@ from tests.fuzz.cases import fuzz, told
 ROW = '{"prompt": "a", "chosen": " b", "rejected": " c"}\n'
 FLAGS = (
     "--probes", "--reference", "--output", "--config", "--max-pairs", "--max-length", "--step", "--device", "--dtype",
-    "--trust-remote-code", "--layer", "--basis", "--help", "--version", "--", "-x",
+    "--trust-remote-code", "--layer", "--basis", "--help", "--version", "--", "-x", "--gate", "--fail-on", "--fresh",
+    "--allow-pickle", "--json", "--write",
 )  # fmt: skip
 # The demo trains for a minute: it is no argument here, nor a place to begin.
 WORDS = (
-    "run", "transfer", "report", "pairs.jsonl", "a=pairs.jsonl", "b=pairs.jsonl", "empty.jsonl", "broken", "adapter", "folder",
-    "nowhere", "audit.yaml", "bad.yaml", ".", "/", "", "0", "-1", "3", "99999999999999999999", "1e3", "cpu", "meta", "cuda:99",
+    "run", "transfer", "report", "compare", "card", "kl>=0", "pairs.jsonl", "a=pairs.jsonl", "b=pairs.jsonl",
+    "empty.jsonl", "broken", "adapter", "folder", "nowhere", "audit.yaml", "bad.yaml", ".", "/", "", "0", "-1", "3",
+    "99999999999999999999", "1e3", "cpu", "meta", "cuda:99",
     "float32", "float3", "auto", "all", "0,1", "shift", "=", "a=", "é", "\udcff", "\x1b[2J", "x" * 300,
 )  # fmt: skip
 argument = st.one_of(

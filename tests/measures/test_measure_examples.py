@@ -11,8 +11,8 @@ import pytest
 @pytest.mark.parametrize(
     "name",
     [
-        "control_variate", "draws", "exact_pairs", "layer_set", "localization", "significance", "spectrum", "spinal",
-        "statistics", "subspace", "sums", "transport",
+        "combined_shares", "control_variate", "draws", "exact_pairs", "layer_set", "localization", "significance", "spectrum",
+        "spinal", "statistics", "subspace", "sums", "transport",
     ],
 )  # fmt: skip
 def test_docstring_examples(name: str) -> None:

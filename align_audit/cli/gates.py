@@ -1,0 +1,133 @@
+"""What audited checkpoints have to keep: ``--gate 'spinal.coherence>=0.4'`` and ``--fail-on error``.
+
+A gate is about numbers that the user chose, ``--fail-on`` about what the alert rules say. Each checkpoint has to keep them all.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from align_audit.errors import ConfigurationError, plain, quoted
+from align_audit.options.rules import did_you_mean
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.measure_names import check_measure, measure
+from align_audit.record.run import AuditRun
+from align_audit.writers.standing import Standing, standing_at
+
+_COMPARISONS: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_FORM = re.compile(r"\s*([^\s<>=!]+)\s*(>=|<=|==|!=|>|<)\s*(\S+)\s*")
+_SERIOUS = {"error": ("ERROR", "BLIND"), "warning": ("ERROR", "BLIND", "WATCH")}
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A comparison of a number of a record, by its name, with a limit."""
+
+    name: str
+    sign: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read ``NAME>=NUMBER``; also ``<=``, ``>``, ``<``, ``==``, ``!=``.
+
+        Raises:
+            ConfigurationError: it has another form, or no record has such a number.
+
+        Example:
+            >>> Gate.parse("margins.kl < 0.5")
+            Gate(name='margins.kl', sign='<', limit=0.5)
+        """
+        match = _FORM.fullmatch(text)
+        try:
+            limit = math.nan if match is None else float(match[3])
+        except ValueError:
+            limit = math.nan
+        if match is None or math.isnan(limit):
+            raise ConfigurationError(
+                f"--gate: found {quoted(text)}; expected NAME>=NUMBER (or <=, >, <, ==, !=), such as 'spinal.coherence>=0.4'"
+            )
+        check_measure(match[1])
+        return cls(match[1], match[2], limit)
+
+    def __str__(self) -> str:
+        return f"{self.name}{self.sign}{self.limit:g}"
+
+    def broken_by(self, record: AuditRecord) -> str | None:
+        """Why a record breaks it, in words; None: it keeps it."""
+        value, reason = measure(record, self.name)
+        if value is None or math.isnan(value):
+            return f"{self.name} is not known ({plain(reason or 'the record gives no reason')})"
+        return None if _COMPARISONS[self.sign](value, self.limit) else f"{self.name} is {value:.4g}"
+
+
+@dataclass(frozen=True)
+class Demands:
+    """All that checkpoints have to keep."""
+
+    gates: tuple[Gate, ...] = ()
+    fail_on: str | None = None
+
+    @classmethod
+    def parse(cls, gates: Sequence[str], fail_on: str | None) -> Self:
+        """What the options say.
+
+        Raises:
+            ConfigurationError: a gate that cannot be read, or a level that there is not.
+        """
+        if fail_on is not None and fail_on not in _SERIOUS:
+            near = did_you_mean(fail_on, list(_SERIOUS))
+            raise ConfigurationError(f"--fail-on: expected error or warning; found {quoted(fail_on)}{near}")
+        return cls(tuple(map(Gate.parse, gates)), fail_on)
+
+    def broken(self, records: Sequence[AuditRecord], output: Path, names: Mapping[int, str]) -> list[str]:
+        """A line for each demand that a checkpoint breaks: the first that does, why, and how many more do.
+
+        Args:
+            records: of the checkpoints.
+            output: of their log.
+            names: step → checkpoint.
+        """
+        return list(self._broken(records, output, names))
+
+    def _broken(self, records: Sequence[AuditRecord], output: Path, names: Mapping[int, str]) -> Iterator[str]:
+        for gate in self.gates:
+            said = ((record, gate.broken_by(record)) for record in records)
+            yield from _told(said, names, f"--gate {gate}")
+        if self.fail_on is not None:
+            words, history = _SERIOUS[self.fail_on], AuditRun.load(output).records
+            standings = (standing_at(record, history) for record in records)
+            said = (
+                (standing.record, _badly(standing) if standing.status.word in words else None) for standing in standings
+            )
+            yield from _told(said, names, f"--fail-on {self.fail_on}")
+
+
+def _badly(standing: Standing) -> str:
+    return f"{standing.status.word}, {plain(standing.headline())}"
+
+
+def _told(said: Iterable[tuple[AuditRecord, str | None]], names: Mapping[int, str], demand: str) -> Iterator[str]:
+    broken = [(record, why) for record, why in said if why is not None]
+    if not broken:
+        return
+    record, why = broken[0]
+    there = record.provenance.probe_name
+    on = "" if there is None else f" on {there!r}"
+    checkpoint = plain(names.get(record.step, f"step {record.step}"))
+    steps = len({each.step for each, _ in broken} - {record.step})
+    more = f" (and {steps} more checkpoint{'s' if steps > 1 else ''})" if steps else ""
+    yield f"{checkpoint}{on} broke {demand}: {why}{more}"

@@ -1,0 +1,187 @@
+"""Commands that read stored runs: no model is loaded, and nothing in the runs changes."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from align_audit.cli.options import complain, near_path, step_of
+from align_audit.errors import ConfigurationError, RecordError, first_line, listed, plain
+from align_audit.files import write_atomically
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from align_audit.record.audit_record import Estimate
+    from align_audit.record.figures import Sample
+    from align_audit.record.run import AuditRun
+
+
+_UNBROKEN = 500
+"""Characters that a line may have where no terminal breaks it."""
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Output directories of runs, or their logs; at least two.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the reason of what is not known.")] = False,
+) -> None:
+    """Compare runs: who is healthy, and what each has paid for the same margin.
+
+    They are read at the last step that all have audited, and where their reward margins are equal, by straight lines between
+    audits. Differences are to the first run; they have intervals where both were audited on the same pairs.
+
+    Exit status: 0; 2 where there is nothing to compare.
+
+    Example: align-audit compare runs/dpo-a runs/dpo-b
+    """
+    if len(runs) < 2:
+        raise ConfigurationError(f"expected at least two runs to compare, found {listed(runs)}; name another")
+    from align_audit.record.compare import Side
+    from align_audit.record.compare import compare as compared
+    from align_audit.writers.comparison import ComparisonTable, comparison_values, short_names
+
+    stored = [load_run(path) for path in runs]
+    names = short_names([str(_directory(run)) for run in stored])
+    comparisons = {
+        probes: compared([Side(name, run) for name, run in zip(names, narrowed, strict=True)], _interval)
+        for probes, narrowed in _by_probes(stored, names).items()
+    }
+    if as_json:
+        values = {probes: comparison_values(each) for probes, each in comparisons.items()}
+        single = next(iter(values.values()))
+        typer.echo(json.dumps(single if len(values) == 1 else {"probes": values}, indent=1, ensure_ascii=False))
+        return
+    several = len(comparisons) > 1
+    _print(ComparisonTable(each, f"Probes {name!r}" if several else "") for name, each in comparisons.items())
+
+
+def card(
+    run: Annotated[Path, typer.Argument(help="Output directory of a run, or its log.")],
+    write: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the section into this README.md (or that of this folder) instead: in place of the one that is there, "
+            "or at the end."
+        ),
+    ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option(help="The audited step; by default N of a checkpoint-N that is written to, else the last."),
+    ] = None,
+) -> None:
+    """Print a model-card section in Markdown: status, figures with intervals, where with its evidence, versions and hashes.
+
+    It stands between markers. --write leaves everything outside of them as it was, byte for byte.
+
+    Exit status: 0; 2 where there is no such audit, or the file cannot be written.
+
+    Example: align-audit card runs/dpo --write runs/dpo/checkpoint-500/README.md
+    """
+    from align_audit.record.checkpoint_names import checkpoints_in
+    from align_audit.writers.model_card import model_card, with_section
+
+    stored = load_run(run)
+    checkpoints = checkpoints_in(stored.directory.parent)
+    if write is None:
+        typer.echo(model_card(stored, step, checkpoints))
+        return
+    page = write / "README.md" if write.is_dir() else write
+    numbered = step_of(page.parent)
+    if step is None and numbered:
+        step = numbered
+        checkpoints[step] = page.parent.resolve().name
+    section = model_card(stored, step, checkpoints)
+    _write_page(page, lambda text: with_section(text, section))
+    typer.echo(f"the section is in {plain(page)}")
+
+
+def load_run(path: Path) -> AuditRun:
+    """A stored run. What its log holds of damaged lines is said on stderr.
+
+    Raises:
+        RecordError: no run is there (with the nearest name that there is), or it was written by a newer align_audit.
+    """
+    from align_audit.record.run import AuditRun
+
+    with warnings.catch_warnings(record=True) as noted:
+        warnings.simplefilter("always")
+        try:
+            run = AuditRun.load(path)
+        except RecordError as error:
+            raise RecordError(f"{error}{near_path(path)}") from None
+    for each in noted:
+        complain(str(each.message))
+    return run
+
+
+def _write_page(page: Path, change: Callable[[bytes], bytes]) -> None:
+    """Change a file, whole or not at all; one that is not there yet is made. Its mode stays, and a link stays one."""
+    target = page.resolve()
+    try:
+        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else None
+        text = target.read_bytes() if mode is not None else b""
+        changed = change(text)
+        if changed != text:
+            write_atomically(target, changed)
+            if mode is not None:
+                target.chmod(mode)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot write {plain(page)}: {first_line(error)}; expected a README.md in a folder that exists"
+        ) from None
+
+
+def _directory(run: AuditRun) -> Path:
+    """Of a run's training, where its log lies in the folder that the callback makes."""
+    folder = run.directory.resolve()
+    return folder.parent if folder.name == "align_audit" else folder
+
+
+def _by_probes(runs: list[AuditRun], names: list[str]) -> dict[str | None, list[AuditRun]]:
+    """The runs narrowed to each probe set that all have; of one set each, whatever it is called.
+
+    Raises:
+        ConfigurationError: a run has no audit, or no set is common to all.
+    """
+    for name, run in zip(names, runs, strict=True):
+        if not run.records:
+            raise ConfigurationError(f"{plain(name)} has no audit to compare: {plain(run.status.reason)}")
+    sets = [run.probe_names for run in runs]
+    if all(len(each) == 1 for each in sets):
+        return {sets[0][0]: [run.select(each[0]) for run, each in zip(runs, sets, strict=True)]}
+    common = [name for name in sets[0] if all(name in each for each in sets)]
+    if not common:
+        told = "; ".join(f"{plain(name)}: {listed(map(repr, each))}" for name, each in zip(names, sets, strict=True))
+        raise ConfigurationError(f"no probe set is common to the runs ({told}); expected one that all were audited on")
+    return {name: [run.select(name) for run in runs] for name in common}
+
+
+def _interval(sample: Sample, groups: np.ndarray | None) -> Estimate:
+    """As audits make theirs, at 95 %: of shares from those of each, of the rest by resampling groups of pairs."""
+    from align_audit.measures.combined_shares import combined_share_interval
+    from align_audit.measures.statistics import statistic_intervals
+    from align_audit.record.audit_record import Estimate
+
+    if sample.share_weights is not None:
+        interval = combined_share_interval(sample.columns, sample.share_weights, groups=groups)
+    else:
+        (interval,) = statistic_intervals(
+            sample.columns, lambda means: sample.statistic(means)[..., None], groups=groups
+        )
+    return Estimate(mean=interval.mean, low=interval.low, high=interval.high, reason=interval.reason)
+
+
+def _print(renderables: Any) -> None:
+    from rich.console import Console
+
+    # Off a terminal, nothing is cut or wrapped.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _UNBROKEN)
+    for renderable in renderables:
+        console.print(renderable, soft_wrap=not console.is_terminal)

@@ -1,0 +1,288 @@
+"""A comparison of runs, for a terminal and as JSON: a sentence, two tables, and what could not be compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from align_audit.errors import plain
+from align_audit.record.compare import Between, Comparison, Meeting, Reading, Row, Side
+from align_audit.record.figures import Figure
+from align_audit.writers.standing import figure as number
+from align_audit.writers.standing import percent, standing_at
+from align_audit.writers.styled import STATUS_STYLES, text_of
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderResult
+
+_TITLES = {
+    "chosen_logp_change_per_token": "chosen (nats/token)",
+    "kl": "KL (nats/token)",
+    "next_token_accuracy": "next tokens right",
+    "reward_accuracy": "reward accuracy",
+    "entropy_ratio": "entropy ratio",
+    "peak_layer": "peak layer",
+    "peak_share": "share at the peak",
+    "additivity": "additivity",
+    "delta_align": "Δalign",
+    "reward_margin": "reward margin",
+    "margin_shift": "margin shift (nats)",
+}
+_SIGNED = frozenset(["chosen_logp_change_per_token", "reward_margin", "margin_shift", "delta_align"])
+_MOST_REASONS = 6
+"""Reasons below a table; of more, the rest is counted."""
+
+
+def sentence(comparison: Comparison) -> str:
+    """What there is to know first: who is not healthy since when, and what each has paid for the same margin.
+
+    Example:
+        ``B is in ERROR since step 20 (the policy is leaving its language), A is HEALTHY; at equal reward margin +1.20 A has
+        moved KL 0.17, B 7.90.``
+    """
+    order = {"ERROR": 0, "BLIND": 1, "WATCH": 2, "HEALTHY": 3}
+    numbered = sorted(range(len(comparison.sides)), key=lambda place: order[comparison.statuses[place].word])
+    how = ", ".join(_stands(comparison.sides[place], comparison.statuses[place]) for place in numbered)
+    return f"{how}; {_paid(comparison)}."
+
+
+def _stands(side: Side, status: Any) -> str:
+    name = plain(side.name, 60)
+    if status.word == "HEALTHY":
+        return f"{name} is HEALTHY"
+    since = "" if status.since is None else f" since step {status.since}"
+    newest = standing_at(side.newest, side.run.records, side.run.training_log)
+    worst = newest.worst
+    why = plain(newest.headline(), 120).split(", since step")[0] if worst is not None and status.word != "BLIND" else ""
+    word = {"ERROR": "in ERROR", "WATCH": "to be watched (WATCH)", "BLIND": "BLIND"}[status.word]
+    return f"{name} is {word}{since}" + (f" ({why})" if why else "")
+
+
+def _paid(comparison: Comparison) -> str:
+    """KL at equal margin; where there is none, at the common step."""
+    for meeting, words in (
+        (
+            comparison.at_margin,
+            f"at equal {_name(comparison.margin)} {number(comparison.at_margin.value, signed=True)} ",
+        ),
+        (comparison.at_step, f"at step {comparison.at_step.value:.0f} "),
+    ):
+        row = meeting.row("kl")
+        if row is not None:
+            readings = zip(comparison.sides, row.readings, strict=True)
+            (first, start), *rest = readings
+            moved = f"{plain(first.name, 60)} has moved KL {number(start.value)}"
+            return words + ", ".join([moved, *(f"{plain(side.name, 60)} {number(read.value)}" for side, read in rest)])
+    return "they meet at no step and at no margin"
+
+
+def _name(figure: Figure) -> str:
+    return figure.name.replace("_", " ")
+
+
+# --- a terminal -------------------------------------------------------------------------------------------------------
+
+
+class ComparisonTable:
+    """Rich renderable: the sentence, a table for each place at which the runs meet, and notes.
+
+    Args:
+        title: of the probe set, where runs have several.
+    """
+
+    def __init__(self, comparison: Comparison, title: str = "") -> None:
+        self._comparison, self._title = comparison, title
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        def text(words: str, style: str = "") -> Any:
+            return text_of([(words, style)], options)
+
+        if self._title:
+            yield text(self._title, "bold")
+        yield text(sentence(self._comparison), "bold")
+        for meeting in (self._comparison.at_step, self._comparison.at_margin):
+            yield text("")
+            yield text(_heading(self._comparison, meeting), "bold")
+            if meeting.rows:
+                yield from self._table(meeting, text)
+                if meeting.full != meeting.places:
+                    yield text(f"  peak layer to Δalign: {_full_places(self._comparison, meeting)}", "dim")
+                for words in _reasons(self._comparison, meeting):
+                    yield text(f"  {words}", "dim")
+        if self._comparison.notes:
+            yield text("")
+        for words in self._comparison.notes:
+            yield text(plain(words))
+
+    def _table(self, meeting: Meeting, text: Any) -> Iterator[Any]:
+        from rich.table import Table
+
+        names = [plain(side.name, 40) for side in self._comparison.sides]
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("")
+        for name in names:
+            table.add_column(text(name), justify="right")
+        if any(row.differences for row in meeting.rows):
+            for name in names[1:]:
+                table.add_column(text(f"{name} − {names[0]} [95 %]"), justify="right")
+        if meeting.kind == "step":
+            words = [_status_at(side, int(meeting.value)) for side in self._comparison.sides]
+            table.add_row(text("status"), *(text(word, STATUS_STYLES[word]) for word in words))
+        for row in meeting.rows:
+            table.add_row(*map(text, _cells(row)))
+        yield table
+
+
+def _status_at(side: Side, step: int) -> str:
+    return standing_at(side.latest[step], side.run.records, side.run.training_log).status.word
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        _TITLES[row.figure.name],
+        *(_value(row.figure, reading) for reading in row.readings),
+        *(_change(row.figure, difference) for difference in row.differences),
+    ]
+
+
+def _value(figure: Figure, reading: Reading, signed: bool | None = None) -> str:
+    if math.isnan(reading.value):
+        return "–"
+    if figure.unit == "share":
+        return percent(reading.value)
+    if figure.unit == "layer":
+        return f"{reading.value:g}"
+    return number(reading.value, signed=figure.name in _SIGNED if signed is None else signed)
+
+
+def _change(figure: Figure, reading: Reading) -> str:
+    """A difference with its interval: ``+7.73 [6.90, 8.51]``, of shares in points of per cent."""
+    if math.isnan(reading.value):
+        return "–"
+    if figure.unit == "layer":
+        return f"{reading.value:+g}".replace("-", "−")
+    if figure.unit == "share":
+        ends = "" if math.isnan(reading.low) else f" [{_points(reading.low)}, {_points(reading.high)}]"
+        return f"{_points(reading.value, '+')} points{ends}"
+    ends = "" if math.isnan(reading.low) else f" [{number(reading.low)}, {number(reading.high)}]"
+    return number(reading.value, signed=True) + ends
+
+
+def _points(share: float, sign: str = "") -> str:
+    points = round(share * 100)
+    return f"{points:{sign if points else ''}}".replace("-", "−")
+
+
+def _heading(comparison: Comparison, meeting: Meeting) -> str:
+    what = "the last common step" if meeting.kind == "step" else f"equal {_name(comparison.margin)}"
+    if meeting.reason is not None:
+        return f"Not at {what}: {plain(meeting.reason)}"
+    if meeting.kind == "step":
+        return f"At the last common step, {meeting.value:.0f}"
+    places = ", ".join(_read_at(side, place) for side, place in zip(comparison.sides, meeting.places, strict=True))
+    drawn = ", by straight lines between audits" if any(len(place.audits) > 1 for place in meeting.places) else ""
+    return f"At equal {_name(comparison.margin)}, {number(meeting.value, signed=True)} ({places}{drawn})"
+
+
+def _read_at(side: Side, place: Between) -> str:
+    return f"{plain(side.name, 60)} {'at ' if len(place.audits) == 1 else ''}{place}"
+
+
+def _full_places(comparison: Comparison, meeting: Meeting) -> str:
+    read = [
+        _read_at(side, place)
+        for side, place in zip(comparison.sides, meeting.full, strict=True)
+        if isinstance(place, Between)
+    ]
+    return ", ".join(read) or "no full audits there"
+
+
+def _reasons(comparison: Comparison, meeting: Meeting) -> list[str]:
+    """Why figures or intervals are missing: each reason once, with the figures it is of."""
+    by_reason: dict[str, list[str]] = {}
+    for row in meeting.rows:
+        title = _TITLES[row.figure.name].split(" (")[0]
+        for side, reading in zip(comparison.sides, row.readings, strict=True):
+            if math.isnan(reading.value) and reading.reason is not None:
+                by_reason.setdefault(f"{plain(side.name, 60)}: {plain(reading.reason)}", []).append(title)
+        for difference in row.differences:
+            known = not any(math.isnan(reading.value) for reading in row.readings)
+            if known and math.isnan(difference.low) and difference.reason is not None:
+                by_reason.setdefault(f"no interval: {plain(difference.reason)}", []).append(title)
+    lines = [f"{', '.join(dict.fromkeys(titles))}: {reason}" for reason, titles in by_reason.items()]
+    return lines if len(lines) <= _MOST_REASONS else [*lines[:_MOST_REASONS], f"and {len(lines) - _MOST_REASONS} more"]
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def comparison_values(comparison: Comparison) -> dict[str, Any]:
+    """The same as plain values for JSON; what is not known is None, with its reason beside it."""
+    return {
+        "sentence": sentence(comparison),
+        "runs": [
+            {
+                "name": side.name,
+                "directory": str(side.run.directory),
+                "status": status.word,
+                "since": status.since,
+                "reason": status.reason,
+                "beta": side.newest.provenance.beta,
+                "probe_hash": side.newest.provenance.probe_hash,
+                "steps": list(side.latest),
+            }
+            for side, status in zip(comparison.sides, comparison.statuses, strict=True)
+        ],
+        "at_step": _meeting_values(comparison, comparison.at_step),
+        "at_margin": {"of": comparison.margin.name} | _meeting_values(comparison, comparison.at_margin),
+        "notes": list(comparison.notes),
+    }
+
+
+def _meeting_values(comparison: Comparison, meeting: Meeting) -> dict[str, Any]:
+    names = [side.name for side in comparison.sides]
+    values: dict[str, Any] = {"value": _finite(meeting.value), "reason": meeting.reason}
+    if meeting.kind == "step" and meeting.rows:
+        values["statuses"] = {side.name: _status_at(side, int(meeting.value)) for side in comparison.sides}
+    values["between"] = {
+        name: {"steps": [record.step for record in place.audits], "weight": place.weight}
+        for name, place in zip(names, meeting.places, strict=False)
+    }
+    values["figures"] = {
+        row.figure.name: {
+            "unit": row.figure.unit,
+            "runs": dict(zip(names, map(_reading_values, row.readings), strict=True)),
+            "differences": dict(zip(names[1:], map(_reading_values, row.differences), strict=False)),
+        }
+        for row in meeting.rows
+    }
+    return values
+
+
+def _reading_values(reading: Reading) -> dict[str, Any]:
+    return {
+        "value": _finite(reading.value),
+        "low": _finite(reading.low),
+        "high": _finite(reading.high),
+        "reason": reading.reason,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """What to call runs: the last parts of their folders, as many as tell them apart.
+
+    Example:
+        >>> short_names(["runs/a/dpo", "runs/b/dpo"]), short_names(["runs/a", "runs/b"])
+        (['a/dpo', 'b/dpo'], ['a', 'b'])
+    """
+    parts = [path.rstrip("/\\").replace("\\", "/").split("/") for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{path} ({number})" for number, path in enumerate(paths, start=1)]

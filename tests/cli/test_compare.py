@@ -1,0 +1,83 @@
+"""``align-audit compare``: a sentence first, the tables, JSON, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.commands import refused
+from tests.helpers.alert_cases import on_set
+from tests.helpers.screens import a_run
+from tests.helpers.stored_runs import record_of, store, store_path, values_of_pairs
+
+
+def test_the_first_line_says_who_is_not_well_and_what_each_has_paid(command: Any, tmp_path: Path) -> None:
+    well, broken = store(tmp_path / "well", a_run("well")), store(tmp_path / "broken", a_run("ruined"))
+    done = command("compare", well, broken)
+    assert done.code == 0, done.err
+    lines = done.out.splitlines()
+    assert lines[0] == (
+        "broken is in ERROR since step 20 (the policy is leaving its language), well is HEALTHY; "
+        "at equal reward margin +0.50 well has moved KL 0.04, broken 0.04."
+    )
+    assert "At the last common step, 40" in lines
+    status, margin = lines[4].split(), lines[5].split()
+    assert status == ["status", "HEALTHY", "ERROR"]
+    assert margin[:4] == ["reward", "margin", "+0.50", "+7.90"]
+    assert any(line.startswith("  ") and "no interval: cannot read the arrays" in line for line in lines)
+
+
+def test_differences_have_intervals_where_pairs_are_common(command: Any, tmp_path: Path) -> None:
+    folders = [store_path(tmp_path / name, [0.0, 1.0], [0.0, kl]) for name, kl in (("a", 0.1), ("b", 0.4))]
+    done = command("compare", *folders)
+    (row, _) = [line for line in done.out.splitlines() if line.startswith("KL")]
+    assert re.fullmatch(r"KL \(nats/token\) +0\.\d+ +0\.\d+ +\+0\.\d+ \[0\.\d+, 0\.\d+\]", row.strip())
+
+
+def test_json_has_the_same_with_reasons(command: Any, tmp_path: Path) -> None:
+    folders = [store_path(tmp_path / name, [0.0, 1.0], [0.0, kl]) for name, kl in (("a", 0.1), ("b", 0.4))]
+    values = json.loads(command("compare", *folders, "--json").out)
+    assert [run["name"] for run in values["runs"]] == ["a", "b"]
+    kl = values["at_step"]["figures"]["kl"]
+    assert kl["differences"]["b"]["value"] == pytest.approx(kl["runs"]["b"]["value"] - kl["runs"]["a"]["value"])
+    assert kl["differences"]["b"]["low"] < kl["differences"]["b"]["value"] < kl["differences"]["b"]["high"]
+    assert values["at_step"]["figures"]["delta_align"]["differences"]["b"]["low"] is None
+    assert "no mean over pairs" in values["at_step"]["figures"]["delta_align"]["differences"]["b"]["reason"]
+    assert values["sentence"] == command("compare", *folders).out.splitlines()[0]
+
+
+def test_runs_of_several_probe_sets_are_compared_set_by_set(command: Any, tmp_path: Path) -> None:
+    arrays = values_of_pairs(10.0, 0.2)
+    sets = {"a": ("x", "y"), "b": ("y", "x", "z"), "c": ("z", "w")}
+    folders = {
+        name: store(tmp_path / name, [on_set(record_of(10, arrays), each) for each in names])
+        for name, names in sets.items()
+    }
+    done = command("compare", folders["a"], folders["b"])
+    assert [line for line in done.out.splitlines() if line.startswith("Probes")] == ["Probes 'x'", "Probes 'y'"]
+    assert set(json.loads(command("compare", folders["a"], folders["b"], "--json").out)["probes"]) == {"x", "y"}
+    refused(
+        command("compare", folders["a"], folders["c"]), "no probe set is common to the runs (a: 'x', 'y'; c: 'z', 'w')"
+    )
+
+
+def test_what_cannot_be_compared_is_refused_in_a_line(command: Any, tmp_path: Path) -> None:
+    folder = store_path(tmp_path / "a", [0.0], [0.0])
+    refused(command("compare", folder), "expected at least two runs to compare, found ")
+    refused(command("compare", folder, tmp_path / "nowhere"), "no run log at", "nowhere")
+    failed = tmp_path / "failed" / "align_audit"
+    failed.mkdir(parents=True)
+    (failed / "failures.jsonl").touch()
+    refused(command("compare", folder, failed), "failed has no audit to compare: No audit has been made yet.")
+
+
+def test_names_of_runs_are_shown_as_text(command: Any, tmp_path: Path) -> None:
+    folders = [store_path(tmp_path / name, [0.0, 1.0], [0.0, 0.1]) for name in ("a\x1b[31m[bold]", "b")]
+    done = command("compare", *folders)
+    assert done.code == 0, done.err
+    assert "\x1b" not in done.out
+    assert "a\\x1b[31m[bold] is HEALTHY" in done.out

@@ -1,0 +1,242 @@
+"""Runs beside each other: where they meet, what differs, with which interval, and what cannot be compared."""
+
+from __future__ import annotations
+
+import doctest
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from align_audit.cli.reading import _interval
+from align_audit.config import AuditConfig
+from align_audit.errors import RecordError
+from align_audit.measures.statistics import mean_interval
+from align_audit.record import figures
+from align_audit.record.compare import Comparison, Meeting, Reading, Side, compare
+from align_audit.record.figures import FIGURES, MARGIN_SHIFT, REWARD_MARGIN
+from align_audit.record.run import AuditRun
+from tests.helpers.alert_cases import health, with_part
+from tests.helpers.audits import QUICK, audited
+from tests.helpers.stored_runs import BETA, PAIRS, record_of, store, store_path, values_of_pairs
+from tests.helpers.tiny import random_pairs, tiny_model
+
+
+def compared(*folders: Path) -> Comparison:
+    return compare([Side(folder.name, AuditRun.load(folder)) for folder in folders], _interval)
+
+
+def difference(meeting: Meeting, name: str, number: int = 0) -> Reading:
+    row = meeting.row(name)
+    assert row is not None
+    return row.differences[number]
+
+
+def readings(meeting: Meeting, name: str) -> list[float]:
+    row = meeting.row(name)
+    assert row is not None
+    return [reading.value for reading in row.readings]
+
+
+def test_the_examples_hold() -> None:
+    results = doctest.testmod(figures)
+    assert results.attempted == 2
+    assert results.failed == 0
+
+
+def test_the_values_of_pairs_give_the_numbers_of_an_audit() -> None:
+    """Of a real one, in which everything was measured that these figures are of."""
+    policy, reference = tiny_model("llama", seed=1), tiny_model("llama", seed=0)
+    config = AuditConfig.from_dict({**QUICK, "max_pairs": 30})
+    pairs = random_pairs(30)
+    looked, arrays = audited(policy, reference, pairs, AuditConfig.from_dict({**QUICK, "patching": {"enabled": False}}))
+    assert looked.provenance.pairs == 30
+    shift = MARGIN_SHIFT.sample
+    assert shift is not None
+    # Shares of the shift are known where it is.
+    pairs = pairs._take(np.flatnonzero(shift(looked, arrays).columns[:, 0] > 0))
+    record, arrays = audited(policy, reference, pairs, config)
+    record = with_part(record, "provenance", beta=BETA)
+    assert len(set(arrays["per_pair.group"].tolist())) == record.provenance.groups
+    checked = []
+    for figure in (*FIGURES, REWARD_MARGIN, MARGIN_SHIFT):
+        value = figure.read(record).value
+        if figure.sample is not None and value is not None and not math.isnan(value):
+            assert figure.sample(record, arrays).value == pytest.approx(value, rel=1e-9), figure.name
+            checked.append(figure.name)
+    assert len(checked) == 9, "all but the peak layer and delta_align"
+
+
+def test_at_the_last_common_step_pairs_are_compared_with_themselves(tmp_path: Path) -> None:
+    first = store_path(tmp_path / "a", [0.0, 0.5, 1.0], [0.0, 0.1, 0.2])
+    second = store_path(tmp_path / "b", [0.0, 1.0, 3.0, 4.0], [0.0, 0.4, 1.2, 2.0])
+    meeting = compared(first, second).at_step
+    assert (meeting.kind, meeting.value) == ("step", 20)
+    kl = [AuditRun.load(folder).load_arrays(20, "arrays")["per_pair.kl"] for folder in (first, second)]
+    expected = mean_interval(kl[1] - kl[0])
+    measured = difference(meeting, "kl")
+    assert measured.value == pytest.approx(expected.mean)
+    assert (measured.low, measured.high) == pytest.approx((expected.low, expected.high))
+    apart = (
+        mean_interval(kl[1]).high - mean_interval(kl[0]).low - (mean_interval(kl[1]).low - mean_interval(kl[0]).high)
+    )
+    assert measured.high - measured.low < 0.9 * apart, "what pairs have in common cancels"
+    shares = difference(meeting, "reward_accuracy")
+    assert shares.value == 0.0
+    assert -1.0 <= shares.low <= 0.0 <= shares.high <= 1.0
+
+
+def test_at_equal_margin_a_run_is_read_between_its_audits(tmp_path: Path) -> None:
+    first = store_path(tmp_path / "a", [0.0, 1.0, 2.0], [0.0, 0.1, 0.3])
+    second = store_path(tmp_path / "b", [0.0, 4.0], [0.0, 3.0])
+    comparison = compared(first, second)
+    meeting = comparison.at_margin
+    mean = [AuditRun.load(folder).records[-1].margins for folder in (first, second)]
+    assert meeting.value == pytest.approx(BETA * mean[0].shift.mean)
+    assert [[record.step for record in place.audits] for place in meeting.places] == [[20], [0, 10]]
+    weight = mean[0].shift.mean / mean[1].shift.mean
+    assert meeting.places[1].weight == pytest.approx(weight)
+    assert readings(meeting, "reward_margin") == pytest.approx([meeting.value] * 2)
+    assert readings(meeting, "kl") == pytest.approx([mean[0].kl.mean, weight * mean[1].kl.mean])
+    kl = [
+        AuditRun.load(folder).load_arrays(step, "arrays")["per_pair.kl"] for folder, step in ((first, 20), (second, 10))
+    ]
+    expected = mean_interval(weight * kl[1] - kl[0])
+    measured = difference(meeting, "kl")
+    assert (measured.low, measured.high) == pytest.approx((expected.low, expected.high))
+    assert difference(meeting, "reward_margin") == Reading(0.0, 0.0, 0.0)
+    assert comparison.margin is REWARD_MARGIN
+
+
+def test_a_layer_is_no_number_between_two_layers(tmp_path: Path) -> None:
+    arrays = [values_of_pairs(shift, 0.1) for shift in (0.0, 10.0, 40.0)]
+    records = [record_of(10 * place, values) for place, values in enumerate(arrays)]
+    peaks = [
+        records[0],
+        *(with_part(record, "patching", peak_layer=peak) for record, peak in zip(records[1:], (3, 5), strict=True)),
+    ]
+    moving = store(tmp_path / "moving", peaks, arrays)
+    meeting = compared(store_path(tmp_path / "a", [0.0, 2.0], [0.0, 0.1]), moving).at_margin
+    row = meeting.row("peak_layer")
+    assert row is not None
+    assert row.readings[1].reason == "3 at step 10, 5 at step 20: nothing lies between"
+
+
+def test_three_runs_are_compared_to_the_first(tmp_path: Path) -> None:
+    folders = [store_path(tmp_path / name, [0.0, 1.0], [0.0, kl]) for name, kl in (("a", 0.1), ("b", 0.2), ("c", 0.4))]
+    meeting = compared(*folders).at_step
+    values = readings(meeting, "kl")
+    assert [difference(meeting, "kl", number).value for number in (0, 1)] == pytest.approx(
+        [values[1] - values[0], values[2] - values[0]]
+    )
+
+
+# -- what cannot be compared -------------------------------------------------------------------------------------------
+
+
+def changed(folder: Path, part: str | None = None, **changes: Any) -> Path:
+    """A run of two audits of which the second differs in this."""
+    arrays = [values_of_pairs(0.0, 0.0), values_of_pairs(10.0, 0.2, seed=1)]
+    records = [record_of(10 * place, values) for place, values in enumerate(arrays)]
+    if part is None:
+        records = [record.model_copy(update=changes) for record in records]
+    else:
+        records = [with_part(record, part, **changes) for record in records]
+    return store(folder, records, arrays)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        (
+            "provenance",
+            {"probe_hash": "0" * 16},
+            "Side by side only, without differences: they were audited on other probe",
+        ),
+        (None, {"methods_version": 1}, "their numbers are of other versions of the methods (1, 2)"),
+        ("provenance", {"beta": 0.5}, "β is 0.1 and 0.5: an equal reward margin is another margin in nats"),
+        ("provenance", {"beta": None}, "β is not known of every run, so that margins are margin shifts in nats"),
+        ("provenance", {"num_layers": 6}, "Other models: llama with 12 layers and llama with 6 layers"),
+        ("provenance", {"compute_dtype": "bfloat16"}, "Other compute dtypes: float32 and bfloat16"),
+        ("provenance", {"reference_hash": "1" * 16}, "Each was compared with a reference of its own"),
+    ],
+)
+def test_what_is_not_the_same_is_said(part: str | None, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    comparison = compared(changed(tmp_path / "a"), changed(tmp_path / "b", part, **changes))
+    assert any(words in note for note in comparison.notes), comparison.notes
+    row = comparison.at_step.row("kl")
+    assert row is not None
+    assert not any(math.isnan(reading.value) for reading in row.readings)
+    assert bool(row.differences) is not words.startswith(("Side by side", "their numbers"))
+    assert comparison.margin is (MARGIN_SHIFT if changes.get("beta", 0) is None else REWARD_MARGIN)
+    if "num_layers" in changes:
+        assert (
+            difference(comparison.at_step, "peak_layer").reason
+            == "layers of models of other depths are not the same layers"
+        )
+
+
+def test_equal_runs_have_nothing_to_note(tmp_path: Path) -> None:
+    comparison = compared(changed(tmp_path / "a"), changed(tmp_path / "b"))
+    assert comparison.notes == ()
+    assert all(reading.value == 0.0 for row in comparison.at_step.rows for reading in row.differences)
+
+
+def test_without_values_of_pairs_a_difference_has_no_interval_and_says_why(tmp_path: Path) -> None:
+    arrays = values_of_pairs(10.0, 0.2)
+    shared = with_part(record_of(10, arrays), "provenance", groups=PAIRS // 2)
+    cases = {
+        "none": (store(tmp_path / "none", [record_of(10, arrays)]), "cannot read the arrays"),
+        "stale": (
+            store(tmp_path / "stale", [record_of(10, arrays)], [values_of_pairs(10.0, 0.5)]),
+            "do not give the record's number",
+        ),
+        "shared": (store(tmp_path / "shared", [shared], [arrays]), "which pairs share a prompt is not in this log"),
+        "fewer": (
+            store(tmp_path / "fewer", [record_of(10, arrays)], [{name: each[:9] for name, each in arrays.items()}]),
+            f"are not of its {PAIRS} pairs",
+        ),
+    }
+    first = store(tmp_path / "a", [record_of(10, arrays)], [arrays])
+    for folder, words in cases.values():
+        measured = difference(compared(first, folder).at_step, "kl")
+        assert measured.value == 0.0
+        assert math.isnan(measured.low)
+        assert words in (measured.reason or "")
+    grouped = arrays | {"per_pair.group": np.arange(PAIRS) // 2}
+    folders = [store(tmp_path / name, [shared], [grouped]) for name in ("b", "c")]
+    assert difference(compared(*folders).at_step, "kl").low == 0.0, "with the groups it can be drawn"
+
+
+def test_where_runs_do_not_meet_it_is_said(tmp_path: Path) -> None:
+    first = store_path(tmp_path / "a", [0.0, 1.0], [0.0, 0.1])
+    arrays = values_of_pairs(20.0, 0.2)
+    late = store(tmp_path / "late", [record_of(15, arrays)], [arrays])
+    comparison = compared(first, late)
+    assert comparison.at_step.reason == "no step was audited in every run (a: 0, 10; late: 15)"
+    assert comparison.at_margin.reason == "late: its first audit, of step 15, was beyond that margin already"
+    away = values_of_pairs(-10.0, 0.2)
+    lost = store(tmp_path / "lost", [record_of(10, away)], [away])
+    assert compared(first, lost).at_margin.reason == "no margin above 0 was reached by every run"
+
+
+def test_health_audits_say_nothing_of_where(tmp_path: Path) -> None:
+    arrays = values_of_pairs(10.0, 0.2)
+    looked = store(tmp_path / "looked", [health(record_of(10, arrays))], [arrays])
+    meeting = compared(store_path(tmp_path / "a", [0.0, 1.0], [0.0, 0.1]), looked).at_step
+    row = meeting.row("additivity")
+    assert row is not None
+    assert row.readings[1].reason == "only health was audited at this step"
+    assert not math.isnan(row.readings[0].value)
+
+
+def test_fewer_than_two_audited_runs_are_refused(tmp_path: Path) -> None:
+    first = store_path(tmp_path / "a", [0.0], [0.0])
+    with pytest.raises(RecordError, match="expected at least two runs to compare, found 1"):
+        compared(first)
+    empty = store(tmp_path / "empty", [])
+    (empty / "align_audit" / "failures.jsonl").touch()
+    with pytest.raises(RecordError, match="empty has no audit to compare: No audit has been made yet"):
+        compared(first, empty)
