@@ -21,6 +21,7 @@ from align_audit.alerts.detectors import judge
 from align_audit.errors import AlignAuditError, AnatomyError, ConfigurationError, ProbeError, ReferenceUnavailableError
 from align_audit.probes.pairs import ProbePair
 from align_audit.writers.scalars import not_known, scalars
+from tests.helpers.audits import QUICK_GENERATIONS
 from tests.helpers.dpo import ROWS, build
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 from tests.monitoring.test_callback import quick
@@ -33,6 +34,7 @@ def whole(**changes: Any) -> AuditConfig:
         "statistics": {"bootstrap_resamples": 100},
         "localization": {"selection_resamples": 5, "permutations": 3},
         "low_rank": {"ranks": [1, 4], "layers": [1]},
+        "generations": QUICK_GENERATIONS,
     }
     return AuditConfig.from_dict({**values, **changes})
 

@@ -16,7 +16,7 @@ from align_audit.config import AuditConfig
 from align_audit.models.replay import Replay
 from align_audit.models.verify import open_replay
 from tests.helpers import oracle, oracle_spinal, oracle_subspaces
-from tests.helpers.audits import audited
+from tests.helpers.audits import QUICK_GENERATIONS, audited
 from tests.helpers.tiny import FAMILIES, perturbed, random_pairs, tiny_model
 
 pytestmark = pytest.mark.device
@@ -28,6 +28,7 @@ def config(**changes: Any) -> AuditConfig:
     """Small batches, so that pairs are padded against each other and several batches are walked."""
     values = {
         "batch_tokens": 120,
+        "generations": QUICK_GENERATIONS,
         "low_rank": {"ranks": RANKS, "layers": (1,)},
         "statistics": {"bootstrap_resamples": 100},
         "seed": 3,

@@ -22,7 +22,7 @@ from align_audit.record.log import RunLog
 from align_audit.record.run import one_per_step
 from align_audit.writers.plots import gallery as plots
 from tests.cli.test_run import PICTURES
-from tests.helpers.audits import audited
+from tests.helpers.audits import QUICK_GENERATIONS, audited
 from tests.helpers.dpo import ROWS
 from tests.helpers.make_record import make_run
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
@@ -48,7 +48,9 @@ def test_a_named_set_has_the_numbers_it_has_alone(monkeypatch: pytest.MonkeyPatc
     reference = tiny_model("llama")
     policy = perturbed(reference)
     sets = {"harmless": random_pairs(6), "helpful": random_pairs(5, seed=4)}
-    config = AuditConfig.from_dict({"statistics": {"bootstrap_resamples": 100}, "batch_tokens": 150})
+    config = AuditConfig.from_dict(
+        {"statistics": {"bootstrap_resamples": 100}, "batch_tokens": 150, "generations": QUICK_GENERATIONS}
+    )
     before = torch.get_rng_state()
     records = audit(policy, reference, sets, config, step=7)
     assert len(opened) == 1

@@ -30,6 +30,9 @@ QUICK: dict[str, Any] = {
 }
 """The least that is a full audit, made wherever it is asked for, however short the run."""
 
+QUICK_GENERATIONS: dict[str, Any] = {"prompts": 2, "max_new_tokens": 8}
+"""The shortest continuations that are measured, where there have to be some: long ones take more than the rest of an audit."""
+
 QUICK_LASSO: dict[str, Any] = {"folds": 2, "selection_resamples": 1, "permutations": 1}
 """Localization by the fewest fits, where there has to be one and no claim rests on its numbers."""
 

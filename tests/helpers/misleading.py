@@ -22,6 +22,7 @@ from align_audit.lab.planting.parts import weights_of
 from align_audit.lab.planting.reading import margin_gradient, margins
 from align_audit.lab.planting.steps import norm
 from align_audit.probes.pairs import ProbePair, ProbeSet
+from tests.helpers.audits import QUICK_GENERATIONS
 from tests.helpers.tiny import VOCABULARY, tiny_model
 
 Floats = NDArray[np.float64]
@@ -51,7 +52,7 @@ def small_llama(layers: int = 4, width: int = 32, seed: int = 0, dtype: torch.dt
 def asked(**changes: Any) -> AuditConfig:
     """A configuration that patches and controls; LASSO, low rank and spectra only where asked for."""
     options: dict[str, Any] = {
-        "max_pairs": 500, "progress": False, "tensorboard": "off",
+        "max_pairs": 500, "generations": QUICK_GENERATIONS, "progress": False, "tensorboard": "off",
         "statistics": {"bootstrap_resamples": 400}, "localization": {"enabled": False},
         "low_rank": {"enabled": False}, "spinal": {"enabled": False},
     }  # fmt: skip

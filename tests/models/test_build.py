@@ -23,7 +23,7 @@ from align_audit.models.reference import Reference, policy_fingerprint
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.models.weights.from_disk import open_streamed
 from align_audit.models.weights.streaming import NotStreamable, close
-from tests.helpers.audits import audited
+from tests.helpers.audits import QUICK_GENERATIONS, audited
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 from tests.models.test_families import FAMILIES, build
 from tests.models.test_guard_state import DYNAMIC, LONG, forward, rotary
@@ -222,7 +222,7 @@ def with_reference(model: Any, folder: Path | None) -> Any:
         {
             "max_pairs": 12, "low_rank": {"enabled": False}, "localization": {"enabled": False},
             "patching": {"noise_draws": 1, "exact_pairs": 8, "keep_reference": folder is not None},
-            "statistics": {"bootstrap_resamples": 100}, "progress": False,
+            "statistics": {"bootstrap_resamples": 100}, "progress": False, "generations": QUICK_GENERATIONS,
         }
     )  # fmt: skip
     reference = Reference("a model that was passed", model=model)

@@ -18,6 +18,7 @@ from align_audit.config import AuditConfig
 from align_audit.models import module_state
 from align_audit.models.guard import untouched
 from align_audit.models.reference import Reference
+from tests.helpers.audits import QUICK_GENERATIONS
 from tests.helpers.states import changed, everything
 from tests.helpers.tiny import DEVICE, VOCABULARY, random_pairs, tiny_model
 from tests.models.test_families import build
@@ -287,7 +288,7 @@ def small(**changes: Any) -> AuditConfig:
     values: dict[str, Any] = {
         "max_pairs": 4, "low_rank": {"enabled": False}, "patching": {"noise_draws": 1, "reverse": False},
         "localization": {"enabled": False}, "spinal": {"enabled": False}, "statistics": {"bootstrap_resamples": 100},
-        "progress": False,
+        "progress": False, "generations": QUICK_GENERATIONS,
     }  # fmt: skip
     return AuditConfig.from_dict({**values, **changes})
 

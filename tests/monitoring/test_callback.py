@@ -24,7 +24,7 @@ from align_audit.auditing.session.open_models import OpenModels
 from align_audit.errors import ConfigurationError
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.writers.tensorboard import TensorBoard
-from tests.helpers.audits import QUICK
+from tests.helpers.audits import QUICK, QUICK_GENERATIONS
 from tests.helpers.dpo import Trained, build
 
 pytestmark = pytest.mark.device
@@ -508,6 +508,7 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Any:
             "statistics": {"bootstrap_resamples": 100},
             "schedule": {"every_n_steps": 1},
             "alerts": {"action": "save"},
+            "generations": QUICK_GENERATIONS,
             "tensorboard": "off",
             "progress": False,
             "strict": True,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
+from tests.helpers.audits import QUICK_GENERATIONS
 from tests.helpers.dpo import MODES, train
 
 pytestmark = pytest.mark.device
@@ -23,6 +24,7 @@ def small(**changes: Any) -> AuditConfig:
         "statistics": {"bootstrap_resamples": 100},
         "schedule": {"every_n_steps": 1},
         "budget": None,
+        "generations": QUICK_GENERATIONS,
         "tensorboard_images": False,
         "progress": False,
         "strict": True,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
+from tests.helpers.audits import QUICK_GENERATIONS
 from tests.helpers.dpo import build
 
 pytestmark = pytest.mark.device
@@ -19,7 +20,7 @@ def test_margins_equal_the_trainers(mode: str, tmp_path: Path) -> None:
         config=AuditConfig.from_dict(
             {
                 "low_rank": {"enabled": False}, "spinal": {"enabled": False}, "patching": {"enabled": False},
-                "tensorboard": "off", "strict": True, "progress": False,
+                "tensorboard": "off", "strict": True, "progress": False, "generations": QUICK_GENERATIONS,
             }
         )
     )  # fmt: skip

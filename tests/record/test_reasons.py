@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from align_audit import AuditConfig, AuditRecord, audit
 from align_audit.record.audit_record import Estimate
+from tests.helpers.audits import QUICK_GENERATIONS
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
 
@@ -43,7 +44,11 @@ def unexplained(record: AuditRecord) -> list[str]:
 def records() -> Iterator[tuple[str, AuditRecord]]:
     reference = tiny_model("llama", dtype=torch.float32)
     policy = perturbed(reference, 0.05)
-    everything = AuditConfig.from_dict({"statistics": {"bootstrap_resamples": 100}, "low_rank": {"ranks": [1, 2]}})
+    everything = AuditConfig.from_dict(
+        {
+            "statistics": {"bootstrap_resamples": 100}, "low_rank": {"ranks": [1, 2]}, "generations": QUICK_GENERATIONS,
+        }
+    )  # fmt: skip
     yield "usual", audit(policy, reference, random_pairs(12), everything)
     yield "one pair", audit(policy, reference, random_pairs(1), everything)
     yield "two pairs", audit(policy, reference, random_pairs(2), everything)

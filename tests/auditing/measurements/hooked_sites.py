@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from align_audit.config import AuditConfig
-from tests.helpers.audits import audited
+from tests.helpers.audits import QUICK_GENERATIONS, audited
 from tests.helpers.tiny import DEVICE
 
 SITES = ("attention_output", "mlp_output", "head", "block")
@@ -51,7 +51,7 @@ def config(*sites: dict[str, Any], **changes: Any) -> AuditConfig:
     return AuditConfig.from_dict({
         "batch_tokens": 120, "low_rank": {"enabled": False}, "spinal": {"enabled": False}, "seed": 3,
         "localization": {"enabled": False}, "statistics": {"bootstrap_resamples": 100},
-        "patching": {"noise_draws": 0, "reverse": False}, "sites": sites, **changes,
+        "patching": {"noise_draws": 0, "reverse": False}, "sites": sites, "generations": QUICK_GENERATIONS, **changes,
     })  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from align_audit.probes.batches import make_batch
 from align_audit.record.audit_record import Attribution, AuditRecord, Estimate
 from align_audit.writers.audit_table import summary_table
 from align_audit.writers.scalars import not_known, scalars
-from tests.helpers.audits import QUICK_LASSO, audited, session_of
+from tests.helpers.audits import QUICK_GENERATIONS, QUICK_LASSO, audited, session_of
 from tests.helpers.dpo import ROWS, build
 from tests.helpers.probe_tokenizer import make_tokenizer
 from tests.helpers.tiny import DEVICE, perturbed, random_pairs, tiny_model
@@ -43,7 +43,7 @@ def run(policy: Any, reference: Any, pairs: int, **changes: Any) -> tuple[AuditR
     config = AuditConfig.from_dict(
         {
             "low_rank": LOW_RANK, "localization": QUICK_LASSO, "statistics": {"bootstrap_resamples": 200},
-            "batch_tokens": 100, **changes,
+            "batch_tokens": 100, "generations": QUICK_GENERATIONS, **changes,
         }
     )  # fmt: skip
     return audited(policy, reference, random_pairs(pairs), config)
@@ -331,6 +331,7 @@ def test_an_audit_patches_each_layer_on_as_many_pairs_as_its_interval_needs() ->
             {
                 "patching": {"attribution_points": (0.0,), "control_pairs": 10, **patching}, "batch_tokens": 100,
                 "low_rank": LOW_RANK, "localization": QUICK_LASSO, "spinal": {"enabled": False},
+                "generations": QUICK_GENERATIONS,
             }
         )  # fmt: skip
         return audited(policy, resolved, probes, config, previous=previous)

@@ -17,7 +17,7 @@ from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.measures.subspace import GramAccumulator
 from align_audit.models.reference import resolve_reference
-from tests.helpers.audits import audited, session_of
+from tests.helpers.audits import QUICK_GENERATIONS, audited, session_of
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
 pytestmark = pytest.mark.device
@@ -35,6 +35,7 @@ def config(layers: Any = "auto") -> AuditConfig:
     return AuditConfig.from_dict(
         {
             "batch_tokens": 100,
+            "generations": QUICK_GENERATIONS,
             "low_rank": {"layers": layers, "ranks": (1, 2, 4)},
             "statistics": {"bootstrap_resamples": 100},
         }

@@ -17,7 +17,7 @@ from align_audit.auditing.measurements.measurement import AuditTask, Measurement
 from align_audit.auditing.measurements.patching import constant
 from align_audit.auditing.session.accumulators import PerPair, State
 from align_audit.models.replay import Stream
-from tests.helpers.audits import audited
+from tests.helpers.audits import QUICK_GENERATIONS, audited
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
 
@@ -64,7 +64,7 @@ def settings(**changes: Any) -> AuditConfig:
     return AuditConfig.from_dict(
         {
             "statistics": {"bootstrap_resamples": 100}, "spinal": {"enabled": False}, "low_rank": {"enabled": False},
-            "localization": {"enabled": False}, **changes,
+            "localization": {"enabled": False}, "generations": QUICK_GENERATIONS, **changes,
         }
     )  # fmt: skip
 

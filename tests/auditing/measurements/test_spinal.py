@@ -13,6 +13,7 @@ from align_audit.auditing.measurements.spinal import Spinal
 from align_audit.measures.transport import fisher_rao_distance
 from align_audit.models.replay import Replay
 from align_audit.record.audit_record import AuditRecord
+from tests.helpers.audits import QUICK_GENERATIONS
 from tests.helpers.tiny import DEVICE, perturbed, random_pairs, tiny_model
 
 pytestmark = pytest.mark.device
@@ -28,7 +29,12 @@ def models() -> tuple[Any, Any]:
 
 def traced(policy: Any, reference: Any, **changes: Any) -> AuditRecord:
     off = {name: {"enabled": False} for name in ("patching", "low_rank", "localization")}
-    return audit(policy, reference, random_pairs(PAIRS), AuditConfig.from_dict({**off, **changes}))
+    return audit(
+        policy,
+        reference,
+        random_pairs(PAIRS),
+        AuditConfig.from_dict({**off, "generations": QUICK_GENERATIONS, **changes}),
+    )
 
 
 def plain_transport(model: Any) -> list[float]:

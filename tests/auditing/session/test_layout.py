@@ -16,14 +16,17 @@ from align_audit.models.reference import resolve_reference
 from align_audit.models.verify import open_replay
 from align_audit.probes.pairs import ProbePair, ProbeSet
 from align_audit.ranks import Ranks
-from tests.helpers.audits import audited, session_of
+from tests.helpers.audits import QUICK_GENERATIONS, audited, session_of
 from tests.helpers.tiny import VOCABULARY, perturbed, random_pairs, tiny_model
 from tests.models.test_families import build
 
 pytestmark = pytest.mark.device
 
 TOLERANCE = 1e-6
-SETTINGS: dict[str, Any] = {"low_rank": {"layers": (1,), "ranks": (1, 4)}, "statistics": {"bootstrap_resamples": 100}}
+SETTINGS: dict[str, Any] = {
+    "low_rank": {"layers": (1,), "ranks": (1, 4)}, "statistics": {"bootstrap_resamples": 100},
+    "generations": QUICK_GENERATIONS,
+}  # fmt: skip
 
 
 def run(policy: Any, reference: Any, probes: ProbeSet, **changes: Any) -> Any:

@@ -16,7 +16,7 @@ import numpy as np, scipy.linalg, torch
 torch.set_num_threads(1)
 from tests.helpers.tiny import perturbed, tiny_model
 from align_audit import AuditConfig, ProbeSet
-from tests.helpers.audits import QUICK_LASSO, audited
+from tests.helpers.audits import QUICK_GENERATIONS, QUICK_LASSO, audited
 
 sizes = dict(hidden_size=128, intermediate_size=256, max_position_embeddings=4096, num_hidden_layers=3)
 reference = tiny_model("llama", dtype=torch.float32, **sizes)
@@ -42,7 +42,7 @@ def outcome(spare, pairs, length, shared):
     config = AuditConfig.from_dict({
         "batch_tokens": 10**6, "share_prompts": shared, "working_memory_mb": 4096, "patching": {"noise_draws": 1},
         "low_rank": {"layers": (1,), "ranks": (1, 2)}, "statistics": {"bootstrap_resamples": 100},
-        "localization": QUICK_LASSO,
+        "localization": QUICK_LASSO, "generations": QUICK_GENERATIONS,
     })
     run = lambda which: audited(policy, reference, which, config)
     short = [{name: ids[:8] for name, ids in row.items()} for row in rows[:2]]

@@ -10,13 +10,18 @@ import pytest
 from align_audit.auditing.measurements.spinal import Spinal
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.config import AuditConfig
-from tests.helpers.audits import audited
+from tests.helpers.audits import QUICK_GENERATIONS, audited
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
 pytestmark = pytest.mark.device
 
 CONFIG = AuditConfig.from_dict(
-    {"low_rank": {"enabled": False}, "patching": {"enabled": False}, "spinal": {"gradient_concentration": False}}
+    {
+        "low_rank": {"enabled": False},
+        "patching": {"enabled": False},
+        "spinal": {"gradient_concentration": False},
+        "generations": QUICK_GENERATIONS,
+    }
 )
 
 

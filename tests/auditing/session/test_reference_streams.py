@@ -19,7 +19,7 @@ from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError
 from align_audit.models.gradients import stream_gradients
 from align_audit.probes.batches import make_batch
-from tests.helpers.audits import QUICK_LASSO, audited
+from tests.helpers.audits import QUICK_GENERATIONS, QUICK_LASSO, audited
 from tests.helpers.dpo import build
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
@@ -36,7 +36,7 @@ def run(
         {
             "patching": how, "low_rank": {"enabled": False}, "batch_tokens": 100,
             "statistics": {"bootstrap_resamples": 100},
-            "localization": QUICK_LASSO,
+            "localization": QUICK_LASSO, "generations": QUICK_GENERATIONS,
         }
     )  # fmt: skip
     record, arrays = audited(

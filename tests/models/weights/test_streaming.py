@@ -27,7 +27,7 @@ from align_audit.models.weights import streaming as layer_stream
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.models.weights.from_disk import open_streamed
 from align_audit.models.weights.streaming import close, stream_of
-from tests.helpers.audits import audited
+from tests.helpers.audits import QUICK_GENERATIONS, audited
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 from tests.models.weights.saved import (
     IDS,
@@ -141,7 +141,12 @@ def test_an_audit_is_the_same_number_for_number(tmp_path: Path) -> None:
     policy = perturbed(load_model(folder, dtype=torch.float32))
     policy.config.name_or_path = ""
     settings = AuditConfig.from_dict(
-        {"batch_tokens": 120, "low_rank": {"ranks": [1, 4], "layers": [1]}, "statistics": {"bootstrap_resamples": 100}}
+        {
+            "batch_tokens": 120,
+            "low_rank": {"ranks": [1, 4], "layers": [1]},
+            "statistics": {"bootstrap_resamples": 100},
+            "generations": QUICK_GENERATIONS,
+        }
     )
     found = []
     for stream in (True, False):
