@@ -1,10 +1,11 @@
-"""What tests of several rooms share: pairs of models, probe pairs and quick audits; and a garbage collector that is quick."""
+"""What tests of several rooms share: models, probe pairs, quick audits, the order of files, a quick garbage collector."""
 
 from __future__ import annotations
 
 import functools
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,14 @@ from align_audit.config import AuditConfig
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.probes.pairs import ProbeSet
 from tests.helpers import audits
+from tests.helpers.longest import LONGEST
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first; within a file, and among all others, the order stays."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_collection_finish() -> None:

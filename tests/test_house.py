@@ -10,6 +10,7 @@ import pytest
 
 import align_audit
 from tests import house
+from tests.helpers.longest import LONGEST
 from tests.house import (
     ROOT,
     WITHIN,
@@ -48,6 +49,11 @@ def inside(*parts: str) -> list[Path]:
 
 def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
+
+
+def test_files_that_are_put_first_are_there() -> None:
+    assert [file for file in LONGEST if not (ROOT.parent / "tests" / file).is_file()] == []
+    assert len(set(LONGEST)) == len(LONGEST)
 
 
 def test_every_module_is_in_a_room() -> None:

@@ -46,13 +46,16 @@ def case(request: pytest.FixtureRequest) -> dict[str, Any]:
     policy = perturbed(reference)
     probes = random_pairs(8)
     record, arrays = run(policy, reference, probes, config())
-    _, chosen, rejected = oracle.margins(reference, probes.pairs)
+    margins = {"policy": oracle.margins(policy, probes.pairs), "reference": oracle.margins(reference, probes.pairs)}
+    _, chosen, rejected = margins["reference"]
     # Norms and softmax of several families compute in float32 whatever the model's dtype, so numbers that pass through
     # other shapes (padding) agree to 1e-7 of the summed |log p|, not to float64's own precision.
     scale = float(np.max(np.abs(chosen) + np.abs(rejected)))
     return {
         "policy": policy, "reference": reference, "probes": probes, "record": record, "arrays": arrays,
-        "atol": 1e-7 * scale,
+        "atol": 1e-7 * scale, "margins": margins,
+        "effects": oracle.patch_effects(policy, reference, probes.pairs),
+        "transplants": oracle.block_transplants(policy, reference, probes.pairs),
     }  # fmt: skip
 
 
@@ -63,8 +66,8 @@ def test_the_policy_differs_enough_for_the_comparison_to_mean_something(case: di
 
 
 def test_margins(case: dict[str, Any]) -> None:
-    for prefix, model in (("", case["policy"]), ("reference_", case["reference"])):
-        _, chosen, rejected = oracle.margins(model, case["probes"].pairs)
+    for prefix, name in (("", "policy"), ("reference_", "reference")):
+        _, chosen, rejected = case["margins"][name]
         np.testing.assert_allclose(case["arrays"][f"per_pair.{prefix}chosen_logp"], chosen, atol=case["atol"], rtol=0)
         np.testing.assert_allclose(
             case["arrays"][f"per_pair.{prefix}rejected_logp"], rejected, atol=case["atol"], rtol=0
@@ -74,20 +77,17 @@ def test_margins(case: dict[str, Any]) -> None:
 def test_patching_in_both_directions_and_transplants(case: dict[str, Any]) -> None:
     policy, reference, pairs = case["policy"], case["reference"], case["probes"].pairs
     expected = {
-        "effect": oracle.patch_effects(policy, reference, pairs),
+        "effect": case["effects"],
         "reverse": oracle.patch_effects(reference, policy, pairs),
-        "transplant": oracle.block_transplants(policy, reference, pairs),
+        "transplant": case["transplants"],
     }
     for name, values in expected.items():
         np.testing.assert_allclose(case["arrays"][f"per_pair.{name}"], values, atol=case["atol"], rtol=0, err_msg=name)
 
 
 def test_recovery_gains_and_additivity_are_ratios_of_sums(case: dict[str, Any]) -> None:
-    policy, reference, pairs = case["policy"], case["reference"], case["probes"].pairs
-    effects = oracle.patch_effects(policy, reference, pairs)
-    transplants = oracle.block_transplants(policy, reference, pairs)
-    delta = oracle.margins(policy, pairs)[0] - oracle.margins(reference, pairs)[0]
-    expected = oracle.summary(effects, transplants, delta)
+    delta = case["margins"]["policy"][0] - case["margins"]["reference"][0]
+    expected = oracle.summary(case["effects"], case["transplants"], delta)
     patching = case["record"].patching
     assert patching.peak_layer == expected["peak_layer"]
     if patching.recovery[0].reason is not None:

@@ -1,11 +1,14 @@
 """Run training jobs on several processes that are forked from one, so that a case costs seconds and not its imports.
 
-``launch`` starts ``python -m tests.distributed.launch`` once; that imports, then forks the ranks of one case after the
-other. A case that does not end in time is killed, and its result says so: a deadlock is a failed test, not a hung one.
+The first ``launch`` starts ``python -m tests.distributed.launch``; that imports, then forks the ranks of one case after the
+other, for every later ``launch`` too. A case that does not end in time is killed, and its result says so: a deadlock is a
+failed test, not a hung one.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import gc
 import json
 import os
@@ -13,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -26,14 +30,34 @@ def launch(folder: Path, cases: dict[str, dict[str, Any]], size: int = 2) -> dic
     """Results by case and rank: what ``jobs.run`` returned, or ``{"error": traceback}``, or ``{"hung": True}``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.launch", str(folder), str(size)],
-        capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    process, words = _launcher()
+    assert process.stdin is not None
+    print(json.dumps([str(folder), size]), file=process.stdin, flush=True)
     results = folder / "results.json"
-    assert results.is_file(), done.stdout[-4000:] + done.stderr[-4000:]
+    while not results.is_file():
+        if process.poll() is not None:
+            words.seek(0)
+            raise AssertionError(f"the launcher ended: {words.read()[-8000:]}")
+        time.sleep(0.05)
     return json.loads(results.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _launcher() -> tuple[subprocess.Popen[str], Any]:
+    """The process that ranks are forked from, and the file of what it says; it ends with this one."""
+    words = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  (closed at the exit)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.distributed.launch"],
+        stdin=subprocess.PIPE, stdout=words, stderr=words, text=True, cwd=Path(__file__).parents[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+
+    def end() -> None:
+        process.communicate()  # closes its input, which ends it
+        words.close()
+
+    atexit.register(end)
+    return process, words
 
 
 def _free_port() -> int:
@@ -84,17 +108,35 @@ def _case(folder: Path, size: int, case: dict[str, Any]) -> list[dict[str, Any]]
     return results
 
 
-def main() -> None:
-    """Run every case of a folder's ``cases.json``."""
-    folder, size = Path(sys.argv[1]), int(sys.argv[2])
-    import align_audit.monitoring.callback  # noqa: F401  (once, for all ranks of all cases)
-    import tests.distributed.jobs  # noqa: F401
+def _warm_up() -> None:
+    """Do once what every rank of every case would do anew: imports, and tables that libraries make at their first use."""
+    import scipy.stats  # noqa: F401
+    import torch
+    import torch.distributed.algorithms.ddp_comm_hooks
+    import torch.distributed.checkpoint.state_dict
+    from transformers import AutoModelForCausalLM
 
+    import tests.distributed.jobs  # noqa: F401
+    from tests.helpers.dpo import saved_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_pretrained(saved_model(Path(folder)), dtype=torch.float32)
+
+
+def main() -> None:
+    """Run every case of the ``cases.json`` of each folder that a line of the standard input names, with a number of ranks."""
+    _warm_up()
     # Every rank collects garbage, and would look through all that was imported, and copy its pages.
+    gc.collect()
     gc.freeze()
-    cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
-    results = {name: _case(folder / name, size, case) for name, case in cases.items()}
-    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    for line in sys.stdin:
+        name, size = json.loads(line)
+        folder = Path(name)
+        cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
+        results = {name: _case(folder / name, size, case) for name, case in cases.items()}
+        written = folder / "results.part"
+        written.write_text(json.dumps(results), encoding="utf-8")
+        written.rename(folder / "results.json")
 
 
 if __name__ == "__main__":
