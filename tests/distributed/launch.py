@@ -8,6 +8,7 @@ failed test, not a hung one.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
 import json
@@ -32,7 +33,8 @@ def launch(folder: Path, cases: dict[str, dict[str, Any]], size: int = 2) -> dic
     (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
     process, words = _launcher()
     assert process.stdin is not None
-    print(json.dumps([str(folder), size]), file=process.stdin, flush=True)
+    with contextlib.suppress(BrokenPipeError):  # what it said is told below
+        print(json.dumps([str(folder), size]), file=process.stdin, flush=True)
     results = folder / "results.json"
     while not results.is_file():
         if process.poll() is not None:
