@@ -19,6 +19,7 @@ from align_audit.errors import ConfigurationError, ProbeError, RecordError
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.probes.pairs import ProbePair
 from tests.helpers import oracle
+from tests.helpers.audits import QUICK_GENERATIONS
 from tests.helpers.tiny import DEVICE, WIDTH, perturbed, random_pairs, tiny_model
 from tests.record.test_reasons import unexplained
 
@@ -30,6 +31,7 @@ def settings(**low_rank: Any) -> AuditConfig:
     return AuditConfig.from_dict(
         {
             "batch_tokens": 120,
+            "generations": QUICK_GENERATIONS,
             "statistics": {"bootstrap_resamples": 100, "confidence": 0.02},
             "low_rank": {"ranks": (1, 2, 4), "layers": (1,), **low_rank},
             "seed": 3,
