@@ -17,6 +17,8 @@ SETTINGS = """\
 strict = true
 [mypy-torch.*,transformers.*,trl.*,datasets.*,peft.*,scipy.*,sklearn.*,matplotlib.*,pandas.*]
 follow_imports = skip
+[mypy-numpy.*,rich.*,yaml.*,tensorboard.*,accelerate.*,safetensors.*,tokenizers.*,huggingface_hub.*]
+follow_imports = skip
 """
 """Of a user without pydantic's plugin; large libraries are not read, since nothing here depends on them."""
 
