@@ -37,6 +37,7 @@ from align_audit.cli.options import (
 )
 from align_audit.cli.reading import card, compare
 from align_audit.cli.report import report
+from align_audit.cli.watch import watch
 from align_audit.errors import AlignAuditError, ConfigurationError, first_line, listed, plain
 from align_audit.models.pickles import refuse_pickles
 
@@ -69,6 +70,9 @@ def _root(
     ] = False,
 ) -> None:
     """Watch what preference training does inside a language model."""
+
+
+app.command()(watch)
 
 
 @app.command()

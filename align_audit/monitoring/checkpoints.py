@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from align_audit.monitoring.resumed_writers import start_writers
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import RunLog
+from align_audit.record.training_log import TrainingLog
 from align_audit.record.transfer_record import TransferRecord
 from align_audit.writers.messages import OnAlert, checked
 from align_audit.writers.registry import OF_SAVED, writers_for
@@ -104,25 +106,13 @@ def audit_saved(
         tell(f"the {len(log.records)} audits that were in {log.directory} are in {log.set_aside().name} there now")
     names = {step: folder.name for folder, step in checkpoints.items()}
     around = Surroundings(Path(output), tuple(sets), on_alert=checked(on_alert), checkpoints=names)
-    writers = start_writers(writers_for(config, around, OF_SAVED), log)
-    progress = progress_bar if config.progress else None
-    # An error ends the audit of a checkpoint.
-    monitor = Monitor(sets, config, log, writers=writers, progress=progress, strict=True)
-    shared = SharedReference(reference, trust_remote_code)
+    opening: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     records: list[AuditRecord] = []
     broken: dict[Path, AlignAuditError] = {}
-    with contextlib.closing(writers):
+    with contextlib.closing(CheckpointAuditor(log, sets, config, reference, around, tell=tell, **opening)) as auditor:
         for folder, step in _in_turn(checkpoints, log, on_turn):
             try:
-                policy = load_policy(
-                    folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code, reference=reference
-                )
-                resolved = shared.of(policy, folder)
-                hashes = policy_fingerprint(policy), resolved.fingerprint()
-                origin = check_origin(
-                    folder, step or None, policy, resolved, hashes, sets, named=reference is not None, tell=tell
-                )
-                records += _audit_checkpoint(policy, resolved, hashes, Moment(step, origin=origin), monitor, log)
+                records += auditor.audit(auditor.prepare(auditor.load(folder), folder, step))
             except (AnatomyError, ReferenceUnavailableError) as error:
                 if len(checkpoints) == 1:
                     raise
@@ -157,22 +147,122 @@ def _some_of(audits: SavedAudits) -> SavedAudits:
     return audits
 
 
-def _audit_checkpoint(
-    policy: nn.Module, reference: Reference, hashes: tuple[str, str], moment: Moment, monitor: Monitor, log: RunLog
-) -> list[AuditRecord]:
-    """The records of one checkpoint, by probe set: those that the log holds, and new ones.
+@dataclass(frozen=True)
+class PreparedAudit:
+    """A checkpoint that was compared with its reference and with what is in the log, ready to be audited.
+
+    Attributes:
+        stored: what the log holds of this audit already, by probe set.
+    """
+
+    models: OpenModels
+    moment: Moment
+    stored: Mapping[str | None, AuditRecord]
+
+
+class CheckpointAuditor:
+    """Audits saved checkpoints, one after the other, into one log; the writers and the reference serve for all.
 
     Args:
-        hashes: of policy and reference.
+        log: that they go into.
+        sets: probe sets by name.
+        reference: a folder or hub name; None: the one that each checkpoint comes with.
+        around: what the writers of the run have to know.
+        tell: is given a line for what is not as a checkpoint's own run recorded it.
+        device, dtype, trust_remote_code: as of :func:`audit_saved`.
+        training_log: what the checkpoints' trainer has logged; None: it is not known.
+
+    Raises:
+        ConfigurationError: a writer cannot write.
     """
-    sets = monitor.probe_sets
-    stored = _stored(moment.step, hashes, sets, monitor.config, log, one_reference=not reference.shares_weights)
-    for record in stored.values():
-        monitor.tell(record)
-    monitor.resume(moment.step)
-    outcome = monitor.audit(OpenModels(policy, reference, hashes=hashes), moment)
-    by_name = {**stored, **outcome.records}
-    return [by_name[name] for name in sets]
+
+    def __init__(
+        self,
+        log: RunLog,
+        sets: Mapping[str | None, ProbeSet],
+        config: AuditConfig,
+        reference: str | None,
+        around: Surroundings,
+        *,
+        device: str = "cpu",
+        dtype: str | None = None,
+        trust_remote_code: bool = False,
+        training_log: TrainingLog | None = None,
+        tell: Callable[[str], None] = logger.error,
+    ) -> None:
+        self._log = log
+        self._path = reference
+        self._reference = SharedReference(reference, trust_remote_code)
+        self._opening: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        self._tell = tell
+        self._writers = start_writers(writers_for(config, around, OF_SAVED), log)
+        progress = progress_bar if config.progress else None
+        # An error ends the audit of a checkpoint.
+        self.monitor = Monitor(
+            sets,
+            config,
+            log,
+            writers=self._writers,
+            progress=progress,
+            strict=True,
+            training_log=training_log,
+        )
+
+    def load(self, folder: Path) -> nn.Module:
+        """The policy that was saved in a folder.
+
+        Raises:
+            ReferenceUnavailableError: as :func:`~align_audit.models.reference.load_policy`.
+        """
+        return load_policy(folder, reference=self._path, **self._opening)
+
+    def reference_of(self, policy: nn.Module, folder: Path) -> Reference:
+        """The reference of a policy (see :meth:`SharedReference.of`)."""
+        return self._reference.of(policy, folder)
+
+    def prepare(
+        self, policy: nn.Module, folder: Path, step: int, *, rewritten: bool = False, **kept: Any
+    ) -> PreparedAudit:
+        """Compare a policy with its run's own log, with its reference, and with what this log holds of it.
+
+        Args:
+            policy: as :meth:`load` gives it.
+            folder: where it was loaded from.
+            rewritten: other weights than the log has of this step are those of a training that was resumed before it.
+            kept: what else the new records keep, under ``extra``.
+
+        Raises:
+            ReferenceUnavailableError: there is none, or it is not the run's.
+            ConfigurationError: the log holds audits that these cannot stand beside.
+        """
+        reference = self.reference_of(policy, folder)
+        hashes = policy_fingerprint(policy), reference.fingerprint()
+        sets, config = self.monitor.probe_sets, self.monitor.config
+        origin = check_origin(
+            folder, step or None, policy, reference, hashes, sets, named=self._path is not None, tell=self._tell
+        )
+        stored = _stored(
+            step, hashes, sets, config, self._log, one_reference=not reference.shares_weights, rewritten=rewritten
+        )
+        moment = Moment(step, origin=origin, saved_in=folder.resolve().parent, kept=kept)
+        return PreparedAudit(OpenModels(policy, reference, hashes=hashes), moment, stored)
+
+    def audit(self, prepared: PreparedAudit) -> list[AuditRecord]:
+        """The records of one checkpoint, by probe set: those that the log holds, which are shown again, and new ones.
+
+        Raises:
+            Exception: what broke the audit, which is among the log's failures.
+        """
+        for record in prepared.stored.values():
+            self.monitor.tell(record)
+        self.monitor.resume(prepared.moment.step)
+        outcome = self.monitor.audit(prepared.models, prepared.moment)
+        by_name = {**prepared.stored, **outcome.records}
+        return [by_name[name] for name in self.monitor.probe_sets]
+
+    def close(self) -> None:
+        """Let go of the writers: the table is printed, and whatever they send is sent."""
+        self._writers.close()
 
 
 def transfer_saved(
@@ -258,11 +348,13 @@ def _stored(
     log: RunLog,
     *,
     one_reference: bool,
+    rewritten: bool,
 ) -> dict[str | None, AuditRecord]:
     """The records of these very audits that the log holds, by the name of their set.
 
     Args:
         weights: hashes of policy and reference.
+        rewritten: see :meth:`CheckpointAuditor.prepare`.
 
     Raises:
         ConfigurationError: the log holds audits that these cannot stand beside.
@@ -277,7 +369,7 @@ def _stored(
         elif head.reference_hash != reference and (one_reference or head.step == step):
             odd = "against another reference"
         elif head.step == step and head.policy_hash != policy:
-            odd = "of another model"
+            odd = None if rewritten else "of another model"
         elif head.step == step and not config.measures_as(records[place].provenance.config):
             odd = "with other options"
         elif head.step == step and name in sets:

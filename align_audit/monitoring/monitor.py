@@ -56,6 +56,8 @@ class Moment:
         training: what stands of training; None for a saved checkpoint.
         unaffordable: see :class:`~align_audit.monitoring.schedule.Due`.
         origin: of a saved checkpoint: what the log of its run says of it.
+        saved_in: the folder that the run's checkpoints lie in; None: the one that the log's folder lies in.
+        kept: what else the record keeps, under ``extra``.
     """
 
     step: int
@@ -69,6 +71,8 @@ class Moment:
     last_sync_step: int | None = None
     compare_precomputed: bool = True
     origin: Origin | None = None
+    saved_in: Path | None = None
+    kept: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -387,6 +391,8 @@ class Monitor:
         if self.log is None:
             return
         record = result.record if moment.origin is None else moment.origin.noted(result.record)
+        if moment.kept:
+            record = record.model_copy(update={"extra": {**record.extra, **moment.kept}})
         if self.pace is not None and moment.training is not None:
             occasion = self.pace.occasion(record, moment.reason, moment.training, moment.unaffordable)
             record = record.model_copy(update={"occasion": occasion})
@@ -434,7 +440,7 @@ class Monitor:
         max_steps = None if moment.training is None else moment.training.max_steps
         alerts = judge(record, earlier, rows, self.config.alerts, max_steps=max_steps)
         knobs = {"beta": moment.beta, "learning_rate": moment.learning_rate}
-        folder = self.log.directory.parent
+        folder = moment.saved_in or self.log.directory.parent
         return advise(alerts, earlier, rows, checkpoints=_checkpoints(folder), output_dir=str(folder), **knobs)
 
 

@@ -1,0 +1,203 @@
+"""The screen of ``align-audit watch``: many runs in one table, read from their logs as they grow. It loads no model."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from align_audit.errors import ConfigurationError, named, plain
+from align_audit.record.followed import FollowedRun, log_folders
+from align_audit.record.status import Status
+from align_audit.writers.alert_command import AlertCommand
+from align_audit.writers.runs_table import RunRow, RunsTable, by_weight, row_of_run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_SEARCH_SHARE = 0.05
+"""Of the time that may go into looking for runs in large folders."""
+_AROUND = 8
+"""Lines of a terminal that are not rows of the table."""
+
+
+class Board:
+    """The runs below some folders, and how each stands.
+
+    Args:
+        places: runs, or folders that hold runs.
+        on_alert: is given the run's folder and an alert, for each that opens or gets worse after the first look.
+    """
+
+    def __init__(self, places: Sequence[Path], on_alert: Callable[[str, Any], object] | None = None) -> None:
+        self._places = places
+        self._on_alert = on_alert
+        self._runs: dict[Path, FollowedRun] = {}
+        self._names: dict[Path, str] = {}
+        self._next_search = 0.0
+        self._looked = False
+        self.rows: dict[Path, RunRow] = {}
+        self.gone: list[str] = []
+        """Names of runs that were there and are no more."""
+
+    def refresh(self) -> bool:
+        """Look again; whether anything has changed."""
+        changed = self._search()
+        for folder, followed in self._runs.items():
+            changed = self._refresh(folder, followed) or changed
+        self._looked = True
+        return changed
+
+    def _search(self) -> bool:
+        began = time.monotonic()
+        if self._looked and began < self._next_search:
+            return False
+        named_logs = {log: name for place in self._places for log, name in _named_logs(place, len(self._places))}
+        gone = self._runs.keys() - named_logs.keys()
+        for folder in gone:
+            del self._runs[folder], self.rows[folder]
+        self.gone = [name for name in self.gone if name not in named_logs.values()]
+        self.gone += sorted(self._names[folder] for folder in gone)
+        for folder in named_logs.keys() - self._runs.keys():
+            self._runs[folder] = FollowedRun(folder)
+        fresh = bool(gone) or self._names != named_logs
+        self._names = named_logs
+        now = time.monotonic()
+        self._next_search = now + (now - began) / _SEARCH_SHARE
+        return fresh
+
+    def _refresh(self, folder: Path, followed: FollowedRun) -> bool:
+        try:
+            changed, alerts = followed.refresh()
+            if changed or folder not in self.rows:
+                self.rows[folder] = row_of_run(followed.run, self._names[folder], followed.trouble)
+        except Exception as error:  # one run's log ends no screen of many
+            row = RunRow(
+                self._names[folder], str(folder.parent), Status("BLIND", None, f"It cannot be shown: {named(error)}.")
+            )
+            changed, alerts = row != self.rows.get(folder), []
+            self.rows[folder] = row
+        if self._looked and self._on_alert is not None:
+            for alert in alerts:
+                if alert.level != "info":
+                    self._on_alert(str(folder.parent), alert)
+        return changed
+
+
+def _named_logs(place: Path, places: int) -> Iterable[tuple[Path, str]]:
+    """The logs at a place, and what their runs are called: by their path inside it, under its own name where there are more."""
+    for log in log_folders(place):
+        run = log.parent
+        inside = run.relative_to(place).as_posix() if run.is_relative_to(place) else "."
+        name = plain(run.resolve().name if inside == "." else inside if places == 1 else f"{place}/{inside}")
+        yield log, name
+
+
+def look_at_runs(
+    places: Sequence[Path],
+    *,
+    every: float,
+    once: bool,
+    as_json: bool,
+    command: str | None,
+    tell: Callable[[str], None],
+    wait: Callable[[float], None] = time.sleep,
+) -> int:
+    """Show how runs stand, once or until a keyboard interrupt; the exit status.
+
+    Raises:
+        ConfigurationError: there is nothing to look at, or no command can be read.
+    """
+    for place in places:
+        if not place.is_dir():
+            raise ConfigurationError(f"no folder at {plain(place)}: expected a run, or a folder that holds runs")
+    if once and command is not None:
+        raise ConfigurationError(
+            "--exec runs a command for alerts that come while it watches; with --once there are none: take its exit status"
+        )
+    notes: list[str] = []
+    alerts = None if command is None else AlertCommand(command, notes.append)
+    board = Board(places, None if alerts is None else alerts.run)
+    board.refresh()
+    if once:
+        if not board.rows:
+            listed = ", ".join(map(plain, places))
+            raise ConfigurationError(f"no run in {listed}: expected folders with an align_audit log in them")
+        show = _print_json if as_json else _print_table
+        show(board, notes)
+        return int(any(row.status.word == "ERROR" for row in board.rows.values()))
+    try:
+        if as_json:
+            _stream_json(board, every, notes, tell, wait)
+        else:
+            _live(board, every, notes, wait)
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+def _print_json(board: Board, notes: Sequence[str]) -> None:
+    now = datetime.now(UTC)
+    for row in by_weight(list(board.rows.values())):
+        typer.echo(json.dumps(row.as_json(now)))
+
+
+def _print_table(board: Board, notes: Sequence[str]) -> None:
+    _console().print(_table(board, notes))
+
+
+def _stream_json(
+    board: Board, every: float, notes: list[str], tell: Callable[[str], None], wait: Callable[[float], None]
+) -> None:
+    """A line for each run now, and for one that has changed whenever it has."""
+    shown: dict[Path, RunRow] = {}
+    while True:
+        now = datetime.now(UTC)
+        for folder, row in board.rows.items():
+            if shown.get(folder) is not row:
+                typer.echo(json.dumps(row.as_json(now)))
+        sys.stdout.flush()
+        shown = dict(board.rows)
+        while notes:
+            tell(notes.pop(0))
+        wait(every)
+        board.refresh()
+
+
+def _live(board: Board, every: float, notes: Sequence[str], wait: Callable[[float], None]) -> None:
+    """Redrawn in place on a terminal; off one, printed whenever something has changed."""
+    from rich.live import Live
+
+    console = _console()
+    if not console.is_terminal:
+        changed = True
+        while True:
+            if changed:
+                console.print(_table(board, notes))
+            wait(every)
+            changed = board.refresh()
+    with Live(_table(board, notes, console), console=console, auto_refresh=False, screen=True) as live:
+        while True:
+            wait(every)
+            board.refresh()
+            live.update(_table(board, notes, console), refresh=True)
+
+
+def _table(board: Board, notes: Sequence[str], console: Console | None = None) -> RunsTable:
+    lines = [f"{name} is gone" for name in board.gone[-3:]] + list(notes[-3:])
+    if not board.rows:
+        lines.append("no run yet: waiting for align_audit logs")
+    most = None if console is None else max(console.height - _AROUND - len(lines), 3)
+    return RunsTable(list(board.rows.values()), datetime.now(UTC), most, tuple(lines))
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(highlight=False)

@@ -1,0 +1,140 @@
+"""Many runs in one table: red first, whatever their names; what is wrong with the worst of them, and what to do."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.log import Failure
+from align_audit.record.run import AuditRun
+from align_audit.writers.runs_table import RunRow, RunsTable, row_of_run, sparkline
+from tests.helpers.alert_cases import about, on_set, with_margins
+from tests.helpers.screens import LOG, a_run, calm
+
+NOW = datetime(2026, 1, 1, 0, 43, tzinfo=UTC)
+ESCAPE = "\x1b[31m[bold]x[/bold]"
+
+
+def row(records: Sequence[AuditRecord], name: str = "run", trouble: str | None = None, **run: Any) -> RunRow:
+    stored = AuditRun(Path("runs") / name / "align_audit", records, [], run.pop("failures", []), training_log=LOG)
+    return row_of_run(stored, name, trouble)
+
+
+def lines(*rows: RunRow, width: int = 80, encoding: str = "utf-8", **table: Any) -> list[str]:
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding=encoding)
+    Console(file=file, width=width, force_terminal=True, color_system=None, highlight=False).print(
+        RunsTable(rows, NOW, **table)
+    )
+    file.flush()
+    return [line.rstrip() for line in raw.getvalue().decode(encoding).splitlines()]
+
+
+RUINED, WELL = row(a_run("ruined"), "zebra"), row(a_run("well"), "ant")
+BLIND = row([], "mole", failures=[Failure(step=3, time="2026-01-01T00:03:00+00:00", error="Traceback\nValueError: no")])
+
+
+def test_red_first_then_silence_then_health() -> None:
+    shown = lines(WELL, BLIND, RUINED)
+    assert shown[0].startswith("3 runs: 1 ERROR, 1 BLIND, 1 HEALTHY")
+    assert [line.split()[0] for line in shown[2:5]] == ["ERROR", "BLIND", "HEALTHY"]
+    assert shown[2].split()[1:3] == ["20", "40"], "since which step, and how far"
+    assert shown[2].split()[4] == "−5.40" and shown[2].split()[6] == "9.40"
+    assert shown[2].split()[-3:] == ["3", "min", "zebra"], "age of the last audit"
+    assert shown[6] == "zebra  the policy is leaving its language, since step 20"
+    assert "last clean audit: step 10" in " ".join(shown[7:])
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_nothing_is_wider_than_the_terminal(width: int) -> None:
+    wide = row(a_run("ruined") * 3, "a/very/long/path/of/a/run/that/nobody/can/tell/from/another/but-for-its-end")
+    shown = lines(wide, WELL, width=width)
+    assert max(map(len, shown)) <= width
+    assert all(word in shown[2] for word in ("ERROR", "−5.40", "9.40", "-its-end"[-3:]))
+
+
+def test_of_a_healthy_few_nothing_more_is_said() -> None:
+    assert len(lines(WELL)) == 3
+
+
+def test_a_run_without_audits_says_what_broke_them() -> None:
+    shown = lines(BLIND, WELL)
+    assert shown[5].startswith("mole  No audit has come through; the last broke at step 3: ValueError: no")
+    assert "failures.jsonl" in " ".join(shown[6:])
+    assert BLIND.as_json(NOW)["failures"] == 1
+
+
+def test_the_newest_of_the_errors_is_named() -> None:
+    later = [record.model_copy(update={"step": record.step + 5}) for record in a_run("ruined")]
+    assert "zebra" in lines(RUINED, row([calm(0)], "new"), WELL)[6]
+    moved = row(
+        [
+            record.model_copy(
+                update={"provenance": record.provenance.model_copy(update={"created": "2026-01-02T00:00:00+00:00"})}
+            )
+            for record in later
+        ],
+        "badger",
+    )
+    assert lines(RUINED, moved, WELL)[6].startswith("badger")
+
+
+def test_more_runs_than_lines() -> None:
+    shown = lines(RUINED, *[row(a_run("well"), f"run-{place}") for place in range(9)], most_rows=3)
+    assert [line.split()[0] for line in shown[2:5]] == ["ERROR", "HEALTHY", "HEALTHY"]
+    assert shown[5] == "and 7 HEALTHY more"
+
+
+def test_the_worst_of_several_probe_sets_is_shown() -> None:
+    records = [
+        *(on_set(record, "harmless") for record in a_run("well")),
+        *(on_set(record, "helpful") for record in a_run()),
+    ]
+    both = row(records)
+    assert both.status.word == "ERROR"
+    assert lines(both)[2].endswith("run (helpful)")
+    assert both.as_json(NOW)["probes"] == "helpful"
+
+
+def test_a_log_that_cannot_be_read_is_not_healthy() -> None:
+    assert row(a_run("well"), trouble="no permission.").status.word == "BLIND"
+    assert row(a_run("ruined"), trouble="no permission.").status.word == "ERROR", "what was read still holds"
+
+
+def test_plain_json_whatever_is_not_known() -> None:
+    odd = row([with_margins(calm(5), kl=about(math.nan), accuracy=about(math.inf))])
+    read = json.loads(json.dumps(odd.as_json(NOW), allow_nan=False))
+    assert (read["kl"], read["reward_accuracy"], read["step"]) == (None, None, 5)
+    told = RUINED.as_json(NOW)
+    assert (told["run"], told["folder"], told["status"], told["since"]) == ("zebra", "runs/zebra", "ERROR", 20)
+    assert told["age_seconds"] == 180.0
+    assert told["alerts"][0]["level"] == "error" and told["to_do"]
+
+
+def test_names_are_text_and_all_can_be_encoded() -> None:
+    shown = lines(row(a_run("ruined"), ESCAPE), WELL, width=120, encoding="ascii")
+    assert "\x1b[31m" not in "".join(shown)
+    assert "[bold]x[/bold]" in shown[2]
+    assert "?" not in shown[2], "bars that this output has"
+
+
+def test_bars_reach_from_the_lowest_to_the_highest() -> None:
+    assert sparkline([-1.0, 0.0, 1.0], -1.0, 1.0) == "▁▅█"
+    assert sparkline([math.nan, math.inf, -math.inf, 5.0], 0.0, 1.0) == " █▁█"
+    assert sparkline([0.0, 0.0], 0.0, 0.0) == "▁▁"
+    assert sparkline([0.0, 1.0], 0.0, 1.0, ascii_only=True) == "_#"
+
+
+def test_what_is_far_from_a_limit_looks_flat() -> None:
+    """Noise of a healthy run, stretched to the height of a line, would look like a ruin."""
+    records = [with_margins(calm(step), kl=about(0.01 * (step % 3))) for step in range(0, 12)]
+    assert set(lines(row(records), width=120)[2].split()[5]) <= set("▁▂")
