@@ -19,7 +19,7 @@ BOUND_TESTS := tests/monitoring/test_callback.py tests/monitoring/test_reference
 	tests/models/weights/test_not_streamed.py tests/models/weights/test_from_host.py \
 	tests/writers/test_tensorboard.py tests/cli/test_options.py tests/cli/test_run.py
 
-.PHONY: demo test fuzz test-all test-gpu test-lowest test-newest lint lock wheel-check install python clean
+.PHONY: demo test docs fuzz test-all test-gpu test-lowest test-newest lint lock wheel-check install python clean
 
 install: $(STAMP)
 
@@ -50,6 +50,12 @@ test: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+
+# The documents as a site, in build/site: links, anchors and docstrings are checked, and a warning is an error.
+docs: $(STAMP)
+	$(BIN)/uv venv --quiet --allow-existing --python $(PYTHON) .venv-docs
+	$(BIN)/uv pip install --quiet --python .venv-docs/bin/python --group docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
 
 # Records, options, probe files and command lines that nobody wrote: so many of each test, 20,000 and more in all, drawn anew
 # each time. `make test` tries a few, always the same ones.
