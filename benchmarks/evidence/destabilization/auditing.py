@@ -58,7 +58,6 @@ def _audits(case: Case, folder: Path, kind: AuditKind, steps: Sequence[int]) -> 
             config,
             step,
             kind=kind,
-            occasion=Occasion(reason=_reason(step, kind)),
             at_start=step == 0,
             beta=settings.beta,
             last_sync_step=_last_sync(settings.sync_every, step),
@@ -67,7 +66,7 @@ def _audits(case: Case, folder: Path, kind: AuditKind, steps: Sequence[int]) -> 
         with OpenModels(policy, Reference(SOURCE, model=model)) as models:
             result = run_audit(models, request, cache)
         previous = result.left
-        yield result.record
+        yield result.record.model_copy(update={"occasion": Occasion(reason=_reason(step, kind))})
 
 
 def _reason(step: int, kind: AuditKind) -> str:
