@@ -6,6 +6,7 @@ that JSON does not know are words, as in records. What is no number (the trainer
 
 from __future__ import annotations
 
+import contextlib
 import json
 import numbers
 import os
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from align_audit.files import append_whole, wait_until_on_disk
 from align_audit.record.lines import read_lines, repair
@@ -122,6 +123,16 @@ def read_training_log(path: Path) -> list[LogRow]:
         RecordError: the file cannot be read at all.
     """
     return course_of(LogRow(line.step, line.logs) for line in read_lines(path, _Line))
+
+
+def rows_of(lines: Iterable[bytes]) -> list[LogRow]:
+    """What lines of a file say, in their order; one that cannot be read is left out."""
+    rows = []
+    for line in lines:
+        with contextlib.suppress(ValidationError):
+            parsed = _Line.model_validate_json(line)
+            rows.append(LogRow(parsed.step, parsed.logs))
+    return rows
 
 
 def course_of(rows: Iterable[LogRow]) -> list[LogRow]:

@@ -1,0 +1,187 @@
+"""The logs of runs that are under way, read as they grow: what was parsed once is not parsed again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from align_audit.errors import RecordError, first_line, plain
+from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.lock import identity_of
+from align_audit.record.log import ALERTS, FAILURES, FOLDER, RECORDS, Failure
+from align_audit.record.run import AuditRun
+from align_audit.record.stored_records import StoredRecords, events_of, head_of_line
+from align_audit.record.training_log import TRAINING, LogRow, course_of, rows_of
+
+DEPTH = 4
+"""How many folders deep runs are looked for."""
+
+
+def log_folders(place: Path, depth: int = DEPTH) -> list[Path]:
+    """The ``align_audit`` folders of the runs at a place: that of the run that it is, or of those in it, however deep.
+
+    Links to folders are not followed, and checkpoints not looked into; what cannot be read holds no runs.
+    """
+    if _is_log(place):
+        return [place]
+    return sorted(_logs_in(place, depth))
+
+
+def _logs_in(place: Path, depth: int) -> Iterator[Path]:
+    if _is_log(place / FOLDER):
+        yield place / FOLDER
+    if depth == 0:
+        return
+    try:
+        inside = [entry.name for entry in os.scandir(place) if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return
+    for name in inside:
+        if name != FOLDER and not name.startswith(("checkpoint-", ".")):
+            yield from _logs_in(place / name, depth - 1)
+
+
+def _is_log(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (RECORDS, ALERTS, FAILURES))
+
+
+class FollowedRun:
+    """One run's log, which another process may be writing, or delete, or begin anew.
+
+    Attributes:
+        directory: of the log.
+        run: as it was at the last :meth:`refresh`.
+        skipped: lines that could not be read.
+        trouble: why the log, or a part of it, cannot be read, in a sentence; None: it can.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.skipped = 0
+        self.trouble: str | None = None
+        self._files = {name: _Tail(directory / name) for name in (RECORDS, FAILURES, TRAINING)}
+        self._records = StoredRecords()
+        self._failures: list[Failure] = []
+        self._rows: list[LogRow] = []
+        self._told: set[str] = set()
+        self._unread: str | None = None
+        """What is wrong with the last record that could not be read."""
+        self.run = self._as_run()
+
+    def refresh(self) -> tuple[bool, list[Alert]]:
+        """Read what is new.
+
+        Returns:
+            Whether anything is, and the alerts that opened or got worse in it. An alert is told of once, also of a log that
+            was written again.
+        """
+        trouble, self.trouble = self.trouble, None
+        changed, alerts = False, []
+        try:
+            for name, tail in self._files.items():
+                began_anew, lines = tail.read()
+                if began_anew:
+                    self._forget(name)
+                alerts += self._take(name, lines)
+                changed = changed or began_anew or bool(lines)
+        except (OSError, RecordError) as error:
+            self.trouble = f"The log cannot be read: {first_line(error).rstrip('.')}."
+        if self.trouble is None and self._unread is not None:
+            self.trouble = f"{self.skipped} lines of the log cannot be read: {self._unread.rstrip('.')}."
+        if changed:
+            self.run = self._as_run()
+        return changed or trouble != self.trouble, alerts
+
+    def _as_run(self) -> AuditRun:
+        records = self._records.by_step()
+        return AuditRun(self.directory, records, records.alerts, list(self._failures), training_log=list(self._rows))
+
+    def _forget(self, name: str) -> None:
+        if name == RECORDS:
+            self._records, self.skipped, self._unread = StoredRecords(), 0, None
+        elif name == FAILURES:
+            self._failures = []
+        else:
+            self._rows = []
+
+    def _take(self, name: str, lines: list[bytes]) -> list[Alert]:
+        if name == TRAINING:
+            self._rows = course_of([*self._rows, *rows_of(lines)]) if lines else self._rows
+            return []
+        if name == FAILURES:
+            self._failures += self._read_failures(lines)
+            return []
+        first = len(self._records)
+        for line in lines:
+            self._take_record(line)
+        return self._news(alert for head in self._records.heads[first:] for alert in head.alerts)
+
+    def _take_record(self, line: bytes) -> None:
+        where = f"a line of {plain(self.directory / RECORDS)}"
+        head = head_of_line(line)
+        if head is not None:
+            self._records.append_line(head, line, where)
+            return
+        try:
+            self._records.append(AuditRecord.from_json(line, where), line, where)
+        except RecordError as error:
+            self.skipped += 1
+            self._unread = first_line(error)
+
+    def _read_failures(self, lines: list[bytes]) -> Iterator[Failure]:
+        for line in lines:
+            try:
+                yield Failure.model_validate_json(line)
+            except ValidationError:
+                self.skipped += 1
+
+    def _news(self, alerts: Iterable[Alert]) -> list[Alert]:
+        news = []
+        for alert in events_of(alerts):
+            words = alert.model_dump_json()
+            if alert.event != "resolved" and words not in self._told:
+                news.append(alert)
+            self._told.add(words)
+        return news
+
+
+class _Tail:
+    """A file that grows: its whole lines, each given once."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._identity: tuple[int, int] | None = None
+        self._end = 0
+        """Of the last whole line that was given."""
+
+    def read(self) -> tuple[bool, list[bytes]]:
+        """Whether the file is another than it was (or shorter, or gone), and the lines that are new.
+
+        Raises:
+            OSError: it is there and cannot be read.
+        """
+        identity = identity_of(self._path)
+        began_anew = self._identity is not None and identity != self._identity
+        if identity is None or began_anew:
+            self._end = 0
+        self._identity = identity
+        if identity is None:
+            return began_anew, []
+        try:
+            with self._path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size < self._end:
+                    began_anew, self._end = True, 0
+                if size == self._end:
+                    return began_anew, []
+                file.seek(self._end)
+                data = file.read(size - self._end)
+        except FileNotFoundError:  # deleted just now: the next look says so
+            return began_anew, []
+        # What has no newline yet is being written.
+        whole = data[: data.rfind(b"\n") + 1]
+        self._end += len(whole)
+        return began_anew, [line for line in whole.split(b"\n") if line.strip()]
