@@ -124,7 +124,7 @@ class ShownRuns:
             }
             for log, row in rows
         ]
-        return {"format": FORMAT, "runs": runs, "hint": "" if runs else self.hint()}
+        return {"runs": runs, "hint": "" if runs else self.hint()}
 
     def hint(self) -> str:
         """What to do where no run is to be seen."""
@@ -141,12 +141,12 @@ class ShownRuns:
             "a folder that holds it."
         )
 
-    def page(self, key: str) -> tuple[str, bytes] | None:
+    def page(self, key: str) -> bytes | None:
         """The data of a run's page.
 
         Returns:
-            Its version, and JSON: the value of :func:`~align_audit.writers.web.page_data.page_data` with ``trouble``, what
-            of the log cannot be read (None: nothing). None: there is no such run.
+            JSON: the value of :func:`~align_audit.writers.web.page_data.page_data` with ``trouble``, what of the log cannot be
+            read (None: nothing). None: there is no such run.
         """
         log = next((log for log in self.logs() if log.key == key), None)
         if log is None:
@@ -162,7 +162,7 @@ class ShownRuns:
                 kept.run.refresh()
                 kept.content = json.dumps(_data(kept.run, row), allow_nan=False, separators=(",", ":")).encode()
                 kept.version = row.version
-            return kept.version, kept.content
+            return kept.content
 
     def _row(self, log: AuditLog) -> RunRow:
         kept = self._logs.get(log.key) or _Log()

@@ -7,7 +7,6 @@ files, the report's among them, and what runs say comes as JSON, which the front
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -70,35 +69,26 @@ class AlignAuditTab(TBPlugin):  # type: ignore[misc]
             try:
                 return answer(request)
             except Exception as error:  # an answer, where TensorBoard would end the connection with a page of its own
-                return _json(request, {"error": f"align_audit cannot show this: {plain(named(error), 500)}"}, code=500)
+                words = f"align_audit cannot show this: {plain(named(error), 500)}"
+                return _respond(request, {"error": words}, "application/json", 500)
 
         return application
 
     def _list(self, request: Request) -> Response:
-        return _json(request, self.runs.listing())
+        return _respond(request, self.runs.listing(), "application/json")
 
     def _data(self, request: Request) -> Response:
-        page = self.runs.page(request.args.get("run", ""))
-        if page is None:
+        content = self.runs.page(request.args.get("run", ""))
+        if content is None:
             words = "There is no such run (any more): choose one from the list."
-            return _json(request, {"error": words}, code=404)
-        version, content = page
-        return _respond(request, content, "application/json", version)
+            return _respond(request, {"error": words}, "application/json", 404)
+        return _respond(request, content, "application/json")
 
     def _file(self, name: str, request: Request) -> Response:
-        content = static(name).encode()
-        return _respond(request, content, FILES[name], hashlib.sha256(content).hexdigest()[:16])
+        return _respond(request, static(name), FILES[name])
 
 
-def _json(request: Request, value: dict[str, Any], code: int = 200) -> Response:
-    response: Response = Respond(request, value, "application/json", code=code)
-    return response
-
-
-def _respond(request: Request, content: bytes, kind: str, version: str) -> Response:
-    """The content, or that the browser has it already."""
-    tag = f'"{version}"'
-    headers = [("ETag", tag)]
-    there = request.if_none_match.contains_raw(tag) or version in request.if_none_match
-    response: Response = Respond(request, b"" if there else content, kind, 304 if there else 200, headers=headers)
+def _respond(request: Request, content: Any, kind: str, code: int = 200) -> Response:
+    # Never 304, of which TensorBoard's log complains each time: the tab asks for a page only where its version is another.
+    response: Response = Respond(request, content, kind, code=code)
     return response
