@@ -38,6 +38,7 @@ class Tab {
     const runs = make("nav", { class: "runs", "aria-label": "Runs" }, make("h1", { text: "Runs" }), this.hint, this.list, this.looked);
     body.append(make("div", { class: "tab" }, runs, make("div", {}, this.notice, this.page)));
     this.rows = [];
+    this.listed = "";
     this.open = null;
     this.ticked = [];
     /* Of runs that were asked for: key → version and data. */
@@ -45,6 +46,7 @@ class Tab {
     this.drawn = "";
     this.shown = null;
     this.turn = 0;
+    this.empty = "";
   }
 
   /* Looks for news, and draws what has changed. */
@@ -52,7 +54,8 @@ class Tab {
     try {
       const listing = await ask("runs");
       this.rows = listing.runs;
-      this.hint.textContent = listing.hint || (this.rows.length > 1 ? "The worst first. Tick two to compare them." : "");
+      this.empty = listing.hint;
+      this.hint.textContent = this.rows.length > 1 ? "The worst first. Tick two to compare them." : "";
       this.looked.textContent = "Looked at " + new Date().toLocaleTimeString() + ", every " + EVERY / 1000 + " s.";
     } catch (error) {
       this.say("No news: " + error.message + ". What is shown may be old.");
@@ -71,22 +74,31 @@ class Tab {
   }
 
   drawList() {
+    const words = JSON.stringify(this.rows);
+    if (this.listed !== words) this.fillList();
+    this.listed = words;
+    for (const item of this.list.children) {
+      item.querySelector("input").checked = this.ticked.includes(item.dataset.run);
+      const current = this.ticked.length < 2 && item.dataset.run === this.open;
+      item.querySelector("button").setAttribute("aria-current", String(current));
+    }
+  }
+
+  fillList() {
     const { make, foreign } = window.AlignAudit;
     const focused = this.list.contains(document.activeElement) ? document.activeElement : null;
     const place = focused && [focused.closest("li").dataset.run, focused.tagName];
     this.list.replaceChildren(...this.rows.map((row) => {
-      const ticks = make("input", { type: "checkbox", "aria-label": "Compare " + row.name, on: { change: () => this.tick(row.key, ticks.checked) } });
-      ticks.checked = this.ticked.includes(row.key);
+      const tick = (event) => this.tick(row.key, event.target.checked);
       const when = [row.since === null ? "" : "since step " + row.since, row.step === null ? "no audit" : "at step " + row.step].filter(Boolean).join(", ");
-      const current = this.ticked.length < 2 && row.key === this.open;
-      const button = make("button", { type: "button", title: row.reason, "aria-current": current ? "true" : null, on: { click: () => this.choose(row.key) } },
-        make("span", { class: "word " + row.word.toLowerCase(), text: row.word }), " ", make("span", { class: "when", text: when }), foreign("bdi", row.name, { class: "name" }));
-      return make("li", { class: "run", "data-run": row.key }, ticks, button);
+      return make("li", { class: "run", "data-run": row.key },
+        make("input", { type: "checkbox", "aria-label": "Compare " + row.name, on: { change: tick } }),
+        make("button", { type: "button", title: row.reason, on: { click: () => this.choose(row.key) } },
+          make("span", { class: "word " + row.word.toLowerCase(), text: row.word }), " ", make("span", { class: "when", text: when }),
+          foreign("bdi", row.name, { class: "name" })));
     }));
-    if (place) {
-      const again = [...this.list.children].find((item) => item.dataset.run === place[0]);
-      if (again) again.querySelector(place[1]).focus();
-    }
+    const again = place && [...this.list.children].find((item) => item.dataset.run === place[0]);
+    if (again) again.querySelector(place[1]).focus();
   }
 
   choose(key) {
@@ -131,7 +143,7 @@ class Tab {
     }
     if (turn !== this.turn) return;
     this.page.removeAttribute("aria-busy");
-    this.say(sides.map((side) => side.data.trouble).filter(Boolean).join(" "));
+    this.say(sides.length ? sides.map((side) => side.data.trouble).filter(Boolean).join(" ") : this.empty);
     const state = sides.map((side) => side.key + side.version).join();
     if (this.shown && this.shown.state === state) return;
     this.show(keys.join(), state, sides);
@@ -193,4 +205,5 @@ export async function render() {
     setTimeout(again, EVERY);
   };
   setTimeout(again, EVERY);
+  document.addEventListener("visibilitychange", () => document.hidden || tab.refresh());
 }
