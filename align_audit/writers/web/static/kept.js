@@ -13,7 +13,7 @@ export function keep(root, data) {
     // Who looks at the last audit wants the last one.
     step: slider && slider.value !== slider.max ? set.where.steps[Number(slider.value)] : null,
     measure: measure && measure.value,
-    folds: new Set([...root.querySelectorAll("details[open]")].map((each) => each.dataset.fold)),
+    folds: new Map([...root.querySelectorAll("details")].map((each) => [each.dataset.fold, each.open])),
     focus: focused && (focused.id ? "#" + focused.id : focused.matches("summary")
       ? "details[data-fold='" + CSS.escape(focused.parentElement.dataset.fold) + "'] > summary" : "." + CSS.escape(focused.className.split(" ")[0])),
     scroll: window.scrollY,
@@ -33,10 +33,10 @@ export function restore(root, data, kept) {
   choose(inside(root, "#measure"), kept.measure, "change");
   if (where && kept.step !== null) choose(inside(root, "#audit-slider"), where.steps.indexOf(kept.step), "input");
   // What is unfolded is filled, and may hold more that was unfolded.
-  const folded = () => [...root.querySelectorAll("details:not([open])")].filter((each) => kept.folds.has(each.dataset.fold));
-  for (let closed = folded(); closed.length; closed = folded()) {
-    closed.forEach((each) => {
-      each.open = true;
+  const changed = () => [...root.querySelectorAll("details")].filter((each) => kept.folds.has(each.dataset.fold) && kept.folds.get(each.dataset.fold) !== each.open);
+  for (let folds = changed(); folds.length; folds = changed()) {
+    folds.forEach((each) => {
+      each.open = !each.open;
       each.dispatchEvent(new Event("toggle"));
     });
   }
