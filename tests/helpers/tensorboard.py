@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.helpers.browser import Browser
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -28,11 +30,6 @@ class Server:
 
     url: str
     log: Path
-
-    @property
-    def tab(self) -> str:
-        """The address of the tab."""
-        return f"{self.url}#align_audit"
 
     def get(self, route: str) -> bytes:
         """What a route of TensorBoard answers."""
@@ -90,6 +87,21 @@ def tensorboard(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def open_tab(browser: Browser, server: Server, dark: bool = False) -> None:
+    """Open the tab by its address, and look into its frame from now on."""
+    browser.driver.switch_to.default_content()
+    browser.driver.get("about:blank")
+    for kind in ("browser", "performance"):
+        browser.driver.get_log(kind)
+    browser.driver.get(f"{server.url}?darkMode={str(dark).lower()}#align_audit")
+    end = time.monotonic() + 60
+    while not (frames := browser.driver.find_elements("css selector", "iframe")):
+        if time.monotonic() > end:
+            raise RuntimeError("tensorboard shows no frame of the tab")
+        time.sleep(0.02)
+    browser.driver.switch_to.frame(frames[0])
 
 
 def _address(process: subprocess.Popen[bytes], log: Path) -> str:

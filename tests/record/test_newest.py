@@ -24,7 +24,9 @@ DATA = Path(__file__).parent / "data"
 @pytest.mark.parametrize(
     "content", [b"", b"a\n", b"a\nbcd\n\n \nefghijkl\n", b"a\nbc\nbeing wri", b"being written", b"\n\na\n"]
 )
-def test_lines_come_last_first_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, block: int) -> None:
+def test_lines_come_last_first_and_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, block: int
+) -> None:
     monkeypatch.setattr(newest, "_BLOCK", block)
     path = tmp_path / "log"
     path.write_bytes(content)
