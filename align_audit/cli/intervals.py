@@ -15,7 +15,5 @@ def interval(sample: Sample, groups: np.ndarray | None) -> Estimate:
     if sample.share_weights is not None:
         made = combined_share_interval(sample.columns, sample.share_weights, groups=groups)
     else:
-        (made,) = statistic_intervals(
-            sample.columns, lambda means: sample.statistic(means)[..., None], groups=groups
-        )
+        (made,) = statistic_intervals(sample.columns, lambda means: sample.statistic(means)[..., None], groups=groups)
     return Estimate(mean=made.mean, low=made.low, high=made.high, reason=made.reason)

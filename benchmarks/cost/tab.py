@@ -80,7 +80,9 @@ def main() -> None:
         logs, scratch = Path(place) / "logs", Path(place) / "scratch"
         scratch.mkdir()
         size = write_runs(logs, arguments.runs, arguments.audits, arguments.layers, arguments.heads)
-        print(f"{arguments.runs} runs of {arguments.audits} audits of {arguments.layers} layers, {size / 2**20:.0f} MiB")
+        print(
+            f"{arguments.runs} runs of {arguments.audits} audits of {arguments.layers} layers, {size / 2**20:.0f} MiB"
+        )
         began = time.perf_counter()
         with tensorboard(logs, scratch) as server, open_browser() as browser:
             print(f"tensorboard and Chromium started in {time.perf_counter() - began:.1f} s")

@@ -22,11 +22,13 @@ from pydantic import ValidationError
 
 from align_audit import __version__
 from align_audit.errors import named
+from align_audit.record.compare import Intervals
 from align_audit.record.followed import FollowedRun
 from align_audit.record.log import FAILURES, RECORDS, Failure
 from align_audit.record.newest import Newest, lines_from_end, read_newest
 from align_audit.record.status import Status, status_of
 from align_audit.record.training_log import TRAINING, rows_of
+from align_audit.writers.web.comparison_data import comparison_data
 from align_audit.writers.web.json_values import text
 from align_audit.writers.web.log_folders import AuditLog, LogFolder, log_beside, logs_in
 from align_audit.writers.web.page_data import FORMAT, WORST_FIRST, page_data
@@ -83,10 +85,14 @@ class ShownRuns:
     """The runs of log folders, for any number of threads.
 
     Runs are asked for by keys that were given out; nothing that comes from a browser is part of a path.
+
+    Args:
+        intervals: makes the intervals of comparisons.
     """
 
-    def __init__(self, folders: Sequence[LogFolder]) -> None:
+    def __init__(self, folders: Sequence[LogFolder], intervals: Intervals) -> None:
         self.folders = folders
+        self._intervals = intervals
         self._table: dict[str, AuditLog] = {}
         self._looked = -_LOOK_SECONDS
         self._logs: dict[str, _Log] = {}
@@ -148,21 +154,46 @@ class ShownRuns:
             JSON: the value of :func:`~align_audit.writers.web.page_data.page_data` with ``trouble``, what of the log cannot be
             read (None: nothing). None: there is no such run.
         """
-        log = next((log for log in self.logs() if log.key == key), None)
+        log = self._log(key)
         if log is None:
             return None
-        with self._lock:
-            kept = self._pages.setdefault(key, _Page(FollowedRun(log.directory)))
-            self._pages.move_to_end(key)
-            while len(self._pages) > _OPEN:
-                self._pages.popitem(last=False)
+        kept = self._opened(log)
         with kept.lock:
             row = self._row(log)
             if kept.version != row.version:
                 kept.run.refresh()
-                kept.content = json.dumps(_data(kept.run, row), allow_nan=False, separators=(",", ":")).encode()
+                kept.content = _json(_data(kept.run, row))
                 kept.version = row.version
             return kept.content
+
+    def comparison(self, keys: Sequence[str]) -> bytes | None:
+        """What comparing runs says; they are called A and B there, in the order of the keys.
+
+        Returns:
+            JSON: of :func:`~align_audit.writers.web.comparison_data.comparison_data`. None: two of them are not there.
+        """
+        logs = [log for log in map(self._log, keys) if log is not None]
+        if len(keys) != 2 or len(logs) != 2:
+            return None
+        runs = []
+        for log in logs:
+            kept = self._opened(log)
+            with kept.lock:
+                kept.run.refresh()
+                runs.append(kept.run.run)
+        return _json(comparison_data(runs, self._intervals))
+
+    def _log(self, key: str) -> AuditLog | None:
+        return next((log for log in self.logs() if log.key == key), None)
+
+    def _opened(self, log: AuditLog) -> _Page:
+        """What is kept of a run that was asked for; of those asked for long ago nothing is."""
+        with self._lock:
+            kept = self._pages.setdefault(log.key, _Page(FollowedRun(log.directory)))
+            self._pages.move_to_end(log.key)
+            while len(self._pages) > _OPEN:
+                self._pages.popitem(last=False)
+            return kept
 
     def _row(self, log: AuditLog) -> RunRow:
         kept = self._logs.get(log.key) or _Log()
@@ -223,6 +254,10 @@ def _data(followed: FollowedRun, row: RunRow) -> dict[str, Any]:
         if shown["status"]["word"] == "BLIND":
             shown["status"]["sentences"] = [text(row.trouble), *shown["status"]["sentences"][1:]]
     return data
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).encode()
 
 
 def _written(directory: Path) -> str:

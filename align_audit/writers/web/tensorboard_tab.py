@@ -15,6 +15,7 @@ from tensorboard.plugins.base_plugin import FrontendMetadata, TBPlugin
 from werkzeug import Request, Response
 
 from align_audit.errors import named, plain
+from align_audit.record.compare import Intervals
 from align_audit.writers.web.log_folders import folders_of, log_beside
 from align_audit.writers.web.page import static
 from align_audit.writers.web.shown_runs import ShownRuns
@@ -40,16 +41,20 @@ class AlignAuditTab(TBPlugin):  # type: ignore[misc]
 
     plugin_name = "align_audit"
 
-    def __init__(self, context: Any) -> None:
-        """Of TensorBoard's ``TBContext``; no folder is looked at yet."""
+    def __init__(self, context: Any, intervals: Intervals) -> None:
+        """Of TensorBoard's ``TBContext``, and what makes the intervals of comparisons; no folder is looked at yet."""
         flags = context.flags
         logdir = getattr(flags, "logdir", "") or ""
         spec = getattr(flags, "logdir_spec", "") or ""
-        self.runs = ShownRuns(folders_of(logdir or ("" if spec else context.logdir or ""), spec))
+        self.runs = ShownRuns(folders_of(logdir or ("" if spec else context.logdir or ""), spec), intervals)
 
     def get_plugin_apps(self) -> dict[str, App]:
         """Route → what answers it."""
-        apps: dict[str, App] = {"/runs": self._app(self._list), "/data": self._app(self._data)}
+        apps: dict[str, App] = {
+            "/runs": self._app(self._list),
+            "/data": self._app(self._data),
+            "/compare": self._app(self._compare),
+        }
         files = {f"/{name}": self._app(functools.partial(self._file, name)) for name in FILES}
         return apps | files
 
@@ -78,7 +83,12 @@ class AlignAuditTab(TBPlugin):  # type: ignore[misc]
         return _respond(request, self.runs.listing(), "application/json")
 
     def _data(self, request: Request) -> Response:
-        content = self.runs.page(request.args.get("run", ""))
+        return self._answer(request, self.runs.page(request.args.get("run", "")))
+
+    def _compare(self, request: Request) -> Response:
+        return self._answer(request, self.runs.comparison(request.args.getlist("run")))
+
+    def _answer(self, request: Request, content: bytes | None) -> Response:
         if content is None:
             words = "There is no such run (any more): choose one from the list."
             return _respond(request, {"error": words}, "application/json", 404)

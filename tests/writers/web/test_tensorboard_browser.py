@@ -144,6 +144,9 @@ def test_a_run_is_chosen_and_two_are_compared(tab: Browser) -> None:
     assert points == len(RUINED) + len(tab.js("return [...new Set(arguments[0])]", [each.step for each in HEALTHY]))
     assert tab.marks("compare-where-A", ".barlayer .point path") == 12
     assert tab.marks("compare-where-B", ".barlayer .point path") == 12
+    assert tab.text(".finding").startswith("A is in ERROR since step 20")
+    cells = tab.js("return [...document.querySelectorAll('.meetings tr')].map(each => each.children.length)")
+    assert len(cells) > 20 and set(cells) == {4}
     tab.js("document.querySelectorAll('.open')[1].click()")
     until(lambda: "kl" in tab.charts())
     assert headline(tab).startswith("HEALTHY")

@@ -17,19 +17,22 @@ import pytest
 from tensorboard.plugins.base_plugin import TBContext, TBLoader
 from werkzeug.test import Client, TestResponse
 
+from align_audit.cli.intervals import interval
+from align_audit.cli.tensorboard_entry import TabLoader
 from align_audit.record import followed
 from align_audit.record.log import FOLDER, RunLog
 from align_audit.record.run import AuditRun
 from align_audit.record.training_log import TrainingLog
 from align_audit.writers.web import shown_runs, static
+from align_audit.writers.web.comparison_data import comparison_data
 from align_audit.writers.web.page_data import page_data
-from align_audit.writers.web.tensorboard_entry import TabLoader
 from align_audit.writers.web.tensorboard_tab import FILES, AlignAuditTab
 from tests.helpers.pages import FAILED, HOSTILE
 from tests.helpers.screens import a_run
+from tests.helpers.stored_runs import store_path
 from tests.helpers.tensorboard import entry_points, tensorboard
 
-ENTRY = "align_audit.writers.web.tensorboard_entry"
+ENTRY = "align_audit.cli.tensorboard_entry"
 
 
 def context(logdir: Path) -> TBContext:
@@ -41,10 +44,10 @@ class Tab:
 
     def __init__(self, logdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(shown_runs, "_LOOK_SECONDS", 0.0)
-        self.plugin = AlignAuditTab(context(logdir))
+        self.plugin = AlignAuditTab(context(logdir), interval)
         self.apps = self.plugin.get_plugin_apps()
 
-    def get(self, route: str, **query: str) -> TestResponse:
+    def get(self, route: str, **query: str | list[str]) -> TestResponse:
         return Client(self.apps[route]).get(route, query_string=query)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -167,6 +170,33 @@ def test_many_browsers_at_once(tab: Tab) -> None:
     assert len({size for _, size in seen}) == 3
 
 
+def test_two_runs_are_compared_as_the_command_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [store_path(tmp_path / name, [0.0, 1.0], [0.0, kl]) for name, kl in (("first", 0.2), ("second", 6.0))]
+    tab = Tab(tmp_path, monkeypatch)
+    said = tab.get("/compare", run=[tab.row("second")["key"], tab.row("first")["key"]]).get_json()
+    assert said == json.loads(json.dumps(comparison_data([AuditRun.load(run) for run in reversed(runs)], interval)))
+    (shown,) = said["sets"]
+    assert said["reason"] is None
+    assert re.search(r"A has moved KL [56]\.\d+, B 0\.\d+", shown["sentence"])
+    at_step, at_margin = shown["tables"]
+    assert at_step["head"] == ["", "A", "B", "B − A [95 %]"]
+    kl = next(row for row in at_step["rows"] if row[0].startswith("KL"))
+    assert kl[3].startswith("−") and "[" in kl[3]
+    assert at_margin["rows"]
+
+
+@pytest.mark.parametrize("names", [[], ["a"], ["a", "b", "c"], ["a", "nowhere"]])
+def test_a_comparison_is_of_two_runs_that_are_there(tab: Tab, names: list[str]) -> None:
+    keys = [tab.row(name)["key"] if name in "abc" else name for name in names]
+    assert tab.get("/compare", run=keys).status_code == 404
+
+
+def test_why_runs_cannot_be_compared_is_said(tab: Tab) -> None:
+    said = tab.get("/compare", run=[tab.row("a")["key"], tab.row("c")["key"]]).get_json()
+    assert said["sets"] == []
+    assert said["reason"].startswith("B has no audit to compare")
+
+
 # --- what is refused, and what is broken ------------------------------------------------------------------------------
 
 
@@ -181,7 +211,7 @@ def test_a_run_is_no_path(tab: Tab, logdir: Path, run: str) -> None:
 
 
 def test_only_files_of_the_front_end_are_served(tab: Tab) -> None:
-    assert set(tab.apps) == {"/runs", "/data", *(f"/{name}" for name in FILES)}
+    assert set(tab.apps) == {"/runs", "/data", "/compare", *(f"/{name}" for name in FILES)}
     folder = Path(static.__file__).parent
     for name, kind in FILES.items():
         answer = tab.get(f"/{name}")
@@ -199,7 +229,7 @@ def test_all_that_the_front_end_loads_is_served() -> None:
 
 
 def tab_metadata() -> Any:
-    return AlignAuditTab(context(Path("/nowhere"))).frontend_metadata()
+    return AlignAuditTab(context(Path("/nowhere")), interval).frontend_metadata()
 
 
 @pytest.mark.parametrize("line", ["no JSON", '{"schema_version": 999}', '{"step": 60', "\x00\x00"])
@@ -293,7 +323,7 @@ def test_the_entry_point_is_a_loader() -> None:
 def test_importing_the_entry_point_imports_nothing_that_could_break() -> None:
     program = f"import sys, {ENTRY}\nprint(*sorted(name for name in sys.modules if name.startswith('align_audit')))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["align_audit", "align_audit.writers", "align_audit.writers.web", ENTRY]
+    assert done.stdout.split() == ["align_audit", "align_audit.cli", ENTRY]
 
 
 def test_a_loader_that_cannot_load_says_so_once(

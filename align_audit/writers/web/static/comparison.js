@@ -54,8 +54,20 @@ function where(set, letter) {
     chart(says, "compare-where-" + letter, (place) => window.AlignAuditCharts.layerBars(place, series, { unit: "nats", share: false }, claimed), rows));
 }
 
-/* Draws it; `open` shows the page of one run. */
-export function comparison(root, sides, open) {
+/* What `align-audit compare` says of them: a sentence, and a table where they meet. */
+function tables(said, name) {
+  const { make, foreign, table } = window.AlignAudit;
+  const set = said.sets.find((each) => each.name === name) || said.sets[0];
+  if (!set) return [foreign("p", "They cannot be compared: " + said.reason)];
+  const wide = (each) => each.rows.map((cells) => each.head.map((_, column) => cells[column] || ""));
+  const meeting = (each) => make("div", {}, foreign("h3", each.heading),
+    ...(each.rows.length ? [table("", each.head, wide(each))] : []), ...each.notes.map((words) => foreign("p", words, { class: "legend" })));
+  return [foreign("p", set.sentence, { class: "finding" }), make("div", { class: "side-by-side meetings" }, ...set.tables.map(meeting)),
+    ...set.notes.map((words) => foreign("p", words))];
+}
+
+/* Draws it; `said` is what comparing them says, `open` shows the page of one run. */
+export function comparison(root, sides, said, open) {
   const { make, redraw } = window.AlignAudit;
   const sets = commonSets(sides);
   const part = (title, ...children) => make("section", { "aria-label": title }, make("h2", { text: title }), ...children);
@@ -66,7 +78,7 @@ export function comparison(root, sides, open) {
   root.replaceChildren(
     make("div", { class: "standings" }, ...sides.map((side, at) => standing(side, sets[at], LETTERS[at], open))),
     make("main", {}, part("Is the model all right?", ...curves),
-      part("Where?", make("div", { class: "side-by-side" }, ...sets.map((set, at) => where(set, LETTERS[at]))))));
+      part("Side by side", ...tables(said, sets[0].name)), part("Where?", make("div", { class: "side-by-side" }, ...sets.map((set, at) => where(set, LETTERS[at]))))));
   document.title = "Comparison · align_audit";
   redraw(root);
 }

@@ -18,14 +18,16 @@ function load(tag, options) {
   });
 }
 
-async function ask(route, run) {
+async function ask(route, ...runs) {
   const address = new URL(route, HERE);
-  if (run !== undefined) address.searchParams.set("run", run);
+  runs.forEach((run) => address.searchParams.append("run", run));
   const answer = await fetch(address);
   const value = await answer.json();
   if (value.error) throw new Error(value.error);
   return value;
 }
+
+const stateOf = (sides) => sides.map((side) => side.key + side.version).join();
 
 class Tab {
   constructor(body) {
@@ -125,13 +127,21 @@ class Tab {
     return page;
   }
 
+  /* What comparing two of them says; asked for again where one of them has changed. */
+  async compared(sides) {
+    if (sides.length !== 2) return null;
+    if (this.shown && this.shown.state === stateOf(sides)) return this.shown.said;
+    return ask("compare", ...sides.map((side) => side.key));
+  }
+
   async draw() {
     const turn = ++this.turn;
     const keys = this.ticked.length === 2 ? this.ticked : this.open === null ? [] : [this.open];
-    let sides;
+    let sides, said;
     try {
       if (this.drawn !== keys.join()) this.page.setAttribute("aria-busy", "true");
       sides = await Promise.all(keys.map((key) => this.data(key)));
+      said = await this.compared(sides);
     } catch (error) {
       if (turn === this.turn) {
         this.page.replaceChildren();
@@ -144,26 +154,26 @@ class Tab {
     if (turn !== this.turn) return;
     this.page.removeAttribute("aria-busy");
     this.say(sides.length ? sides.map((side) => side.data.trouble).filter(Boolean).join(" ") : this.empty);
-    const state = sides.map((side) => side.key + side.version).join();
+    const state = stateOf(sides);
     if (this.shown && this.shown.state === state) return;
-    this.show(keys.join(), state, sides);
+    this.show(keys.join(), state, sides, said);
   }
 
-  show(drawn, state, sides) {
+  show(drawn, state, sides, said) {
     const again = this.drawn === drawn;
     const kept = again && sides.length ? keep(this.page, this.shown.sides[0].data) : null;
     if (sides.length === 0) this.page.replaceChildren();
     else if (sides.length === 1) window.AlignAudit.render(this.page, sides[0].data);
-    else comparison(this.page, sides, (key) => this.choose(key));
+    else comparison(this.page, sides, said, (key) => this.choose(key));
     this.drawn = drawn;
-    this.shown = { state, sides };
+    this.shown = { state, sides, said };
     if (kept) restore(this.page, sides[0].data, kept);
     else window.scrollTo(0, 0);
   }
 
   /* In other colours. */
   redraw() {
-    if (this.shown) this.show(this.drawn, this.shown.state, this.shown.sides);
+    if (this.shown) this.show(this.drawn, this.shown.state, this.shown.sides, this.shown.said);
   }
 }
 

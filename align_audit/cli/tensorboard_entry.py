@@ -23,9 +23,10 @@ class TabLoader(TBLoader):  # type: ignore[misc]
             context: TensorBoard's ``TBContext``.
         """
         try:
+            from align_audit.cli.intervals import interval
             from align_audit.writers.web.tensorboard_tab import AlignAuditTab
 
-            return AlignAuditTab(context)
+            return AlignAuditTab(context, interval)
         except Exception as error:
             logging.getLogger("tensorboard").warning(
                 'The tab "Align audit" is missing, because align_audit cannot be loaded (%s: %s). All else is as always; '
