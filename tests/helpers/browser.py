@@ -31,9 +31,9 @@ class Browser:
             self.driver.get_log(kind)
         self.driver.get(page.resolve().as_uri())
 
-    def resize(self, width: int, mobile: bool = False) -> None:
-        """Make the window so wide; a mobile one follows what a page says of its width."""
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": mobile}
+    def resize(self, width: int, mobile: bool = False, height: int = 900) -> None:
+        """Make the window so large; a mobile one follows what a page says of its width."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def js(self, code: str, *arguments: Any) -> Any:
