@@ -108,7 +108,7 @@ def _address(process: subprocess.Popen[bytes], log: Path) -> str:
     end = time.monotonic() + 120
     while time.monotonic() < end:
         said = log.read_text(errors="replace")
-        at = re.search(r"http://[^ ]+:\d+/", said)
+        at = re.search(r"http://\S+:\d+/\S*", said)
         if at:
             return at.group(0)
         if process.poll() is not None:

@@ -209,11 +209,18 @@ export async function render() {
   const tab = new Tab(document.body);
   followTheme(() => tab.redraw());
   await tab.refresh();
+  // Nobody looks at a hidden window, nor at this frame while another tab of TensorBoard is open; nothing can be drawn there.
+  const seen = () => !document.hidden && window.innerWidth > 0;
   const again = async () => {
-    // Nobody looks at a hidden window.
-    if (!document.hidden) await tab.refresh();
+    if (seen()) await tab.refresh();
     setTimeout(again, EVERY);
   };
   setTimeout(again, EVERY);
-  document.addEventListener("visibilitychange", () => document.hidden || tab.refresh());
+  let hidden = false;
+  const back = () => {
+    if (seen() && hidden) tab.refresh();
+    hidden = !seen();
+  };
+  document.addEventListener("visibilitychange", back);
+  window.addEventListener("resize", back);
 }
