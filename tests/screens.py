@@ -3,7 +3,8 @@
     align-audit demo --output align-audit-demo
     python -m tests.screens align-audit-demo
 
-writes ``docs/images/report-*.png`` and ``tensorboard-tab.png``, the two runs compared in TensorBoard. It needs ``chromium``, ``chromium-driver`` and selenium.
+writes ``docs/images/report-*.png`` and ``tensorboard-tab.png``, the two runs compared in TensorBoard. It needs ``chromium``,
+``chromium-driver`` and selenium.
 """
 
 from __future__ import annotations
