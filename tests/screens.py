@@ -3,7 +3,8 @@
     align-audit demo --output align-audit-demo
     python -m tests.screens align-audit-demo
 
-writes ``docs/images/report-*.png``. It needs ``chromium``, ``chromium-driver`` and selenium.
+writes ``docs/images/report-*.png`` and ``tensorboard-tab.png``, the two runs compared in TensorBoard. It needs ``chromium``,
+``chromium-driver`` and selenium.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align_audit.writers.web.report_writer import report_of
-from tests.helpers.browser import open_browser
+from tests.helpers.browser import Browser, open_browser
+from tests.helpers.tensorboard import open_tab, tensorboard
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 LARGEST = 200_000
@@ -54,13 +56,39 @@ def take(demo: Path, output: Path = IMAGES) -> list[Path]:
             _, page, _ = report_of(demo / screen.run, Path(folder) / f"{screen.run}.html")
             browser.show(page, screen.width, screen.theme)
             browser.wait(500)
-            content = reduced(browser.picture(screen.height))
-            if len(content) > LARGEST:
-                raise ValueError(f"{screen.name} takes {len(content)} bytes; expected at most {LARGEST}")
-            path = output / f"{screen.name}.png"
-            path.write_bytes(content)
-            paths.append(path)
+            paths.append(_write(output / f"{screen.name}.png", browser.picture(screen.height)))
+        paths.append(_write(output / "tensorboard-tab.png", tab_picture(browser, demo, Path(folder))))
     return paths
+
+
+def tab_picture(browser: Browser, demo: Path, folder: Path) -> bytes:
+    """TensorBoard's tab with both runs ticked, as a PNG."""
+    with tensorboard(demo, folder) as server:
+        browser.resize(1300, height=1000)
+        open_tab(browser, server)
+        _until(browser, "document.querySelectorAll('.run').length === 2")
+        browser.js("document.querySelectorAll('.run input').forEach(each => each.click())")
+        _until(browser, "document.querySelectorAll('[data-chart^=compare] .scatterlayer .js-line').length === 8")
+        browser.wait(500)
+        content: bytes = browser.driver.get_screenshot_as_png()
+        browser.driver.switch_to.default_content()
+    return content
+
+
+def _until(browser: Browser, true: str) -> None:
+    for _ in range(600):
+        if browser.js(f"return {true}"):
+            return
+        browser.wait(50)
+    raise RuntimeError(f"the tab never showed what it should: {true}")
+
+
+def _write(path: Path, picture: bytes) -> Path:
+    content = reduced(picture)
+    if len(content) > LARGEST:
+        raise ValueError(f"{path.name} takes {len(content)} bytes; expected at most {LARGEST}")
+    path.write_bytes(content)
+    return path
 
 
 def reduced(picture: bytes) -> bytes:

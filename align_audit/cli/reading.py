@@ -17,10 +17,6 @@ from align_audit.errors import ConfigurationError, RecordError, first_line, list
 from align_audit.files import write_atomically
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from align_audit.record.audit_record import Estimate
-    from align_audit.record.figures import Sample
     from align_audit.record.run import AuditRun
 
 
@@ -43,15 +39,16 @@ def compare(
     """
     if len(runs) < 2:
         raise ConfigurationError(f"expected at least two runs to compare, found {listed(runs)}; name another")
-    from align_audit.record.compare import Side
+    from align_audit.cli.intervals import interval
+    from align_audit.record.compare import Side, by_probes
     from align_audit.record.compare import compare as compared
     from align_audit.writers.comparison import ComparisonTable, comparison_values, short_names
 
     stored = [load_run(path) for path in runs]
     names = short_names([str(_directory(run)) for run in stored])
     comparisons = {
-        probes: compared([Side(name, run) for name, run in zip(names, narrowed, strict=True)], _interval)
-        for probes, narrowed in _by_probes(stored, names).items()
+        probes: compared([Side(name, run) for name, run in zip(names, narrowed, strict=True)], interval)
+        for probes, narrowed in by_probes(stored, names).items()
     }
     if as_json:
         values = {probes: comparison_values(each) for probes, each in comparisons.items()}
@@ -142,40 +139,6 @@ def _directory(run: AuditRun) -> Path:
     """Of a run's training, where its log lies in the folder that the callback makes."""
     folder = run.directory.resolve()
     return folder.parent if folder.name == "align_audit" else folder
-
-
-def _by_probes(runs: list[AuditRun], names: list[str]) -> dict[str | None, list[AuditRun]]:
-    """The runs narrowed to each probe set that all have; of one set each, whatever it is called.
-
-    Raises:
-        ConfigurationError: a run has no audit, or no set is common to all.
-    """
-    for name, run in zip(names, runs, strict=True):
-        if not run.records:
-            raise ConfigurationError(f"{plain(name)} has no audit to compare: {plain(run.status.reason)}")
-    sets = [run.probe_names for run in runs]
-    if all(len(each) == 1 for each in sets):
-        return {sets[0][0]: [run.select(each[0]) for run, each in zip(runs, sets, strict=True)]}
-    common = [name for name in sets[0] if all(name in each for each in sets)]
-    if not common:
-        told = "; ".join(f"{plain(name)}: {listed(map(repr, each))}" for name, each in zip(names, sets, strict=True))
-        raise ConfigurationError(f"no probe set is common to the runs ({told}); expected one that all were audited on")
-    return {name: [run.select(name) for run in runs] for name in common}
-
-
-def _interval(sample: Sample, groups: np.ndarray | None) -> Estimate:
-    """As audits make theirs, at 95 %: of shares from those of each, of the rest by resampling groups of pairs."""
-    from align_audit.measures.combined_shares import combined_share_interval
-    from align_audit.measures.statistics import statistic_intervals
-    from align_audit.record.audit_record import Estimate
-
-    if sample.share_weights is not None:
-        interval = combined_share_interval(sample.columns, sample.share_weights, groups=groups)
-    else:
-        (interval,) = statistic_intervals(
-            sample.columns, lambda means: sample.statistic(means)[..., None], groups=groups
-        )
-    return Estimate(mean=interval.mean, low=interval.low, high=interval.high, reason=interval.reason)
 
 
 def _print(renderables: Any) -> None:

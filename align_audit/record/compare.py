@@ -17,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 
-from align_audit.errors import RecordError, first_line
+from align_audit.errors import RecordError, first_line, listed, plain
 from align_audit.record.audit_record import AuditRecord, Estimate
 from align_audit.record.course import present_course
 from align_audit.record.figures import FIGURES, MARGIN_SHIFT, NO_MEAN, REWARD_MARGIN, Figure, Sample, beta_of, weighted
@@ -137,6 +137,25 @@ class Comparison:
     at_step: Meeting
     at_margin: Meeting
     notes: tuple[str, ...] = field(default=())
+
+
+def by_probes(runs: Sequence[AuditRun], names: Sequence[str]) -> dict[str | None, list[AuditRun]]:
+    """The runs narrowed to each probe set that all have; of one set each, whatever it is called.
+
+    Raises:
+        RecordError: a run has no audit, or no set is common to all.
+    """
+    for name, run in zip(names, runs, strict=True):
+        if not run.records:
+            raise RecordError(f"{plain(name)} has no audit to compare: {plain(run.status.reason)}")
+    sets = [run.probe_names for run in runs]
+    if all(len(each) == 1 for each in sets):
+        return {sets[0][0]: [run.select(each[0]) for run, each in zip(runs, sets, strict=True)]}
+    common = [name for name in sets[0] if all(name in each for each in sets)]
+    if not common:
+        told = "; ".join(f"{plain(name)}: {listed(map(repr, each))}" for name, each in zip(names, sets, strict=True))
+        raise RecordError(f"no probe set is common to the runs ({told}); expected one that all were audited on")
+    return {name: [run.select(name) for run in runs] for name in common}
 
 
 def compare(sides: Sequence[Side], intervals: Intervals) -> Comparison:

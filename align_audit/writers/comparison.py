@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from align_audit.errors import plain
@@ -29,6 +30,7 @@ _TITLES = {
     "reward_margin": "reward margin",
     "margin_shift": "margin shift (nats)",
 }
+_STATUS = "status"
 _SIGNED = frozenset(["chosen_logp_change_per_token", "reward_margin", "margin_shift", "delta_align"])
 _MOST_REASONS = 6
 """Reasons below a table; of more, the rest is counted."""
@@ -101,37 +103,67 @@ class ComparisonTable:
         if self._title:
             yield text(self._title, "bold")
         yield text(sentence(self._comparison), "bold")
-        for meeting in (self._comparison.at_step, self._comparison.at_margin):
+        for table in meeting_tables(self._comparison):
             yield text("")
-            yield text(_heading(self._comparison, meeting), "bold")
-            if meeting.rows:
-                yield from self._table(meeting, text)
-                if meeting.full != meeting.places:
-                    yield text(f"  peak layer to Δalign: {_full_places(self._comparison, meeting)}", "dim")
-                for words in _reasons(self._comparison, meeting):
-                    yield text(f"  {words}", "dim")
+            yield text(table.heading, "bold")
+            if table.rows:
+                yield self._table(table, text)
+            for words in table.notes:
+                yield text(f"  {words}", "dim")
         if self._comparison.notes:
             yield text("")
         for words in self._comparison.notes:
             yield text(plain(words))
 
-    def _table(self, meeting: Meeting, text: Any) -> Iterator[Any]:
+    def _table(self, said: MeetingTable, text: Any) -> Any:
         from rich.table import Table
 
-        names = [plain(side.name, 40) for side in self._comparison.sides]
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column("")
-        for name in names:
+        first, *columns = said.head
+        table.add_column(first)
+        for name in columns:
             table.add_column(text(name), justify="right")
-        if any(row.differences for row in meeting.rows):
-            for name in names[1:]:
-                table.add_column(text(f"{name} − {names[0]} [95 %]"), justify="right")
-        if meeting.kind == "step":
-            words = [_status_at(side, int(meeting.value)) for side in self._comparison.sides]
-            table.add_row(text("status"), *(text(word, STATUS_STYLES[word]) for word in words))
-        for row in meeting.rows:
-            table.add_row(*map(text, _cells(row)))
-        yield table
+        for name, *cells in said.rows:
+            styles = [STATUS_STYLES[cell] if name == _STATUS else "" for cell in cells]
+            table.add_row(text(name), *map(text, cells, styles))
+        return table
+
+
+@dataclass(frozen=True)
+class MeetingTable:
+    """What is said of runs at one place, in words.
+
+    Attributes:
+        head: titles of the columns: of the figure's name, of each run, and of each difference.
+        rows: cells as many as columns, or fewer by the differences; none where the runs do not meet.
+        notes: where full audits were read, and why figures or intervals are missing.
+    """
+
+    heading: str
+    head: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def meeting_tables(comparison: Comparison) -> list[MeetingTable]:
+    """At the last common step, and at equal margin."""
+    return [_meeting_table(comparison, meeting) for meeting in (comparison.at_step, comparison.at_margin)]
+
+
+def _meeting_table(comparison: Comparison, meeting: Meeting) -> MeetingTable:
+    heading = _heading(comparison, meeting)
+    if not meeting.rows:
+        return MeetingTable(heading)
+    names = [plain(side.name, 40) for side in comparison.sides]
+    differences = [f"{name} − {names[0]} [95 %]" for name in names[1:]]
+    head = ("", *names, *(differences if any(row.differences for row in meeting.rows) else ()))
+    rows = [tuple(_cells(row)) for row in meeting.rows]
+    if meeting.kind == "step":
+        rows.insert(0, (_STATUS, *(_status_at(side, int(meeting.value)) for side in comparison.sides)))
+    notes = _reasons(comparison, meeting)
+    if meeting.full != meeting.places:
+        notes.insert(0, f"peak layer to Δalign: {_full_places(comparison, meeting)}")
+    return MeetingTable(heading, head, tuple(rows), tuple(notes))
 
 
 def _status_at(side: Side, step: int) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
 
@@ -22,13 +24,17 @@ class Browser:
 
     def show(self, page: Path, width: int = 1300, theme: str = "light") -> None:
         """Open a page. What the browser logged of the one before is forgotten."""
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        self.resize(width, mobile=width < 500)
         features = [{"name": "prefers-color-scheme", "value": theme}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         for kind in ("browser", "performance"):
             self.driver.get_log(kind)
         self.driver.get(page.resolve().as_uri())
+
+    def resize(self, width: int, mobile: bool = False, height: int = 900) -> None:
+        """Make the window so large; a mobile one follows what a page says of its width."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def js(self, code: str, *arguments: Any) -> Any:
         return self.driver.execute_script(code, *arguments)
@@ -86,6 +92,13 @@ class Browser:
     def wait(self, milliseconds: int) -> None:
         """Let the page go on for so long."""
         self.driver.execute_async_script(f"setTimeout(arguments[0], {milliseconds})")
+
+
+def skip_without_browser() -> None:
+    """Skip the test, saying what to install, where pages cannot be opened."""
+    pytest.importorskip("selenium", reason="selenium is missing: pip install selenium")
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("Chromium or its driver is missing: apt-get install chromium chromium-driver")
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from align_audit.cli.reading import _interval
+from align_audit.cli.intervals import interval
 from align_audit.config import AuditConfig
 from align_audit.errors import RecordError
 from align_audit.measures.statistics import mean_interval
@@ -25,7 +25,7 @@ from tests.helpers.tiny import random_pairs, tiny_model
 
 
 def compared(*folders: Path) -> Comparison:
-    return compare([Side(folder.name, AuditRun.load(folder)) for folder in folders], _interval)
+    return compare([Side(folder.name, AuditRun.load(folder)) for folder in folders], interval)
 
 
 def difference(meeting: Meeting, name: str, number: int = 0) -> Reading:

@@ -16,7 +16,7 @@ import pytest
 from align_audit.record.run import AuditRun
 from align_audit.writers.web.report_writer import write_report
 from tests.helpers.alert_cases import with_margins
-from tests.helpers.browser import CHROMIUM, DRIVER, Browser, open_browser
+from tests.helpers.browser import Browser, open_browser, skip_without_browser
 from tests.helpers.pages import (
     HOSTILE,
     as_run,
@@ -61,9 +61,7 @@ class Pages:
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
     """Headless Chromium, one for all tests of this file."""
-    pytest.importorskip("selenium", reason="selenium is missing: pip install selenium")
-    if CHROMIUM is None or DRIVER is None:
-        pytest.skip("Chromium or its driver is missing: apt-get install chromium chromium-driver")
+    skip_without_browser()
     with open_browser() as opened:
         yield Pages(opened, tmp_path_factory.mktemp("pages"))
 

@@ -61,7 +61,7 @@
     const place = make("div", { class: "chart " + ((options && options.class) || ""), role: "img", "aria-label": says, "data-chart": name });
     place.start = () => draw(place);
     const figure = make("figure", { class: "figure" }, place);
-    if (asTable) figure.append(folded("As a table", asTable, { class: "as-table" }));
+    if (asTable) figure.append(folded("As a table", asTable, { class: "as-table", "data-fold": "table-" + name }));
     return figure;
   }
 
@@ -188,7 +188,7 @@
 
   // --- texts ----------------------------------------------------------------------------------------------------------
 
-  function completion(title, said, size) {
+  function completion(pair, title, said, size) {
     const tokens = said.tokens;
     const text = make("p", { class: "tokens", dir: "auto" });
     tokens.forEach((token) => {
@@ -201,7 +201,7 @@
     const over = said.length === null ? "" : " over its beginning, of " + said.length + " tokens";
     return make("div", {}, make("h4", { text: title + ": " + signed(total) + " nats" + over }), text,
       folded("Tokens as a table", () => table(title, ["token", "change of log-probability (nats)"],
-        tokens.map((token) => [token.text, signed(token.change)])), { class: "as-table" }));
+        tokens.map((token) => [token.text, signed(token.change)])), { class: "as-table", "data-fold": "tokens-" + pair + title }));
   }
 
   function pairText(pair) {
@@ -209,8 +209,8 @@
     const size = changes.length ? Math.max(changes[Math.floor(0.95 * (changes.length - 1))], 0.1) : 1;
     return make("article", { class: "pair-text" },
       make("h3", { text: "Pair " + pair.pair + ": margin shift " + signed(pair.shift) + " nats" }),
-      folded("Prompt", () => foreign("pre", pair.prompt)),
-      completion("chosen", pair.chosen, size), completion("rejected", pair.rejected, size));
+      folded("Prompt", () => foreign("pre", pair.prompt), { "data-fold": "prompt-" + pair.pair }),
+      completion(pair.pair, "chosen", pair.chosen, size), completion(pair.pair, "rejected", pair.rejected, size));
   }
 
   function texts(set) {
@@ -269,7 +269,7 @@
         map.start();
         bars.start();
       }
-      tables.replaceChildren(folded("As a table", () => layerTable(there, at, measure), { class: "as-table" }));
+      tables.replaceChildren(folded("As a table", () => layerTable(there, at, measure), { class: "as-table", "data-fold": "layers" }));
     };
     const tables = make("div");
     slider.addEventListener("input", () => { at = Number(slider.value); update(); });
@@ -291,7 +291,7 @@
       const rows = () => table(site.name, ["layer", ...(site.heads ? ["head"] : []), "mean", "low", "high"], site.layers.map((layer, at) =>
         [String(layer), ...(site.heads ? [String(site.heads[at])] : []), ...["mean", "low", "high"].map((end) => shown(site.sufficiency[end][at]))]));
       return make("div", {}, make("h3", { text: says }), chart(says, "site-" + site.site, (place) => charts.siteChart(place, site), rows));
-    })), { class: "sites" });
+    })), { class: "sites", "data-fold": "sites" });
   }
 
   function evidenceChips(audit) {
@@ -314,22 +314,22 @@
   function more(set) {
     const parts = set.more;
     const rows = [];
-    if (parts.low_rank) rows.push(folded(parts.low_rank.title, () => lowRank(parts.low_rank)));
-    if (parts.spinal) rows.push(folded(parts.spinal.title, () => spinal(parts.spinal)));
+    if (parts.low_rank) rows.push(folded(parts.low_rank.title, () => lowRank(parts.low_rank), { "data-fold": "low-rank" }));
+    if (parts.spinal) rows.push(folded(parts.spinal.title, () => spinal(parts.spinal), { "data-fold": "spinal" }));
     if (parts.transfer) {
       rows.push(folded(parts.transfer.title, () => table(parts.transfer.title, ["basis", "layer", "fitted on", "patched on", "rank", "share of the effect", "interval", "pairs", "control"],
         parts.transfer.cells.map((cell) => [cell.basis, String(cell.layer), cell.fitted, cell.patched, String(cell.rank), shown(cell.fraction.mean),
-          shown(cell.fraction.low) + " to " + shown(cell.fraction.high), String(cell.pairs), cell.control]))));
+          shown(cell.fraction.low) + " to " + shown(cell.fraction.high), String(cell.pairs), cell.control])), { "data-fold": "transfer" }));
     }
-    if (parts.continuations.length) rows.push(folded("What policy and reference write", () => table("Greedy continuations", ["", "policy", "reference"], parts.continuations)));
+    if (parts.continuations.length) rows.push(folded("What policy and reference write", () => table("Greedy continuations", ["", "policy", "reference"], parts.continuations), { "data-fold": "continuations" }));
     if (parts.cost.steps.length) {
       rows.push(folded("Cost: " + parts.cost.title, () => table("Cost of each audit", ["step", "kind", "seconds"],
-        parts.cost.steps.map((step, at) => [String(step), parts.cost.kinds[at], shown(parts.cost.seconds[at])]))));
+        parts.cost.steps.map((step, at) => [String(step), parts.cost.kinds[at], shown(parts.cost.seconds[at])])), { "data-fold": "cost" }));
     }
-    rows.push(folded("Provenance: models, pairs, versions", () => table("Provenance", ["", ""], parts.provenance)));
+    rows.push(folded("Provenance: models, pairs, versions", () => table("Provenance", ["", ""], parts.provenance), { "data-fold": "provenance" }));
     if (parts.unknown.length) {
       rows.push(folded("What is not known, and why", () => table("Not known", ["reason", "numbers"],
-        parts.unknown.map((each) => [each.reason, each.paths.join(", ")]))));
+        parts.unknown.map((each) => [each.reason, each.paths.join(", ")])), { "data-fold": "unknown" }));
     }
     return section("More", null, ...rows);
   }
@@ -348,7 +348,7 @@
     // The shift's basis is the alignment subspace proper; the activations' is dominated by what both models share.
     const rest = bases.filter((basis) => basis !== "shift");
     return [...bases.filter((basis) => basis === "shift").map(part),
-      ...rest.map((basis) => folded("The " + basis + " basis", () => part(basis)))];
+      ...rest.map((basis) => folded("The " + basis + " basis", () => part(basis), { "data-fold": "basis-" + basis }))];
   }
 
   function spinal(data) {
@@ -373,7 +373,7 @@
   function failures(run) {
     if (!run.failures.length) return null;
     return folded("Audits that broke: " + run.failures.length, () => table("Audits that broke", ["step", "time", "error"], run.failures),
-      { open: run.status.word === "BLIND" ? "" : null });
+      { "data-fold": "failures", open: run.status.word === "BLIND" ? "" : null });
   }
 
   // --- the page -------------------------------------------------------------------------------------------------------
@@ -422,5 +422,5 @@
     addEventListener("afterprint", () => redraw(root));
   }
 
-  window.AlignAudit = { render, printing };
+  window.AlignAudit = { render, printing, redraw, make, foreign, shown, table, chart, folded };
 })();

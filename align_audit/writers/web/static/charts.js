@@ -245,7 +245,7 @@
   }
 
   /* Several curves with a legend; names are ours. */
-  function curves(place, series, x, y) {
+  function curves(place, series, x, y, share) {
     return draw(place, (c) => {
       const palette = [c.line, c.error, c.second, c.warning, c.ink, c.faint];
       return series.map((each, at) => ({
@@ -253,12 +253,12 @@
         line: { color: palette[at % palette.length], width: 2, dash: each.dashed ? "dot" : "solid" },
         error_y: each.low ? errorBars({ mean: each.y, low: each.low, high: each.high }, palette[at % palette.length]) : undefined,
         marker: { size: 6, symbol: ["circle", "square", "diamond", "cross", "x", "triangle-up"][at % 6] },
-        hovertemplate: x + " %{x}: %{y:.3g}<extra></extra>",
+        hovertemplate: x + " %{x}: %{y:" + (share ? ".1%" : ".3g") + "}<extra></extra>",
       }));
     }, (c) => ({
       showlegend: series.length > 1, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { color: c.ink, size: FONT } },
       margin: { l: 50, r: 8, t: series.length > 1 ? 34 : 8, b: 40 },
-      xaxis: { title: { text: x, standoff: 4 }, zeroline: false, nticks: 9 }, yaxis: { title: { text: y } },
+      xaxis: { title: { text: x, standoff: 4 }, zeroline: false, nticks: 9 }, yaxis: { title: { text: y }, tickformat: share ? ".0%" : "" },
     }));
   }
 

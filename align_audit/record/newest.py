@@ -1,0 +1,101 @@
+"""The newest records of a log, read from its end: how a run stands now needs no more of it, however long it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from align_audit.errors import RecordError, first_line, plain
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.stored_records import parse_line
+
+_BLOCK = 1 << 20
+"""Bytes that are read at a time."""
+_MOST = 64
+"""Lines that are looked at, at most: a run of health audits alone has no full one to come to."""
+_STEPS = 4
+"""So many steps tell an interval, where records do not say when the next audit is due."""
+
+
+@dataclass(frozen=True)
+class Newest:
+    """What the end of a log says.
+
+    Attributes:
+        records: by the order of their lines.
+        skipped: lines among them that could not be read.
+        reason: what is wrong with the last of those.
+    """
+
+    records: tuple[AuditRecord, ...] = ()
+    skipped: int = 0
+    reason: str | None = None
+
+
+def read_newest(path: Path, names: Collection[str | None] = ()) -> Newest:
+    """Read the end of a ``records.jsonl``: all of the last step, a step before it, and back to a full audit.
+
+    A last line without an end is being written, and is left out. An absent file has no records.
+
+    Args:
+        names: probe sets of which the last audit is wanted too, as of those with audits that broke.
+
+    Raises:
+        OSError: it is there and cannot be read.
+    """
+    records: list[AuditRecord] = []
+    skipped, reason = 0, None
+    for place, line in enumerate(lines_from_end(path)):
+        if place == _MOST or _enough(records, names):
+            break
+        try:
+            where = f"a line of {plain(path)}"
+            records.append(parse_line(line) or AuditRecord.from_json(line, where))
+        except RecordError as error:
+            skipped += 1
+            reason = reason or first_line(error)
+    return Newest(tuple(reversed(records)), skipped, reason)
+
+
+def _enough(records: Sequence[AuditRecord], names: Collection[str | None]) -> bool:
+    """Of records from the last one back."""
+    steps = {record.step for record in records}
+    planned = bool(records) and records[0].occasion is not None
+    return (
+        len(steps) >= (2 if planned else _STEPS)
+        and any(record.kind == "full" for record in records)
+        and set(names) <= {None, *(record.provenance.probe_name for record in records)}
+    )
+
+
+def lines_from_end(path: Path) -> Iterator[bytes]:
+    """The whole lines of a file that are not blank, the last one first; none of an absent file.
+
+    Raises:
+        OSError: it is there and cannot be read.
+    """
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        place = os.fstat(file.fileno()).st_size
+        # Behind the last newline stands what is being written.
+        pieces, ended = [b""], False
+        while place > 0:
+            size = min(_BLOCK, place)
+            place -= size
+            file.seek(place)
+            first, *rest = file.read(size).split(b"\n")
+            for piece in reversed(rest):
+                line = piece + b"".join(reversed(pieces))
+                pieces = []
+                if ended and line.strip():
+                    yield line
+                ended = True
+            pieces.append(first)
+        line = b"".join(reversed(pieces))
+        if ended and line.strip():
+            yield line
