@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from align_audit.measures.resampling import Groups
 from align_audit.record.audit_record import AuditRecord, Estimate
 from align_audit.record.equal_margin import Term, at_common_margin, places_of
 from align_audit.record.figures import NO_MEAN, Figure, Sample, weighted
@@ -100,18 +99,18 @@ class AtCommonMargin:
         if isinstance(held, str):
             return held
         moving = [self._term(figure, *term) for term in terms]
+        shares = all(term.samples[0].share_weights is not None for term in moving)
+        if shares:
+            moving = [replace(term, samples=tuple(map(_constant, term.samples))) for term in moving]
         estimate = self._intervals(at_common_margin(self._margins, moving), self._groups)
         if math.isnan(estimate.low):
-            if Groups.of(self._groups, len(self._margins[0])).too_few() is None:
-                places = self._intervals(places_of(self._margins, moving), self._groups)
-                if math.isnan(places.low):
-                    reason = f"{places.reason}, because there a run does not come to that margin between two audits"
-                    return estimate.model_copy(update={"reason": reason})
+            # With the places held there is one: pairs are enough, and it is some draws that find no place.
+            places = None if math.isnan(held.low) else self._intervals(places_of(self._margins, moving), self._groups)
+            if places is not None and math.isnan(places.low):
+                reason = f"{places.reason}, because there a run does not come to that margin between two audits"
+                return estimate.model_copy(update={"reason": reason})
             return estimate
-        if any(term.samples[0].share_weights is None for term in moving):
-            return estimate
-        # Near 0 and 1 resamples of shares do not vary as they should: the interval with all places held does.
-        return Estimate(mean=estimate.mean, low=min(estimate.low, held.low), high=max(estimate.high, held.high))
+        return _wider(held, estimate, [weight for _, _, weight in terms]) if shares else estimate
 
     def _term(self, figure: Figure, number: int, place: Between, weight: float) -> Term:
         path = self._paths[number]
@@ -125,3 +124,19 @@ class AtCommonMargin:
             tuple(nothing if isinstance(sample, str) else sample for sample in samples),
             weight,
         )
+
+
+def _constant(sample: Sample) -> Sample:
+    """The same number, of pairs that all have it."""
+    return replace(sample, columns=np.broadcast_to(sample.columns.mean(axis=0), sample.columns.shape))
+
+
+def _wider(held: Estimate, moved: Estimate, weights: Sequence[float]) -> Estimate:
+    """A sum of shares: as far as they may lie from it with the places held, and as far again as the places move it.
+
+    Resamples of shares near 0 and 1 do not vary as they should, so that the two cannot be drawn together. How they go
+    together is not known, and taken as what widens.
+    """
+    low = max(held.low + moved.low - moved.mean, sum(weight for weight in weights if weight < 0.0))
+    high = min(held.high + moved.high - moved.mean, sum(weight for weight in weights if weight > 0.0))
+    return Estimate(mean=held.mean, low=low, high=high)
