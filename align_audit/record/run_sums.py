@@ -132,11 +132,13 @@ def _constant(sample: Sample) -> Sample:
 
 
 def _wider(held: Estimate, moved: Estimate, weights: Sequence[float]) -> Estimate:
-    """A sum of shares: as far as they may lie from it with the places held, and as far again as the places move it.
+    """A sum of shares: as far as it may lie from its value with the places held, and as far as the places may move it.
 
-    Resamples of shares near 0 and 1 do not vary as they should, so that the two cannot be drawn together. How they go
-    together is not known, and taken as what widens.
+    Resamples of shares near 0 and 1 do not vary as they should, so that the two are not drawn together; as in
+    ``combined_share_interval`` the distances are those of parts that do not go together. Where hits and margins of a run do, it
+    is to the safe side: pairs with larger margins agree more often, and bring the run to the margin earlier.
     """
-    low = max(held.low + moved.low - moved.mean, sum(weight for weight in weights if weight < 0.0))
-    high = min(held.high + moved.high - moved.mean, sum(weight for weight in weights if weight > 0.0))
-    return Estimate(mean=held.mean, low=low, high=high)
+    low = held.mean - math.hypot(held.mean - held.low, moved.mean - moved.low)
+    high = held.mean + math.hypot(held.high - held.mean, moved.high - moved.mean)
+    least, most = (sum(weight for weight in weights if weight * sign > 0.0) for sign in (-1.0, 1.0))
+    return Estimate(mean=held.mean, low=max(low, least), high=min(high, most))
