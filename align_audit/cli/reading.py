@@ -53,7 +53,7 @@ def compare(
     if as_json:
         values = {probes: comparison_values(each) for probes, each in comparisons.items()}
         single = next(iter(values.values()))
-        typer.echo(json.dumps(single if len(values) == 1 else {"probes": values}, indent=1, ensure_ascii=False))
+        typer.echo(json.dumps(single if len(values) == 1 else {"probes": values}, indent=1))
         return
     several = len(comparisons) > 1
     _print(ComparisonTable(each, f"Probes {name!r}" if several else "") for name, each in comparisons.items())

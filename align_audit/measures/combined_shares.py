@@ -6,9 +6,13 @@ import math
 
 import numpy as np
 
+from align_audit.measures.resampling import Groups
 from align_audit.measures.statistics import Interval, share_interval
 
 Array = np.ndarray
+
+_NO_SPREAD = 1e-9
+"""Below it deviations are rounding: a sum of hits over a group that differs from its expectation does so by 1/N or more."""
 
 
 def combined_share_interval(
@@ -20,6 +24,10 @@ def combined_share_interval(
     below is the length of the vector of how far its terms may, with the correlations of the hits between them (Zou & Donner
     2008, doi:10.1002/sim.3095; of a difference of two it is method 10 of Newcombe 1998, Statistics in Medicine 17, 2635–2650).
     The bootstrap gives no finite bound where a single pair tells two models apart.
+
+    Of pairs that belong together the correlations are those of their sums. A share that is the same in every group (all hit, or
+    none) has no correlation that hits could tell: it counts as 1 with shares of the same sign, so that a mean of two shares
+    never has a narrower interval than both, and as 0 with those of the other sign.
 
     Args:
         hits: ``[N, J]``, 1 where it holds, 0 where not, NaN where that is not known.
@@ -51,18 +59,19 @@ def combined_share_interval(
     means = np.array([share.mean for share in shares])
     ends = weights * np.array([[share.low for share in shares], [share.high for share in shares]])
     signed = np.sign(weights)
-    together = _correlations(hits) * np.outer(signed, signed)
+    together = _correlations(hits, np.outer(signed, signed), Groups.of(groups, len(hits)))
     below, above = weights * means - ends.min(axis=0), ends.max(axis=0) - weights * means
     low, high = mean - _length(below, together), mean + _length(above, together)
     return Interval(mean, max(low, float(weights[weights < 0].sum())), min(high, float(weights[weights > 0].sum())))
 
 
-def _correlations(hits: Array) -> Array:
-    """φ of each two columns ``[J, J]``; 0 with a column of equal values, of which nothing is known."""
-    deviations = hits - hits.mean(axis=0)
+def _correlations(hits: Array, signs: Array, groups: Groups) -> Array:
+    """φ of each two columns over groups, times the sign of the product of their weights ``[J, J]``."""
+    deviations = groups.sums(hits - hits.mean(axis=0))
     spread = np.sqrt(np.square(deviations).sum(axis=0))
-    unit = deviations / np.where(spread > 0.0, spread, 1.0)
-    correlations: Array = unit.T @ unit
+    varies = spread > _NO_SPREAD
+    unit = deviations / np.where(varies, spread, 1.0)
+    correlations: Array = np.where(np.outer(varies, varies), unit.T @ unit * signs, np.maximum(signs, 0.0))
     np.fill_diagonal(correlations, 1.0)
     return correlations
 

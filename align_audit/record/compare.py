@@ -4,32 +4,30 @@ At equal steps a run with a larger rate is simply further along. What tells a ru
 same reward margin, so that runs are also read where their margins are equal: between two audits by straight lines.
 
 Differences are to the first run. Their intervals come from the values of common pairs: the same pairs are drawn for both runs,
-as everywhere (METHODS §2). Runs on other pairs, or measured by other methods, stand side by side only.
+as everywhere (METHODS §2), and where margins are equal is found anew in each draw. Records of other pairs, or measured by
+other methods, stand side by side only.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
 import numpy as np
 
-from align_audit.errors import RecordError, first_line, listed, plain
+from align_audit.errors import RecordError, listed, plain
 from align_audit.record.audit_record import AuditRecord, Estimate
 from align_audit.record.course import present_course
-from align_audit.record.figures import FIGURES, MARGIN_SHIFT, NO_MEAN, REWARD_MARGIN, Figure, Sample, beta_of, weighted
-from align_audit.record.numbers import is_unknown
+from align_audit.record.equal_margin import common_margin, crossing
+from align_audit.record.figures import FIGURES, MARGIN_SHIFT, REWARD_MARGIN, Figure, beta_of
+from align_audit.record.numbers import is_unknown, span
+from align_audit.record.pair_values import PairValues
 from align_audit.record.run import AuditRun
+from align_audit.record.run_sums import AtCommonMargin, Between, Intervals, held_sum
 from align_audit.record.status import Status
-
-Intervals = Callable[[Sample, np.ndarray | None], Estimate]
-"""Makes the interval of a number from the values of its pairs ``[N, C]`` and the group ``[N]`` of each (None: each is one)."""
-
-_AGREES = 1e-6
-"""Relative error within which the values of pairs give the record's number."""
 
 
 @dataclass(frozen=True)
@@ -40,35 +38,35 @@ class Side:
     run: AuditRun
 
     @cached_property
+    def _course(self) -> tuple[AuditRecord, ...]:
+        """The audits of the course that the run is on, by step."""
+        return tuple(present_course(self.run.records))
+
+    @cached_property
     def latest(self) -> dict[int, AuditRecord]:
-        """By step, the audit that counts: of the course the run is on, a full one where there was one."""
+        """By step, the audit that counts: on the pairs of the last one, a full one where there was one."""
         audits: dict[int, AuditRecord] = {}
-        for record in present_course(self.run.records):
+        for record in self._course:
+            if record.provenance.probe_hash != self._course[-1].provenance.probe_hash:
+                continue
             if record.kind == "full" or record.step not in audits or audits[record.step].kind == "health":
                 audits[record.step] = record
         return dict(sorted(audits.items()))
 
     @property
+    def left_out(self) -> list[int]:
+        """Steps of the audits on other pairs than the last."""
+        return sorted({record.step for record in self._course} - self.latest.keys())
+
+    @property
+    def path(self) -> list[AuditRecord]:
+        """Those audits, by step, between which the run may be read: by the methods of the last."""
+        return [record for record in self.latest.values() if record.methods_version == self.newest.methods_version]
+
+    @property
     def newest(self) -> AuditRecord:
         """The audit of the last step."""
         return list(self.latest.values())[-1]
-
-
-@dataclass(frozen=True)
-class Between:
-    """Where a run is read: at an audit, or so far on the way from one audit to a later one.
-
-    Attributes:
-        audits: one record, or two by step.
-        weight: of the second; 0 where there is one.
-    """
-
-    audits: tuple[AuditRecord, ...]
-    weight: float = 0.0
-
-    def __str__(self) -> str:
-        steps = [record.step for record in self.audits]
-        return f"step {steps[0]}" if len(steps) == 1 else f"between steps {steps[0]} and {steps[1]}"
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,8 @@ class Row:
 
     Attributes:
         readings: of each run, in their order.
-        differences: of each run but the first, to the first; empty where runs can only stand side by side.
+        differences: of each run but the first, to the first; empty where all can only stand side by side, and of the margin
+            where that is what is equal.
     """
 
     figure: Figure
@@ -175,29 +174,52 @@ def compare(sides: Sequence[Side], intervals: Intervals) -> Comparison:
             raise RecordError(f"{side.name} has no audit to compare: {side.run.status.reason}")
     betas = [beta_of(side.newest) for side in sides]
     margin = MARGIN_SHIFT if None in betas else REWARD_MARGIN
-    apart = list(_apart(sides))
-    table = _Table(sides, margin, apart, intervals)
+    table = _Table(sides, margin, intervals)
+    at_step, at_margin = _at_step(sides, table), _at_margin(sides, table)
     return Comparison(
         tuple(sides),
         tuple(side.run.status for side in sides),
         margin,
-        _at_step(sides, table),
-        _at_margin(sides, table),
-        (*apart, *_notes(sides)),
+        at_step,
+        at_margin,
+        (*_apart_notes(sides, at_step), *_notes(sides)),
     )
 
 
 # --- what can be compared ---------------------------------------------------------------------------------------------
 
 
-def _apart(sides: Sequence[Side]) -> Iterator[str]:
-    """Why there are no differences, where runs can only stand side by side."""
+def _apart(record: AuditRecord, first: AuditRecord) -> str | None:
+    """Why two records have no difference, in words; None: they have."""
     for values, words in (
-        ({side.newest.provenance.probe_hash for side in sides}, "they were audited on other probe pairs"),
-        ({side.newest.methods_version for side in sides}, "their numbers are of other versions of the methods"),
+        ({each.provenance.probe_hash for each in (record, first)}, "they were audited on other probe pairs"),
+        ({each.methods_version for each in (record, first)}, "their numbers are of other versions of the methods"),
     ):
         if len(values) > 1:
-            yield f"Side by side only, without differences: {words} ({', '.join(map(str, sorted(values)))})."
+            return f"{words} ({', '.join(map(str, sorted(values)))})"
+    return None
+
+
+def _apart_notes(sides: Sequence[Side], at_step: Meeting) -> Iterator[str]:
+    """Where runs stand side by side only, and why; what is left out of a run."""
+    for number, side in enumerate(sides[1:], start=1):
+        reasons = {"at equal margin": _apart(side.newest, sides[0].newest)}
+        if at_step.places:
+            reasons["at the last common step"] = _apart(at_step.places[number].audits[0], at_step.places[0].audits[0])
+        who = "" if len(sides) == 2 else f"{side.name} and {sides[0].name} "
+        for reason in dict.fromkeys(reason for reason in reasons.values() if reason is not None):
+            where = [words for words, each in reasons.items() if each == reason]
+            start = f"{who}{'' if len(where) == len(reasons) else where[0] + ' '}side by side only"
+            yield f"{start[0].upper() if not who else start[0]}{start[1:]}, without differences: {reason}."
+    for side in sides:
+        if side.left_out:
+            yield f"{side.name}: its audits of steps {span(side.left_out)} were on other probe pairs, and are left out."
+        older = [step for step, record in side.latest.items() if record.methods_version != side.newest.methods_version]
+        if older:
+            yield (
+                f"{side.name}: its audits of steps {span(older)} are of another version of the methods than its last, and are "
+                "left out at equal margin."
+            )
 
 
 def _notes(sides: Sequence[Side]) -> Iterator[str]:
@@ -237,93 +259,103 @@ def _at_step(sides: Sequence[Side], table: _Table) -> Meeting:
     full = tuple(
         place if place.audits[0].kind == "full" else "only health was audited at this step" for place in places
     )
-    return Meeting("step", step, places, full, table.rows(places, full))
+    return Meeting("step", step, places, full, table.at_step(places, full))
 
 
 def _at_margin(sides: Sequence[Side], table: _Table) -> Meeting:
     """Where every run has the largest margin that all of them reach."""
-    paths = [_path(side.latest.values(), table.margin) for side in sides]
-    reached = [max((margin for margin, _ in path), default=math.nan) for path in paths]
-    target = min(reached) if not any(map(math.isnan, reached)) else math.nan
-    if not target > 0:
-        reason = "no margin above 0 was reached by every run"
-        return Meeting("margin", target, reason=reason)
+    paths = [_path(side.path, table.margin) for side in sides]
+    target = math.nan
+    if all(paths):
+        target = float(common_margin([_margins(path, table.margin) for path in paths]))
+    if not target > 0.0:
+        return Meeting("margin", target, reason="no margin above 0 was reached by every run")
     places: list[Between] = []
     for side, path in zip(sides, paths, strict=True):
-        place = _crossing(path, target)
+        place = _crossing(path, table.margin, target)
         if isinstance(place, str):
             return Meeting("margin", target, reason=f"{side.name}: {place}")
         places.append(place)
     full = tuple(
-        _crossing(_path((record for record in side.latest.values() if record.kind == "full"), table.margin), target)
-        for side in sides
+        _crossing([record for record in path if record.kind == "full"], table.margin, target) for path in paths
     )
-    return Meeting("margin", target, tuple(places), full, table.rows(places, full))
+    return Meeting("margin", target, tuple(places), full, table.at_margin(places, full, paths))
 
 
-def _path(records: Iterable[AuditRecord], margin: Figure) -> list[tuple[float, AuditRecord]]:
-    """The margins of a run, by step, where they are known."""
-    path = []
-    for record in records:
-        value = margin.read(record).value
-        if value is not None and not math.isnan(value):
-            path.append((float(value), record))
-    return path
+def _path(records: Iterable[AuditRecord], margin: Figure) -> list[AuditRecord]:
+    """Those whose margin is known."""
+    return [record for record in records if not is_unknown(margin.read(record).value)]
 
 
-def _crossing(path: Sequence[tuple[float, AuditRecord]], target: float) -> Between | str:
+def _margins(path: Sequence[AuditRecord], margin: Figure) -> np.ndarray:
+    return np.array([margin.read(record).value for record in path], dtype=np.float64)
+
+
+def _crossing(path: Sequence[AuditRecord], margin: Figure, target: float) -> Between | str:
     """Where a run first comes to a margin; in words, why that is not known."""
     if not path:
         return "no such audit has a margin"
-    if path[0][0] > target:
-        return f"its first audit, of step {path[0][1].step}, was beyond that margin already"
-    for place, (margin, record) in enumerate(path):
-        if margin < target:
-            continue
-        if margin == target or place == 0:
-            return Between((record,))
-        below, earlier = path[place - 1]
-        return Between((earlier, record), (target - below) / (margin - below))
-    return "no such audit is at that margin or beyond"
+    margins = _margins(path, margin)
+    place = crossing(margins, np.asarray(target))
+    if math.isnan(place.weight):
+        if margins[0] > target:
+            return f"its first audit, of step {path[0].step}, was beyond that margin already"
+        return "no such audit is at that margin or beyond"
+    if place.weight == 1.0:
+        return Between((path[int(place.upper)],))
+    return Between((path[int(place.lower)], path[int(place.upper)]), float(place.weight))
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
 class _Table:
-    """Reads every figure of every run at a place, and the differences.
+    """Reads every figure of every run at a place, and the differences."""
 
-    Args:
-        apart: why there are none.
-    """
-
-    def __init__(self, sides: Sequence[Side], margin: Figure, apart: Sequence[str], intervals: Intervals) -> None:
+    def __init__(self, sides: Sequence[Side], margin: Figure, intervals: Intervals) -> None:
         self.margin = margin
-        self._sides, self._apart, self._intervals = sides, apart, intervals
-        self._arrays: dict[tuple[int, int], dict[str, np.ndarray] | str] = {}
+        self._sides, self._intervals = sides, intervals
+        self._values = [PairValues(side.run) for side in sides]
 
-    def rows(self, health: Sequence[Between], full: Sequence[Between | str]) -> tuple[Row, ...]:
-        """Of all figures.
+    def at_step(self, health: Sequence[Between], full: Sequence[Between | str]) -> tuple[Row, ...]:
+        """All figures at audits.
 
         Args:
             health: where each run is read.
             full: the same of full audits; a text says why there is none.
         """
-        return tuple(
-            self._row(figure, health if figure.group == "health" else full) for figure in (self.margin, *FIGURES)
-        )
+        return tuple(self._row(figure, health, full) for figure in (self.margin, *FIGURES))
 
-    def _row(self, figure: Figure, places: Sequence[Between | str]) -> Row:
-        readings = tuple(self._reading(figure, number, place) for number, place in enumerate(places))
-        if self._apart:
+    def at_margin(
+        self, health: Sequence[Between], full: Sequence[Between | str], paths: Sequence[Sequence[AuditRecord]]
+    ) -> tuple[Row, ...]:
+        """All figures at the common margin of these paths; of the margin itself there is no difference."""
+        together = all(_apart(path[-1], paths[0][-1]) is None for path in paths)
+        equal = AtCommonMargin(self._values, self.margin, paths, self._intervals, together)
+        margin, *rest = (self._row(figure, health, full, equal) for figure in (self.margin, *FIGURES))
+        return (replace(margin, differences=()), *rest)
+
+    def _row(
+        self,
+        figure: Figure,
+        health: Sequence[Between],
+        full: Sequence[Between | str],
+        equal: AtCommonMargin | None = None,
+    ) -> Row:
+        places = health if figure.group == "health" else full
+        readings = tuple(self._reading(figure, number, place, equal) for number, place in enumerate(places))
+        apart = [_apart(place.audits[0], health[0].audits[0]) for place in health[1:]]
+        if all(reason is not None for reason in apart):
             return Row(figure, readings)
-        return Row(
-            figure,
-            readings,
-            tuple(self._difference(figure, number, places, readings) for number in range(1, len(places))),
+        differences = (
+            self._difference(figure, number, places, readings, equal)
+            if reason is None
+            else Reading(math.nan, reason=reason)
+            for number, reason in enumerate(apart, start=1)
         )
+        return Row(figure, readings, tuple(differences))
 
-    def _reading(self, figure: Figure, number: int, place: Between | str) -> Reading:
+    def _reading(self, figure: Figure, number: int, place: Between | str, equal: AtCommonMargin | None) -> Reading:
         if isinstance(place, str):
             return Reading(math.nan, reason=place)
         read = [figure.read(record) for record in place.audits]
@@ -331,29 +363,28 @@ class _Table:
             if is_unknown(each.value):
                 return Reading(math.nan, reason=each.reason or "not in the record")
         values = [float(each.value or 0.0) for each in read]
-        if len(values) == 1:
+        if equal is None:
             low, high = (math.nan if end is None else end for end in (read[0].low, read[0].high))
             return Reading(values[0], low, high, read[0].reason)
-        if not figure.continuous and values[0] != values[1]:
+        if not figure.continuous and len(set(values)) > 1:
             steps = [record.step for record in place.audits]
             return Reading(
                 math.nan,
                 reason=f"{values[0]:g} at step {steps[0]}, {values[1]:g} at step {steps[1]}: nothing lies between",
             )
-        value = values[0] + place.weight * (values[1] - values[0])
-        sample = self._sample(figure, number, place)
-        if isinstance(sample, str):
-            return Reading(value, reason=sample)
-        estimate = self._intervals(sample, self._groups(number, place))
-        return Reading(value, estimate.low, estimate.high, estimate.reason)
+        value = values[0] + place.weight * (values[-1] - values[0])
+        return _reading_of(value, equal.sum(figure, [(number, place, 1.0)]))
 
     def _difference(
-        self, figure: Figure, number: int, places: Sequence[Between | str], readings: Sequence[Reading]
+        self,
+        figure: Figure,
+        number: int,
+        places: Sequence[Between | str],
+        readings: Sequence[Reading],
+        equal: AtCommonMargin | None,
     ) -> Reading:
         """Of one run to the first."""
         first, reading, place, start = readings[0], readings[number], places[number], places[0]
-        if figure is self.margin and math.isclose(first.value, reading.value, rel_tol=1e-9):
-            return Reading(0.0, 0.0, 0.0)
         for each in (first, reading):
             if math.isnan(each.value):
                 return Reading(math.nan, reason=each.reason)
@@ -361,59 +392,12 @@ class _Table:
         depths = {record.provenance.num_layers for record in (*place.audits, *start.audits)}
         if figure.unit == "layer" and len(depths) > 1:
             return Reading(math.nan, reason="layers of models of other depths are not the same layers")
-        value = reading.value - first.value
-        samples = self._sample(figure, 0, start), self._sample(figure, number, place)
-        for sample in samples:
-            if isinstance(sample, str):
-                return Reading(value, reason=sample)
-        groups = self._groups(0, start)
-        both = weighted([sample for sample in samples if isinstance(sample, Sample)], [-1.0, 1.0])
-        estimate = self._intervals(both, groups)
-        return Reading(value, estimate.low, estimate.high, estimate.reason)
-
-    def _sample(self, figure: Figure, number: int, place: Between) -> Sample | str:
-        """Values of pairs that give the reading; a text says why there are none."""
-        if figure.sample is None:
-            return NO_MEAN
-        samples = []
-        for record in place.audits:
-            arrays = self._arrays_of(number, record)
-            if isinstance(arrays, str):
-                return arrays
-            try:
-                sample = figure.sample(record, arrays)
-            except KeyError as error:
-                return f"the values of pairs at step {record.step} hold no {error}"
-            value = figure.read(record).value
-            if value is None or not math.isclose(sample.value, value, rel_tol=_AGREES, abs_tol=_AGREES):
-                return (
-                    f"the values of pairs at step {record.step} do not give the record's number: it was estimated with a "
-                    "correction, or they are of another audit"
-                )
-            samples.append(sample)
-        weights = [1.0] if len(samples) == 1 else [1.0 - place.weight, place.weight]
-        return weighted(samples, weights)
-
-    def _groups(self, number: int, place: Between) -> np.ndarray | None:
-        arrays = self._arrays_of(number, place.audits[0])
-        return None if isinstance(arrays, str) else arrays.get("per_pair.group")
-
-    def _arrays_of(self, number: int, record: AuditRecord) -> dict[str, np.ndarray] | str:
-        key = number, record.step
-        if key not in self._arrays:
-            self._arrays[key] = _load(self._sides[number].run, record)
-        return self._arrays[key]
+        terms = [(0, start, -1.0), (number, place, 1.0)]
+        estimate = held_sum(self._values, self._intervals, figure, terms) if equal is None else equal.sum(figure, terms)
+        return _reading_of(reading.value - first.value, estimate)
 
 
-def _load(run: AuditRun, record: AuditRecord) -> dict[str, np.ndarray] | str:
-    """The values of pairs beside a record; in words, why they give no interval."""
-    try:
-        arrays = run.load_arrays(record.step, "arrays")
-    except RecordError as error:
-        return first_line(error)
-    there = record.provenance
-    if any(len(values) != there.pairs for name, values in arrays.items() if name.startswith("per_pair.")):
-        return f"the values of pairs at step {record.step} are not of its {there.pairs} pairs"
-    if there.groups is None or (there.groups < there.pairs and "per_pair.group" not in arrays):
-        return "which pairs share a prompt is not in this log, so that they cannot be drawn together"
-    return arrays
+def _reading_of(value: float, estimate: Estimate | str) -> Reading:
+    if isinstance(estimate, str):
+        return Reading(value, reason=estimate)
+    return Reading(value, estimate.low, estimate.high, estimate.reason)

@@ -85,6 +85,7 @@ class Figure:
         sample: what gives it from the arrays beside a record; None: no mean over pairs does. It raises ``KeyError`` where an
             array is missing.
         continuous: whether a value between two audits means anything.
+        estimated: whether the number in a record may have an interval.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Figure:
     read: Callable[[AuditRecord], Number]
     sample: Callable[[AuditRecord, Arrays], Sample] | None = None
     continuous: bool = True
+    estimated: bool = True
 
 
 def beta_of(record: AuditRecord) -> float | None:
@@ -210,11 +212,11 @@ FIGURES: tuple[Figure, ...] = (
     Figure("kl", "health", "nats per token", _at("margins.kl"), partial(_column, "kl")),
     Figure("next_token_accuracy", "health", "share", _at("margins.token_accuracy"), partial(_column, "token_accuracy")),
     Figure("reward_accuracy", "health", "share", _at("margins.accuracy"), _accuracy_sample),
-    Figure("entropy_ratio", "health", "", _entropy_ratio, _entropy_sample),
-    Figure("peak_layer", "where", "layer", _at("patching.peak_layer"), continuous=False),
+    Figure("entropy_ratio", "health", "", _entropy_ratio, _entropy_sample, estimated=False),
+    Figure("peak_layer", "where", "layer", _at("patching.peak_layer"), continuous=False, estimated=False),
     Figure("peak_share", "where", "share", _peak_share, _share_sample),
     Figure("additivity", "where", "share", _at("patching.additivity"), _additivity_sample),
-    Figure("delta_align", "where", "", _at("spinal.delta_align")),
+    Figure("delta_align", "where", "", _at("spinal.delta_align"), estimated=False),
 )  # fmt: skip
 """Those that every screen shows first, but for the status, which is a word."""
 

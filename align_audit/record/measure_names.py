@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
 from align_audit.errors import ConfigurationError, quoted
 from align_audit.options.rules import did_you_mean
 from align_audit.record.audit_record import AuditRecord, Estimate
-from align_audit.record.figures import BY_NAME as FIGURE_NAMES
+from align_audit.record.figures import BY_NAME as FIGURES
 from align_audit.record.numbers import Number, by_path, fields_of, why_unknown
 from align_audit.record.schema import Part
 
@@ -18,6 +19,40 @@ ANY = "N"
 """In a name: a place in a sequence, a layer, or another key."""
 
 _ENDS = ("mean", "low", "high")
+_WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]*")
+_Path = tuple[tuple[str, ...] | None, ...]
+_KEYS = {"low_rank": ("activation", "shift")}
+"""Of fields with keys that are words: which words. Keys of others are layers."""
+
+
+@dataclass(frozen=True)
+class _Measure:
+    """A number of a record, or one of many under the same fields.
+
+    Attributes:
+        parts: of its path, each the words that may stand there; None: a whole number.
+        estimated: whether it has an interval.
+    """
+
+    parts: _Path
+    estimated: bool
+
+    @property
+    def name(self) -> str:
+        """Dotted, with ``N`` for what may be one of several."""
+        return ".".join(words[0] if words is not None and len(words) == 1 else ANY for words in self.parts)
+
+    def may_be(self, path: str, end: bool) -> bool:
+        """Whether a record may have a number at this path, of which an ``end`` is asked or not."""
+        parts = path.split(".")
+        return (
+            (self.estimated or not end)
+            and len(parts) == len(self.parts)
+            and all(
+                _WHOLE_NUMBER.fullmatch(part) is not None if words is None else part in words
+                for part, words in zip(parts, self.parts, strict=True)
+            )
+        )
 
 
 @functools.cache
@@ -28,7 +63,12 @@ def measure_names() -> tuple[str, ...]:
         >>> [name for name in measure_names() if name.startswith("patching.eff")]
         ['patching.effect.N', 'patching.effect_p_adjusted.N']
     """
-    return tuple(dict.fromkeys(_names_in(AuditRecord, "")))
+    return tuple(dict.fromkeys(measure.name for measure in _measures()))
+
+
+@functools.cache
+def _measures() -> tuple[_Measure, ...]:
+    return tuple(_measures_in(AuditRecord, ()))
 
 
 def check_measure(name: str) -> None:
@@ -41,20 +81,33 @@ def check_measure(name: str) -> None:
         >>> check_measure("spinal.coherence"), check_measure("patching.effect.3.low")
         (None, None)
     """
-    bare = _split(name)[0]
-    if bare in FIGURE_NAMES or any(_matches(bare.split("."), pattern.split(".")) for pattern in measure_names()):
+    if is_measure(name):
         return
-    near = did_you_mean(re.sub(r"(?<=\.)\d+(?=\.|$)", ANY, bare), [*FIGURE_NAMES, *measure_names()])
+    bare, end = _split(name)
+    if bare != name and is_measure(bare):
+        raise ConfigurationError(
+            f"no record has a measure called {quoted(name)}: {quoted(bare)} is a number without an interval, and has no "
+            f"{end}; expected {quoted(bare)}"
+        )
+    near = did_you_mean(re.sub(r"(?<=\.)\d+(?=\.|$)", ANY, bare), [*FIGURES, *measure_names()])
     raise ConfigurationError(
-        f"no record has a measure called {quoted(name)}{near}; expected {', '.join(FIGURE_NAMES)}, or the path of "
+        f"no record has a measure called {quoted(name)}{near}; expected {', '.join(FIGURES)}, or the path of "
         "a number as the columns of AuditRun.to_pandas() name it, such as margins.shift.low"
     )
+
+
+def is_measure(name: str) -> bool:
+    """Whether a record may have a number under this name: a curve, the path of a number, or of its interval an end."""
+    bare = _split(name)[0]
+    if bare in FIGURES:
+        return bare == name or FIGURES[bare].estimated
+    return any(each.may_be(bare, bare != name) for each in _measures())
 
 
 def measure(record: AuditRecord, name: str) -> tuple[float | None, str | None]:
     """The number of a record under a name, and why it is not known where it is None or NaN."""
     bare, end = _split(name)
-    number = FIGURE_NAMES[bare].read(record) if bare in FIGURE_NAMES else by_path(record).get(bare)
+    number = FIGURES[bare].read(record) if bare in FIGURES else by_path(record).get(bare)
     if number is None:
         return None, why_unknown(record, bare)
     value = _end_of(number, end)
@@ -71,29 +124,27 @@ def _split(name: str) -> tuple[str, str]:
     return (bare, end) if bare and end in _ENDS else (name, "mean")
 
 
-def _matches(parts: list[str], pattern: list[str]) -> bool:
-    return len(parts) == len(pattern) and all(
-        part == expected or (expected == ANY and part != "") for part, expected in zip(parts, pattern, strict=True)
-    )
-
-
-def _names_in(kind: type[Part], path: str) -> Iterator[str]:
+def _measures_in(kind: type[Part], path: _Path) -> Iterator[_Measure]:
     for name, annotation in fields_of(kind):
-        yield from _names_of(annotation, f"{path}.{name}" if path else name)
+        yield from _measures_of(annotation, (*path, (name,)))
 
 
-def _names_of(annotation: Any, path: str) -> Iterator[str]:
+def _measures_of(annotation: Any, path: _Path) -> Iterator[_Measure]:
     """Of what a field may hold."""
     origin, inside = get_origin(annotation), get_args(annotation)
     if annotation in (bool, int, float) or annotation is Estimate:
-        yield path
+        yield _Measure(path, annotation is Estimate)
     elif isinstance(annotation, type) and issubclass(annotation, Part):
-        yield from _names_in(annotation, path)
+        yield from _measures_in(annotation, path)
     elif origin is list:
-        yield from _names_of(inside[0], f"{path}.{ANY}")
+        yield from _measures_of(inside[0], (*path, None))
     elif origin is dict:
-        yield from _names_of(inside[1], f"{path}.{ANY}")
+        yield from _measures_of(inside[1], (*path, None if inside[0] is int else _KEYS[".".join(map(_word, path))]))
     else:  # what may be one of several, or is annotated
         for each in inside:
             if not isinstance(each, str):
-                yield from _names_of(each, path)
+                yield from _measures_of(each, path)
+
+
+def _word(words: tuple[str, ...] | None) -> str:
+    return ANY if words is None else words[0]

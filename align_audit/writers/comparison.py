@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from align_audit.errors import plain
-from align_audit.record.compare import Between, Comparison, Meeting, Reading, Row, Side
+from align_audit.record.compare import Comparison, Meeting, Reading, Row, Side
 from align_audit.record.figures import Figure
+from align_audit.record.run_sums import Between
 from align_audit.writers.standing import figure as number
 from align_audit.writers.standing import percent, standing_at
 from align_audit.writers.styled import STATUS_STYLES, text_of

@@ -75,6 +75,13 @@ def test_what_cannot_be_compared_is_refused_in_a_line(command: Any, tmp_path: Pa
     refused(command("compare", folder, failed), "failed has no audit to compare: No audit has been made yet.")
 
 
+def test_json_is_ascii_whatever_runs_are_called(command: Any, tmp_path: Path) -> None:
+    folders = [store_path(tmp_path / name, [0.0, 1.0], [0.0, 0.1]) for name in ("größer", "b")]
+    done = command("compare", *folders, "--json")
+    assert done.out.isascii()
+    assert [run["name"] for run in json.loads(done.out)["runs"]] == ["größer", "b"]
+
+
 def test_names_of_runs_are_shown_as_text(command: Any, tmp_path: Path) -> None:
     folders = [store_path(tmp_path / name, [0.0, 1.0], [0.0, 0.1]) for name in ("a\x1b[31m[bold]", "b")]
     done = command("compare", *folders)

@@ -6,16 +6,18 @@ import doctest
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from align_audit import AuditRun
 from align_audit.cli import gates
 from align_audit.cli.gates import Demands, Gate
+from align_audit.config import Basis
 from align_audit.errors import ConfigurationError
 from align_audit.record import measure_names
-from align_audit.record.measure_names import check_measure
+from align_audit.record.figures import BY_NAME as FIGURES
+from align_audit.record.measure_names import check_measure, is_measure
 from align_audit.record.numbers import by_path
 from tests.cli.commands import arguments, refused
 from tests.helpers.alert_cases import about, on_set, with_margins, with_part
@@ -41,6 +43,52 @@ def test_every_number_of_a_record_has_a_name_that_is_accepted() -> None:
         check_measure(path)
         if paths[path].low is not None:
             check_measure(f"{path}.low")
+
+
+def test_what_no_number_of_a_record_can_be_called_is_refused() -> None:
+    """Of every number: another place than a whole number, and an end of an interval where there is none."""
+    record = make_record(100, sites=make_sites())
+    for path, number in by_path(record).items():
+        parts = path.split(".")
+        for at in (at for at, part in enumerate(parts) if part.isdigit()):
+            for odd in ("foo", "-1", "07", "³", ""):
+                assert not is_measure(".".join([*parts[:at], odd, *parts[at + 1 :]]))
+        for end in ("mean", "low", "high"):
+            if number.low is None:
+                assert not is_measure(f"{path}.{end}")
+            else:
+                assert is_measure(f"{path}.{end}")
+        assert not is_measure(f"{path}.low.low")
+    for name in measure_names.measure_names():
+        if "N" in name.split("."):
+            assert not is_measure(name)
+    assert is_measure("low_rank.shift.3.rank_95") and not is_measure("low_rank.foo.3.rank_95")
+    assert all(is_measure(f"low_rank.{basis}.3.rank_95") for basis in get_args(Basis))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "patching.effect.foo", "patching.layer_gain.x.low", "finding.localized.low", "spinal.coherence.mean",
+        "low_rank.foo.3.rank_95", "peak_layer.low",
+    ],
+)  # fmt: skip
+def test_a_gate_that_every_record_would_break_is_refused(name: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"no record has a measure called '{name}'"):
+        Gate.parse(f"{name}>=1")
+
+
+def test_figures_have_ends_where_their_interval_is_in_records() -> None:
+    record = with_part(make_record(100), "provenance", beta=0.1)
+    for name, figure in FIGURES.items():
+        number = figure.read(record)
+        assert number.value is not None, name
+        assert (number.low is not None) is figure.estimated, name
+        if figure.estimated:
+            check_measure(f"{name}.low")
+        else:
+            with pytest.raises(ConfigurationError, match=f"'{name}' is a number without an interval, and has no low"):
+                check_measure(f"{name}.low")
 
 
 @pytest.mark.parametrize(
@@ -181,7 +229,7 @@ def test_fresh_sets_the_log_aside_and_audits_again(
     (first,) = AuditRun.load(tmp_path / "out").records
     done = command(*call, "--fresh")
     assert done.code == 0, done.err
-    assert "the 1 audits that were in" in done.err and "previous-1" in done.err
+    assert "the audit that was in" in done.err and " is in previous-1 there now" in done.err
     (second,) = AuditRun.load(tmp_path / "out").records
     assert second.key == first.key
     (aside,) = AuditRun.load(tmp_path / "out" / "align_audit" / "previous-1").records

@@ -33,16 +33,56 @@ def test_a_difference_is_newcombes() -> None:
     assert (combined.low, combined.high) == pytest.approx((combined.mean - low, combined.mean + high))
 
 
-@pytest.mark.parametrize(("pairs", "first", "second", "alike"), [(24, 0.9, 0.8, 0.5), (64, 0.6, 0.8, 0.0)])
-def test_it_covers(pairs: int, first: float, second: float, alike: float) -> None:
+@pytest.mark.parametrize("each", [1, 4], ids=["alone", "fours"])
+@pytest.mark.parametrize(("groups", "first", "second", "alike"), [(24, 0.9, 0.8, 0.5), (64, 0.6, 0.8, 0.0)])
+def test_it_covers(groups: int, first: float, second: float, alike: float, each: int) -> None:
+    """Pairs of a group draw the same number seven times out of ten, and both runs that of the first where they are alike."""
     rng = np.random.default_rng(1)
+    names = np.repeat(np.arange(groups), each)
+
+    def drawn() -> np.ndarray:
+        return np.where(rng.random(len(names)) < 0.7, rng.random(groups)[names], rng.random(len(names)))
+
     covered, draws = 0, 400
     for _ in range(draws):
-        u = rng.random(pairs)
-        v = np.where(rng.random(pairs) < alike, u, rng.random(pairs))
-        interval = combined_share_interval(np.column_stack([u < first, v < second]), DIFFERENCE)
+        u, v = drawn(), drawn()
+        v = np.where((rng.random(groups) < alike)[names], u, v)
+        interval = combined_share_interval(np.column_stack([u < first, v < second]), DIFFERENCE, groups=names)
         covered += interval.low <= second - first <= interval.high
     assert 0.92 <= covered / draws <= 0.99
+
+
+@pytest.mark.parametrize(("in_common", "least"), [("pairs", 0.90), ("prompts", 0.92)])
+def test_what_runs_have_in_common_is_told_by_prompts(in_common: str, least: float) -> None:
+    """Sixteen prompts of four pairs: the sums of prompts vary together where prompts do, whatever single pairs do."""
+    rng = np.random.default_rng(2)
+    names = np.repeat(np.arange(16), 4)
+    covered, draws = 0, 400
+    for _ in range(draws):
+        prompts, pairs = rng.normal(size=(16, 2))[names], rng.normal(size=(64, 2))
+        shared, apart = (prompts, pairs) if in_common == "prompts" else (pairs, prompts)
+        interval = combined_share_interval(shared[:, :1] + apart < 1.0, DIFFERENCE, groups=names)
+        covered += interval.low <= 0.0 <= interval.high
+    assert least <= covered / draws <= 0.985
+
+
+@pytest.mark.parametrize("weight", [0.25, 0.5, 0.9])
+def test_between_two_audits_that_agree_the_interval_is_that_of_each(weight: float) -> None:
+    """Also where all pairs agree, so that hits say nothing of how the audits go together."""
+    for count in (64, 57):
+        hits = (np.arange(64) < count).astype(float)
+        between = combined_share_interval(np.column_stack([hits, hits]), np.array([1.0 - weight, weight]))
+        share = share_interval(hits)
+        assert (between.low, between.high) == pytest.approx((share.low, share.high))
+
+
+def test_between_two_audits_one_of_which_says_nothing_of_the_pairs() -> None:
+    """All hit in one, some in the other: the interval is the mean of both, as far as it may reach."""
+    hits = np.column_stack([np.ones(64), np.arange(64) < 57])
+    between = combined_share_interval(hits, np.array([0.5, 0.5]))
+    each = [share_interval(column) for column in hits.T]
+    assert between.low == pytest.approx(sum(share.low for share in each) / 2)
+    assert between.high == pytest.approx(sum(share.high for share in each) / 2)
 
 
 def test_edges() -> None:

@@ -13,10 +13,12 @@ import pytest
 from align_audit.cli.intervals import interval
 from align_audit.config import AuditConfig
 from align_audit.errors import RecordError
+from align_audit.measures.resampling import resample_indices, widened_tail
 from align_audit.measures.statistics import mean_interval
-from align_audit.record import figures
+from align_audit.record import equal_margin, figures
 from align_audit.record.compare import Comparison, Meeting, Reading, Side, compare
-from align_audit.record.figures import FIGURES, MARGIN_SHIFT, REWARD_MARGIN
+from align_audit.record.equal_margin import Term, at_common_margin
+from align_audit.record.figures import FIGURES, MARGIN_SHIFT, REWARD_MARGIN, Sample
 from align_audit.record.run import AuditRun
 from tests.helpers.alert_cases import health, with_part
 from tests.helpers.audits import QUICK, audited
@@ -41,9 +43,10 @@ def readings(meeting: Meeting, name: str) -> list[float]:
 
 
 def test_the_examples_hold() -> None:
-    results = doctest.testmod(figures)
-    assert results.attempted == 2
-    assert results.failed == 0
+    for module, examples in ((figures, 2), (equal_margin, 3)):
+        results = doctest.testmod(module)
+        assert results.attempted == examples
+        assert results.failed == 0
 
 
 def test_the_values_of_pairs_give_the_numbers_of_an_audit() -> None:
@@ -100,14 +103,78 @@ def test_at_equal_margin_a_run_is_read_between_its_audits(tmp_path: Path) -> Non
     assert meeting.places[1].weight == pytest.approx(weight)
     assert readings(meeting, "reward_margin") == pytest.approx([meeting.value] * 2)
     assert readings(meeting, "kl") == pytest.approx([mean[0].kl.mean, weight * mean[1].kl.mean])
-    kl = [
-        AuditRun.load(folder).load_arrays(step, "arrays")["per_pair.kl"] for folder, step in ((first, 20), (second, 10))
-    ]
-    expected = mean_interval(weight * kl[1] - kl[0])
-    measured = difference(meeting, "kl")
-    assert (measured.low, measured.high) == pytest.approx((expected.low, expected.high))
-    assert difference(meeting, "reward_margin") == Reading(0.0, 0.0, 0.0)
+    row = meeting.row("reward_margin")
+    assert row is not None
+    assert row.differences == (), "what is equal has no difference"
+    assert row.readings[0].low < meeting.value < row.readings[0].high
     assert comparison.margin is REWARD_MARGIN
+
+
+def test_at_equal_margin_each_resample_meets_at_a_margin_of_its_own(tmp_path: Path) -> None:
+    """One draw of pairs after the other: their mean margins and KL at each audit, then straight lines by ``np.interp``."""
+    steps = {"a": ([0.0, 1.0, 2.0], [0.0, 0.1, 0.3]), "b": ([0.0, 1.5, 3.0], [0.0, 1.0, 3.0])}
+    folders = [store_path(tmp_path / name, *each, seed=5 * place) for place, (name, each) in enumerate(steps.items())]
+    paths = []
+    for folder in folders:
+        run = AuditRun.load(folder)
+        arrays = [run.load_arrays(step, "arrays") for step in (0, 10, 20)]
+        shift = MARGIN_SHIFT.sample
+        assert shift is not None
+        margins = [shift(record, each).columns[:, 0] for record, each in zip(run.records, arrays, strict=True)]
+        paths.append((np.array(margins), np.array([each["per_pair.kl"] for each in arrays])))
+    drawn = []
+    for chosen in resample_indices(PAIRS, 1000, seed=0):
+        means = [(margins[:, chosen].mean(axis=1), kl[:, chosen].mean(axis=1)) for margins, kl in paths]
+        target = min(margins.max() for margins, _ in means)
+        first, second = (np.interp(target, margins, kl) for margins, kl in means)
+        drawn.append(second - first)
+    tail = widened_tail(PAIRS, 0.95)
+    measured = difference(compared(*folders).at_margin, "kl")
+    assert (measured.low, measured.high) == pytest.approx(tuple(np.quantile(drawn, [tail, 1 - tail])))
+
+
+def test_intervals_at_equal_margin_cover() -> None:
+    """Shifts of N(6, 6) and of N(3, 6), KL of 1 ± 0.1, both 0 at the start: at margin 3 the first has paid one half."""
+    rng, draws, covered = np.random.default_rng(3), 400, 0
+    start = np.zeros((PAIRS, 1))
+    for _ in range(draws):
+        margins = [np.hstack([start, rng.normal(mean, 6.0, (PAIRS, 1))]) for mean in (6.0, 3.0)]
+        kl = [np.hstack([start, rng.normal(1.0, 0.1, (PAIRS, 1))]) for _ in margins]
+        terms = [
+            Term(
+                run, np.arange(2), tuple(Sample(each[:, [at]], lambda means: means[..., 0]) for at in range(2)), weight
+            )
+            for run, (each, weight) in enumerate(zip(kl, (-1.0, 1.0), strict=True))
+        ]
+        made = interval(at_common_margin(margins, terms), None)
+        covered += made.low <= 0.5 <= made.high
+    assert 0.93 <= covered / draws <= 0.97
+
+
+def test_shares_at_equal_margin_have_intervals_of_shares_too(tmp_path: Path) -> None:
+    """Where all pairs agree no resample differs, and still less than all of those not seen may agree."""
+    first = store_path(tmp_path / "a", [0.0, 1.0, 2.0], [0.0, 0.1, 0.3])
+    second = store_path(tmp_path / "b", [0.0, 1.0, 4.0], [0.0, 0.1, 3.0])
+    meeting = compared(first, second).at_margin
+    assert meeting.places[1].weight > 0.0
+    assert readings(meeting, "reward_accuracy") == [1.0, 1.0]
+    measured = difference(meeting, "reward_accuracy")
+    assert measured.low < -0.03 and measured.high > 0.03
+
+
+def test_where_a_resample_does_not_cross_there_is_no_interval_and_it_is_said(tmp_path: Path) -> None:
+    """The first run's first audit lies hardly below the margin of the second: in some draws, beyond."""
+    arrays = [values_of_pairs(shift, kl, seed) for shift, kl, seed in ((9.9, 0.1, 1), (30.0, 0.3, 2))]
+    first = store(tmp_path / "a", [record_of(10 * at, each) for at, each in enumerate(arrays)], arrays)
+    second = store_path(tmp_path / "b", [0.0, 1.0], [0.0, 0.2], seed=7)
+    meeting = compared(first, second).at_margin
+    assert [len(place.audits) for place in meeting.places] == [2, 1], meeting
+    measured = difference(meeting, "kl")
+    assert not math.isnan(measured.value)
+    assert math.isnan(measured.low)
+    assert "resamples give no finite value, because there a run does not come to that margin between two audits" in (
+        measured.reason or ""
+    )
 
 
 def test_a_layer_is_no_number_between_two_layers(tmp_path: Path) -> None:
@@ -178,6 +245,63 @@ def test_what_is_not_the_same_is_said(part: str | None, changes: dict[str, Any],
         )
 
 
+def on_pairs(steps: dict[int, str], methods: dict[int, int] | None = None) -> tuple[list[Any], list[Any]]:
+    """Records by step, each on the pairs of this hash; margins go up by 10 nats a record, KL by 0.2."""
+    arrays = [values_of_pairs(10.0 * place, 0.2 * place, seed=place) for place in range(len(steps))]
+    records = [
+        with_part(record_of(step, each), "provenance", probe_hash=probes * 16)
+        for (step, probes), each in zip(steps.items(), arrays, strict=True)
+    ]
+    versions = methods or {}
+    return [each.model_copy(update={"methods_version": versions.get(each.step, 2)}) for each in records], arrays
+
+
+def test_records_are_compared_pair_by_pair_not_runs_by_their_newest(tmp_path: Path) -> None:
+    """Audits of a run on other pairs than its last are left out; other methods count at the records that are read."""
+    plain = store(tmp_path / "plain", *on_pairs({0: "a", 10: "a", 20: "a"}))
+    swapped = store(tmp_path / "swapped", *on_pairs({0: "b", 10: "a", 20: "a"}))
+    comparison = compared(plain, swapped)
+    assert list(comparison.sides[1].latest) == [10, 20]
+    assert comparison.notes == ("swapped: its audits of steps 0 were on other probe pairs, and are left out.",)
+    assert not math.isnan(difference(comparison.at_step, "kl").low)
+    assert comparison.at_margin.places[1].audits[0].step >= 10
+
+    newer = store(tmp_path / "newer", *on_pairs(dict.fromkeys((0, 10, 20, 30), "a"), {30: 3}))
+    comparison = compared(plain, newer)
+    assert comparison.at_step.value == 20
+    assert not math.isnan(difference(comparison.at_step, "kl").low), "both records of step 20 are of version 2"
+    assert comparison.notes == (
+        "At equal margin side by side only, without differences: their numbers are of other versions of the methods (2, 3).",
+        "newer: its audits of steps 0, 10, 20 are of another version of the methods than its last, and are left out at equal "
+        "margin.",
+    )
+
+    older = store(tmp_path / "older", *on_pairs(dict.fromkeys((0, 10, 20, 30), "a"), {20: 1}))
+    comparison = compared(plain, older)
+    row = comparison.at_step.row("kl")
+    assert row is not None
+    assert row.differences == ()
+    assert comparison.notes[0] == (
+        "At the last common step side by side only, without differences: their numbers are of other versions of the methods "
+        "(1, 2)."
+    )
+
+
+def test_of_three_runs_one_on_other_pairs_takes_no_difference_from_the_others(tmp_path: Path) -> None:
+    folders = [store(tmp_path / name, *on_pairs({0: name, 10: name})) for name in "a"]
+    folders += [
+        store(tmp_path / name, *on_pairs({0: probes, 10: probes})) for name, probes in (("same", "a"), ("apart", "b"))
+    ]
+    comparison = compared(*folders)
+    assert difference(comparison.at_step, "kl", 0).low == 0.0
+    assert math.isnan(difference(comparison.at_step, "kl", 1).value)
+    assert comparison.notes == (
+        f"apart and a side by side only, without differences: they were audited on other probe pairs ({'a' * 16}, {'b' * 16}).",
+    )
+    at_margin = difference(comparison.at_margin, "kl", 0)
+    assert (at_margin.value, at_margin.reason) == (0.0, "runs on other pairs cannot be drawn with these")
+
+
 def test_equal_runs_have_nothing_to_note(tmp_path: Path) -> None:
     comparison = compared(changed(tmp_path / "a"), changed(tmp_path / "b"))
     assert comparison.notes == ()
@@ -187,8 +311,13 @@ def test_equal_runs_have_nothing_to_note(tmp_path: Path) -> None:
 def test_without_values_of_pairs_a_difference_has_no_interval_and_says_why(tmp_path: Path) -> None:
     arrays = values_of_pairs(10.0, 0.2)
     shared = with_part(record_of(10, arrays), "provenance", groups=PAIRS // 2)
+    lost = np.where(np.arange(PAIRS) == 3, np.nan, arrays["per_pair.kl"])
     cases = {
         "none": (store(tmp_path / "none", [record_of(10, arrays)]), "cannot read the arrays"),
+        "unfinite": (
+            store(tmp_path / "unfinite", [record_of(10, arrays)], [arrays | {"per_pair.kl": lost}]),
+            f"1 of the {PAIRS} values of pairs at step 10 are not finite",
+        ),
         "stale": (
             store(tmp_path / "stale", [record_of(10, arrays)], [values_of_pairs(10.0, 0.5)]),
             "do not give the record's number",

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from align_audit.errors import RecordError
-from align_audit.record.compare import Intervals, Side, by_probes, compare
+from align_audit.record.compare import Side, by_probes, compare
 from align_audit.record.run import AuditRun
+from align_audit.record.run_sums import Intervals
 from align_audit.writers.comparison import meeting_tables, sentence
 from align_audit.writers.web.json_values import text
 

@@ -22,10 +22,10 @@ from pydantic import ValidationError
 
 from align_audit import __version__
 from align_audit.errors import named
-from align_audit.record.compare import Intervals
 from align_audit.record.followed import FollowedRun
 from align_audit.record.log import FAILURES, RECORDS, Failure
 from align_audit.record.newest import Newest, lines_from_end, read_newest
+from align_audit.record.run_sums import Intervals
 from align_audit.record.status import Status, status_of
 from align_audit.record.training_log import TRAINING, rows_of
 from align_audit.writers.web.comparison_data import comparison_data

@@ -15,7 +15,7 @@ from tensorboard.plugins.base_plugin import FrontendMetadata, TBPlugin
 from werkzeug import Request, Response
 
 from align_audit.errors import named, plain
-from align_audit.record.compare import Intervals
+from align_audit.record.run_sums import Intervals
 from align_audit.writers.web.log_folders import folders_of, log_beside
 from align_audit.writers.web.page import static
 from align_audit.writers.web.shown_runs import ShownRuns
