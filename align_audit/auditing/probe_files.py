@@ -25,8 +25,15 @@ def read_probes(
     config: AuditConfig,
     *,
     trust_remote_code: bool = False,
+    revision: str | None = None,
+    max_length: int | None = 1024,
+    truncation_mode: str = "keep_start",
 ) -> dict[str | None, ProbeSet]:
     """The probe sets at those paths, tokenized with the models' tokenizer; a single path's set is called None.
+
+    Args:
+        revision: of the first checkpoint, where that is a hub name; None: the newest.
+        max_length, truncation_mode: the training's, which hold where the options say nothing of them.
 
     Raises:
         ConfigurationError: a name that cannot be one, or no tokenizer is there.
@@ -40,14 +47,14 @@ def read_probes(
         paths[None] = probes
     bases = [base for folder in checkpoints if (base := base_of(folder)) is not None]
     places = [*checkpoints, *([reference] if reference is not None else []), *bases]
-    tokenizer = load_tokenizer(places, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(places, trust_remote_code=trust_remote_code, revision=revision)
     return {
         name: ProbeSet.from_dataset(
             path,
             tokenizer,
             max_pairs=config.max_pairs,
-            max_length=config.max_length or 1024,
-            truncation_mode=config.truncation_mode or "keep_start",
+            max_length=config.max_length or max_length,
+            truncation_mode=config.truncation_mode or truncation_mode,
             seed=config.seed,
         )
         for name, path in paths.items()

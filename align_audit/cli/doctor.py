@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,50 +14,67 @@ from align_audit.cli.options import (
     DeviceOption,
     DtypeOption,
     MaxLengthOption,
+    PickleOption,
     ReferenceOption,
     TrustOption,
+    check_files,
     device_option,
     dtype_option,
     read_arguments,
     settings,
 )
+from align_audit.cli.training_script import plan_of_script
 from align_audit.errors import ConfigurationError, plain, quoted
 
 if TYPE_CHECKING:
+    from align_audit.config import AuditConfig
     from align_audit.monitoring.doctor import Check, Plan
 
 _SIGNS = {"green": ("ok", "green"), "yellow": ("note", "yellow"), "red": ("stop", "red")}
 
+ProbesOption = Annotated[
+    list[str], typer.Option(help="Held-out preference pairs, as `align-audit run` takes them; several as NAME=PATH.")
+]
+ModelArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="The model that training starts from; or, after --, the arguments of the training script as `trl dpo` takes "
+        "them. An option that is given before -- holds in place of the script's.",
+        metavar="MODEL | -- SCRIPT ARGUMENTS",
+    ),
+]
+StepsOption = Annotated[int | None, typer.Option(help="Optimizer steps of the run.", min=1)]
+PairsOption = Annotated[
+    int | None, typer.Option(help="Pairs of an optimizer step, on one process; left out: 8.", min=1)
+]
+ProcessesOption = Annotated[int | None, typer.Option(help="Processes that train together; left out: 1.", min=1)]
+SaveOption = Annotated[int | None, typer.Option(help="Steps between checkpoints; 0: none; left out: 500.", min=0)]
+OutputOption = Annotated[Path | None, typer.Option(help="Where the run will write.")]
+ReportOption = Annotated[list[str] | None, typer.Option(help="A tracker, as report_to of the trainer; several times.")]
+LoraOption = Annotated[bool, typer.Option("--lora", help="Adapters will be trained.")]
+MaxPairsOption = Annotated[int | None, typer.Option(help="Probe pairs to draw.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object a line, for scripts.")]
+
 
 def doctor(
-    probes: Annotated[
-        list[str],
-        typer.Option(help="Held-out preference pairs, as `align-audit run` takes them; several as NAME=PATH."),
-    ],
-    model: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="The model that training starts from; or, after --, the arguments of the training script as `trl dpo` takes "
-            "them.",
-            metavar="MODEL | -- SCRIPT ARGUMENTS",
-        ),
-    ] = None,
+    probes: ProbesOption,
+    model: ModelArgument = None,
     reference: ReferenceOption = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps of the run.", min=1)] = None,
-    pairs_per_step: Annotated[int, typer.Option(help="Pairs of an optimizer step, on one process.", min=1)] = 8,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints; 0: none.", min=0)] = 500,
-    output_dir: Annotated[Path | None, typer.Option(help="Where the run will write.")] = None,
-    report_to: Annotated[
-        list[str] | None, typer.Option(help="A tracker, as report_to of the trainer; several times.")
-    ] = None,
-    lora: Annotated[bool, typer.Option("--lora", help="Adapters will be trained.")] = False,
+    steps: StepsOption = None,
+    pairs_per_step: PairsOption = None,
+    processes: ProcessesOption = None,
+    save_steps: SaveOption = None,
+    output_dir: OutputOption = None,
+    report_to: ReportOption = None,
+    lora: LoraOption = False,
     config: ConfigOption = None,
-    max_pairs: Annotated[int | None, typer.Option(help="Probe pairs to draw.")] = None,
+    max_pairs: MaxPairsOption = None,
     max_length: MaxLengthOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, for scripts.")] = False,
+    allow_pickle: PickleOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Before training: does the audit work with this model, these pairs and this machine, and what will it cost?
 
@@ -70,110 +85,60 @@ def doctor(
 
     Example: align-audit doctor --probes held-out.jsonl -- --model_name_or_path base-model --max_steps 1000 --use_peft
     """
-    given = list(model or [])
-    if not given:
+    given = {
+        "reference": reference, "max_steps": steps, "pairs_per_step": pairs_per_step, "processes": processes,
+        "save_steps": save_steps, "output_dir": output_dir, "report_to": tuple(report_to) if report_to else None,
+        "lora": lora or None, "dtype": dtype_option(dtype), "trust_remote_code": trust_remote_code or None,
+        "allow_pickle": allow_pickle or None,
+    }  # fmt: skip
+    named = _named_model(list(model or []))
+    sets = read_arguments(probes)
+    check_files(sets, config)
+    options = settings(config, max_pairs, max_length)
+    _examine(_plan(named, {"probes": sets, **given}, device), options, as_json)
+
+
+def _named_model(words: list[str]) -> list[str]:
+    """A model, or the arguments of a script.
+
+    Raises:
+        ConfigurationError: neither is there, or more than one model.
+    """
+    if not words:
         raise ConfigurationError(
             "found no model; expected a folder or hub name, or -- and the arguments of the training script, which name one"
         )
-    script = given[0].startswith("-")
-    if not script and len(given) > 1:
-        raise ConfigurationError(f"expected one model; found {len(given)}, such as {quoted(given[1])}")
-    sets = read_arguments(probes)
-    options = settings(config, max_pairs, max_length)
-    from align_audit.monitoring.doctor import (
-        Plan,
-        examine,
-        verdict,
-    )  # loads torch: after what can be refused without it
+    if not words[0].startswith("-") and len(words) > 1:
+        raise ConfigurationError(f"expected one model; found {len(words)}, such as {quoted(words[1])}")
+    return words
 
-    common: dict[str, Any] = {
-        "probes": sets,
-        "device": device_option(device),
-        "dtype": dtype_option(dtype),
-        "trust_remote_code": trust_remote_code,
-    }
-    if script:
-        plan = plan_of_script(given, common)
-    else:
-        plan = Plan(
-            model=given[0],
-            reference=reference,
-            max_steps=steps,
-            pairs_per_step=pairs_per_step,
-            save_steps=save_steps or None,
-            output_dir=output_dir,
-            report_to=tuple(report_to or ()),
-            lora=lora,
-            **common,
-        )
+
+def _plan(words: list[str], given: dict[str, Any], device: str) -> Plan:
+    """The plan that a model, or a script's arguments, and the options come to."""
+    if words[0].startswith("-"):
+        return plan_of_script(words, {**given, "device": None if device == "auto" else device_option(device)})
+    from align_audit.monitoring.doctor import Plan  # loads torch: after what can be refused without it
+
+    values = {name: value for name, value in given.items() if value is not None}
+    return Plan(model=words[0], device=device_option(device), **values)
+
+
+def _examine(plan: Plan, options: AuditConfig, as_json: bool) -> None:
     from transformers.utils import logging as transformers_logging
+
+    from align_audit.monitoring.doctor import examine, verdict
 
     transformers_logging.disable_progress_bar()
     checks: list[Check] = []
     for check in examine(plan, options, tell=_nothing if as_json else _progress):
         checks.append(check)
-        typer.echo(json.dumps(asdict(check), ensure_ascii=False) if as_json else _line(check))
+        # Control characters in names that came from outside leave as escapes.
+        typer.echo(json.dumps(asdict(check)) if as_json else _line(check))
     first = verdict(checks)
     if not as_json:
         typer.echo(typer.style("ready", fg="green", bold=True) if first is None else _to_change(first))
     if first is not None:
         raise typer.Exit(1)
-
-
-def plan_of_script(arguments: Sequence[str], common: dict[str, Any]) -> Plan:
-    """What the arguments of a training script say, read by TRL's own parser as ``trl dpo`` reads them.
-
-    Raises:
-        ConfigurationError: TRL refuses them, or they name no model.
-    """
-    from trl import DPOConfig, ModelConfig, ScriptArguments, TrlParser
-
-    from align_audit.monitoring.doctor import Plan
-
-    parser = TrlParser((ScriptArguments, DPOConfig, ModelConfig), prog="align-audit doctor … --")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # libraries, of each other's names
-            script, training, model, *_ = parser.parse_args_and_config(list(arguments), fail_with_unknown_args=False)
-    except SystemExit:
-        raise ConfigurationError(
-            "the arguments after -- are not those of a DPO script; expected what `trl dpo` takes (its reason stands above)"
-        ) from None
-    except (ValueError, OSError, TypeError) as error:
-        raise ConfigurationError(f"the arguments after -- cannot be read: {error}") from None
-    if not model.model_name_or_path:
-        raise ConfigurationError("the arguments after -- name no model; expected --model_name_or_path")
-    pairs = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    # Where TRL keeps it has changed.
-    trusts = any(bool(getattr(part, "trust_remote_code", False)) for part in (training, model))
-    saves = training.save_strategy == "steps" and training.save_steps >= 1
-    evaluates = training.eval_strategy == "steps" and bool(training.eval_steps) and training.eval_steps >= 1
-    return Plan(
-        model=model.model_name_or_path,
-        max_steps=_steps_of(training, script, pairs),
-        pairs_per_step=pairs,
-        save_steps=int(training.save_steps) if saves else None,
-        eval_steps=int(training.eval_steps) if evaluates else None,
-        output_dir=Path(training.output_dir) if training.output_dir else None,
-        report_to=tuple(training.report_to or ()),
-        lora=bool(model.use_peft),
-        gradient_checkpointing=bool(training.gradient_checkpointing),
-        beta=training.beta,
-        **{**common, "trust_remote_code": common["trust_remote_code"] or trusts},
-    )
-
-
-def _steps_of(training: Any, script: Any, pairs: int) -> int | None:
-    """Optimizer steps, on one process; None: the data cannot be counted from here."""
-    if training.max_steps > 0:
-        return int(training.max_steps)
-    from datasets import load_dataset
-
-    try:
-        data = load_dataset(script.dataset_name, name=script.dataset_config, split=script.dataset_train_split)
-        return max(1, int(training.num_train_epochs * len(data) / pairs))
-    except Exception:  # whatever a data set's loader raises: the length of the run is then not known
-        return None
 
 
 def _line(check: Check) -> str:

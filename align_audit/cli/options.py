@@ -211,21 +211,10 @@ def demands_option(gates: Sequence[str] | None, fail_on: str | None) -> Demands 
 
 def announce(turn: Turn) -> None:
     """Say on stderr which checkpoint comes next, and about how long it and the rest will take."""
+    from align_audit.writers.words import duration  # loads the records
+
     left = "" if turn.seconds_left is None else f", about {duration(turn.seconds_left)} left"
     typer.echo(f"{plain(turn.folder.name)}, {turn.number} of {turn.count}{left}", err=True)
-
-
-def duration(seconds: float) -> str:
-    """A time in words, rounded.
-
-    Example:
-        >>> duration(12.3), duration(200), duration(5000)
-        ('12 s', '3 min', '1 h 23 min')
-    """
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def dtype_option(name: str | None) -> str | None:

@@ -35,6 +35,7 @@ def load_model(
     attention: str | None = None,
     trust_remote_code: bool = False,
     base: str | Path | None = None,
+    revision: str | None = None,
 ) -> nn.Module:
     """A causal LM in eval mode from a directory or hub name; one with ``adapter_config.json`` becomes a PEFT model.
 
@@ -43,6 +44,7 @@ def load_model(
         attention: the attention implementation; None: transformers' choice.
         trust_remote_code: whether code that is saved with the model may run.
         base: where an adapter's base model is looked for if it is no longer where the adapter's folder says.
+        revision: of a hub name: a branch, tag or commit; None: the newest. Folders have none.
 
     Raises:
         ReferenceUnavailableError: nothing loadable is there; the message keeps the loader's own reason.
@@ -57,7 +59,7 @@ def load_model(
         if (folder / "adapter_config.json").is_file():
             model: nn.Module = _load_adapted(folder, base, options)
         else:
-            model = _load_whole(path, options)
+            model = _load_whole(path, options if revision is None else {**options, "revision": revision})
         if device is not None:
             model = model.to(device)
     return model.eval()
@@ -120,14 +122,15 @@ def _opener(path: str | Path, options: dict[str, Any]) -> Any:
     import transformers
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(str(path), trust_remote_code=options["trust_remote_code"])
+    named = {name: options[name] for name in ("trust_remote_code", "revision") if name in options}
+    config = AutoConfig.from_pretrained(str(path), **named)
     written = getattr(config, "auto_map", None) or {}
     if type(config) in AutoModelForCausalLM._model_mapping or "AutoModelForCausalLM" in written:
         return AutoModelForCausalLM
     for name in getattr(config, "architectures", None) or ():
-        named = getattr(transformers, name, None)
-        if isinstance(named, type) and issubclass(named, transformers.GenerationMixin):
-            return named
+        kind = getattr(transformers, name, None)
+        if isinstance(kind, type) and issubclass(kind, transformers.GenerationMixin):
+            return kind
     if type(config) in AutoModelForImageTextToText._model_mapping:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM  # which says what it takes
@@ -269,20 +272,23 @@ def _saved_sizes(base: Any, folder: Path) -> set[int]:
 # -- tokenizers --------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(places: Iterable[Any], *, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(places: Iterable[Any], *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
     """The tokenizer of the first place that has one. A place that is passed over is named in a warning.
 
     For many kinds of models transformers makes a tokenizer of a folder that holds none: it has no tokens but special ones.
     Such a one is not taken.
 
+    Args:
+        revision: of the first place, where that is a hub name; None: the newest.
+
     Raises:
         ConfigurationError: no place has one.
     """
     reasons: list[str] = []
-    for place in dict.fromkeys(map(str, places)):
+    for number, place in enumerate(dict.fromkeys(map(str, places))):
         name = Path(place).name
         try:
-            tokenizer = _open_tokenizer(place, trust_remote_code)
+            tokenizer = _open_tokenizer(place, trust_remote_code, None if number else revision)
             lack = _lack(tokenizer, Path(place))
         except Exception as error:  # as in loader_errors
             lack = "its code is not trusted (--trust-remote-code)" if "trust_remote_code" in str(error) else ""
@@ -297,11 +303,12 @@ def load_tokenizer(places: Iterable[Any], *, trust_remote_code: bool = False) ->
     )
 
 
-def _open_tokenizer(place: str, trust_remote_code: bool) -> Any:
+def _open_tokenizer(place: str, trust_remote_code: bool, revision: str | None) -> Any:
     """The tokenizer that was saved, also where transformers would put the usual one of the model's kind in its place."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code)
+    at: dict[str, Any] = {} if revision is None else {"revision": revision}
+    tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **at)
     saved, described = Path(place) / "tokenizer.json", Path(place) / "tokenizer_config.json"
     if saved.is_file() and described.is_file():
         kind = json.loads(described.read_text(encoding="utf-8")).get("tokenizer_class")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,13 @@ class StepOptions:
     Attributes:
         lora: adapters only, so that no gradient of the model's own weights is made.
         checkpointing: activations are computed again in the backward pass.
+        autocast: makes the context that the models compute in.
     """
 
     lora: bool = False
     checkpointing: bool = True
     beta: float = 0.1
+    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 def seconds_per_pair(
@@ -94,7 +97,8 @@ def _step(
     scored = batch.in_completion[:, 1:].to(device)
 
     def margins(model: nn.Module) -> torch.Tensor:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        with options.autocast():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         logps = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
         chosen, rejected = (logps * scored).sum(-1).chunk(2)
         return chosen - rejected

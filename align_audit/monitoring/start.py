@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +74,8 @@ def begin_run(
     refuse_sharded_models(policy, given_reference, facts)
     reference = find_reference(policy, given_reference, facts)
     check(policy, reference, probe_sets, config, facts.numerics(policy), anatomy, ranks)
+    if writes:
+        check_writers(config, _surroundings(facts, probe_sets, on_alert))  # before a log is opened, or set aside
     log = RunLog(facts.output_dir) if writes else None
     if ranks.share(log is not None and step == 0 and len(log.records) > 0):
         policy_hash = policy_fingerprint(policy, ranks)
@@ -191,13 +193,23 @@ def set_aside_another(
     log: RunLog, policy_hash: str, probe_sets: Mapping[str | None, ProbeSet], config: AuditConfig, output_dir: str
 ) -> None:
     """Set the audits of a log aside, if they are of another run that began in the same folder."""
-    if not all(_begins_so(record, policy_hash, probe_sets, config) for record in log.records):
+    if not continues(log.records, policy_hash, probe_sets, config):
         aside = log.set_aside()
         warnings.warn(
             f"{output_dir} holds the audits of an earlier run, and training starts again from step 0: they "
             f"were moved to {aside.name}",
             stacklevel=2,
         )
+
+
+def continues(
+    records: Iterable[AuditRecord],
+    policy_hash: str,
+    probe_sets: Mapping[str | None, ProbeSet],
+    config: AuditConfig,
+) -> bool:
+    """Does a training that begins from step 0 go on with a log that holds these records? Else they are set aside."""
+    return all(_begins_so(record, policy_hash, probe_sets, config) for record in records)
 
 
 def _begins_so(
@@ -228,8 +240,26 @@ def open_writers(
     Raises:
         ConfigurationError: one of them cannot write.
     """
+    around = _surroundings(facts, probe_sets, on_alert, training_log)
+    return start_writers(writers_for(config, around), log)
+
+
+def check_writers(config: AuditConfig, around: Surroundings) -> None:
+    """Find out, without any effect, whether what shows a run could write.
+
+    Raises:
+        ConfigurationError: one of the writers could not.
+    """
+    writers_for(config, around).check()
+
+
+def _surroundings(
+    facts: TrainerFacts,
+    probe_sets: Mapping[str | None, ProbeSet],
+    on_alert: OnAlert | None,
+    training_log: TrainingLog | None = None,
+) -> Surroundings:
     logged = tuple if training_log is None else lambda: training_log.rows
-    around = Surroundings(
+    return Surroundings(
         Path(facts.output_dir), tuple(probe_sets), facts.summary_writer, on_alert, logged, trackers=facts.trackers
     )
-    return start_writers(writers_for(config, around), log)

@@ -76,6 +76,28 @@ def lock(path: Path) -> FileLock:
     return taken
 
 
+def is_held_elsewhere(path: Path) -> bool:
+    """Does another living process hold the lock of a file? Nothing is made, and nothing stays locked.
+
+    Raises:
+        OSError: the file is there and cannot be opened.
+    """
+    identity = identity_of(path)
+    if fcntl is None or identity is None or identity in _held:
+        return False
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        # A shared lock: those who only ask do not meet each other.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no locks here
+        pass
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def _forget_in_child() -> None:
     # A forked worker that outlives its parent would go on holding the parent's lock.
     for held in list(_held.values()):

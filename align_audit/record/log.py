@@ -25,7 +25,7 @@ import os
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +36,7 @@ from align_audit.errors import ConfigurationError, RecordError, first_line, plai
 from align_audit.files import append_whole, is_folder_here, remove_abandoned, write_atomically
 from align_audit.record.audit_record import Alert, AuditRecord, RecordKey
 from align_audit.record.lines import read_lines, read_records, repair
-from align_audit.record.lock import FileLock, identity_of, lock
+from align_audit.record.lock import FileLock, identity_of, is_held_elsewhere, lock
 from align_audit.record.pair_texts import PairTexts, read_pair_texts
 from align_audit.record.stored_records import StoredRecords, events_of
 
@@ -103,26 +103,14 @@ class RunLog:
     def __init__(self, output_dir: str | Path) -> None:
         # Absolute now: the working directory may change while the run goes on.
         self.directory = Path(os.path.abspath(output_dir)) / FOLDER
-        try:
+        with _refusals(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            # Permission bits do not tell (read-only mounts, quotas, root): only writing does.
-            with tempfile.TemporaryFile(dir=self.directory) as probe:
-                probe.write(b"\n")
+            _try_to_write(self.directory)
             self._hold()
             self._remove_leftovers()
             for name in (RECORDS, ALERTS, FAILURES, TOLD):
                 repair(self.directory / name)
             _sync_directory(self.directory)
-        except BlockingIOError as error:
-            raise ConfigurationError(
-                f"another process that is still running writes the audit log in {plain(self.directory)}; one log is one "
-                "run. Choose another output_dir, or stop that process first."
-            ) from error
-        except OSError as error:
-            raise ConfigurationError(
-                f"cannot write the audit log in {plain(self.directory)}: {first_line(error)}. Expected a folder that this "
-                "process may write to; choose another output_dir, or free the path, its permissions or disk space."
-            ) from error
         self._records = read_records(self.directory / RECORDS)
         self._keys = {head.key for head in self._records.heads}
         self._told = {line.record for line in read_lines(self.directory / TOLD, _Told)}
@@ -305,12 +293,53 @@ class RunLog:
         self._append_alerts(missing)
 
 
+def look_into_log(output_dir: str | Path) -> StoredRecords:
+    """The records that :class:`RunLog` would find if it was opened here now. Nothing on disk is changed, or made.
+
+    Raises:
+        ConfigurationError, RecordError: opening it would raise this.
+    """
+    directory = Path(os.path.abspath(output_dir)) / FOLDER
+    with _refusals(directory):
+        _try_to_write(next(path for path in (directory, *directory.parents) if path.exists()))
+        if is_held_elsewhere(directory / RECORDS):
+            raise BlockingIOError
+    return read_records(directory / RECORDS)
+
+
 def by_step(record: AuditRecord) -> tuple[int, str]:
     """The order of a run's records: by step, then by creation."""
     return record.step, record.provenance.created
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _refusals(directory: Path) -> Iterator[None]:
+    """Why a log cannot be opened, in words.
+
+    Raises:
+        ConfigurationError: the operating system refused something inside.
+    """
+    try:
+        yield
+    except BlockingIOError as error:
+        raise ConfigurationError(
+            f"another process that is still running writes the audit log in {plain(directory)}; one log is one "
+            "run. Choose another output_dir, or stop that process first."
+        ) from error
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot write the audit log in {plain(directory)}: {first_line(error)}. Expected a folder that this "
+            "process may write to; choose another output_dir, or free the path, its permissions or disk space."
+        ) from error
+
+
+def _try_to_write(folder: Path) -> None:
+    """Permission bits do not tell (read-only mounts, quotas, root): only writing does."""
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(b"\n")
 
 
 def _sync_directory(path: Path) -> None:

@@ -224,6 +224,14 @@ class Webhook(Channel):
         options = config.alerts.webhook
         return None if options is None else cls(options, surroundings.output_dir)
 
+    def check(self) -> None:
+        """Is there an address to post to?
+
+        Raises:
+            ConfigurationError: as :meth:`start`.
+        """
+        _url(self._options)
+
     def start(self, run: AuditRun) -> None:
         """Find out where to post.
 

@@ -20,6 +20,19 @@ def on_probes(record: AuditRecord) -> str:
     return "" if name is None else f" on {name!r}"
 
 
+def duration(seconds: float) -> str:
+    """A time in words, rounded.
+
+    Example:
+        >>> duration(3.21), duration(12.3), duration(200), duration(5000)
+        ('3.2 s', '12 s', '3 min', '1 h 23 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s" if round(seconds, 1) >= 10 else f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def overshoot(curve: LowRankCurve) -> float | None:
     """The largest effect fraction from ``rank_95`` up, where that is above 1.5; else None.
 

@@ -59,6 +59,18 @@ class ShowsFailures(Protocol):
         """An audit broke, and its failure is in the log."""
 
 
+@runtime_checkable
+class ChecksFirst(Protocol):
+    """A writer that can say in advance that it could not write."""
+
+    def check(self) -> None:
+        """Find out, without any effect, what :meth:`Writer.start` would refuse.
+
+        Raises:
+            ConfigurationError: it could not write.
+        """
+
+
 def _no_writer() -> None:
     return None
 
@@ -92,6 +104,16 @@ class Writers:
     def __init__(self, writers: Iterable[Writer] = ()) -> None:
         self._writers = list(writers)
         self._said: set[object] = set()
+
+    def check(self) -> None:
+        """Before anything is opened or moved: see :meth:`ChecksFirst.check`.
+
+        Raises:
+            ConfigurationError: one of them could not write.
+        """
+        for writer in self._writers:
+            if isinstance(writer, ChecksFirst):
+                writer.check()
 
     def start(self, run: AuditRun) -> None:
         """Before the first audit: see :meth:`Writer.start`.

@@ -47,7 +47,7 @@ def ready(command: Any, start: SimpleNamespace, tmp_path: Path) -> list[dict[str
 
 def test_everything_is_looked_at_and_nothing_is_left_behind(ready: list[dict[str, str]], tmp_path: Path) -> None:
     by_name = {check["name"]: check for check in ready}
-    expected = ["versions", "output", "model", "probes", "reference", "layers", "sites", "cost", "schedule"]
+    expected = ["versions", "output", "model", "probes", "texts", "reference", "layers", "sites", "cost", "schedule"]
     assert list(by_name) == expected
     assert {check["level"] for check in ready} <= {"green", "yellow"}
     assert by_name["layers"]["found"].startswith("3 decoder layers")

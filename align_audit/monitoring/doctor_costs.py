@@ -1,0 +1,173 @@
+"""What audits would cost in a run: some are timed, and the schedule is played through with their times."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+
+from align_audit.auditing.audit import run_audit
+from align_audit.auditing.request import AuditRequest
+from align_audit.auditing.session.memory import MemoryMeter
+from align_audit.auditing.session.open_models import OpenModels
+from align_audit.auditing.session.reference_cache import ReferenceCache
+from align_audit.config import AuditConfig, ScheduleConfig
+from align_audit.models.reference import Reference
+from align_audit.monitoring.doctor_plan import Check, Plan
+from align_audit.monitoring.forecast import Costs, Forecast, PlannedSteps, forecast
+from align_audit.monitoring.plain_step import StepOptions, seconds_per_pair
+from align_audit.probes.pairs import ProbeSet
+from align_audit.record.audit_record import AuditKind
+from align_audit.writers.words import duration
+
+TIMED_PAIRS = 8
+"""Pairs that audits are timed on; what more of them take follows from their tokens."""
+_MOST_STEPS = 200_000
+"""Steps that are played through; longer runs are judged by so many."""
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+def numerics(plan: Plan, policy: nn.Module) -> Autocast:
+    """Makes the context that the planned trainer computes in."""
+    if plan.mixed_precision is None:
+        return contextlib.nullcontext
+    device, dtype = next(policy.parameters()).device.type, getattr(torch, plan.mixed_precision)
+    return lambda: torch.autocast(device, dtype=dtype)
+
+
+def training_seconds(
+    plan: Plan,
+    config: AuditConfig,
+    policy: nn.Module,
+    reference: Reference,
+    sets: Mapping[str | None, ProbeSet],
+) -> float:
+    """Seconds of training on one pair (see :func:`seconds_per_pair`), on some of the probe pairs."""
+    options = StepOptions(plan.lora, plan.gradient_checkpointing, plan.beta, numerics(plan, policy))
+    return seconds_per_pair(policy, reference.model(), _timed_pairs(sets, config).pairs, options)
+
+
+def cost_checks(
+    plan: Plan,
+    config: AuditConfig,
+    pair: float,
+    models: OpenModels,
+    sets: Mapping[str | None, ProbeSet],
+    tell: Callable[[str], None],
+) -> Iterator[Check]:
+    """A look and a full audit, timed; and what the schedule makes of them.
+
+    Args:
+        pair: seconds of training on one.
+    """
+    quiet, cache, meter = config.model_copy(update={"progress": False}), ReferenceCache(), MemoryMeter(models.device)
+    tell("timing a look at all pairs")
+    for name, probes in sets.items():
+        _timed(models, probes, quiet, "health", cache, name)  # computes the reference's side, once a run
+    health = sum(_timed(models, probes, quiet, "health", cache, name) for name, probes in sets.items())
+    timed = _timed_pairs(sets, config)
+    tell(f"timing a full audit of {len(timed)} pairs")
+    full = _timed(models, timed, quiet, "full", ReferenceCache())
+    meter.sample()
+    full *= sum(probes.num_tokens for probes in sets.values()) / timed.num_tokens
+    pairs = sum(len(probes) for probes in sets.values())
+    said = [
+        f"on {pairs} pairs a look takes about {duration(health)} ({health / pair:.0f} training pairs)",
+        f"a full audit {duration(full)} ({full / pair:.0f} training pairs)",
+        f"which takes {meter.peak / 2**20:.0f} MiB beside the models on {len(timed)} pairs",
+    ]
+    yield Check("cost", "green", ", ".join(said))
+    if plan.max_steps is None:
+        yield Check(
+            "schedule",
+            "yellow",
+            "how long the run is was not said",
+            "--steps, or the training script's arguments after --",
+        )
+        return
+    steps = PlannedSteps(min(plan.max_steps, _MOST_STEPS), plan.save_steps, plan.eval_steps)
+    costs = Costs(pair * plan.pairs_per_step, health, full)
+    yield schedule_check(forecast(config, steps, costs, models.num_layers), config, steps)
+
+
+def schedule_check(run: Forecast, config: AuditConfig, steps: PlannedSteps) -> Check:
+    """What a run's schedule comes to, and which option to change where that is too little or too much."""
+    first = "never" if run.first_look is None else f"step {run.first_look}"
+    found = (
+        f"first look at the trained policy: {first}; {run.count('health')} looks and {run.count('full')} full audits in "
+        f"{steps.max_steps} steps, about {duration(run.audit_seconds)}, {run.share:.1%} of the run"
+    )
+    if run.first_look is None:
+        return Check("schedule", "yellow", found, _how_to_look(config.schedule, steps))
+    if config.budget is not None and run.share > 1.5 * config.budget:
+        return Check(
+            "schedule",
+            "yellow",
+            f"{found}: the looks that are made whatever they cost go beyond the budget of {config.budget:.0%}",
+            "nothing, if the run is a short one; else fewer pairs (max_pairs)",
+        )
+    if not run.count("full"):
+        return _no_full_audit(found, config.schedule, steps)
+    return Check("schedule", "green", found)
+
+
+def _how_to_look(schedule: ScheduleConfig, steps: PlannedSteps) -> str:
+    """What to change where the trained policy is never audited."""
+    if schedule.health:
+        return (
+            f"set schedule.first_health ({schedule.first_health}) to fewer steps than the run has ({steps.max_steps})"
+        )
+    return f"switch schedule.health on, which is off{_also_off(schedule, steps)}"
+
+
+def _no_full_audit(found: str, schedule: ScheduleConfig, steps: PlannedSteps) -> Check:
+    if _asks_for_full(schedule, steps):
+        return Check(
+            "schedule",
+            "yellow",
+            f"{found}: no full audit fits, unless a look warns",
+            "a larger budget, or fewer pairs (max_pairs)",
+        )
+    after = "unless a look warns" if schedule.escalate and schedule.health else "and a look that warns asks for none"
+    return Check(
+        "schedule",
+        "yellow",
+        f"{found}: nothing asks for a full audit, {after}",
+        f"switch schedule.on_last_step on, which is off{_also_off(schedule, steps, 'on_last_step')}",
+    )
+
+
+def _asks_for_full(schedule: ScheduleConfig, steps: PlannedSteps) -> bool:
+    saves, evaluates = schedule.on_save and bool(steps.save_steps), schedule.on_evaluate and bool(steps.eval_steps)
+    return saves or evaluates or schedule.on_last_step or schedule.before_training or bool(schedule.every_n_steps)
+
+
+def _also_off(schedule: ScheduleConfig, steps: PlannedSteps, said: str = "health") -> str:
+    """The other switches that could make an audit of the trained policy, each with why it makes none."""
+    off = [f"schedule.{name}" for name in ("on_save", "on_last_step") if not getattr(schedule, name) and name != said]
+    words = f" ({', '.join(off)} off too)" if off else ""
+    return words + (", or save checkpoints: the run saves none" if schedule.on_save and not steps.save_steps else "")
+
+
+def _timed_pairs(sets: Mapping[str | None, ProbeSet], config: AuditConfig) -> ProbeSet:
+    """Some pairs of the largest set."""
+    return max(sets.values(), key=lambda probes: probes.num_tokens).subsample(TIMED_PAIRS, config.seed)
+
+
+def _timed(
+    models: OpenModels,
+    probes: ProbeSet,
+    config: AuditConfig,
+    kind: AuditKind,
+    cache: ReferenceCache,
+    name: str | None = None,
+) -> float:
+    began = time.perf_counter()
+    run_audit(models, AuditRequest(probes, config, kind=kind, probe_name=name), cache)
+    return time.perf_counter() - began
