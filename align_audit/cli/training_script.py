@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align_audit.cli.options import device_option
-from align_audit.errors import ConfigurationError, quoted
+from align_audit.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from align_audit.monitoring.doctor import Plan
@@ -30,7 +30,7 @@ def plan_of_script(arguments: Sequence[str], common: dict[str, Any]) -> Plan:
     """
     from align_audit.monitoring.doctor import Plan
 
-    script, training, model, rest = _parsed(arguments)
+    script, training, model, launch = _parsed(arguments)
     if not model.model_name_or_path:
         raise ConfigurationError("the arguments after -- name no model; expected --model_name_or_path")
     given = {name: value for name, value in common.items() if value is not None}
@@ -42,7 +42,7 @@ def plan_of_script(arguments: Sequence[str], common: dict[str, Any]) -> Plan:
     )
     given.setdefault("device", "cpu" if training.use_cpu else device_option("auto"))
     pairs = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    given.setdefault("processes", _processes(rest, training))
+    given.setdefault("processes", launch.num_processes or max(1, int(training.world_size)))
     steps = _Steps.of(training, script, pairs, given["processes"], given.get("max_steps"))
     counted = {"max_steps": steps.max_steps, "pairs_per_step": pairs, **steps.events(training)}
     unforeseen = tuple(words for name, words in steps.unforeseen(training).items() if name not in given)
@@ -61,28 +61,32 @@ def plan_of_script(arguments: Sequence[str], common: dict[str, Any]) -> Plan:
         "max_length": training.max_length,
         "truncation_mode": str(getattr(training, "truncation_mode", "keep_start")),
         "resumes": bool(training.resume_from_checkpoint),
-        "untried": tuple(_untried(training, model, loading)),
+        "untried": (*_untried(training, model, loading), *_untried_launch(launch)),
         "unforeseen": unforeseen,
     }
     return Plan(**{**read, **given})
 
 
-def _parsed(arguments: Sequence[str]) -> tuple[Any, Any, Any, list[str]]:
-    """The script's, the trainer's and the model's arguments, and those that TRL's parser does not know."""
+def _parsed(arguments: Sequence[str]) -> tuple[Any, Any, Any, Any]:
+    """The script's, the trainer's and the model's arguments; and those that ``trl`` hands on to ``accelerate launch``."""
+    from accelerate.commands.launch import launch_command_parser
     from trl import DPOConfig, ModelConfig, ScriptArguments, TrlParser
 
     parser = TrlParser((ScriptArguments, DPOConfig, ModelConfig), prog="align-audit doctor … --")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # libraries, of each other's names
-            script, training, model, *rest = parser.parse_args_and_config(list(arguments), fail_with_unknown_args=False)
+            script, training, model, rest = parser.parse_args_and_config(list(arguments), return_remaining_strings=True)
+        # TRL's own name for it.
+        rest = ["--config_file" if word == "--accelerate_config" else word for word in rest]
+        launch = launch_command_parser().parse_args([*rest, "script"])
     except SystemExit:
         raise ConfigurationError(
             "the arguments after -- are not those of a DPO script; expected what `trl dpo` takes (its reason stands above)"
         ) from None
     except (ValueError, OSError, TypeError) as error:
         raise ConfigurationError(f"the arguments after -- cannot be read: {error}") from None
-    return script, training, model, list(rest[0]) if rest else []
+    return script, training, model, launch
 
 
 def _loading(training: Any, model: Any) -> dict[str, Any]:
@@ -100,18 +104,6 @@ def _dtype(value: Any) -> str | None:
     return None if value in (None, "auto") else str(value).removeprefix("torch.")
 
 
-def _processes(rest: Sequence[str], training: Any) -> int:
-    """That will train together: as ``trl`` hands ``--num_processes`` to accelerate, else as this process was started."""
-    for place, word in enumerate(rest):
-        name, _, value = word.partition("=")
-        if name in ("--num_processes", "--num-processes"):
-            value = value or (rest[place + 1] if place + 1 < len(rest) else "")
-            if not (value.isascii() and value.isdigit() and 0 < int(value) < 10**6):
-                raise ConfigurationError(f"{name}: expected how many processes train, found {quoted(value)}")
-            return int(value)
-    return max(1, int(training.world_size))
-
-
 def _untried(training: Any, model: Any, loading: dict[str, Any]) -> list[str]:
     """What the script does to its models that the doctor does not do to them."""
     said = [
@@ -123,6 +115,14 @@ def _untried(training: Any, model: Any, loading: dict[str, Any]) -> list[str]:
     said += [name for name in ("deepspeed", "fsdp") if getattr(training, name, None)]
     if getattr(training, "auto_find_batch_size", False):
         said.append("auto_find_batch_size (steps are counted with the batch that was given)")
+    return said
+
+
+def _untried_launch(launch: Any) -> list[str]:
+    """What the script is launched with that is not looked at here."""
+    said = [name for name in ("use_deepspeed", "use_fsdp", "mixed_precision") if getattr(launch, name, None)]
+    if launch.config_file and not launch.num_processes:
+        said.append("accelerate's configuration file (how many processes it names is not read: --processes)")
     return said
 
 

@@ -20,6 +20,7 @@ from align_audit.monitoring.start import check_writers, continues
 from align_audit.options.trackers import TRACKER_NAMES
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.log import FOLDER, RECORDS, look_into_log
+from align_audit.record.stored_records import StoredRecords
 from align_audit.writers.writer import Surroundings
 
 _ROOM = 2**30
@@ -112,23 +113,25 @@ def log_check(
         stored = look_into_log(plan.output_dir)
     except AlignAuditError:  # which is said of the folder
         return
-    count = len(stored)
-    if not count:
+    if not stored:
         return
+    audits = _counted(stored)
     if plan.resumes:
-        yield Check("log", "green", f"training that is resumed goes on with the {count} audits there")
+        yield Check("log", "green", f"training that is resumed goes on with the {audits} there")
     elif not plan.lora and continues(stored, policy_fingerprint(policy), sets, config):
-        yield Check(
-            "log", "green", f"the {count} audits there are of this start, these pairs and options: it goes on with them"
-        )
+        yield Check("log", "green", f"a run goes on with the {audits} there, of this start, these pairs and options")
     else:
         unless = ", unless the adapters begin exactly as they did then" if plan.lora else ""
         yield Check(
             "log",
             "yellow",
-            f"the {count} audits there are moved to a folder previous-N when training begins from step 0{unless}",
+            f"training that begins from step 0 moves the {audits} there to a folder previous-N{unless}",
             "choose another output_dir, or resume that run",
         )
+
+
+def _counted(stored: StoredRecords) -> str:
+    return "1 audit" if len(stored) == 1 else f"{len(stored)} audits"
 
 
 def _folder(folder: Path) -> Check:
@@ -143,7 +146,7 @@ def _folder(folder: Path) -> Check:
             "output", "yellow", f"{free / 2**20:.0f} MiB are free at {place}", "make room: checkpoints need more"
         )
     if stored:
-        return Check("output", "yellow", f"{folder} holds {len(stored)} audits of an earlier run")
+        return Check("output", "yellow", f"{folder} holds {_counted(stored)} of an earlier run")
     return Check("output", "green", f"records go to {folder / FOLDER / RECORDS} ({free / 2**30:.0f} GiB free)")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from align_audit import AuditConfig, ProbeSet, audit, transfer
-from align_audit.auditing.probe_files import opened
+from align_audit.auditing.probe_files import opened, read_probes
 from align_audit.errors import ConfigurationError, ProbeError
 from align_audit.models.loading import load_tokenizer
 from tests.helpers.audits import QUICK
@@ -60,3 +60,17 @@ def test_paths_that_cannot_be_read_are_refused(call: Any, folders: tuple[Path, P
         call(tiny_model("llama"), None, {"a": pairs, "b": pairs}, CONFIG)
     with pytest.raises(ConfigurationError, match="expected a ProbeSet or the path of preference pairs, found list"):
         call(policy, reference, {"a": pairs, "b": ROWS}, CONFIG)
+
+
+def test_the_trainings_length_holds_where_the_options_say_none(folders: tuple[Path, Path, Path]) -> None:
+    policy, _, pairs = folders
+
+    def longest(config: AuditConfig, **training: Any) -> int:
+        (probes,) = read_probes(pairs, [policy], None, config, **training).values()
+        return max(len(pair.chosen_ids) for pair in probes.pairs)
+
+    free = CONFIG.model_copy(update={"max_length": None})
+    tokens = longest(free, max_length=None)
+    assert longest(free, max_length=tokens - 1) == tokens - 1
+    cut = free.model_copy(update={"max_length": tokens - 2})
+    assert longest(cut, max_length=tokens - 1) == tokens - 2

@@ -153,6 +153,7 @@ def test_epochs_are_counted_in_the_data(start: SimpleNamespace, tmp_path: Path) 
     [
         (["--learning_rate", "fast"], "are not those of a DPO script"),
         (["--dataset_name", "pairs", "--use_cpu", "--bf16", "False"], "name no model"),
+        (["--use_cpu", "--bf16", "False", "--max_stepz", "9"], "are not those of a DPO script"),
     ],
 )
 def test_arguments_that_are_no_script_s_are_refused(
@@ -162,6 +163,105 @@ def test_arguments_that_are_no_script_s_are_refused(
 
     with pytest.raises(ConfigurationError, match=words):
         plan_of_script(arguments, {"trust_remote_code": False})
+
+
+def read(start: SimpleNamespace, *arguments: Any, **common: Any) -> Any:
+    """The plan that these arguments of a script, and options beside them, come to; on the CPU, without mixed precision."""
+    from align_audit.cli.doctor import plan_of_script
+
+    precise = [] if {"--bf16", "--fp16"} & set(map(str, arguments)) else ["--bf16", "False"]
+    words = ["--model_name_or_path", start.model, "--use_cpu", *precise, *map(str, arguments)]
+    return plan_of_script(words, {"probes": start.probes, **common})
+
+
+def test_how_the_script_opens_the_model_and_cuts_the_pairs_is_carried(start: SimpleNamespace) -> None:
+    plan = read(start, "--max_steps", 9, "--max_length", 77, "--dtype", "bfloat16", "--model_revision", "v1",
+                "--attn_implementation", "eager", "--resume_from_checkpoint", "out/checkpoint-3")  # fmt: skip
+    assert (plan.max_length, plan.truncation_mode, plan.dtype, plan.device) == (77, "keep_start", "bfloat16", "cpu")
+    assert (plan.revision, plan.attention, plan.resumes, plan.untried) == ("v1", "eager", True, ())
+    assert (read(start).dtype, read(start).revision, read(start).mixed_precision) == ("float32", None, None)
+    within = read(start, "--model_init_kwargs", '{"dtype": "float16", "revision": "v2", "trust_remote_code": true}')
+    assert (within.dtype, within.revision, within.trust_remote_code) == ("float16", "v2", True)
+    assert read(start, "--bf16", "True").mixed_precision == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--load_in_4bit", "True"], "load_in_4bit (the model is opened unquantized)"),
+        (["--load_in_8bit", "True"], "load_in_8bit (the model is opened unquantized)"),
+        (["--sync_ref_model", "True", "--ref_model_sync_steps", 64], "the reference moves every 64 steps"),
+        (["--model_init_kwargs", '{"rope_scaling": {}}'], "model_init_kwargs: rope_scaling"),
+        (["--accelerate_config", "zero3"], "accelerate's configuration file"),
+        (["--use_fsdp"], "use_fsdp"),
+    ],
+)
+def test_what_the_doctor_does_not_try_is_kept(start: SimpleNamespace, arguments: list[Any], words: str) -> None:
+    (said,) = read(start, *arguments).untried
+    assert words in said
+
+
+def test_options_beside_a_script_hold_in_place_of_its_own(start: SimpleNamespace) -> None:
+    given = {
+        "reference": "base", "max_steps": 70, "pairs_per_step": 3, "save_steps": 0, "output_dir": Path("elsewhere"),
+        "report_to": ("wandb",), "lora": True, "dtype": "float64", "processes": 2, "allow_pickle": True, "device": "meta",
+    }  # fmt: skip
+    script = ["--max_steps", 9, "--save_steps", 3, "--output_dir", "out", "--dtype", "bfloat16", "--report_to", "none"]
+    plan = read(start, *script, **given)
+    assert {name: getattr(plan, name) for name in given} == given
+    nothing = read(start, *script, **dict.fromkeys(given))
+    assert (nothing.max_steps, nothing.save_steps, nothing.dtype, nothing.device) == (9, 3, "bfloat16", "cpu")
+
+
+def test_the_command_hands_its_options_over_beside_a_script(
+    command: Any, start: SimpleNamespace, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    more = ["--output-dir", file / "out", "--report-to", "comet_ml", "--processes", 3, "--json", "--"]
+    script = ["--model_name_or_path", tmp_path / "nothing", "--output_dir", tmp_path, "--use_cpu", "--bf16", "False"]
+    done = command("doctor", "--probes", start.probes, "--config", start.options, *more, *script)
+    checks = [json.loads(line) for line in done.out.splitlines()]
+    by_name = {check["name"]: check for check in checks}
+    assert by_name["output"]["level"] == "red"
+    assert "comet_ml" in by_name["trackers"]["found"]
+    assert "3 processes" in by_name["not tried"]["found"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "save", "evaluation", "unforeseen"),
+    [
+        (["--max_steps", 90, "--save_steps", 0.1, "--eval_strategy", "steps", "--eval_steps", 0.34], 9, 31, 0),
+        (["--num_train_epochs", 3, "--save_strategy", "epoch", "--eval_strategy", "epoch"], 4, 4, 0),
+        (["--num_train_epochs", 3, "--save_strategy", "epoch", "--num_processes", 2], 2, None, 0),
+        (["--max_steps", 90, "--save_strategy", "no"], None, None, 0),
+        (["--max_steps", 90, "--save_strategy", "epoch", "--dataset_name", "nothing"], None, None, 1),
+        (["--save_steps", 0.1, "--eval_strategy", "steps", "--eval_steps", 0.2, "--dataset_name", "nothing"], None, None, 2),
+        (["--max_steps", 90, "--save_strategy", "best", "--metric_for_best_model", "loss", "--eval_strategy", "steps",
+          "--eval_steps", 9], None, 9, 1),
+    ],
+)  # fmt: skip
+def test_every_way_to_say_when_is_foreseen_or_said_not_to_be(
+    start: SimpleNamespace,
+    tmp_path: Path,
+    arguments: list[Any],
+    save: int | None,
+    evaluation: int | None,
+    unforeseen: int,
+) -> None:
+    (tmp_path / "train.jsonl").write_text(start.probes.read_text())  # 16 pairs
+    data = [] if "--dataset_name" in arguments else ["--dataset_name", tmp_path]
+    batch = ["--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2]
+    plan = read(start, *arguments, *data, *batch)
+    assert (plan.save_steps, plan.eval_steps, len(plan.unforeseen)) == (save, evaluation, unforeseen)
+    assert read(start, *arguments, *data, *batch, save_steps=7).save_steps == 7
+
+
+def test_names_from_outside_leave_as_escapes(command: Any, start: SimpleNamespace, tmp_path: Path) -> None:
+    done = command(*asked(start, "--json", model=tmp_path / "red\x9b31m\u202e"))
+    assert done.code == 1
+    assert done.out.isascii()
+    assert "\x9b31m" in json.loads(done.out.splitlines()[-1])["found"]
 
 
 def test_no_model_and_two_models_are_refused(command: Any, start: SimpleNamespace) -> None:

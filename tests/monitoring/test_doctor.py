@@ -1,0 +1,271 @@
+"""What the doctor says before a run begins is what the run would do: the same refusals, the same log, the same schedule."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from align_audit.config import AuditConfig
+from align_audit.errors import AlignAuditError
+from align_audit.models.loading import load_model
+from align_audit.models.reference import Reference, policy_fingerprint
+from align_audit.monitoring.doctor import examine
+from align_audit.monitoring.doctor_costs import numerics, schedule_check, training_seconds
+from align_audit.monitoring.doctor_place import log_check, not_tried, place_checks, texts_kept
+from align_audit.monitoring.doctor_plan import Check, Plan
+from align_audit.monitoring.forecast import Costs, PlannedSteps, forecast
+from align_audit.monitoring.start import begin_run
+from align_audit.monitoring.trainer import read_trainer
+from align_audit.probes.pairs import ProbeSet
+from align_audit.ranks import Ranks
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.log import FOLDER, RECORDS, RunLog
+from align_audit.writers.webhook import VARIABLE
+from tests.helpers.dpo import saved_model
+from tests.helpers.make_record import make_record
+from tests.helpers.tiny import tiny_model
+
+OPTIONS: dict[str, Any] = {"progress": False, "tensorboard": "off", "report": False}
+PAIRS = [{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [3, 5]}]
+
+
+def checked(plan: Plan, **options: Any) -> dict[str, Check]:
+    return {check.name: check for check in place_checks(plan, AuditConfig.from_dict(OPTIONS | options))}
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+@pytest.fixture
+def pairs() -> dict[str | None, ProbeSet]:
+    return {None: ProbeSet.from_dataset(PAIRS, None)}
+
+
+# -- what a run refuses, the doctor refuses in the same words ----------------------------------------------------------
+
+
+def no_address(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    RunLog(folder).append(make_record(3))
+    return {"alerts": {"webhook": {}}}
+
+
+def no_tracker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    return {"trackers": ["wandb"]}
+
+
+def newer_log(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    log = RunLog(folder)
+    (log.directory / RECORDS).write_text(
+        json.dumps(json.loads(make_record(1).to_json()) | {"schema_version": 99}) + "\n"
+    )
+    return {}
+
+
+def no_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    folder.mkdir()
+    (folder / FOLDER).touch()
+    return {}
+
+
+HOLD = "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); input()"
+
+
+@pytest.fixture
+def hold() -> Iterator[Callable[[Path], None]]:
+    """Lock a file from another process, until the test ends."""
+    holders = []
+
+    def lock(path: Path) -> None:
+        holder = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        holders.append(holder)
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+
+    yield lock
+    for holder in holders:
+        holder.communicate(b"\n")
+
+
+@pytest.mark.parametrize("wrong", [no_address, no_tracker, newer_log, no_folder, "a log that another process writes"])
+def test_a_run_that_would_not_begin_is_red_and_nothing_is_touched(
+    wrong: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hold: Any, pairs: dict[str | None, ProbeSet]
+) -> None:
+    from trl import DPOConfig
+
+    folder = tmp_path / "out"
+    options: dict[str, Any] = {}
+    if callable(wrong):
+        options = wrong(folder, monkeypatch)
+    else:
+        (folder / FOLDER).mkdir(parents=True)
+        hold(folder / FOLDER / RECORDS)
+    present = contents(tmp_path)
+    checks = checked(Plan("model", "pairs", output_dir=folder, report_to=()), **options).values()
+    red = [check for check in checks if check.level == "red"]
+    assert contents(tmp_path) == present
+    assert len(red) == 1
+    assert red[0].fix
+    policy, reference = tiny_model("llama"), tiny_model("llama")
+    facts = read_trainer(None, DPOConfig(str(folder), use_cpu=True, bf16=False, report_to=[]))
+    config = AuditConfig.from_dict(OPTIONS | options)
+    with pytest.raises(AlignAuditError) as refused:
+        begin_run(policy, reference, pairs, config, facts, step=0, ranks=Ranks(), writes=True, anatomy=None)
+    # What the operating system calls it depends on what was tried.
+    assert str(refused.value).split(": [Errno")[0] == red[0].found.split(": [Errno")[0]
+    assert contents(tmp_path) == present, "no log was set aside for a run that does not begin"
+
+
+def test_files_of_others_stay_in_the_output_folder(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "out"):
+        folder.mkdir(exist_ok=True)
+        (folder / ".align_audit-notes").write_text("mine")
+    present = contents(tmp_path)
+    for output in (tmp_path / "out", tmp_path / "new" / "out"):
+        assert checked(Plan("model", "pairs", output_dir=output))["output"].level == "green"
+    assert contents(tmp_path) == present
+
+
+# -- what becomes of a log ---------------------------------------------------------------------------------------------
+
+
+def of_start(policy: torch.nn.Module, probes: ProbeSet, config: AuditConfig, **changes: Any) -> AuditRecord:
+    """The record that a run's own first audit would leave."""
+    record = make_record(0)
+    said = {"policy_hash": policy_fingerprint(policy), "probe_hash": probes.content_hash, "config": config.to_dict()}
+    return record.model_copy(update={"provenance": record.provenance.model_copy(update=said | changes)})
+
+
+@pytest.mark.parametrize(
+    ("case", "level", "words"),
+    [
+        ("the same start", "green", "goes on with the 1 audit there"),
+        ("another policy", "yellow", "moves the 1 audit there to a folder previous-N"),
+        ("resumed", "green", "that is resumed goes on"),
+        ("adapters", "yellow", "unless the adapters begin exactly"),
+    ],
+)
+def test_what_becomes_of_a_log_is_what_the_run_would_do(
+    case: str, level: str, words: str, tmp_path: Path, pairs: dict[str | None, ProbeSet]
+) -> None:
+    policy, config = tiny_model("llama"), AuditConfig.from_dict(OPTIONS)
+    changes = {"policy_hash": "f" * 16} if case in ("another policy", "resumed") else {}
+    log = RunLog(tmp_path)
+    log.append(of_start(policy, pairs[None], config, **changes))
+    log.close()
+    plan = Plan("model", "pairs", output_dir=tmp_path, resumes=case == "resumed", lora=case == "adapters")
+    (check,) = log_check(plan, config, policy, pairs)
+    assert (check.name, check.level) == ("log", level)
+    assert words in check.found
+
+
+# -- the run's own check comes first -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "row", "name", "words"),
+    [
+        ({}, {"chosen_ids": [90_000]}, "probes", "token id 90000"),
+        ({"kind": "gpt2"}, {"prompt_ids": [1] * 40}, "probes", "positions"),
+        ({"sites": [{"site": "head", "layers": [7]}]}, {}, "sites", "layer"),
+    ],
+)
+def test_what_breaks_every_audit_is_no_fault_of_the_tool(
+    changes: dict[str, Any], row: dict[str, Any], name: str, words: str, tmp_path: Path
+) -> None:
+    saved_model(tmp_path / "model")
+    if changes.get("kind") == "gpt2":
+        tiny_model("gpt2", n_positions=32).save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIRS[0] | row) + "\n")
+    config = AuditConfig.from_dict(OPTIONS | {"sites": changes.get("sites", [])})
+    checks = list(examine(Plan(str(tmp_path / "model"), tmp_path / "pairs.jsonl"), config))
+    assert (checks[-1].name, checks[-1].level) == (name, "red")
+    assert words in checks[-1].found
+
+
+def test_a_model_in_pickles_is_refused_before_it_is_opened(tmp_path: Path) -> None:
+    folder = Path(saved_model(tmp_path / "model"))
+    model = load_model(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    (tmp_path / "pairs.jsonl").write_text("{}\n")
+    plan = {"probes": tmp_path / "pairs.jsonl", "model": str(folder)}
+    *_, refused = examine(Plan(**plan), AuditConfig.from_dict(OPTIONS))
+    assert (refused.name, refused.level) == ("model", "red")
+    assert "are a pickle (pytorch_model.bin)" in refused.found
+    assert "--allow-pickle" in refused.fix
+    trusted = {
+        check.name: check.level for check in examine(Plan(**plan, allow_pickle=True), AuditConfig.from_dict(OPTIONS))
+    }
+    assert (trusted["model"], trusted["probes"]) == ("green", "red")
+
+
+# -- the trainer's numerics --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_training_is_timed_in_the_trainers_precision(dtype: Any, pairs: dict[str | None, ProbeSet]) -> None:
+    policy, reference = tiny_model("llama", dtype=torch.float32), tiny_model("llama", dtype=torch.float32)
+    plan = Plan("model", "pairs", mixed_precision=dtype)
+    seen = set()
+    for model in (policy, reference):
+        model.register_forward_hook(lambda *_: seen.add(torch.is_autocast_enabled("cpu")))
+    assert training_seconds(plan, AuditConfig(), policy, Reference("start", model=reference), pairs) > 0
+    assert seen == {dtype is not None}
+    with numerics(plan, policy)():
+        assert torch.is_autocast_enabled("cpu") == (dtype is not None)
+
+
+def test_what_is_not_tried_and_not_foreseen_is_said(tmp_path: Path) -> None:
+    plan = Plan("model", "pairs", processes=4, untried=("load_in_4bit",), unforeseen=("checkpoints of best",))
+    tried, foreseen = not_tried(plan)
+    assert (tried.name, tried.level, foreseen.name, foreseen.level) == ("not tried", "yellow", "not foreseen", "yellow")
+    assert "load_in_4bit; 4 processes" in tried.found
+    assert foreseen.found == "checkpoints of best"
+    assert list(not_tried(Plan("model", "pairs"))) == []
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("pairs", "words"), [(3, "text of the 3 pairs"), (0, "keep no text of the data")])
+def test_how_much_text_is_kept_is_said(pairs: int, words: str) -> None:
+    check = texts_kept(AuditConfig.from_dict({"examples": {"pairs": pairs}}))
+    assert check.level == "green"
+    assert words in check.found
+    assert "examples.pairs" in check.found
+
+
+OFF = {"health": False, "on_save": False, "on_last_step": False, "before_training": False}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "fix"),
+    [
+        (OFF, "switch schedule.health on, which is off (schedule.on_save, schedule.on_last_step off too)"),
+        (OFF | {"on_save": True}, "switch schedule.health on, which is off (schedule.on_last_step off too), or save"),
+        (OFF | {"health": True, "first_health": 400}, "set schedule.first_health (400) to fewer steps"),
+        (OFF | {"health": True}, "switch schedule.on_last_step on, which is off (schedule.on_save off too)"),
+    ],
+)
+def test_a_schedule_that_looks_at_nothing_names_the_switch_that_is_off(schedule: dict[str, Any], fix: str) -> None:
+    config, steps = AuditConfig.from_dict({"schedule": schedule}), PlannedSteps(100)
+    check = schedule_check(forecast(config, steps, Costs(1.0, 0.01, 0.1)), config, steps)
+    assert check.level == "yellow"
+    assert check.fix.startswith(fix)
+
+
+def test_trackers_that_the_options_leave_out_are_not_promised() -> None:
+    plan = Plan("model", "pairs", report_to=("tensorboard",))
+    assert checked(plan, tensorboard="auto")["trackers"].level == "green"
+    assert "leave it out" in checked(plan, tensorboard="off")["trackers"].found
