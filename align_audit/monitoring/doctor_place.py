@@ -16,7 +16,7 @@ from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError
 from align_audit.models.reference import policy_fingerprint
 from align_audit.monitoring.doctor_plan import Check, Plan
-from align_audit.monitoring.start import check_writers, continues
+from align_audit.monitoring.start import checked_writers, continues
 from align_audit.options.trackers import TRACKER_NAMES
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.log import FOLDER, RECORDS, look_into_log
@@ -64,7 +64,7 @@ def place_checks(plan: Plan, config: AuditConfig) -> Iterator[Check]:
         trackers=tuple(name for name in TRACKER_NAMES if name in reported or "all" in reported),
     )
     try:
-        check_writers(config, around)
+        checked_writers(config, around)
     except AlignAuditError as error:
         yield Check(
             "writers", "red", str(error), "give it what it needs, or take it out of the audit's options (--config)"

@@ -74,8 +74,16 @@ def begin_run(
     refuse_sharded_models(policy, given_reference, facts)
     reference = find_reference(policy, given_reference, facts)
     check(policy, reference, probe_sets, config, facts.numerics(policy), anatomy, ranks)
-    if writes:
-        check_writers(config, _surroundings(facts, probe_sets, on_alert))  # before a log is opened, or set aside
+    training_log: TrainingLog | None = None
+    around = Surroundings(
+        Path(facts.output_dir),
+        tuple(probe_sets),
+        facts.summary_writer,
+        on_alert,
+        lambda: () if training_log is None else training_log.rows,
+        trackers=facts.trackers,
+    )
+    writers = checked_writers(config, around) if writes else None  # before a log is opened, or set aside
     log = RunLog(facts.output_dir) if writes else None
     if ranks.share(log is not None and step == 0 and len(log.records) > 0):
         policy_hash = policy_fingerprint(policy, ranks)
@@ -87,7 +95,7 @@ def begin_run(
         config,
         log,
         ranks=ranks,
-        writers=None if log is None else open_writers(facts, config, probe_sets, log, on_alert, training_log),
+        writers=None if log is None or writers is None else start_writers(writers, log),
         progress=progress_bar if writes and config.progress and facts.progress else None,
         strict=config.strict,
         training_log=training_log,
@@ -227,39 +235,12 @@ def _begins_so(
     )
 
 
-def open_writers(
-    facts: TrainerFacts,
-    config: AuditConfig,
-    probe_sets: Mapping[str | None, ProbeSet],
-    log: RunLog,
-    on_alert: OnAlert | None = None,
-    training_log: TrainingLog | None = None,
-) -> Writers:
-    """What shows the run, started.
+def checked_writers(config: AuditConfig, around: Surroundings) -> Writers:
+    """What shows the run, not started yet: that it could be was found out without any effect.
 
     Raises:
-        ConfigurationError: one of them cannot write.
+        ConfigurationError: one of the writers could not write.
     """
-    around = _surroundings(facts, probe_sets, on_alert, training_log)
-    return start_writers(writers_for(config, around), log)
-
-
-def check_writers(config: AuditConfig, around: Surroundings) -> None:
-    """Find out, without any effect, whether what shows a run could write.
-
-    Raises:
-        ConfigurationError: one of the writers could not.
-    """
-    writers_for(config, around).check()
-
-
-def _surroundings(
-    facts: TrainerFacts,
-    probe_sets: Mapping[str | None, ProbeSet],
-    on_alert: OnAlert | None,
-    training_log: TrainingLog | None = None,
-) -> Surroundings:
-    logged = tuple if training_log is None else lambda: training_log.rows
-    return Surroundings(
-        Path(facts.output_dir), tuple(probe_sets), facts.summary_writer, on_alert, logged, trackers=facts.trackers
-    )
+    writers = writers_for(config, around)
+    writers.check()
+    return writers
