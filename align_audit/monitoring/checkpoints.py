@@ -102,12 +102,13 @@ def audit_saved(
     """
     log = RunLog(output)
     sets = read_probes(probes, checkpoints, reference, config, trust_remote_code=trust_remote_code)
+    names = {step: folder.name for folder, step in checkpoints.items()}
+    around = Surroundings(Path(output), tuple(sets), on_alert=checked(on_alert), checkpoints=names)
+    writers_for(config, around, OF_SAVED).check()  # before a log is set aside
     if fresh and log.records:
         count = len(log.records)
         audits, are = ("the audit that was", "is") if count == 1 else (f"the {count} audits that were", "are")
         tell(f"{audits} in {log.directory} {are} in {log.set_aside().name} there now")
-    names = {step: folder.name for folder, step in checkpoints.items()}
-    around = Surroundings(Path(output), tuple(sets), on_alert=checked(on_alert), checkpoints=names)
     opening: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
     records: list[AuditRecord] = []
     broken: dict[Path, AlignAuditError] = {}

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from align_audit.config import AuditConfig
-from align_audit.errors import AlignAuditError
+from align_audit.errors import AlignAuditError, ConfigurationError
 from align_audit.models.loading import load_model
 from align_audit.models.reference import Reference, policy_fingerprint
+from align_audit.monitoring.checkpoints import audit_saved
 from align_audit.monitoring.doctor import examine
 from align_audit.monitoring.doctor_costs import numerics, schedule_check, training_seconds
 from align_audit.monitoring.doctor_place import log_check, not_tried, place_checks, texts_kept
@@ -124,6 +125,21 @@ def test_a_run_that_would_not_begin_is_red_and_nothing_is_touched(
     # What the operating system calls it depends on what was tried.
     assert str(refused.value).split(": [Errno")[0] == red[0].found.split(": [Errno")[0]
     assert contents(tmp_path) == present, "no log was set aside for a run that does not begin"
+
+
+def test_saved_checkpoints_are_refused_before_their_log_is_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = no_address(tmp_path / "out", monkeypatch)
+    saved_model(tmp_path / "checkpoint-3")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIRS[0]) + "\n")
+    present = contents(tmp_path / "out" / FOLDER)
+    config = AuditConfig.from_dict(OPTIONS | options)
+    with pytest.raises(ConfigurationError, match=VARIABLE):
+        audit_saved(
+            {tmp_path / "checkpoint-3": 3}, None, tmp_path / "pairs.jsonl", config, tmp_path / "out", fresh=True
+        )
+    assert contents(tmp_path / "out" / FOLDER) == present
 
 
 def test_files_of_others_stay_in_the_output_folder(tmp_path: Path) -> None:
