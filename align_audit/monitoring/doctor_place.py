@@ -96,7 +96,9 @@ def not_tried(plan: Plan) -> Iterator[Check]:
             "a first run of a few steps shows it: what cannot work is refused before the first step",
         )
     if plan.unforeseen:
-        yield Check("not foreseen", "yellow", "; ".join(plan.unforeseen))
+        yield Check(
+            "not foreseen", "yellow", "; ".join(plan.unforeseen), "--steps and --save-steps, where they are known"
+        )
 
 
 def log_check(
