@@ -13,6 +13,7 @@ import pytest
 from align_audit.cli.intervals import interval
 from align_audit.config import AuditConfig
 from align_audit.errors import RecordError
+from align_audit.measures.combined_shares import combined_share_interval
 from align_audit.measures.resampling import resample_indices, widened_tail
 from align_audit.measures.statistics import mean_interval
 from align_audit.record import equal_margin, figures
@@ -160,6 +161,23 @@ def test_shares_at_equal_margin_have_intervals_of_shares_too(tmp_path: Path) -> 
     assert readings(meeting, "reward_accuracy") == [1.0, 1.0]
     measured = difference(meeting, "reward_accuracy")
     assert measured.low < -0.03 and measured.high > 0.03
+
+
+def test_a_share_that_places_move_is_known_less_well_than_with_places_held(tmp_path: Path) -> None:
+    """Between an audit at which no pair agrees and one at which all but one do, the share goes with the place."""
+    last = values_of_pairs(40.0, 0.3)
+    last["per_pair.chosen_logp"][0] -= 200.0
+    arrays = [values_of_pairs(0.0, 0.0), last]
+    first = store(tmp_path / "a", [record_of(10 * at, each) for at, each in enumerate(arrays)], arrays)
+    meeting = compared(first, store_path(tmp_path / "b", [0.0, 2.0], [0.0, 0.2], seed=7)).at_margin
+    weight = meeting.places[0].weight
+    row = meeting.row("reward_accuracy")
+    assert row is not None
+    reading, hits = row.readings[0], np.arange(PAIRS) > 0
+    assert reading.value == pytest.approx(weight * hits.mean())
+    held = combined_share_interval(np.column_stack([np.zeros(PAIRS), hits]), np.array([1.0 - weight, weight]))
+    assert 0.0 < reading.low < held.low - 0.02
+    assert held.high + 0.02 < reading.high < 1.0
 
 
 def test_where_a_resample_does_not_cross_there_is_no_interval_and_it_is_said(tmp_path: Path) -> None:
