@@ -25,9 +25,10 @@ class Stored:
     """What a tracker keeps of one run.
 
     Attributes:
-        notices: (level, title, text) of each alert, by time; of MLflow, which keeps tags, the newest of each rule.
+        notices: (level, title, text) of each alert, by time; of MLflow, which keeps tags, the newest of each cause.
         status: the texts of the status; of Trackio only that for people.
         report: the page as a reader opens it now.
+        report_step: where on the axis of training steps it moves the run to; None: nowhere.
         axis: of the trainer's loss: what the tracker itself numbers its points by.
     """
 
@@ -36,6 +37,7 @@ class Stored:
     notices: list[tuple[str, str, str]]
     status: str
     report: str | None
+    report_step: int | None = None
     axis: list[int] = field(default_factory=list)
 
 
@@ -118,6 +120,7 @@ class WandbStore:
                     stored.pictures[tag][step] = image.size
             elif kind == "html-file":
                 stored.report = (files / value["path"]).read_text()
+                stored.report_step = row.get("train/global_step")
             elif isinstance(value, int | float):
                 stored.curves[tag][step] = value
 
@@ -202,7 +205,7 @@ class MlflowStore:
         status = "\n".join(f"{key}: {text}" for key, text in tags.items() if ".alert." not in key)
         report = folder / "align_audit" / "report.html"
         axis = sorted(curves.get("loss", {}))
-        return Stored(curves, pictures, notices, status, report.read_text() if report.exists() else None, axis)
+        return Stored(curves, pictures, notices, status, report.read_text() if report.exists() else None, axis=axis)
 
 
 # --- Trackio ----------------------------------------------------------------------------------------------------------
@@ -249,6 +252,7 @@ class TrackioStore:
                         stored.pictures[tag][step] = image.size
                 elif kind == "trackio.html":
                     stored.report = (self._folder / "media" / value["file_path"]).read_text()
+                    stored.report_step = row.get("train/global_step")
                 elif kind == "trackio.markdown":
                     stored.status = value["_value"]
                 elif isinstance(value, int | float):
