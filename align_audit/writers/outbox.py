@@ -23,6 +23,7 @@ class Outbox(Generic[Message]):
         seconds: for each message, and for all that is left when it is closed.
         most: messages that may wait; what comes on top is kept at once.
         name: of the thread.
+        at_exit: close it where the process ends and nobody has: a training that breaks ends no run.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class Outbox(Generic[Message]):
         *,
         most: int,
         name: str,
+        at_exit: bool = True,
     ) -> None:
         self._post, self._keep, self._seconds = post, keep, seconds
-        self._most, self._name = most, name
+        self._most, self._name, self._at_exit = most, name, at_exit
         self._waiting: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
@@ -57,8 +59,8 @@ class Outbox(Generic[Message]):
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name=self._name, daemon=True)
             self._thread.start()
-            # A training that breaks ends no run, and its last alerts are those that count.
-            atexit.register(self.close)
+            if self._at_exit:  # the last alerts are those that count
+                atexit.register(self.close)
 
     def close(self, seconds: float | None = None) -> None:
         """Wait for what is under way, ``seconds`` at most. What was not posted then is kept as unsent.

@@ -28,6 +28,8 @@ class Sender:
 
     A notice that does not get through is kept, and tried again after the next audit.
 
+    Whoever has it closes it, also where the process ends: there is more to say then than what waits here.
+
     Args:
         name: of the tracker, in words.
     """
@@ -36,7 +38,7 @@ class Sender:
         self.name = name
         self._tracker = tracker
         self._outbox: Outbox[Entry | str] = Outbox(
-            self._send, self._keep, CLOSING_SECONDS, most=MOST_WAITING, name=f"align_audit {name}"
+            self._send, self._keep, CLOSING_SECONDS, most=MOST_WAITING, name=f"align_audit {name}", at_exit=False
         )
         self._hurried = threading.Event()
         self._under_way: Entry | str | None = None

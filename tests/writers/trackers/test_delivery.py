@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -219,6 +221,31 @@ def test_a_server_of_mlflow_that_hangs_holds_up_no_training(
     assert "3 audits (steps 0, 5, 10), the report as it is now did not get through" in caplog.text
 
 
+def test_a_training_that_breaks_has_sent_its_alerts_and_its_report(tmp_path: Path) -> None:
+    """Nothing closes the writers then; the process waits for what is under way, and sends the report."""
+    code = (
+        "import sys, time; from pathlib import Path\n"
+        "from align_audit.writers.trackers import writer\n"
+        "from tests.helpers.paper_tracker import Paper, a_writer, tell\n"
+        "class Slow(Paper):\n"
+        "    def _answer(self, given):\n"
+        "        time.sleep(0.2)\n"
+        "        with open(sys.argv[1] + '/sent', 'a') as file: print(type(given).__name__, file=file)\n"
+        "slow, opens = Slow(), [None, None]\n"
+        "writer.OPENERS = {'mlflow': lambda: opens.pop() if opens else slow}\n"
+        "told = a_writer(Path(sys.argv[1])); tell(told, 0, 3)\n"
+        "raise SystemExit(3)\n"
+    )
+    root = Path(__file__).resolve().parents[3]
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=root, check=False, capture_output=True, text=True
+    )
+    assert ended.returncode == 3
+    sent = (tmp_path / "sent").read_text().split()
+    assert sent[:2] == ["Entry", "Entry"] and sent[-1] == "str" and "Notice" in sent
+    assert "could not" not in ended.stderr
+
+
 # --- audits that break ------------------------------------------------------------------------------------------------
 
 
@@ -302,8 +329,6 @@ def test_a_method_that_prints_is_silent_and_others_are_not(capsys: pytest.Captur
             print(title)
             other_thread("of another thread\n")
             return title
-
-    import sys
 
     assert _silent(Run().alert)("an alert", other_thread=sys.stdout.write) == "an alert"
     assert capsys.readouterr().out == "of another thread\n"
