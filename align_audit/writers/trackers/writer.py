@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -100,6 +101,8 @@ class TrackerWriter:
         self._recovered: set[RecordKey] = set()
         """The audits that came through after one that broke."""
         self._report_due = False
+        self._end = math.inf
+        """When nothing more is begun, of ``time.monotonic``."""
         self._news = False
         """Was there anything to send in this process?"""
         self._lost: list[int] = []
@@ -160,11 +163,13 @@ class TrackerWriter:
         return self._sender
 
     def _hand_over(self) -> None:
-        """All that there is room for, and the report where it is due."""
+        """What there is room and time for, and the report where it is due: pictures of many audits take long to draw."""
         sender = self._find_sender()
         if sender is None:
             return
-        while (self._waiting or self._failed) and not sender.full:
+        for _ in range(MOST_WAITING):
+            if not (self._waiting or self._failed) or sender.full or time.monotonic() >= self._end:
+                break
             entry = self._next_entry()
             if entry is not None:
                 sender.send(entry)
@@ -236,7 +241,7 @@ class TrackerWriter:
             sender.send_report(page(page_data(run, texts=self._texts)).decode())
 
     def _send_rest(self) -> None:
-        end = time.monotonic() + CLOSING_SECONDS
+        self._end = end = time.monotonic() + CLOSING_SECONDS
         sender = self._find_sender()
         if sender is None:
             raise RuntimeError("the trainer reports to it, and no run of it was open while audits were made")

@@ -201,6 +201,21 @@ def test_what_there_is_no_room_for_waits_and_arrives_in_order(
     assert [each for each in words(caplog) if "has not answered for" not in each] == []
 
 
+def test_many_audits_that_waited_are_drawn_in_parts_and_at_the_end_while_there_is_time(
+    opened: list[Tracker | None], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "MOST_WAITING", 2)
+    monkeypatch.setattr(writer, "CLOSING_SECONDS", 0.0)
+    paper = Paper()
+    opened += [None, None, None, None, paper]  # it opens at the fourth audit
+    told = a_writer(tmp_path)
+    tell(told, 0, 1, 2, 3)
+    until(lambda: paper.steps == [0, 5])
+    told.close()
+    assert paper.steps == [0, 5]
+    assert "2 audits (steps 10, 20)" in caplog.text
+
+
 def test_a_server_of_mlflow_that_hangs_holds_up_no_training(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
