@@ -22,7 +22,8 @@ Positions = Literal["all", "prompt", "completion", "last_prompt_token"]
 Basis = Literal["activation", "shift"]
 
 _SHOWN = (
-    "progress", "tensorboard", "tensorboard_scalars", "tensorboard_images", "report", "trackers", "verbose", "examples",
+    "progress", "tensorboard", "tensorboard_scalars", "tensorboard_images", "report", "trackers", "trackers_texts", "verbose",
+    "examples",
 )  # fmt: skip
 """Options of what is shown, which change nothing in a record."""
 
@@ -314,6 +315,7 @@ class AuditConfig(_Part):
             tell how the run stands, ``all`` what is measured by layer too. ``tensorboard_images``: also draw full audits.
         report: rewrite ``<output_dir>/align_audit/report.html`` after each audit: the run as a page, in one file.
         trackers: ``auto`` writes to W&B, MLflow and Trackio where the trainer reports to them; ``off`` to none; or some names.
+            ``trackers_texts``: the report that they get shows texts of probe pairs, too.
         verbose: print all that an audit measured on the terminal, in place of a line or five.
         max_length, truncation_mode: of probe sequences; None takes the trainer's (or 1024 and ``keep_start``).
 
@@ -337,6 +339,7 @@ class AuditConfig(_Part):
     tensorboard_images: bool = True
     report: bool = True
     trackers: TrackerChoice = "auto"
+    trackers_texts: bool = False
     verbose: bool = False
     max_length: int | None = Field(default=None, ge=2)
     truncation_mode: Literal["keep_start", "keep_end"] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterable
 
@@ -104,6 +105,35 @@ def named(error: BaseException) -> str:
     """
     words = str(error)
     return f"{type(error).__name__}: {words}" if words.strip() else type(error).__name__
+
+
+_SECRETS = (
+    # Up to the last at sign: passwords hold at signs and slashes.
+    (re.compile(r"://\S*@"), "://…@"),
+    (re.compile(r"(://[^\s?]*\?)[^\s'\")>]+"), r"\1…"),
+    (re.compile(r"\b(bearer|basic)\s+[^\s'\",;)]+", re.IGNORECASE), r"\1 …"),
+    (
+        re.compile(
+            r"""((?:api[_-]?key|token|password|passwd|secret)['"]?\s*[=:]\s*['"]?)[^\s'",;&)}]+""", re.IGNORECASE
+        ),
+        r"\1…",
+    ),
+)
+
+
+def without_secrets(words: str, limit: int = 400) -> str:
+    """A client's words in a line, without what may be secret in them.
+
+    That is the user and password of an address and what follows its question mark, what follows ``Bearer`` and ``Basic``, and
+    the values of what is called a key, a token, a password or a secret.
+
+    Example:
+        >>> without_secrets("cannot reach http://me:pa@ss/word@host/api?key=1 with token=abc")
+        'cannot reach http://…@host/api?… with token=…'
+    """
+    for pattern, shown in _SECRETS:
+        words = pattern.sub(shown, words)
+    return plain(words, limit)
 
 
 def _start(text: str, limit: int | None) -> str:

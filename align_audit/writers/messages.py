@@ -106,8 +106,17 @@ def as_slack(alert: Alert, record: AuditRecord, directory: Path) -> dict[str, An
     Source: https://api.slack.com/docs/message-formatting (the three characters to be escaped; ``mrkdwn``; what is written
     between angle brackets). Others that take this form find mentions in plain text: an at sign is shown in full width.
     """
-    text = "\n".join(paragraphs(alert, directory))
-    return {"text": text.translate(_NO_MARKUP), "mrkdwn": False}
+    return {"text": without_markup("\n".join(paragraphs(alert, directory))), "mrkdwn": False}
+
+
+def without_markup(text: str) -> str:
+    """A text in which Slack, and what takes its form, finds no markup, no link and no mention: see :func:`as_slack`.
+
+    Example:
+        >>> without_markup("<!channel> & @here")
+        '&lt;!channel&gt; &amp; ＠here'
+    """
+    return text.translate(_NO_MARKUP)
 
 
 def _json_value(value: Any) -> Any:
@@ -259,4 +268,15 @@ def _identity(stream: Any) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-__all__ = ["Channel", "LogLines", "OnAlert", "Told", "as_json", "as_slack", "checked", "headline", "paragraphs"]
+__all__ = [
+    "Channel",
+    "LogLines",
+    "OnAlert",
+    "Told",
+    "as_json",
+    "as_slack",
+    "checked",
+    "headline",
+    "paragraphs",
+    "without_markup",
+]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from align_audit.errors import named
+from align_audit.errors import named, without_secrets
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.checkpoint_names import checkpoints_in
 from align_audit.record.run import AuditRun
@@ -88,7 +88,7 @@ class Terminal:
         try:
             self._print(Text(self._destinations()), whole_lines=True)
         except Exception as error:
-            logger.error("align_audit could not print where it writes: %s", named(error))
+            logger.error("align_audit could not print where it writes: %s", without_secrets(named(error)))
 
     def record(self, record: AuditRecord, history: Sequence[AuditRecord]) -> None:
         """Print how the run stands now."""

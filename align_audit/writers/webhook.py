@@ -6,17 +6,14 @@ Slack URL is a secret; and neither of these bounds all tries of a message togeth
 
 from __future__ import annotations
 
-import atexit
 import json
 import logging
 import os
-import queue
 import ssl
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.message import Message
@@ -30,6 +27,7 @@ from align_audit.files import append_whole
 from align_audit.options.webhook import WebhookConfig, check_web_address
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.writers.messages import Channel, as_json, as_slack
+from align_audit.writers.outbox import Outbox
 
 if TYPE_CHECKING:
     from align_audit.config import AuditConfig
@@ -45,7 +43,6 @@ UNSENT = "unsent.jsonl"
 
 MOST_WAITING = 100
 """Messages that wait to be posted; what comes on top is kept as unsent."""
-_TOO_LATE = "it was not answered when the run ended"
 _FIRST_PAUSE = 0.25
 """Seconds before a second try; each further pause is twice as long."""
 
@@ -128,76 +125,6 @@ def _asked_pause(headers: Message) -> float:
     return float(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0.0
 
 
-class Outbox:
-    """Messages on their way out, one after the other, by a thread that ends with the process.
-
-    Args:
-        post: posts a message until a deadline, and gives the reason where it could not.
-        keep: takes a message that was not posted, and why. Called from either thread.
-        seconds: for each message, and for all that is left when it is closed.
-    """
-
-    def __init__(
-        self, post: Callable[[bytes, float], str | None], keep: Callable[[bytes, str], None], seconds: float
-    ) -> None:
-        self._post, self._keep, self._seconds = post, keep, seconds
-        self._waiting: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-        self._under_way: bytes | None = None
-        self._given_up = False
-        self._end = float("inf")
-
-    def put(self, message: bytes) -> None:
-        """Take a message; nothing is waited for."""
-        if self._waiting.qsize() >= MOST_WAITING:
-            self._keep(message, f"{MOST_WAITING} others wait to be posted")
-            return
-        self._waiting.put(message)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="align_audit webhook", daemon=True)
-            self._thread.start()
-            # A training that breaks ends no run, and its last alerts are those that count.
-            atexit.register(self.close)
-
-    def close(self) -> None:
-        """Wait for what is under way, ``seconds`` at most. What was not posted then is kept as unsent."""
-        if self._thread is None:
-            return
-        atexit.unregister(self.close)
-        self._end = time.monotonic() + self._seconds
-        self._waiting.put(None)
-        self._thread.join(self._seconds)
-        self._thread = None
-        with self._lock:
-            self._given_up = True
-            rest = [] if self._under_way is None else [self._under_way]
-        while not self._waiting.empty():
-            if (message := self._waiting.get()) is not None:
-                rest.append(message)
-        self._waiting.put(None)  # for a thread that comes back after all
-        for message in rest:
-            self._keep(message, _TOO_LATE)
-
-    def _work(self) -> None:
-        while (message := self._waiting.get()) is not None:
-            with self._lock:
-                if self._given_up:  # taken from the queue just before whoever closed it looked there
-                    self._keep(message, _TOO_LATE)
-                    return
-                self._under_way = message
-            try:
-                reason = self._post(message, min(time.monotonic() + self._seconds, self._end))
-            except Exception as error:
-                reason = f"{type(error).__name__} was raised"  # whose words may hold the URL
-            with self._lock:
-                if self._given_up:
-                    return  # who closed it has kept the message
-                self._under_way = None
-                if reason is not None:
-                    self._keep(message, reason)
-
-
 class Webhook(Channel):
     """Posts warnings and errors as they open, get worse and are resolved.
 
@@ -213,7 +140,7 @@ class Webhook(Channel):
         self._options = options
         self._folder = Path(os.path.abspath(output_dir))
         self._unsent = self._folder / UNSENT
-        self._outbox: Outbox | None = None
+        self._outbox: Outbox[bytes] | None = None
         self._host = ""
         self._form = as_json
         self._said: set[str] = set()
@@ -245,7 +172,9 @@ class Webhook(Channel):
             self._options.form == "auto" and urlsplit(address.host).hostname == "hooks.slack.com"
         )
         self._form = as_slack if slack else as_json
-        self._outbox = Outbox(address.post, self._keep, self._options.timeout_seconds)
+        self._outbox = Outbox(
+            address.post, self._keep, self._options.timeout_seconds, most=MOST_WAITING, name="align_audit webhook"
+        )
         super().start(run)
 
     def say(self, alert: Alert, record: AuditRecord) -> None:

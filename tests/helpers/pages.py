@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,13 @@ from tests.helpers.screens import LOG, a_run
 HOSTILE = "</script><img src=x onerror=\"document.title='taken'\"><!--<script>\u2028\u202e\x1b[31m&amp;'\""
 """Markup, a comment, a separator that ends lines of scripts, a turned direction and a colour of terminals."""
 FAILED = Failure(step=60, time="2027-01-01T00:00:00+00:00", error="Traceback\n  ...\nRuntimeError: no memory")
+
+
+def data_in(page: str) -> dict[str, Any]:
+    """The value that a page was made of."""
+    begin = page.index('id="align-audit-data">') + len('id="align-audit-data">')
+    data: dict[str, Any] = json.loads(page[begin : page.index("</script>", begin)])
+    return data
 
 
 def as_run(

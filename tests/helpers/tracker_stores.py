@@ -25,9 +25,10 @@ class Stored:
     """What a tracker keeps of one run.
 
     Attributes:
-        notices: (level, title, text) of each alert, by time; of MLflow, which keeps tags, the newest of each rule.
+        notices: (level, title, text) of each alert, by time; of MLflow, which keeps tags, the newest of each cause.
         status: the texts of the status; of Trackio only that for people.
         report: the page as a reader opens it now.
+        report_step: where on the axis of training steps it moves the run to; None: nowhere.
         axis: of the trainer's loss: what the tracker itself numbers its points by.
     """
 
@@ -36,6 +37,7 @@ class Stored:
     notices: list[tuple[str, str, str]]
     status: str
     report: str | None
+    report_step: int | None = None
     axis: list[int] = field(default_factory=list)
 
 
@@ -49,6 +51,9 @@ class Store(Protocol):
 
     def read(self, name: str) -> Stored:
         """What is kept of the run of this name, once it is closed."""
+
+    def train(self, step: int) -> None:
+        """What the trainer's callback logs at a step."""
 
     def finish(self) -> None:
         """Close the run that a trainer left open."""
@@ -75,6 +80,11 @@ class WandbStore:
             run.define_metric("train/global_step")
             run.define_metric("*", step_metric="train/global_step", step_sync=True)
             yield
+
+    def train(self, step: int) -> None:
+        import wandb
+
+        wandb.log({"train/loss": 0.7, "train/global_step": step})
 
     def finish(self) -> None:
         import wandb
@@ -118,6 +128,7 @@ class WandbStore:
                     stored.pictures[tag][step] = image.size
             elif kind == "html-file":
                 stored.report = (files / value["path"]).read_text()
+                stored.report_step = row.get("train/global_step")
             elif isinstance(value, int | float):
                 stored.curves[tag][step] = value
 
@@ -176,6 +187,11 @@ class MlflowStore:
         with mlflow.start_run(run_name=name):
             yield
 
+    def train(self, step: int) -> None:
+        import mlflow
+
+        mlflow.log_metric("loss", 0.7, step)
+
     def finish(self) -> None:
         """Its callback ends what it began."""
 
@@ -202,7 +218,7 @@ class MlflowStore:
         status = "\n".join(f"{key}: {text}" for key, text in tags.items() if ".alert." not in key)
         report = folder / "align_audit" / "report.html"
         axis = sorted(curves.get("loss", {}))
-        return Stored(curves, pictures, notices, status, report.read_text() if report.exists() else None, axis)
+        return Stored(curves, pictures, notices, status, report.read_text() if report.exists() else None, axis=axis)
 
 
 # --- Trackio ----------------------------------------------------------------------------------------------------------
@@ -230,6 +246,11 @@ class TrackioStore:
         finally:
             trackio.finish()
 
+    def train(self, step: int) -> None:
+        import trackio
+
+        trackio.log({"train/loss": 0.7, "train/global_step": step})
+
     def finish(self) -> None:
         """Its callback finishes what it began."""
 
@@ -249,9 +270,10 @@ class TrackioStore:
                         stored.pictures[tag][step] = image.size
                 elif kind == "trackio.html":
                     stored.report = (self._folder / "media" / value["file_path"]).read_text()
+                    stored.report_step = row.get("train/global_step")
                 elif kind == "trackio.markdown":
                     stored.status = value["_value"]
-                elif isinstance(value, int | float):
+                elif isinstance(value, int | float) and tag != "step":  # its count of what was logged
                     stored.curves[tag][step] = value
         alerts = [alert for alert in SQLiteStorage.get_alerts(project) if alert["run"] == name]
         alerts.sort(key=lambda alert: alert["timestamp"])

@@ -13,13 +13,16 @@ from align_audit import AuditConfig
 from align_audit.errors import ConfigurationError
 from align_audit.monitoring.monitor import Monitor
 from align_audit.monitoring.resumed_writers import start_writers
+from align_audit.options.trackers import TRACKER_NAMES, TrackerName
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.log import TOLD, RunLog
 from align_audit.record.run import AuditRun
 from align_audit.writers.messages import LogLines, Told, alert_logger
+from align_audit.writers.trackers.writer import maker
 from align_audit.writers.webhook import UNSENT, Webhook
 from align_audit.writers.writer import Surroundings, Writers
 from tests.helpers.make_record import make_record
+from tests.helpers.paper_tracker import Paper, open_papers
 
 
 def at(step: int, event: Any = "opened") -> AuditRecord:
@@ -155,6 +158,30 @@ def test_every_channel_says_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [line.count("Step 30.") for line in lines] == [1]
     (unsent,) = (tmp_path / UNSENT).read_text().splitlines()
     assert json.loads(unsent)["posted"]["message"] == "Step 30."
+
+
+@pytest.mark.parametrize("name", TRACKER_NAMES)
+def test_every_tracker_is_sent_it(name: TrackerName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The audit too: of a record whose alerts nobody was told of, no tracker has got anything."""
+    papers = open_papers(monkeypatch)
+    log = RunLog(tmp_path)
+    log.append(at(20, None))
+    log.append(at(30))
+    log.close()
+    for steps in ([30], []):
+        paper = Paper()
+        papers[:] = [paper]
+        writer = maker(name)(AuditConfig(), Surroundings(tmp_path, trackers=(name,)))
+        assert writer is not None
+        log = RunLog(tmp_path)
+        writers = start_writers(Writers([writer]), log)
+        writers.close()
+        log.close()
+        assert [(notice.step, "Step 30." in notice.text) for notice in paper.notices] == [
+            (step, True) for step in steps
+        ]
+        assert paper.steps == steps
+        assert bool(paper.pages) == bool(steps)
 
 
 def test_a_channel_that_cannot_start_leaves_it_untold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

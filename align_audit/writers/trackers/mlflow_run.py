@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-import time
-from pathlib import Path
 from typing import Any, Self
 
 from align_audit.errors import plain
-from align_audit.writers.trackers.entry import ROOT, Entry
+from align_audit.writers.trackers.entry import ROOT, Entry, Notice
 
 _LONGEST_TAG = 4000
 """Characters of a tag's value; every store takes 5,000."""
@@ -36,21 +34,24 @@ class MlflowRun:
         return None if run is None else cls(mlflow.MlflowClient(), run)
 
     def add(self, entry: Entry) -> None:
-        """See :class:`~align_audit.writers.trackers.entry.Tracker`. An alert is a tag of its rule: its newest notice."""
+        """See :class:`~align_audit.writers.trackers.entry.Tracker`; the status is some tags."""
         from mlflow.entities import Metric, RunTag
 
-        now = int(time.time() * 1000)
+        now = int(entry.time * 1000)
         metrics = [Metric(_name(tag), value, now, entry.step) for tag, value in entry.scalars.items()]
-        texts = {f"{ROOT}.{key}": text for key, text in entry.status.items()}
-        texts |= {f"{ROOT}.alert.{notice.rule}": f"{notice.title}\n{notice.text}" for notice in entry.notices}
-        tags = [RunTag(_name(key), text[:_LONGEST_TAG]) for key, text in texts.items()]
+        tags = [RunTag(_name(f"{ROOT}.{key}"), text[:_LONGEST_TAG]) for key, text in entry.status.items()]
         self._client.log_batch(self._id, metrics=metrics, tags=tags)
         for tag, pixels in entry.pictures.items():
             self._client.log_image(self._id, pixels, key=_name(tag), step=entry.step, timestamp=now)
 
-    def add_report(self, path: Path, step: int) -> None:
+    def notify(self, notice: Notice) -> None:
+        """A tag for each cause: its newest notice."""
+        text = f"{notice.title}\n{notice.text}"[:_LONGEST_TAG]
+        self._client.set_tag(self._id, _name(f"{ROOT}.alert.{notice.key}"), text)
+
+    def add_report(self, page: str) -> None:
         """The artifact ``align_audit/report.html``, written over."""
-        self._client.log_artifact(self._id, str(path), ROOT)
+        self._client.log_text(self._id, page, f"{ROOT}/report.html")
 
 
 def _name(text: str) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Self
 
 from align_audit.errors import plain
-from align_audit.writers.trackers.entry import ROOT, STEP, Entry
+from align_audit.writers.messages import without_markup
+from align_audit.writers.trackers.entry import LONGEST_TITLE, ROOT, STEP, Entry, Notice
 
 _LEVELS = {"info": "INFO", "warning": "WARN", "error": "ERROR"}
 _NO_WAIT = 0.001
@@ -35,11 +35,14 @@ class WandbRun:
         images = {tag: wandb.Image(pixels) for tag, pixels in entry.pictures.items()}
         self._run.log({**entry.scalars, **images, STEP: entry.step})
         self._run.summary.update({f"{ROOT}/{key}": text for key, text in entry.status.items()})
-        for notice in entry.notices:
-            self._run.alert(notice.title, notice.text, level=_LEVELS[notice.level], wait_duration=_NO_WAIT)
 
-    def add_report(self, path: Path, step: int) -> None:
+    def notify(self, notice: Notice) -> None:
+        """An alert, which W&B hands on to Slack as it is."""
+        title, text = plain(without_markup(notice.title), LONGEST_TITLE), without_markup(notice.text)
+        self._run.alert(title, text, level=_LEVELS[notice.level], wait_duration=_NO_WAIT)
+
+    def add_report(self, page: str) -> None:
         """A panel of the run, whose last value is the report as it is now."""
         import wandb
 
-        self._run.log({f"{ROOT}/report": wandb.Html(str(path), inject=False), STEP: step})
+        self._run.log({f"{ROOT}/report": wandb.Html(page, inject=False, data_is_not_path=True)})

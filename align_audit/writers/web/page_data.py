@@ -38,12 +38,13 @@ FORMAT = 1
 WORST_FIRST = ("ERROR", "BLIND", "WATCH", "HEALTHY")
 
 
-def page_data(run: AuditRun, written: str | None = None) -> dict[str, Any]:
+def page_data(run: AuditRun, written: str | None = None, *, texts: bool = True) -> dict[str, Any]:
     """All that a page shows of a run. Numbers that are not known, or not finite, are None.
 
     Args:
         run: of all probe sets, or of one.
         written: when the page was made, ISO 8601; None: now.
+        texts: with what changed in text: pairs of the data.
 
     Returns:
         ``format``; ``run`` (``name``, ``written``, ``status``, that of all sets together, and ``failures``); ``sets``, one for
@@ -56,7 +57,7 @@ def page_data(run: AuditRun, written: str | None = None) -> dict[str, Any]:
         'HEALTHY'
     """
     names = [run.probe_name] if run.probe_name is not None or not run.records else run.probe_names
-    sets = [_set_data(run.select(name) if run.records else run, name) for name in names]
+    sets = [_set_data(run.select(name) if run.records else run, name, texts) for name in names]
     sets.sort(key=lambda each: WORST_FIRST.index(each["status"]["word"]))
     return {
         "format": FORMAT,
@@ -87,7 +88,7 @@ def _word(status: Status) -> dict[str, Any]:
     return {"word": status.word, "since": status.since, "reason": text(status.reason)}
 
 
-def _set_data(run: AuditRun, name: str | None) -> dict[str, Any]:
+def _set_data(run: AuditRun, name: str | None, texts: bool) -> dict[str, Any]:
     """What a page shows of one probe set."""
     course = present_course(run.records)
     # One course: what a run left when it was resumed is not shown beside what came of it.
@@ -106,7 +107,7 @@ def _set_data(run: AuditRun, name: str | None) -> dict[str, Any]:
         "training": training_curves(run.training_log),
         "first_error": first_error(heads),
         "alerts": alert_rows(heads, standing) if heads else [],
-        "texts": texts_data(run, course),
+        "texts": texts_data(run, course) if texts else None,
         "where": where_data(patched),
         "evidence": evidence_data(patched),
         "more": {

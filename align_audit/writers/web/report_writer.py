@@ -68,11 +68,19 @@ class Report:
             self._write()
 
     def _write(self) -> None:
-        if self._directory is None:
-            return
-        failures = read_lines(self._directory / FAILURES, Failure)
-        run = AuditRun(self._directory, self._history, [], failures, training_log=self._training_log())
-        write_report(run, self._directory / REPORT)
+        if self._directory is not None:
+            write_report(run_so_far(self._directory, self._history, self._training_log()), self._directory / REPORT)
+
+
+def run_so_far(directory: Path, history: Sequence[AuditRecord], training_log: Sequence[LogRow]) -> AuditRun:
+    """A run that goes on, with the audits that broke so far.
+
+    Args:
+        directory: of the log.
+        history: its audits, by step.
+        training_log: what the trainer has logged so far.
+    """
+    return AuditRun(directory, history, [], read_lines(directory / FAILURES, Failure), training_log=training_log)
 
 
 def write_report(run: AuditRun, path: Path) -> int:

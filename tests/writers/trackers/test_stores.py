@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,18 +15,24 @@ from align_audit import AuditConfig, AuditRun
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.stored_records import events_of
 from align_audit.writers.few_scalars import few_scalars
+from align_audit.writers.messages import without_markup
 from align_audit.writers.plots.at_a_glance import HEIGHT, WIDTH
 from align_audit.writers.registry import writers_for
 from align_audit.writers.standing import standing_at
+from align_audit.writers.trackers import sender
 from align_audit.writers.trackers.entry import Notice
-from align_audit.writers.trackers.writer import maker
+from align_audit.writers.trackers.writer import TrackerWriter, maker
 from align_audit.writers.writer import Surroundings, Writers
 from tests.helpers.alert_cases import on_set
+from tests.helpers.pages import data_in
+from tests.helpers.paper_tracker import until
 from tests.helpers.screens import LOG, a_run, quick_look
 from tests.helpers.tracker_stores import Store, Stored
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
+TRAINED = 90
+"""The step that training ends at, after its last audit."""
 LEVELS = {"info": "info", "warning": "warn", "error": "error"}
 
 
@@ -35,16 +42,14 @@ def writers(store: Store, output_dir: Path) -> Writers:
     return writers_for(AuditConfig(), around, [maker(store.name)])  # type: ignore[arg-type]
 
 
-def report(output_dir: Path, text: str) -> None:
-    path = output_dir / "align_audit" / "report.html"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text)
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sender, "PAUSES", (0.0, 0.0))
 
 
-def tell(told: Writers, records: Sequence[AuditRecord], output_dir: Path) -> None:
-    """A run as the monitor tells it, with a report that is written anew after each audit."""
+def tell(told: Writers, records: Sequence[AuditRecord]) -> None:
+    """A run as the monitor tells it."""
     for place, record in enumerate(records):
-        report(output_dir, f"<b>audit {place}</b>")
         told.record(record, records[: place + 1])
         for alert in events_of(record.alerts):
             told.alert(alert, record)
@@ -66,10 +71,21 @@ def shown(store: Store, name: str, records: Sequence[AuditRecord], output_dir: P
     with store.run(name):
         told = writers(store, output_dir)
         told.start(AuditRun(output_dir, [], [], []))
-        tell(told, records, output_dir)
-        report(output_dir, "<b>the end</b>")
+        tell(told, records)
+        until(lambda: _idle(told))
+        store.train(TRAINED)
         told.close()
     return store.read(name)
+
+
+def _idle(told: Writers) -> bool:
+    """Was all that was taken sent?"""
+    (only,) = told._writers
+    assert isinstance(only, TrackerWriter) and only._sender is not None
+    outbox = only._sender._outbox
+    idle = outbox._waiting.empty() and outbox._under_way is None
+    time.sleep(0.05)
+    return idle and outbox._waiting.empty() and outbox._under_way is None
 
 
 def expected(records: Sequence[AuditRecord]) -> dict[str, dict[int, float]]:
@@ -100,7 +116,11 @@ def test_a_tracker_holds_curves_pictures_status_alerts_and_report(
     standing = standing_at(records[-1], records, LOG)
     assert standing.status.word == {"well": "HEALTHY", "ruined": "ERROR", "resolved": "HEALTHY"}[ends]
     assert standing.status.word in stored.status
-    assert stored.report == "<b>the end</b>"
+    assert stored.report is not None
+    assert stored.report_step in (None, TRAINED), "the axis is not set back"
+    (shown_set,) = data_in(stored.report)["sets"]
+    assert shown_set["panels"][0]["steps"] == [record.step for record in records]
+    assert shown_set["status"]["word"] == standing.status.word
     compare_alerts(store, stored, records, tmp_path)
 
 
@@ -108,12 +128,12 @@ def compare_alerts(store: Store, stored: Stored, records: Sequence[AuditRecord],
     """Each is told as it opens, gets worse and is over, and at no audit between."""
     alerts = [alert for record in records for alert in record.alerts if alert.level != "info"]
     events = [Notice.of(alert, output_dir) for alert in events_of(alerts)]
-    if store.name == "mlflow":  # one tag a rule, its newest notice
-        newest = {notice.rule: notice for notice in events}.values()
+    if store.name == "mlflow":  # one tag a cause, its newest notice
+        newest = {notice.key: notice for notice in events}.values()
         assert sorted(stored.notices) == sorted(("", notice.title, notice.text) for notice in newest)
         return
     assert [(level.lower(), title, text) for level, title, text in stored.notices] == [
-        (LEVELS[notice.level], notice.title, notice.text) for notice in events
+        (LEVELS[notice.level], notice.title, without_markup(notice.text)) for notice in events
     ]
     opened = [title for _, title, _ in stored.notices if " opened" in title]
     assert len(opened) == len(set(opened)) <= len(alerts) / 2
@@ -142,7 +162,7 @@ def test_what_an_earlier_process_sent_is_no_news(store: Store, tmp_path: Path) -
     with store.run(name):
         told = writers(store, tmp_path)
         told.start(AuditRun(tmp_path, records[:-1], [], []))
-        tell(told, records, tmp_path)
+        tell(told, records)
         told.close()
     steps = {step for points in store.read(name).curves.values() for step in points}
     assert steps == {records[-1].step}
@@ -153,13 +173,27 @@ def test_nothing_is_said_of_a_report_where_there_is_none(
 ) -> None:
     name = f"{store.name} no report"
     with store.run(name):
-        told = writers(store, tmp_path)
+        around = Surroundings(tmp_path, trackers=(store.name,))  # type: ignore[arg-type]
+        told = writers_for(AuditConfig(report=False), around, [maker(store.name)])  # type: ignore[arg-type]
         told.start(AuditRun(tmp_path, [], [], []))
-        records = a_run("well")[:1]
+        records = a_run("ruined")[3:4]
         told.record(records[0], records)
         told.close()
     assert store.read(name).report is None
     assert said(caplog) == []
+
+
+def test_what_slack_reads_in_an_alert_is_no_markup(store: Store, tmp_path: Path) -> None:
+    """W&B and Trackio hand alerts on to it."""
+    (record,) = a_run("ruined")[3:4]
+    hostile = {"message": "<!channel> see <https://example.org|this> @here", "cause": "<!here>"}
+    record = quick_look(record).model_copy(
+        update={"alerts": [alert.model_copy(update=hostile) for alert in record.alerts]}
+    )
+    stored = shown(store, f"{store.name} markup", [record], tmp_path)
+    assert stored.notices
+    if store.name != "mlflow":  # which hands on nothing
+        assert not any(mark in text for notice in stored.notices for text in notice[1:] for mark in "<>@")
 
 
 def test_random_numbers_of_the_training_stay_as_they_are(store: Store, tmp_path: Path) -> None:
@@ -171,7 +205,7 @@ def test_random_numbers_of_the_training_stay_as_they_are(store: Store, tmp_path:
         told = writers(store, tmp_path)
         told.start(AuditRun(tmp_path, [], [], []))
         earlier = states()
-        tell(told, a_run("ruined")[2:4], tmp_path)
+        tell(told, a_run("ruined")[2:4])
         told.close()
         assert states() == earlier
 
@@ -185,15 +219,17 @@ def test_a_run_that_was_closed_breaks_nothing_and_is_said_once_at_most(
     with store.run(name):
         told = writers(store, tmp_path)
         told.start(AuditRun(tmp_path, [], [], []))
-        tell(told, records[:2], tmp_path)
-    tell(told, records[2:], tmp_path)
+        tell(told, records[:2])
+        until(lambda: _idle(told))
+    tell(told, records[2:])
     told.close()
     steps = {step for points in store.read(name).curves.values() for step in points}
     if store.name == "wandb":
         assert steps == {record.step for record in records[:2]}
-        (words,) = said(caplog)
+        words, counted = said(caplog)
         assert "could not write step 10 to W&B" in words
         assert "that is said once, training goes on" in words
+        assert "3 audits (steps 10, 20, 40)" in counted and "the report" in counted
     else:
         assert steps == {record.step for record in records}
         assert said(caplog) == []

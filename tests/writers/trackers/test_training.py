@@ -13,6 +13,7 @@ from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
 from align_audit.errors import ConfigurationError
 from align_audit.monitoring.trainer import read_trainer
 from tests.helpers.dpo import Trained, build
+from tests.helpers.pages import data_in
 from tests.helpers.tracker_stores import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -48,12 +49,8 @@ def test_a_training_is_in_its_tracker_beside_the_trainers_own_curves(
 ) -> None:
     folder, name = tmp_path / "run" / "align_audit", f"{store.name} training"
 
-    def write_report(*_: Any) -> None:
-        (folder / "report.html").write_text("<b>written while training</b>")
-
-    callback = AlignmentAuditCallback(config=AuditConfig.from_dict(SETTINGS), on_alert=write_report)
+    callback = AlignmentAuditCallback(config=AuditConfig.from_dict(SETTINGS))
     run, screen = trained(tmp_path, [callback], report_to=[store.name], run_name=name)
-    (folder / "report.html").write_text("<b>too late</b>")
     store.finish()
     stored = store.read(name)
 
@@ -69,9 +66,13 @@ def test_a_training_is_in_its_tracker_beside_the_trainers_own_curves(
     assert stored.axis == sorted(set(stored.axis))
     assert run.losses == losses  # bit for bit
 
-    opened = [title for _, title, _ in stored.notices if " opened: kl" in title or " worse: kl" in title]
+    opened = [title for _, title, _ in stored.notices if " opened: drift" in title or " worse: drift" in title]
     assert 1 <= len(opened) <= 2
-    assert stored.report == "<b>written while training</b>"
+    assert not any(title in screen for title in opened)  # Trackio prints them otherwise
+    assert stored.report is not None
+    (shown,), (kept,) = data_in(stored.report)["sets"], data_in((folder / "report.html").read_text())["sets"]
+    assert shown["panels"] == kept["panels"] and shown["panels"][0]["steps"] == [0, 2, 3]
+    assert kept["texts"] is not None and shown["texts"] is None  # the data stays here
     lines = [line for line in screen.splitlines() if line.startswith("align_audit writes to ")]
     titles = {"wandb": "W&B run", "mlflow": "MLflow run", "trackio": "Trackio run"}
     assert len(lines) == 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,64 +11,21 @@ import pytest
 from align_audit import AuditConfig, AuditRun
 from align_audit.errors import ConfigurationError
 from align_audit.options.trackers import TRACKER_NAMES
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.log import FOLDER
 from align_audit.writers.terminal import Terminal
 from align_audit.writers.trackers import writer as module
-from align_audit.writers.trackers.entry import Entry, Notice, Tracker
+from align_audit.writers.trackers.entry import Notice, Tracker
 from align_audit.writers.trackers.writer import TrackerWriter, chosen_trackers, destinations, maker
 from align_audit.writers.writer import Surroundings
-from tests.helpers.screens import a_run, quick_look
-
-RECORDS = [quick_look(record) for record in a_run("ruined")]
-
-
-class Paper:
-    """A tracker that keeps the steps it is given, and breaks at some of them."""
-
-    place = "a paper"
-
-    def __init__(self, breaks: Callable[[int], BaseException | None] = lambda step: None) -> None:
-        self.steps: list[int] = []
-        self.reports: list[str] = []
-        self._breaks = breaks
-
-    def add(self, entry: Entry) -> None:
-        if (error := self._breaks(entry.step)) is not None:
-            raise error
-        self.steps.append(entry.step)
-
-    def add_report(self, path: Path, step: int) -> None:
-        self.reports.append(path.read_text())
+from tests.helpers.pages import data_in, texts_run
+from tests.helpers.paper_tracker import RECORDS, Paper, a_writer, open_papers, tell, until
 
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[Tracker | None]:
     """What the openers of all trackers give, one after the other; the last again and again."""
-    papers: list[Tracker | None] = []
-
-    def opener() -> Tracker | None:
-        return papers.pop(0) if len(papers) > 1 else papers[0]
-
-    monkeypatch.setattr(module, "OPENERS", dict.fromkeys(TRACKER_NAMES, opener))
-    return papers
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    now = [100.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    yield now
-    monkeypatch.undo()
-
-
-def tell(paper: TrackerWriter, *places: int) -> None:
-    for place in places:
-        paper.record(RECORDS[place], RECORDS[: place + 1])
-
-
-def a_writer(folder: Path) -> TrackerWriter:
-    writer = TrackerWriter("mlflow", folder)
-    writer.start(AuditRun(folder, [], [], []))
-    return writer
+    return open_papers(monkeypatch)
 
 
 def test_audits_from_before_a_run_is_open_are_sent_when_it_is(opened: list[Tracker | None], tmp_path: Path) -> None:
@@ -77,7 +34,9 @@ def test_audits_from_before_a_run_is_open_are_sent_when_it_is(opened: list[Track
     writer = a_writer(tmp_path)
     tell(writer, 0, 1)
     assert paper.steps == []
+    assert writer._waiting == [record.key for record in RECORDS[:2]]  # no record is held for it
     tell(writer, 2)
+    writer.close()
     assert paper.steps == [0, 5, 10]
 
 
@@ -92,93 +51,97 @@ def test_a_run_that_never_opens_is_said_at_the_end(
     assert "the end of the run to MLflow" in caplog.text and "no run of it was open" in caplog.text
 
 
-def test_no_run_and_no_audit_is_nothing_to_say(
-    opened: list[Tracker | None], tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("run", [[], RECORDS])
+def test_where_nothing_was_audited_nothing_is_sent_or_said(
+    opened: list[Tracker | None], run: list[AuditRecord], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    opened.append(None)
-    a_writer(tmp_path).close()
+    paper = Paper()
+    opened.append(paper)
+    a_writer(tmp_path, run).close()
+    assert (paper.steps, paper.notices, paper.pages) == ([], [], [])
     assert not caplog.records
 
 
-@pytest.mark.parametrize("error", [OSError("no network"), SystemExit(1), KeyError("api_key")])
-def test_what_breaks_is_said_once_and_holds_nothing_up(
-    opened: list[Tracker | None], tmp_path: Path, caplog: pytest.LogCaptureFixture, error: BaseException
-) -> None:
-    paper = Paper(lambda step: error if step in (5, 10) else None)
-    opened.append(paper)
+def test_a_keyboard_interrupt_passes(opened: list[Tracker | None], tmp_path: Path, monkeypatch: Any) -> None:
+    opened.append(Paper())
     writer = a_writer(tmp_path)
-    for place in range(len(RECORDS)):
-        writer._rests_until = 0.0
-        tell(writer, place)
-    writer.close()
-    assert paper.steps == [0, 20, 40]
-    (said,) = caplog.records
-    assert "could not write step 5 to MLflow" in said.getMessage() and "said once" in said.getMessage()
 
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
 
-def test_a_keyboard_interrupt_passes(opened: list[Tracker | None], tmp_path: Path) -> None:
-    opened.append(Paper(lambda step: KeyboardInterrupt()))
+    monkeypatch.setattr(module, "standing_at", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        tell(a_writer(tmp_path), 0)
+        tell(writer, 0)
 
 
-def test_a_server_that_is_gone_costs_training_a_tenth_of_its_time(
-    opened: list[Tracker | None], tmp_path: Path, clock: list[float]
-) -> None:
-    tries: list[int] = []
-
-    def slow(step: int) -> BaseException | None:
-        tries.append(step)
-        clock[0] += 60.0 if step == 0 else 0.0
-        return TimeoutError("no answer") if step == 0 else None
-
-    paper = Paper(slow)
-    opened.append(paper)
-    writer = a_writer(tmp_path)
-    tell(writer, 0)
-    clock[0] += 590.0
-    tell(writer, 1)
-    assert tries == [0]
-    clock[0] += 20.0
-    tell(writer, 2)
-    assert paper.steps == [5, 10]  # what came meanwhile, too
+# --- the report -------------------------------------------------------------------------------------------------------
 
 
-def test_no_secret_of_an_address_is_said(
-    opened: list[Tracker | None], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    opened.append(Paper(lambda step: OSError("cannot reach https://me:hidden@host:1/api?key=hidden&a=1 now\n\x1b[2J")))
-    tell(a_writer(tmp_path), 0)
-    assert "https://…@host:1/api?… now" in caplog.text
-    assert "hidden" not in caplog.text and "\x1b" not in caplog.text
-
-
-def test_the_report_is_sent_where_something_is_new_and_once_a_version(
+def test_the_report_is_sent_where_an_alert_opens_or_gets_worse_and_at_the_end(
     opened: list[Tracker | None], tmp_path: Path
 ) -> None:
     paper = Paper()
     opened.append(paper)
     writer = a_writer(tmp_path)
-    report = tmp_path / "align_audit" / "report.html"
-    report.parent.mkdir()
-    report.write_text("first")
-    tell(writer, 0, 1, 2)  # health audits, and no alert
-    assert paper.reports == []
-    tell(writer, 3)
-    assert paper.reports == ["first"]
+    news = [
+        any(alert.event in ("opened", "worse") and alert.level != "info" for alert in each.alerts) for each in RECORDS
+    ]
+    assert 0 < sum(news) < len(news)
+    tell(writer, *range(len(RECORDS)))
+    until(lambda: paper.steps == [record.step for record in RECORDS])
     writer.close()
-    assert paper.reports == ["first"]
-    report.write_text("longer than before")
+    shown = [data_in(page)["sets"][0]["panels"][0]["steps"][-1] for page in paper.pages]
+    assert shown == [*(record.step for record, new in zip(RECORDS, news, strict=True) if new), RECORDS[-1].step]
+
+
+def test_a_page_of_an_earlier_process_is_not_sent(opened: list[Tracker | None], tmp_path: Path) -> None:
+    paper = Paper()
+    opened.append(paper)
+    writer = a_writer(tmp_path, report=False)
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "report.html").write_text("of an earlier process")
+    tell(writer, *range(len(RECORDS)))
     writer.close()
-    assert paper.reports == ["first", "longer than before"]
+    assert paper.steps and paper.pages == []
+
+
+@pytest.mark.parametrize("texts", [False, True])
+def test_texts_of_the_data_are_sent_where_they_are_asked_for(
+    opened: list[Tracker | None], texts: bool, tmp_path: Path
+) -> None:
+    run = texts_run(tmp_path, " confidential")
+    paper = Paper()
+    opened.append(paper)
+    config = AuditConfig() if not texts else AuditConfig(trackers_texts=True)
+    writer = maker("mlflow")(config, Surroundings(tmp_path, trackers=("mlflow",)))
+    assert writer is not None
+    writer.start(replace(run, records=run.records[:-1]))
+    writer.record(run.records[-1], run.records)
+    writer.close()
+    (page,) = paper.pages
+    assert ("confidential" in page) is texts
+
+
+# --- what people read -------------------------------------------------------------------------------------------------
 
 
 def test_a_notice_is_short_and_of_printable_characters() -> None:
     alert = next(alert for record in RECORDS for alert in record.alerts)
-    hostile = alert.model_copy(update={"rule": "a\x1b[2J\n" * 40, "message": "<script>\x07\n</script>"})
-    notice = Notice.of(hostile)
+    texts = {"rule": "a\x1b[2J\n" * 40, "cause": "b\x1b[2J\n" * 40, "message": "<script>\x07\n</script>"}
+    notice = Notice.of(alert.model_copy(update=texts))
     assert len(notice.title) < 64 and notice.title.isprintable()
     assert notice.text.replace("\n", "").isprintable()
+
+
+def test_notices_of_an_alert_are_of_its_cause_whichever_rule_leads() -> None:
+    alert = next(alert for record in RECORDS for alert in record.alerts if alert.cause)
+    worse = alert.model_copy(update={"rule": "the_rule_that_leads_now", "event": "worse"})
+    first, second = Notice.of(alert), Notice.of(worse)
+    assert first.key == second.key == alert.cause
+    assert alert.cause in second.title and "the_rule_that_leads_now" not in second.title
+    assert "the_rule_that_leads_now" in second.text
+    assert Notice.of(worse.model_copy(update={"probe_name": "harmless"})).key == f"harmless.{alert.cause}"
+    assert Notice.of(worse.model_copy(update={"cause": ""})).key == "the_rule_that_leads_now"  # of old records
 
 
 # --- which trackers ---------------------------------------------------------------------------------------------------
@@ -233,17 +196,23 @@ def test_trackers_change_no_measurement() -> None:
 def test_where_a_run_is_written_is_a_line(opened: list[Tracker | None]) -> None:
     opened += [Paper(), None]
     line = destinations(AuditConfig(), around("wandb", "mlflow"))
-    assert line == "align_audit writes to runs/dpo/align_audit, a paper, MLflow (once its run is open)"
+    places, contents = line.split("; ")
+    assert places == "align_audit writes to runs/dpo/align_audit, a paper, MLflow (once its run is open)"
+    assert contents == "trackers get curves, pictures, alerts and the report, without texts of the data"
+    assert "with texts of probe pairs" in destinations(AuditConfig(trackers_texts=True), around("wandb"))
+    assert "the report" not in destinations(AuditConfig(report=False), around("wandb"))
+    assert destinations(AuditConfig(), around()) == "align_audit writes to runs/dpo/align_audit"
 
 
 def test_saying_where_breaks_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     def broken() -> None:
-        raise OSError("no such run")
+        raise OSError("no such run of token=hidden")
 
     monkeypatch.setattr(module, "OPENERS", {"wandb": broken})
     Terminal.of(AuditConfig(), around("wandb")).start(AuditRun(tmp_path, [], [], []))
     assert "could not print where it writes: OSError: no such run" in caplog.text
+    assert "hidden" not in caplog.text
     TrackerWriter("wandb", tmp_path).start(AuditRun(tmp_path, [], [], []))
     assert "could not find the run of W&B: OSError: no such run" in caplog.text

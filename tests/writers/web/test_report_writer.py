@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,13 @@ from align_audit.writers.web.report_writer import Report, report_of
 from align_audit.writers.writer import Surroundings, Writers
 from tests.helpers.alert_cases import with_part
 from tests.helpers.make_record import make_run
+from tests.helpers.pages import data_in
 from tests.helpers.screens import a_run, screen
 
 
 def data_of(path: Path) -> dict[str, Any]:
     """The value that a page was made of."""
-    text = path.read_text(encoding="utf-8")
-    begin = text.index('id="align-audit-data">') + len('id="align-audit-data">')
-    data: dict[str, Any] = json.loads(text[begin : text.index("</script>", begin)])
-    return data
+    return data_in(path.read_text(encoding="utf-8"))
 
 
 def test_the_page_follows_the_run(tmp_path: Path) -> None:
