@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from align_audit.errors import ConfigurationError, named, plain
 from align_audit.options.trackers import TrackerName
 from align_audit.record.audit_record import Alert, AuditRecord, RecordKey
+from align_audit.record.log import FOLDER, REPORT
 from align_audit.record.stored_records import heads_of
 from align_audit.record.training_log import LogRow
 from align_audit.writers.few_pictures import drawn_records, few_pictures
@@ -39,8 +40,6 @@ OPENERS: Mapping[TrackerName, Callable[[], Tracker | None]] = {
 """Each gives the run that is open in this process, None where there is none."""
 TITLES: Mapping[TrackerName, str] = {"wandb": "W&B", "mlflow": "MLflow", "trackio": "Trackio"}
 
-REPORT = Path("align_audit", "report.html")
-"""Where the report of a run lies, below its output folder, when there is one."""
 
 _REST = 10.0
 """After a try that broke, times as long as it took in which no other is made: a server that is gone costs training a tenth."""
@@ -134,7 +133,7 @@ class TrackerWriter:
 
     def _send_report(self, tracker: Tracker) -> None:
         """Where there is one, and it is another than was sent last."""
-        path = self._output_dir / REPORT
+        path = self._output_dir / FOLDER / REPORT
         try:
             status = path.stat()
         except FileNotFoundError:
