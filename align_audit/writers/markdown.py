@@ -14,8 +14,8 @@ _ENTITIES = {
 }  # fmt: skip
 """What is HTML, struck out, a formula, a mention, or taken for an address. A backslash before it is shown by some."""
 _ENTITY = re.compile("|".join(map(re.escape, _ENTITIES)), re.IGNORECASE)
-_MARKUP = re.compile(r"[\\`*|\[\]]|(?<![^\W_])_|_(?![^\W_])")
-"""Characters that mean something: an underscore everywhere but inside a word."""
+_MARKUP = re.compile(r"[\\`*|]|\](?=\s*[\[(:])|(?<![^\W_])_|_(?![^\W_])")
+"""Characters that mean something: a bracket where it ends the name of a link, an underscore everywhere but inside a word."""
 _BLOCK = re.compile(r"^(\d*)([-+.)#\[])")
 """What begins a list, a rule, a heading or the definition of a link at the beginning of a line."""
 
@@ -30,7 +30,7 @@ def escaped(text: object) -> str:
 
     Example:
         >>> print(escaped("1. *bold* [link](http://x) kl_out_of_bounds"))
-        1\. \*bold\* \[link\](http&#58;//x) kl_out_of_bounds
+        1\. \*bold\* [link\](http&#58;//x) kl_out_of_bounds
     """
     words = " ".join(plain(" ".join(str(text).split())).split())
     words = _BLOCK.sub(r"\1\\\2", _MARKUP.sub(lambda match: f"\\{match[0]}", words))
