@@ -16,7 +16,7 @@ _ENTITIES = {
 _ENTITY = re.compile("|".join(map(re.escape, _ENTITIES)), re.IGNORECASE)
 _MARKUP = re.compile(r"[\\`*|]|\](?=\s*[\[(:])|(?<![^\W_])_|_(?![^\W_])")
 """Characters that mean something: a bracket where it ends the name of a link, an underscore everywhere but inside a word."""
-_BLOCK = re.compile(r"^(\d*)([-+.)#\[])")
+_BLOCK = re.compile(r"^(\d+(?=[.)](?:\s|$))|)([-+.)#\[])")
 """What begins a list, a rule, a heading or the definition of a link at the beginning of a line."""
 
 

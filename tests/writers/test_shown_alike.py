@@ -83,14 +83,14 @@ def test_a_run_that_was_set_aside_is_called_by_its_output_folder(tmp_path: Path)
 
 
 @pytest.mark.parametrize("of_it", [True, False])
-def test_a_transfer_belongs_to_the_run_whose_policy_it_is_of(tmp_path: Path, of_it: bool) -> None:
-    record = calm(20)
-    there = record.provenance if of_it else record.provenance.model_copy(update={"policy_hash": "of another"})
-    transfer = TransferRecord.model_construct(step=20, provenance={"a": there}, cells={}, ranks=[1])
+def test_beside_a_run_that_was_set_aside_stands_its_own_transfer(
+    transfer_record: TransferRecord, tmp_path: Path, of_it: bool
+) -> None:
+    """It lies in the output folder, whatever run of that folder it was made of."""
     folder = tmp_path / "align_audit" / "previous-1"
     folder.mkdir(parents=True)
-    (tmp_path / TRANSFER).write_text("{}")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TransferRecord, "load", lambda path: transfer)
-        shown = page_data(replace(healthy_run(), directory=folder, records=[record]))["sets"][0]["more"]["transfer"]
+    transfer_record.save(tmp_path / TRANSFER)
+    policy = next(iter(transfer_record.provenance.values())).policy_hash
+    record = with_part(calm(20), "provenance", policy_hash=policy if of_it else "another")
+    shown = page_data(replace(healthy_run(), directory=folder, records=[record]))["sets"][0]["more"]["transfer"]
     assert (shown is not None) == of_it

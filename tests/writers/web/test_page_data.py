@@ -162,7 +162,8 @@ def test_a_ruined_run_says_since_when_and_what_to_go_back_to() -> None:
     assert status["do"]["checkpoint"] == "checkpoint-10"
     assert status["do"]["command"] == "trainer.train(resume_from_checkpoint='runs/dpo/checkpoint-10')"
     assert status["do"]["words"] == (
-        "Last clean audit: step 10; go back to checkpoint-10. Learning rate 0.003 → 0.0006 or lower, or beta 0.1 → 0.2 or higher."
+        "Last clean audit: step 10; go back to checkpoint-10. Learning rate 0.003 → 0.0006 or lower, or beta 0.1 → 0.2 or "
+        "higher."
     ), "as every other screen says it"
     assert status["log"] == "The training log at step 20: reward margin +4.90."
 
