@@ -85,7 +85,7 @@ def card(
     from align_audit.writers.model_card import model_card, with_section
 
     stored = load_run(run)
-    checkpoints = checkpoints_in(stored.directory.parent)
+    checkpoints = checkpoints_in(stored.output_dir)
     if write is None:
         typer.echo(model_card(stored, step, checkpoints))
         return

@@ -134,7 +134,8 @@ def _weak(record: AuditRecord, patching: Patching, standing: LayerSet) -> Iterat
         yield f"the interval of the block transplant includes 0 at {_layers(no_effect)}"
     elif not standing.separation.low > 1.0:
         apart, clear = standing.separation, f"{'does' if single else 'do'} not stand clear of the others"
-        yield f"{who} {clear} ({apart.mean:.3g} times as much, {_confidence(record)} CI {apart.low:.3g} to {apart.high:.3g})"
+        interval = f"{confidence_in_words(record)} CI {apart.low:.3g} to {apart.high:.3g}"
+        yield f"{who} {clear} ({apart.mean:.3g} times as much, {interval})"
     elif not standing.stability >= wanted:
         yield f"which layers stand out depends on the pairs: {standing.stability:.0%} of resamples agree on {who}"
 
@@ -187,13 +188,15 @@ def _controls(record: AuditRecord) -> str:
 
 
 def _gain(share: Estimate, record: AuditRecord) -> str:
-    interval = f"{_confidence(record)} CI {share.low * 100:.0f}–{share.high * 100:.0f} %"
+    interval = f"{confidence_in_words(record)} CI {share.low * 100:.0f}–{share.high * 100:.0f} %"
     return f"{share.mean * 100:.0f} % of the gain, {interval}"
 
 
-def _confidence(record: AuditRecord) -> str:
-    confidence = float(record.provenance.config.get("statistics", {}).get("confidence", 0.95))
-    return f"{confidence * 100:g} %"
+def confidence_in_words(record: AuditRecord) -> str:
+    """That of a record's intervals: ``95 %``."""
+    options = record.provenance.config.get("statistics", {})
+    share = options.get("confidence") if isinstance(options, dict) else None
+    return f"{share * 100:g} %" if isinstance(share, int | float) else "95 %"
 
 
 def _layers(layers: Sequence[int]) -> str:

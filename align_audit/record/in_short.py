@@ -33,12 +33,14 @@ def line_of(record: AuditRecord) -> str:
 
 def html_of(record: AuditRecord) -> str:
     """A table of the figures of a record with their intervals; everything in it is escaped."""
+    from align_audit.record.stored_records import Head
+
     there, margins = record.provenance, record.margins
     on = "" if there.probe_name is None else f" of {there.probe_name!r}"
     rows = {
         "pairs": f"{there.pairs}{on} from {there.probe_source}",
         "margin shift (nats)": f"{margins.shift:.3g}",
-        "reward accuracy": f"{margins.accuracy:.3g}",
+        "reward accuracy": f"{Head.of(record).reward_accuracy:.3g}",
         "chosen log-prob. change (nats/token)": f"{margins.chosen_logp_change_per_token:.3g}",
         "KL to the reference (nats/token)": f"{margins.kl:.3g}",
         "next tokens right": f"{margins.token_accuracy:.3g}",

@@ -11,6 +11,7 @@
 - ``step-<N>/*.safetensors``: what is too large for a line (per-pair values, subspace bases), of a named probe set in
   ``arrays-<name>``; and ``texts.json`` or ``texts-<name>.json``: the pairs that moved most, as text
   (:mod:`align_audit.record.pair_texts`);
+- ``report.html``: the page of the run;
 - ``previous-<n>/``: the same of runs that began again in the same output directory.
 
 The logs only grow, and survive a kill between any two bytes: a line is whole once its newline is there, and a torn end
@@ -38,7 +39,7 @@ from align_audit.record.audit_record import Alert, AuditRecord, RecordKey
 from align_audit.record.lines import read_lines, read_records, repair
 from align_audit.record.lock import FileLock, identity_of, is_held_elsewhere, lock
 from align_audit.record.pair_texts import PairTexts, read_pair_texts
-from align_audit.record.stored_records import StoredRecords, events_of
+from align_audit.record.stored_records import Head, StoredRecords, events_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,6 +49,7 @@ RECORDS = "records.jsonl"
 ALERTS = "alerts.jsonl"
 FAILURES = "failures.jsonl"
 TOLD = "told.jsonl"
+REPORT = "report.html"
 
 
 def arrays_name(probe_name: str | None, name: str = "arrays") -> str:
@@ -221,7 +223,7 @@ class RunLog:
     def save_texts(self, record: AuditRecord, texts: PairTexts) -> Path:
         """Write what changed in text at an audit to ``step-<N>/texts.json``, or ``texts-<probe name>.json``, as
         :meth:`save_arrays` writes."""
-        path = _texts_path(self.step_dir(record.step), record)
+        path = _texts_path(self.step_dir(record.step), record.provenance.probe_name)
         write_atomically(path, texts.beside(record).to_json().encode())
         return path
 
@@ -360,8 +362,8 @@ def _arrays_path(folder: Path, name: str) -> Path:
     return folder / f"{_plain_name(name)}.safetensors"
 
 
-def _texts_path(folder: Path, record: AuditRecord) -> Path:
-    return folder / f"{_plain_name(arrays_name(record.provenance.probe_name, 'texts'))}.json"
+def _texts_path(folder: Path, probe_name: str | None) -> Path:
+    return folder / f"{_plain_name(arrays_name(probe_name, 'texts'))}.json"
 
 
 def _plain_name(name: str) -> str:
@@ -386,10 +388,18 @@ def load_arrays(directory: Path, step: int, name: str) -> dict[str, np.ndarray]:
         raise RecordError(f"cannot read the arrays {plain(path)}: {first_line(error)}") from None
 
 
+def texts_exist(directory: Path, head: Head) -> bool:
+    """Does the file of :meth:`RunLog.save_texts` lie in a log's folder, of an audit of this step and probe set?"""
+    try:
+        return _texts_path(_step_path(directory, head.step), head.probe_name).is_file()
+    except (ValueError, OSError):
+        return False
+
+
 def load_texts(directory: Path, record: AuditRecord) -> PairTexts | None:
     """What :meth:`RunLog.save_texts` wrote into a log's folder: see :func:`read_pair_texts`."""
     try:
-        path = _texts_path(_step_path(directory, record.step), record)
+        path = _texts_path(_step_path(directory, record.step), record.provenance.probe_name)
     except ValueError as error:  # a record that was made elsewhere
         warnings.warn(f"what changed in text is left out: {error}", stacklevel=3)
         return None

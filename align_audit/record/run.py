@@ -71,6 +71,16 @@ class AuditRun:
         return cls(log.directory, records, records.alerts, failures=[], untold=log.untold)
 
     @property
+    def is_set_aside(self) -> bool:
+        """Was another run begun in its place? It lies in a ``previous-<n>`` folder then (:meth:`RunLog.set_aside`)."""
+        return self.directory.parent.name == FOLDER and self.directory.name.startswith("previous-")
+
+    @property
+    def output_dir(self) -> Path:
+        """The folder that the run was trained into, in which its checkpoints lie."""
+        return self.directory.parent.parent if self.is_set_aside else self.directory.parent
+
+    @property
     def status(self) -> Status:
         """How the run stands, of the probe set that it was narrowed to where it was."""
         return status_of(self.records, self.failures, self.training_log)

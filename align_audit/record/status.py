@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Literal
 
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.audit_record import Alert, AuditRecord, Occasion
 from align_audit.record.course import present_course
 from align_audit.record.log import Failure
 from align_audit.record.open_alerts import is_serious, open_alerts, since_of
@@ -16,6 +16,9 @@ from align_audit.record.stored_records import Head, chosen, heads_of
 from align_audit.record.training_log import LogRow
 
 StatusWord = Literal["HEALTHY", "WATCH", "ERROR", "BLIND"]
+
+WORST_FIRST: tuple[StatusWord, ...] = ("ERROR", "BLIND", "WATCH", "HEALTHY")
+"""Silence must not look like health."""
 
 _INTERVALS = 3
 """So many intervals without an audit are silence."""
@@ -53,18 +56,69 @@ def status_of(records: Sequence[AuditRecord], failures: Sequence[Failure], log: 
         'BLIND'
     """
     records = present_course(records)
-    heads = heads_of(records)
-    still_open = open_alerts(heads)
-    errors = [alert for alert in still_open if alert.level == "error"]
-    if errors:
-        return _by(errors, "ERROR")
-    blind = _blind(records, heads, failures, log)
-    if blind is not None:
-        return blind
-    warnings = [alert for alert in still_open if alert.level == "warning"]
-    if warnings:
-        return _by(warnings, "WATCH")
-    return Status("HEALTHY", _healthy_since(heads), f"No alert is open at step {heads[-1].step}.")
+    so_far = AuditsSoFar()
+    for head in heads_of(records):
+        so_far.add(head)
+    full = chosen(records, lambda head: head.kind == "full")
+    return so_far.status(full[-1] if full else None, failures, log[-1].step if log else None)
+
+
+class AuditsSoFar:
+    """The audits of one course, by step, as far as they tell how a run stands after the last of them.
+
+    One more takes as long whatever came before, so that a run is gone through once for its status at each audit.
+    """
+
+    def __init__(self) -> None:
+        self.of_last_step: list[Head] = []
+        self._heads: list[Head] = []
+        self._steps: list[int] = []
+        self._clean_since: int | None = None
+        """The first step of those at the end at which nothing serious was open; None: at the last something was."""
+
+    def add(self, head: Head) -> None:
+        """The next one."""
+        if not self._steps or self._steps[-1] != head.step:
+            self._steps.append(head.step)
+            self.of_last_step = []
+        self.of_last_step.append(head)
+        self._heads.append(head)
+        if any(map(is_serious, head.alerts)):
+            self._clean_since = None
+        elif self._clean_since is None:
+            self._clean_since = head.step
+
+    def status(self, full: AuditRecord | None, failures: Sequence[Failure], now: int | None) -> Status:
+        """How the run stands.
+
+        Args:
+            full: the last full audit of these; None: there is none.
+            failures: as of :func:`status_of`.
+            now: the step that training has come to; None: not known.
+        """
+        still_open = open_alerts(self.of_last_step)
+        errors = [alert for alert in still_open if alert.level == "error"]
+        if errors:
+            return _by(errors, "ERROR")
+        blind = self._blind(full, failures, now)
+        if blind is not None:
+            return blind
+        warnings = [alert for alert in still_open if alert.level == "warning"]
+        if warnings:
+            return _by(warnings, "WATCH")
+        last = self._steps[-1]
+        since = last if self._clean_since is None else self._clean_since
+        return Status("HEALTHY", since, f"No alert is open at step {last}.")
+
+    def _blind(self, full: AuditRecord | None, failures: Sequence[Failure], now: int | None) -> Status | None:
+        if not self._heads:
+            return Status("BLIND", None, _nothing_audited(failures))
+        since = _broken_since(self._heads, failures) if failures else []
+        if since:
+            return Status("BLIND", since[0].step, f"Audits break since step {since[0].step}: {_last_line(since[-1])}.")
+        if full is not None and full.controls.identity.verdict == "failed":
+            return Status("BLIND", full.step, f"The identity control failed: {full.controls.identity.reason}.")
+        return _silent(self._steps, self._heads[-1].occasion, now)
 
 
 def _by(alerts: Sequence[Alert], word: StatusWord) -> Status:
@@ -72,35 +126,11 @@ def _by(alerts: Sequence[Alert], word: StatusWord) -> Status:
     return Status(word, since_of(oldest), oldest.message)
 
 
-def _healthy_since(heads: Sequence[Head]) -> int:
-    """The first step of those at the end at which nothing serious was open."""
-    since = heads[-1].step
-    for head in reversed(heads):
-        if any(map(is_serious, head.alerts)):
-            break
-        since = head.step
-    return since
-
-
-def _blind(
-    records: Sequence[AuditRecord], heads: Sequence[Head], failures: Sequence[Failure], log: Sequence[LogRow]
-) -> Status | None:
-    last_failure = max(failures, key=lambda failure: (failure.time, failure.step), default=None)
-    if not heads:
-        reason = "No audit has been made yet."
-        if last_failure is not None:
-            reason = (
-                f"No audit has come through; the last broke at step {last_failure.step}: {_last_line(last_failure)}."
-            )
-        return Status("BLIND", None, reason)
-    since = _broken_since(heads, failures)
-    if since:
-        return Status("BLIND", since[0].step, f"Audits break since step {since[0].step}: {_last_line(since[-1])}.")
-    full = chosen(records, lambda head: head.kind == "full")
-    if full and full[-1].controls.identity.verdict == "failed":
-        record = full[-1]
-        return Status("BLIND", record.step, f"The identity control failed: {record.controls.identity.reason}.")
-    return _silent(heads, log)
+def _nothing_audited(failures: Sequence[Failure]) -> str:
+    last = max(failures, key=lambda failure: (failure.time, failure.step), default=None)
+    if last is None:
+        return "No audit has been made yet."
+    return f"No audit has come through; the last broke at step {last.step}: {_last_line(last)}."
 
 
 def _broken_since(heads: Sequence[Head], failures: Sequence[Failure]) -> list[Failure]:
@@ -119,18 +149,21 @@ def _broken_since(heads: Sequence[Head], failures: Sequence[Failure]) -> list[Fa
     )
 
 
-def _silent(heads: Sequence[Head], log: Sequence[LogRow]) -> Status | None:
-    """Has training gone on for three intervals without an audit?"""
-    if not log:
+def _silent(steps: Sequence[int], occasion: Occasion | None, now: int | None) -> Status | None:
+    """Has training gone on for three intervals without an audit?
+
+    Args:
+        steps: those audited, each once.
+        occasion: of the last audit.
+    """
+    if now is None:
         return None
-    last, now = heads[-1].step, log[-1].step
-    occasion = heads[-1].occasion
+    last = steps[-1]
     if occasion is not None:
         if occasion.next_step is None:
             return None  # none is planned
         interval = occasion.next_step - last
     else:
-        steps = sorted({head.step for head in heads})
         if len(steps) < 3:
             return None
         interval = round(median(after - step for step, after in pairwise(steps)))

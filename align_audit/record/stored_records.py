@@ -21,16 +21,20 @@ from align_audit.record.audit_record import (
     Alert,
     AuditKind,
     AuditRecord,
+    Cost,
     Estimate,
     Margins,
     Occasion,
     Provenance,
     RecordKey,
+    ReferenceCheck,
 )
 from align_audit.record.plain_schema import plain_validator
 
 UNPACKED = 64
 """Records of a run, its first, whose lines stay as they are: most runs have no more, and need no library to pack them."""
+
+EQUAL_MODELS = "policy and reference are equal"
 
 KEPT_PARSED = 256
 """Records of a run, those looked at last, that stay parsed. A loop over more of them than that keeps none."""
@@ -42,7 +46,9 @@ class Head:
 
     Attributes:
         key: :attr:`AuditRecord.key`.
-        accuracy, shift, kl, chosen_logp_change_per_token: of the ``margins``.
+        accuracy, shift, kl, chosen_logp_change_per_token, token_accuracy, reference_token_accuracy: of the ``margins``.
+        same_weights: of the ``reference_check``.
+        seconds, peak_memory: of the ``cost``.
     """
 
     step: int
@@ -53,6 +59,11 @@ class Head:
     shift: Estimate
     kl: Estimate
     chosen_logp_change_per_token: Estimate
+    token_accuracy: Estimate
+    reference_token_accuracy: Estimate
+    same_weights: bool
+    seconds: float
+    peak_memory: int
     occasion: Occasion | None
     alerts: tuple[Alert, ...]
 
@@ -69,6 +80,11 @@ class Head:
             margins.shift,
             margins.kl,
             margins.chosen_logp_change_per_token,
+            margins.token_accuracy,
+            margins.reference_token_accuracy,
+            record.reference_check.same_weights,
+            record.cost.seconds,
+            record.cost.peak_memory,
             record.occasion,
             tuple(record.alerts),
         )
@@ -92,6 +108,11 @@ class Head:
     def kind(self) -> AuditKind:
         """Whether everything was measured, or health only."""
         return self.key[4]
+
+    @property
+    def reward_accuracy(self) -> Estimate:
+        """``accuracy`` as it is shown. Of equal models no margin has grown, which is no accuracy of 0: it is not known."""
+        return Estimate.unknown(EQUAL_MODELS) if self.same_weights else self.accuracy
 
 
 def parse_line(line: bytes) -> AuditRecord | None:
@@ -120,7 +141,7 @@ def head_of_line(line: bytes) -> Head | None:
 @functools.cache
 def _fields_of_record() -> TypeAdapter[dict[str, Any]]:
     # Those that heads are made of stay what they are.
-    return plain_validator(AuditRecord, kept=(Provenance, Margins, Occasion, Alert))
+    return plain_validator(AuditRecord, kept=(Provenance, Margins, Occasion, Alert, Cost, ReferenceCheck))
 
 
 class _Line:

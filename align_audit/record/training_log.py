@@ -26,6 +26,12 @@ TRAINING = "training.jsonl"
 
 _REWARDS = "rewards/"
 """In the names of what TRL logs of rewards, in training and in evaluations."""
+_EVALUATED = ("eval_", "test_")
+"""What names of evaluations begin with."""
+_SUMMARY = "train_"
+"""What names of the summary of a training begin with."""
+_IN_EVERY_ROW = frozenset({"epoch", "num_input_tokens_seen", "total_flos"})
+"""What the trainer says of how far it has come, whatever a row is of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,12 +161,35 @@ def up_to(rows: Sequence[LogRow], step: int) -> Sequence[LogRow]:
     return rows if end == len(rows) else rows[:end]
 
 
+def last_until(rows: Sequence[LogRow], step: int) -> LogRow | None:
+    """The last row of a course up to a step; None: there is none."""
+    end = bisect_right(rows, step, key=lambda row: row.step)
+    return rows[end - 1] if end else None
+
+
 def _follow(course: list[LogRow], row: LogRow) -> None:
-    # Training and evaluation log at one step, in rows of different names; the same names again are of a step made again.
-    names = set(row.logs) - {"epoch"}
-    while course and (course[-1].step > row.step or (course[-1].step == row.step and names & set(course[-1].logs))):
+    """Add a row; what it was made again of goes, and so does all of later steps."""
+    while course and course[-1].step > row.step:
         course.pop()
+    begin = len(course)
+    while begin and course[begin - 1].step == row.step:
+        begin -= 1
+    again = _names_of_its_kind(row)
+    course[begin:] = [each for each in course[begin:] if not again & _names_of_its_kind(each)]
     course.append(row)
+
+
+def _names_of_its_kind(row: LogRow) -> set[str]:
+    """Names by which a row is told to be another of a kind: training, evaluations and the summary at the end log at one step.
+
+    The trainer adds some names to rows of every kind, and with ``include_num_input_tokens_seen`` those of its summary's speed
+    (``train_…``) to rows of training.
+    """
+    evaluated = {name for name in row.logs if name.startswith(_EVALUATED)}
+    training = {name for name in row.logs if not name.startswith((*_EVALUATED, _SUMMARY))} - _IN_EVERY_ROW
+    if evaluated and "loss" not in row.logs:
+        return evaluated  # what else it holds somebody adds to every row
+    return evaluated | training or set(row.logs) - _IN_EVERY_ROW
 
 
 def _without_rewards(row: LogRow) -> LogRow:

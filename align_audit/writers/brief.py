@@ -12,7 +12,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from align_audit.writers.standing import (
     Standing,
     evidence_in_words,
     figure,
-    limit_of,
+    logged_figure,
     percent,
     where_in_words,
 )
@@ -132,8 +131,8 @@ def _at_start(standing: Standing) -> str | None:
 
 def figures_in_words(standing: Standing) -> str:
     """``chosen +0.01, KL 0.04 (limit 0.35), tokens 82 %, reward margin +0.50``."""
-    margins, limit = standing.record.margins, limit_of(standing.record, f"kl_{standing.level}")
-    kl = f"KL {figure(margins.kl.mean)}" + ("" if limit is None else f" (limit {limit:g})")
+    margins, limit = standing.record.margins, standing.limit("kl")
+    kl = f"KL {figure(margins.kl.mean)}" + ("" if limit is None else f" (limit {limit:.3g})")
     return ", ".join(
         (
             f"chosen {figure(margins.chosen_logp_change_per_token.mean, signed=True)}",
@@ -164,13 +163,14 @@ def _style(standing: Standing, beyond: bool) -> str:
 
 
 def _chosen(standing: Standing) -> Cell:
-    record = standing.record
-    change, limit = record.margins.chosen_logp_change_per_token.mean, limit_of(record, f"chosen_drop_{standing.level}")
+    change, limit = standing.record.margins.chosen_logp_change_per_token.mean, standing.limit("chosen_drop")
     words = f"{figure(change, signed=True)} nats/token"
-    if math.isfinite(change) and abs(change) >= 0.01:
+    if abs(change) >= 0.01:
         words += ", less likely" if change < 0 else ", more likely"
     beyond = limit is not None and change < -limit
-    return _cell("chosen answers", words + ("" if limit is None else f" (limit −{limit:g})"), _style(standing, beyond))
+    return _cell(
+        "chosen answers", words + ("" if limit is None else f" (limit −{limit:.3g})"), _style(standing, beyond)
+    )
 
 
 def _tokens(standing: Standing) -> Cell:
@@ -180,10 +180,10 @@ def _tokens(standing: Standing) -> Cell:
 
 
 def _kl(standing: Standing) -> Cell:
-    limit = limit_of(standing.record, f"kl_{standing.level}")
+    limit = standing.limit("kl")
     kl = standing.record.margins.kl.mean
     beyond = limit is not None and kl > limit
-    words = f"{figure(kl)} nats/token" + ("" if limit is None else f" (limit {limit:g})")
+    words = f"{figure(kl)} nats/token" + ("" if limit is None else f" (limit {limit:.3g})")
     return _cell("KL to reference", words, _style(standing, beyond))
 
 
@@ -194,7 +194,7 @@ def _margin(standing: Standing) -> Cell:
     words = figure(margin, signed=True)
     if logged is not None:
         at = "" if logged.step == standing.record.step else f" at step {logged.step}"
-        words += f" (training log{at}: {figure(standing.logged_margin, signed=True)})"
+        words += f" (training log{at}: {logged_figure(standing.logged_margin, signed=True)})"
     return _cell("reward margin", words)
 
 
@@ -212,13 +212,16 @@ def _evidence(standing: Standing) -> Cell:
 # --- what to do -------------------------------------------------------------------------------------------------------
 
 
-def what_to_do(standing: Standing) -> str:
-    """The next step, in a line: where to go back to, and the knob. The alert itself says it in whole."""
+def what_to_do(standing: Standing, command: bool = True) -> str:
+    """The next step, in a line: where to go back to, and the knob. The alert itself says it in whole.
+
+    Args:
+        command: with that which goes back; False: it is shown beside.
+    """
     if standing.status.word == "BLIND" or (alert := standing.worst) is None:
         return _unblinded(standing)
-    return ". ".join(
-        words for words in (_back(alert), alert.knob or (alert.remedy or alert.suggestion).split(". ")[0]) if words
-    )
+    knob = alert.knob or (alert.remedy or alert.suggestion).split(". ")[0]
+    return ". ".join(words for words in (_back(alert, command), knob.rstrip(".")) if words)
 
 
 def _unblinded(standing: Standing) -> str:
@@ -227,7 +230,7 @@ def _unblinded(standing: Standing) -> str:
     return "find out why audits do not come through: align_audit/failures.jsonl, beside the records, has the tracebacks"
 
 
-def _back(alert: Alert) -> str:
+def _back(alert: Alert, command: bool) -> str:
     if alert.cause == "" or alert.cause in NO_WAY_BACK:
         return ""
     if alert.clean_step is None:
@@ -235,6 +238,6 @@ def _back(alert: Alert) -> str:
     clean = f"last clean audit: step {alert.clean_step}"
     if alert.checkpoint is None:
         return f"{clean}; no checkpoint from then or before was kept (save_steps, save_total_limit)"
-    go = alert.command or alert.checkpoint
+    go = (alert.command if command else None) or alert.checkpoint
     when = "go back" if alert.level == "error" else "should it become an error, go back"
     return f"{clean}; {when} to {alert.checkpoint}" + (f": {go}" if go != alert.checkpoint else "")

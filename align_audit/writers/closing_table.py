@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from align_audit.errors import plain
 from align_audit.record.course import present_course
-from align_audit.record.log import FAILURES
+from align_audit.record.log import FAILURES, REPORT
 from align_audit.record.numbers import span
 from align_audit.record.run import AuditRun
 from align_audit.record.status import Status
 from align_audit.record.stored_records import heads_of
-from align_audit.writers.standing import Standing, audit_of_each_step, figure, percent, standing_at, where_in_short
+from align_audit.writers.standing import Standing, figure, percent, standings_over, where_in_short
 from align_audit.writers.styled import STATUS_STYLES, text_of
 from align_audit.writers.words import on_probes
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 24
 """Rows of a table; of more, those at which the status changes stay, and the rest is thinned out evenly."""
-REPORT = "report.html"
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class _Table:
                 figure(margins.chosen_logp_change_per_token.mean, signed=True),
                 figure(margins.kl.mean),
                 percent(margins.token_accuracy.mean),
-                "–" if same else percent(margins.accuracy.mean),
+                percent(row.reward_accuracy.mean) if math.isfinite(row.reward_accuracy.mean) else "–",
                 "–" if same else figure(margin, signed=True),
                 where_in_short(row.full if row.full is not None and row.full.step == row.record.step else None),
             )
@@ -138,8 +138,7 @@ def closing(run: AuditRun, checkpoints: Mapping[int, str]) -> list[_Table | _Lin
 
 def _by_step(run: AuditRun) -> list[Standing]:
     """How the run stood at each of its steps; a full audit counts for its step, where there was one."""
-    audits = audit_of_each_step(present_course(run.records))
-    return [standing_at(record, run.records, run.training_log) for record in audits]
+    return standings_over(present_course(run.records), run.training_log)
 
 
 def _counted(rows: Sequence[Standing]) -> str:
@@ -203,7 +202,7 @@ def _unaffordable(run: AuditRun, checkpoints: Mapping[int, str]) -> str:
     steps = ("step " if len(asked) == 1 else "steps ") + span(list(asked))
     afterwards = ""
     if last in checkpoints:
-        afterwards = f", or afterwards: align-audit run {plain(run.directory.parent / checkpoints[last])}"
+        afterwards = f", or afterwards: align-audit run {plain(run.output_dir / checkpoints[last])}"
     return (
         f"{audits} did not fit the budget{takes}: where the preference sits was not measured at {steps}. "
         f"To get it: AuditConfig(budget=None), or a larger budget{afterwards}"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from align_audit.record.audit_record import AuditRecord
+from align_audit.record.course import course_of
 from align_audit.record.stored_records import Head, chosen, heads_of
 from align_audit.writers.few_scalars import HEALTH, WHERE, group_of
 from align_audit.writers.standing import Standing
@@ -19,15 +20,16 @@ if TYPE_CHECKING:
 
 
 def drawn_records(record: AuditRecord, history: Sequence[AuditRecord]) -> Sequence[AuditRecord]:
-    """The audits before one that a picture at it shows beside it: those of its probe set, up to its step.
+    """The audits before one that a picture at it shows beside it: those of its probe set and course, up to its step.
 
-    Later audits may be in the log when an earlier step is written again; a picture at a step shows none of them.
+    Later audits may be in the log when an earlier step is written again, and so are those of a course that was left when the
+    run was resumed; a picture at a step shows none of them.
 
     Args:
         history: audits of the run, of all probe sets, in any order, with this one or without.
     """
-    name, step = record.provenance.probe_name, record.step
-    return chosen(history, lambda head: head.key != record.key and head.probe_name == name and head.step <= step)
+    name = record.provenance.probe_name
+    return chosen(course_of(record, history), lambda head: head.key != record.key and head.probe_name == name)
 
 
 def few_pictures(standing: Standing, earlier: Sequence[AuditRecord]) -> dict[str, Figure]:

@@ -36,7 +36,7 @@ def few_scalars(standing: Standing) -> dict[str, float]:
         "chosen_logp_change_per_token": margins.chosen_logp_change_per_token.mean,
         "kl": margins.kl.mean,
         "next_token_accuracy": margins.token_accuracy.mean,
-        "reward_accuracy": margins.accuracy.mean,
+        "reward_accuracy": standing.reward_accuracy.mean,
         "entropy_ratio": standing.entropy_ratio,
     }
     where: dict[str, float] = {}

@@ -1,4 +1,7 @@
-"""Outside text in Markdown, such as TensorBoard renders: what it holds is shown, and never formats, links or loads anything."""
+"""Outside text in Markdown: what it holds is shown, and never formats, links, mentions, typesets or loads anything.
+
+TensorBoard, trackers and model hubs read different Markdown: what means something in one of them is escaped for all.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,14 @@ import re
 
 from align_audit.errors import plain
 
-_HTML = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
+_ENTITIES = {
+    "&": "&amp;", "<": "&lt;", ">": "&gt;", "~": "&#126;", "$": "&#36;", "@": "&#64;", "://": "&#58;//", "www.": "www&#46;",
+}  # fmt: skip
+"""What is HTML, struck out, a formula, a mention, or taken for an address. A backslash before it is shown by some."""
+_ENTITY = re.compile("|".join(map(re.escape, _ENTITIES)), re.IGNORECASE)
 _MARKUP = re.compile(r"[\\`*|]|\](?=\s*[\[(:])|(?<![^\W_])_|_(?![^\W_])")
 """Characters that mean something: a bracket where it ends the name of a link, an underscore everywhere but inside a word."""
-_BLOCK = re.compile(r"^(\d*)([-+.)#\[])")
+_BLOCK = re.compile(r"^(\d+(?=[.)](?:\s|$))|)([-+.)#\[])")
 """What begins a list, a rule, a heading or the definition of a link at the beginning of a line."""
 
 
@@ -23,8 +30,8 @@ def escaped(text: object) -> str:
 
     Example:
         >>> print(escaped("1. *bold* [link](http://x) kl_out_of_bounds"))
-        1\. \*bold\* [link\](http://x) kl_out_of_bounds
+        1\. \*bold\* [link\](http&#58;//x) kl_out_of_bounds
     """
     words = " ".join(plain(" ".join(str(text).split())).split())
     words = _BLOCK.sub(r"\1\\\2", _MARKUP.sub(lambda match: f"\\{match[0]}", words))
-    return "".join(_HTML.get(letter, letter) for letter in words)
+    return _ENTITY.sub(lambda match: _ENTITIES.get(match[0], f"{match[0][:-1]}&#46;"), words)

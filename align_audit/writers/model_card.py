@@ -7,37 +7,20 @@ from outside (names, sources, messages) is escaped: it is shown as text wherever
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 
 from align_audit.errors import ConfigurationError, RecordError, listed, plain
 from align_audit.record.audit_record import AuditRecord, Estimate, control_items
 from align_audit.record.course import present_course
+from align_audit.record.finding import confidence_in_words
 from align_audit.record.run import AuditRun
 from align_audit.record.status import Status
 from align_audit.writers.brief import what_to_do
+from align_audit.writers.markdown import escaped
 from align_audit.writers.standing import Standing, figure, percent, standing_at, where_in_words
 
 BEGIN = "<!-- align_audit:begin -->"
 END = "<!-- align_audit:end -->"
-
-_SPECIAL = re.compile(r"([\\`*_\[\]|~$])")
-"""What makes something of a line's text anywhere in it. No outside text begins a line."""
-_ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "://": "&#58;//", "@": "&#64;", "www.": "www&#46;"}
-"""Of HTML, and of what is taken for an address or a mention."""
-
-
-def escaped(text: object) -> str:
-    """Outside text as Markdown that shows just it: no emphasis, link, mention, HTML, table cell or line is made of it.
-
-    Example:
-        >>> escaped("a_b <script>"), escaped("x | y")
-        ('a\\\\_b &lt;script&gt;', 'x \\\\| y')
-    """
-    words = plain(text)
-    for special, entity in _ENTITIES.items():
-        words = words.replace(special, entity)
-    return _SPECIAL.sub(r"\\\1", words)
 
 
 def model_card(run: AuditRun, step: int | None = None, checkpoints: Mapping[int, str] | None = None) -> str:
@@ -109,7 +92,7 @@ def _rows(standing: Standing, checkpoint: str | None) -> Iterator[tuple[str, str
         "next tokens right",
         f"{_percent(margins.token_accuracy)}, reference {percent(margins.reference_token_accuracy.mean)}",
     )
-    yield "reward accuracy", _percent(margins.accuracy)
+    yield "reward accuracy", _percent(standing.reward_accuracy)
     yield "margin shift", f"{_signed(margins.shift)} nats"
     if standing.reward_margin is not None:
         yield "reward margin", f"{figure(standing.reward_margin, signed=True)} (β = {there.beta:g})"
@@ -138,16 +121,11 @@ def _made_with(record: AuditRecord) -> str:
     versions = ", ".join(f"{escaped(name)} {escaped(version)}" for name, version in there.versions.items())
     models = f"policy {escaped(there.policy_hash)}, reference {escaped(there.reference_hash)}"
     return (
-        f"Intervals over probe pairs are at {_confidence(record)}. Reference: {escaped(record.reference_check.source)}. "
+        f"Intervals over probe pairs are at {confidence_in_words(record)}. "
+        f"Reference: {escaped(record.reference_check.source)}. "
         f"Hashes: {models}, probes {escaped(there.probe_hash)}. {record.kind.capitalize()} audit of {escaped(there.created)} "
         f"by methods {record.methods_version}, schema {record.schema_version}, with {versions}."
     )
-
-
-def _confidence(record: AuditRecord) -> str:
-    statistics = record.provenance.config.get("statistics")
-    confidence = statistics.get("confidence") if isinstance(statistics, dict) else None
-    return f"{confidence * 100:g} %" if isinstance(confidence, int | float) else "95 %"
 
 
 def _interval(estimate: Estimate, low: str, high: str) -> str:
@@ -164,6 +142,8 @@ def _unsigned(estimate: Estimate) -> str:
 
 
 def _percent(estimate: Estimate) -> str:
+    if math.isnan(estimate.mean):
+        return f"not known ({escaped(estimate.reason)})" if estimate.reason else "not known"
     return percent(estimate.mean) + _interval(estimate, percent(estimate.low), percent(estimate.high))
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from align_audit.errors import listed, plain, quoted
 from align_audit.options.rules import did_you_mean
 from align_audit.record.checkpoint_names import checkpoints_in
+from align_audit.record.course import present_course
 from align_audit.record.run import AuditRun as StoredRun
 from align_audit.writers.closing_table import closing
 from align_audit.writers.words import to_draw
@@ -50,7 +51,7 @@ class AuditRun(StoredRun):
         """
         from rich.console import Console
 
-        said = closing(self, checkpoints_in(self.directory.parent))
+        said = closing(self, checkpoints_in(self.output_dir))
         if not said:
             return plain(f"{self.status}: {self.status.reason}")
         file = io.StringIO()
@@ -60,7 +61,7 @@ class AuditRun(StoredRun):
         return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
     def _repr_html_(self) -> str:
-        said = closing(self, checkpoints_in(self.directory.parent))
+        said = closing(self, checkpoints_in(self.output_dir))
         title = f"<p><b>{html.escape(repr(self))}</b><br>{html.escape(plain(self.status.reason))}</p>"
         return title + "".join(part.html() for part in said)
 
@@ -68,8 +69,8 @@ class AuditRun(StoredRun):
 class Plots:
     """Every picture of a run, as a function of its name; ``dir()`` lists them.
 
-    Each draws from the records alone and gives a ``matplotlib.figure.Figure`` that belongs to no window. Of several probe sets
-    none is drawn: :meth:`AuditRun.select` narrows a run to one.
+    Each draws from the records alone, of the course that the run is on, and gives a ``matplotlib.figure.Figure`` that belongs
+    to no window. Of several probe sets none is drawn: :meth:`AuditRun.select` narrows a run to one.
     """
 
     def __init__(self, run: StoredRun) -> None:
@@ -88,7 +89,7 @@ class Plots:
         picture = pictures[name]
 
         def draw() -> Figure:
-            return picture.draw(to_draw(self._run.records))
+            return picture.draw(to_draw(present_course(self._run.records)))
 
         draw.__name__ = name
         draw.__doc__ = f"Draw {name.replace('_', ' ')} of this run."
@@ -100,4 +101,5 @@ class Plots:
     def _pictures(self) -> dict[str, Picture]:
         from align_audit.writers.plots.gallery import PICTURES, pictures_of
 
-        return pictures_of(self._run.records) if self._run.records else dict(PICTURES)
+        course = present_course(self._run.records)
+        return pictures_of(course) if course else dict(PICTURES)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from align_audit.record.audit_record import Alert
 from align_audit.record.course import present_course
 from align_audit.record.run import AuditRun
-from align_audit.record.status import Status
+from align_audit.record.status import WORST_FIRST, Status
 from align_audit.record.stored_records import Head, heads_of
 from align_audit.writers.brief import what_to_do
 from align_audit.writers.standing import Standing, figure, limit_of, standing_at
@@ -32,8 +32,6 @@ from align_audit.writers.styled import STATUS_STYLES, Part, text_of
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-_ORDER = ("ERROR", "BLIND", "WATCH", "HEALTHY")
-"""Silence must not look like health."""
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _ASCII_BLOCKS = "_.-~=+*#"
 _COLUMNS: tuple[tuple[str, Literal["left", "right"]], ...] = (
@@ -119,7 +117,7 @@ class RunRow:
                 "chosen_logp_change_per_token": _finite(margins.chosen_logp_change_per_token.mean),
                 "kl": _finite(margins.kl.mean),
                 "token_accuracy": _finite(margins.token_accuracy.mean),
-                "reward_accuracy": _finite(margins.accuracy.mean),
+                "reward_accuracy": _finite(self.standing.reward_accuracy.mean),
                 "reward_margin": _finite(self.standing.reward_margin),
             }
         alerts = [alert.model_dump(mode="json", include=_OF_ALERT) for alert in self.alerts]
@@ -140,7 +138,7 @@ def row_of_run(run: AuditRun, name: str, trouble: str | None = None) -> RunRow:
     Args:
         trouble: why its log cannot be read, in a sentence.
     """
-    status, folder = run.status, str(run.directory.parent)
+    status, folder = run.status, str(run.output_dir)
     if trouble is not None and (not run.records or status.word in ("WATCH", "HEALTHY")):
         status = Status("BLIND", status.since, trouble)
     course = present_course(run.records)
@@ -149,7 +147,7 @@ def row_of_run(run: AuditRun, name: str, trouble: str | None = None) -> RunRow:
         return RunRow(name, folder, status, failures=len(run.failures))
     last = {head.probe_name: place for place, head in enumerate(heads)}
     standings = [standing_at(course[place], run.records, run.training_log) for place in last.values()]
-    standings.sort(key=lambda standing: _ORDER.index(standing.status.word))
+    standings.sort(key=lambda standing: WORST_FIRST.index(standing.status.word))
     worst = standings[0]
     curve = {head.step: head for head in heads if head.probe_name == worst.record.provenance.probe_name}
     alerts = [alert for standing in standings for alert in standing.alerts if alert.level != "info"]
@@ -167,7 +165,7 @@ def row_of_run(run: AuditRun, name: str, trouble: str | None = None) -> RunRow:
 
 def by_weight(rows: Sequence[RunRow]) -> list[RunRow]:
     """The worst first, then by name."""
-    return sorted(rows, key=lambda row: (_ORDER.index(row.status.word), row.name))
+    return sorted(rows, key=lambda row: (WORST_FIRST.index(row.status.word), row.name))
 
 
 @dataclass(frozen=True)

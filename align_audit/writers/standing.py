@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from align_audit.config import AlertConfig
 from align_audit.options.rules import BY_NAME, CAUSES, LIMITS
-from align_audit.record.audit_record import Alert, AuditRecord, control_items
+from align_audit.record.audit_record import Alert, AuditRecord, Estimate, control_items
 from align_audit.record.course import course_of
 from align_audit.record.numbers import is_unknown, span
-from align_audit.record.open_alerts import SEVERITY, open_alerts, since_of
-from align_audit.record.status import Status, status_of
+from align_audit.record.open_alerts import SEVERITY, cause_of, open_alerts, since_of
+from align_audit.record.status import AuditsSoFar, Status, status_of
 from align_audit.record.stored_records import Head, StoredRecords, chosen, heads_of
-from align_audit.record.training_log import LogRow, up_to
+from align_audit.record.training_log import LogRow, last_until, up_to
 
 _MARGIN = "rewards/margins"
 """What the trainer calls its reward margin on the training pairs."""
@@ -69,6 +70,40 @@ class Standing:
         return None if self.logged is None else self.logged.logs[_MARGIN]
 
     @cached_property
+    def reward_accuracy(self) -> Estimate:
+        """Share of pairs whose margin has grown; not known where policy and reference are equal."""
+        return Head.of(self.record).reward_accuracy
+
+    def limit(self, option: str) -> float | None:
+        """The limit that a figure is held to: that of an open alert that goes by it, else of the level worth showing.
+
+        An alert that is open goes by its limit of a warning, eased, until its figure has come back behind that.
+
+        Args:
+            option: of the limits, without their level: ``kl`` or ``chosen_drop``.
+
+        Returns:
+            Above 0, in the option's unit. None: the rule is switched off.
+        """
+        rule, at = _rule_of(f"{option}_warning"), self.record.provenance.probe_name
+        alert = next(
+            (each for each in self.alerts if rule in (each.rule, *each.signals) and each.level != "info"), None
+        )
+        if alert is None or alert.probe_name not in (None, at):
+            return limit_of(self.record, f"{option}_{self.level}")
+        if alert.rule == rule and not is_unknown(alert.threshold):
+            assert alert.threshold is not None
+            return abs(alert.threshold)
+        margins = self.record.margins
+        value = margins.kl.mean if option == "kl" else -margins.chosen_logp_change_per_token.mean
+        error, warning = (limit_of(self.record, f"{option}_{level}") for level in ("error", "warning"))
+        if error is not None and value > error:
+            return error
+        if warning is None or since_of(alert) == self.record.step:
+            return warning
+        return LIMITS[f"{option}_warning"].eased(warning, _hysteresis(self.record))
+
+    @cached_property
     def entropy_ratio(self) -> float:
         """Entropy of the policy over that of the reference; NaN where it cannot be known."""
         margins = self.record.margins
@@ -80,7 +115,7 @@ class Standing:
         worst = self.worst
         if self.status.word == "BLIND" or worst is None:
             return self.status.reason.rstrip(".")
-        words = CAUSES.get(worst.cause) or worst.rule.replace("_", " ")
+        words = CAUSES.get(cause_of(worst)) or worst.rule.replace("_", " ")
         since = since_of(worst)
         words += "" if since == self.record.step else f", since step {since}"
         more = sum(alert.level != "info" for alert in self.alerts) - 1
@@ -104,6 +139,33 @@ def standing_at(record: AuditRecord, history: Sequence[AuditRecord], log: Sequen
         full[-1] if full else None,
         next((row for row in reversed(rows) if _MARGIN in row.logs), None),
     )
+
+
+def standings_over(course: Sequence[AuditRecord], log: Sequence[LogRow] = ()) -> list[Standing]:
+    """How things stood at each step, by step: as :func:`standing_at` of each, with the course gone through once.
+
+    Args:
+        course: audits of one course and one probe set, by step.
+        log: the trainer's, by step.
+    """
+    heads, so_far, end = heads_of(course), AuditsSoFar(), 0
+    with_margin = [row for row in log if _MARGIN in row.logs]
+    standings: list[Standing] = []
+    full: AuditRecord | None = None
+    for place in _places_of_steps(heads):
+        record, head = course[place], heads[place]
+        last_full = None
+        while end < len(heads) and (heads[end].step, heads[end].created) <= (head.step, head.created):
+            so_far.add(heads[end])
+            last_full = end if heads[end].kind == "full" else last_full
+            end += 1
+        if last_full is not None:
+            full = record if last_full == place else course[last_full]
+        row = last_until(log, head.step)
+        status = so_far.status(full, [], None if row is None else row.step)
+        alerts = _by_weight(open_alerts(so_far.of_last_step))
+        standings.append(Standing(record, status, alerts, full, last_until(with_margin, head.step)))
+    return standings
 
 
 def _up_to_here(record: AuditRecord, history: Sequence[AuditRecord]) -> Sequence[AuditRecord]:
@@ -134,11 +196,21 @@ def audit_of_each_step(records: Sequence[AuditRecord]) -> list[AuditRecord]:
     Args:
         records: of one course and one probe set, by step.
     """
-    latest: dict[int, tuple[Head, int]] = {}
-    for place, head in enumerate(heads_of(records)):
-        if head.kind == "full" or head.step not in latest or latest[head.step][0].kind == "health":
-            latest[head.step] = head, place
-    return [records[place] for _, place in latest.values()]
+    return [records[place] for place in _places_of_steps(heads_of(records))]
+
+
+def heads_of_each_step(records: Sequence[AuditRecord]) -> list[Head]:
+    """The heads of :func:`audit_of_each_step`."""
+    heads = heads_of(records)
+    return [heads[place] for place in _places_of_steps(heads)]
+
+
+def _places_of_steps(heads: Sequence[Head]) -> list[int]:
+    latest: dict[int, int] = {}
+    for place, head in enumerate(heads):
+        if head.kind == "full" or head.step not in latest or heads[latest[head.step]].kind == "health":
+            latest[head.step] = place
+    return list(latest.values())
 
 
 def _by_weight(alerts: Sequence[Alert]) -> list[Alert]:
@@ -153,10 +225,7 @@ def limit_of(record: AuditRecord, option: str) -> float | None:
         >>> limit_of(record, "kl_warning")                                                    # doctest: +SKIP
         0.35
     """
-    options: Any = record.provenance.config.get("alerts", {})
-    if not isinstance(options, dict):
-        options = {}
-    rule = next(rule.name for rule in BY_NAME.values() if any(limit.option == option for limit in rule.limits))
+    options, rule = _alert_options(record), _rule_of(option)
     said = options["rules"].get(rule) if isinstance(options.get("rules"), dict) else None
     if options.get("enabled") is False or (isinstance(said, dict) and said.get("enabled") is False):
         return None
@@ -165,6 +234,21 @@ def limit_of(record: AuditRecord, option: str) -> float | None:
     except (TypeError, ValueError):
         return None
     return value if math.isfinite(value) else None
+
+
+def _rule_of(option: str) -> str:
+    """The rule that a limit is of."""
+    return next(rule.name for rule in BY_NAME.values() if any(limit.option == option for limit in rule.limits))
+
+
+def _alert_options(record: AuditRecord) -> dict[str, Any]:
+    options = record.provenance.config.get("alerts", {})
+    return options if isinstance(options, dict) else {}
+
+
+def _hysteresis(record: AuditRecord) -> float:
+    share = _alert_options(record).get("hysteresis")
+    return float(share) if isinstance(share, int | float) else AlertConfig().hysteresis
 
 
 # --- where, and with what evidence ------------------------------------------------------------------------------------
@@ -238,7 +322,7 @@ def evidence_in_words(full: AuditRecord | None) -> str:
 
 
 def figure(value: float | None, signed: bool = False) -> str:
-    """A number with two decimals, more where it is small: ``+0.01``, ``9.42``, ``0.0041``, ``not known``.
+    """A number with two decimals, more where it is small: ``+0.01``, ``9.42``, ``0.0041``, ``−∞``, ``not known``.
 
     Example:
         >>> figure(9.42), figure(-5.4, signed=True), figure(0.0041), figure(float("nan"))
@@ -249,8 +333,18 @@ def figure(value: float | None, signed: bool = False) -> str:
     assert value is not None
     sign = "+" if signed else ""
     small = 0 < abs(value) < 0.01
-    words = f"{value:{sign}.2g}" if small else f"{value:{sign}.2f}"
+    words = f"{value:{sign}.2g}" if small else f"{value:{sign}.2f}".replace("inf", "∞")
     return words.replace("-", "−", 1) if words.startswith("-") else words
+
+
+def logged_figure(value: float | None, signed: bool = False) -> str:
+    """The same of a number that the trainer logged: there NaN is what it computed, and not a gap.
+
+    Example:
+        >>> logged_figure(float("nan")), logged_figure(float("-inf"))
+        ('NaN', '−∞')
+    """
+    return "NaN" if value is not None and math.isnan(value) else figure(value, signed)
 
 
 def percent(value: float | None) -> str:

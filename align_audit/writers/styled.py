@@ -19,7 +19,9 @@ LEVEL_STYLES = {"info": "cyan", "warning": "yellow", "error": RED}
 STATUS_STYLES = {"HEALTHY": "green", "WATCH": "yellow", "ERROR": RED, "BLIND": "bold magenta"}
 VERDICT_STYLES = {"passed": "green", "failed": "dim", "not_run": "dim"}
 
-_PLAIN = str.maketrans({"≤": "<=", "–": "-", "—": "-", "−": "-", "…": "...", "’": "'", "‖": "||", "²": "2", "→": "->"})
+_PLAIN = str.maketrans(
+    {"≤": "<=", "–": "-", "—": "-", "−": "-", "…": "...", "’": "'", "‖": "||", "²": "2", "→": "->", "∞": "inf"}
+)
 
 
 def text_of(parts: Sequence[Part], options: ConsoleOptions) -> Any:

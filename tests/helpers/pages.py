@@ -87,8 +87,11 @@ def health_run() -> AuditRun:
     return as_run([health(make_record(step)) for step in (0, 10, 20)])
 
 
-def texts_run(folder: Path, word: str = " fine") -> AuditRun:
-    """A healthy run with what changed in text at its last audit, on disk; ``word`` is a token of every completion."""
+def texts_run(folder: Path, word: str = " fine", lost: float = -6.0) -> AuditRun:
+    """A healthy run with what changed in text at its last audit, on disk; ``word`` is a token of every completion.
+
+    ``lost`` is the margin shift of the pair that lost most, of which that token has half.
+    """
     log = RunLog(folder)
     for record in (records := a_run("well")):
         log.append(record)
@@ -108,7 +111,7 @@ def texts_run(folder: Path, word: str = " fine") -> AuditRun:
         )
 
     log.save_texts(
-        records[-1], PairTexts(lost=[pair(7, -6.0)], gained=[pair(1, 8.0), pair(2, 3.0)]).beside(records[-1])
+        records[-1], PairTexts(lost=[pair(7, lost)], gained=[pair(1, 8.0), pair(2, 3.0)]).beside(records[-1])
     )
     log.close()
     return AuditRun.load(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,35 @@ def test_a_step_that_is_made_again_is_logged_once() -> None:
     again = LogRow(4, {"loss": 0.4, "epoch": 1.0})
     assert course_of([LogRow(3, {"loss": 0.6}), trained, evaluated]) == [LogRow(3, {"loss": 0.6}), trained, evaluated]
     assert course_of([trained, again]) == [again]
+    assert course_of([trained, evaluated, again]) == [evaluated, again]
+
+
+SEEN: dict[str, dict[str, float]] = {
+    "nothing": {},
+    "tokens": {"epoch": 1.0, "num_input_tokens_seen": 4096.0},
+}
+"""What the trainer adds to rows of every kind."""
+MEMORY = {"gpu_memory": 12.0}
+"""What a user's callback adds to those of training and evaluations."""
+
+
+@pytest.mark.parametrize("added", SEEN)
+def test_rows_of_other_kinds_at_a_step_stand_beside_each_other(added: str) -> None:
+    """As transformers logs them with ``include_num_input_tokens_seen``: the speed stands in rows of training, too."""
+    speed = {"train_runtime": 9.0, "train_tokens_per_second": 300.0} if SEEN[added] else {}
+    trained = LogRow(4, {"loss": math.nan, "grad_norm": math.nan} | speed | MEMORY | SEEN[added])
+    helpful, harmless = (
+        LogRow(4, {f"eval_{name}_loss": 0.6} | SEEN[added] | MEMORY) for name in ("helpful", "harmless")
+    )
+    summary = LogRow(4, {"train_runtime": 9.0, "train_loss": 0.5, "total_flos": 1e9} | SEEN[added])
+    rows = [LogRow(3, {"loss": 0.7} | SEEN[added]), trained, helpful, harmless, summary]
+    assert course_of(rows) == rows
+    again = [replace(row, logs={name: value / 2 for name, value in row.logs.items()}) for row in rows[1:]]
+    for place in range(1, len(again) + 1):
+        course = course_of([*rows, *again[:place]])
+        assert course == [rows[0], *rows[place + 1 :], *again[:place]], (
+            "each replaces the row of its kind, and no other"
+        )
 
 
 def test_a_disk_that_refuses_loses_no_row_for_the_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

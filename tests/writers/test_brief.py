@@ -199,7 +199,7 @@ def test_what_cannot_be_known_is_said_to_be_so() -> None:
     assert "KL not known (limit 0.35)" in line
     assert "reward margin not known" in line
     record = with_margins(calm(20), kl=Estimate(mean=math.inf, low=0.1, high=math.inf))
-    assert "KL inf (limit" in screen([record])
+    assert "KL ∞ (limit" in screen([record])
 
 
 @pytest.mark.parametrize(

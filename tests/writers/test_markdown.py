@@ -23,6 +23,7 @@ HOSTILES = [
     HOSTILE, "# heading", "- item", "+ item", "1. item", "2) item", "---", "===", "> quote", "    code", "* item", "`code`",
     "![picture](http://e.test/x.png)", "[link](http://e.test)", "[x]: http://e.test", "__bold__", "a_b_c kl_out_of_bounds",
     "<img src=http://e.test/x.png>", "&lt;b&gt;", "one\n\n# two\n- three", "a | b | c", "\\*a\\*", "~~~", "@here @channel",
+    "~~struck~~ $x_1 + y_1$ $$m$$", "https://e.test/a WWW.e.test www.e.test me@e.test",
 ]  # fmt: skip
 
 
@@ -39,6 +40,12 @@ def test_a_text_is_shown_as_it_is(text: str) -> None:
     rendered = re.fullmatch(r"<p>([^<>]*)</p>", shown(escaped(text)))
     assert rendered, shown(escaped(text))
     assert html.unescape(rendered[1]) == plain(" ".join(text.split()))
+
+
+@pytest.mark.parametrize("text", HOSTILES)
+def test_nothing_is_left_that_any_reader_makes_something_of(text: str) -> None:
+    """Links that nobody marked as such, mentions, formulas and what is struck out: of trackers and model hubs."""
+    assert not [sign for sign in ("://", "www.", "@", "$", "~") if sign in escaped(text).lower()]
 
 
 FIELDS = ("rule", "message", "suggestion", "probe_name", "checkpoint", "command", "knob", "remedy", "cause")

@@ -14,8 +14,10 @@ from markdown_it.token import Token
 from align_audit.errors import ConfigurationError, RecordError
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.run import AuditRun
+from align_audit.writers import markdown
 from align_audit.writers import model_card as module
-from align_audit.writers.model_card import BEGIN, END, escaped, model_card, with_section
+from align_audit.writers.markdown import escaped
+from align_audit.writers.model_card import BEGIN, END, model_card, with_section
 from tests.helpers.alert_cases import on_set, with_part
 from tests.helpers.screens import LOG, a_run, calm, quick_look, ruined
 
@@ -43,9 +45,9 @@ def text_of(section: str) -> str:
 
 
 def test_the_examples_hold() -> None:
-    results = doctest.testmod(module)
-    assert results.attempted == 2
-    assert results.failed == 0
+    results = [doctest.testmod(each) for each in (module, markdown)]
+    assert [result.attempted for result in results] == [1, 1]
+    assert [result.failed for result in results] == [0, 0]
 
 
 def test_it_says_how_the_checkpoint_stands_and_where_with_its_evidence() -> None:
@@ -92,7 +94,7 @@ def test_each_probe_set_has_a_part() -> None:
     records = [on_set(calm(20), name) for name in ("helpful", "harmless_1")]
     section = model_card(run_of(records))
     assert [line for line in section.splitlines() if line.startswith("#")] == [
-        "## Alignment audit", "### Probes helpful", "### Probes harmless\\_1",
+        "## Alignment audit", "### Probes helpful", "### Probes harmless_1",
     ]  # fmt: skip
 
 
@@ -124,7 +126,7 @@ def test_outside_text_stays_text() -> None:
     shown = text_of(section)
     assert (
         shown.count(
-            "a](http://evil.example) <script>x</script> | `c` **b** _i_ ~~s~~ $m$ @you www.evil.example &amp; \\\\n# T"
+            "a](http://evil.example) <script>x</script> | `c` **b** _i_ ~~s~~ $m$ @you www.evil.example &amp; \\ # T"
         )
         >= 7
     )

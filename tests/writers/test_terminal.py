@@ -182,7 +182,7 @@ def test_an_output_that_knows_no_unicode_is_no_problem() -> None:
     alert = record.alerts[0].model_copy(update={"message": reason, "layers": [0, 1, 2]})
     record = record.model_copy(update={"alerts": [alert]})
     text = render(record, encoding="ascii")
-    assert "KL(?||?) is ? - stop" in text
+    assert "KL(?||?) is inf - stop" in text
     assert "layers 0-2" in text
     assert reason in render(record)
 

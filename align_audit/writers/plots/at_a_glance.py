@@ -56,8 +56,8 @@ def health_at_a_glance(heads: Sequence[Head], standing: Standing) -> Figure:
     drawing.align_ylabels([top, bottom])
     margins = standing.record.margins
     said = f"{standing.status.word}: KL {figure(margins.kl.mean)}"
-    limit = limit_of(standing.record, f"kl_{standing.level}")
-    said += "" if limit is None else f" (limit {limit:g})"
+    limit = standing.limit("kl")
+    said += "" if limit is None else f" (limit {limit:.3g})"
     said += f", chosen {figure(margins.chosen_logp_change_per_token.mean, signed=True)}"
     title(said, _COLOURS[standing.status.word] if standing.status.word != "HEALTHY" else INK)
     return drawing

@@ -9,6 +9,7 @@ from align_audit.errors import RecordError
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.numbers import numbers
 from align_audit.record.run import AuditRun
+from align_audit.record.stored_records import Head, heads_of
 from align_audit.record.transfer_record import TransferRecord
 from align_audit.writers.standing import figure, percent
 from align_audit.writers.web.json_values import estimate, number, row, text
@@ -20,14 +21,17 @@ MOST_UNKNOWN = 60
 
 
 def transfer_data(run: AuditRun) -> dict[str, Any] | None:
-    """The transfer matrix that lies beside the log; None: there is none, or it cannot be read."""
-    path = run.directory.parent / TRANSFER
+    """The transfer matrix that lies in the output folder; None: there is none, or it is of another run."""
+    path = run.output_dir / TRANSFER
     if not path.is_file():
         return None
     try:
         record = TransferRecord.load(path)
     except (RecordError, OSError) as error:
         return {"title": text(f"The transfer record cannot be read: {error}"), "cells": []}
+    policies = {there.policy_hash for there in record.provenance.values()}
+    if run.is_set_aside and policies.isdisjoint(head.policy_hash for head in heads_of(run.records)):
+        return None  # it is of the run that was begun in its place
     cells = [
         {
             "basis": basis,
@@ -58,19 +62,19 @@ def continuations_data(record: AuditRecord | None) -> list[list[str]]:
     ]
 
 
-def cost_data(records: Sequence[AuditRecord]) -> dict[str, Any]:
+def cost_data(heads: Sequence[Head]) -> dict[str, Any]:
     """Seconds of each audit by step, their sum, and the share of the run that all took, where it is known."""
-    shares = [record.occasion.share_spent for record in records if record.occasion is not None]
+    shares = [head.occasion.share_spent for head in heads if head.occasion is not None]
     share = next((share for share in reversed(shares) if share is not None), None)
-    total = sum(record.cost.seconds for record in records)
-    count = "1 audit" if len(records) == 1 else f"{len(records)} audits"
+    total = sum(head.seconds for head in heads)
+    count = "1 audit" if len(heads) == 1 else f"{len(heads)} audits"
     words = f"{count} took {total:.0f} s" if total >= 10 else f"{count} took {total:.1f} s"
     return {
         "title": words + ("" if share is None else f", {share * 100:.1f} % of the run"),
-        "steps": [record.step for record in records],
-        "kinds": [record.kind for record in records],
-        "seconds": row(record.cost.seconds for record in records),
-        "peak_memory_mib": number(max((record.cost.peak_memory for record in records), default=0) / 2**20),
+        "steps": [head.step for head in heads],
+        "kinds": [head.kind for head in heads],
+        "seconds": row(head.seconds for head in heads),
+        "peak_memory_mib": number(max((head.peak_memory for head in heads), default=0) / 2**20),
     }
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from align_audit.record.audit_record import AuditRecord, Estimate
+from align_audit.record.stored_records import Head
 from align_audit.record.training_log import LogRow
-from align_audit.writers.standing import figure, limit_of, percent
+from align_audit.writers.standing import figure, limit_of, logged_figure, percent
 from align_audit.writers.web.json_values import number, row
 
 LOGGED = (("loss", "Training loss"), ("rewards/margins", "Reward margin of the training pairs"))
@@ -59,17 +60,18 @@ _PANELS = (
         lambda limit, base: limit * base.reference_tokens, "below", reference="reference_token_accuracy", share=True,
     ),
     _Panel(
-        "accuracy", "Reward accuracy", "share", "accuracy", "accuracy_drop_{}",
+        "accuracy", "Reward accuracy", "share", "reward_accuracy", "accuracy_drop_{}",
         lambda limit, base: base.best_accuracy - limit, "below", share=True,
     ),
 )  # fmt: skip
 
 
-def health_panels(records: Sequence[AuditRecord]) -> list[dict[str, Any]]:
+def health_panels(heads: Sequence[Head], newest: AuditRecord) -> list[dict[str, Any]]:
     """The four panels of a probe set.
 
     Args:
-        records: one a step, by step; empty: there are no panels.
+        heads: of its audits, one a step, by step; not empty.
+        newest: the last of these audits, whose configuration has the limits.
 
     Returns:
         Of each panel its ``key``, ``title``, ``unit`` and ``share`` (a number from 0 to 1); ``steps`` with ``mean``, ``low``
@@ -77,33 +79,31 @@ def health_panels(records: Sequence[AuditRecord]) -> list[dict[str, Any]]:
         ``says``; ``worse``, the side of a limit that is worse; ``reach``, the ends of its axis; ``now`` and ``interval`` in
         words, and ``says``, the panel as a sentence.
     """
-    if not records:
-        return []
-    seen = [record.margins.accuracy.mean for record in records if math.isfinite(record.margins.accuracy.mean)]
-    base = _Base(records[-1].margins.reference_token_accuracy.mean, max(seen, default=math.nan))
-    return [_panel(panel, records, base) for panel in _PANELS]
+    seen = [head.accuracy.mean for head in heads if math.isfinite(head.accuracy.mean)]
+    base = _Base(heads[-1].reference_token_accuracy.mean, max(seen, default=math.nan))
+    return [_panel(panel, heads, newest, base) for panel in _PANELS]
 
 
-def _panel(panel: _Panel, records: Sequence[AuditRecord], base: _Base) -> dict[str, Any]:
-    values = [_value(panel, record) for record in records]
+def _panel(panel: _Panel, heads: Sequence[Head], newest: AuditRecord, base: _Base) -> dict[str, Any]:
+    values: list[Estimate] = [getattr(head, panel.field) for head in heads]
     limits = [
         (level, value)
         for level in _LEVELS
-        if (option := limit_of(records[-1], panel.options.format(level))) is not None
+        if (option := limit_of(newest, panel.options.format(level))) is not None
         and math.isfinite(value := panel.limit(option, base))
     ]
-    reference = [getattr(record.margins, panel.reference).mean for record in records] if panel.reference else []
+    reference = [getattr(head, panel.reference).mean for head in heads] if panel.reference else []
     now, interval = _in_words(panel, values[-1])
     unit = "" if panel.share else f" {panel.unit}"
     beyond = "".join(f", {level} limit {_number_in_words(panel, value)}" for level, value in limits)
-    step = records[-1].step
+    step = heads[-1].step
     return {
         "key": panel.key,
         "title": panel.title,
         "unit": panel.unit,
         "share": panel.share,
         "worse": panel.worse,
-        "steps": [record.step for record in records],
+        "steps": [head.step for head in heads],
         "mean": row(value.mean for value in values),
         "low": row(value.low for value in values),
         "high": row(value.high for value in values),
@@ -118,20 +118,12 @@ def _panel(panel: _Panel, records: Sequence[AuditRecord], base: _Base) -> dict[s
     }
 
 
-def _value(panel: _Panel, record: AuditRecord) -> Estimate:
-    """Where policy and reference are equal no margin has grown, which is no accuracy of 0."""
-    value: Estimate = getattr(record.margins, panel.field)
-    if panel.key == "accuracy" and record.reference_check.same_weights:
-        return Estimate.unknown("policy and reference are equal")
-    return value
-
-
 def _number_in_words(panel: _Panel, value: float | None) -> str:
     return percent(value) if panel.share else figure(value, signed=panel.signed)
 
 
 def _in_words(panel: _Panel, value: Estimate) -> tuple[str, str]:
-    if not math.isfinite(value.mean):
+    if math.isnan(value.mean):
         return "not known", ""
     if not (math.isfinite(value.low) and math.isfinite(value.high)):
         return _number_in_words(panel, value.mean), ""
@@ -163,8 +155,9 @@ def training_curves(log: Sequence[LogRow]) -> list[dict[str, Any]]:
     """The trainer's own curves, to be drawn thin: what a look at the training log alone would show.
 
     Returns:
-        Of each column that was logged ``column``, ``title``, ``steps`` and ``values`` (None: not finite); at most
-        :data:`MOST_LOGGED` points.
+        Of each column that was logged ``column``, ``title``, ``steps`` and ``values``, at most :data:`MOST_LOGGED` points;
+        ``not_finite``, place → what stands there in place of a number (the value is None); ``now``, the last in words, and
+        its ``step``.
     """
     curves = []
     for column, title in LOGGED:
@@ -177,7 +170,12 @@ def training_curves(log: Sequence[LogRow]) -> list[dict[str, Any]]:
                     "title": title,
                     "steps": [step for step, _ in thin],
                     "values": row(value for _, value in thin),
-                    "now": figure(points[-1][1], signed=column == "rewards/margins"),
+                    "not_finite": {
+                        str(place): logged_figure(value)
+                        for place, (_, value) in enumerate(thin)
+                        if not math.isfinite(value)
+                    },
+                    "now": logged_figure(points[-1][1], signed=column == "rewards/margins"),
                     "step": points[-1][0],
                 }
             )
@@ -186,6 +184,8 @@ def training_curves(log: Sequence[LogRow]) -> list[dict[str, Any]]:
 
 def thinned_points(points: Sequence[tuple[int, float]], most: int = MOST_LOGGED) -> list[tuple[int, float]]:
     """At most so many points: of each stretch the least and the largest stay, so that no spike is lost; both ends stay too.
+
+    Of a stretch in which a number is not finite, the first of these stays in place of the least.
 
     Example:
         >>> thinned_points([(step, 9.0 if step == 7 else 0.0) for step in range(100)], 10)[1:3]
@@ -197,6 +197,9 @@ def thinned_points(points: Sequence[tuple[int, float]], most: int = MOST_LOGGED)
     kept = {0, len(points) - 1}
     for stretch in range(stretches):
         begin, end = stretch * len(points) // stretches, (stretch + 1) * len(points) // stretches
-        places = [place for place in range(begin, end) if math.isfinite(points[place][1])] or [begin]
-        kept |= {min(places, key=lambda place: points[place][1]), max(places, key=lambda place: points[place][1])}
+        places = [place for place in range(begin, end) if math.isfinite(points[place][1])]
+        broken = [place for place in range(begin, end) if not math.isfinite(points[place][1])]
+        kept |= {*broken[:1], *sorted(places, key=lambda place: points[place][1])[-1:]}
+        if not broken:
+            kept.add(min(places, key=lambda place: points[place][1]))
     return [points[place] for place in sorted(kept)]

@@ -12,12 +12,12 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from align_audit.record.audit_record import AuditRecord
 from align_audit.record.course import present_course
+from align_audit.record.finding import confidence_in_words
 from align_audit.record.run import AuditRun
-from align_audit.record.status import Status
+from align_audit.record.status import WORST_FIRST, Status
 from align_audit.record.stored_records import chosen, heads_of
-from align_audit.writers.standing import audit_of_each_step
+from align_audit.writers.standing import audit_of_each_step, heads_of_each_step
 from align_audit.writers.web.folded_data import (
     continuations_data,
     cost_data,
@@ -34,8 +34,6 @@ from align_audit.writers.web.where_data import evidence_data, low_rank_data, spi
 
 FORMAT = 1
 """Version of the shape of this value; a front end refuses one that it does not know."""
-
-WORST_FIRST = ("ERROR", "BLIND", "WATCH", "HEALTHY")
 
 
 def page_data(run: AuditRun, written: str | None = None, *, texts: bool = True) -> dict[str, Any]:
@@ -73,15 +71,8 @@ def page_data(run: AuditRun, written: str | None = None, *, texts: bool = True) 
 
 def _name_of(run: AuditRun) -> str:
     """What a person calls the run: the folder that it was trained into."""
-    directory = run.directory
-    return directory.parent.name or str(directory)
-
-
-def _confidence(record: AuditRecord | None) -> str:
-    """That of intervals: ``95 %``."""
-    options = {} if record is None else record.provenance.config.get("statistics", {})
-    share = options.get("confidence", 0.95) if isinstance(options, dict) else 0.95
-    return f"{share * 100:g} %" if isinstance(share, int | float) else "95 %"
+    name = run.output_dir.name or str(run.output_dir)
+    return f"{name} ({run.directory.name})" if run.is_set_aside else name
 
 
 def _word(status: Status) -> dict[str, Any]:
@@ -93,17 +84,21 @@ def _set_data(run: AuditRun, name: str | None, texts: bool) -> dict[str, Any]:
     course = present_course(run.records)
     # One course: what a run left when it was resumed is not shown beside what came of it.
     run = replace(run, records=course)
-    audits = audit_of_each_step(course)
     full = audit_of_each_step(chosen(course, lambda head: head.kind == "full"))
     standing, heads = standing_now(run, course), heads_of(course)
     patched = [record for record in full if record.patching is not None]
     with_curves = [record for record in full if record.low_rank]
-    last = audits[-1] if audits else None
+    each_step = heads_of_each_step(course)
+    last = (
+        None
+        if standing is None
+        else audit_of_each_step(chosen(course, lambda head: head.step == each_step[-1].step))[-1]
+    )
     return {
         "name": None if name is None else text(name, 200),
-        "confidence": _confidence(last),
+        "confidence": "95 %" if last is None else confidence_in_words(last),
         "status": status_data(run, standing),
-        "panels": health_panels(audits),
+        "panels": [] if last is None else health_panels(each_step, last),
         "training": training_curves(run.training_log),
         "first_error": first_error(heads),
         "alerts": alert_rows(heads, standing) if heads else [],
@@ -115,7 +110,7 @@ def _set_data(run: AuditRun, name: str | None, texts: bool) -> dict[str, Any]:
             "spinal": spinal_data(full),
             "transfer": transfer_data(run),
             "continuations": continuations_data(last),
-            "cost": cost_data(list(course)),
+            "cost": cost_data(heads),
             "provenance": provenance_data(full[-1] if full else last, run),
             "unknown": unknown_data(full[-1] if full else last),
         },

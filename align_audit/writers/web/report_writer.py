@@ -10,11 +10,10 @@ from align_audit.errors import ConfigurationError, first_line, plain
 from align_audit.files import write_atomically
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.lines import read_lines
-from align_audit.record.log import FAILURES, Failure
+from align_audit.record.log import FAILURES, REPORT, Failure
 from align_audit.record.run import AuditRun
 from align_audit.record.stored_records import heads_of
 from align_audit.record.training_log import LogRow
-from align_audit.writers.closing_table import REPORT
 from align_audit.writers.web.page import page
 from align_audit.writers.web.page_data import page_data
 

@@ -26,12 +26,12 @@ from align_audit.record.followed import FollowedRun
 from align_audit.record.log import FAILURES, RECORDS, Failure
 from align_audit.record.newest import Newest, lines_from_end, read_newest
 from align_audit.record.run_sums import Intervals
-from align_audit.record.status import Status, status_of
+from align_audit.record.status import WORST_FIRST, Status, status_of
 from align_audit.record.training_log import TRAINING, rows_of
 from align_audit.writers.web.comparison_data import comparison_data
 from align_audit.writers.web.json_values import text
 from align_audit.writers.web.log_folders import AuditLog, LogFolder, log_beside, logs_in
-from align_audit.writers.web.page_data import FORMAT, WORST_FIRST, page_data
+from align_audit.writers.web.page_data import FORMAT, page_data
 
 _OPEN = 4
 """Runs, those asked for last, whose logs stay in memory."""

@@ -9,14 +9,13 @@ from typing import Any
 
 from align_audit.options.rules import CAUSES, RETIRED
 from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.open_alerts import SEVERITY, cause_of, since_of
 from align_audit.record.run import AuditRun
 from align_audit.record.stored_records import Head, heads_of
-from align_audit.record.training_log import LogRow
+from align_audit.record.training_log import LogRow, up_to
 from align_audit.writers.brief import what_to_do
-from align_audit.writers.standing import Standing, figure, limit_of, percent, standing_at
+from align_audit.writers.standing import Standing, figure, logged_figure, percent, standing_at
 from align_audit.writers.web.json_values import number, text
-
-_ORDER = {"error": 0, "warning": 1, "info": 2}
 
 
 def standing_now(run: AuditRun, records: Sequence[AuditRecord]) -> Standing | None:
@@ -71,19 +70,18 @@ def _at_start(standing: Standing) -> str:
 
 def _figures(standing: Standing) -> str:
     """The three figures that tell whether a policy still writes, each with its limit."""
-    record, level = standing.record, standing.level
-    margins = record.margins
+    margins = standing.record.margins
     change = margins.chosen_logp_change_per_token.mean
-    drop, most = limit_of(record, f"chosen_drop_{level}"), limit_of(record, f"kl_{level}")
-    if not math.isfinite(change):
+    drop, most = standing.limit("chosen_drop"), standing.limit("kl")
+    if math.isnan(change):
         chosen = "the chosen answers' change is not known"
     elif abs(change) < 0.005:
         chosen = "chosen answers are as likely as before"
     else:
         verb = "lost" if change < 0 else "gained"
         chosen = f"chosen answers {verb} {figure(abs(change))} nats per token"
-        chosen += "" if drop is None or change > 0 else f" (limit {drop:g})"
-    kl = f"KL to the reference is {figure(margins.kl.mean)}" + ("" if most is None else f" (limit {most:g})")
+        chosen += "" if drop is None or change > 0 else f" (limit {drop:.3g})"
+    kl = f"KL to the reference is {figure(margins.kl.mean)}" + ("" if most is None else f" (limit {most:.3g})")
     right = margins.token_accuracy.mean
     reference = f"(reference {percent(margins.reference_token_accuracy.mean)})"
     tokens = (
@@ -104,28 +102,19 @@ def _do(word: str, standing: Standing | None) -> dict[str, Any]:
             "words": "Find out why audits do not come through: failures.jsonl, beside the records, has the tracebacks.",
             **nothing,
         }
-    alert = standing.worst
+    words, alert = text(f"{_capital(what_to_do(standing, command=False))}."), standing.worst
     if word == "BLIND" or alert is None:
-        return {"words": text(f"{_capital(what_to_do(standing))}."), **nothing}
+        return {"words": words, **nothing}
     return {
-        "words": text(_advice(alert)),
+        "words": words,
         "checkpoint": None if alert.checkpoint is None else text(alert.checkpoint),
-        "command": None if alert.command is None else text(alert.command),
+        "command": _command(alert),
     }
 
 
-def _advice(alert: Alert) -> str:
-    """Where to go back to, and what to change."""
-    if alert.clean_step is None:
-        # Alerts of versions before the field say it in their suggestion, or not at all.
-        return alert.suggestion
-    clean = f"The last clean audit was at step {alert.clean_step}"
-    if alert.checkpoint is None:
-        back = f"{clean}; no checkpoint from then or before was kept (save_steps, save_total_limit)"
-    else:
-        back = f"{clean}: go back to {alert.checkpoint}"
-    knob = alert.knob or (alert.remedy or alert.suggestion)
-    return f"{back}. {knob.rstrip('.')}."
+def _command(alert: Alert) -> str | None:
+    """What goes back, of an error. A warning costs no training yet."""
+    return None if alert.command is None or alert.level != "error" else text(alert.command)
 
 
 def _log(standing: Standing | None, log: Sequence[LogRow]) -> str:
@@ -133,25 +122,24 @@ def _log(standing: Standing | None, log: Sequence[LogRow]) -> str:
     if standing is None:
         return ""
     step = standing.record.step
-    said = {}
-    for column, words, share in (
-        ("loss", "loss", False),
-        ("rewards/margins", "reward margin", False),
-        ("rewards/accuracies", "reward accuracy", True),
+    said: list[tuple[int, str]] = []
+    for column, words in (
+        ("loss", "loss"),
+        ("rewards/margins", "reward margin"),
+        ("rewards/accuracies", "reward accuracy"),
     ):
-        logged = next((each for each in reversed(log) if each.step <= step and column in each.logs), None)
+        logged = next((each for each in reversed(up_to(log, step)) if column in each.logs), None)
         if logged is not None:
             value = logged.logs[column]
-            said[words] = (
-                logged.step,
-                percent(value) if share else figure(value, signed=column == "rewards/margins"),
+            shown = (
+                percent(value) if column == "rewards/accuracies" else logged_figure(value, column == "rewards/margins")
             )
+            said.append((logged.step, f"{words} {shown}"))
     if not said:
         return ""
-    last = max(at for at, _ in said.values())
-    return (
-        f"The training log at step {last}: " + ", ".join(f"{words} {value}" for words, (_, value) in said.items()) + "."
-    )
+    last = max(at for at, _ in said)
+    each = ", ".join(words + ("" if at == last else f" (step {at})") for at, words in said)
+    return f"The training log at step {last}: {each}."
 
 
 def _facts(run: AuditRun, standing: Standing | None) -> str:
@@ -181,51 +169,69 @@ def _capital(words: str) -> str:
 
 
 def alert_rows(heads: Sequence[Head], standing: Standing | None) -> list[dict[str, Any]]:
-    """One row for each cause of alerts (for each rule, in records that name no cause): open ones first, the worst at the top.
+    """One row for each cause of alerts: open ones first, the worst at the top.
 
     Args:
         heads: of the present course of one probe set, by step.
 
     Returns:
-        Of each ``level`` (its highest), ``rule``, ``cause`` in words, ``since``, ``cleared`` (a step; None: still open),
-        ``times`` that it was opened, ``message``, ``suggestion``, ``checkpoint``, ``command``, ``value``, ``limit`` and
-        ``agreeing``, the rules that say the same.
+        Of each ``level`` (the highest since it was opened last), ``rule``, ``cause`` in words, ``since``, ``cleared`` (a step;
+        None: still open), ``times`` that it was opened, ``earlier`` (what it was before: ``level``, ``since``, ``cleared``),
+        ``message``, ``suggestion``, ``checkpoint``, ``command`` (of errors), ``value``, ``limit`` and ``agreeing``, the rules
+        that say the same.
     """
-    lives: dict[str, list[Alert]] = {}
+    by_cause: dict[str, list[Alert]] = {}
     for head in heads:
         for alert in head.alerts:
             if alert.rule not in RETIRED:
-                lives.setdefault(alert.cause or alert.rule, []).append(alert)
-    still = {alert.cause or alert.rule for alert in standing.alerts} if standing is not None else set()
+                by_cause.setdefault(cause_of(alert), []).append(alert)
+    still = {cause_of(alert) for alert in standing.alerts} if standing is not None else set()
     steps = [head.step for head in heads]
-    rows = [_alert_row(name, life, name in still, steps) for name, life in lives.items()]
-    return sorted(rows, key=lambda row: (row["cleared"] is not None, _ORDER[row["level"]], row["since"]))
+    rows = [_alert_row(cause, alerts, cause in still, steps) for cause, alerts in by_cause.items()]
+    return sorted(rows, key=lambda row: (row["cleared"] is not None, SEVERITY[row["level"]], row["since"]))
 
 
-def _alert_row(name: str, life: Sequence[Alert], is_open: bool, steps: Sequence[int]) -> dict[str, Any]:
-    seen = [alert for alert in life if alert.event != "resolved"] or list(life)
-    last = seen[-1]
-    opened = {alert.step if alert.since is None else alert.since for alert in seen}
-    resolved = [alert.step for alert in life if alert.event == "resolved" and alert.step >= last.step]
-    # Of versions that told of no end, it is over at the first step that it is not said at.
-    later = [step for step in steps if step > last.step] or [steps[-1]]
-    cleared = None if is_open else (resolved[-1] if resolved else later[0])
-    with_cause = [alert for alert in seen if alert.cause]
+def _alert_row(cause: str, alerts: Sequence[Alert], is_open: bool, steps: Sequence[int]) -> dict[str, Any]:
+    *earlier, life = _lives(alerts)
+    last, cleared = life[-1], None if is_open else _cleared(life, alerts, steps)
     return {
-        "level": min((alert.level for alert in seen), key=_ORDER.__getitem__),
+        **_life(life, cleared),
         "rule": text(last.rule),
-        "cause": text(CAUSES.get(name, "")),
-        "since": min(opened) if not with_cause else max(opened),
-        "cleared": cleared,
-        "times": len(opened) if with_cause else 1,
+        "cause": text(CAUSES.get(cause, "")),
+        "times": len(earlier) + 1,
+        "earlier": [_life(each, _cleared(each, alerts, steps)) for each in earlier],
         "message": text(last.message),
         "suggestion": "" if cleared is not None else text(last.suggestion),
         "checkpoint": None if last.checkpoint is None else text(last.checkpoint),
-        "command": None if last.command is None or cleared is not None else text(last.command),
+        "command": None if cleared is not None else _command(last),
         "value": number(last.value),
         "limit": number(last.threshold),
         "agreeing": [text(signal) for signal in last.signals],
     }
+
+
+def _lives(alerts: Sequence[Alert]) -> list[list[Alert]]:
+    """The alerts of one cause from one opening to the next; those of versions that did not tell of openings are one life."""
+    seen = [alert for alert in alerts if alert.event != "resolved"] or list(alerts)
+    if not any(alert.cause for alert in seen):
+        return [seen]
+    lives: dict[int, list[Alert]] = {}
+    for alert in seen:
+        lives.setdefault(since_of(alert), []).append(alert)
+    return [lives[since] for since in sorted(lives)]
+
+
+def _life(life: Sequence[Alert], cleared: int | None) -> dict[str, Any]:
+    level = min((alert.level for alert in life), key=SEVERITY.__getitem__)
+    return {"level": level, "since": min(map(since_of, life)), "cleared": cleared}
+
+
+def _cleared(life: Sequence[Alert], alerts: Sequence[Alert], steps: Sequence[int]) -> int:
+    """At which step it was over."""
+    last = life[-1].step
+    resolved = [alert.step for alert in alerts if alert.event == "resolved" and alert.step >= last]
+    # Of versions that told of no end, it is over at the first step that it is not said at.
+    return next(iter(resolved or [step for step in steps if step > last] or [steps[-1]]))
 
 
 def first_error(heads: Sequence[Head]) -> int | None:

@@ -6,6 +6,7 @@ lacks a kind of chart draws nothing, and says nothing.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,7 @@ from tests.helpers.pages import (
     texts_run,
     unknown_run,
 )
+from tests.helpers.screens import a_run
 
 pytestmark = pytest.mark.browser
 
@@ -157,6 +159,27 @@ def test_tokens_are_shaded_by_their_change_and_say_it(browser: Pages, tmp_path: 
     assert "It+0.4" in browser.text(".pair-text .as-table tbody")
     assert browser.text(".pair-text:nth-of-type(1) h3") == "Pair 7: margin shift −6 nats"
     assert browser.js("return document.querySelectorAll('#align-audit img, #align-audit script').length") == 0
+
+
+def test_what_became_impossible_is_the_worst_shade_and_no_gap_in_a_sum(browser: Pages, tmp_path: Path) -> None:
+    browser.show(texts_run(tmp_path, lost=-math.inf))
+    assert browser.text(".pair-text:nth-of-type(1) h3") == "Pair 7: margin shift −∞ nats"
+    assert browser.text(".pair-text h4").startswith("chosen: −∞ nats")
+    token = "document.querySelectorAll('.pair-text .token')[1]"
+    assert browser.js(f"return [{token}.className, {token}.title, {token}.style.getPropertyValue('--share')]") == [
+        "token low", "−∞ nats", "1.00",
+    ]  # fmt: skip
+
+
+def test_an_alert_that_was_an_error_before_says_so_apart(browser: Pages) -> None:
+    records = a_run("ruined")
+    error = records[3].alerts[0]
+    warning = error.model_copy(update={"level": "warning", "since": 40, "step": 40})
+    over = error.model_copy(update={"event": "resolved", "step": 30})
+    again = [records[4].model_copy(update={"alerts": [warning]})]
+    browser.show(as_run([*records[:4], records[4].model_copy(update={"step": 30, "alerts": [over]}), *again]))
+    assert browser.text(".alert .level") == "WARNING"
+    assert browser.text(".alert .rule").endswith("since step 40, open; before: error from step 20 to 30")
     assert browser.complaints() == []
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,14 +12,19 @@ from typing import Any
 
 import pytest
 
-from align_audit.record.audit_record import Control
+from align_audit.config import AlertConfig
+from align_audit.record.audit_record import Alert, Control
+from align_audit.record.log import RunLog
+from align_audit.record.pair_texts import TokenChange
 from align_audit.record.run import AuditRun
 from align_audit.record.training_log import LogRow
 from align_audit.record.transfer_record import TransferRecord
+from align_audit.writers.brief import figures_in_words, what_to_do
+from align_audit.writers.standing import standing_at
 from align_audit.writers.web.health_panels import thinned_points, training_curves
 from align_audit.writers.web.json_values import lines, number, text
 from align_audit.writers.web.page_data import page_data
-from tests.helpers.alert_cases import health
+from tests.helpers.alert_cases import health, with_part
 from tests.helpers.make_record import make_record
 from tests.helpers.pages import (
     FAILED,
@@ -34,7 +40,7 @@ from tests.helpers.pages import (
     texts_run,
     unknown_run,
 )
-from tests.helpers.screens import a_run
+from tests.helpers.screens import a_run, calm
 
 STORED = sorted((Path(__file__).parents[2] / "record" / "data").glob("*.records.jsonl"))
 RUNS: list[Callable[[], AuditRun]] = [
@@ -71,6 +77,11 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(each)
 
 
+def harmless(letter: str) -> bool:
+    """Nothing that controls, ends a line or turns a direction."""
+    return letter.isprintable() or letter in "\u200c\u200d" or unicodedata.category(letter) == "Zs"
+
+
 # --- any run ----------------------------------------------------------------------------------------------------------
 
 
@@ -82,7 +93,7 @@ def test_of_any_run_there_is_plain_json_without_control_characters(make: Callabl
     for each in data["sets"]:
         assert set(each) >= {"name", "status", "panels", "alerts", "texts", "where", "evidence", "more"}
         assert each["status"]["sentences"]
-    assert all(letter.isprintable() for words in strings(data) for letter in words)
+    assert all(harmless(letter) for words in strings(data) for letter in words)
 
 
 def test_a_run_without_audits_is_blind_and_says_so() -> None:
@@ -150,13 +161,69 @@ def test_a_ruined_run_says_since_when_and_what_to_go_back_to() -> None:
     )
     assert status["do"]["checkpoint"] == "checkpoint-10"
     assert status["do"]["command"] == "trainer.train(resume_from_checkpoint='runs/dpo/checkpoint-10')"
-    assert "The last clean audit was at step 10: go back to checkpoint-10. Learning rate 0.003" in status["do"]["words"]
+    assert status["do"]["words"] == (
+        "Last clean audit: step 10; go back to checkpoint-10. Learning rate 0.003 → 0.0006 or lower, or beta 0.1 → 0.2 or "
+        "higher."
+    ), "as every other screen says it"
     assert status["log"] == "The training log at step 20: reward margin +4.90."
 
 
 def test_the_log_is_read_up_to_the_audit() -> None:
     late = [LogRow(10, {"loss": 0.5}), LogRow(400, {"loss": 0.1})]
     assert first(as_run(a_run("well"), log=late))["status"]["log"] == "The training log at step 10: loss 0.50."
+
+
+def test_what_the_log_said_last_is_told_with_its_step() -> None:
+    log = [LogRow(10, {"loss": math.nan, "rewards/accuracies": 0.9}), LogRow(20, {"rewards/margins": -math.inf})]
+    status = first(as_run(a_run("well"), log=log))["status"]
+    assert status["log"] == (
+        "The training log at step 20: loss NaN (step 10), reward margin −∞, reward accuracy 90 % (step 10)."
+    )
+
+
+WARNED = Alert(
+    rule="kl_out_of_bounds", cause="drift", level="warning", step=40, since=40, value=0.4, threshold=0.35, message="KL",
+    suggestion="Slow down", remedy="Slow down", clean_step=20, checkpoint="checkpoint-20", command="go back",
+)  # fmt: skip
+
+
+def with_alerts(*alerts: Alert, last: int = 40) -> AuditRun:
+    """A healthy run with these alerts at its audits of their steps."""
+    records = [calm(step) for step in range(0, last + 1, 10)]
+    return as_run(
+        [
+            record.model_copy(update={"alerts": [alert for alert in alerts if alert.step == record.step]})
+            for record in records
+        ]
+    )
+
+
+@pytest.mark.parametrize("level", ["warning", "error"])
+def test_the_page_advises_what_every_screen_does_and_sends_nobody_back_for_a_warning(level: Any) -> None:
+    run = with_alerts(WARNED.model_copy(update={"level": level}))
+    data, standing = first(run), standing_at(run.records[-1], run.records)
+    words = data["status"]["do"]["words"]
+    assert words.lower() == f"{what_to_do(standing, command=False)}.".lower()
+    assert ("should it become an error, go back" in words) == (level == "warning")
+    command = None if level == "warning" else "go back"
+    assert [data["status"]["do"]["command"], data["alerts"][0]["command"]] == [command, command]
+
+
+def test_the_limit_is_that_by_which_an_alert_stays_open() -> None:
+    """At an audit it is an error; at the next it only stays one, by the limit of a warning, eased."""
+    error = WARNED.model_copy(update={"level": "error", "step": 30, "since": 30, "value": 0.8, "threshold": 0.7})
+    held = error.model_copy(update={"event": "open", "step": 40, "value": 0.3, "threshold": 0.28})
+    run = with_alerts(error, held)
+    assert "KL to the reference is 0.04 (limit 0.28)" in first(run)["status"]["sentences"][1]
+    standing = standing_at(run.records[-1], run.records)
+    assert (standing.limit("kl"), standing.limit("chosen_drop")) == (0.28, 0.6)
+    beside = held.model_copy(
+        update={"rule": "entropy_out_of_bounds", "signals": ["kl_out_of_bounds"], "threshold": 2.0}
+    )
+    run = with_alerts(error, beside)
+    eased = standing_at(run.records[-1], run.records).limit("kl")
+    assert eased == pytest.approx(AlertConfig().hysteresis * 0.35), "of a sign beside another the record has no limit"
+    assert figures_in_words(standing).count("(limit 0.28)") == 1
 
 
 def test_probe_sets_stand_by_themselves_the_worst_first() -> None:
@@ -254,6 +321,13 @@ def test_the_trainers_curves_are_thinned_and_keep_their_spikes() -> None:
     assert len(curve["steps"]) <= 300
     assert (777, 9.0) in zip(curve["steps"], curve["values"], strict=True)
     assert (curve["steps"][0], curve["steps"][-1]) == (0, 4999)
+    broken = training_curves([LogRow(row.step, {"loss": math.nan} if row.step >= 4000 else row.logs) for row in log])[0]
+    assert broken["now"] == "NaN"
+    assert {broken["steps"][int(place)] for place in broken["not_finite"]} >= {4999}
+    (single,) = training_curves(
+        [LogRow(row.step, {"loss": -math.inf} if row.step == 2345 else row.logs) for row in log]
+    )
+    assert [(single["steps"][int(place)], words) for place, words in single["not_finite"].items()] == [(2345, "−∞")]
     nothing = [(step, math.nan) for step in range(1000)]
     assert len(thinned_points(nothing, 10)) <= 10
 
@@ -273,6 +347,20 @@ def test_an_alert_that_is_over_says_when_and_advises_nothing() -> None:
     assert (row["since"], row["cleared"]) == (20, 59)
     assert (row["suggestion"], row["command"]) == ("", None)
     assert "lose 5.40 nats per token" in row["message"]
+
+
+def test_an_alert_that_is_opened_again_is_what_it_is_now() -> None:
+    error = WARNED.model_copy(update={"level": "error", "step": 10, "since": 10})
+    over = error.model_copy(update={"event": "resolved", "step": 20})
+    (row,) = first(with_alerts(error, over, WARNED))["alerts"]
+    assert (row["level"], row["since"], row["cleared"], row["times"]) == ("warning", 40, None, 2)
+    assert row["earlier"] == [{"level": "error", "since": 10, "cleared": 20}]
+
+
+def test_rules_of_one_cause_in_older_records_are_one_row() -> None:
+    older = WARNED.model_copy(update={"cause": "", "since": None})
+    (row,) = first(with_alerts(older.model_copy(update={"step": 30, "rule": "chosen_logp_falling"}), older))["alerts"]
+    assert (row["rule"], row["since"], row["cleared"]) == ("kl_out_of_bounds", 30, None)
 
 
 def test_a_control_that_failed_is_no_alert_of_the_run() -> None:
@@ -307,10 +395,43 @@ def test_texts_are_those_of_the_last_audit_that_kept_some(tmp_path: Path) -> Non
     assert first(healthy_run())["texts"] is None
 
 
+def test_texts_are_not_shown_where_the_last_audit_was_told_to_keep_none(tmp_path: Path) -> None:
+    run = texts_run(tmp_path)
+    last = run.records[-1]
+    none = with_part(last, "provenance", config={**last.provenance.config, "examples": {"pairs": 0}}, created="2026-02")
+    later = none.model_copy(update={"step": 50})
+    assert first(replace(run, records=[*run.records, later]))["texts"] is None
+
+
+def test_what_became_impossible_is_said_to_be_so(tmp_path: Path) -> None:
+    run = texts_run(tmp_path)
+    texts = run.pair_texts(run.records[-1])
+    assert texts is not None
+    changes = (-math.inf, math.inf, math.nan)
+    tokens = [TokenChange(text="x", change=change) for change in changes]
+    pair = texts.lost[0].model_copy(update={"chosen": tokens, "shift": -math.inf})
+    log = RunLog(tmp_path)
+    log.save_texts(run.records[-1], texts.model_copy(update={"lost": [pair]}))
+    log.close()
+    lost = first(AuditRun.load(tmp_path))["texts"]["lost"][0]
+    assert (lost["shift"], lost["says"]) == (None, "−∞")
+    assert [(token["change"], token.get("says")) for token in lost["chosen"]["tokens"]] == [
+        (None, "−∞"), (None, "∞"), (None, None),
+    ]  # fmt: skip
+
+
+def test_words_of_every_script_are_as_they_are() -> None:
+    for words in ("می\u200cخواهم", "क्\u200dष", "👩\u200d💻", "a\u00a0b\u3000c", "❤\ufe0f"):
+        assert text(words) == lines(words) == words
+    assert lines("a\tb") == "a\tb"
+    for letter in "\u202e\u2066\u200f\u061c\x1b\x85\x00\u2028\ufeff\ud800":
+        assert letter not in text(f"a{letter}b") + lines(f"a{letter}b")
+
+
 def test_foreign_tokens_hold_no_control_characters(tmp_path: Path) -> None:
     words = list(strings(first(texts_run(tmp_path, HOSTILE))["texts"]))
     assert any("\\x1b[31m" in word for word in words)
-    assert all(letter.isprintable() or letter == "\n" for word in words for letter in word)
+    assert all(harmless(letter) or letter == "\n" for word in words for letter in word)
 
 
 # --- where and evidence -----------------------------------------------------------------------------------------------

@@ -34,6 +34,10 @@
 
   const signed = (value) => (value > 0 ? "+" : "") + shown(value);
 
+  /* A change of log-probability, with what is infinite in it: that has no number in JSON. */
+  const changeOf = (each, name) => (each.says === "∞" ? Infinity : each.says === "−∞" ? -Infinity : each[name]);
+  const changed = (value) => (value === Infinity ? "+∞" : value === -Infinity ? "−∞" : Number.isNaN(value) ? "not known" : signed(value));
+
   function table(caption, head, rows) {
     return make("div", { class: "wide" }, make("table", {},
       make("caption", { text: caption }),
@@ -162,7 +166,7 @@
         make("h3", { text: curve.title + ": " + curve.now + " at step " + curve.step }),
         chart(curve.title + ": " + curve.now + " at step " + curve.step, "training-" + curve.column.replace("/", "-"),
           (place) => charts.trainingCurve(place, curve, set.panels[0].steps),
-          () => table(curve.title, ["step", "value"], curve.steps.map((step, at) => [String(step), shown(curve.values[at])])), { class: "tiny" })))));
+          () => table(curve.title, ["step", "value"], curve.steps.map((step, at) => [String(step), curve.not_finite[at] || shown(curve.values[at])])), { class: "tiny" })))));
   }
 
   // --- alerts ---------------------------------------------------------------------------------------------------------
@@ -174,7 +178,8 @@
     }
     const rows = set.alerts.map((alert) => {
       const state = alert.cleared === null ? "open" : "cleared at step " + alert.cleared;
-      const again = alert.times > 1 ? ", opened " + alert.times + " times" : "";
+      const lives = alert.earlier.map((life) => life.level + " from step " + life.since + " to " + life.cleared);
+      const again = lives.length ? "; before: " + lives.join(", ") : "";
       const says = make("div", {}, foreign("p", alert.message));
       if (alert.suggestion) says.append(foreign("p", "To do: " + alert.suggestion, { class: "todo" }));
       if (alert.command) says.append(make("p", { class: "command" }, make("code", { text: alert.command }), ...copyButton(alert.command)));
@@ -192,23 +197,24 @@
     const tokens = said.tokens;
     const text = make("p", { class: "tokens", dir: "auto" });
     tokens.forEach((token) => {
-      const side = token.change === null ? "" : token.change < 0 ? " low" : " high";
-      const span = make("span", { class: "token" + side, title: token.change === null ? "not known" : signed(token.change) + " nats", text: token.text });
-      span.style.setProperty("--share", Math.min(Math.abs(token.change || 0) / size, 1).toFixed(2));
+      const change = changeOf(token, "change");
+      const side = change === null ? "" : change < 0 ? " low" : " high";
+      const span = make("span", { class: "token" + side, title: change === null ? "not known" : changed(change) + " nats", text: token.text });
+      span.style.setProperty("--share", Math.min(Math.abs(change || 0) / size, 1).toFixed(2));
       text.append(span);
     });
-    const total = tokens.reduce((sum, token) => sum + (token.change || 0), 0);
+    const total = tokens.reduce((sum, token) => sum + (changeOf(token, "change") || 0), 0);
     const over = said.length === null ? "" : " over its beginning, of " + said.length + " tokens";
-    return make("div", {}, make("h4", { text: title + ": " + signed(total) + " nats" + over }), text,
+    return make("div", {}, make("h4", { text: title + ": " + changed(total) + " nats" + over }), text,
       folded("Tokens as a table", () => table(title, ["token", "change of log-probability (nats)"],
-        tokens.map((token) => [token.text, signed(token.change)])), { class: "as-table", "data-fold": "tokens-" + pair + title }));
+        tokens.map((token) => [token.text, changed(changeOf(token, "change"))])), { class: "as-table", "data-fold": "tokens-" + pair + title }));
   }
 
   function pairText(pair) {
     const changes = pair.chosen.tokens.concat(pair.rejected.tokens).map((token) => token.change).filter((change) => change !== null).map(Math.abs).sort((a, b) => a - b);
     const size = changes.length ? Math.max(changes[Math.floor(0.95 * (changes.length - 1))], 0.1) : 1;
     return make("article", { class: "pair-text" },
-      make("h3", { text: "Pair " + pair.pair + ": margin shift " + signed(pair.shift) + " nats" }),
+      make("h3", { text: "Pair " + pair.pair + ": margin shift " + changed(changeOf(pair, "shift")) + " nats" }),
       folded("Prompt", () => foreign("pre", pair.prompt), { "data-fold": "prompt-" + pair.pair }),
       completion(pair.pair, "chosen", pair.chosen, size), completion(pair.pair, "rejected", pair.rejected, size));
   }

@@ -1,0 +1,96 @@
+"""What several screens show of a run is the same on all of them, whatever was left, set aside, or is not there to compare."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.log import RunLog
+from align_audit.record.run import AuditRun as StoredRun
+from align_audit.record.transfer_record import TransferRecord
+from align_audit.writers.closing_table import closing
+from align_audit.writers.few_pictures import drawn_records
+from align_audit.writers.few_scalars import few_scalars
+from align_audit.writers.model_card import model_card
+from align_audit.writers.notebook import AuditRun
+from align_audit.writers.plots import gallery
+from align_audit.writers.runs_table import row_of_run
+from align_audit.writers.standing import standing_at
+from align_audit.writers.web.folded_data import TRANSFER
+from align_audit.writers.web.page_data import page_data
+from tests.helpers.alert_cases import about, with_margins, with_part
+from tests.helpers.pages import as_run, healthy_run
+from tests.helpers.screens import a_run, calm
+
+
+def test_no_screen_gives_equal_models_an_accuracy() -> None:
+    """Nothing has grown, so that the share of pairs whose margin has is 0, and says nothing."""
+    record = with_margins(calm(0), accuracy=about(0.0))
+    assert record.reference_check.same_weights
+    run = as_run([record])
+    assert [tag for tag in few_scalars(standing_at(record, [record])) if "accuracy" in tag] == [
+        "align_audit health/next_token_accuracy"
+    ]
+    assert "| reward accuracy | not known (policy and reference are equal) |" in model_card(run)
+    assert row_of_run(run, "dpo").as_json(datetime.now(UTC))["reward_accuracy"] is None
+    assert page_data(run)["sets"][0]["panels"][3]["now"] == "not known"
+    assert "0 %" not in closing(run, {})[0].html()
+    accuracy = record._repr_html_().split("reward accuracy")[1].split("</tr>")[0]
+    assert "nan" in accuracy
+
+
+def resumed() -> list[AuditRecord]:
+    """Ruined at 20 and 40; then gone on with from 10, and well."""
+    again = [
+        with_part(
+            record, "provenance", created=f"2026-02-01T00:{record.step:02}:00+00:00", policy_hash=f"new-{record.step}"
+        )
+        for record in a_run("well")
+        if record.step > 10
+    ]
+    return sorted([*a_run("ruined"), *again], key=lambda record: (record.step, record.provenance.created))
+
+
+def test_pictures_show_the_course_that_the_run_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = resumed()
+    newest = max(records, key=lambda record: record.provenance.created)
+    drawn = drawn_records(newest, records)
+    assert [record.step for record in drawn] == [0, 5, 10, 20]
+    assert {record.margins.kl.mean for record in drawn} == {0.04}
+
+    given: list[AuditRecord] = []
+    monkeypatch.setitem(
+        gallery.PICTURES, "margins_over_steps", replace(gallery.PICTURES["margins_over_steps"], draw=given.extend)
+    )
+    AuditRun(Path("runs/dpo/align_audit"), records, [], []).plot.margins_over_steps()
+    assert [(record.step, record.margins.kl.mean) for record in given] == [(step, 0.04) for step in (0, 5, 10, 20, 40)]
+
+
+def test_a_run_that_was_set_aside_is_called_by_its_output_folder(tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "dpo")
+    for record in a_run("well"):
+        log.append(record)
+    aside = log.set_aside()
+    log.append(calm(0))
+    log.close()
+    run, now = StoredRun.load(aside), StoredRun.load(tmp_path / "dpo")
+    assert (run.output_dir, now.output_dir) == (tmp_path / "dpo", tmp_path / "dpo")
+    assert [page_data(each)["run"]["name"] for each in (run, now)] == ["dpo (previous-1)", "dpo"]
+
+
+@pytest.mark.parametrize("of_it", [True, False])
+def test_beside_a_run_that_was_set_aside_stands_its_own_transfer(
+    transfer_record: TransferRecord, tmp_path: Path, of_it: bool
+) -> None:
+    """It lies in the output folder, whatever run of that folder it was made of."""
+    folder = tmp_path / "align_audit" / "previous-1"
+    folder.mkdir(parents=True)
+    transfer_record.save(tmp_path / TRANSFER)
+    policy = next(iter(transfer_record.provenance.values())).policy_hash
+    record = with_part(calm(20), "provenance", policy_hash=policy if of_it else "another")
+    shown = page_data(replace(healthy_run(), directory=folder, records=[record]))["sets"][0]["more"]["transfer"]
+    assert (shown is not None) == of_it
