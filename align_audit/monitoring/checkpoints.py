@@ -21,7 +21,8 @@ from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, AnatomyError, ConfigurationError, ReferenceUnavailableError
 from align_audit.models.anatomy import is_peft
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
-from align_audit.monitoring.monitor import Moment, Monitor
+from align_audit.monitoring.monitor import Monitor
+from align_audit.monitoring.outcome import Moment
 from align_audit.monitoring.resumed_writers import start_writers
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord

@@ -22,7 +22,7 @@ from align_audit.errors import AlignAuditError, ConfigurationError, ReferenceUna
 from align_audit.models.anatomy import is_peft
 from align_audit.monitoring.arrivals import SETTLED, Arrivals, Checkpoint
 from align_audit.monitoring.checkpoints import CheckpointAuditor
-from align_audit.monitoring.monitor import AuditFailure
+from align_audit.monitoring.outcome import AuditFailure
 from align_audit.monitoring.watched_log import WatchedLog, kept_of
 from align_audit.probes.sources import open_source
 from align_audit.record.log import RunLog
@@ -367,7 +367,7 @@ class _Watch:
     def _keep(self, step: int, error: Exception) -> None:
         """Keep what broke, where the screens of the run look for it."""
         if self._auditor is not None:
-            self._auditor.monitor.record_failure(step, AuditFailure.of(error))
+            self._auditor.monitor.failures.record(step, AuditFailure.of(error))
             return
         try:
             self._log.log.append_failure(step, "".join(traceback.format_exception(error)))

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from align_audit import AlignmentAuditCallback, AuditRun
-from align_audit.monitoring import callback as module
-from align_audit.monitoring.monitor import Outcome
+from align_audit import AuditRun
+from align_audit.monitoring import wishes as module
+from align_audit.monitoring.outcome import Outcome
 from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.schedule import Event
 from tests.monitoring.test_callback import quick, run
@@ -36,11 +36,11 @@ def test_a_wish_to_save_is_made_where_the_trainer_hears_it(
     step: int, event: Event, at_once: bool, at_the_next_step: bool, saved: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also of a run that goes on from a checkpoint; and what is said names the step that will be saved."""
-    callback = AlignmentAuditCallback(config=quick())
+    wishes = module.Wishes()
     control: Any = SimpleNamespace(should_save=False, should_training_stop=False)
     with caplog.at_level(logging.WARNING, logger=module.__name__):
-        callback._act(SAVES, control, step, event)
-    assert (control.should_save, callback._save_next) == (at_once, at_the_next_step)
+        wishes.hand_over(SAVES, control, step, event)
+    assert (control.should_save, wishes.save_next) == (at_once, at_the_next_step)
     said = [entry.getMessage() for entry in caplog.records]
     if saved is not None:
         assert said == [
