@@ -17,6 +17,7 @@ from align_audit.cli.options import (
     MaxLengthOption,
     ReferenceOption,
     TrustOption,
+    complain,
     device_option,
     dtype_option,
     read_arguments,
@@ -108,7 +109,7 @@ def watch(
         from align_audit.cli.watch_screen import look_at_runs
 
         seconds = 2.0 if every is None else every
-        status = look_at_runs(folders, every=seconds, once=once, as_json=as_json, command=command, tell=_complain)
+        status = look_at_runs(folders, every=seconds, once=once, as_json=as_json, command=command, tell=complain)
         raise typer.Exit(status)
     _refuse_given(
         "no --probes: it is of the screen over runs",
@@ -152,7 +153,7 @@ def _audit_as_they_appear(folders: list[Path], probes: Any, options: dict[str, A
                 config=config,
                 device=device_option(device),
                 say=_say,
-                tell=_complain,
+                tell=complain,
                 **given,
             )
         except KeyboardInterrupt:  # before the first look
@@ -180,8 +181,3 @@ def _termination_interrupts() -> Iterator[None]:
 
 def _say(words: str) -> None:
     typer.echo(f"align-audit: {plain(words)}")
-
-
-def _complain(words: str) -> None:
-    # Paths and names of whatever came from outside: no terminal obeys them.
-    typer.echo("align-audit: " + "\n".join(map(plain, words.split("\n"))), err=True)
