@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,12 +18,12 @@ from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError
 from align_audit.models.anatomy import Anatomy
 from align_audit.monitoring.outcome import BREAKS
-from align_audit.monitoring.probe_sets import given_by_name, make_probe_sets
+from align_audit.monitoring.probe_sets import TrainingProbes
 from align_audit.monitoring.schedule import Due, Event, Training, decide
 from align_audit.monitoring.start import Run, begin_run, refuse_other_options, refuse_together
-from align_audit.monitoring.trainer import TrainerFacts, read_trainer
+from align_audit.monitoring.trainer import read_trainer
+from align_audit.monitoring.trainer_log import LogMeetings
 from align_audit.monitoring.wishes import Wishes
-from align_audit.probes.names import check_names
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Agreed, Ranks
 from align_audit.writers.messages import OnAlert, checked
@@ -98,16 +97,11 @@ class AlignmentAuditCallback(TrainerCallback):
                 f"expected config to be an AuditConfig, found {type(config).__name__}; build one with "
                 "AuditConfig(...), AuditConfig.from_dict or AuditConfig.from_yaml"
             )
-        if given_by_name(probes):
-            check_names(probes)
-        self._given_probes: Any = probes
+        self._probes = TrainingProbes(probes)
         self._given_reference = reference
         self._anatomy = anatomy
         self._on_alert = checked(on_alert)
         self._trainer: weakref.ref[DPOTrainer] | None = None
-        self._probe_sets: dict[str | None, ProbeSet] = {}
-        self._probed: tuple[Any, ...] = ()
-        """The data that the probe sets were drawn from, where none were given."""
         self._ranks = Ranks()
         self._run: Run | None = None
         self._training = False
@@ -116,8 +110,7 @@ class AlignmentAuditCallback(TrainerCallback):
         """An audit that an earlier event left due."""
         self._next_look: int | None = None
         self._wishes = Wishes()
-        self._log_due = False
-        """Whether the trainer logs between this step's end and the next one's begin, which all processes know."""
+        self._log_meetings = LogMeetings()
 
     # -- setting up ----------------------------------------------------------------------------------------------------
 
@@ -134,22 +127,15 @@ class AlignmentAuditCallback(TrainerCallback):
                 "before callback.attach(trainer)"
             )
         self._trainer = weakref.ref(trainer)
-        self._find_probes(read_trainer(trainer, trainer.args), trainer.processing_class)
+        self._probes.draw(self.config, read_trainer(trainer, trainer.args), trainer.processing_class)
         return self
-
-    def _find_probes(self, facts: TrainerFacts, tokenizer: Any) -> None:
-        """The probe sets of this training; those of an earlier one are not taken over from other data."""
-        data = (facts.eval_sets, facts.train_set) if self._given_probes is None else ()
-        if not self._probe_sets or any(map(operator.is_not, data, self._probed)):
-            self._probe_sets = make_probe_sets(self._given_probes, self.config, facts, tokenizer)
-            self._probed = data
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what cannot work, open the log, and audit the start."""
         self._pending, self._next_look, self._training = None, None, False
-        self._wishes, self._log_due = Wishes(), False
+        self._wishes, self._log_meetings = Wishes(), LogMeetings()
         self._ranks = Ranks.of_this_run()
         error: BaseException | None = None
         try:
@@ -164,7 +150,7 @@ class AlignmentAuditCallback(TrainerCallback):
         with self._unbroken(state.global_step):
             with self._ranks.together():
                 self._run.monitor.agree()
-                self._next_look = self._ranks.share(self._begin_pace(state, control))
+                self._next_look = self._ranks.share(self._run.begin_pace(self._run.facts.training(state, control)))
             self._at(Event.TRAIN_BEGIN, state, control, kwargs["model"])
         with self._unbroken(state.global_step):
             self._run.reference.release()  # loaded for the check, and left in memory where no audit followed
@@ -185,14 +171,6 @@ class AlignmentAuditCallback(TrainerCallback):
                 self._end()
                 raise AlignAuditError(str(agreed)) from None
 
-    def _begin_pace(self, state: TrainerState, control: TrainerControl) -> int | None:
-        """Start the clocks; the step of the first look."""
-        assert self._run is not None
-        pace = self._run.monitor.pace
-        assert pace is not None
-        pace.begin(self._run.facts.training(state, control))
-        return pace.next_look
-
     def _begin(
         self,
         args: Any,
@@ -208,11 +186,11 @@ class AlignmentAuditCallback(TrainerCallback):
         # tells what that repeats.
         self._end()
         facts = read_trainer(self._trainer() if self._trainer is not None else None, args, train_dataloader, state)
-        self._find_probes(facts, processing_class)
+        self._probes.draw(self.config, facts, processing_class)
         return begin_run(
             model,
             self._given_reference,
-            self._probe_sets,
+            self._probes.sets,
             self.config,
             facts,
             step=state.global_step,
@@ -235,7 +213,7 @@ class AlignmentAuditCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Audit where the schedule says so, or leave it due where the reference is about to be synchronized."""
         self._wishes.after_step(control)
-        self._log_due = _logs(control)
+        self._log_meetings.foresee(control)
         self._at(Event.STEP_END, state, control, kwargs["model"])
 
     @_guarded
@@ -266,7 +244,7 @@ class AlignmentAuditCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Audit what is due, and the end where training stops with the epoch."""
-        self._log_due = self._log_due or _logs(control)
+        self._log_meetings.foresee(control)
         self._at(Event.EPOCH_END, state, control, kwargs["model"])
 
     @_guarded
@@ -288,7 +266,8 @@ class AlignmentAuditCallback(TrainerCallback):
     def _at(self, event: Event, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         """Do what the schedule decides at an event."""
         assert self._run is not None
-        self._agree_on_logs(event, state.global_step)
+        if self._log_meetings.at(event, self._ranks):
+            self._agree_on_logs(state.global_step)
         training = self._run.facts.training(state, control)
         due = decide(event, training, self.config.schedule, self._pending, self._next_look)
         if due is None:
@@ -296,30 +275,15 @@ class AlignmentAuditCallback(TrainerCallback):
         self._pending = due if due.later else None
         if due.later:
             return
-        pace = self._run.monitor.pace
-        assert pace is not None
-        # Clocks differ from process to process: the first one's word holds.
-        due = self._ranks.share(pace.choose(due, training))
+        due = self._run.affordable(due, training)
         opened = self._audit(due, event, training, control, model)
         if opened and due.kind == "health" and self.config.schedule.escalate:
             warned = Due("full", f"a health audit warns: {', '.join(opened)}")
             self._audit(warned, event, training, control, model)
 
-    def _agree_on_logs(self, event: Event, step: int) -> None:
-        """Leave a look due on all processes where the first one has seen something suspicious in the trainer's log.
-
-        It may have come on that process alone (``trainer.log`` under ``is_world_process_zero``), so that the event of a log is
-        no place to meet. Processes meet where each of them comes for sure: at evaluations, checkpoints and ends, and before
-        a step where the trainer's own log was due, so that the steps between cost nothing. What came in another callback's
-        log between waits for the next of these.
-        """
+    def _agree_on_logs(self, step: int) -> None:
+        """Leave a look due on all processes where the first one has seen something suspicious in the trainer's log."""
         assert self._run is not None
-        if event in (Event.TRAIN_BEGIN, Event.STEP_END):
-            return
-        if event is Event.STEP_BEGIN and not self._log_due and self._ranks.size > 1:
-            return
-        if event is Event.STEP_BEGIN:
-            self._log_due = False
         message = None
         with self._unbroken(step):
             message = self._run.monitor.trainer_log.agree(self._ranks)
@@ -336,11 +300,6 @@ class AlignmentAuditCallback(TrainerCallback):
         self._next_look = outcome.next_look
         self._wishes.hand_over(outcome, control, training.step, event)
         return outcome.opened
-
-
-def _logs(control: TrainerControl) -> bool:
-    """Whether the trainer is about to log, of its training or of an evaluation."""
-    return control.should_log or control.should_evaluate
 
 
 __all__ = ["AlignmentAuditCallback"]

@@ -50,8 +50,18 @@ class Run:
     facts: TrainerFacts
     reference: Reference
     monitor: Monitor
+    pace: Pace
     ranks: Ranks
     anatomy: Anatomy | None = None
+
+    def begin_pace(self, training: Training) -> int | None:
+        """Start the clocks; the step of the first look, as this process plans it."""
+        self.pace.begin(training)
+        return self.pace.next_look
+
+    def affordable(self, due: Due, training: Training) -> Due:
+        """What is due, as the budget allows it. Clocks differ from process to process: the first one's word holds."""
+        return self.ranks.share(self.pace.choose(due, training))
 
     def moment(self, due: Due, training: Training, *, at_start: bool) -> Moment:
         """An audit that is due now."""
@@ -122,6 +132,7 @@ def begin_run(
         if log is not None:
             set_aside_another(log, policy_hash, probe_sets, config, facts.output_dir)
     training_log = TrainingLog(facts.output_dir, implicit_rewards=facts.beta is not None) if writes else None
+    pace = Pace(config, step, pairs_per_step=facts.pairs_per_step)
     monitor = Monitor(
         probe_sets,
         config,
@@ -131,10 +142,10 @@ def begin_run(
         progress=progress_bar if writes and config.progress and facts.progress else None,
         strict=config.strict,
         training_log=training_log,
-        pace=Pace(config, step, pairs_per_step=facts.pairs_per_step),
+        pace=pace,
     )
     monitor.resume(step + 1)
-    return Run(facts, reference, monitor, ranks, anatomy)
+    return Run(facts, reference, monitor, pace, ranks, anatomy)
 
 
 def refuse_other_options(ranks: Ranks, config: AuditConfig) -> None:

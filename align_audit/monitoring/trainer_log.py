@@ -5,15 +5,43 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 
+from transformers.trainer_callback import TrainerControl
+
 from align_audit.alerts.detectors import Suspicion, suspect
 from align_audit.config import AlertConfig
 from align_audit.errors import named
 from align_audit.monitoring.failures import Failures
 from align_audit.monitoring.outcome import BREAKS
+from align_audit.monitoring.schedule import Event
 from align_audit.ranks import Ranks
 from align_audit.record.training_log import LogRow, TrainingLog
 
 logger = logging.getLogger(__name__)
+
+
+class LogMeetings:
+    """Where all processes come after the trainer's log, so that they can tell each other what was in it.
+
+    The event of a log is no such place: another callback may call ``trainer.log`` on the first process alone. Evaluations,
+    checkpoints and ends are; and the beginning of a step before which the trainer's own log was due. At other steps nobody
+    waits, and what came in another callback's log between is told at the next of these.
+    """
+
+    def __init__(self) -> None:
+        self._due = False
+
+    def foresee(self, control: TrainerControl) -> None:
+        """At the end of a step or an epoch: whether the trainer logs next, which all processes know."""
+        self._due = self._due or control.should_log or control.should_evaluate
+
+    def at(self, event: Event, ranks: Ranks) -> bool:
+        """Whether this event is one; the same on all processes."""
+        if event in (Event.TRAIN_BEGIN, Event.STEP_END):
+            return False
+        if event is not Event.STEP_BEGIN or ranks.size == 1:
+            return True
+        due, self._due = self._due, False
+        return due
 
 
 class TrainerLog:

@@ -146,7 +146,7 @@ def audit_alone(
     for model in (policy, reference):
         for parameter in model.parameters() if half and model is not None else ():
             parameter.data = parameter.data.to(torch.bfloat16)  # the engine casts weights, and no buffers
-    for probe_name, probes in callback._probe_sets.items():
+    for probe_name, probes in callback._probes.sets.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = audited_whole(
