@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -106,19 +106,16 @@ def watch(
                 "--trust-remote-code": trust_remote_code or None, "--idle": idle,
             },
         )  # fmt: skip
-        from align_audit.cli.watch_screen import look_at_runs
-
-        seconds = 2.0 if every is None else every
-        status = look_at_runs(folders, every=seconds, once=once, as_json=as_json, command=command, tell=complain)
-        raise typer.Exit(status)
+        _look(folders, every, once=once, as_json=as_json, command=command)
     _refuse_given(
         "no --probes: it is of the screen over runs",
         {"--once": once or None, "--json": as_json or None, "--exec": command},
     )
+    options = {"config": config, "max_pairs": max_pairs, "max_length": max_length}
     _audit_as_they_appear(
         folders,
         read_arguments(probes),
-        {"config": config, "max_pairs": max_pairs, "max_length": max_length},
+        options,
         every=10.0 if every is None else every,
         idle=60.0 * (60.0 if idle is None else idle),
         reference=reference,
@@ -127,6 +124,12 @@ def watch(
         dtype=dtype_option(dtype),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _look(folders: list[Path], every: float | None, **given: Any) -> NoReturn:
+    from align_audit.cli.watch_screen import look_at_runs
+
+    raise typer.Exit(look_at_runs(folders, every=2.0 if every is None else every, tell=complain, **given))
 
 
 def _refuse_given(needed: str, options: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError, named, plain
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint
 from align_audit.monitoring.monitor import Monitor
-from align_audit.monitoring.outcome import BREAKS, AuditFailure, Moment
+from align_audit.monitoring.outcome import BREAKS, AuditFailure, Moment, without_frames
 from align_audit.monitoring.resumed_writers import start_writers
 from align_audit.monitoring.shared_reference import SharedReference
 from align_audit.probes.pairs import ProbeSet
@@ -122,19 +122,10 @@ def audit_saved(
             except BREAKS as error:
                 if len(checkpoints) == 1:
                     raise
-                audits.broken[folder] = _without_frames(error)
+                audits.broken[folder] = without_frames(error)
                 words = error if isinstance(error, AlignAuditError) else named(error)
                 tell(f"{plain(folder.name)} is passed over: {words}")
     return _some_of(audits)
-
-
-def _without_frames(error: BaseException) -> BaseException:
-    """The same error, that no longer holds the models that it was raised beside."""
-    link: BaseException | None = error
-    while link is not None:
-        link.__traceback__ = None
-        link = link.__cause__ or link.__context__
-    return error
 
 
 def _can_be_audited(

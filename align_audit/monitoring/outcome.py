@@ -136,3 +136,12 @@ class Findings:
             return  # that process says what it was
         self.error = self.error or error
         self.failures.append(AuditFailure.of(error, probe_name))
+
+
+def without_frames(error: BaseException) -> BaseException:
+    """The same error, that no longer holds the models that it was raised beside."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
