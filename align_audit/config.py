@@ -14,6 +14,7 @@ from align_audit.errors import ConfigurationError, plain, quoted
 from align_audit.options.examples import ExamplesConfig
 from align_audit.options.rule_settings import AddedRule, Limits, RuleOptions, RuleSetting, read_rules
 from align_audit.options.rules import Rule, did_you_mean
+from align_audit.options.schedule import ScheduleConfig
 from align_audit.options.trackers import TrackerChoice
 from align_audit.options.webhook import WebhookConfig, quotation
 from align_audit.options.yaml_lines import Place, in_a_line, line_at, lines_of
@@ -202,33 +203,6 @@ class GenerationsConfig(_Part):
     prompts: int = Field(default=8, ge=1)
     """Prompts that are continued, drawn by hash among those of the probe pairs."""
     max_new_tokens: int = Field(default=32, ge=8)
-
-
-class ScheduleConfig(_Part):
-    """When the callback audits, and how much.
-
-    A *full* audit measures everything; a *health* audit patches nothing, and from a run's second one on costs about one
-    forward of the policy over the probe pairs, and its continuations (``generations``). ``AuditConfig.budget`` bounds the
-    time that all of them take: a full audit that does not fit it is made as a health audit, and the record says so.
-    """
-
-    before_training: bool = True
-    """Look before the first step: at whether the reference is the right one, and at what health is measured against."""
-    health: bool = True
-    """Health audits at ``first_health`` steps, twice that, four times that, ..., and between as often as the budget allows."""
-    first_health: int = Field(default=5, ge=1)
-    most_looks: int = Field(default=200, ge=1)
-    """Health audits of a run that the budget may add at most."""
-    escalate: bool = True
-    """A full audit at once when a health audit opens a warning or an error, so that the alert says where."""
-    on_save: bool = True
-    """A full audit where a checkpoint is saved."""
-    on_evaluate: bool = False
-    """A full audit after each evaluation, whatever the budget."""
-    every_n_steps: int | None = Field(default=None, ge=1)
-    """A full audit at each multiple of so many steps, whatever the budget."""
-    on_last_step: bool = True
-    """A full audit at the end."""
 
 
 class AlertConfig(Limits):

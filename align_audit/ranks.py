@@ -202,8 +202,10 @@ class Ranks:
         if self._group is not None:
             import torch.distributed as dist
 
-            if dist.is_initialized():
-                dist.destroy_process_group(self._group)
+            # A ValueError: it is gone already, with all groups that there were when training broke off.
+            with contextlib.suppress(ValueError):
+                if dist.is_initialized():
+                    dist.destroy_process_group(self._group)
 
 
 _TOLD = "_align_audit_told"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,14 +40,21 @@ from align_audit.cli.options import (
 from align_audit.cli.reading import card, compare
 from align_audit.cli.report import report
 from align_audit.cli.watch import watch
-from align_audit.errors import AlignAuditError, ConfigurationError, first_line, listed, plain
+from align_audit.errors import AlignAuditError, ConfigurationError, first_line, listed, named, plain
 from align_audit.models.pickles import refuse_pickles
 
 if TYPE_CHECKING:
+    from align_audit.cli.gates import Demands
+    from align_audit.monitoring.checkpoints import SavedAudits
     from align_audit.record.audit_record import AuditRecord
 
 _UsageError: Any = typer.BadParameter.__bases__[0]
 """Of click, or of the copy of it that newer versions of typer bring along."""
+
+_UNFORESEEN = 70
+"""Exit status after an error that is none of ours (``EX_SOFTWARE`` of sysexits.h); 1 and 2 are said in each command's help."""
+_INTERRUPTED = 130
+"""After Ctrl+C, as of shells: 128 + SIGINT."""
 
 app = typer.Typer(
     name="align-audit",
@@ -117,23 +126,18 @@ def run(
 ) -> None:
     """Audit saved checkpoints against their reference.
 
-    Exit status: 0; 1 where one of several checkpoints could not be read (it is named on stderr, the others are audited);
-    2 where nothing could be audited, an option is wrong, or a checkpoint broke a --gate or --fail-on.
+    Exit status: 0; 1 where one of several checkpoints could not be audited (it is named on stderr, the others are audited);
+    2 where nothing could be audited, an option is wrong, or a checkpoint broke a --gate or --fail-on, also by not being
+    audited; 70 after an error of another kind.
 
     Example: align-audit run runs/dpo/checkpoint-500 --reference base-model --probes held-out.jsonl
     """
-    folders = find_checkpoints(checkpoint)
-    if step is not None and len(folders) > 1:
-        raise ConfigurationError(
-            f"--step names one step, and {plain(checkpoint)} holds {len(folders)} checkpoints; leave it out"
-        )
-    steps = {folder: step if step is not None else step_of(folder) for folder in folders}
+    steps = _steps(checkpoint, step)
     demands = demands_option(gate, fail_on)
     sets = read_arguments(probes)
     check_files(sets, config)
     options = settings(config, max_pairs, max_length, verbose=verbose)
-    if not allow_pickle:
-        refuse_pickles([*folders, *([reference] if reference is not None else [])])
+    _refuse_pickles(allow_pickle, [*steps], reference)
     from align_audit.monitoring.checkpoints import audit_saved  # loads torch: after what can be refused without it
 
     began = time.perf_counter()
@@ -151,13 +155,34 @@ def run(
         fresh=not resume,
     )
     _conclude(audits.records, output, time.perf_counter() - began)
-    names = {number: folder.name for folder, number in steps.items()}
-    if demands is not None and (broken := demands.broken(audits.records, output, names)):
-        for words in broken:
-            complain(words)
-        raise typer.Exit(2)
-    if audits.broken:
-        raise typer.Exit(1)
+    raise typer.Exit(_status(audits, steps, demands, output))
+
+
+def _steps(checkpoint: Path, step: int | None) -> dict[Path, int]:
+    """The checkpoints that are meant, each with its step."""
+    folders = find_checkpoints(checkpoint)
+    if step is not None and len(folders) > 1:
+        raise ConfigurationError(
+            f"--step names one step, and {plain(checkpoint)} holds {len(folders)} checkpoints; leave it out"
+        )
+    return {folder: step if step is not None else step_of(folder) for folder in folders}
+
+
+def _refuse_pickles(allowed: bool, folders: list[Path], reference: str | None) -> None:
+    if not allowed:
+        refuse_pickles([*folders, *([reference] if reference is not None else [])])
+
+
+def _status(audits: SavedAudits, steps: Mapping[Path, int], demands: Demands | None, output: Path) -> int:
+    """The exit status after audits; what broke a demand is said."""
+    if demands is not None:
+        names = {number: folder.name for folder, number in steps.items()}
+        not_audited = [folder.name for folder in audits.broken]
+        if broken := demands.broken(audits.records, output, names, not_audited):
+            for words in broken:
+                complain(words)
+            return 2
+    return 1 if audits.broken else 0
 
 
 @app.command()
@@ -186,44 +211,24 @@ def transfer(
     Example: align-audit transfer runs/dpo/checkpoint-500 --reference base-model
     --probes harmless=harmless.jsonl --probes helpful=helpful.jsonl --layer auto --basis shift
     """
-    folders = find_checkpoints(policy)
-    if len(folders) > 1:
-        raise ConfigurationError(
-            f"{plain(policy)} holds {len(folders)} checkpoints, and a transfer is of one policy; choose one, such as "
-            f"{plain(folders[-1])}"
-        )
-    sets = read_arguments(probes)
-    if isinstance(sets, Path) or len(sets) < 2:
-        raise ConfigurationError(
-            f"a transfer is between at least two probe sets; found {listed(probes)}. Expected name=path for each, such as "
-            "--probes harmless=a.jsonl --probes helpful=b.jsonl"
-        )
+    folder = _one_policy(policy)
+    sets = _several_sets(probes)
     check_files(sets, config)
-    if not allow_pickle:
-        refuse_pickles([folders[0], *([reference] if reference is not None else [])])
-    low_rank = {
-        name: value
-        for name, value in (("layers", layers_option(layer)), ("bases", bases_option(basis)))
-        if value is not None
-    }
-    options = settings(config, max_pairs, max_length, low_rank=low_rank)
-    try:
-        output.mkdir(parents=True, exist_ok=True)  # not found out after minutes of work
-    except OSError as error:
-        raise ConfigurationError(
-            f"cannot write to {plain(output)}: {first_line(error)}; choose another --output"
-        ) from None
+    _refuse_pickles(allow_pickle, [folder], reference)
+    low_rank = {"layers": layers_option(layer), "bases": bases_option(basis)}
+    options = settings(config, max_pairs, max_length, {name: value for name, value in low_rank.items() if value})
+    _make_folder(output)
     from align_audit.monitoring.checkpoints import transfer_saved  # loads torch: after what can be refused without it
     from align_audit.writers.plots.transfer import save_transfer
     from align_audit.writers.transfer_terminal import print_transfer
 
     began = time.perf_counter()
     record = transfer_saved(
-        folders[0],
+        folder,
         reference,
         sets,
         options,
-        step_of(folders[0]),
+        step_of(folder),
         device_option(device),
         dtype=dtype_option(dtype),
         trust_remote_code=trust_remote_code,
@@ -235,6 +240,36 @@ def transfer(
     typer.echo(f"transfer in {time.perf_counter() - began:.0f} s; the record is {output / 'transfer.json'}")
     for path in pictures.values():
         typer.echo(f"  {path}")
+
+
+def _one_policy(path: Path) -> Path:
+    folders = find_checkpoints(path)
+    if len(folders) > 1:
+        raise ConfigurationError(
+            f"{plain(path)} holds {len(folders)} checkpoints, and a transfer is of one policy; choose one, such as "
+            f"{plain(folders[-1])}"
+        )
+    return folders[0]
+
+
+def _several_sets(probes: list[str]) -> dict[str, Path]:
+    sets = read_arguments(probes)
+    if isinstance(sets, Path) or len(sets) < 2:
+        raise ConfigurationError(
+            f"a transfer is between at least two probe sets; found {listed(probes)}. Expected name=path for each, such as "
+            "--probes harmless=a.jsonl --probes helpful=b.jsonl"
+        )
+    return sets
+
+
+def _make_folder(output: Path) -> None:
+    """Find out now, and not after minutes of work, whether there can be one."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot write to {plain(output)}: {first_line(error)}; choose another --output"
+        ) from None
 
 
 app.command()(compare)
@@ -253,7 +288,7 @@ def _conclude(records: list[AuditRecord], output: Path, seconds: float) -> None:
 
 
 def main() -> None:
-    """Entry point: our own errors, and wrong arguments, are messages of a line, not tracebacks."""
+    """Entry point: our own errors, and wrong arguments, are messages of a line, not tracebacks; other errors are both."""
     try:
         status = app(prog_name="align-audit", standalone_mode=False)
     except AlignAuditError as error:
@@ -261,6 +296,13 @@ def main() -> None:
         status = 2
     except _UsageError as error:
         status = _told(error)
+    except typer.Abort:
+        complain("interrupted")
+        status = _INTERRUPTED
+    except Exception as error:
+        complain("".join(traceback.format_exception(error)).rstrip())
+        complain(f"{named(error)}. This was not foreseen: free what it names, or report it with the lines above")
+        status = _UNFORESEEN
     sys.exit(status if isinstance(status, int) else 0)
 
 

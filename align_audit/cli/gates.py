@@ -93,15 +93,31 @@ class Demands:
             raise ConfigurationError(f"--fail-on: expected error or warning; found {quoted(fail_on)}{near}")
         return cls(tuple(map(Gate.parse, gates)), fail_on)
 
-    def broken(self, records: Sequence[AuditRecord], output: Path, names: Mapping[int, str]) -> list[str]:
+    def broken(
+        self,
+        records: Sequence[AuditRecord],
+        output: Path,
+        names: Mapping[int, str],
+        not_audited: Sequence[str] = (),
+    ) -> list[str]:
         """A line for each demand that a checkpoint breaks: the first that does, why, and how many more do.
 
         Args:
             records: of the checkpoints.
             output: of their log.
             names: step → checkpoint.
+            not_audited: checkpoints of which nothing is known, and which therefore keep no demand.
         """
-        return list(self._broken(records, output, names))
+        broken = list(self._broken(records, output, names))
+        if not_audited:
+            demands = ", ".join([*(f"--gate {gate}" for gate in self.gates), *self._fail_on])
+            more = _more(len(not_audited) - 1)
+            broken.append(f"{plain(not_audited[0])} broke {demands}: it could not be audited{more}")
+        return broken
+
+    @property
+    def _fail_on(self) -> list[str]:
+        return [] if self.fail_on is None else [f"--fail-on {self.fail_on}"]
 
     def _broken(self, records: Sequence[AuditRecord], output: Path, names: Mapping[int, str]) -> Iterator[str]:
         for gate in self.gates:
@@ -113,7 +129,7 @@ class Demands:
             said = (
                 (standing.record, _badly(standing) if standing.status.word in words else None) for standing in standings
             )
-            yield from _told(said, names, f"--fail-on {self.fail_on}")
+            yield from _told(said, names, *self._fail_on)
 
 
 def _badly(standing: Standing) -> str:
@@ -129,5 +145,8 @@ def _told(said: Iterable[tuple[AuditRecord, str | None]], names: Mapping[int, st
     on = "" if there is None else f" on {there!r}"
     checkpoint = plain(names.get(record.step, f"step {record.step}"))
     steps = len({each.step for each, _ in broken} - {record.step})
-    more = f" (and {steps} more checkpoint{'s' if steps > 1 else ''})" if steps else ""
-    yield f"{checkpoint}{on} broke {demand}: {why}{more}"
+    yield f"{checkpoint}{on} broke {demand}: {why}{_more(steps)}"
+
+
+def _more(checkpoints: int) -> str:
+    return f" (and {checkpoints} more checkpoint{'s' if checkpoints > 1 else ''})" if checkpoints else ""

@@ -224,8 +224,20 @@ def dtype_option(name: str | None) -> str | None:
 
 
 def device_option(name: str) -> str:
-    import torch
+    """The device that models are loaded on. transformers' bars of loading them are off from here on, but not those of
+    downloads: a command has lines of its own.
 
+    Raises:
+        ConfigurationError: there is no such device.
+    """
+    import torch
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    downloads = not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # of downloads too
+    if downloads:
+        enable_progress_bars()
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

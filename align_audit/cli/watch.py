@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -17,6 +17,7 @@ from align_audit.cli.options import (
     MaxLengthOption,
     ReferenceOption,
     TrustOption,
+    complain,
     device_option,
     dtype_option,
     read_arguments,
@@ -105,19 +106,16 @@ def watch(
                 "--trust-remote-code": trust_remote_code or None, "--idle": idle,
             },
         )  # fmt: skip
-        from align_audit.cli.watch_screen import look_at_runs
-
-        seconds = 2.0 if every is None else every
-        status = look_at_runs(folders, every=seconds, once=once, as_json=as_json, command=command, tell=_complain)
-        raise typer.Exit(status)
+        _look(folders, every, once=once, as_json=as_json, command=command)
     _refuse_given(
         "no --probes: it is of the screen over runs",
         {"--once": once or None, "--json": as_json or None, "--exec": command},
     )
+    options = {"config": config, "max_pairs": max_pairs, "max_length": max_length}
     _audit_as_they_appear(
         folders,
         read_arguments(probes),
-        {"config": config, "max_pairs": max_pairs, "max_length": max_length},
+        options,
         every=10.0 if every is None else every,
         idle=60.0 * (60.0 if idle is None else idle),
         reference=reference,
@@ -126,6 +124,12 @@ def watch(
         dtype=dtype_option(dtype),
         trust_remote_code=trust_remote_code,
     )
+
+
+def _look(folders: list[Path], every: float | None, **given: Any) -> NoReturn:
+    from align_audit.cli.watch_screen import look_at_runs
+
+    raise typer.Exit(look_at_runs(folders, every=2.0 if every is None else every, tell=complain, **given))
 
 
 def _refuse_given(needed: str, options: dict[str, Any]) -> None:
@@ -152,7 +156,7 @@ def _audit_as_they_appear(folders: list[Path], probes: Any, options: dict[str, A
                 config=config,
                 device=device_option(device),
                 say=_say,
-                tell=_complain,
+                tell=complain,
                 **given,
             )
         except KeyboardInterrupt:  # before the first look
@@ -180,8 +184,3 @@ def _termination_interrupts() -> Iterator[None]:
 
 def _say(words: str) -> None:
     typer.echo(f"align-audit: {plain(words)}")
-
-
-def _complain(words: str) -> None:
-    # Paths and names of whatever came from outside: no terminal obeys them.
-    typer.echo("align-audit: " + "\n".join(map(plain, words.split("\n"))), err=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import operator
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,16 +14,16 @@ from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 from transformers.training_args import TrainingArguments
 
-from align_audit.auditing.session.open_models import OpenModels
 from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError
 from align_audit.models.anatomy import Anatomy
-from align_audit.monitoring.monitor import BREAKS, Moment, Outcome
-from align_audit.monitoring.probe_sets import given_by_name, make_probe_sets
+from align_audit.monitoring.outcome import BREAKS
+from align_audit.monitoring.probe_sets import TrainingProbes
 from align_audit.monitoring.schedule import Due, Event, Training, decide
 from align_audit.monitoring.start import Run, begin_run, refuse_other_options, refuse_together
-from align_audit.monitoring.trainer import TrainerFacts, read_trainer
-from align_audit.probes.names import check_names
+from align_audit.monitoring.trainer import read_trainer
+from align_audit.monitoring.trainer_log import LogMeetings
+from align_audit.monitoring.wishes import Wishes
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Agreed, Ranks
 from align_audit.writers.messages import OnAlert, checked
@@ -98,16 +97,11 @@ class AlignmentAuditCallback(TrainerCallback):
                 f"expected config to be an AuditConfig, found {type(config).__name__}; build one with "
                 "AuditConfig(...), AuditConfig.from_dict or AuditConfig.from_yaml"
             )
-        if given_by_name(probes):
-            check_names(probes)
-        self._given_probes: Any = probes
+        self._probes = TrainingProbes(probes)
         self._given_reference = reference
         self._anatomy = anatomy
         self._on_alert = checked(on_alert)
         self._trainer: weakref.ref[DPOTrainer] | None = None
-        self._probe_sets: dict[str | None, ProbeSet] = {}
-        self._probed: tuple[Any, ...] = ()
-        """The data that the probe sets were drawn from, where none were given."""
         self._ranks = Ranks()
         self._run: Run | None = None
         self._training = False
@@ -115,7 +109,8 @@ class AlignmentAuditCallback(TrainerCallback):
         self._pending: Due | None = None
         """An audit that an earlier event left due."""
         self._next_look: int | None = None
-        self._save_next = False
+        self._wishes = Wishes()
+        self._log_meetings = LogMeetings()
 
     # -- setting up ----------------------------------------------------------------------------------------------------
 
@@ -132,21 +127,15 @@ class AlignmentAuditCallback(TrainerCallback):
                 "before callback.attach(trainer)"
             )
         self._trainer = weakref.ref(trainer)
-        self._find_probes(read_trainer(trainer, trainer.args), trainer.processing_class)
+        self._probes.draw(self.config, read_trainer(trainer, trainer.args), trainer.processing_class)
         return self
-
-    def _find_probes(self, facts: TrainerFacts, tokenizer: Any) -> None:
-        """The probe sets of this training; those of an earlier one are not taken over from other data."""
-        data = (facts.eval_sets, facts.train_set) if self._given_probes is None else ()
-        if not self._probe_sets or any(map(operator.is_not, data, self._probed)):
-            self._probe_sets = make_probe_sets(self._given_probes, self.config, facts, tokenizer)
-            self._probed = data
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Refuse what cannot work, open the log, and audit the start."""
         self._pending, self._next_look, self._training = None, None, False
+        self._wishes, self._log_meetings = Wishes(), LogMeetings()
         self._ranks = Ranks.of_this_run()
         error: BaseException | None = None
         try:
@@ -161,7 +150,7 @@ class AlignmentAuditCallback(TrainerCallback):
         with self._unbroken(state.global_step):
             with self._ranks.together():
                 self._run.monitor.agree()
-                self._next_look = self._ranks.share(self._begin_pace(state, control))
+                self._next_look = self._ranks.share(self._run.begin_pace(self._run.facts.training(state, control)))
             self._at(Event.TRAIN_BEGIN, state, control, kwargs["model"])
         with self._unbroken(state.global_step):
             self._run.reference.release()  # loaded for the check, and left in memory where no audit followed
@@ -174,19 +163,13 @@ class AlignmentAuditCallback(TrainerCallback):
             yield
         except BREAKS as error:
             if self.config.strict:
+                self._end()
                 raise
-            self._run.monitor.fail(step, error)
+            self._run.monitor.failures.fail(step, error)
         except Agreed as agreed:  # that process says what it was
             if self.config.strict:
+                self._end()
                 raise AlignAuditError(str(agreed)) from None
-
-    def _begin_pace(self, state: TrainerState, control: TrainerControl) -> int | None:
-        """Start the clocks; the step of the first look."""
-        assert self._run is not None
-        pace = self._run.monitor.pace
-        assert pace is not None
-        pace.begin(self._run.facts.training(state, control))
-        return pace.next_look
 
     def _begin(
         self,
@@ -199,15 +182,15 @@ class AlignmentAuditCallback(TrainerCallback):
         **_: Any,
     ) -> Run:
         """Everything that may refuse to start, on all processes together."""
-        if self._run is not None:
-            # auto_find_batch_size begins training again within one run; what is in the log tells what that repeats.
-            self._run.monitor.writers.close()
+        # An earlier training may have broken off; auto_find_batch_size begins one again within one run. What is in the log
+        # tells what that repeats.
+        self._end()
         facts = read_trainer(self._trainer() if self._trainer is not None else None, args, train_dataloader, state)
-        self._find_probes(facts, processing_class)
+        self._probes.draw(self.config, facts, processing_class)
         return begin_run(
             model,
             self._given_reference,
-            self._probe_sets,
+            self._probes.sets,
             self.config,
             facts,
             step=state.global_step,
@@ -229,8 +212,8 @@ class AlignmentAuditCallback(TrainerCallback):
     @_guarded
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Audit where the schedule says so, or leave it due where the reference is about to be synchronized."""
-        if self._save_next:
-            control.should_save, self._save_next = True, False
+        self._wishes.after_step(control)
+        self._log_meetings.foresee(control)
         self._at(Event.STEP_END, state, control, kwargs["model"])
 
     @_guarded
@@ -242,13 +225,9 @@ class AlignmentAuditCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keep what the trainer logs, and leave a look due where something in it is suspicious."""
+        """Keep what the trainer logs, and whether something in it is suspicious; maybe on this process only."""
         assert self._run is not None
-        with self._ranks.together():
-            found = self._run.monitor.logged(state.global_step, logs or {}, state.max_steps or None)
-        found = self._ranks.share(found)
-        if found and self.config.schedule.health and self._pending is None:
-            self._pending = Due("health", f"the training log: {found[0].message}", later=True)
+        self._run.monitor.trainer_log.hear(state.global_step, logs or {}, state.max_steps or None)
 
     @_guarded
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -265,6 +244,7 @@ class AlignmentAuditCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Audit what is due, and the end where training stops with the epoch."""
+        self._log_meetings.foresee(control)
         self._at(Event.EPOCH_END, state, control, kwargs["model"])
 
     @_guarded
@@ -272,16 +252,22 @@ class AlignmentAuditCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Audit the last step where nothing before could tell that it was, and let go of the writers."""
-        assert self._run is not None
         try:
             self._at(Event.TRAIN_END, state, control, kwargs["model"])
         finally:
-            self._training = False
+            self._end()
+
+    def _end(self) -> None:
+        """Let go of what a training holds: its writers, its log and its word with the other processes."""
+        self._training = False
+        if self._run is not None:
             self._run.monitor.close()
 
     def _at(self, event: Event, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         """Do what the schedule decides at an event."""
         assert self._run is not None
+        if self._log_meetings.at(event, self._ranks):
+            self._agree_on_logs(state.global_step)
         training = self._run.facts.training(state, control)
         due = decide(event, training, self.config.schedule, self._pending, self._next_look)
         if due is None:
@@ -289,68 +275,31 @@ class AlignmentAuditCallback(TrainerCallback):
         self._pending = due if due.later else None
         if due.later:
             return
-        pace = self._run.monitor.pace
-        assert pace is not None
-        # Clocks differ from process to process: the first one's word holds.
-        due = self._ranks.share(pace.choose(due, training))
+        due = self._run.affordable(due, training)
         opened = self._audit(due, event, training, control, model)
         if opened and due.kind == "health" and self.config.schedule.escalate:
             warned = Due("full", f"a health audit warns: {', '.join(opened)}")
             self._audit(warned, event, training, control, model)
+
+    def _agree_on_logs(self, step: int) -> None:
+        """Leave a look due on all processes where the first one has seen something suspicious in the trainer's log."""
+        assert self._run is not None
+        message = None
+        with self._unbroken(step):
+            message = self._run.monitor.trainer_log.agree(self._ranks)
+        if message is not None and self.config.schedule.health and self._pending is None:
+            self._pending = Due("health", f"the training log: {message}", later=True)
 
     def _audit(
         self, due: Due, event: Event, training: Training, control: TrainerControl, model: nn.Module
     ) -> list[str]:
         """One moment's audits, and what they ask of training. The rules that warn, and are new."""
         assert self._run is not None
-        facts, step = self._run.facts, training.step
-        moment = Moment(
-            step,
-            due.kind,
-            due.reason,
-            training,
-            due.unaffordable,
-            at_start=event is Event.TRAIN_BEGIN and step == 0,
-            beta=facts.beta,
-            learning_rate=facts.learning_rate,
-            last_sync_step=facts.last_sync_step(step),
-            compare_precomputed=facts.compare_precomputed,
-        )
-        numerics = facts.numerics(model)
-        models = OpenModels(
-            model,
-            self._run.reference,
-            autocast=numerics,
-            anatomy=self._anatomy,
-            ranks=self._ranks,
-            # That a reference moved which should not is noticed at the next full audit.
-            rehash=due.kind == "full" or facts.sync_every is not None,
-        )
-        outcome = self._run.monitor.audit(models, moment)
+        moment = self._run.moment(due, training, at_start=event is Event.TRAIN_BEGIN and training.step == 0)
+        outcome = self._run.monitor.audit(self._run.models(model, due), moment)
         self._next_look = outcome.next_look
-        self._act(outcome, control, step, event)
+        self._wishes.hand_over(outcome, control, training.step, event)
         return outcome.opened
-
-    def _act(self, outcome: Outcome, control: TrainerControl, step: int, event: Event) -> None:
-        """Hand the wishes of an audit to the trainer."""
-        reasons = ", ".join(outcome.reasons)
-        if outcome.stop:
-            logger.warning("align_audit stops training at step %d: %s", step, reasons)
-            control.should_training_stop = True
-        if not outcome.save or event is Event.SAVE:
-            return
-        if event is Event.TRAIN_END:
-            logger.warning("align_audit would save a checkpoint at step %d, and training has ended: %s", step, reasons)
-            return
-        # Before a step the trainer saves nothing: what it is asked for then comes of the weights after the step.
-        saved = step + 1 if event in (Event.TRAIN_BEGIN, Event.STEP_BEGIN) else step
-        logger.warning(
-            "align_audit saves a checkpoint at step %d, for what it saw at step %d: %s", saved, step, reasons
-        )
-        if event is Event.TRAIN_BEGIN:
-            self._save_next = True  # the Trainer forgets a wish to save that is made before its first step begins
-        else:
-            control.should_save = True
 
 
 __all__ = ["AlignmentAuditCallback"]

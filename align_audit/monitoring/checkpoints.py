@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from align_audit.auditing.check import check_audit
 from align_audit.auditing.origin import check_origin
 from align_audit.auditing.probe_files import read_probes
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.transfer import check_before_transfer, run_transfer
 from align_audit.config import AuditConfig
-from align_audit.errors import AlignAuditError, AnatomyError, ConfigurationError, ReferenceUnavailableError
-from align_audit.models.anatomy import is_peft
-from align_audit.models.reference import Reference, load_policy, policy_fingerprint, resolve_reference
-from align_audit.monitoring.monitor import Moment, Monitor
+from align_audit.errors import AlignAuditError, ConfigurationError, named, plain
+from align_audit.models.reference import Reference, load_policy, policy_fingerprint
+from align_audit.monitoring.monitor import Monitor
+from align_audit.monitoring.outcome import BREAKS, AuditFailure, Moment, without_frames
 from align_audit.monitoring.resumed_writers import start_writers
+from align_audit.monitoring.shared_reference import SharedReference
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import RunLog
@@ -45,8 +47,8 @@ class SavedAudits:
         broken: why a checkpoint could not be audited, by its folder.
     """
 
-    records: list[AuditRecord]
-    broken: dict[Path, AlignAuditError]
+    records: list[AuditRecord] = field(default_factory=list)
+    broken: dict[Path, BaseException] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def audit_saved(
     With several probe sets (name → path), each checkpoint is opened once and audited on each of them.
 
     A checkpoint whose weights are in the log already, at that step, is not audited again. Alerts compare each with
-    those before it. Of several checkpoints, those that cannot be opened are passed over.
+    those before it. Of several checkpoints, one whose audit breaks is passed over, whatever broke it.
 
     Args:
         dtype: of policy and reference; None: the policy's.
@@ -93,35 +95,60 @@ def audit_saved(
             :mod:`align_audit.auditing.origin`).
         on_alert: is called with each alert that is news, and the record it was raised on (as of the callback).
         on_turn: is called before each checkpoint.
-        fresh: begin an empty log, and move one that is there into a folder beside it; else it is gone on with.
+        fresh: begin an empty log as soon as a checkpoint was opened and can be audited, and move one that is there into a
+            folder beside it; else it is gone on with.
 
     Raises:
         ConfigurationError: the log in ``output`` is another run's, no checkpoint could be audited, or a webhook has no URL.
         ConfigurationError, ProbeError, ReferenceUnavailableError, AnatomyError: as :func:`align_audit.audit`; of the
             only checkpoint, or of all together.
+        Exception: what broke the audit of the only checkpoint.
     """
     log = RunLog(output)
     sets = read_probes(probes, checkpoints, reference, config, trust_remote_code=trust_remote_code)
     names = {step: folder.name for folder, step in checkpoints.items()}
     around = Surroundings(Path(output), tuple(sets), on_alert=checked(on_alert), checkpoints=names)
     writers_for(config, around, OF_SAVED).check()  # before a log is set aside
-    if fresh and log.records:
-        count = len(log.records)
-        audits, are = ("the audit that was", "is") if count == 1 else (f"the {count} audits that were", "are")
-        tell(f"{audits} in {log.directory} {are} in {log.set_aside().name} there now")
     opening: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    records: list[AuditRecord] = []
-    broken: dict[Path, AlignAuditError] = {}
+    if fresh and log.records and _can_be_audited(checkpoints, reference, sets, config, opening):
+        _set_aside(log, tell)
+    audits = SavedAudits()
     with contextlib.closing(CheckpointAuditor(log, sets, config, reference, around, tell=tell, **opening)) as auditor:
         for folder, step in _in_turn(checkpoints, log, on_turn):
             try:
-                records += auditor.audit(auditor.prepare(auditor.load(folder), folder, step))
-            except (AnatomyError, ReferenceUnavailableError) as error:
+                audits.records.extend(auditor.audit_folder(folder, step))
+            except OtherAuditsError:
+                raise
+            except BREAKS as error:
                 if len(checkpoints) == 1:
                     raise
-                broken[folder] = error
-                tell(f"{folder.name} is passed over: {error}")
-    return _some_of(SavedAudits(records, broken))
+                audits.broken[folder] = without_frames(error)
+                words = error if isinstance(error, AlignAuditError) else named(error)
+                tell(f"{plain(folder.name)} is passed over: {words}")
+    return _some_of(audits)
+
+
+def _can_be_audited(
+    checkpoints: Mapping[Path, int],
+    reference: str | None,
+    sets: Mapping[str | None, ProbeSet],
+    config: AuditConfig,
+    opening: Mapping[str, Any],
+) -> bool:
+    """Whether one of the checkpoints, the first that does, opens and has what every audit needs."""
+    for folder in checkpoints:
+        with contextlib.suppress(*BREAKS):  # the audit that follows meets it again, and says so
+            policy = load_policy(folder, reference=reference, **opening)
+            resolved = SharedReference(reference, opening["trust_remote_code"]).of(policy, folder)
+            check_audit(policy, resolved, sets.values(), config, autocast=contextlib.nullcontext)
+            return True
+    return False
+
+
+def _set_aside(log: RunLog, tell: Callable[[str], None]) -> None:
+    count = len(log.records)
+    audits, are = ("the audit that was", "is") if count == 1 else (f"the {count} audits that were", "are")
+    tell(f"{audits} in {log.directory} {are} in {log.set_aside().name} there now")
 
 
 def _in_turn(
@@ -144,10 +171,14 @@ def _some_of(audits: SavedAudits) -> SavedAudits:
     """The audits, where there are any."""
     if not audits.records:
         first = next(iter(audits.broken.values()))
-        raise type(first)(
-            f"none of the {len(audits.broken)} checkpoints could be audited; the first: {first}"
-        ) from first
+        kind = type(first) if isinstance(first, AlignAuditError) else AlignAuditError
+        words = first if isinstance(first, AlignAuditError) else named(first)
+        raise kind(f"none of the {len(audits.broken)} checkpoints could be audited; the first: {words}") from first
     return audits
+
+
+class OtherAuditsError(ConfigurationError):
+    """The log is of other pairs, options or another reference: no checkpoint can be audited into it so."""
 
 
 @dataclass(frozen=True)
@@ -198,6 +229,8 @@ class CheckpointAuditor:
         self._reference = SharedReference(reference, trust_remote_code)
         self._opening: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
         self._tell = tell
+        self._differences: set[str] = set()
+        """What was said to be other than a checkpoint's run recorded it."""
         self._writers = start_writers(writers_for(config, around, OF_SAVED), log)
         progress = progress_bar if config.progress else None
         # An error ends the audit of a checkpoint.
@@ -218,6 +251,30 @@ class CheckpointAuditor:
             ReferenceUnavailableError: as :func:`~align_audit.models.reference.load_policy`.
         """
         return load_policy(folder, reference=self._path, **self._opening)
+
+    def audit_folder(self, folder: Path, step: int) -> list[AuditRecord]:
+        """The records of a saved checkpoint, by probe set (see :meth:`audit`). What breaks is among the log's failures, but for
+        what we refuse ourselves before the audit begins.
+
+        Raises:
+            OtherAuditsError: the log is of other audits, whatever the checkpoint.
+            Exception: what else there is about this checkpoint.
+        """
+        try:
+            prepared = self.prepare(self.load(folder), folder, step)
+        except AlignAuditError:
+            raise
+        except BREAKS as error:
+            self.monitor.failures.record(step, AuditFailure.of(error))
+            raise
+        return self.audit(prepared)
+
+    def _tell_difference(self, folder: Path, words: str) -> None:
+        """Say what is not as recorded; what is so of every checkpoint (the pairs, the reference) once."""
+        difference = words.removeprefix(f"{plain(folder.name)}: ")
+        if difference not in self._differences:
+            self._differences.add(difference)
+            self._tell(words)
 
     def reference_of(self, policy: nn.Module, folder: Path) -> Reference:
         """The reference of a policy (see :meth:`SharedReference.of`)."""
@@ -242,7 +299,14 @@ class CheckpointAuditor:
         hashes = policy_fingerprint(policy), reference.fingerprint()
         sets, config = self.monitor.probe_sets, self.monitor.config
         origin = check_origin(
-            folder, step or None, policy, reference, hashes, sets, named=self._path is not None, tell=self._tell
+            folder,
+            step or None,
+            policy,
+            reference,
+            hashes,
+            sets,
+            named=self._path is not None,
+            tell=functools.partial(self._tell_difference, folder),
         )
         stored = _stored(
             step, hashes, sets, config, self._log, one_reference=not reference.shares_weights, rewritten=rewritten
@@ -299,50 +363,6 @@ def transfer_saved(
     return run_transfer(model, resolved, named, config, step, progress=progress)
 
 
-class SharedReference:
-    """The reference that was asked for, loaded whole and once for all checkpoints; else the one each policy names.
-
-    It is loaded as :func:`~align_audit.models.reference.resolve_reference` loads one for the policy: in its dtype, with
-    its attention. A policy of another dtype has it loaded again.
-
-    Args:
-        path: a folder or hub name; None: the reference that an adapter comes with.
-    """
-
-    def __init__(self, path: str | None, trust_remote_code: bool = False) -> None:
-        self._path = path
-        self._trust_remote_code = trust_remote_code
-        self._held: tuple[torch.dtype, Reference] | None = None
-
-    def of(self, policy: nn.Module, folder: Path) -> Reference:
-        """The reference of ``policy``, which came from ``folder``.
-
-        Raises:
-            ReferenceUnavailableError: it cannot be loaded, it is the policy's own folder, or a full model was given without
-                any.
-        """
-        if self._path is None:
-            if not is_peft(policy):
-                # A saved full model names its own folder as its source: that is the policy again, not its reference.
-                raise ReferenceUnavailableError(
-                    f"{folder.name} is a full model and does not say what it was trained from; pass --reference with "
-                    "the model that training started from"
-                )
-            return resolve_reference(policy)
-        if Path(self._path).is_dir() and Path(self._path).resolve() == folder.resolve():
-            raise ReferenceUnavailableError(
-                f"--reference is {folder.name} itself, the checkpoint to be audited; expected the model that its training "
-                "started from"
-            )
-        dtype = next(weight.dtype for weight in policy.parameters() if weight.is_floating_point())
-        if self._held is None or self._held[0] != dtype:
-            self._held = None  # lets go of it first
-            loaded = resolve_reference(policy, self._path, trust_remote_code=self._trust_remote_code, stream=False)
-            # Held as a model, which an audit does not let go of.
-            self._held = dtype, Reference(loaded.source, model=loaded.model())
-        return self._held[1]
-
-
 def _stored(
     step: int,
     weights: tuple[str, str],
@@ -360,25 +380,27 @@ def _stored(
         rewritten: see :meth:`CheckpointAuditor.prepare`.
 
     Raises:
-        ConfigurationError: the log holds audits that these cannot stand beside.
+        OtherAuditsError: the log holds audits that these cannot stand beside, whatever the policy.
+        ConfigurationError: it holds one of another policy at this step.
     """
     policy, reference = weights
     stored: dict[str | None, AuditRecord] = {}
     records = log.records
     for place, head in enumerate(records.heads):
         name, odd = head.probe_name, None
+        kind: type[ConfigurationError] = OtherAuditsError
         if name in sets and head.probe_hash != sets[name].content_hash:
             odd = "on other probe pairs" + (f" called {name!r}" if name is not None else "")
         elif head.reference_hash != reference and (one_reference or head.step == step):
             odd = "against another reference"
         elif head.step == step and head.policy_hash != policy:
-            odd = None if rewritten else "of another model"
+            odd, kind = None if rewritten else "of another model", ConfigurationError
         elif head.step == step and not config.measures_as(records[place].provenance.config):
             odd = "with other options"
         elif head.step == step and name in sets:
             stored[name] = records[place]
         if odd is not None:
-            raise ConfigurationError(
+            raise kind(
                 f"{log.directory} holds an audit of step {head.step} {odd}; one log is one run: choose another --output"
             )
     return stored

@@ -16,11 +16,12 @@ from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.memory import MemoryMeter
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
-from align_audit.config import AuditConfig, ScheduleConfig
+from align_audit.config import AuditConfig
 from align_audit.models.reference import Reference
 from align_audit.monitoring.doctor_plan import Check, Plan
 from align_audit.monitoring.forecast import Costs, Forecast, PlannedSteps, forecast
 from align_audit.monitoring.plain_step import StepOptions, seconds_per_pair
+from align_audit.options.schedule import ScheduleConfig
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditKind
 from align_audit.writers.words import duration

@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from align_audit.alerts.advice import advise
-from align_audit.alerts.detectors import Suspicion, judge, suspect
+from align_audit.alerts.detectors import judge
 from align_audit.auditing.audit import run_audit
-from align_audit.auditing.origin import Origin
 from align_audit.auditing.previous import PreviousAudit, left_by
 from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
-from align_audit.config import AlertConfig, AuditConfig
+from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, named, plain
+from align_audit.monitoring.failures import Failures
+from align_audit.monitoring.outcome import BREAKS, Findings, Moment, Outcome
 from align_audit.monitoring.pace import Pace
-from align_audit.monitoring.schedule import Training
+from align_audit.monitoring.trainer_log import TrainerLog
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Agreed, Ranks
 from align_audit.record.audit_record import Alert, AuditKind, AuditRecord
@@ -38,129 +38,8 @@ from align_audit.writers.writer import Writers
 
 logger = logging.getLogger(__name__)
 
-BREAKS = (Exception, SystemExit)
-"""What must not leave an audit: a library that asks the process to end (rich does, when nobody reads its output any more)
-ends an audit and no training. A keyboard interrupt is the user's, and passes."""
-
 Key = tuple[int, str, str | None, AuditKind]
 """What marks an audit in a run: step, hash of the policy's weights, name of the probe set, how much was measured."""
-
-
-@dataclass(frozen=True)
-class Moment:
-    """When an audit is made, and what is known of training then (see :class:`AuditRequest`).
-
-    Attributes:
-        kind: how much is measured.
-        reason: why it is made, in words.
-        training: what stands of training; None for a saved checkpoint.
-        unaffordable: see :class:`~align_audit.monitoring.schedule.Due`.
-        origin: of a saved checkpoint: what the log of its run says of it.
-        saved_in: the folder that the run's checkpoints lie in; None: the one that the log's folder lies in.
-        kept: what else the record keeps, under ``extra``.
-    """
-
-    step: int
-    kind: AuditKind = "full"
-    reason: str = ""
-    training: Training | None = None
-    unaffordable: float | None = None
-    at_start: bool = False
-    beta: float | None = None
-    learning_rate: float | None = None
-    last_sync_step: int | None = None
-    compare_precomputed: bool = True
-    origin: Origin | None = None
-    saved_in: Path | None = None
-    kept: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class AuditFailure:
-    """An audit that broke: what is said of it, and what is kept.
-
-    Attributes:
-        kind: the error in a line.
-        probe_name: the probe set it was on, where that is known and has a name.
-        rank: of the process that it broke on.
-    """
-
-    kind: str
-    traceback: str
-    probe_name: str | None = None
-    rank: int = 0
-
-    @classmethod
-    def of(cls, error: BaseException, probe_name: str | None = None, rank: int = 0) -> Self:
-        """What is worth telling other processes of an error."""
-        return cls(named(error), "".join(traceback.format_exception(error)), probe_name, rank)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of the audits of one moment, and what it asks of training. Equal on all processes, but for ``records``.
-
-    Attributes:
-        records: of the sets that were audited, by name; empty where no log is kept.
-        alerts: of all those sets.
-        failures: on all processes, by rank.
-        reasons: the rules of the alerts that are new, or got worse, and serious enough to act on; sorted.
-        save, stop: a checkpoint is wished for; training should end.
-        opened: the rules of warnings and errors that are new, or got worse, with this audit.
-        next_look: the step of the next health audit, as the process that writes has planned it.
-    """
-
-    records: Mapping[str | None, AuditRecord]
-    alerts: list[Alert]
-    failures: list[AuditFailure]
-    reasons: list[str]
-    save: bool
-    stop: bool
-    opened: list[str] = field(default_factory=list)
-    next_look: int | None = None
-
-    @classmethod
-    def of(
-        cls,
-        records: Mapping[str | None, AuditRecord],
-        alerts: list[Alert],
-        failures: list[AuditFailure],
-        config: AlertConfig,
-        next_look: int | None = None,
-    ) -> Self:
-        """With what the options say is to be done about these alerts."""
-        serious = {"error"} if config.action_level == "error" else {"error", "warning"}
-        news = [alert for alert in alerts if alert.event in ("opened", "worse")]
-        reasons = sorted({alert.rule for alert in news if alert.level in serious})
-        acts = bool(reasons) and config.action != "log"
-        opened = sorted({alert.rule for alert in news if alert.level != "info"})
-        stop = acts and config.action == "stop"
-        return cls(records, alerts, failures, reasons, save=acts, stop=stop, opened=opened, next_look=next_look)
-
-
-@dataclass
-class _Findings:
-    """Of one process, so far."""
-
-    records: dict[str | None, AuditRecord] = field(default_factory=dict)
-    alerts: list[Alert] = field(default_factory=list)
-    failures: list[AuditFailure] = field(default_factory=list)
-    error: BaseException | None = None
-    """The first."""
-
-    @contextlib.contextmanager
-    def collecting(self) -> Iterator[None]:
-        """What breaks inside is kept here, and goes no further."""
-        try:
-            yield
-        except (*BREAKS, Agreed) as error:
-            self.fail(error)
-
-    def fail(self, error: BaseException, probe_name: str | None = None) -> None:
-        if isinstance(error, Agreed):
-            return  # that process says what it was
-        self.error = self.error or error
-        self.failures.append(AuditFailure.of(error, probe_name))
 
 
 class Monitor:
@@ -193,21 +72,20 @@ class Monitor:
         training_log: TrainingLog | None = None,
     ) -> None:
         self.pace = pace
-        self.training_log = training_log
-        self._suspected: set[str] = set()
         self.probe_sets = probe_sets
         self.config = config
         self.log = log
         self.writers = writers if writers is not None else Writers()
         self.strict = strict
         self._ranks = ranks if ranks is not None else Ranks()
+        self.failures = Failures(log, self.writers, rank=self._ranks.rank, size=self._ranks.size, strict=strict)
+        self.trainer_log = TrainerLog(training_log, config.alerts, self.failures, strict=strict)
         self._progress = progress
         self._cache = ReferenceCache(None if log is None else log.directory / "cache")
         self._previous: dict[str | None, PreviousAudit] = {}
         self._stored: set[Key] = set() if log is None else set(map(_key_of, log.records.heads))
         """What an earlier process has audited, until this one comes by it."""
         self._audited: set[Key] = set(self._stored)
-        self._shown: set[str] = set()
 
     def agree(self) -> None:
         """Let all processes know what is in the log, which only the first one reads. All of them call it together."""
@@ -236,14 +114,14 @@ class Monitor:
         Raises:
             AlignAuditError: an audit broke on another process, with ``strict``; on this one its own error is raised.
         """
-        findings = _Findings()
+        findings = Findings()
         next_look = self._audit_due(models, moment, findings)
         # The one place where processes wait for each other: whatever happened before, each of them comes here. What
         # follows is made of what all of them said, so that they save together and stop together.
         said = self._ranks.gather((findings.alerts, findings.failures, next_look))
         failures = [replace(failure, rank=rank) for rank, (_, broken, _) in enumerate(said) for failure in broken]
         for failure in failures:
-            self.record_failure(moment.step, failure, heard=True)
+            self.failures.record(moment.step, failure, heard=True)
         if self.strict and failures:
             if findings.error is not None:
                 raise findings.error
@@ -260,73 +138,16 @@ class Monitor:
         if self.log is not None:
             self.log.note_told(record)
 
-    def logged(self, step: int, logs: Mapping[str, object], max_steps: int | None) -> list[Suspicion]:
-        """Keep what the trainer logs, and say what is newly suspicious in it; nothing where this process keeps no log.
-
-        What cannot be kept is looked at all the same: the disk that refuses it is a failure of its own.
-
-        Raises:
-            OSError: it cannot be kept, with ``strict``.
-        """
-        if self.training_log is None:
-            return []
-        try:
-            self.training_log.append(step, logs)
-        except OSError as error:
-            if self.strict:
-                raise
-            self.fail(step, error)
-        suspicions = suspect(self.training_log.judged, self.config.alerts, max_steps=max_steps)
-        fresh = [suspicion for suspicion in suspicions if suspicion.rule not in self._suspected]
-        self._suspected = {suspicion.rule for suspicion in suspicions}
-        return fresh
-
-    def fail(self, step: int, error: BaseException) -> None:
-        """Record and say what broke on this process alone."""
-        self.record_failure(step, AuditFailure.of(error, rank=self._ranks.rank))
-
-    def record_failure(self, step: int, failure: AuditFailure, *, heard: bool = False) -> None:
-        """Keep it where this process keeps the log, and say it once.
-
-        Args:
-            heard: all processes know of it, so that the one with the log keeps it.
-        """
-        rank = failure.rank
-        where = "" if rank == 0 else f" on rank {rank}"
-        done, where_to_look = "was recorded", "the traceback is in align_audit/failures.jsonl"
-        if self.log is not None:
-            text = failure.traceback if rank == 0 else f"On rank {rank}:\n{failure.traceback}"
-            try:
-                self.log.append_failure(step, text, failure.probe_name)
-                self.writers.failure()
-            except Exception as error:
-                done = f"could not be recorded ({named(error)})"
-                where_to_look = f"its traceback:\n{failure.traceback}"
-        elif rank != self._ranks.rank:
-            return  # that process says it
-        elif not heard or self._ranks.size == 1:
-            done = "could not be recorded (this process keeps no log)"
-            where_to_look = f"its traceback:\n{failure.traceback}"
-        if self.strict:
-            return  # whoever gets the error shows it
-        on = "" if failure.probe_name is None else f" on the probes {failure.probe_name!r}"
-        if failure.kind not in self._shown:
-            self._shown.add(failure.kind)
-            logger.error(
-                "the audit at step %d%s broke%s and %s; training goes on. %s (shown once; %s)",
-                *(step, on, where, done, failure.kind, where_to_look),
-            )
-
     def close(self) -> None:
         """Let go of the writers, of the log and of the other processes, all of these together."""
         self.writers.close()
-        self._sync_training_log()
+        self.trainer_log.sync()
         if self.log is not None:
             self.log.close()
         self._ranks.close()
         self._ranks = Ranks()
 
-    def _audit_due(self, models: OpenModels, moment: Moment, findings: _Findings) -> int | None:
+    def _audit_due(self, models: OpenModels, moment: Moment, findings: Findings) -> int | None:
         """Audit what is due; the step of the next look, as this process plans it. Nothing that breaks leaves it."""
         training, pace, next_look = moment.training, self.pace, None
         with findings.collecting(), contextlib.nullcontext() if pace is None else pace.timed(moment.kind):
@@ -337,7 +158,7 @@ class Monitor:
                 next_look = pace.plan(training)
         return next_look
 
-    def _audit_sets(self, models: OpenModels, moment: Moment, findings: _Findings) -> None:
+    def _audit_sets(self, models: OpenModels, moment: Moment, findings: Findings) -> None:
         with self._ranks.together():
             policy_hash = models.policy_hash
             # The first process's word: an audit that all of them make together is due for all of them.
@@ -371,7 +192,7 @@ class Monitor:
             record = self.log.records.where(lambda head: _key_of(head) == key)[-1]
             self._previous[record.provenance.probe_name] = left_by(record, self.log)
 
-    def _audit_set(self, models: OpenModels, moment: Moment, name: str | None, findings: _Findings) -> None:
+    def _audit_set(self, models: OpenModels, moment: Moment, name: str | None, findings: Findings) -> None:
         """One probe set; what its record says in alerts is in ``findings`` before anything is written."""
         probes = self.probe_sets[name]
         request = AuditRequest(
@@ -403,18 +224,10 @@ class Monitor:
         self.log.save_arrays(record.step, arrays_name(name), result.arrays)
         self._keep_texts(self.log, record, result.texts)
         news = self.log.append(record)
-        self._sync_training_log()
+        self.trainer_log.sync()
         # Writers come after the log: what breaks in one of them costs no record. What the log holds already is no news.
         if news:
             self.tell(record)
-
-    def _sync_training_log(self) -> None:
-        if self.training_log is None:
-            return
-        try:
-            self.training_log.sync()
-        except OSError as error:  # costs no audit
-            logger.error("the trainer's log in %s is not safe on disk: %s", self.training_log.path, named(error))
 
     def _keep_texts(self, log: RunLog, record: AuditRecord, texts: Callable[[], PairTexts] | None) -> None:
         """Keep what changed in text. An audit without it is still one: what breaks is said once, and nothing else."""
@@ -424,8 +237,7 @@ class Monitor:
             log.save_texts(record, texts())
         except BREAKS as error:
             kind = f"texts: {type(error).__name__}"
-            if kind not in self._shown:
-                self._shown.add(kind)
+            if self.failures.is_first(kind):
                 logger.warning(
                     "what changed in text at step %d could not be kept: %s. The audit was made all the same, and reports show "
                     "it without texts (shown once)",
@@ -436,7 +248,7 @@ class Monitor:
         """What is open at an audit, and what to do about it."""
         assert self.log is not None
         earlier = course_of(record, self.log.records)
-        rows = [] if self.training_log is None else self.training_log.judged
+        rows = self.trainer_log.judged
         max_steps = None if moment.training is None else moment.training.max_steps
         alerts = judge(record, earlier, rows, self.config.alerts, max_steps=max_steps)
         knobs = {"beta": moment.beta, "learning_rate": moment.learning_rate}

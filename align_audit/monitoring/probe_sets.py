@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -25,6 +26,36 @@ logger = logging.getLogger(__name__)
 def given_by_name(probes: Any) -> TypeGuard[Mapping[str, Any]]:
     """Several sets by name; a mapping with the columns of pairs is one record or a table, which is refused as data."""
     return isinstance(probes, Mapping) and not {"chosen", "chosen_ids"} & set(probes)
+
+
+class TrainingProbes:
+    """The probe sets of one callback, which may see several trainings.
+
+    Args:
+        given: as of :func:`make_probe_sets`.
+
+    Raises:
+        ConfigurationError: names that cannot be ones.
+    """
+
+    def __init__(self, given: Any) -> None:
+        if given_by_name(given):
+            check_names(given)
+        self._given = given
+        self._data: tuple[Any, ...] = ()
+        """What the sets were drawn from, where none were given."""
+        self.sets: dict[str | None, ProbeSet] = {}
+
+    def draw(self, config: AuditConfig, facts: TrainerFacts, tokenizer: Any) -> None:
+        """Draw the sets of a training; those of an earlier one are not taken over from other data.
+
+        Raises:
+            ProbeError: the data holds no usable pair.
+        """
+        data = (facts.eval_sets, facts.train_set) if self._given is None else ()
+        if not self.sets or any(map(operator.is_not, data, self._data)):
+            self.sets = make_probe_sets(self._given, config, facts, tokenizer)
+            self._data = data
 
 
 def make_probe_sets(given: Any, config: AuditConfig, facts: TrainerFacts, tokenizer: Any) -> dict[str | None, ProbeSet]:

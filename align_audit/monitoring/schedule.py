@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from align_audit.config import ScheduleConfig
+from align_audit.options.schedule import ScheduleConfig
 from align_audit.record.audit_record import AuditKind
 
 

@@ -13,14 +13,17 @@ from typing import Any
 from torch import nn
 
 from align_audit.auditing.check import check_audit
+from align_audit.auditing.session.open_models import OpenModels
 from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError, named
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
 from align_audit.models.weights.sharded import refuse_sharded
-from align_audit.monitoring.monitor import BREAKS, AuditFailure, Monitor
+from align_audit.monitoring.monitor import Monitor
+from align_audit.monitoring.outcome import BREAKS, AuditFailure, Moment
 from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.resumed_writers import start_writers
+from align_audit.monitoring.schedule import Due, Training
 from align_audit.monitoring.trainer import TrainerFacts
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Agreed, Ranks, Status, told
@@ -47,6 +50,45 @@ class Run:
     facts: TrainerFacts
     reference: Reference
     monitor: Monitor
+    pace: Pace
+    ranks: Ranks
+    anatomy: Anatomy | None = None
+
+    def begin_pace(self, training: Training) -> int | None:
+        """Start the clocks; the step of the first look, as this process plans it."""
+        self.pace.begin(training)
+        return self.pace.next_look
+
+    def affordable(self, due: Due, training: Training) -> Due:
+        """What is due, as the budget allows it. Clocks differ from process to process: the first one's word holds."""
+        return self.ranks.share(self.pace.choose(due, training))
+
+    def moment(self, due: Due, training: Training, *, at_start: bool) -> Moment:
+        """An audit that is due now."""
+        return Moment(
+            training.step,
+            due.kind,
+            due.reason,
+            training,
+            due.unaffordable,
+            at_start=at_start,
+            beta=self.facts.beta,
+            learning_rate=self.facts.learning_rate,
+            last_sync_step=self.facts.last_sync_step(training.step),
+            compare_precomputed=self.facts.compare_precomputed,
+        )
+
+    def models(self, policy: nn.Module, due: Due) -> OpenModels:
+        """The policy as it is now, and its reference, for an audit that is due."""
+        return OpenModels(
+            policy,
+            self.reference,
+            autocast=self.facts.numerics(policy),
+            anatomy=self.anatomy,
+            ranks=self.ranks,
+            # That a reference moved which should not is noticed at the next full audit.
+            rehash=due.kind == "full" or self.facts.sync_every is not None,
+        )
 
 
 def begin_run(
@@ -90,6 +132,7 @@ def begin_run(
         if log is not None:
             set_aside_another(log, policy_hash, probe_sets, config, facts.output_dir)
     training_log = TrainingLog(facts.output_dir, implicit_rewards=facts.beta is not None) if writes else None
+    pace = Pace(config, step, pairs_per_step=facts.pairs_per_step)
     monitor = Monitor(
         probe_sets,
         config,
@@ -99,10 +142,10 @@ def begin_run(
         progress=progress_bar if writes and config.progress and facts.progress else None,
         strict=config.strict,
         training_log=training_log,
-        pace=Pace(config, step, pairs_per_step=facts.pairs_per_step),
+        pace=pace,
     )
     monitor.resume(step + 1)
-    return Run(facts, reference, monitor)
+    return Run(facts, reference, monitor, pace, ranks, anatomy)
 
 
 def refuse_other_options(ranks: Ranks, config: AuditConfig) -> None:

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -21,8 +22,8 @@ from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError, ReferenceUnavailableError, first_line, named, plain
 from align_audit.models.anatomy import is_peft
 from align_audit.monitoring.arrivals import SETTLED, Arrivals, Checkpoint
-from align_audit.monitoring.checkpoints import CheckpointAuditor
-from align_audit.monitoring.monitor import AuditFailure
+from align_audit.monitoring.checkpoints import CheckpointAuditor, OtherAuditsError
+from align_audit.monitoring.outcome import BREAKS, AuditFailure, without_frames
 from align_audit.monitoring.watched_log import WatchedLog, kept_of
 from align_audit.probes.sources import open_source
 from align_audit.record.log import RunLog
@@ -53,7 +54,7 @@ class WatchEnd:
     interrupted: bool = False
     audited: list[Path] = field(default_factory=list)
     in_log: list[Path] = field(default_factory=list)
-    broken: dict[Path, Exception] = field(default_factory=dict)
+    broken: dict[Path, BaseException] = field(default_factory=dict)
 
 
 def watch_checkpoints(
@@ -95,21 +96,12 @@ def watch_checkpoints(
     _check(run, probes, config)
     log, end = _open_log(run if output is None else output), WatchEnd()
     training_log = TrainingLog(log.directory.parent)
+    opening: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
 
     def open_auditor(folder: Path, around: Surroundings) -> CheckpointAuditor:
         sets = read_probes(probes, [folder], reference, config, trust_remote_code=trust_remote_code)
-        return CheckpointAuditor(
-            log,
-            sets,
-            config,
-            reference,
-            replace(around, probe_names=tuple(sets)),
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            training_log=training_log,
-            tell=tell,
-        )
+        around = replace(around, probe_names=tuple(sets))
+        return CheckpointAuditor(log, sets, config, reference, around, training_log=training_log, tell=tell, **opening)
 
     watch = _Watch(Arrivals(run, settled=settled), WatchedLog(log, training_log), open_auditor, say, tell, end)
     with contextlib.closing(watch):
@@ -294,8 +286,8 @@ class _Watch:
         """Audit one; what breaks of it is kept and said, and the others go on.
 
         Raises:
-            ConfigurationError: the log is of other audits.
-            AlignAuditError: there is no reference to compare any checkpoint with.
+            OtherAuditsError: the log is of other audits.
+            ReferenceUnavailableError: there is no reference to compare any checkpoint with.
         """
         assert self._auditor is not None
         self._at_work = checkpoint
@@ -318,9 +310,9 @@ class _Watch:
             self._at_work = None
             self._end.audited.append(checkpoint.folder)
             self._finish(checkpoint)
-        except (ConfigurationError, _Unreferenced):
+        except (OtherAuditsError, _Unreferenced):
             raise
-        except Exception as error:
+        except BREAKS as error:
             if prepared is None and checkpoint.changed():
                 # Nothing of it is kept. Where it is still there, it is looked at again.
                 how = "changed" if checkpoint.folder.is_dir() else "was deleted"
@@ -350,24 +342,24 @@ class _Watch:
         self._done[checkpoint.folder] = _mark(checkpoint)
         self._waiting.pop(checkpoint.folder, None)
 
-    def _give_up(self, checkpoint: Checkpoint, error: Exception, *, recorded: bool = False) -> None:
+    def _give_up(self, checkpoint: Checkpoint, error: BaseException, *, recorded: bool = False) -> None:
         """Say and keep that a checkpoint cannot be audited.
 
         Args:
             recorded: the log's failures have it already.
         """
-        self._end.broken[checkpoint.folder] = error
         self._tell(
             f"{checkpoint.folder.name} is passed over: {error if isinstance(error, AlignAuditError) else named(error)}"
         )
         if not recorded:
             self._keep(checkpoint.step, error)
+        self._end.broken[checkpoint.folder] = without_frames(error)
         self._finish(checkpoint)
 
-    def _keep(self, step: int, error: Exception) -> None:
+    def _keep(self, step: int, error: BaseException) -> None:
         """Keep what broke, where the screens of the run look for it."""
         if self._auditor is not None:
-            self._auditor.monitor.record_failure(step, AuditFailure.of(error))
+            self._auditor.monitor.failures.record(step, AuditFailure.of(error))
             return
         try:
             self._log.log.append_failure(step, "".join(traceback.format_exception(error)))

@@ -14,7 +14,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from align_audit import AlignmentAuditCallback, AuditRun
+from align_audit.errors import AuditMemoryError, ConfigurationError
 from align_audit.models.weights.fingerprint import fingerprint
+from align_audit.monitoring import monitor
 from tests.cli.commands import arguments, refused
 from tests.helpers.dpo import train
 from tests.models.test_loading import ADAPTER_DAMAGE, FULL_DAMAGE, with_code
@@ -32,7 +34,19 @@ def of_another_depth(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-DAMAGE = {**FULL_DAMAGE, OTHER_DEPTH: of_another_depth, "not a folder": None}
+def of_another_vocabulary(folder: Path) -> None:
+    """Its last tokens are missing: the pairs cannot be read by it."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(8)
+    model.save_pretrained(folder)
+
+
+DAMAGE = {
+    **FULL_DAMAGE,
+    OTHER_DEPTH: of_another_depth,
+    "of another vocabulary": of_another_vocabulary,
+    "not a folder": None,
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -115,6 +129,66 @@ def test_a_damaged_tokenizer_does_not_hide_a_whole_model(command: Any, place: Si
     records, ours = AuditRun.load(tmp_path / "out").records, AuditRun.load(place.full).records
     assert [record.step for record in records] == [1, 2]
     assert {record.provenance.probe_hash for record in records} == {ours[0].provenance.probe_hash}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConfigurationError("planted"), AuditMemoryError("planted"), RuntimeError("planted"),
+        torch.OutOfMemoryError("planted"), OSError("planted"), SystemExit("planted"),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_whatever_breaks_the_audit_of_one_checkpoint_the_others_are_audited(
+    error: BaseException, command: Any, place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And with a gate it is no checkpoint that kept it."""
+    real = monitor.run_audit
+
+    def breaks(models: Any, request: Any, *more: Any) -> Any:
+        if request.step == 1:
+            raise error
+        return real(models, request, *more)
+
+    monkeypatch.setattr(monitor, "run_audit", breaks)
+    call = arguments(place, place.full, tmp_path / "out", "--reference", place.base)
+    done = command(*call, "--gate", "kl>=0", "--fail-on", "error")
+    assert done.code == 2, done.err
+    passed_over, broken = [line for line in done.err.splitlines() if "align-audit: " in line]
+    assert passed_over.startswith("align-audit: checkpoint-1 is passed over: ") and "planted" in passed_over
+    assert broken == "align-audit: checkpoint-1 broke --gate kl>=0, --fail-on error: it could not be audited"
+    stored = AuditRun.load(tmp_path / "out")
+    assert [record.step for record in stored.records] == [2]
+    assert [failure.step for failure in stored.failures] == [1]
+
+
+def test_an_error_that_nobody_foresaw_has_a_status_of_its_own(
+    command: Any, place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: Any) -> Any:
+        raise RuntimeError("planted\x1b[2J")
+
+    monkeypatch.setattr(monitor, "run_audit", breaks)
+    call = arguments(place, place.full / "checkpoint-1", tmp_path / "out", "--reference", place.base)
+    done = command(*call)
+    assert done.code == 70
+    assert "in breaks" in done.err, "the traceback, for a report"
+    assert done.err.splitlines()[-1].startswith("align-audit: RuntimeError: planted")
+    assert "\x1b" not in done.err
+
+
+def test_fresh_keeps_the_log_where_no_checkpoint_can_be_audited(
+    command: Any, place: SimpleNamespace, tmp_path: Path
+) -> None:
+    shutil.copytree(place.full / "checkpoint-1", tmp_path / "run" / "checkpoint-1")
+    call = arguments(place, tmp_path / "run", tmp_path / "out", "--reference", place.base, "--max-pairs", "3")
+    assert command(*call).code == 0
+    log = tmp_path / "out" / "align_audit"
+    written = (log / "records.jsonl").read_bytes()
+    of_another_vocabulary(tmp_path / "run" / "checkpoint-1")
+    refused(command(*call, "--fresh"))
+    assert (log / "records.jsonl").read_bytes() == written
+    assert not (log / "previous-1").exists()
 
 
 # -- the reference's dtype, and code of its own ------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import doctest
 from pathlib import Path
 
 import pytest
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
+from transformers.utils import logging as transformers_logging
 
 from align_audit.cli import options
 from align_audit.cli.options import read_arguments
@@ -43,3 +45,11 @@ def test_paths_and_named_paths(tmp_path: Path) -> None:
 def test_sets_without_a_name_of_their_own_are_refused(arguments: list[str], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         read_arguments(arguments)
+
+
+def test_models_load_without_bars_of_others() -> None:
+    """Every command that loads one asks for the device first."""
+    transformers_logging.enable_progress_bar()
+    options.device_option("cpu")
+    assert not transformers_logging.is_progress_bar_enabled()
+    assert not are_progress_bars_disabled(), "a download is worth a bar"

@@ -232,6 +232,17 @@ def test_other_probes(change: str, command: Any, place: SimpleNamespace, full: P
     assert said(only(tmp_path / "out")) == {**PASSED, "probes": "failed"}
 
 
+def test_other_probes_are_said_once_for_a_folder(
+    command: Any, place: SimpleNamespace, full: Path, tmp_path: Path
+) -> None:
+    changed = SimpleNamespace(**{**vars(place), "options": tmp_path / "seed.yaml"})
+    quick(seed=11).to_yaml(changed.options)
+    done = command(*arguments(changed, full, tmp_path / "out", "--reference", place.base))
+    assert done.code == 0, done.err
+    assert done.err.count("are other pairs than its run was audited on") == 1
+    assert [said(record) for record in AuditRun.load(tmp_path / "out").records] == [{**PASSED, "probes": "failed"}] * 2
+
+
 # -- in Python ---------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import Trainer, TrainerCallback
 
 from align_audit import AlignmentAuditCallback, AuditConfig
 from align_audit.models.weights.sharded import is_spread, whole
@@ -30,6 +31,20 @@ def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
+class LogsHere(TrainerCallback):
+    """Logs before the first step, where it is added, and a loss that a rule takes for suspicious.
+
+    Not at the end of one: a log there takes the trainer's own log for made, which the other ranks then wait for.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 0:
+            self.trainer.log({"loss": 1e9})
+
+
 def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
     """Train as the case says.
 
@@ -39,6 +54,7 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
         ``probes``: how many pairs, or slices of them by name; else the eval set's.
         ``break_on``, ``refuse_on``: a rank whose audits fail, whose set-up refuses.
         ``config_on``: a rank with other options.
+        ``log_on``: a rank on which another callback logs before the first step, as no other rank does.
         ``plant``: see :mod:`tests.distributed.plants`.
         ``frozen``: only the last layer trains.
         ``alone``: audit what came of it once more, in one process.
@@ -76,6 +92,8 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
         },
     )  # fmt: skip
     trainer = trained.trainer
+    if case.get("log_on") == rank:
+        trainer.add_callback(LogsHere(trainer))
     engine = type(trainer.model).__name__
     if case.get("frozen"):
         for name, parameter in trainer.model.named_parameters():
@@ -128,7 +146,7 @@ def audit_alone(
     for model in (policy, reference):
         for parameter in model.parameters() if half and model is not None else ():
             parameter.data = parameter.data.to(torch.bfloat16)  # the engine casts weights, and no buffers
-    for probe_name, probes in callback._probe_sets.items():
+    for probe_name, probes in callback._probes.sets.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = audited_whole(

@@ -22,6 +22,10 @@ CASES: dict[str, dict[str, Any]] = {
     "lora audited": {"audit": {}, "mode": "new adapter"},
     "stop": {"audit": {**_BY_STEP, "alerts": {"action": "stop", **_AT_ONCE}}},
     "save": {"audit": {**_BY_STEP, "alerts": {"action": "save", **_AT_ONCE}}, "trainer": {"save_strategy": "no"}},
+    "log on 0": {
+        "audit": {"schedule": {"escalate": False}, "alerts": {"rules": {"planted": {"signal": "loss", "above": 1e6}}}},
+        "log_on": 0,
+    },
     "broken on 0": {"audit": {}, "break_on": 0},
     "broken on 1": {"audit": {}, "break_on": 1},
     "broken on 1, strict": {"audit": {"strict": True}, "break_on": 1},
@@ -71,6 +75,18 @@ def test_an_alert_stops_training_on_every_rank(ran: Any) -> None:
 def test_an_alert_saves_on_every_rank(ran: Any) -> None:
     assert [said["step"] for said in ran[1]["save"]] == [4, 4]
     assert (ran[0] / "save" / "run" / "checkpoint-1").is_dir()
+
+
+def test_a_log_on_one_rank_alone_is_looked_at_and_nobody_waits(ran: Any) -> None:
+    """Under ``is_world_process_zero``: the event of that log comes on no other rank."""
+    for without, audited in zip(ran[1]["plain"], ran[1]["log on 0"], strict=True):
+        assert "error" not in audited, audited["error"]
+        assert audited["weights"] == without["weights"]
+    assert lines(ran[0], "log on 0", "failures.jsonl") == []
+    looks = [(line["step"], line["kind"]) for line in lines(ran[0], "log on 0", "records.jsonl")]
+    assert looks == [(0, "full"), (1, "health"), (2, "full"), (4, "full")]
+    look = lines(ran[0], "log on 0", "records.jsonl")[1]
+    assert look["occasion"]["reason"].startswith("the training log: ")
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -18,7 +18,8 @@ from align_audit.auditing.session.open_models import OpenModels
 from align_audit.errors import AlignAuditError
 from align_audit.models.reference import policy_fingerprint, resolve_reference
 from align_audit.monitoring import monitor as module
-from align_audit.monitoring.monitor import Moment, Monitor, Outcome, comparable
+from align_audit.monitoring.monitor import Monitor, comparable
+from align_audit.monitoring.outcome import AuditFailure, Moment, Outcome
 from align_audit.ranks import Ranks
 from align_audit.record.log import RunLog
 from align_audit.record.training_log import TrainingLog
@@ -410,8 +411,8 @@ def test_an_audit_that_breaks_is_on_the_page_at_once(bench: Any, monkeypatch: py
 
 
 def test_an_error_without_words_is_called_by_its_name() -> None:
-    assert module.AuditFailure.of(MemoryError()).kind == "MemoryError"
-    assert module.AuditFailure.of(MemoryError("8 GB")).kind == "MemoryError: 8 GB"
+    assert AuditFailure.of(MemoryError()).kind == "MemoryError"
+    assert AuditFailure.of(MemoryError("8 GB")).kind == "MemoryError: 8 GB"
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, *names: str | None) -> list[str | None]:
@@ -504,7 +505,7 @@ def test_a_process_without_a_log_asks_for_what_the_first_one_asks(
 
 
 def broke_beside() -> Beside:
-    failure = module.AuditFailure("ValueError: planted", "Traceback: planted\n", "a")
+    failure = AuditFailure("ValueError: planted", "Traceback: planted\n", "a")
     return Beside(0, 2, says=([], [failure], None))
 
 

@@ -15,7 +15,8 @@ from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun, ProbeSet
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.models.reference import resolve_reference
 from align_audit.monitoring import monitor as module
-from align_audit.monitoring.monitor import Moment, Monitor
+from align_audit.monitoring.monitor import Monitor
+from align_audit.monitoring.outcome import Moment
 from align_audit.record.audit_record import AuditKind
 from align_audit.record.log import FOLDER, RunLog
 from tests.helpers.dpo import ROWS, build

@@ -15,7 +15,8 @@ from align_audit import AuditConfig, AuditRun
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.models.reference import resolve_reference
 from align_audit.monitoring import monitor as module
-from align_audit.monitoring.monitor import Moment, Monitor, Outcome
+from align_audit.monitoring.monitor import Monitor
+from align_audit.monitoring.outcome import Moment, Outcome
 from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.schedule import Training
 from align_audit.ranks import Ranks
@@ -134,7 +135,7 @@ def test_what_breaks_on_one_process_alone_is_said_by_it(
     log = RunLog(tmp_path) if rank == 0 else None
     monitor = Monitor({None: random_pairs(4)}, quick(), log, ranks=Ranks(rank, 2))
     with caplog.at_level(logging.ERROR, logger=module.__name__):
-        monitor.fail(7, ValueError("planted"))
+        monitor.failures.fail(7, ValueError("planted"))
     (said,) = [entry.getMessage() for entry in caplog.records]
     assert ("on rank 1" in said) == (rank == 1)
     assert "ValueError: planted" in said
@@ -162,8 +163,8 @@ def test_a_log_that_cannot_be_kept_is_looked_at_all_the_same(
     monkeypatch.setattr(training_log, "append_whole", full)
     if strict:
         with pytest.raises(OSError, match="no space left"):
-            monitor.logged(3, {"loss": 5.0}, 10)
+            monitor.trainer_log.add(3, {"loss": 5.0}, 10)
         return
-    assert [suspicion.rule for suspicion in monitor.logged(3, {"loss": 5.0}, 10)] == ["planted"]
-    assert monitor.logged(4, {"loss": 5.0}, 10) == [], "said once"
+    assert [suspicion.rule for suspicion in monitor.trainer_log.add(3, {"loss": 5.0}, 10)] == ["planted"]
+    assert monitor.trainer_log.add(4, {"loss": 5.0}, 10) == [], "said once"
     assert [failure.step for failure in AuditRun.load(tmp_path).failures] == [3, 4]

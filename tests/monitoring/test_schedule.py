@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from align_audit.config import ScheduleConfig
 from align_audit.monitoring.schedule import Due, Event, Spent, Training, affords_full, decide, look_after
+from align_audit.options.schedule import ScheduleConfig
 
 NEVER: dict[str, Any] = {"before_training": False, "on_save": False, "on_evaluate": False, "on_last_step": False}
 PENDING = Due("health", "left due", later=True)

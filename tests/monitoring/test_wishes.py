@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 
 from align_audit import AlignmentAuditCallback, AuditRun
-from align_audit.monitoring import callback as module
-from align_audit.monitoring.monitor import Outcome
+from align_audit.monitoring import monitor
+from align_audit.monitoring import wishes as module
+from align_audit.monitoring.outcome import Outcome
 from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.schedule import Event
+from align_audit.ranks import Ranks
+from tests.helpers.dpo import build
 from tests.monitoring.test_callback import quick, run
+from tests.monitoring.test_reference_modes import begin
 
 SAVES = Outcome({}, [], [], ["planted"], save=True, stop=False)
 
@@ -36,11 +40,11 @@ def test_a_wish_to_save_is_made_where_the_trainer_hears_it(
     step: int, event: Event, at_once: bool, at_the_next_step: bool, saved: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also of a run that goes on from a checkpoint; and what is said names the step that will be saved."""
-    callback = AlignmentAuditCallback(config=quick())
+    wishes = module.Wishes()
     control: Any = SimpleNamespace(should_save=False, should_training_stop=False)
     with caplog.at_level(logging.WARNING, logger=module.__name__):
-        callback._act(SAVES, control, step, event)
-    assert (control.should_save, callback._save_next) == (at_once, at_the_next_step)
+        wishes.hand_over(SAVES, control, step, event)
+    assert (control.should_save, wishes.save_next) == (at_once, at_the_next_step)
     said = [entry.getMessage() for entry in caplog.records]
     if saved is not None:
         assert said == [
@@ -67,3 +71,43 @@ def test_what_breaks_beside_an_audit_breaks_no_training(
     failures = AuditRun.load(tmp_path / "out").failures
     assert {failure.step for failure in failures} >= {0}
     assert all("ZeroDivisionError: planted" in failure.error for failure in failures)
+
+
+# -- a training that broke ---------------------------------------------------------------------------------------------
+
+
+def test_a_training_that_broke_leaves_nothing_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No event says that it broke: the next one that begins lets go of its log, its writers and its word with others."""
+    callback = AlignmentAuditCallback(config=quick())
+    trained = build(tmp_path / "out", "ref_model made", [callback], max_steps=1)
+    begin(trained, callback)
+    assert callback._run is not None
+    first, closed = callback._run.monitor, []
+    ranks = first._ranks
+    monkeypatch.setattr(Ranks, "close", lambda self: closed.append(self))
+    callback._wishes.save_next = True
+    begin(trained, callback, attach=False)
+    assert callback._run.monitor is not first
+    assert first.log is not None and first.log._lock is None
+    assert closed == [ranks]
+    assert not callback._wishes.save_next
+    assert callback._training
+    callback._end()
+
+
+def test_a_training_that_we_end_ourselves_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With ``strict``: an evaluation afterwards is of no step."""
+
+    def breaks(*_: Any) -> Any:
+        raise ZeroDivisionError("planted")
+
+    callback = AlignmentAuditCallback(config=quick(strict=True, schedule={"on_evaluate": True}))
+    trained = build(tmp_path / "out", "ref_model made", [callback], max_steps=1)
+    monkeypatch.setattr(monitor, "run_audit", breaks)
+    with pytest.raises(ZeroDivisionError):
+        begin(trained, callback)
+    assert callback._run is not None and callback._run.monitor.log is not None
+    assert callback._run.monitor.log._lock is None
+    trainer = trained.trainer
+    callback.on_evaluate(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    assert len(AuditRun.load(tmp_path / "out").failures) == 1

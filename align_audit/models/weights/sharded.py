@@ -7,7 +7,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -215,23 +215,31 @@ def without_engine(model: nn.Module) -> Callable[[], None]:
     kept: list[tuple[dict[Any, Any], Any, Any]] = []
     for module in model.modules():
         for name, method in list(vars(module).items()):
-            function: Any = method.__func__ if inspect.ismethod(method) else None
-            if _is_engines(function):
+            inner = _unwrapped(method)
+            if inner is not method:
                 kept.append((vars(module), name, method))
-                vars(module)[name] = function.__wrapped__
+                vars(module)[name] = inner
         policy = _precision(module)
-        for hooks, cast in ((module._forward_pre_hooks, _cast_inputs), (module._forward_hooks, _cast_output)):
+        for hooks, cast_hook in ((module._forward_pre_hooks, _cast_inputs), (module._forward_hooks, _cast_output)):
             for place, hook in list(hooks.items()):
                 if getattr(hook, "__module__", "").startswith(_ENGINES_HOOKS):
                     kept.append((hooks, place, hook))
                     # In its place, so that the order of all hooks stays, and what is registered beside it holds.
-                    hooks[place] = functools.partial(cast, policy)
+                    hooks[place] = functools.partial(cast_hook, policy)
 
     def put_back() -> None:
         for hooks, place, hook in kept:
             hooks[place] = hook
 
     return put_back
+
+
+def _unwrapped(method: Any) -> Any:
+    """What the engine has put functions of its own around: another one at every training that begins."""
+    inner = method
+    while inspect.ismethod(inner) and _is_engines(function := cast(Any, inner.__func__)):
+        inner = function.__wrapped__
+    return inner
 
 
 def _is_engines(function: Any) -> bool:

@@ -14,7 +14,8 @@ from torch import nn
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.models import reference as module
 from align_audit.models.reference import Reference, resolve_reference
-from align_audit.monitoring.monitor import Moment, Monitor
+from align_audit.monitoring.monitor import Monitor
+from align_audit.monitoring.outcome import Moment
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 from tests.monitoring.test_callback import quick
 

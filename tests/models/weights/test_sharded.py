@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from align_audit.errors import ConfigurationError
-from align_audit.models.weights.sharded import how_sharded, refuse_sharded
+from align_audit.models.weights.sharded import how_sharded, refuse_sharded, without_engine
 from tests.helpers.tiny import tiny_model
 
 
@@ -65,3 +65,22 @@ def test_a_parameter_that_deepspeed_has_partitioned_is_known_by_its_marks() -> N
     weight.ds_numel, weight.ds_status = weight.numel(), "NOT_AVAILABLE"
     weight.data = torch.empty(0, dtype=weight.dtype)
     assert how_sharded(model) == "DeepSpeed ZeRO-3"
+
+
+@pytest.mark.parametrize("registrations", [1, 2, 3])
+def test_a_method_is_the_models_however_often_it_was_registered(registrations: int, one_process: object) -> None:
+    """transformers registers ``generate`` whenever training begins."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    model = tiny_model("llama", dtype=torch.float32)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    plain = model.generate
+    for _ in range(registrations):
+        register_fsdp_forward_method(model, "generate")
+    registered = model.generate
+    put_back = without_engine(model)
+    assert model.generate == plain
+    put_back()
+    assert model.generate is registered
+    assert registered != plain

@@ -1,0 +1,34 @@
+"""When the callback audits."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ScheduleConfig(BaseModel):
+    """When the callback audits, and how much.
+
+    A *full* audit measures everything; a *health* audit patches nothing, and from a run's second one on costs about one
+    forward of the policy over the probe pairs, and its continuations (``generations``). ``AuditConfig.budget`` bounds the
+    time that all of them take: a full audit that does not fit it is made as a health audit, and the record says so.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
+
+    before_training: bool = True
+    """Look before the first step: at whether the reference is the right one, and at what health is measured against."""
+    health: bool = True
+    """Health audits at ``first_health`` steps, twice that, four times that, ..., and between as often as the budget allows."""
+    first_health: int = Field(default=5, ge=1)
+    most_looks: int = Field(default=200, ge=1)
+    """Health audits of a run that the budget may add at most."""
+    escalate: bool = True
+    """A full audit at once when a health audit opens a warning or an error, so that the alert says where."""
+    on_save: bool = True
+    """A full audit where a checkpoint is saved."""
+    on_evaluate: bool = False
+    """A full audit after each evaluation, whatever the budget."""
+    every_n_steps: int | None = Field(default=None, ge=1)
+    """A full audit at each multiple of so many steps, whatever the budget."""
+    on_last_step: bool = True
+    """A full audit at the end."""
