@@ -124,11 +124,8 @@ def _plan(words: list[str], given: dict[str, Any], device: str) -> Plan:
 
 
 def _examine(plan: Plan, options: AuditConfig, as_json: bool) -> None:
-    from transformers.utils import logging as transformers_logging
-
     from align_audit.monitoring.doctor import examine, verdict
 
-    transformers_logging.disable_progress_bar()
     checks: list[Check] = []
     for check in examine(plan, options, tell=_nothing if as_json else _progress):
         checks.append(check)
