@@ -100,8 +100,9 @@ def cost_checks(
 def schedule_check(run: Forecast, config: AuditConfig, steps: PlannedSteps) -> Check:
     """What a run's schedule comes to, and which option to change where that is too little or too much."""
     first = "never" if run.first_look is None else f"step {run.first_look}"
+    looks, full = run.count("health"), run.count("full")
     found = (
-        f"first look at the trained policy: {first}; {run.count('health')} looks and {run.count('full')} full audits in "
+        f"first look at the trained policy: {first}; {looks} look{'s' * (looks != 1)} and {full} full audit{'s' * (full != 1)} in "
         f"{steps.max_steps} steps, about {duration(run.audit_seconds)}, {run.share:.1%} of the run"
     )
     if run.first_look is None:
