@@ -36,10 +36,11 @@ def advise(
         checkpoints: names of the folders of saved checkpoints (``checkpoint-40``) that exist now; others are passed over.
         output_dir: where they lie, for the command.
         beta: of the trainer; None: not known.
-        learning_rate: that the trainer was given; where it has logged one, that counts.
+        learning_rate: that the trainer was given, at its highest; None: the highest of those that it has logged, which a
+            schedule lowers.
     """
     heads, curves = heads_of(earlier), TrainerLog(log)
-    rate = max(curves.recent("learning_rate"), default=learning_rate or 0.0)
+    rate = learning_rate or max(curves.recent("learning_rate"), default=0.0)
     return [
         alert if alert.event == "resolved" else _advised(alert, heads, rate, checkpoints, output_dir, beta)
         for alert in alerts

@@ -25,6 +25,7 @@ from align_audit.cli.options import (
 )
 from align_audit.cli.training_script import plan_of_script
 from align_audit.errors import ConfigurationError, plain, quoted
+from align_audit.writers.words import SCRIPT
 
 if TYPE_CHECKING:
     from align_audit.config import AuditConfig
@@ -133,6 +134,8 @@ def _examine(plan: Plan, options: AuditConfig, as_json: bool) -> None:
         typer.echo(json.dumps(asdict(check)) if as_json else _line(check))
     first = verdict(checks)
     if not as_json:
+        if first is None:
+            typer.echo(f"In the training script:\n{SCRIPT}")
         typer.echo(typer.style("ready", fg="green", bold=True) if first is None else _to_change(first))
     if first is not None:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""What audited checkpoints have to keep: ``--gate 'spinal.coherence>=0.4'`` and ``--fail-on error``.
+"""What audited checkpoints have to keep: ``--gate 'kl<=0.5'`` and ``--fail-on error``.
 
 A gate is about numbers that the user chose, ``--fail-on`` about what the alert rules say. Each checkpoint has to keep them all.
 """
@@ -58,7 +58,7 @@ class Gate:
             limit = math.nan
         if match is None or math.isnan(limit):
             raise ConfigurationError(
-                f"--gate: found {quoted(text)}; expected NAME>=NUMBER (or <=, >, <, ==, !=), such as 'spinal.coherence>=0.4'"
+                f"--gate: found {quoted(text)}; expected NAME>=NUMBER (or <=, >, <, ==, !=), such as 'kl<=0.5'"
             )
         check_measure(match[1])
         return cls(match[1], match[2], limit)

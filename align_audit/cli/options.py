@@ -43,7 +43,7 @@ FailOnOption = Annotated[
 GateOption = Annotated[
     list[str] | None,
     typer.Option(
-        help="A number that every checkpoint has to keep, such as 'spinal.coherence>=0.4' or 'margins.shift.low>0'; several "
+        help="A number that every checkpoint has to keep, such as 'kl<=0.5' or 'margins.shift.low>0'; several "
         "times. Exit status 2 where one is broken; a number that is not known breaks it."
     ),
 ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from align_audit.lab import MODEL_DIR
 from align_audit.lab.corpus import preference_pairs
 from align_audit.record.run import AuditRun
 from align_audit.writers.plots.gallery import save_all
+from align_audit.writers.words import SCRIPT
 
 _INTRODUCTION = """[bold]align_audit demo[/]: the same small model is preference-trained twice, with the audit on.
 [dim]chosen: change of the chosen answers' log-probability, nats per token · KL: to the reference, nats per token
@@ -68,25 +71,41 @@ def run_demo(output: Path) -> tuple[Outcome, Outcome]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     began = time.perf_counter()
-    _prepare(output)
     console = _console()
-    console.print(_INTRODUCTION)
-    # A model this small gains nothing from more threads, and loses much where other programs want the cores too.
-    with threadpool_limits(limits=1):
-        healthy = _train(HEALTHY, output, console)
-        ruined = _train(RUINED, output, console)
-    _conclude(healthy, ruined, output, time.perf_counter() - began, console)
+    with _replaced(output):
+        console.print(_INTRODUCTION)
+        # A model this small gains nothing from more threads, and loses much where other programs want the cores too.
+        with threadpool_limits(limits=1):
+            healthy = _train(HEALTHY, output, console)
+            ruined = _train(RUINED, output, console)
+        _conclude(healthy, ruined, output, time.perf_counter() - began, console)
     return healthy, ruined
 
 
-def _prepare(output: Path) -> None:
-    """An empty folder; what an earlier demo left is replaced, anything else is not touched."""
-    if output.exists():
-        if not output.is_dir() or (any(output.iterdir()) and not (output / _MARKER).exists()):
+@contextlib.contextmanager
+def _replaced(output: Path) -> Iterator[None]:
+    """An empty folder; what an earlier demo left is replaced once this one is done, and comes back where it breaks."""
+    aside: Path | None = None
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        if not (output / _MARKER).exists():
             raise ConfigurationError(f"{output} exists and was not written by this demo; choose another --output")
-        shutil.rmtree(output)
+        aside = output.resolve().with_name(f".{output.resolve().name}-{os.getpid()}")
+        output.rename(aside)
     try:
-        output.mkdir(parents=True)
+        _prepare(output)
+        yield
+    except BaseException:
+        if aside is not None:
+            shutil.rmtree(output, ignore_errors=True)
+            aside.rename(output)
+        raise
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _prepare(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
         (output / _MARKER).write_text("Written by `align-audit demo`, which replaces this folder.\n", encoding="utf-8")
     except OSError as error:
         raise ConfigurationError(f"cannot write to {output}: {error}; choose another --output") from error
@@ -213,6 +232,8 @@ def _conclude(healthy: Outcome, ruined: Outcome, output: Path, seconds: float, c
         folder = output / outcome.settings.name / "pictures"
         console.print(f"{len(outcome.pictures)} pictures of the {outcome.settings.name} run: {folder}", soft_wrap=True)
     console.print(f"Both runs beside TRL's own curves: [bold]tensorboard --logdir {output}[/]", soft_wrap=True)
+    console.print("\nIn a script of yours (`align-audit doctor` tries beforehand whether it works there):")
+    console.print(SCRIPT, markup=False)
     console.print(f"[dim]{seconds:.0f} s in all[/]")
 
 

@@ -53,6 +53,8 @@ def load_model(
     if attention is not None:
         options["attn_implementation"] = attention
     folder = Path(path)
+    if not folder.exists() and (folder.is_absolute() or str(path).startswith((".", "~"))):
+        raise ReferenceUnavailableError(f"there is no folder {path}; expected a saved model or adapter, or a hub name")
     if folder.exists() and not folder.is_dir():
         raise ReferenceUnavailableError(f"{path} is a file; expected a directory with a saved model, or a hub name")
     with loader_errors(path):

@@ -27,6 +27,7 @@ from align_audit.writers.standing import (
     where_in_words,
 )
 from align_audit.writers.styled import RED, STATUS_STYLES, Part, text_of
+from align_audit.writers.words import pairs_in_words
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -124,8 +125,7 @@ def _at_start(standing: Standing) -> str | None:
     record = standing.record
     if record.step != 0 or not record.reference_check.same_weights:
         return None
-    pairs, held_out = record.provenance.pairs, record.provenance.probe_held_out
-    words = f"policy and reference are equal before training: {pairs} {'held-out ' if held_out else ''}pairs"
+    words = f"policy and reference are equal before training: {pairs_in_words(record)}"
     return f"{words}, tokens {percent(record.margins.token_accuracy.mean)}"
 
 

@@ -132,8 +132,15 @@ def closing(run: AuditRun, checkpoints: Mapping[int, str]) -> list[_Table | _Lin
         healthy.append({step for step, word in words.items() if word == "HEALTHY"})
     if not said:
         return []
-    said += [_Line(words) for words in (_broken(run), _unaffordable(run, checkpoints)) if words]
+    said += [_Line(words) for words in (_trained_on(run), _broken(run), _unaffordable(run, checkpoints)) if words]
     return [*said, _Line(_latest_healthy(run, set.intersection(*healthy), checkpoints), "bold")]
+
+
+def _trained_on(run: AuditRun) -> str:
+    """What figures of training pairs are worth; nothing where no set is known to be trained on."""
+    if not any(record.provenance.probe_held_out is False for record in run.records[-1:]):
+        return ""
+    return "The policy is trained on these pairs: accuracy and margins look better than they are. Pass held-out ones (probes=...)"
 
 
 def _by_step(run: AuditRun) -> list[Standing]:
@@ -202,7 +209,8 @@ def _unaffordable(run: AuditRun, checkpoints: Mapping[int, str]) -> str:
     steps = ("step " if len(asked) == 1 else "steps ") + span(list(asked))
     afterwards = ""
     if last in checkpoints:
-        afterwards = f", or afterwards: align-audit run {plain(run.output_dir / checkpoints[last])}"
+        folder = plain(run.output_dir / checkpoints[last])
+        afterwards = f", or afterwards: align-audit run {folder} --probes PAIRS --reference MODEL"
     return (
         f"{audits} did not fit the budget{takes}: where the preference sits was not measured at {steps}. "
         f"To get it: AuditConfig(budget=None), or a larger budget{afterwards}"

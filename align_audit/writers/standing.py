@@ -269,13 +269,13 @@ def where_in_words(full: AuditRecord | None, step: int) -> str:
 
 
 def where_in_short(full: AuditRecord | None) -> str:
-    """The same for a column: ``layers 3–4``, ``layer 2 (31 %)``; ``–``: not known."""
+    """The same for a column: ``layers 3–4`` is a claim, ``peak at 2 (31 %)`` is none; ``–``: not known."""
     if full is None or full.patching is None or full.reference_check.same_weights:
         return "–"
     if full.finding is not None and full.finding.localized:
         return _layers(full.finding.layers)
     peak = full.patching.peak_layer
-    return "–" if peak is None else f"layer {peak}" + _share(peak_share(full), " ({})")
+    return "–" if peak is None else f"peak at {peak}" + _share(peak_share(full), " ({})")
 
 
 def peak_share(full: AuditRecord) -> float:

@@ -20,6 +20,28 @@ def on_probes(record: AuditRecord) -> str:
     return "" if name is None else f" on {name!r}"
 
 
+def pairs_in_words(record: AuditRecord, noun: str = "pairs") -> str:
+    """How many pairs an audit was made on, and whether the policy was trained on them.
+
+    Example:
+        ``24 held-out pairs``, ``64 pairs that are trained on``, ``64 pairs`` where nobody said.
+    """
+    count, held_out = record.provenance.pairs, record.provenance.probe_held_out
+    noun = noun.removesuffix("s") if count == 1 else noun
+    if held_out is None:
+        return f"{count} {noun}"
+    return f"{count} held-out {noun}" if held_out else f"{count} {noun} that {'is' if count == 1 else 'are'} trained on"
+
+
+SCRIPT = """\
+  from align_audit import AlignmentAuditCallback
+
+  callback = AlignmentAuditCallback()
+  trainer = DPOTrainer(..., callbacks=[callback])
+  callback.attach(trainer)"""
+"""What goes into a training script."""
+
+
 def duration(seconds: float) -> str:
     """A time in words, rounded.
 

@@ -41,9 +41,18 @@ def test_a_row_for_each_step_and_the_latest_healthy_checkpoint() -> None:
     assert [line.split()[:2] for line in lines[2:7]] == [
         ["0", "HEALTHY"], ["5", "HEALTHY"], ["10", "HEALTHY"], ["20", "ERROR"], ["40", "ERROR"],
     ]  # fmt: skip
-    assert lines[5].split()[2:10] == ["−5.40", "9.40", "40", "%", "90", "%", "+7.90", "layer"]
+    assert lines[5].split()[2:10] == ["−5.40", "9.40", "40", "%", "90", "%", "+7.90", "peak"]
     assert lines[2].split()[2:] == ["+0.01", "0.04", "82", "%", "–", "–", "–"], "of equal models there is no margin"
     assert lines[7:] == ["latest healthy: checkpoint-5"]
+
+
+def test_pairs_that_are_trained_on_are_said_to_be() -> None:
+    records = [
+        record.model_copy(update={"provenance": record.provenance.model_copy(update={"probe_held_out": False})})
+        for record in a_run("well")
+    ]
+    assert [line for line in shown(records, {}) if "trained on these pairs" in line]
+    assert not [line for line in shown(a_run("well"), {}) if "trained on these pairs" in line]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +119,7 @@ def test_full_audits_that_did_not_fit_are_told_once_with_what_they_take() -> Non
     (line,) = [line for line in lines if "budget" in line]
     assert line.startswith("2 full audits did not fit the budget (about ")
     assert "was not measured at steps 20, 40. To get it: AuditConfig(budget=None)" in line
-    assert line.endswith("or afterwards: align-audit run runs/dpo/checkpoint-40")
+    assert line.endswith("or afterwards: align-audit run runs/dpo/checkpoint-40 --probes PAIRS --reference MODEL")
     assert lines[0] == "align_audit: 64 pairs, 3 steps audited, 1 in full"
     # One that followed at the same step after all is not missed.
     assert not [line for line in shown([calm(0), out_of_budget(20), calm(20)]) if "budget" in line]

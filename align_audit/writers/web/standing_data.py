@@ -16,6 +16,7 @@ from align_audit.record.training_log import LogRow, up_to
 from align_audit.writers.brief import what_to_do
 from align_audit.writers.standing import Standing, figure, logged_figure, percent, standing_at
 from align_audit.writers.web.json_values import number, text
+from align_audit.writers.words import pairs_in_words
 
 
 def standing_now(run: AuditRun, records: Sequence[AuditRecord]) -> Standing | None:
@@ -151,11 +152,10 @@ def _facts(run: AuditRun, standing: Standing | None) -> str:
     heads = heads_of(run.records)
     full = len({head.step for head in heads if head.kind == "full"})
     steps = len({head.step for head in heads})
-    there = record.provenance
     words = [
         f"{steps} step{'s' if steps != 1 else ''} audited, {full} in full; last at step {record.step}",
         broken,
-        f"{there.pairs} {'held-out ' if there.probe_held_out else ''}probe pairs",
+        pairs_in_words(record, "probe pairs"),
         f"reference: {record.reference_check.source}",
     ]
     return text(" · ".join(word for word in words if word))
