@@ -140,7 +140,7 @@ def _trained_on(run: AuditRun) -> str:
     """What figures of training pairs are worth; nothing where no set is known to be trained on."""
     if not any(record.provenance.probe_held_out is False for record in run.records[-1:]):
         return ""
-    return "The policy is trained on these pairs: accuracy and margins look better than they are. Pass held-out ones (probes=...)"
+    return "The policy is trained on these pairs: accuracy and margins look too good. Pass held-out ones (probes=...)"
 
 
 def _by_step(run: AuditRun) -> list[Standing]:

@@ -267,6 +267,7 @@ def test_a_run_is_its_twin_until_its_fault(tmp_path: Path, monkeypatch: pytest.M
     assert {steps["reference"] for steps in kept[0].values()} == {policies[0][0]}
 
 
+@pytest.mark.slow
 def test_audits_of_stored_weights_are_those_of_the_callback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from destabilization import auditing
 

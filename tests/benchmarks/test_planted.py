@@ -57,6 +57,7 @@ def test_shares_and_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert "missed at ratios: 0.40" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plant", "number"),
     [(planted.plant_a_window, 0), (planted.plant_a_site, 0), (planted.plant_a_site, 3), (planted.plant_a_head, 0)],

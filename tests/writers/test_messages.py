@@ -113,8 +113,17 @@ def test_a_long_text_is_cut() -> None:
 
 
 @pytest.fixture
-def log_file(tmp_path: Path) -> Iterator[Path]:
-    """Where a program's own handler writes."""
+def log_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where a program's own handler writes; whatever libraries have switched off in this process before."""
+    logging.disable(logging.NOTSET)
+    place: logging.Logger | None = alert_logger
+    while place is not None:
+        monkeypatch.setattr(place, "disabled", False)
+        monkeypatch.setattr(place, "propagate", True)
+        if place is not logging.getLogger():
+            place.setLevel(logging.NOTSET)
+        place = place.parent
+    logging.getLogger().setLevel(logging.WARNING)
     handler = logging.FileHandler(tmp_path / "program.log")
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s %(message)s"))
     logging.getLogger().addHandler(handler)
