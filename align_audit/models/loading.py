@@ -54,7 +54,10 @@ def load_model(
         options["attn_implementation"] = attention
     folder = Path(path)
     if not folder.exists() and (folder.is_absolute() or str(path).startswith((".", "~"))):
-        raise ReferenceUnavailableError(f"there is no folder {path}; expected a saved model or adapter, or a hub name")
+        raise ReferenceUnavailableError(
+            f"cannot load a causal language model from {path}: there is no such folder. Expected a directory saved with "
+            "`save_pretrained` (or a checkpoint of the trainer), or the name of a model that is in reach"
+        )
     if folder.exists() and not folder.is_dir():
         raise ReferenceUnavailableError(f"{path} is a file; expected a directory with a saved model, or a hub name")
     with loader_errors(path):
