@@ -17,8 +17,10 @@ from threadpoolctl import threadpool_limits
 from align_audit.errors import ConfigurationError
 from align_audit.lab import MODEL_DIR
 from align_audit.lab.corpus import preference_pairs
+from align_audit.record.log import FOLDER, REPORT
 from align_audit.record.run import AuditRun
 from align_audit.writers.plots.gallery import save_all
+from align_audit.writers.standing import figure, percent
 from align_audit.writers.words import SCRIPT
 
 _INTRODUCTION = """[bold]align_audit demo[/]: the same small model is preference-trained twice, with the audit on.
@@ -219,22 +221,33 @@ def _conclude(healthy: Outcome, ruined: Outcome, output: Path, seconds: float, c
     def margins(outcome: Outcome) -> Any:
         return outcome.run.records[-1].margins
 
-    row("  chosen log-prob.", lambda o: f"{margins(o).chosen_logp_change_per_token.mean:+.2f} nats per token")
-    row("  KL to reference", lambda o: f"{margins(o).kl.mean:.2f} nats per token")
+    row("  chosen log-prob.", lambda o: f"{figure(margins(o).chosen_logp_change_per_token.mean, True)} nats per token")
+    row("  KL to reference", lambda o: f"{figure(margins(o).kl.mean)} nats per token")
     row(
         "  next-token accuracy",
-        lambda o: f"{margins(o).token_accuracy.mean:.0%} (was {margins(o).reference_token_accuracy.mean:.0%})",
+        lambda o: (
+            f"{percent(margins(o).token_accuracy.mean)} (was {percent(margins(o).reference_token_accuracy.mean)})"
+        ),
     )
     row("  error alerts", _alerts)
     console.print(table)
     console.print()
-    for outcome in (healthy, ruined):
-        folder = output / outcome.settings.name / "pictures"
-        console.print(f"{len(outcome.pictures)} pictures of the {outcome.settings.name} run: {folder}", soft_wrap=True)
-    console.print(f"Both runs beside TRL's own curves: [bold]tensorboard --logdir {output}[/]", soft_wrap=True)
-    console.print("\nIn a script of yours (`align-audit doctor` tries beforehand whether it works there):")
+    for words in _what_next(healthy, ruined, output):
+        console.print(words, soft_wrap=True, markup=False)
     console.print(SCRIPT, markup=False)
     console.print(f"[dim]{seconds:.0f} s in all[/]")
+
+
+def _what_next(healthy: Outcome, ruined: Outcome, output: Path) -> Iterator[str]:
+    """Where to look, the first place first, and how to go on."""
+    folders = [output / outcome.settings.name for outcome in (healthy, ruined)]
+    yield f"Open first: {folders[1] / FOLDER / REPORT}"
+    yield f"  and then: {folders[0] / FOLDER / REPORT}"
+    yield f"Side by side: align-audit compare {folders[0]} {folders[1]}"
+    yield f"Beside TRL's own curves: tensorboard --logdir {output} (its tab Align audit)"
+    yield f"Pictures: {len(healthy.pictures)} in {folders[0] / 'pictures'}, {len(ruined.pictures)} in {folders[1] / 'pictures'}"
+    yield ""
+    yield "In a script of yours (`align-audit doctor` tries beforehand whether it works there):"
 
 
 def _alerts(outcome: Outcome) -> str:

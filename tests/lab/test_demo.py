@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,6 +38,9 @@ def test_a_short_demo_trains_audits_and_draws(
     assert printed.count("align_audit step 0  HEALTHY  policy and reference are equal before training") == 2
     assert printed.count("latest healthy: ") == 2, "each run ends with its table"
     assert "latest healthy: checkpoint-4" in printed
+    assert "callback.attach(trainer)" in printed, "what goes into a script of one's own"
+    places = re.findall(r"^ *(?:Open first|and then): (.*)$", printed, re.MULTILINE)
+    assert [Path(place).read_bytes()[:15] for place in places] == [b"<!DOCTYPE html>"] * 2
     # Ruin shows in the audit: both runs took as many steps on the same pairs.
     healthy, ruined = (outcome.run.records[-1].margins.kl.mean for outcome in outcomes)
     assert ruined > 10 * healthy > 0
@@ -46,6 +51,21 @@ def test_a_folder_that_is_not_the_demos_is_not_touched(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="choose another --output"):
         show.run_demo(tmp_path)
     assert (tmp_path / "precious.txt").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, RuntimeError, None])
+def test_an_earlier_demo_is_replaced_once_this_one_is_done(tmp_path: Path, end: type[BaseException] | None) -> None:
+    output = tmp_path / "demo"
+    with show._replaced(output):
+        (output / "result").write_text("earlier")
+    with contextlib.nullcontext() if end is None else pytest.raises(end), show._replaced(output):
+        assert not (output / "result").exists(), "a demo begins in an empty folder"
+        (output / "other").touch()
+        if end is not None:
+            raise end
+    assert (output / "result").exists() == (end is not None)
+    assert (output / "other").exists() == (end is None)
+    assert list(tmp_path.iterdir()) == [output], "nothing is left beside it"
 
 
 @pytest.mark.slow
