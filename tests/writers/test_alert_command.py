@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,9 @@ def python(tmp_path: Path, code: str) -> str:
 
 def test_what_it_is_about_stands_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # Settings of ours that whoever runs the tests has are not what an alert tells.
+    for name in [name for name in os.environ if name.startswith("ALIGN_AUDIT_")]:
+        monkeypatch.delenv(name)
     code = "import json, os, sys; json.dump([dict(os.environ), sys.argv[1:]], open('told.json', 'w')); print('noise')"
     said: list[str] = []
     AlertCommand(python(tmp_path, code) + " 'two words' $HOME", said.append).run("runs/dpo", alert(WILD))
