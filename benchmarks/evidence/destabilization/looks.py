@@ -69,13 +69,9 @@ def kept_steps(case: Case) -> frozenset[int]:
 
 
 def audit_options(case: Case, *, full: bool) -> dict[str, Any]:
-    """``AuditConfig.from_dict`` of an audit: as the defaults say, but for what takes time and tells rules nothing.
-
-    Continuations may be 64 tokens long, since the answers of these models are about 50.
-    """
+    """``AuditConfig.from_dict`` of an audit: as the defaults say, but for what takes time and tells rules nothing."""
     options: dict[str, Any] = {
         "max_pairs": looks(case).pairs,
-        "generations": {"max_new_tokens": 64},
         "progress": False,
         "tensorboard": "off",
         "strict": True,
