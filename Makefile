@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh machine:
 #   make demo   its own .venv, the install, and the main job
-#   make test   the same, then the tests
+#   make test   the same, then the tests of one process
 # Both are idempotent, and quick the second time.
 PYTHON ?= python3
 # Which build of torch: empty for the package index's own (on Linux a CUDA build), else a folder of
@@ -19,7 +19,7 @@ BOUND_TESTS := tests/monitoring/test_callback.py tests/monitoring/test_reference
 	tests/models/weights/test_not_streamed.py tests/models/weights/test_from_host.py \
 	tests/writers/test_tensorboard.py tests/cli/test_options.py tests/cli/test_run.py
 
-.PHONY: demo test docs fuzz test-all test-gpu test-lowest test-newest lint lock wheel-check install python clean
+.PHONY: demo test test-distributed docs fuzz test-all test-gpu test-lowest test-newest lint lock wheel-check install python clean
 
 install: $(STAMP)
 
@@ -49,7 +49,11 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not distributed"
+
+# Training on two processes of this machine, which take a core each: so one test file after the other.
+test-distributed: $(STAMP)
+	$(PYTEST) tests/distributed -m "distributed and not slow and not gpu"
 
 # The documents as a site, in build/site: links, anchors and docstrings are checked, and a warning is an error.
 docs: $(STAMP)
