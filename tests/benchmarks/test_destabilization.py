@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import gzip
 import itertools
 import json
 import math
@@ -26,11 +28,12 @@ from destabilization import (
     score,
     training,
     truth,
+    tune,
 )
 from destabilization.inside import auroc
 from destabilization.kinds import Case
 from destabilization.lines import Truth
-from destabilization.stored import StoredRun
+from destabilization.stored import StoredRun, packed
 
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
 from align_audit.lab import MODEL_DIR
@@ -394,6 +397,24 @@ def test_recall_false_alarms_and_lead_are_counted() -> None:
     assert (figures["false_errors"], figures["healthy"]) == (1, 2)
     assert list(figures["disturbed"]) == ["disturbed"]
     assert figures["median_lead"] == 2
+
+
+def test_another_value_of_an_option_is_tried_on_the_tuning_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs of those that are kept: a healthy one, and one whose loss is used up while it learns nothing."""
+    with gzip.open(packed("tuning"), "rt", encoding="utf-8") as file:
+        names = ("steady+000", "steady+long-answers+000")
+        chosen = [line for line in file if json.loads(line)["about"]["name"] in names]
+    with gzip.open(packed("tuning", tmp_path), "wt", encoding="utf-8") as file:
+        file.writelines(chosen)
+    tune.main(argparse.Namespace(option="log_saturated_loss", values=[0.001], data=tmp_path, level="warning"))
+    usual, strict, moved = capsys.readouterr().out.splitlines()
+    assert usual.startswith("log_saturated_loss default: false 0 of 1, caught 1 and in time 1 of 1")
+    assert strict.startswith("log_saturated_loss 0.001: false 0 of 1, caught 0 and in time 0 of 1")
+    assert moved == "    steady+long-answers+000: step 32 → None"
+    with pytest.raises(SystemExit, match="no option kl_warnin"):
+        tune.main(argparse.Namespace(option="kl_warnin", values=[1.0], data=tmp_path, level="warning"))
 
 
 def test_limits_of_one_are_the_defaults() -> None:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 COMMANDS = {
     "run": "train, measure the truth and audit, where that is missing",
     "pack": "keep of finished runs what scoring needs, in one file a split",
+    "tune": "print what other values of an option would have said of the tuning split",
     "score": "print what each set of rules says of the packed runs",
     "inside": "print what each signal knows of a run, and when",
 }

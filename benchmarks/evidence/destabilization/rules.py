@@ -120,16 +120,18 @@ def called_for(run: StoredRun, config: AlertConfig) -> set[int]:
     return steps
 
 
-def align_audit_rules(*, log: bool, full: bool) -> Callable[[float], Alarms]:
+def align_audit_rules(*, log: bool, full: bool, config: AlertConfig | None = None) -> Callable[[float], Alarms]:
     """The package's own rules, asked as in a run: each audit with its alerts is known to those after it.
 
     Args:
         log: they read the trainer's log up to the audit too, and it calls for looks.
         full: full audits are made at their steps, beside the looks.
+        config: their options, whatever the laxness; None: the defaults, moved by it.
     """
+    given = config
 
     def at(laxness: float) -> Alarms:
-        config = limits(laxness)
+        config = given or limits(laxness)
 
         def alarms_of(run: StoredRun) -> list[Raised]:
             steps = {0, *run.looks} | (called_for(run, config) if log else set())
