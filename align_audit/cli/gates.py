@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from align_audit.errors import ConfigurationError, plain, quoted
+from align_audit.errors import ConfigurationError, counted, plain, quoted
 from align_audit.options.rules import did_you_mean
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.measure_names import check_measure, measure
@@ -149,4 +149,4 @@ def _told(said: Iterable[tuple[AuditRecord, str | None]], names: Mapping[int, st
 
 
 def _more(checkpoints: int) -> str:
-    return f" (and {checkpoints} more checkpoint{'s' if checkpoints > 1 else ''})" if checkpoints else ""
+    return f" (and {counted(checkpoints, 'more checkpoint')})" if checkpoints else ""

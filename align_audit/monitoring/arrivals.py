@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from align_audit.errors import counted
+
 STATE = "trainer_state.json"
 """What the trainer writes last."""
 SETTLED = 5.0
@@ -179,7 +181,9 @@ def _lack(folder: Path, files: _Files) -> str | None:
         return "it has no weights"
     missing = sorted({*_shards_by_index(folder, files), *_shards_by_name(files)} - set(files))
     if missing:
-        return f"{missing[0]} is missing" + (f", and {len(missing) - 1} more shards" if len(missing) > 1 else "")
+        return f"{missing[0]} is missing" + (
+            f", and {counted(len(missing) - 1, 'more shard')}" if len(missing) > 1 else ""
+        )
     torn = (name for name in weights if name.endswith(".safetensors") and not _is_whole(folder / name))
     return next((f"{name} is not as long as its header says" for name in torn), None)
 

@@ -13,14 +13,13 @@ from packaging.requirements import Requirement
 from torch import nn
 
 from align_audit.config import AuditConfig
-from align_audit.errors import AlignAuditError
+from align_audit.errors import AlignAuditError, counted
 from align_audit.models.reference import policy_fingerprint
 from align_audit.monitoring.doctor_plan import Check, Plan
 from align_audit.monitoring.start import checked_writers, continues
 from align_audit.options.trackers import TRACKER_NAMES
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.log import FOLDER, RECORDS, look_into_log
-from align_audit.record.stored_records import StoredRecords
 from align_audit.writers.writer import Surroundings
 
 _ROOM = 2**30
@@ -117,7 +116,7 @@ def log_check(
         return
     if not stored:
         return
-    audits = _counted(stored)
+    audits = counted(len(stored), "audit")
     if plan.resumes:
         yield Check("log", "green", f"training that is resumed goes on with the {audits} there")
     elif not plan.lora and continues(stored, policy_fingerprint(policy), sets, config):
@@ -132,10 +131,6 @@ def log_check(
         )
 
 
-def _counted(stored: StoredRecords) -> str:
-    return "1 audit" if len(stored) == 1 else f"{len(stored)} audits"
-
-
 def _folder(folder: Path) -> Check:
     try:
         stored = look_into_log(folder)
@@ -148,7 +143,7 @@ def _folder(folder: Path) -> Check:
             "output", "yellow", f"{free / 2**20:.0f} MiB are free at {place}", "make room: checkpoints need more"
         )
     if stored:
-        return Check("output", "yellow", f"{folder} holds {_counted(stored)} of an earlier run")
+        return Check("output", "yellow", f"{folder} holds {counted(len(stored), 'audit')} of an earlier run")
     return Check("output", "green", f"records go to {folder / FOLDER / RECORDS} ({free / 2**30:.0f} GiB free)")
 
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from align_audit.errors import ConfigurationError, RecordError, first_line, plain, quoted
+from align_audit.errors import ConfigurationError, RecordError, counted, first_line, plain, quoted
 from align_audit.files import append_whole, is_folder_here, remove_abandoned, write_atomically
 from align_audit.record.audit_record import Alert, AuditRecord, RecordKey
 from align_audit.record.lines import read_lines, read_records, repair
@@ -265,9 +265,9 @@ class RunLog:
         self._identity = identity_of(path)
         if missing:
             warnings.warn(
-                f"the audit log {plain(path)} was deleted or replaced while the run went on; its {len(missing)} records that "
-                "were missing there were written again (failures and arrays of earlier audits were not: they are where the log "
-                "was, if anywhere)",
+                f"the audit log {plain(path)} was deleted or replaced while the run went on, and has got back its "
+                f"{counted(len(missing), 'record')} (failures and arrays of earlier audits were not written again: they are "
+                "where the log was, if anywhere)",
                 stacklevel=4,
             )
 

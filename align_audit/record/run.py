@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from align_audit.errors import RecordError, listed, plain
+from align_audit.errors import RecordError, counted, listed, plain
 from align_audit.record.audit_record import Alert, AuditRecord, DepthTrace
 from align_audit.record.lines import read_lines, read_records
 from align_audit.record.log import (
@@ -145,7 +145,7 @@ class AuditRun:
         """In a line: where it lies, how many audits of which steps and probe set, and how it stands."""
         heads = heads_of(self.records)
         steps = [head.step for head in heads]
-        audits = f"{len(heads)} audit{'s' if len(heads) != 1 else ''}"
+        audits = counted(len(heads), "audit")
         between = (
             ""
             if not steps

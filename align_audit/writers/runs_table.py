@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
+from align_audit.errors import counted
 from align_audit.record.audit_record import Alert
 from align_audit.record.course import present_course
 from align_audit.record.run import AuditRun
@@ -201,7 +202,7 @@ class RunsTable:
             table.add_row(text(first, STATUS_STYLES[row.status.word]), *map(text, rest))
         yield table
         if len(rows) > len(shown):
-            yield text(f"and {_counted(rows[len(shown) :])} more", "dim")
+            yield text(f"and {_words(rows[len(shown) :])} more", "dim")
         for note in self.notes:
             yield text(note, "dim")
         yield from self._worst(options)
@@ -228,7 +229,7 @@ class RunsTable:
 
     def _summary(self) -> list[Part]:
         rows = by_weight(self.rows)
-        count = f"{len(rows)} run{'' if len(rows) == 1 else 's'}"
+        count = counted(len(rows), "run")
         parts: list[Part] = [(f"{count}: " if rows else count, "bold")]
         for word, number in Counter(row.status.word for row in rows).items():
             parts += [(", " if len(parts) > 1 else "", ""), (f"{number} {word}", STATUS_STYLES[word])]
@@ -315,7 +316,7 @@ def ago(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _counted(rows: Sequence[RunRow]) -> str:
+def _words(rows: Sequence[RunRow]) -> str:
     return ", ".join(f"{number} {word}" for word, number in Counter(row.status.word for row in rows).items())
 
 
