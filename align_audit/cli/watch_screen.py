@@ -191,6 +191,9 @@ def _live(board: Board, every: float, notes: Sequence[str], wait: Callable[[floa
 
 def _table(board: Board, notes: Sequence[str], console: Console | None = None) -> RunsTable:
     lines = [f"{name} is gone" for name in board.gone[-3:]] + list(notes[-3:])
+    lines += [f"{row.name}: {row.trouble}" for row in by_weight(list(board.rows.values())) if row.trouble is not None][
+        :3
+    ]
     if not board.rows:
         lines.append("no run yet: waiting for align_audit logs")
     most = None if console is None else max(console.height - _AROUND - len(lines), 3)

@@ -24,6 +24,7 @@ from align_audit.record.log import (
     load_arrays,
     load_texts,
 )
+from align_audit.record.newest import unread_after
 from align_audit.record.numbers import Word, by_series, walk
 from align_audit.record.pair_texts import PairTexts
 from align_audit.record.status import Status, status_of
@@ -63,6 +64,8 @@ class AuditRun:
     """What the trainer logged, by step; empty where none was kept."""
     untold: Sequence[AuditRecord] = ()
     """Of a log that is open for appending: records of whose alerts nobody was told, because the process was killed first."""
+    unread: str | None = None
+    """What came after the last of the records and cannot be read, in a sentence; None: nothing did."""
 
     @classmethod
     def of(cls, log: RunLog) -> Self:
@@ -83,7 +86,7 @@ class AuditRun:
     @property
     def status(self) -> Status:
         """How the run stands, of the probe set that it was narrowed to where it was."""
-        return status_of(self.records, self.failures, self.training_log)
+        return status_of(self.records, self.failures, self.training_log, self.unread)
 
     @property
     def probe_names(self) -> list[str | None]:
@@ -128,6 +131,7 @@ class AuditRun:
         alerts = records.alerts
         failures: list[Failure] = []
         training_log: list[LogRow] = []
+        unread = unread_after(path)
         if path.name == RECORDS:
             in_records = Counter(alert.model_dump_json() for alert in alerts)
             for alert in read_lines(path.with_name(ALERTS), Alert):
@@ -139,7 +143,7 @@ class AuditRun:
             failures = read_lines(path.with_name(FAILURES), Failure)
             training_log = read_training_log(path.with_name(TRAINING))
         alerts.sort(key=lambda alert: alert.step)
-        return cls(path.parent, records, alerts, failures, training_log=training_log)
+        return cls(path.parent, records, alerts, failures, training_log=training_log, unread=unread)
 
     def __repr__(self) -> str:
         """In a line: where it lies, how many audits of which steps and probe set, and how it stands."""

@@ -59,6 +59,7 @@ class RunRow:
         alerts: warnings and errors that are open, on any set, the errors first.
         audits: of all sets.
         failures: audits that broke.
+        trouble: what of its log cannot be read, in a sentence; None: nothing.
     """
 
     name: str
@@ -69,6 +70,7 @@ class RunRow:
     alerts: tuple[Alert, ...] = ()
     audits: int = 0
     failures: int = 0
+    trouble: str | None = None
 
     @property
     def created(self) -> datetime | None:
@@ -105,6 +107,7 @@ class RunRow:
             "step": None,
             "audits": self.audits,
             "failures": self.failures,
+            "trouble": self.trouble,
         }
         if self.standing is not None:
             record = self.standing.record
@@ -137,15 +140,13 @@ def row_of_run(run: AuditRun, name: str, trouble: str | None = None) -> RunRow:
     """How a run stands now.
 
     Args:
-        trouble: why its log cannot be read, in a sentence.
+        trouble: what of its log cannot be read, in a sentence.
     """
     status, folder = run.status, str(run.output_dir)
-    if trouble is not None and (not run.records or status.word in ("WATCH", "HEALTHY")):
-        status = Status("BLIND", status.since, trouble)
     course = present_course(run.records)
     heads = heads_of(course)
     if not heads:
-        return RunRow(name, folder, status, failures=len(run.failures))
+        return RunRow(name, folder, status, failures=len(run.failures), trouble=trouble)
     last = {head.probe_name: place for place, head in enumerate(heads)}
     standings = [standing_at(course[place], run.records, run.training_log) for place in last.values()]
     standings.sort(key=lambda standing: WORST_FIRST.index(standing.status.word))
@@ -161,6 +162,7 @@ def row_of_run(run: AuditRun, name: str, trouble: str | None = None) -> RunRow:
         tuple(sorted(alerts, key=lambda alert: alert.level != "error")),
         len(run.records),
         len(run.failures),
+        trouble,
     )
 
 
