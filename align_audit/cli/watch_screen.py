@@ -14,6 +14,7 @@ import typer
 
 from align_audit.errors import ConfigurationError, named, plain
 from align_audit.record.followed import FollowedRun, log_folders
+from align_audit.record.log import output_dir_of
 from align_audit.record.status import Status
 from align_audit.writers.alert_command import AlertCommand
 from align_audit.writers.runs_table import RunRow, RunsTable, by_weight, row_of_run
@@ -79,21 +80,23 @@ class Board:
                 self.rows[folder] = row_of_run(followed.run, self._names[folder], followed.trouble)
         except Exception as error:  # one run's log ends no screen of many
             row = RunRow(
-                self._names[folder], str(folder.parent), Status("BLIND", None, f"It cannot be shown: {named(error)}.")
+                self._names[folder],
+                str(output_dir_of(folder)),
+                Status("BLIND", None, f"It cannot be shown: {named(error)}."),
             )
             changed, alerts = row != self.rows.get(folder), []
             self.rows[folder] = row
         if self._looked and self._on_alert is not None:
             for alert in alerts:
                 if alert.level != "info":
-                    self._on_alert(str(folder.parent), alert)
+                    self._on_alert(str(output_dir_of(folder)), alert)
         return changed
 
 
 def _named_logs(place: Path, places: int) -> Iterable[tuple[Path, str]]:
     """The logs at a place, and what their runs are called: by their path inside it, under its own name where there are more."""
     for log in log_folders(place):
-        run = log.parent
+        run = output_dir_of(log)
         inside = run.relative_to(place).as_posix() if run.is_relative_to(place) else "."
         name = plain(run.resolve().name if inside == "." else inside if places == 1 else f"{place}/{inside}")
         yield log, name

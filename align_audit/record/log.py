@@ -52,6 +52,26 @@ TOLD = "told.jsonl"
 REPORT = "report.html"
 
 
+def is_set_aside(directory: Path) -> bool:
+    """Was another run begun in the place of a log's? It lies in ``previous-<n>`` then (:meth:`RunLog.set_aside`)."""
+    place = Path(os.path.abspath(directory))
+    return place.parent.name == FOLDER and place.name.startswith("previous-")
+
+
+def output_dir_of(directory: Path) -> Path:
+    """The folder that the run of a log was trained into: the log lies in its ``align_audit`` folder, or is that folder, copied.
+
+    Example:
+        >>> [output_dir_of(Path(name)).as_posix() for name in ("runs/dpo/align_audit", "copies/dpo")]
+        ['runs/dpo', 'copies/dpo']
+    """
+    place = Path(os.path.abspath(directory))
+    up = 2 if is_set_aside(place) else int(place.name == FOLDER)
+    # As it was given, where that names the folder.
+    shown = directory if len(directory.parts) > up and ".." not in directory.parts else place
+    return shown.parents[up - 1] if up else shown
+
+
 def arrays_name(probe_name: str | None, name: str = "arrays") -> str:
     """What a set's arrays are called in a step's folder.
 

@@ -21,8 +21,10 @@ from align_audit.record.log import (
     RunLog,
     arrays_name,
     by_step,
+    is_set_aside,
     load_arrays,
     load_texts,
+    output_dir_of,
 )
 from align_audit.record.newest import unread_after
 from align_audit.record.numbers import Word, by_series, walk
@@ -75,13 +77,13 @@ class AuditRun:
 
     @property
     def is_set_aside(self) -> bool:
-        """Was another run begun in its place? It lies in a ``previous-<n>`` folder then (:meth:`RunLog.set_aside`)."""
-        return self.directory.parent.name == FOLDER and self.directory.name.startswith("previous-")
+        """Was another run begun in its place (:func:`~align_audit.record.log.is_set_aside`)?"""
+        return is_set_aside(self.directory)
 
     @property
     def output_dir(self) -> Path:
-        """The folder that the run was trained into, in which its checkpoints lie."""
-        return self.directory.parent.parent if self.is_set_aside else self.directory.parent
+        """The folder that the run was trained into, in which its checkpoints lie; of a log that was copied, that of the log."""
+        return output_dir_of(self.directory)
 
     @property
     def status(self) -> Status:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from align_audit.cli.intervals import interval
+from align_audit.cli.watch_screen import look_at_runs
 from align_audit.errors import RecordError
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.followed import FollowedRun
@@ -26,7 +27,7 @@ from align_audit.writers.plots import gallery
 from align_audit.writers.runs_table import row_of_run
 from align_audit.writers.standing import standing_at
 from align_audit.writers.web.folded_data import TRANSFER
-from align_audit.writers.web.log_folders import LogFolder
+from align_audit.writers.web.log_folders import LogFolder, logs_in
 from align_audit.writers.web.page_data import page_data
 from align_audit.writers.web.shown_runs import ShownRuns
 from tests.helpers.alert_cases import about, with_margins, with_part
@@ -101,6 +102,33 @@ def test_beside_a_run_that_was_set_aside_stands_its_own_transfer(
     record = with_part(calm(20), "provenance", policy_hash=policy if of_it else "another")
     shown = page_data(replace(healthy_run(), directory=folder, records=[record]))["sets"][0]["more"]["transfer"]
     assert (shown is not None) == of_it
+
+
+@pytest.mark.parametrize("lies_in", ["dpo/align_audit", "dpo", "dpo/align_audit/previous-1"])
+@pytest.mark.parametrize("given", ["absolute", "relative", "from inside"])
+def test_every_screen_names_the_folder_of_a_run_wherever_its_log_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lies_in: str, given: str
+) -> None:
+    """In ``align_audit``, copied out of it, or set aside in it."""
+    log = RunLog(tmp_path / "made")
+    for record in a_run("well"):
+        log.append(record)
+    log.close()
+    place, run = tmp_path / lies_in, tmp_path / "dpo"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    log.directory.rename(place)
+    monkeypatch.chdir(place if given == "from inside" else tmp_path)
+    path = {"absolute": place, "relative": Path(lies_in), "from inside": Path()}[given]
+    stored = StoredRun.load(path)
+    assert stored.output_dir.resolve() == run
+    assert page_data(stored)["run"]["name"].split(" ")[0] == "dpo"
+    (name, folder) = (row_of_run(stored, "dpo").as_json(datetime.now(UTC))[key] for key in ("run", "folder"))
+    assert (name, Path(folder).resolve()) == ("dpo", run)
+    assert look_at_runs([path], every=1, once=True, as_json=True, command=None, tell=print) == 0
+    watched = json.loads(capsys.readouterr().out)
+    assert (watched["run"], Path(watched["folder"]).resolve()) == ("dpo", run)
+    if "previous" not in lies_in:
+        assert [log.name for log in logs_in([LogFolder(run)])] == ["dpo"]
 
 
 # --- a damaged log ----------------------------------------------------------------------------------------------------
