@@ -60,13 +60,19 @@ def status_of(
         >>> status_of([], [], []).word
         'BLIND'
     """
-    records = present_course(records)
+    return status_of_course(present_course(records), failures, log, unread)
+
+
+def status_of_course(
+    course: Sequence[AuditRecord], failures: Sequence[Failure], log: Sequence[LogRow], unread: str | None = None
+) -> Status:
+    """The same after the last audit of one course, by step, whenever each was made."""
     so_far = AuditsSoFar()
-    for head in heads_of(records):
+    for head in heads_of(course):
         so_far.add(head)
-    full = chosen(records, lambda head: head.kind == "full")
+    full = chosen(course, lambda head: head.kind == "full")
     status = so_far.status(full[-1] if full else None, failures, log[-1].step if log else None)
-    if unread is not None and (not records or status.word in ("WATCH", "HEALTHY")):
+    if unread is not None and (not course or status.word in ("WATCH", "HEALTHY")):
         return Status("BLIND", status.since, unread)
     return status
 

@@ -18,7 +18,7 @@ from align_audit.record.audit_record import Alert, AuditRecord, Estimate, contro
 from align_audit.record.course import course_of
 from align_audit.record.numbers import is_unknown, span
 from align_audit.record.open_alerts import SEVERITY, cause_of, open_alerts, since_of
-from align_audit.record.status import AuditsSoFar, Status, status_of
+from align_audit.record.status import AuditsSoFar, Status, status_of_course
 from align_audit.record.stored_records import Head, StoredRecords, chosen, heads_of
 from align_audit.record.training_log import LogRow, last_until, up_to
 
@@ -135,7 +135,7 @@ def standing_at(record: AuditRecord, history: Sequence[AuditRecord], log: Sequen
     full = chosen(records, lambda head: head.kind == "full")
     return Standing(
         record,
-        status_of(records, [], rows),
+        status_of_course(records, [], rows),
         _by_weight(open_alerts(heads_of(records))),
         full[-1] if full else None,
         next((row for row in reversed(rows) if _MARGIN in row.logs), None),
