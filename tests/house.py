@@ -252,7 +252,8 @@ def plurals_by_hand(root: Path = ROOT) -> list[str]:
     for path in files(root):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             chooses = isinstance(node, ast.IfExp) and {_text(node.body), _text(node.orelse)} == {"", "s"}
-            if chooses or (_text(node) or "").endswith("(s)") or "(s) " in (_text(node) or ""):
+            times = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and _text(node.left) == "s"
+            if chooses or times or (_text(node) or "").endswith("(s)") or "(s) " in (_text(node) or ""):
                 places.append(f"{path.relative_to(root)}:{node.lineno}")  # type: ignore[attr-defined]
     return places
 

@@ -133,7 +133,7 @@ def test_vague_names_are_counted_where_they_are_given(tmp_path: Path) -> None:
 
 def test_no_plural_is_made_by_hand(tmp_path: Path) -> None:
     assert plurals_by_hand() == []
-    by_hand = """a = f"{n} audit{'s' if n != 1 else ''}"\nb = "" if n == 1 else "s"\nc = f"{n} audit(s) in {t} s"\n"""
+    by_hand = """a = f"{n} audit{'s' if n != 1 else ''}"\nb = "s" * (n != 1)\nc = f"{n} audit(s) in {t} s"\n"""
     assert sorted(plurals_by_hand(a_house(tmp_path, writers__a=by_hand))) == [
         f"writers/a.py:{line}" for line in (1, 2, 3)
     ]

@@ -103,8 +103,8 @@ def schedule_check(run: Forecast, config: AuditConfig, steps: PlannedSteps) -> C
     first = "never" if run.first_look is None else f"step {run.first_look}"
     looks, full = run.count("health"), run.count("full")
     found = (
-        f"first look at the trained policy: {first}; {looks} look{'s' * (looks != 1)} and {full} full "
-        f"audit{'s' * (full != 1)} in {steps.max_steps} steps, about {duration(run.audit_seconds)}, {run.share:.1%} of the run"
+        f"first look at the trained policy: {first}; {counted(looks, 'look')} and {counted(full, 'full audit')} in "
+        f"{counted(steps.max_steps, 'step')}, about {duration(run.audit_seconds)}, {run.share:.1%} of the run"
     )
     if run.first_look is None:
         return Check("schedule", "yellow", found, _how_to_look(config.schedule, steps))
