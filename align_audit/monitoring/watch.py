@@ -28,6 +28,7 @@ from align_audit.monitoring.watched_log import WatchedLog, kept_of
 from align_audit.probes.sources import open_source
 from align_audit.record.log import RunLog
 from align_audit.record.training_log import TrainingLog
+from align_audit.writers.words import duration
 from align_audit.writers.writer import Surroundings
 
 logger = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ class _Watch:
             if time.monotonic() - last_new >= idle:
                 for each in self._waiting.values():
                     self._tell(f"{each.folder.name} was not audited: {each.lack or 'it came last'}")
-                return f"nothing new came for {_duration(idle)} (--idle)"
+                return f"nothing new came for {duration(idle)} (--idle)"
             time.sleep(every)
 
     def interrupted(self) -> str:
@@ -382,7 +383,3 @@ def _take_into_memory(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"
