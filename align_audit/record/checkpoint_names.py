@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-_NAME = re.compile(r"checkpoint-([0-9]+)")
+_NAME = re.compile(r"checkpoint-([0-9]{1,18})")
+"""Of so many digits at most: a step is a number of 64 bits."""
 
 
 def checkpoint_step(name: str) -> int | None:
