@@ -95,7 +95,7 @@ def watch_checkpoints(
         ProbeError, ReferenceUnavailableError: no checkpoint could be audited so.
     """
     _check(run, probes, config)
-    log, end = _open_log(run if output is None else output), WatchEnd()
+    log, end = RunLog(run if output is None else output), WatchEnd()
     training_log = TrainingLog(log.directory.parent)
     opening: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
 
@@ -121,18 +121,6 @@ def _check(run: Path, probes: str | Path | Mapping[str, str | Path], config: Aud
         )
     for path in probes.values() if isinstance(probes, Mapping) else [probes]:
         open_source(path, config.max_pairs, config.seed)
-
-
-def _open_log(output: Path) -> RunLog:
-    try:
-        return RunLog(output)
-    except ConfigurationError as error:
-        if isinstance(error.__cause__, BlockingIOError):
-            raise ConfigurationError(
-                f"another process that is still running writes the audit log of {plain(output)} (a callback in the training, "
-                "or another watch); stop it first, or choose another folder with --output"
-            ) from None
-        raise
 
 
 class _Watch:
