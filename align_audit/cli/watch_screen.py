@@ -132,8 +132,10 @@ def look_at_runs(
         if not board.rows:
             listed = ", ".join(map(plain, places))
             raise ConfigurationError(f"no run in {listed}: expected folders with an align_audit log in them")
-        show = _print_json if as_json else _print_table
-        show(board, notes)
+        if as_json:
+            _print_json(board)
+        else:
+            _console().print(_table(board, notes))
         return int(any(row.status.word == "ERROR" for row in board.rows.values()))
     try:
         if as_json:
@@ -145,14 +147,10 @@ def look_at_runs(
     return 0
 
 
-def _print_json(board: Board, notes: Sequence[str]) -> None:
+def _print_json(board: Board) -> None:
     now = datetime.now(UTC)
     for row in by_weight(list(board.rows.values())):
         typer.echo(json.dumps(row.as_json(now)))
-
-
-def _print_table(board: Board, notes: Sequence[str]) -> None:
-    _console().print(_table(board, notes))
 
 
 def _stream_json(

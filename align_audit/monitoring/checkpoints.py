@@ -359,7 +359,7 @@ def transfer_saved(
     resolved = SharedReference(reference, trust_remote_code).of(model, policy)
     progress = progress_bar if config.progress else None
     named = {name: pairs for name, pairs in sets.items() if name is not None}
-    check_before_transfer(policy, step or None, model, resolved, named, named=reference is not None, tell=tell)
+    check_before_transfer(policy, step or None, model, resolved, named=reference is not None, tell=tell)
     return run_transfer(model, resolved, named, config, step, progress=progress)
 
 

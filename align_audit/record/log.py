@@ -348,9 +348,9 @@ def _refusals(directory: Path) -> Iterator[None]:
         yield
     except BlockingIOError as error:
         raise ConfigurationError(
-            f"another process that is still running writes the audit log in {plain(directory)} (a training with the callback, "
-            "or align-audit run or watch); one log is one run. Stop that process first, or choose another folder "
-            "(output_dir, --output)."
+            f"another process that is still running writes the audit log in {plain(directory)}; one log is one "
+            "run. Choose another output_dir (--output), or stop that process first (a training with the callback, align-audit "
+            "run or watch)."
         ) from error
     except OSError as error:
         raise ConfigurationError(
