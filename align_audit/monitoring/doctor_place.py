@@ -20,6 +20,7 @@ from align_audit.monitoring.start import checked_writers, continues
 from align_audit.options.trackers import TRACKER_NAMES
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.log import FOLDER, RECORDS, look_into_log
+from align_audit.record.stored_records import StoredRecords
 from align_audit.writers.writer import Surroundings
 
 _ROOM = 2**30

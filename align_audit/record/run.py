@@ -205,6 +205,23 @@ class AuditRun:
         return pandas.DataFrame(rows, columns=None if rows else ["step"])
 
 
+def run_so_far(directory: Path, history: Sequence[AuditRecord], training_log: Sequence[LogRow]) -> AuditRun:
+    """A run that goes on, with the audits that broke so far: of its log only these are read.
+
+    Args:
+        directory: of the log.
+        history: its audits, by step.
+        training_log: what the trainer has logged so far.
+    """
+    return AuditRun(directory, history, [], read_lines(directory / FAILURES, Failure), training_log=training_log)
+
+
+def with_this(history: Sequence[AuditRecord], record: AuditRecord) -> Sequence[AuditRecord]:
+    """The audits of a run with this one, which may be among them."""
+    there = any(head.key == record.key for head in heads_of(history))
+    return history if there else [*history, record]
+
+
 def find_records(path: Path) -> Path:
     """The ``records.jsonl`` of a run: of its output directory, of its ``align_audit`` folder, or the file itself.
 
