@@ -90,6 +90,29 @@ def listed(names: Iterable[object]) -> str:
     return ", ".join(words[:_LISTED]) + more
 
 
+def counted(number: int, noun: str) -> str:
+    """So many of something, in words.
+
+    Args:
+        noun: of one, whose plural ends in s; words may stand before it.
+
+    Example:
+        >>> counted(1, "more audit"), counted(0, "pair"), counted(12345, "token")
+        ('1 more audit', '0 pairs', '12,345 tokens')
+    """
+    return f"{number:,} {plural(noun, number)}"
+
+
+def plural(noun: str, number: int) -> str:
+    """The noun as it stands for so many.
+
+    Example:
+        >>> plural("layer", 1), plural("layer", 2)
+        ('layer', 'layers')
+    """
+    return noun if number == 1 else f"{noun}s"
+
+
 def first_line(error: BaseException) -> str:
     """What a library says is wrong: the first line of its words, for a message of one line."""
     words = str(error).strip()

@@ -246,6 +246,22 @@ def vague_names(root: Path = ROOT) -> dict[str, Counter[str]]:
     return counts
 
 
+def plurals_by_hand(root: Path = ROOT) -> list[str]:
+    """Where a text chooses between an ``s`` and none, or leaves it to the reader: ``errors.plural`` does it."""
+    places = []
+    for path in files(root):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            chooses = isinstance(node, ast.IfExp) and {_text(node.body), _text(node.orelse)} == {"", "s"}
+            times = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and _text(node.left) == "s"
+            if chooses or times or (_text(node) or "").endswith("(s)") or "(s) " in (_text(node) or ""):
+                places.append(f"{path.relative_to(root)}:{node.lineno}")  # type: ignore[attr-defined]
+    return places
+
+
+def _text(node: ast.AST) -> str | None:
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
 def _given(tree: ast.AST) -> Iterator[str]:
     """Every name that is given in a file, as often as it is."""
     for node in ast.walk(tree):

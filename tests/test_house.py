@@ -21,6 +21,7 @@ from tests.house import (
     misplaced,
     module_of,
     out_of_order,
+    plurals_by_hand,
     room_of,
     vague_names,
 )
@@ -128,6 +129,14 @@ def test_vague_names_are_counted_where_they_are_given(tmp_path: Path) -> None:
         "measures/a.py": {"other": 1, "found": 1, "own": 1, "_known": 1},
         "measures/b.py": {"found": 1},
     }
+
+
+def test_no_plural_is_made_by_hand(tmp_path: Path) -> None:
+    assert plurals_by_hand() == []
+    by_hand = """a = f"{n} audit{'s' if n != 1 else ''}"\nb = "s" * (n != 1)\nc = f"{n} audit(s) in {t} s"\n"""
+    assert sorted(plurals_by_hand(a_house(tmp_path, writers__a=by_hand))) == [
+        f"writers/a.py:{line}" for line in (1, 2, 3)
+    ]
 
 
 def test_a_module_in_no_room_and_a_circle_are_seen(tmp_path: Path) -> None:

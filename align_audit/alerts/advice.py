@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from align_audit.alerts.curves import TrainerLog
 from align_audit.options.rules import NO_WAY_BACK
 from align_audit.record.audit_record import Alert, AuditRecord
-from align_audit.record.checkpoint_names import checkpoint_step
 from align_audit.record.open_alerts import cause_of, is_serious, since_of
 from align_audit.record.stored_records import Head, heads_of
 from align_audit.record.training_log import LogRow
@@ -22,7 +22,7 @@ def advise(
     earlier: Sequence[AuditRecord],
     log: Sequence[LogRow] = (),
     *,
-    checkpoints: Collection[str] = (),
+    checkpoints: Mapping[int, str] = MappingProxyType({}),
     output_dir: str | None = None,
     beta: float | None = None,
     learning_rate: float | None = None,
@@ -33,7 +33,7 @@ def advise(
         alerts: of one audit, as :func:`align_audit.alerts.detectors.judge` gives them.
         earlier: the records before it, of all probe sets.
         log: the trainer's.
-        checkpoints: names of the folders of saved checkpoints (``checkpoint-40``) that exist now; others are passed over.
+        checkpoints: step → name of the folder (``checkpoint-40``), of the saved checkpoints that exist now.
         output_dir: where they lie, for the command.
         beta: of the trainer; None: not known.
         learning_rate: that the trainer was given, at its highest; None: the highest of those that it has logged, which a
@@ -56,17 +56,17 @@ def clean_step(heads: Sequence[Head], since: int) -> int | None:
     return max((step for step, still in clean.items() if still), default=None)
 
 
-def newest_checkpoint(checkpoints: Collection[str], step: int) -> str | None:
+def newest_checkpoint(checkpoints: Mapping[int, str], step: int) -> str | None:
     """The newest of these folders that was saved at a step or before it; None: there is none."""
-    usable = {at: name for at, name in _saved(checkpoints).items() if at <= step}
-    return usable[max(usable)] if usable else None
+    newest = max((at for at in checkpoints if at <= step), default=None)
+    return None if newest is None else checkpoints[newest]
 
 
 def _advised(
     alert: Alert,
     heads: Sequence[Head],
     rate: float,
-    checkpoints: Collection[str],
+    checkpoints: Mapping[int, str],
     output_dir: str | None,
     beta: float | None,
 ) -> Alert:
@@ -91,7 +91,7 @@ def _advised(
     )
 
 
-def _back(alert: Alert, heads: Sequence[Head], clean: int | None, checkpoints: Collection[str]) -> str:
+def _back(alert: Alert, heads: Sequence[Head], clean: int | None, checkpoints: Mapping[int, str]) -> str:
     """Where to go back to, or why nowhere. A warning costs no training yet: it says what to do should it become an error."""
     if cause_of(alert) in NO_WAY_BACK:
         return NO_WAY_BACK[cause_of(alert)]
@@ -105,18 +105,12 @@ def _back(alert: Alert, heads: Sequence[Head], clean: int | None, checkpoints: C
         if is_error:
             return f"The last clean audit was at step {clean}: go back to {checkpoint}"
         return f"Should it become an error, go back to {checkpoint}: the last clean audit was at step {clean}"
-    saved = _saved(checkpoints)
     none_kept = f"the last clean audit was at step {clean}, and no checkpoint from then or before was kept"
-    none_kept += f"; the oldest that exists is of step {min(saved)}" if saved else ""
+    none_kept += f"; the oldest that exists is of step {min(checkpoints)}" if checkpoints else ""
     more = "save more often (save_steps, save_total_limit)"
     if is_error:
         return f"T{none_kept[1:]}: start again, and {more}"
     return f"Should it become an error, there is nothing to go back to, because {none_kept}: {more}"
-
-
-def _saved(checkpoints: Collection[str]) -> dict[int, str]:
-    """Step → folder, of those that are checkpoints by their name."""
-    return {step: name for name in checkpoints if (step := checkpoint_step(name)) is not None}
 
 
 def _knob(alert: Alert, rate: float, beta: float | None) -> str:

@@ -100,7 +100,7 @@ def transfer(
     resolved = resolve_reference(policy, reference)
     refuse_itself(policy_fingerprint(policy), resolved, resolved.fingerprint() if resolved.own_source else "")
     if folder is not None:
-        check_before_transfer(folder, step or None, policy, resolved, sets, named=reference is not None)
+        check_before_transfer(folder, step or None, policy, resolved, named=reference is not None)
     return run_transfer(policy, resolved, sets, config, step, anatomy=anatomy)
 
 
@@ -109,7 +109,6 @@ def check_before_transfer(
     step: int | None,
     policy: nn.Module,
     reference: Reference,
-    probes: Mapping[str, ProbeSet],
     *,
     named: bool,
     tell: Callable[[str], None] = logger.warning,

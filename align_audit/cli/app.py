@@ -40,7 +40,7 @@ from align_audit.cli.options import (
 from align_audit.cli.reading import card, compare
 from align_audit.cli.report import report
 from align_audit.cli.watch import watch
-from align_audit.errors import AlignAuditError, ConfigurationError, first_line, listed, named, plain
+from align_audit.errors import AlignAuditError, ConfigurationError, counted, first_line, listed, named, plain
 from align_audit.models.pickles import refuse_pickles
 
 if TYPE_CHECKING:
@@ -282,7 +282,9 @@ def _conclude(records: list[AuditRecord], output: Path, seconds: float) -> None:
     from align_audit.writers.plots.gallery import save_all
 
     pictures = save_all(records, output / "pictures")
-    typer.echo(f"{len(records)} audit(s) in {seconds:.0f} s; the log is {output / 'align_audit' / 'records.jsonl'}")
+    typer.echo(
+        f"{counted(len(records), 'audit')} in {seconds:.0f} s; the log is {output / 'align_audit' / 'records.jsonl'}"
+    )
     for path in pictures.values():
         typer.echo(f"  {path}")
 

@@ -10,15 +10,18 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
-from align_audit.errors import ConfigurationError, plain, quoted
+from align_audit.errors import ConfigurationError, counted, plain, quoted
 from align_audit.options.rules import did_you_mean
-from align_audit.record.audit_record import AuditRecord
+from align_audit.record.audit_record import AuditRecord, RecordKey
+from align_audit.record.course import present_course
 from align_audit.record.measure_names import check_measure, measure
 from align_audit.record.run import AuditRun
-from align_audit.writers.standing import Standing, standing_at
+from align_audit.record.stored_records import Head, chosen
+from align_audit.writers.standing import Standing, standing_at, standings_over
 
 _COMPARISONS: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
@@ -124,12 +127,27 @@ class Demands:
             said = ((record, gate.broken_by(record)) for record in records)
             yield from _told(said, names, f"--gate {gate}")
         if self.fail_on is not None:
-            words, history = _SERIOUS[self.fail_on], AuditRun.load(output).records
-            standings = (standing_at(record, history) for record in records)
+            words = _SERIOUS[self.fail_on]
             said = (
-                (standing.record, _badly(standing) if standing.status.word in words else None) for standing in standings
+                (standing.record, _badly(standing) if standing.status.word in words else None)
+                for standing in _standings(records, AuditRun.load(output))
             )
             yield from _told(said, names, *self._fail_on)
+
+
+def _standings(records: Sequence[AuditRecord], run: AuditRun) -> Iterator[Standing]:
+    """How a run stood at audits of it, whose courses are gone through once."""
+    at_audit: dict[RecordKey, Standing] = {}
+    for name in {record.provenance.probe_name for record in records}:
+        of_set = chosen(run.records, partial(_is_of, name))
+        at_audit |= {each.record.key: each for each in standings_over(present_course(of_set), run.training_log)}
+    for record in records:
+        # One that is on no present course: checkpoints may be audited in any order.
+        yield at_audit.get(record.key) or standing_at(record, run.records, run.training_log)
+
+
+def _is_of(name: str | None, head: Head) -> bool:
+    return head.probe_name == name
 
 
 def _badly(standing: Standing) -> str:
@@ -149,4 +167,4 @@ def _told(said: Iterable[tuple[AuditRecord, str | None]], names: Mapping[int, st
 
 
 def _more(checkpoints: int) -> str:
-    return f" (and {checkpoints} more checkpoint{'s' if checkpoints > 1 else ''})" if checkpoints else ""
+    return f" (and {counted(checkpoints, 'more checkpoint')})" if checkpoints else ""

@@ -45,7 +45,7 @@ def compare(
     from align_audit.writers.comparison import ComparisonTable, comparison_values, short_names
 
     stored = [load_run(path) for path in runs]
-    names = short_names([str(_directory(run)) for run in stored])
+    names = short_names([str(_called(run)) for run in stored])
     comparisons = {
         probes: compared([Side(name, run) for name, run in zip(names, narrowed, strict=True)], interval)
         for probes, narrowed in by_probes(stored, names).items()
@@ -135,10 +135,10 @@ def _write_page(page: Path, change: Callable[[bytes], bytes]) -> None:
         ) from None
 
 
-def _directory(run: AuditRun) -> Path:
-    """Of a run's training, where its log lies in the folder that the callback makes."""
-    folder = run.directory.resolve()
-    return folder.parent if folder.name == "align_audit" else folder
+def _called(run: AuditRun) -> Path:
+    """What a run is called by: the folder that it was trained into, and which of those that began there."""
+    folder = run.output_dir.resolve()
+    return folder / run.directory.resolve().name if run.is_set_aside else folder
 
 
 def _print(renderables: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from align_audit.errors import ConfigurationError, plain
+from align_audit.errors import ConfigurationError, counted, plain
 
 
 def report(
@@ -31,9 +31,7 @@ def report(
         )
     stored, path, size = report_of(run, output)
     audits = len(stored.records)
-    typer.echo(
-        f"{stored.status}: the report of {audits} audit{'' if audits == 1 else 's'} is {plain(path)} ({size / 1e6:.1f} MB)"
-    )
+    typer.echo(f"{stored.status}: the report of {counted(audits, 'audit')} is {plain(path)} ({size / 1e6:.1f} MB)")
     if open_page:
         import webbrowser
 

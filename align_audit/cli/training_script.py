@@ -43,7 +43,7 @@ def plan_of_script(arguments: Sequence[str], common: dict[str, Any]) -> Plan:
     given.setdefault("device", "cpu" if training.use_cpu else device_option("auto"))
     pairs = training.per_device_train_batch_size * training.gradient_accumulation_steps
     given.setdefault("processes", launch.num_processes or max(1, int(training.world_size)))
-    steps = _Steps.of(training, script, pairs, given["processes"], given.get("max_steps"))
+    steps = _Steps.of(training, script, given["processes"], given.get("max_steps"))
     counted = {"max_steps": steps.max_steps, "pairs_per_step": pairs, **steps.events(training)}
     unforeseen = tuple(words for name, words in steps.unforeseen(training).items() if name not in given)
     read: dict[str, Any] = {
@@ -138,11 +138,10 @@ class _Steps:
     per_epoch: int | None
 
     @classmethod
-    def of(cls, training: Any, script: Any, pairs: int, processes: int, given: int | None) -> _Steps:
+    def of(cls, training: Any, script: Any, processes: int, given: int | None) -> _Steps:
         """As transformers' Trainer counts them.
 
         Args:
-            pairs: of an optimizer step, on one process.
             given: a length that was given beside the script's arguments.
         """
         by_epoch = "epoch" in (str(training.save_strategy.value), str(training.eval_strategy.value))

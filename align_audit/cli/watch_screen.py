@@ -14,6 +14,7 @@ import typer
 
 from align_audit.errors import ConfigurationError, named, plain
 from align_audit.record.followed import FollowedRun, log_folders
+from align_audit.record.log import output_dir_of
 from align_audit.record.status import Status
 from align_audit.writers.alert_command import AlertCommand
 from align_audit.writers.runs_table import RunRow, RunsTable, by_weight, row_of_run
@@ -79,21 +80,23 @@ class Board:
                 self.rows[folder] = row_of_run(followed.run, self._names[folder], followed.trouble)
         except Exception as error:  # one run's log ends no screen of many
             row = RunRow(
-                self._names[folder], str(folder.parent), Status("BLIND", None, f"It cannot be shown: {named(error)}.")
+                self._names[folder],
+                str(output_dir_of(folder)),
+                Status("BLIND", None, f"It cannot be shown: {named(error)}."),
             )
             changed, alerts = row != self.rows.get(folder), []
             self.rows[folder] = row
         if self._looked and self._on_alert is not None:
             for alert in alerts:
                 if alert.level != "info":
-                    self._on_alert(str(folder.parent), alert)
+                    self._on_alert(str(output_dir_of(folder)), alert)
         return changed
 
 
 def _named_logs(place: Path, places: int) -> Iterable[tuple[Path, str]]:
     """The logs at a place, and what their runs are called: by their path inside it, under its own name where there are more."""
     for log in log_folders(place):
-        run = log.parent
+        run = output_dir_of(log)
         inside = run.relative_to(place).as_posix() if run.is_relative_to(place) else "."
         name = plain(run.resolve().name if inside == "." else inside if places == 1 else f"{place}/{inside}")
         yield log, name
@@ -129,8 +132,10 @@ def look_at_runs(
         if not board.rows:
             listed = ", ".join(map(plain, places))
             raise ConfigurationError(f"no run in {listed}: expected folders with an align_audit log in them")
-        show = _print_json if as_json else _print_table
-        show(board, notes)
+        if as_json:
+            _print_json(board)
+        else:
+            _console().print(_table(board, notes))
         return int(any(row.status.word == "ERROR" for row in board.rows.values()))
     try:
         if as_json:
@@ -142,14 +147,10 @@ def look_at_runs(
     return 0
 
 
-def _print_json(board: Board, notes: Sequence[str]) -> None:
+def _print_json(board: Board) -> None:
     now = datetime.now(UTC)
     for row in by_weight(list(board.rows.values())):
         typer.echo(json.dumps(row.as_json(now)))
-
-
-def _print_table(board: Board, notes: Sequence[str]) -> None:
-    _console().print(_table(board, notes))
 
 
 def _stream_json(
@@ -191,6 +192,9 @@ def _live(board: Board, every: float, notes: Sequence[str], wait: Callable[[floa
 
 def _table(board: Board, notes: Sequence[str], console: Console | None = None) -> RunsTable:
     lines = [f"{name} is gone" for name in board.gone[-3:]] + list(notes[-3:])
+    lines += [f"{row.name}: {row.trouble}" for row in by_weight(list(board.rows.values())) if row.trouble is not None][
+        :3
+    ]
     if not board.rows:
         lines.append("no run yet: waiting for align_audit logs")
     most = None if console is None else max(console.height - _AROUND - len(lines), 3)

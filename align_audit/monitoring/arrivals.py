@@ -19,12 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from align_audit.errors import counted
+from align_audit.record.checkpoint_names import checkpoint_step
+
 STATE = "trainer_state.json"
 """What the trainer writes last."""
 SETTLED = 5.0
 """Seconds without a change after which a checkpoint without (or with an older) trainer state is taken for complete."""
 
-_FOLDER = re.compile(r"checkpoint-(\d{1,18})")
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 _PICKLED = re.compile(r"(pytorch_|adapter_)model.*\.bin")
 _CONFIGURATIONS = ("config.json", "adapter_config.json")
@@ -99,14 +101,13 @@ class Arrivals:
         Raises:
             OSError: the folder cannot be read.
         """
-        names = {entry.name for entry in os.scandir(self.run) if _FOLDER.fullmatch(entry.name)}
+        names = {entry.name for entry in os.scandir(self.run) if checkpoint_step(entry.name)}
         self._seen = {name: seen for name, seen in self._seen.items() if name in names}
         seen = [look for name in names if (look := self._look_at(self.run / name)) is not None]
         return sorted(seen, key=lambda checkpoint: (checkpoint.step, checkpoint.folder.name))
 
     def _look_at(self, folder: Path) -> Checkpoint | None:
-        step = int(folder.name.partition("-")[2])
-        files = _files(folder)
+        step, files = checkpoint_step(folder.name), _files(folder)
         if not step or not files:
             return None  # gone, or not begun
         now = self._clock()
@@ -179,7 +180,9 @@ def _lack(folder: Path, files: _Files) -> str | None:
         return "it has no weights"
     missing = sorted({*_shards_by_index(folder, files), *_shards_by_name(files)} - set(files))
     if missing:
-        return f"{missing[0]} is missing" + (f", and {len(missing) - 1} more shards" if len(missing) > 1 else "")
+        return f"{missing[0]} is missing" + (
+            f", and {counted(len(missing) - 1, 'more shard')}" if len(missing) > 1 else ""
+        )
     torn = (name for name in weights if name.endswith(".safetensors") and not _is_whole(folder / name))
     return next((f"{name} is not as long as its header says" for name in torn), None)
 

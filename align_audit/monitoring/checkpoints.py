@@ -19,7 +19,7 @@ from align_audit.auditing.probe_files import read_probes
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.transfer import check_before_transfer, run_transfer
 from align_audit.config import AuditConfig
-from align_audit.errors import AlignAuditError, ConfigurationError, named, plain
+from align_audit.errors import AlignAuditError, ConfigurationError, counted, named, plain
 from align_audit.models.reference import Reference, load_policy, policy_fingerprint
 from align_audit.monitoring.monitor import Monitor
 from align_audit.monitoring.outcome import BREAKS, AuditFailure, Moment, without_frames
@@ -147,7 +147,7 @@ def _can_be_audited(
 
 def _set_aside(log: RunLog, tell: Callable[[str], None]) -> None:
     count = len(log.records)
-    audits, are = ("the audit that was", "is") if count == 1 else (f"the {count} audits that were", "are")
+    audits, are = ("the audit that was", "is") if count == 1 else (f"the {counted(count, 'audit')} that were", "are")
     tell(f"{audits} in {log.directory} {are} in {log.set_aside().name} there now")
 
 
@@ -359,7 +359,7 @@ def transfer_saved(
     resolved = SharedReference(reference, trust_remote_code).of(model, policy)
     progress = progress_bar if config.progress else None
     named = {name: pairs for name, pairs in sets.items() if name is not None}
-    check_before_transfer(policy, step or None, model, resolved, named, named=reference is not None, tell=tell)
+    check_before_transfer(policy, step or None, model, resolved, named=reference is not None, tell=tell)
     return run_transfer(model, resolved, named, config, step, progress=progress)
 
 

@@ -23,7 +23,7 @@ from align_audit.models.loading import base_of, load_model
 from align_audit.models.pickles import refuse_pickles
 from align_audit.models.reference import Reference, resolve_reference
 from align_audit.monitoring.doctor_costs import TIMED_PAIRS, cost_checks, numerics, training_seconds
-from align_audit.monitoring.doctor_place import log_check, not_tried, place_checks, texts_kept, versions
+from align_audit.monitoring.doctor_place import log_check, not_tried, place_checks, stored_in, texts_kept, versions
 from align_audit.monitoring.doctor_plan import Check, Plan
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.finding import CLAIMED_FROM
@@ -40,7 +40,8 @@ def examine(plan: Plan, config: AuditConfig, tell: Callable[[str], None] = lambd
         tell: is given what is done next, where that takes a while.
     """
     yield versions()
-    yield from place_checks(plan, config)
+    stored = stored_in(plan)
+    yield from place_checks(plan, config, stored)
     yield from not_tried(plan)
     if not plan.allow_pickle:
         try:
@@ -63,7 +64,7 @@ def examine(plan: Plan, config: AuditConfig, tell: Callable[[str], None] = lambd
     for name, probes in sets.items():
         yield _pairs(name, probes)
     yield texts_kept(config)
-    yield from log_check(plan, config, policy, sets)
+    yield from log_check(plan, config, policy, sets, stored)
     yield from _with_models(plan, config, policy, sets, tell)
 
 

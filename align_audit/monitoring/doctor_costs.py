@@ -17,6 +17,7 @@ from align_audit.auditing.session.memory import MemoryMeter
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.config import AuditConfig
+from align_audit.errors import counted
 from align_audit.models.reference import Reference
 from align_audit.monitoring.doctor_plan import Check, Plan
 from align_audit.monitoring.forecast import Costs, Forecast, PlannedSteps, forecast
@@ -73,7 +74,7 @@ def cost_checks(
         _timed(models, probes, quiet, "health", cache, name)  # computes the reference's side, once a run
     health = sum(_timed(models, probes, quiet, "health", cache, name) for name, probes in sets.items())
     timed = _timed_pairs(sets, config)
-    tell(f"timing a full audit of {len(timed)} pairs")
+    tell(f"timing a full audit of {counted(len(timed), 'pair')}")
     full = _timed(models, timed, quiet, "full", ReferenceCache())
     meter.sample()
     full *= sum(probes.num_tokens for probes in sets.values()) / timed.num_tokens
@@ -81,7 +82,7 @@ def cost_checks(
     said = [
         f"on {pairs} pairs a look takes about {duration(health)} ({health / pair:.0f} training pairs)",
         f"a full audit {duration(full)} ({full / pair:.0f} training pairs)",
-        f"which takes {meter.peak / 2**20:.0f} MiB beside the models on {len(timed)} pairs",
+        f"which takes {meter.peak / 2**20:.0f} MiB beside the models on {counted(len(timed), 'pair')}",
     ]
     yield Check("cost", "green", ", ".join(said))
     if plan.max_steps is None:
@@ -102,8 +103,8 @@ def schedule_check(run: Forecast, config: AuditConfig, steps: PlannedSteps) -> C
     first = "never" if run.first_look is None else f"step {run.first_look}"
     looks, full = run.count("health"), run.count("full")
     found = (
-        f"first look at the trained policy: {first}; {looks} look{'s' * (looks != 1)} and {full} full "
-        f"audit{'s' * (full != 1)} in {steps.max_steps} steps, about {duration(run.audit_seconds)}, {run.share:.1%} of the run"
+        f"first look at the trained policy: {first}; {counted(looks, 'look')} and {counted(full, 'full audit')} in "
+        f"{counted(steps.max_steps, 'step')}, about {duration(run.audit_seconds)}, {run.share:.1%} of the run"
     )
     if run.first_look is None:
         return Check("schedule", "yellow", found, _how_to_look(config.schedule, steps))

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from torch import nn
 
 from align_audit.config import AuditConfig
-from align_audit.errors import AlignAuditError
+from align_audit.errors import AlignAuditError, counted
 from align_audit.models.reference import policy_fingerprint
 from align_audit.monitoring.doctor_plan import Check, Plan
 from align_audit.monitoring.start import checked_writers, continues
@@ -50,10 +50,24 @@ def versions() -> Check:
     return Check("versions", "green", ", ".join(said))
 
 
-def place_checks(plan: Plan, config: AuditConfig) -> Iterator[Check]:
-    """Can the run write where it means to, do its trackers exist, and would its writers start?"""
+def stored_in(plan: Plan) -> StoredRecords | AlignAuditError:
+    """What the log of the run's folder holds, read once for all that is said of it; or why it cannot be opened."""
+    if plan.output_dir is None:
+        return StoredRecords()
+    try:
+        return look_into_log(plan.output_dir)
+    except AlignAuditError as error:
+        return error
+
+
+def place_checks(plan: Plan, config: AuditConfig, stored: StoredRecords | AlignAuditError) -> Iterator[Check]:
+    """Can the run write where it means to, do its trackers exist, and would its writers start?
+
+    Args:
+        stored: as :func:`stored_in` gives it.
+    """
     if plan.output_dir is not None:
-        yield _folder(plan.output_dir)
+        yield _folder(plan.output_dir, stored)
     reported = _reported(plan, config)
     for name in reported:
         if name not in ("none", "all"):
@@ -102,22 +116,21 @@ def not_tried(plan: Plan) -> Iterator[Check]:
 
 
 def log_check(
-    plan: Plan, config: AuditConfig, policy: nn.Module, sets: Mapping[str | None, ProbeSet]
+    plan: Plan,
+    config: AuditConfig,
+    policy: nn.Module,
+    sets: Mapping[str | None, ProbeSet],
+    stored: StoredRecords | AlignAuditError,
 ) -> Iterator[Check]:
-    """What would become of the audits that the run's folder holds already.
+    """What would become of the audits that the run's folder holds already. Why a log cannot be opened is said of the folder.
 
     Args:
+        stored: as :func:`stored_in` gives it.
         policy: with the weights that training starts from.
     """
-    if plan.output_dir is None:
+    if isinstance(stored, AlignAuditError) or not stored:
         return
-    try:
-        stored = look_into_log(plan.output_dir)
-    except AlignAuditError:  # which is said of the folder
-        return
-    if not stored:
-        return
-    audits = _counted(stored)
+    audits = counted(len(stored), "audit")
     if plan.resumes:
         yield Check("log", "green", f"training that is resumed goes on with the {audits} there")
     elif not plan.lora and continues(stored, policy_fingerprint(policy), sets, config):
@@ -132,15 +145,9 @@ def log_check(
         )
 
 
-def _counted(stored: StoredRecords) -> str:
-    return "1 audit" if len(stored) == 1 else f"{len(stored)} audits"
-
-
-def _folder(folder: Path) -> Check:
-    try:
-        stored = look_into_log(folder)
-    except AlignAuditError as error:
-        return Check("output", "red", str(error), "choose another output_dir")
+def _folder(folder: Path, stored: StoredRecords | AlignAuditError) -> Check:
+    if isinstance(stored, AlignAuditError):
+        return Check("output", "red", str(stored), "choose another output_dir")
     place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(place).free
     if free < _ROOM:
@@ -148,7 +155,7 @@ def _folder(folder: Path) -> Check:
             "output", "yellow", f"{free / 2**20:.0f} MiB are free at {place}", "make room: checkpoints need more"
         )
     if stored:
-        return Check("output", "yellow", f"{folder} holds {_counted(stored)} of an earlier run")
+        return Check("output", "yellow", f"{folder} holds {counted(len(stored), 'audit')} of an earlier run")
     return Check("output", "green", f"records go to {folder / FOLDER / RECORDS} ({free / 2**30:.0f} GiB free)")
 
 

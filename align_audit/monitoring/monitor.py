@@ -256,12 +256,12 @@ class Monitor:
         return advise(alerts, earlier, rows, checkpoints=_checkpoints(folder), output_dir=str(folder), **knobs)
 
 
-def _checkpoints(folder: Path) -> list[str]:
+def _checkpoints(folder: Path) -> dict[int, str]:
     """The checkpoints that exist now: the trainer deletes old ones (``save_total_limit``)."""
     try:
-        return list(checkpoints_in(folder).values())
+        return checkpoints_in(folder)
     except OSError:
-        return []
+        return {}
 
 
 def _key_of(head: Head) -> Key:

@@ -28,6 +28,7 @@ from align_audit.monitoring.watched_log import WatchedLog, kept_of
 from align_audit.probes.sources import open_source
 from align_audit.record.log import RunLog
 from align_audit.record.training_log import TrainingLog
+from align_audit.writers.words import duration
 from align_audit.writers.writer import Surroundings
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def watch_checkpoints(
         ProbeError, ReferenceUnavailableError: no checkpoint could be audited so.
     """
     _check(run, probes, config)
-    log, end = _open_log(run if output is None else output), WatchEnd()
+    log, end = RunLog(run if output is None else output), WatchEnd()
     training_log = TrainingLog(log.directory.parent)
     opening: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
 
@@ -120,18 +121,6 @@ def _check(run: Path, probes: str | Path | Mapping[str, str | Path], config: Aud
         )
     for path in probes.values() if isinstance(probes, Mapping) else [probes]:
         open_source(path, config.max_pairs, config.seed)
-
-
-def _open_log(output: Path) -> RunLog:
-    try:
-        return RunLog(output)
-    except ConfigurationError as error:
-        if isinstance(error.__cause__, BlockingIOError):
-            raise ConfigurationError(
-                f"another process that is still running writes the audit log of {plain(output)} (a callback in the training, "
-                "or another watch); stop it first, or choose another folder with --output"
-            ) from None
-        raise
 
 
 class _Watch:
@@ -180,7 +169,7 @@ class _Watch:
             if time.monotonic() - last_new >= idle:
                 for each in self._waiting.values():
                     self._tell(f"{each.folder.name} was not audited: {each.lack or 'it came last'}")
-                return f"nothing new came for {_duration(idle)} (--idle)"
+                return f"nothing new came for {duration(idle)} (--idle)"
             time.sleep(every)
 
     def interrupted(self) -> str:
@@ -382,7 +371,3 @@ def _take_into_memory(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:g} min" if seconds >= 60 else f"{seconds:g} s"

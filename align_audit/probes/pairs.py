@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Self, overload
 
 import numpy as np
 
-from align_audit.errors import ProbeError, first_line, plain, quoted
+from align_audit.errors import ProbeError, counted, first_line, plain, quoted
 from align_audit.probes.sources import open_source, text_of
 from align_audit.probes.tokens import PairTokenizer, TokenizedPair, shared_prefix, tokenizer_untouched, truncate
 
@@ -263,7 +263,7 @@ class ProbeSet:
     def summary(self) -> str:
         """One line for logs: size, truncation, origin and what was dropped."""
         cut = "not truncated" if self.max_length is None else f"at most {self.max_length} each, {self.truncation_mode}"
-        parts = [f"{_count(len(self), 'pair')}, {_count(self.num_tokens, 'token')} ({cut})", f"from {self.source}"]
+        parts = [f"{counted(len(self), 'pair')}, {counted(self.num_tokens, 'token')} ({cut})", f"from {self.source}"]
         if self.groups < len(self):
             parts.append(f"{self.groups} independent of each other (those that share a prompt count once)")
         if self.held_out is not None:
@@ -401,7 +401,3 @@ def _explain_nothing_left(description: str, dropped: Mapping[str, int], max_leng
 
 def _list_counts(dropped: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} ({reason})" for reason, count in sorted(dropped.items()))
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"

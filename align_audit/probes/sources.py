@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from align_audit.errors import SHOWN, ProbeError, first_line, listed, plain, quoted
+from align_audit.errors import SHOWN, ProbeError, counted, first_line, listed, plain, quoted
 
 PREPARED_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
@@ -82,12 +82,12 @@ def open_source(dataset: Any, max_pairs: int, seed: int) -> Source:
     if isinstance(dataset, Mapping):
         raise ProbeError(_explain_mapping(dataset))
     if isinstance(dataset, list | tuple):
-        return _map_style(dataset, f"list of {len(dataset)} records", seed)
+        return _map_style(dataset, f"list of {counted(len(dataset), 'record')}", seed)
 
     from datasets import Dataset, IterableDataset
 
     if isinstance(dataset, Dataset):
-        return _map_style(_plain_rows(dataset), f"dataset of {len(dataset)} rows", seed)
+        return _map_style(_plain_rows(dataset), f"dataset of {counted(len(dataset), 'row')}", seed)
     if isinstance(dataset, IterableDataset):
         # The new object also keeps the caller's own free of the iteration state that datasets stores in it.
         return _stream(dataset.with_format(None), "stream", STREAM_BUFFER_FACTOR * max_pairs, seed)
@@ -180,7 +180,7 @@ def _read_path(path: Path) -> tuple[Any, str]:
         raise ProbeError(f"{plain(path, SHOWN)}: no path of a file: {first_line(error)}") from None
     if is_folder:
         rows = _plain_rows(_load_saved(path))
-        return rows, f"{called} ({len(rows)} rows saved to disk)"
+        return rows, f"{called} ({counted(len(rows), 'row')} saved to disk)"
     if not exists:
         raise ProbeError(
             f"{where}: no such file or directory; expected {_FILE_KINDS}. A data set of the Hugging Face Hub has to be "
@@ -198,7 +198,7 @@ def _read_path(path: Path) -> tuple[Any, str]:
         rows = _read_parquet(path)
     else:
         raise ProbeError(f"{where}: unknown kind of file; expected {_FILE_KINDS}")
-    return rows, f"{called} ({len(rows)} records)"
+    return rows, f"{called} ({counted(len(rows), 'record')})"
 
 
 def _load_saved(path: Path) -> Any:

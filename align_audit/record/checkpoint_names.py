@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
-_NAME = re.compile(r"checkpoint-([0-9]+)")
+_NAME = re.compile(r"checkpoint-([0-9]{1,18})")
+"""Of so many digits at most: a step is a number of 64 bits."""
 
 
 def checkpoint_step(name: str) -> int | None:
@@ -25,5 +27,9 @@ def checkpoints_in(folder: Path) -> dict[int, str]:
     Raises:
         OSError: the folder cannot be read.
     """
-    names = [path.name for path in folder.glob("checkpoint-*") if path.is_dir()]
+    return by_step(path.name for path in folder.glob("checkpoint-*") if path.is_dir())
+
+
+def by_step(names: Iterable[str]) -> dict[int, str]:
+    """Step → name, of those that are names of checkpoints."""
     return {step: name for name in names if (step := checkpoint_step(name)) is not None}

@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from align_audit.errors import plural
 from align_audit.record.audit_record import Finding
 
 if TYPE_CHECKING:
@@ -208,4 +209,4 @@ def _layers(layers: Sequence[int]) -> str:
         else:
             runs.append([layer])
     parts = [str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs]
-    return ("layer " if len(layers) == 1 else "layers ") + ", ".join(parts)
+    return f"{plural('layer', len(layers))} {', '.join(parts)}"

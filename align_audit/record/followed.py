@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from align_audit.errors import RecordError, first_line, plain
+from align_audit.errors import RecordError, counted, first_line, listed, plain
 from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.lines import parsed
 from align_audit.record.lock import identity_of
 from align_audit.record.log import ALERTS, FAILURES, FOLDER, RECORDS, Failure
 from align_audit.record.run import AuditRun
+from align_audit.record.status import unread_end, unread_log
 from align_audit.record.stored_records import StoredRecords, events_of, head_of_line
 from align_audit.record.training_log import TRAINING, LogRow, course_of, rows_of
 
@@ -54,21 +55,25 @@ class FollowedRun:
     Attributes:
         directory: of the log.
         run: as it was at the last :meth:`refresh`.
-        skipped: lines that could not be read.
-        trouble: why the log, or a part of it, cannot be read, in a sentence; None: it can.
+        trouble: why the log, or a part of it, cannot be read, in a sentence; None: it can. Whether the run's status goes by it
+            :func:`~align_audit.record.status.unread_end` says.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.skipped = 0
         self.trouble: str | None = None
         self._files = {name: _Tail(directory / name) for name in (RECORDS, FAILURES, TRAINING)}
         self._records = StoredRecords()
         self._failures: list[Failure] = []
         self._rows: list[LogRow] = []
         self._told: set[str] = set()
-        self._unread: str | None = None
+        self._damaged: Counter[str] = Counter()
+        """Lines of each file that could not be read."""
+        self._reason: str | None = None
         """What is wrong with the last record that could not be read."""
+        self._at_end = 0
+        """Lines after the last record that could be read."""
+        self._unread: str | None = None
         self.run = self._as_run()
 
     def refresh(self) -> tuple[bool, list[Alert]]:
@@ -78,7 +83,7 @@ class FollowedRun:
             Whether anything is, and the alerts that opened or got worse in it. An alert is told of once, also of a log that
             was written again.
         """
-        trouble, self.trouble = self.trouble, None
+        trouble, unread, refusal = self.trouble, self._unread, None
         changed, alerts = False, []
         try:
             for name, tail in self._files.items():
@@ -88,20 +93,33 @@ class FollowedRun:
                 alerts += self._take(name, lines)
                 changed = changed or began_anew or bool(lines)
         except (OSError, RecordError) as error:
-            self.trouble = f"The log cannot be read: {first_line(error).rstrip('.')}."
-        if self.trouble is None and self._unread is not None:
-            self.trouble = f"{self.skipped} lines of the log cannot be read: {self._unread.rstrip('.')}."
-        if changed:
+            refusal = unread_log(error)
+        self._unread = refusal or unread_end(self._at_end, self._reason)
+        self.trouble = refusal or self._damage()
+        if changed or unread != self._unread:
             self.run = self._as_run()
         return changed or trouble != self.trouble, alerts
 
+    @property
+    def skipped(self) -> int:
+        """Records that could not be read."""
+        return self._damaged[RECORDS]
+
+    def _damage(self) -> str | None:
+        """What is said of lines that cannot be read."""
+        said = [f"{counted(lines, 'line')} of {name}" for name, lines in self._damaged.items() if lines]
+        reason = f": {self._reason.rstrip('.')}" if self._reason is not None else ""
+        return f"{listed(said)} cannot be read{reason}." if said else None
+
     def _as_run(self) -> AuditRun:
-        records = self._records.by_step()
-        return AuditRun(self.directory, records, records.alerts, list(self._failures), training_log=list(self._rows))
+        records, rows = self._records.by_step(), list(self._rows)
+        failures = list(self._failures)
+        return AuditRun(self.directory, records, records.alerts, failures, training_log=rows, unread=self._unread)
 
     def _forget(self, name: str) -> None:
+        self._damaged[name] = 0
         if name == RECORDS:
-            self._records, self.skipped, self._unread = StoredRecords(), 0, None
+            self._records, self._reason, self._at_end = StoredRecords(), None, 0
         elif name == FAILURES:
             self._failures = []
         else:
@@ -112,7 +130,9 @@ class FollowedRun:
             self._rows = course_of([*self._rows, *rows_of(lines)]) if lines else self._rows
             return []
         if name == FAILURES:
-            self._failures += self._read_failures(lines)
+            failures = parsed(lines, Failure)
+            self._damaged[name] += len(lines) - len(failures)
+            self._failures += failures
             return []
         first = len(self._records)
         for line in lines:
@@ -124,19 +144,15 @@ class FollowedRun:
         head = head_of_line(line)
         if head is not None:
             self._records.append_line(head, line, where)
+            self._at_end = 0
             return
         try:
             self._records.append(AuditRecord.from_json(line, where), line, where)
+            self._at_end = 0
         except RecordError as error:
-            self.skipped += 1
-            self._unread = first_line(error)
-
-    def _read_failures(self, lines: list[bytes]) -> Iterator[Failure]:
-        for line in lines:
-            try:
-                yield Failure.model_validate_json(line)
-            except ValidationError:
-                self.skipped += 1
+            self._damaged[RECORDS] += 1
+            self._at_end += 1
+            self._reason = first_line(error)
 
     def _news(self, alerts: Iterable[Alert]) -> list[Alert]:
         news = []

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from align_audit.errors import RecordError, first_line, plain
 from align_audit.record.audit_record import SCHEMA_VERSION, AuditRecord
@@ -60,6 +61,15 @@ def read_lines(path: Path, kind: type[_Line]) -> list[_Line]:
     if invalid:
         _warn_skipped(path, invalid, f"no {kind.__name__}")
     return lines
+
+
+def parsed(lines: Iterable[bytes], kind: type[_Line]) -> list[_Line]:
+    """What lines say, in their order, as :func:`read_lines` reads those of a file; one that cannot be read is left out."""
+    values = []
+    for line in lines:
+        with contextlib.suppress(ValidationError):
+            values.append(kind.model_validate_json(line))
+    return values
 
 
 def repair(path: Path) -> None:

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from align_audit.errors import ConfigurationError, RecordError, first_line, plain, quoted
+from align_audit.errors import ConfigurationError, RecordError, counted, first_line, plain, quoted
 from align_audit.files import append_whole, is_folder_here, remove_abandoned, write_atomically
 from align_audit.record.audit_record import Alert, AuditRecord, RecordKey
 from align_audit.record.lines import read_lines, read_records, repair
@@ -50,6 +50,26 @@ ALERTS = "alerts.jsonl"
 FAILURES = "failures.jsonl"
 TOLD = "told.jsonl"
 REPORT = "report.html"
+
+
+def is_set_aside(directory: Path) -> bool:
+    """Was another run begun in the place of a log's? It lies in ``previous-<n>`` then (:meth:`RunLog.set_aside`)."""
+    place = Path(os.path.abspath(directory))
+    return place.parent.name == FOLDER and place.name.startswith("previous-")
+
+
+def output_dir_of(directory: Path) -> Path:
+    """The folder that the run of a log was trained into: the log lies in its ``align_audit`` folder, or is that folder, copied.
+
+    Example:
+        >>> [output_dir_of(Path(name)).as_posix() for name in ("runs/dpo/align_audit", "copies/dpo")]
+        ['runs/dpo', 'copies/dpo']
+    """
+    place = Path(os.path.abspath(directory))
+    up = 2 if is_set_aside(place) else int(place.name == FOLDER)
+    # As it was given, where that names the folder.
+    shown = directory if len(directory.parts) > up and ".." not in directory.parts else place
+    return shown.parents[up - 1] if up else shown
 
 
 def arrays_name(probe_name: str | None, name: str = "arrays") -> str:
@@ -265,9 +285,9 @@ class RunLog:
         self._identity = identity_of(path)
         if missing:
             warnings.warn(
-                f"the audit log {plain(path)} was deleted or replaced while the run went on; its {len(missing)} records that "
-                "were missing there were written again (failures and arrays of earlier audits were not: they are where the log "
-                "was, if anywhere)",
+                f"the audit log {plain(path)} was deleted or replaced while the run went on, and has got back its "
+                f"{counted(len(missing), 'record')} (failures and arrays of earlier audits were not written again: they are "
+                "where the log was, if anywhere)",
                 stacklevel=4,
             )
 
@@ -329,7 +349,8 @@ def _refusals(directory: Path) -> Iterator[None]:
     except BlockingIOError as error:
         raise ConfigurationError(
             f"another process that is still running writes the audit log in {plain(directory)}; one log is one "
-            "run. Choose another output_dir, or stop that process first."
+            "run. Choose another output_dir (--output), or stop that process first (a training with the callback, align-audit "
+            "run or watch)."
         ) from error
     except OSError as error:
         raise ConfigurationError(

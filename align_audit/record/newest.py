@@ -9,7 +9,8 @@ from pathlib import Path
 
 from align_audit.errors import RecordError, first_line, plain
 from align_audit.record.audit_record import AuditRecord
-from align_audit.record.stored_records import parse_line
+from align_audit.record.status import unread_end
+from align_audit.record.stored_records import head_of_line, parse_line
 
 _BLOCK = 1 << 20
 """Bytes that are read at a time."""
@@ -25,13 +26,12 @@ class Newest:
 
     Attributes:
         records: by the order of their lines.
-        skipped: lines among them that could not be read.
-        reason: what is wrong with the last of those.
+        unread: what of the lines after the last of them cannot be read, in a sentence (see
+            :func:`~align_audit.record.status.unread_end`); None: nothing.
     """
 
     records: tuple[AuditRecord, ...] = ()
-    skipped: int = 0
-    reason: str | None = None
+    unread: str | None = None
 
 
 def read_newest(path: Path, names: Collection[str | None] = ()) -> Newest:
@@ -46,7 +46,7 @@ def read_newest(path: Path, names: Collection[str | None] = ()) -> Newest:
         OSError: it is there and cannot be read.
     """
     records: list[AuditRecord] = []
-    skipped, reason = 0, None
+    at_end, reason = 0, None
     for place, line in enumerate(lines_from_end(path)):
         if place == _MOST or _enough(records, names):
             break
@@ -54,9 +54,27 @@ def read_newest(path: Path, names: Collection[str | None] = ()) -> Newest:
             where = f"a line of {plain(path)}"
             records.append(parse_line(line) or AuditRecord.from_json(line, where))
         except RecordError as error:
-            skipped += 1
+            at_end += not records
             reason = reason or first_line(error)
-    return Newest(tuple(reversed(records)), skipped, reason)
+    return Newest(tuple(reversed(records)), unread_end(at_end, reason))
+
+
+def unread_after(path: Path) -> str | None:
+    """What comes after the last record of a ``records.jsonl`` that can be read: see :class:`Newest`.
+
+    Raises:
+        OSError: it is there and cannot be read.
+    """
+    at_end, reason = 0, None
+    for line in lines_from_end(path):
+        try:
+            if head_of_line(line) is None:
+                AuditRecord.from_json(line, f"a line of {plain(path)}")
+            break
+        except RecordError as error:
+            at_end += 1
+            reason = reason or first_line(error)
+    return unread_end(at_end, reason)
 
 
 def _enough(records: Sequence[AuditRecord], names: Collection[str | None]) -> bool:

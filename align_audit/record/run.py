@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from align_audit.errors import RecordError, listed, plain
+from align_audit.errors import RecordError, counted, listed, plain
 from align_audit.record.audit_record import Alert, AuditRecord, DepthTrace
 from align_audit.record.lines import read_lines, read_records
 from align_audit.record.log import (
@@ -21,9 +21,12 @@ from align_audit.record.log import (
     RunLog,
     arrays_name,
     by_step,
+    is_set_aside,
     load_arrays,
     load_texts,
+    output_dir_of,
 )
+from align_audit.record.newest import unread_after
 from align_audit.record.numbers import Word, by_series, walk
 from align_audit.record.pair_texts import PairTexts
 from align_audit.record.status import Status, status_of
@@ -63,6 +66,8 @@ class AuditRun:
     """What the trainer logged, by step; empty where none was kept."""
     untold: Sequence[AuditRecord] = ()
     """Of a log that is open for appending: records of whose alerts nobody was told, because the process was killed first."""
+    unread: str | None = None
+    """What came after the last of the records and cannot be read, in a sentence; None: nothing did."""
 
     @classmethod
     def of(cls, log: RunLog) -> Self:
@@ -72,18 +77,18 @@ class AuditRun:
 
     @property
     def is_set_aside(self) -> bool:
-        """Was another run begun in its place? It lies in a ``previous-<n>`` folder then (:meth:`RunLog.set_aside`)."""
-        return self.directory.parent.name == FOLDER and self.directory.name.startswith("previous-")
+        """Was another run begun in its place (:func:`~align_audit.record.log.is_set_aside`)?"""
+        return is_set_aside(self.directory)
 
     @property
     def output_dir(self) -> Path:
-        """The folder that the run was trained into, in which its checkpoints lie."""
-        return self.directory.parent.parent if self.is_set_aside else self.directory.parent
+        """The folder that the run was trained into, in which its checkpoints lie; of a log that was copied, that of the log."""
+        return output_dir_of(self.directory)
 
     @property
     def status(self) -> Status:
         """How the run stands, of the probe set that it was narrowed to where it was."""
-        return status_of(self.records, self.failures, self.training_log)
+        return status_of(self.records, self.failures, self.training_log, self.unread)
 
     @property
     def probe_names(self) -> list[str | None]:
@@ -128,6 +133,7 @@ class AuditRun:
         alerts = records.alerts
         failures: list[Failure] = []
         training_log: list[LogRow] = []
+        unread = unread_after(path)
         if path.name == RECORDS:
             in_records = Counter(alert.model_dump_json() for alert in alerts)
             for alert in read_lines(path.with_name(ALERTS), Alert):
@@ -139,13 +145,13 @@ class AuditRun:
             failures = read_lines(path.with_name(FAILURES), Failure)
             training_log = read_training_log(path.with_name(TRAINING))
         alerts.sort(key=lambda alert: alert.step)
-        return cls(path.parent, records, alerts, failures, training_log=training_log)
+        return cls(path.parent, records, alerts, failures, training_log=training_log, unread=unread)
 
     def __repr__(self) -> str:
         """In a line: where it lies, how many audits of which steps and probe set, and how it stands."""
         heads = heads_of(self.records)
         steps = [head.step for head in heads]
-        audits = f"{len(heads)} audit{'s' if len(heads) != 1 else ''}"
+        audits = counted(len(heads), "audit")
         between = (
             ""
             if not steps
@@ -197,6 +203,23 @@ class AuditRun:
             return pandas.DataFrame(by_layer, columns=None if by_layer else ["step", "layer"])
         rows = [row_of(record) for record in self.records]
         return pandas.DataFrame(rows, columns=None if rows else ["step"])
+
+
+def run_so_far(directory: Path, history: Sequence[AuditRecord], training_log: Sequence[LogRow]) -> AuditRun:
+    """A run that goes on, with the audits that broke so far: of its log only these are read.
+
+    Args:
+        directory: of the log.
+        history: its audits, by step.
+        training_log: what the trainer has logged so far.
+    """
+    return AuditRun(directory, history, [], read_lines(directory / FAILURES, Failure), training_log=training_log)
+
+
+def with_this(history: Sequence[AuditRecord], record: AuditRecord) -> Sequence[AuditRecord]:
+    """The audits of a run with this one, which may be among them."""
+    there = any(head.key == record.key for head in heads_of(history))
+    return history if there else [*history, record]
 
 
 def find_records(path: Path) -> Path:

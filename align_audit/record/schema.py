@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticSerializationError
 
-from align_audit.errors import RecordError, first_line, plain, quoted
+from align_audit.errors import RecordError, counted, first_line, plain, quoted
 from align_audit.files import write_atomically
 from align_audit.record.units import In, Labels
 
@@ -140,7 +140,7 @@ class Stored(Part):
 def _told(error: ValidationError) -> str:
     """What pydantic says, of the first problems: names and values in it are foreign text."""
     lines = str(error).splitlines()
-    rest = [f"  and {len(lines) - _TOLD} more lines"] if len(lines) > _TOLD else []
+    rest = [f"  and {counted(len(lines) - _TOLD, 'more line')}"] if len(lines) > _TOLD else []
     return "\n".join([*(plain(line, 300) for line in lines[:_TOLD]), *rest])
 
 

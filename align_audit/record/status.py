@@ -8,6 +8,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Literal
 
+from align_audit.errors import SHOWN, counted, named, plain
 from align_audit.record.audit_record import Alert, AuditRecord, Occasion
 from align_audit.record.course import present_course
 from align_audit.record.log import Failure
@@ -43,24 +44,60 @@ class Status:
         return self.word if self.since is None else f"{self.word} since step {self.since}"
 
 
-def status_of(records: Sequence[AuditRecord], failures: Sequence[Failure], log: Sequence[LogRow]) -> Status:
+def status_of(
+    records: Sequence[AuditRecord], failures: Sequence[Failure], log: Sequence[LogRow], unread: str | None = None
+) -> Status:
     """The status of a run, or of one probe set of it.
 
     Args:
         records: by step, then by creation.
         failures: audits that broke.
         log: the trainer's, which tells how far training has come; empty: not known.
+        unread: why what came after the last of the records cannot be read, in a sentence (:func:`unread_end`); None: nothing
+            came after it, or it is known.
 
     Example:
         >>> status_of([], [], []).word
         'BLIND'
     """
-    records = present_course(records)
+    return status_of_course(present_course(records), failures, log, unread)
+
+
+def status_of_course(
+    course: Sequence[AuditRecord], failures: Sequence[Failure], log: Sequence[LogRow], unread: str | None = None
+) -> Status:
+    """The same after the last audit of one course, by step, whenever each was made."""
     so_far = AuditsSoFar()
-    for head in heads_of(records):
+    for head in heads_of(course):
         so_far.add(head)
-    full = chosen(records, lambda head: head.kind == "full")
-    return so_far.status(full[-1] if full else None, failures, log[-1].step if log else None)
+    full = chosen(course, lambda head: head.kind == "full")
+    status = so_far.status(full[-1] if full else None, failures, log[-1].step if log else None)
+    if unread is not None and (not course or status.word in ("WATCH", "HEALTHY")):
+        return Status("BLIND", status.since, unread)
+    return status
+
+
+def unread_end(lines: int, reason: str | None) -> str | None:
+    """What of the end of a log cannot be read, in a sentence; None: all of it can.
+
+    A damaged line counts for the status only where no record stands behind it: one that does says how the run stands now.
+
+    Args:
+        lines: after the last record that could be read.
+        reason: what is wrong with the last of them.
+
+    Example:
+        >>> unread_end(2, "it is not JSON."), unread_end(0, None)
+        ('2 lines at the end of the log cannot be read: it is not JSON.', None)
+    """
+    if not lines:
+        return None
+    return f"{counted(lines, 'line')} at the end of the log cannot be read: {(reason or 'not known').rstrip('.')}."
+
+
+def unread_log(error: BaseException) -> str:
+    """The same of a log that cannot be read at all."""
+    return f"The log cannot be read: {plain(named(error), SHOWN).rstrip('.')}."
 
 
 class AuditsSoFar:

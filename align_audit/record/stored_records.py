@@ -16,6 +16,7 @@ from typing import Any, Self, overload
 
 from pydantic import TypeAdapter, ValidationError
 
+from align_audit.errors import counted
 from align_audit.record.audit_record import (
     SCHEMA_VERSION,
     Alert,
@@ -300,7 +301,7 @@ class StoredRecords(Sequence[AuditRecord]):
     def __repr__(self) -> str:
         steps = [head.step for head in self.heads]
         between = f", steps {min(steps)} to {max(steps)}" if steps else ""
-        return f"<{len(self)} records{between}>"
+        return f"<{counted(len(self), 'record')}{between}>"
 
     def __getstate__(self) -> dict[str, Any]:
         return {"kept": self._kept}

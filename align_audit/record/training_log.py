@@ -6,7 +6,6 @@ that JSON does not know are words, as in records. What is no number (the trainer
 
 from __future__ import annotations
 
-import contextlib
 import json
 import numbers
 import os
@@ -15,10 +14,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from align_audit.files import append_whole, wait_until_on_disk
-from align_audit.record.lines import read_lines, repair
+from align_audit.record.lines import parsed, read_lines, repair
 from align_audit.record.log import FOLDER
 from align_audit.record.numbers import json_number
 
@@ -133,12 +132,7 @@ def read_training_log(path: Path) -> list[LogRow]:
 
 def rows_of(lines: Iterable[bytes]) -> list[LogRow]:
     """What lines of a file say, in their order; one that cannot be read is left out."""
-    rows = []
-    for line in lines:
-        with contextlib.suppress(ValidationError):
-            parsed = _Line.model_validate_json(line)
-            rows.append(LogRow(parsed.step, parsed.logs))
-    return rows
+    return [LogRow(line.step, line.logs) for line in parsed(lines, _Line)]
 
 
 def course_of(rows: Iterable[LogRow]) -> list[LogRow]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from align_audit.errors import plain
+from align_audit.errors import counted, plain, plural
 from align_audit.record.course import present_course
 from align_audit.record.log import FAILURES, REPORT
 from align_audit.record.numbers import span
@@ -63,7 +63,8 @@ class _Table:
             )
 
     def _rest(self) -> str:
-        return f"{self.left_out} more audits are in the record log" if self.left_out else ""
+        verb = "is" if self.left_out == 1 else "are"
+        return f"{counted(self.left_out, 'more audit')} {verb} in the record log" if self.left_out else ""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         from rich.table import Table
@@ -126,7 +127,7 @@ def closing(run: AuditRun, checkpoints: Mapping[int, str]) -> list[_Table | _Lin
         of_set = run.select(name)
         rows = _by_step(of_set)
         shown = thinned(rows, checkpoints)
-        title = f"align_audit{on_probes(rows[-1].record)}: {rows[-1].record.provenance.pairs} pairs, {_counted(rows)}"
+        title = f"align_audit{on_probes(rows[-1].record)}: {counted(rows[-1].record.provenance.pairs, 'pair')}, {_steps(rows)}"
         said.append(_Table(title, tuple(shown), len(rows) - len(shown), of_set.status))
         words = {row.record.step: row.status.word for row in rows} | {rows[-1].record.step: of_set.status.word}
         healthy.append({step for step, word in words.items() if word == "HEALTHY"})
@@ -148,9 +149,9 @@ def _by_step(run: AuditRun) -> list[Standing]:
     return standings_over(present_course(run.records), run.training_log)
 
 
-def _counted(rows: Sequence[Standing]) -> str:
+def _steps(rows: Sequence[Standing]) -> str:
     full = sum(row.record.kind == "full" for row in rows)
-    return f"{len(rows)} step{'s' if len(rows) != 1 else ''} audited, {full} in full"
+    return f"{counted(len(rows), 'step')} audited, {full} in full"
 
 
 def thinned(rows: Sequence[Standing], checkpoints: Mapping[int, str], most: int = MOST_ROWS) -> list[Standing]:
@@ -188,7 +189,7 @@ def _broken(run: AuditRun) -> str:
     steps = sorted({failure.step for failure in run.failures})
     count = len(run.failures)
     where = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
-    audits = "an audit" if count == 1 else f"{count} audits"
+    audits = "an audit" if count == 1 else counted(count, "audit")
     return f"{audits} broke at {where}: the tracebacks are in {plain(run.directory / FAILURES)}"
 
 
@@ -205,8 +206,8 @@ def _unaffordable(run: AuditRun, checkpoints: Mapping[int, str]) -> str:
         return ""
     last = max(asked)
     takes = f" (about {asked[last]:.0f} s each)"
-    audits = "a full audit" if len(asked) == 1 else f"{len(asked)} full audits"
-    steps = ("step " if len(asked) == 1 else "steps ") + span(list(asked))
+    audits = "a full audit" if len(asked) == 1 else counted(len(asked), "full audit")
+    steps = f"{plural('step', len(asked))} {span(list(asked))}"
     afterwards = ""
     if last in checkpoints:
         folder = plain(run.output_dir / checkpoints[last])

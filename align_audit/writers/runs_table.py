@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
+from align_audit.errors import counted
 from align_audit.record.audit_record import Alert
 from align_audit.record.course import present_course
 from align_audit.record.run import AuditRun
@@ -58,6 +59,7 @@ class RunRow:
         alerts: warnings and errors that are open, on any set, the errors first.
         audits: of all sets.
         failures: audits that broke.
+        trouble: what of its log cannot be read, in a sentence; None: nothing.
     """
 
     name: str
@@ -68,6 +70,7 @@ class RunRow:
     alerts: tuple[Alert, ...] = ()
     audits: int = 0
     failures: int = 0
+    trouble: str | None = None
 
     @property
     def created(self) -> datetime | None:
@@ -104,6 +107,7 @@ class RunRow:
             "step": None,
             "audits": self.audits,
             "failures": self.failures,
+            "trouble": self.trouble,
         }
         if self.standing is not None:
             record = self.standing.record
@@ -136,15 +140,13 @@ def row_of_run(run: AuditRun, name: str, trouble: str | None = None) -> RunRow:
     """How a run stands now.
 
     Args:
-        trouble: why its log cannot be read, in a sentence.
+        trouble: what of its log cannot be read, in a sentence.
     """
     status, folder = run.status, str(run.output_dir)
-    if trouble is not None and (not run.records or status.word in ("WATCH", "HEALTHY")):
-        status = Status("BLIND", status.since, trouble)
     course = present_course(run.records)
     heads = heads_of(course)
     if not heads:
-        return RunRow(name, folder, status, failures=len(run.failures))
+        return RunRow(name, folder, status, failures=len(run.failures), trouble=trouble)
     last = {head.probe_name: place for place, head in enumerate(heads)}
     standings = [standing_at(course[place], run.records, run.training_log) for place in last.values()]
     standings.sort(key=lambda standing: WORST_FIRST.index(standing.status.word))
@@ -160,6 +162,7 @@ def row_of_run(run: AuditRun, name: str, trouble: str | None = None) -> RunRow:
         tuple(sorted(alerts, key=lambda alert: alert.level != "error")),
         len(run.records),
         len(run.failures),
+        trouble,
     )
 
 
@@ -201,7 +204,7 @@ class RunsTable:
             table.add_row(text(first, STATUS_STYLES[row.status.word]), *map(text, rest))
         yield table
         if len(rows) > len(shown):
-            yield text(f"and {_counted(rows[len(shown) :])} more", "dim")
+            yield text(f"and {_words(rows[len(shown) :])} more", "dim")
         for note in self.notes:
             yield text(note, "dim")
         yield from self._worst(options)
@@ -228,7 +231,7 @@ class RunsTable:
 
     def _summary(self) -> list[Part]:
         rows = by_weight(self.rows)
-        count = f"{len(rows)} run{'' if len(rows) == 1 else 's'}"
+        count = counted(len(rows), "run")
         parts: list[Part] = [(f"{count}: " if rows else count, "bold")]
         for word, number in Counter(row.status.word for row in rows).items():
             parts += [(", " if len(parts) > 1 else "", ""), (f"{number} {word}", STATUS_STYLES[word])]
@@ -315,7 +318,7 @@ def ago(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def _counted(rows: Sequence[RunRow]) -> str:
+def _words(rows: Sequence[RunRow]) -> str:
     return ", ".join(f"{number} {word}" for word, number in Counter(row.status.word for row in rows).items())
 
 

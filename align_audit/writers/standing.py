@@ -12,12 +12,13 @@ from functools import cached_property
 from typing import Any
 
 from align_audit.config import AlertConfig
+from align_audit.errors import counted, plural
 from align_audit.options.rules import BY_NAME, CAUSES, LIMITS
 from align_audit.record.audit_record import Alert, AuditRecord, Estimate, control_items
 from align_audit.record.course import course_of
 from align_audit.record.numbers import is_unknown, span
 from align_audit.record.open_alerts import SEVERITY, cause_of, open_alerts, since_of
-from align_audit.record.status import AuditsSoFar, Status, status_of
+from align_audit.record.status import AuditsSoFar, Status, status_of_course
 from align_audit.record.stored_records import Head, StoredRecords, chosen, heads_of
 from align_audit.record.training_log import LogRow, last_until, up_to
 
@@ -119,7 +120,7 @@ class Standing:
         since = since_of(worst)
         words += "" if since == self.record.step else f", since step {since}"
         more = sum(alert.level != "info" for alert in self.alerts) - 1
-        return words + (f" (and {more} more alert{'s' if more > 1 else ''})" if more else "")
+        return words + (f" (and {counted(more, 'more alert')})" if more else "")
 
 
 def standing_at(record: AuditRecord, history: Sequence[AuditRecord], log: Sequence[LogRow] = ()) -> Standing:
@@ -134,7 +135,7 @@ def standing_at(record: AuditRecord, history: Sequence[AuditRecord], log: Sequen
     full = chosen(records, lambda head: head.kind == "full")
     return Standing(
         record,
-        status_of(records, [], rows),
+        status_of_course(records, [], rows),
         _by_weight(open_alerts(heads_of(records))),
         full[-1] if full else None,
         next((row for row in reversed(rows) if _MARGIN in row.logs), None),
@@ -303,7 +304,7 @@ def _share(value: float, form: str) -> str:
 
 
 def _layers(layers: Sequence[int]) -> str:
-    return f"layer {layers[0]}" if len(layers) == 1 else f"layers {span(layers)}"
+    return f"{plural('layer', len(layers))} {span(layers)}"
 
 
 def evidence_in_words(full: AuditRecord | None) -> str:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Self
 from align_audit.errors import named, without_secrets
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.checkpoint_names import checkpoints_in
-from align_audit.record.run import AuditRun
+from align_audit.record.log import FOLDER
+from align_audit.record.run import AuditRun, run_so_far, with_this
 from align_audit.record.training_log import LogRow
 from align_audit.writers.alert_panel import alert_panel
 from align_audit.writers.audit_table import summary_table
@@ -66,6 +67,8 @@ class Terminal:
         self._destinations = destinations
         self._shown: dict[str | None, Standing] = {}
         """What was printed last, of each probe set."""
+        self._history: Sequence[AuditRecord] = ()
+        """Of the run, at the audit that came last, which is in it."""
 
     @classmethod
     def of(cls, config: AuditConfig, surroundings: Surroundings) -> Self:
@@ -95,6 +98,7 @@ class Terminal:
         standing = standing_at(record, history, self._training_log())
         shown = self._shown.get(record.provenance.probe_name)
         self._shown[record.provenance.probe_name] = standing
+        self._history = with_this(history, record)
         if self._verbose:
             self._print(summary_table(record, standing.status))
         elif shown is not None and _adds_to(standing, shown):
@@ -118,7 +122,8 @@ class Terminal:
             return
         self._shown = {}
         checkpoints = checkpoints_in(self._output_dir) if self._checkpoints is None else self._checkpoints
-        for part in closing(AuditRun.load(self._output_dir), checkpoints):
+        run = run_so_far(self._output_dir / FOLDER, self._history, self._training_log())
+        for part in closing(run, checkpoints):
             self._print(part, whole_lines=True)
 
     def _print(self, renderable: Any, whole_lines: bool = False) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from align_audit.errors import counted
 from align_audit.record.audit_record import Estimate
 from align_audit.record.numbers import is_unknown
 from align_audit.record.transfer_record import TransferRecord
@@ -38,7 +39,7 @@ def print_transfer(record: TransferRecord, console: Console | None = None) -> No
     console = console or Console(highlight=False)
     names = record.probe_names
     counts = {name: record.provenance[name].pairs for name in names}
-    sizes = ", ".join(f"{name} {count} pair{'' if count == 1 else 's'}" for name, count in counts.items())
+    sizes = ", ".join(f"{name} {counted(count, 'pair')}" for name, count in counts.items())
     console.print(Text(f"align_audit transfer, step {record.step}: {sizes}", style="bold"))
     console.print(
         Text(

@@ -46,13 +46,15 @@ def duration(seconds: float) -> str:
     """A time in words, rounded.
 
     Example:
-        >>> duration(3.21), duration(12.3), duration(200), duration(5000)
-        ('3.2 s', '12 s', '3 min', '1 h 23 min')
+        >>> duration(3.21), duration(12.3), duration(200), duration(3600), duration(5000)
+        ('3.2 s', '12 s', '3 min', '1 h', '1 h 23 min')
     """
     if seconds < 90:
         return f"{seconds:.0f} s" if round(seconds, 1) >= 10 else f"{seconds:.1f} s"
     minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if minutes < 60:
+        return f"{minutes} min"
+    return f"{minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
 
 
 def overshoot(curve: LowRankCurve) -> float | None:

@@ -7,6 +7,7 @@ import pytest
 from align_audit.alerts.advice import advise, clean_step, newest_checkpoint
 from align_audit.options.rules import CAUSES
 from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.checkpoint_names import by_step
 from align_audit.record.stored_records import heads_of
 from tests.helpers.alert_cases import about, alerts, healthy, judged, log_of, run, with_margins
 
@@ -20,7 +21,7 @@ LOG = log_of(range(1, 41), learning_rate=1e-3)
 
 def advised(checkpoints: list[str], **known: object) -> Alert:
     before = run()
-    (alert,) = advise(alerts(ruined(), before), before, LOG, checkpoints=checkpoints, **known)  # type: ignore[arg-type]
+    (alert,) = advise(alerts(ruined(), before), before, LOG, checkpoints=by_step(checkpoints), **known)  # type: ignore[arg-type]
     return alert
 
 
@@ -41,7 +42,7 @@ def test_without_a_kept_checkpoint_it_says_that() -> None:
 
 
 def test_at_a_first_audit_nothing_is_clean() -> None:
-    (alert,) = advise(alerts(ruined(), []), [], LOG, checkpoints=["checkpoint-20"])
+    (alert,) = advise(alerts(ruined(), []), [], LOG, checkpoints=by_step(["checkpoint-20"]))
     assert (alert.clean_step, alert.checkpoint) == (None, None)
     assert "No audit came before it that could be clean: start again" in alert.suggestion
     assert "No audit before it was clean" not in alert.suggestion, "there was none"
@@ -59,7 +60,7 @@ def test_each_cause_is_told_where_to_go_back_to_or_why_nowhere(
     raised = Alert(
         rule="r", cause=cause, level=level, step=40, since=40, value=1.0, message="M.", suggestion="Mend it"
     )  # type: ignore[arg-type]  # fmt: skip
-    (alert,) = advise([raised], before, LOG, checkpoints=checkpoints, output_dir="out")
+    (alert,) = advise([raised], before, LOG, checkpoints=by_step(checkpoints), output_dir="out")
     said = alert.suggestion
     assert said.startswith("Mend it. ")
     assert (alert.command is None) == (alert.checkpoint is None)
@@ -79,15 +80,15 @@ def test_each_cause_is_told_where_to_go_back_to_or_why_nowhere(
 
 def test_while_it_is_open_it_goes_back_to_before_it_opened() -> None:
     before = judged([*run(), ruined(40), ruined(50)])
-    (alert,) = advise(alerts(ruined(60), before), before, LOG, checkpoints=["checkpoint-30", "checkpoint-50"])
+    (alert,) = advise(alerts(ruined(60), before), before, LOG, checkpoints=by_step(["checkpoint-30", "checkpoint-50"]))
     assert (alert.event, alert.since, alert.clean_step, alert.checkpoint) == ("open", 40, 30, "checkpoint-30")
 
 
 def test_advice_is_given_anew_and_not_twice() -> None:
     before = run()
-    first = advise(alerts(ruined(), before), before, LOG, checkpoints=["checkpoint-25"])
+    first = advise(alerts(ruined(), before), before, LOG, checkpoints=by_step(["checkpoint-25"]))
     before.append(ruined().model_copy(update={"alerts": first}))
-    (unseen,) = advise(alerts(healthy(50), before), before, LOG, checkpoints=["checkpoint-10"])
+    (unseen,) = advise(alerts(healthy(50), before), before, LOG, checkpoints=by_step(["checkpoint-10"]))
     assert unseen.looks == 0
     assert "go back to checkpoint-10" in unseen.suggestion
     assert "checkpoint-25" not in unseen.suggestion
@@ -98,7 +99,7 @@ def test_what_was_resolved_needs_no_advice() -> None:
     before = judged([*run(), with_margins(healthy(40), kl=about(0.5)), healthy(50)])
     found = alerts(healthy(60), before)
     assert [alert.event for alert in found] == ["resolved"]
-    assert advise(found, before, LOG, checkpoints=["checkpoint-30"]) == found
+    assert advise(found, before, LOG, checkpoints=by_step(["checkpoint-30"])) == found
 
 
 @pytest.mark.parametrize("rate", [None, 0.0, float("nan")])
@@ -110,7 +111,7 @@ def test_a_rate_that_is_not_known_is_not_named(rate: float | None) -> None:
 
 def test_the_rate_is_no_knob_of_turned_labels() -> None:
     turned = with_margins(healthy(40), shift=about(-3.0), accuracy=about(0.2))
-    (alert,) = advise(alerts(turned, run()), run(), LOG, checkpoints=["checkpoint-30"], beta=0.1)
+    (alert,) = advise(alerts(turned, run()), run(), LOG, checkpoints=by_step(["checkpoint-30"]), beta=0.1)
     assert (alert.cause, alert.checkpoint) == ("preference", "checkpoint-30")
     assert "Learning rate" not in alert.suggestion
 
@@ -131,4 +132,4 @@ def test_a_step_is_clean_where_all_its_audits_are() -> None:
     ],
 )
 def test_checkpoints_are_told_by_their_names(names: list[str], newest: str | None) -> None:
-    assert newest_checkpoint(names, 50) == newest
+    assert newest_checkpoint(by_step(names), 50) == newest

@@ -12,6 +12,7 @@ import pytest
 from align_audit.alerts.advice import advise
 from align_audit.options.rules import BY_NAME, NO_WAY_BACK, RULES, Rule
 from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.checkpoint_names import by_step
 from align_audit.record.training_log import LogRow
 from tests.alerts.test_judge import FIRES
 from tests.alerts.test_log_windows import CALM, LATE
@@ -147,7 +148,7 @@ def test_its_advice_names_a_step_or_says_why_not(
     rule: Rule, checkpoints: list[str], lives: dict[str, list[Alert]]
 ) -> None:
     before = judged(run_before(rule))
-    (alert,) = advise([lives[rule.name][0]], before, checkpoints=checkpoints)
+    (alert,) = advise([lives[rule.name][0]], before, checkpoints=by_step(checkpoints))
     assert len(alert.remedy) > 20
     if rule.cause in NO_WAY_BACK:
         assert alert.suggestion.endswith(NO_WAY_BACK[rule.cause])

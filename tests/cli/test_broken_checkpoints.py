@@ -73,7 +73,7 @@ def test_one_damaged_checkpoint_is_named_and_the_others_are_audited(
     expected = next(record for record in ours if record.step == 1)
     for record in records:
         assert record.margins.shift.mean == pytest.approx(expected.margins.shift.mean, rel=1e-6)
-    assert "2 audit(s)" in done.out
+    assert "2 audits in " in done.out
 
     alone = command(*arguments(place, run / "checkpoint-2", tmp_path / "alone", "--reference", place.base))
     assert alone.code == 2

@@ -186,6 +186,39 @@ def test_a_measurement_that_broke_is_no_health(tmp_path: Path) -> None:
     assert line.startswith("checkpoint-20 broke --fail-on error: BLIND, The identity control failed")
 
 
+def test_a_run_is_gone_through_once_however_many_checkpoints_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = [on_set(record, name) for name in ("harmless", "helpful") for record in a_run("ruined")]
+    store(tmp_path, sets)
+    gone_through: list[int] = []
+    go = gates.standings_over
+    monkeypatch.setattr(
+        gates, "standings_over", lambda course, log: gone_through.append(len(course)) or go(course, log)
+    )
+    monkeypatch.setattr(gates, "standing_at", None)
+    told = Demands.parse([], "error").broken(sets, tmp_path, NAMES)
+    assert told == [
+        "checkpoint-20 on 'harmless' broke --fail-on error: ERROR, the policy is leaving its language "
+        "(and 1 more checkpoint)"
+    ]
+    assert gone_through == [5, 5]
+
+
+def test_checkpoints_that_were_audited_out_of_turn_stand_as_they_did(tmp_path: Path) -> None:
+    late = with_part(calm(30), "provenance", created="2026-03-01T00:00:00+00:00")
+    records = [*a_run("ruined"), late]
+    store(tmp_path, records)
+    assert [len(Demands.parse([], "error").broken([record], tmp_path, NAMES)) for record in records] == [
+        0,
+        0,
+        0,
+        1,
+        1,
+        0,
+    ]
+
+
 def test_a_level_that_there_is_not_is_refused() -> None:
     with pytest.raises(
         ConfigurationError, match=r"--fail-on: expected error or warning; found 'eror' \(did you mean 'error'"
@@ -207,7 +240,7 @@ def test_a_broken_gate_ends_with_status_2_after_all_audits(
     (line,) = [line for line in broken.err.splitlines() if " broke " in line]
     assert "align-audit: checkpoint-1 broke --gate kl>=1e+06: kl is " in line
     assert "(and 1 more checkpoint)" in line
-    assert "2 audit(s)" in broken.out, "the audits are made and shown all the same"
+    assert "2 audits in " in broken.out, "the audits are made and shown all the same"
 
 
 def test_a_wrong_gate_is_refused_before_anything_is_audited(

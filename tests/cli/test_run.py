@@ -88,7 +88,7 @@ def test_a_folder_of_checkpoints_is_one_run_and_a_second_time_changes_nothing(
     monkeypatch.setattr("align_audit.monitoring.monitor.run_audit", None)
     second = command(*again, "--verbose", pictures=True)
     assert second.code == 0, "what is shown is no other option: " + second.err
-    assert "2 audit(s)" in second.out
+    assert "2 audits in " in second.out
     assert log.read_bytes() == before
     assert {path.name for path in (tmp_path / "out" / "pictures").iterdir()} == PICTURES
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from align_audit.alerts.advice import advise
 from align_audit.record.audit_record import AuditRecord
+from align_audit.record.checkpoint_names import by_step
 from align_audit.record.training_log import LogRow
 from align_audit.writers.terminal import Terminal
 from tests.helpers.alert_cases import about, health, healthy, judged, with_margins, with_part
@@ -56,7 +57,12 @@ def a_run(ends: str = "ruined", checkpoints: Sequence[str] = ()) -> list[AuditRe
         record.model_copy(
             update={
                 "alerts": advise(
-                    record.alerts, records[:place], LOG, checkpoints=checkpoints, output_dir="runs/dpo", beta=BETA
+                    record.alerts,
+                    records[:place],
+                    LOG,
+                    checkpoints=by_step(checkpoints),
+                    output_dir="runs/dpo",
+                    beta=BETA,
                 )
             }
         )

@@ -110,7 +110,7 @@ def test_every_shard_has_to_be_there_with_or_without_the_index(run: Folder) -> N
         weights(folder / name)
     (folder / "config.json").write_text("{}")
     state(folder)
-    assert run.lack(after=60) == "model-00003-of-00003.safetensors is missing, and 1 more shards"
+    assert run.lack(after=60) == "model-00003-of-00003.safetensors is missing, and 1 more shard"
     weights(folder / names[2])
     assert "model.safetensors.index.json is missing" in str(run.lack(after=60))
     index = json.dumps({"weight_map": {"a": names[0], "b": names[1], "c": names[2]}})

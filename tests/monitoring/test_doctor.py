@@ -16,10 +16,11 @@ from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError
 from align_audit.models.loading import load_model
 from align_audit.models.reference import Reference, policy_fingerprint
+from align_audit.monitoring import doctor_place
 from align_audit.monitoring.checkpoints import audit_saved
 from align_audit.monitoring.doctor import examine
 from align_audit.monitoring.doctor_costs import numerics, schedule_check, training_seconds
-from align_audit.monitoring.doctor_place import log_check, not_tried, place_checks, texts_kept
+from align_audit.monitoring.doctor_place import log_check, not_tried, place_checks, stored_in, texts_kept
 from align_audit.monitoring.doctor_plan import Check, Plan
 from align_audit.monitoring.forecast import Costs, PlannedSteps, forecast
 from align_audit.monitoring.start import begin_run
@@ -38,7 +39,9 @@ PAIRS = [{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [3, 5]}]
 
 
 def checked(plan: Plan, **options: Any) -> dict[str, Check]:
-    return {check.name: check for check in place_checks(plan, AuditConfig.from_dict(OPTIONS | options))}
+    return {
+        check.name: check for check in place_checks(plan, AuditConfig.from_dict(OPTIONS | options), stored_in(plan))
+    }
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
@@ -180,9 +183,24 @@ def test_what_becomes_of_a_log_is_what_the_run_would_do(
     log.append(of_start(policy, pairs[None], config, **changes))
     log.close()
     plan = Plan("model", "pairs", output_dir=tmp_path, resumes=case == "resumed", lora=case == "adapters")
-    (check,) = log_check(plan, config, policy, pairs)
+    (check,) = log_check(plan, config, policy, pairs, stored_in(plan))
     assert (check.name, check.level) == ("log", level)
     assert words in check.found
+
+
+def test_a_log_is_read_once_for_all_that_is_said_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved_model(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(PAIRS[0] | {"chosen_ids": [90_000]}) + "\n")
+    log = RunLog(tmp_path / "out")
+    log.append(make_record(0))
+    log.close()
+    looks: list[Path] = []
+    look = doctor_place.look_into_log
+    monkeypatch.setattr(doctor_place, "look_into_log", lambda folder: looks.append(folder) or look(folder))
+    plan = Plan(str(tmp_path / "model"), tmp_path / "pairs.jsonl", output_dir=tmp_path / "out")
+    said = {check.name: check.found for check in examine(plan, AuditConfig.from_dict(OPTIONS))}
+    assert "holds 1 audit of an earlier run" in said["output"] and "the 1 audit there" in said["log"]
+    assert looks == [tmp_path / "out"]
 
 
 # -- the run's own check comes first -----------------------------------------------------------------------------------

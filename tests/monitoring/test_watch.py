@@ -324,7 +324,7 @@ input()
     holder = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "ready\n"
-        with pytest.raises(ConfigurationError, match=r"another process .* writes the audit log of .*--output"):
+        with pytest.raises(ConfigurationError, match=r"another process .* writes the audit log in .*--output"):
             place.watch()
     finally:
         holder.communicate("\n")

@@ -156,6 +156,17 @@ def test_a_terminal_ends_with_it_where_anything_was_audited(tmp_path: Path) -> N
     log.close()
 
 
+def test_the_log_is_not_read_again_for_it(tmp_path: Path) -> None:
+    """The terminal was given every audit; of the log only the audits that broke are looked up."""
+    log = RunLog(tmp_path)
+    log.append_failure(60, "Traceback\nValueError: no")
+    log.close()
+    text = screen(a_run("well"), output_dir=tmp_path)
+    assert "align_audit: 64 pairs, 5 steps audited, 5 in full" in text
+    assert "an audit broke at step 60" in text
+    assert text.splitlines()[-1].startswith("latest healthy: step 20")
+
+
 def test_a_writer_that_was_never_told_anything_reads_no_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Terminal(output_dir=tmp_path / "nowhere").close()
     assert capsys.readouterr().out == ""

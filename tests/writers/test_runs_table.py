@@ -24,9 +24,10 @@ NOW = datetime(2026, 1, 1, 0, 43, tzinfo=UTC)
 ESCAPE = "\x1b[31m[bold]x[/bold]"
 
 
-def row(records: Sequence[AuditRecord], name: str = "run", trouble: str | None = None, **run: Any) -> RunRow:
-    stored = AuditRun(Path("runs") / name / "align_audit", records, [], run.pop("failures", []), training_log=LOG)
-    return row_of_run(stored, name, trouble)
+def row(records: Sequence[AuditRecord], name: str = "run", unread: str | None = None, **run: Any) -> RunRow:
+    failures = run.pop("failures", [])
+    stored = AuditRun(Path("runs") / name / "align_audit", records, [], failures, training_log=LOG, unread=unread)
+    return row_of_run(stored, name)
 
 
 def lines(*rows: RunRow, width: int = 80, encoding: str = "utf-8", **table: Any) -> list[str]:
@@ -106,8 +107,8 @@ def test_the_worst_of_several_probe_sets_is_shown() -> None:
 
 
 def test_a_log_that_cannot_be_read_is_not_healthy() -> None:
-    assert row(a_run("well"), trouble="no permission.").status.word == "BLIND"
-    assert row(a_run("ruined"), trouble="no permission.").status.word == "ERROR", "what was read still holds"
+    assert row(a_run("well"), unread="no permission.").status.word == "BLIND"
+    assert row(a_run("ruined"), unread="no permission.").status.word == "ERROR", "what was read still holds"
 
 
 def test_plain_json_whatever_is_not_known() -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
+from align_audit.cli.intervals import interval
+from align_audit.cli.watch_screen import look_at_runs
+from align_audit.errors import RecordError
 from align_audit.record.audit_record import AuditRecord
+from align_audit.record.followed import FollowedRun
 from align_audit.record.log import RunLog
 from align_audit.record.run import AuditRun as StoredRun
 from align_audit.record.transfer_record import TransferRecord
@@ -21,7 +27,9 @@ from align_audit.writers.plots import gallery
 from align_audit.writers.runs_table import row_of_run
 from align_audit.writers.standing import standing_at
 from align_audit.writers.web.folded_data import TRANSFER
+from align_audit.writers.web.log_folders import LogFolder, logs_in
 from align_audit.writers.web.page_data import page_data
+from align_audit.writers.web.shown_runs import ShownRuns
 from tests.helpers.alert_cases import about, with_margins, with_part
 from tests.helpers.pages import as_run, healthy_run
 from tests.helpers.screens import a_run, calm
@@ -94,3 +102,130 @@ def test_beside_a_run_that_was_set_aside_stands_its_own_transfer(
     record = with_part(calm(20), "provenance", policy_hash=policy if of_it else "another")
     shown = page_data(replace(healthy_run(), directory=folder, records=[record]))["sets"][0]["more"]["transfer"]
     assert (shown is not None) == of_it
+
+
+@pytest.mark.parametrize("lies_in", ["dpo/align_audit", "dpo", "dpo/align_audit/previous-1"])
+@pytest.mark.parametrize("given", ["absolute", "relative", "from inside"])
+def test_every_screen_names_the_folder_of_a_run_wherever_its_log_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lies_in: str, given: str
+) -> None:
+    """In ``align_audit``, copied out of it, or set aside in it."""
+    log = RunLog(tmp_path / "made")
+    for record in a_run("well"):
+        log.append(record)
+    log.close()
+    place, run = tmp_path / lies_in, tmp_path / "dpo"
+    place.parent.mkdir(parents=True, exist_ok=True)
+    log.directory.rename(place)
+    monkeypatch.chdir(place if given == "from inside" else tmp_path)
+    path = {"absolute": place, "relative": Path(lies_in), "from inside": Path()}[given]
+    stored = StoredRun.load(path)
+    assert stored.output_dir.resolve() == run
+    assert page_data(stored)["run"]["name"].split(" ")[0] == "dpo"
+    (name, folder) = (row_of_run(stored, "dpo").as_json(datetime.now(UTC))[key] for key in ("run", "folder"))
+    assert (name, Path(folder).resolve()) == ("dpo", run)
+    assert look_at_runs([path], every=1, once=True, as_json=True, command=None, tell=print) == 0
+    watched = json.loads(capsys.readouterr().out)
+    assert (watched["run"], Path(watched["folder"]).resolve()) == ("dpo", run)
+    if "previous" not in lies_in:
+        assert [log.name for log in logs_in([LogFolder(run)])] == ["dpo"]
+
+
+# --- a damaged log ----------------------------------------------------------------------------------------------------
+
+BAD = b"no JSON\n"
+
+
+def damaged(folder: Path, ends: str, where: str) -> Path:
+    """The log of a run with a line that cannot be read: at its ``start``, ``middle`` or ``end``; ``all`` of it; or ``none``."""
+    log = RunLog(folder / "dpo")
+    for record in a_run(ends):
+        log.append(record)
+    log.close()
+    path = log.directory / "records.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    parts = {"start": [BAD, *lines], "middle": [*lines[:2], BAD, *lines[2:]], "end": [*lines, BAD], "all": [BAD, BAD]}
+    path.write_bytes(b"".join(parts.get(where, lines)))
+    return log.directory
+
+
+@pytest.mark.filterwarnings("ignore:.* cannot be read and is skipped", "ignore:.* ends in the middle of a line")
+@pytest.mark.parametrize(
+    ("ends", "where", "word"),
+    [
+        ("well", "none", "HEALTHY"),
+        ("well", "start", "HEALTHY"),
+        ("well", "middle", "HEALTHY"),
+        ("well", "end", "BLIND"),
+        ("well", "all", "BLIND"),
+        ("ruined", "middle", "ERROR"),
+        ("ruined", "end", "ERROR"),
+    ],
+)
+def test_a_damaged_log_stands_alike_on_every_screen(tmp_path: Path, ends: str, where: str, word: str) -> None:
+    """Only what comes after the last record that can be read leaves it open how a run stands."""
+    directory = damaged(tmp_path, ends, where)
+    stored, followed = StoredRun.load(directory), FollowedRun(directory)
+    followed.refresh()
+    row = row_of_run(followed.run, "dpo", followed.trouble)
+    tab = ShownRuns([LogFolder(tmp_path)], interval)
+    (listed,) = tab.listing()["runs"]
+    shown = json.loads(tab.page(listed["key"]) or b"")
+    page = page_data(stored)
+    words = {
+        "load": stored.status.word,
+        "select": stored.select(None).status.word if stored.records else word,
+        "page": page["run"]["status"]["word"],
+        "set of the page": page["sets"][0]["status"]["word"],
+        "watch": row.status.word,
+        "list of the tab": listed["word"],
+        "page of the tab": shown["run"]["status"]["word"],
+        "set of the tab": shown["sets"][0]["status"]["word"],
+    }
+    if stored.records:
+        words["model card"] = re.findall(r"\b(?:HEALTHY|WATCH|ERROR|BLIND)\b", model_card(stored))[0]
+        words["closing table"] = re.findall(r"\b(?:HEALTHY|WATCH|ERROR|BLIND)\b", closing(stored, {})[0].html())[-1]
+    assert words == dict.fromkeys(words, word)
+    reasons = {stored.status.reason, row.status.reason, listed["reason"], page["run"]["status"]["reason"]}
+    assert len(reasons) == 1
+    assert ("at the end of the log cannot be read" in reasons.pop()) == (word == "BLIND")
+    assert (row.trouble is None) == (shown["trouble"] is None) == (where == "none"), "it is said all the same"
+
+
+def test_a_log_that_heals_is_no_longer_blind(tmp_path: Path) -> None:
+    directory = damaged(tmp_path, "well", "end")
+    followed = FollowedRun(directory)
+    followed.refresh()
+    assert followed.run.status.word == "BLIND"
+    with (directory / "records.jsonl").open("ab") as file:
+        file.write(calm(60).to_json().encode() + b"\n")
+    assert followed.refresh()[0]
+    assert followed.run.status.word == "HEALTHY"
+
+
+def test_a_file_that_cannot_be_read_makes_every_screen_that_follows_it_blind(tmp_path: Path) -> None:
+    directory = damaged(tmp_path, "well", "none")
+    followed = FollowedRun(directory)
+    tab = ShownRuns([LogFolder(tmp_path)], interval)
+    followed.refresh()
+    (directory / "records.jsonl").unlink()
+    (directory / "records.jsonl").mkdir()
+    (directory / "alerts.jsonl").touch()
+    followed.refresh()
+    (listed,) = tab.listing()["runs"]
+    row = row_of_run(followed.run, "dpo", followed.trouble)
+    shown = json.loads(tab.page(listed["key"]) or b"")
+    for status in (row.status.word, listed["word"], shown["run"]["status"]["word"]):
+        assert status == "BLIND"
+    assert row.status.reason == listed["reason"] == row.trouble
+    with pytest.raises(RecordError, match="cannot read"):
+        StoredRun.load(directory)
+
+
+def test_a_failure_that_cannot_be_read_is_no_record(tmp_path: Path) -> None:
+    directory = damaged(tmp_path, "well", "none")
+    (directory / "failures.jsonl").write_bytes(BAD)
+    followed = FollowedRun(directory)
+    followed.refresh()
+    assert (followed.skipped, followed.trouble) == (0, "1 line of failures.jsonl cannot be read.")
+    assert followed.run.status.word == "HEALTHY"

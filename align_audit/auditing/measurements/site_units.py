@@ -8,7 +8,7 @@ from typing import Self
 
 from align_audit.auditing.session.walk import Session
 from align_audit.config import SiteConfig
-from align_audit.errors import SiteError
+from align_audit.errors import SiteError, plural
 from align_audit.models.find_sites import find_sites
 from align_audit.models.sites import Kind, Sites
 
@@ -112,6 +112,6 @@ def _grouped(lacking: dict[int, str]) -> str:
     for layer, words in lacking.items():
         groups.setdefault(words, []).append(layer)
     return "; ".join(
-        f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))} {'have' if len(layers) > 1 else 'has'} {words}"
+        f"{plural('layer', len(layers))} {', '.join(map(str, layers))} {'have' if len(layers) > 1 else 'has'} {words}"
         for words, layers in groups.items()
     )

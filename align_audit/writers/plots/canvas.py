@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
+from align_audit.errors import counted, plural
 from align_audit.record.audit_record import Estimate
 from align_audit.record.numbers import span
 
@@ -140,12 +141,11 @@ class Notes:
         """A sentence for each, places contracted; ``unit`` is what they are, as "layer"."""
         said = []
         for (what, reason), places in self.places.items():
-            number = "s" if len(set(places)) > 1 else ""
-            where = f"{unit}{number} {span(places)}" if places else ""
+            where = f"{plural(unit, len(set(places)))} {span(places)}" if places else ""
             subject = ", ".join(part for part in (what, where) if part)
             said.append(f"Hatched is not known{f' ({subject})' if subject else ''}: {reason}.")
         if len(said) > 4:
-            said = [*said[:3], f"… and {len(said) - 3} more reasons, in the record."]
+            said = [*said[:3], f"… and {counted(len(said) - 3, 'more reason')}, in the record."]
         return said
 
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
-from align_audit.errors import listed, named, without_secrets
+from align_audit.errors import counted, listed, named, plural, without_secrets
 from align_audit.writers.outbox import Outbox
 from align_audit.writers.trackers.entry import Entry, Notice, Tracker
 
@@ -80,12 +80,8 @@ class Sender:
         """
         steps = sorted({*self._lost_steps, *steps})
         notices = self._lost_notices + len(self._notices)
-        parts = (
-            [f"{_count(len(steps), 'audit')} ({'step' if len(steps) == 1 else 'steps'} {listed(steps)})"]
-            if steps
-            else []
-        )
-        parts += [_count(notices, "notice") + " of alerts"] if notices else []
+        parts = [f"{counted(len(steps), 'audit')} ({plural('step', len(steps))} {listed(steps)})"] if steps else []
+        parts += [counted(notices, "notice") + " of alerts"] if notices else []
         parts += ["the report as it is now"] if self._lost_report else []
         return ", ".join(parts)
 
@@ -150,7 +146,3 @@ class Sender:
         self._lost_steps.append(job.step)
         if job is not self._under_way:
             self._notices += job.notices
-
-
-def _count(count: int, word: str) -> str:
-    return f"1 {word}" if count == 1 else f"{count} {word}s"

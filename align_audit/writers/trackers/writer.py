@@ -30,13 +30,12 @@ from align_audit.writers.trackers.trackio_run import TrackioRun
 from align_audit.writers.trackers.wandb_run import WandbRun
 from align_audit.writers.web.page import page
 from align_audit.writers.web.page_data import page_data
-from align_audit.writers.web.report_writer import run_so_far
 
 if TYPE_CHECKING:
     import numpy as np
 
     from align_audit.config import AuditConfig
-    from align_audit.record.run import AuditRun
+    from align_audit.record.run import AuditRun, run_so_far, with_this
     from align_audit.writers.writer import Surroundings
 
 logger = logging.getLogger(__name__)
@@ -119,8 +118,7 @@ class TrackerWriter:
 
     def record(self, record: AuditRecord, history: Sequence[AuditRecord]) -> None:
         """Send an audit, with those that could not be sent before it."""
-        there = any(head.key == record.key for head in heads_of(history))
-        self._history = history if there else [*history, record]
+        self._history = with_this(history, record)
         if record.provenance.probe_name in self._broken:
             self._broken.discard(record.provenance.probe_name)
             self._recovered.add(record.key)

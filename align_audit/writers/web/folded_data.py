@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from align_audit.errors import RecordError
+from align_audit.errors import RecordError, counted
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.numbers import numbers
 from align_audit.record.run import AuditRun
@@ -67,7 +67,7 @@ def cost_data(heads: Sequence[Head]) -> dict[str, Any]:
     shares = [head.occasion.share_spent for head in heads if head.occasion is not None]
     share = next((share for share in reversed(shares) if share is not None), None)
     total = sum(head.seconds for head in heads)
-    count = "1 audit" if len(heads) == 1 else f"{len(heads)} audits"
+    count = counted(len(heads), "audit")
     words = f"{count} took {total:.0f} s" if total >= 10 else f"{count} took {total:.1f} s"
     return {
         "title": words + ("" if share is None else f", {share * 100:.1f} % of the run"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from align_audit.record.followed import log_folders
-from align_audit.record.log import FAILURES, FOLDER, RECORDS
+from align_audit.record.log import FAILURES, FOLDER, RECORDS, output_dir_of
 from align_audit.record.training_log import TRAINING
 
 _ADDRESS = re.compile("[a-zA-Z][0-9a-zA-Z.]*://")
@@ -83,11 +83,12 @@ def _logs_of(folder: LogFolder) -> Iterator[AuditLog]:
     for directory in log_folders(folder.path):
         if not all(_inside(directory / name, folder.path) for name in (RECORDS, FAILURES, TRAINING)):
             continue
-        place = os.path.relpath(directory.parent if directory.name == FOLDER else directory, folder.path)
-        # A log folder may be an align_audit folder itself.
-        name = folder.path.name if place in (".", "..") else Path(place).as_posix()
+        run = output_dir_of(directory)
+        # A log folder may be a run, or the log in it.
+        inside = run != folder.path and run.is_relative_to(folder.path)
+        name = run.relative_to(folder.path).as_posix() if inside else folder.path.name
         if folder.label is not None:
-            name = folder.label if place in (".", "..") else f"{folder.label}/{name}"
+            name = f"{folder.label}/{name}" if inside else folder.label
         key = hashlib.sha256(os.fsencode(directory)).hexdigest()[:16]
         yield AuditLog(key, name, directory)
 

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Self
 from align_audit.errors import ConfigurationError, first_line, plain
 from align_audit.files import write_atomically
 from align_audit.record.audit_record import Alert, AuditRecord
-from align_audit.record.lines import read_lines
-from align_audit.record.log import FAILURES, REPORT, Failure
-from align_audit.record.run import AuditRun
-from align_audit.record.stored_records import heads_of
+from align_audit.record.log import REPORT
+from align_audit.record.run import AuditRun, run_so_far, with_this
 from align_audit.record.training_log import LogRow
 from align_audit.writers.web.page import page
 from align_audit.writers.web.page_data import page_data
@@ -50,8 +48,7 @@ class Report:
 
     def record(self, record: AuditRecord, history: Sequence[AuditRecord]) -> None:
         """Write the page with this audit."""
-        there = any(head.key == record.key for head in heads_of(history))
-        self._history = history if there else [*history, record]
+        self._history = with_this(history, record)
         self._write()
 
     def alert(self, alert: Alert, record: AuditRecord) -> None:
@@ -69,17 +66,6 @@ class Report:
     def _write(self) -> None:
         if self._directory is not None:
             write_report(run_so_far(self._directory, self._history, self._training_log()), self._directory / REPORT)
-
-
-def run_so_far(directory: Path, history: Sequence[AuditRecord], training_log: Sequence[LogRow]) -> AuditRun:
-    """A run that goes on, with the audits that broke so far.
-
-    Args:
-        directory: of the log.
-        history: its audits, by step.
-        training_log: what the trainer has logged so far.
-    """
-    return AuditRun(directory, history, [], read_lines(directory / FAILURES, Failure), training_log=training_log)
 
 
 def write_report(run: AuditRun, path: Path) -> int:

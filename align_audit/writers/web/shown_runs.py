@@ -12,21 +12,19 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from align_audit import __version__
-from align_audit.errors import named
 from align_audit.record.followed import FollowedRun
+from align_audit.record.lines import parsed
 from align_audit.record.log import FAILURES, RECORDS, Failure
 from align_audit.record.newest import Newest, lines_from_end, read_newest
 from align_audit.record.run_sums import Intervals
-from align_audit.record.status import WORST_FIRST, Status, status_of
+from align_audit.record.status import WORST_FIRST, Status, status_of, unread_log
 from align_audit.record.training_log import TRAINING, rows_of
 from align_audit.writers.web.comparison_data import comparison_data
 from align_audit.writers.web.json_values import text
@@ -44,18 +42,18 @@ Signature = tuple[tuple[int, int, int] | None, ...]
 
 
 @dataclass(frozen=True)
-class RunRow:
+class ListedRun:
     """How a run stands, as the end of its log says.
 
     Attributes:
         step: of the last audit.
-        trouble: what of its log cannot be read, in a sentence.
+        unread: what of the end of its log cannot be read, in a sentence; None: nothing.
         version: changes whenever the run's page does.
     """
 
     status: Status
     step: int | None
-    trouble: str | None
+    unread: str | None
     version: str
 
 
@@ -64,7 +62,7 @@ class _Log:
     """What is kept of one log."""
 
     row_signature: Signature = ()
-    row: RunRow | None = None
+    row: ListedRun | None = None
     newest_signature: Signature = ()
     newest: Newest = field(default_factory=Newest)
     failures: list[Failure] = field(default_factory=list)
@@ -195,7 +193,7 @@ class ShownRuns:
                 self._pages.popitem(last=False)
             return kept
 
-    def _row(self, log: AuditLog) -> RunRow:
+    def _row(self, log: AuditLog) -> ListedRun:
         kept = self._logs.get(log.key) or _Log()
         with kept.lock:
             signature = _signature(log.directory, RECORDS, FAILURES, TRAINING)
@@ -203,56 +201,32 @@ class ShownRuns:
                 try:
                     kept.row = _row_of(log.directory, kept)
                 except Exception as error:  # whatever one log holds, the others are shown
-                    trouble = f"The log cannot be read: {named(error).rstrip('.')}."
-                    kept.row = RunRow(Status("BLIND", None, trouble), None, trouble, _version(signature, trouble))
+                    unread = unread_log(error)
+                    kept.row = ListedRun(status_of([], [], [], unread), None, unread, _version(signature, unread))
                 kept.row_signature = signature
             return kept.row
 
 
-def _row_of(directory: Path, kept: _Log) -> RunRow:
+def _row_of(directory: Path, kept: _Log) -> ListedRun:
     signature = _signature(directory, RECORDS, FAILURES)
     if kept.newest_signature != signature:
-        kept.failures = _failures(directory / FAILURES)
+        kept.failures = parsed(lines_from_end(directory / FAILURES), Failure)[::-1]
         kept.newest = read_newest(directory / RECORDS, {failure.probe_name for failure in kept.failures})
         kept.newest_signature = signature
     newest = kept.newest
     training = rows_of(reversed(list(islice(lines_from_end(directory / TRAINING), _LAST_ROWS))))
     records = sorted(newest.records, key=lambda record: (record.step, record.provenance.created))
-    status, trouble = status_of(records, kept.failures, training), None
-    if newest.skipped:
-        what = "audits" if newest.skipped > 1 else "audit"
-        trouble = f"{newest.skipped} of the last {what} cannot be read: {(newest.reason or '').rstrip('.')}."
-        if not records or status.word in ("WATCH", "HEALTHY"):
-            status = Status("BLIND", status.since, trouble)
+    status = status_of(records, kept.failures, training, newest.unread)
     # Of the training log only what changes the status counts: it grows all the time.
-    return RunRow(
-        status, records[-1].step if records else None, trouble, _version(signature, f"{status} {status.reason}")
-    )
+    step = records[-1].step if records else None
+    return ListedRun(status, step, newest.unread, _version(signature, f"{status} {status.reason}"))
 
 
-def _failures(path: Path) -> list[Failure]:
-    failures = []
-    for line in lines_from_end(path):
-        try:
-            failures.append(Failure.model_validate_json(line))
-        except ValidationError:
-            continue
-    return failures[::-1]
-
-
-def _data(followed: FollowedRun, row: RunRow) -> dict[str, Any]:
+def _data(followed: FollowedRun, row: ListedRun) -> dict[str, Any]:
     """Of a page; a status that the end of the log does not bear out is not shown as health."""
-    run = followed.run
+    run = replace(followed.run, unread=row.unread)
     data = page_data(run, written=_written(followed.directory))
     data["trouble"] = None if followed.trouble is None else text(followed.trouble)
-    if row.trouble is None:
-        return data
-    for each in (data["run"]["status"], *(shown["status"] for shown in data["sets"])):
-        if each["word"] in ("WATCH", "HEALTHY"):
-            each["word"] = "BLIND"
-    for shown in data["sets"]:
-        if shown["status"]["word"] == "BLIND":
-            shown["status"]["sentences"] = [text(row.trouble), *shown["status"]["sentences"][1:]]
     return data
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from align_audit.errors import counted
 from align_audit.options.rules import CAUSES, RETIRED
 from align_audit.record.audit_record import Alert, AuditRecord
 from align_audit.record.open_alerts import SEVERITY, cause_of, since_of
@@ -145,7 +146,7 @@ def _log(standing: Standing | None, log: Sequence[LogRow]) -> str:
 
 def _facts(run: AuditRun, standing: Standing | None) -> str:
     failures = len(run.failures)
-    broken = f"{failures} audit{'s' if failures != 1 else ''} broke" if failures else ""
+    broken = f"{counted(failures, 'audit')} broke" if failures else ""
     if standing is None:
         return broken or "No audit yet"
     record = standing.record
@@ -153,7 +154,7 @@ def _facts(run: AuditRun, standing: Standing | None) -> str:
     full = len({head.step for head in heads if head.kind == "full"})
     steps = len({head.step for head in heads})
     words = [
-        f"{steps} step{'s' if steps != 1 else ''} audited, {full} in full; last at step {record.step}",
+        f"{counted(steps, 'step')} audited, {full} in full; last at step {record.step}",
         broken,
         pairs_in_words(record, "probe pairs"),
         f"reference: {record.reference_check.source}",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from align_audit.errors import counted
 from align_audit.record.audit_record import GUARDED, AuditRecord, Estimate, SiteCurve, control_items
 from align_audit.record.numbers import why_unknown
 from align_audit.record.site_names import site_name
@@ -170,7 +171,7 @@ def _low_rank_title(record: AuditRecord) -> str:
     if not enough:
         return f"No low-rank subspace: {most} directions do not carry 95 % of the effect"
     said = ", ".join(f"{rank:.0f} at layer {layer}" for layer, rank in list(enough.items())[:4])
-    more = f" and {len(enough) - 4} more layers" if len(enough) > 4 else ""
+    more = f" and {counted(len(enough) - 4, 'more layer')}" if len(enough) > 4 else ""
     return f"Directions that carry 95 % of the effect: {said}{more}"
 
 

@@ -239,11 +239,11 @@ def test_a_log_that_cannot_be_read_is_no_healthy_run_and_hides_no_other(tab: Tab
     assert [row["name"] for row in tab.rows()] == ["b", "a", "c"]
     row = tab.row("a")
     assert row["word"] == "BLIND"
-    assert row["reason"].startswith("1 of the last audit")
+    assert row["reason"].startswith("1 line at the end of the log cannot be read")
     data = tab.data("a")
     assert data["sets"][0]["status"]["word"] == data["run"]["status"]["word"] == "BLIND"
     assert data["sets"][0]["status"]["sentences"][0] == row["reason"]
-    assert data["trouble"].startswith("1 lines of the log cannot be read")
+    assert data["trouble"].startswith("1 line of records.jsonl cannot be read")
     assert data["sets"][0]["panels"][0]["steps"] == [0, 5, 10, 20, 40]
     assert tab.data("b")["trouble"] is None
 
