@@ -49,9 +49,12 @@
       chart(says, "compare-where-" + letter, (place) => charts.layerBars(place, series, { unit: "nats", share: false }, claimed), rows));
   }
 
+  /* On a narrow screen a line ends before an interval, and not within. */
+  const whole = (words) => words.replace(/\[([^\]]*), /, "[$1,\u00a0");
+
   /* A table for each place at which the runs meet, with the differences there. */
   function meetings(set) {
-    const wide = (each) => each.rows.map((cells) => each.head.map((_, column) => cells[column] || ""));
+    const wide = (each) => each.rows.map((cells) => each.head.map((_, column) => whole(cells[column] || "")));
     const meeting = (each) => make("div", {}, foreign("h3", each.heading),
       ...(each.rows.length ? [table("", each.head, wide(each))] : []), ...each.notes.map((words) => foreign("p", words, { class: "legend" })));
     return [make("div", { class: "side-by-side meetings" }, ...set.tables.map(meeting)), ...set.notes.map((words) => foreign("p", words))];
