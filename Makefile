@@ -19,7 +19,7 @@ BOUND_TESTS := tests/monitoring/test_callback.py tests/monitoring/test_reference
 	tests/models/weights/test_not_streamed.py tests/models/weights/test_from_host.py \
 	tests/writers/test_tensorboard.py tests/cli/test_options.py tests/cli/test_run.py
 
-.PHONY: demo test test-distributed docs fuzz test-all test-gpu test-lowest test-newest lint lock wheel-check install python clean
+.PHONY: demo test test-distributed docs fuzz trackers test-trackers test-all test-gpu test-lowest test-newest lint lock wheel-check install python clean
 
 install: $(STAMP)
 
@@ -61,6 +61,22 @@ docs: $(STAMP)
 	$(BIN)/uv pip install --quiet --python .venv-docs/bin/python --group docs
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet
 
+# The tests of W&B, MLflow and Trackio with the real clients, offline. Some of these want older packages than all else is tested
+# with (constraints-trackers.txt), so that they have an environment of their own, behind which the usual one stands.
+TRACKERS := .venv-trackers
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+trackers: $(TRACKERS)/.installed
+
+$(TRACKERS)/.installed: pyproject.toml constraints-trackers.txt $(STAMP)
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(TRACKERS)
+	$(BIN)/uv pip install --python $(TRACKERS)/bin/python --constraint constraints-trackers.txt \
+		$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["trackers"])')
+	$(BIN)/python -c '$(SITE)' > "$$($(TRACKERS)/bin/python -c '$(SITE)')/usual.pth"
+	touch $@
+
+test-trackers: trackers
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(TRACKERS)/bin/python -m pytest tests/writers/trackers -m "not slow and not gpu"
+
 # Records, options, probe files and command lines that nobody wrote: so many of each test, 20,000 and more in all, drawn anew
 # each time. `make test` tries a few, always the same ones.
 FUZZ ?= 1300
@@ -91,6 +107,10 @@ test-lowest test-newest: test-%: $(STAMP)
 lock: $(STAMP)
 	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 		--no-annotate --quiet $(UPGRADE) --output-file constraints.txt
+	# The same versions where the trackers' clients allow them: what a file holds already is what uv prefers.
+	cp constraints.txt constraints-trackers.txt
+	UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile pyproject.toml --extra trackers --universal \
+		--python-version 3.11 --no-annotate --quiet --output-file constraints-trackers.txt
 
 # Minutes: the demo of the installed wheel is part of it.
 wheel-check: $(STAMP)

@@ -22,11 +22,14 @@ from align_audit.cli.options import (
     MaxLengthOption,
     PickleOption,
     ReferenceOption,
+    ReportMayBeBare,
     ResumeOption,
+    RunReportOption,
     TrustOption,
     announce,
     bases_option,
     check_files,
+    check_page,
     complain,
     demands_option,
     device_option,
@@ -99,7 +102,7 @@ def demo(
     run_demo(output)
 
 
-@app.command()
+@app.command(cls=ReportMayBeBare)
 def run(
     checkpoint: Annotated[Path, typer.Argument(help="A saved model or adapter, or a folder of checkpoint-N folders.")],
     probes: Annotated[
@@ -122,6 +125,7 @@ def run(
     fail_on: FailOnOption = None,
     gate: GateOption = None,
     resume: ResumeOption = True,
+    report: RunReportOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="Print all that an audit measured.")] = False,
 ) -> None:
     """Audit saved checkpoints against their reference.
@@ -136,6 +140,8 @@ def run(
     demands = demands_option(gate, fail_on)
     sets = read_arguments(probes)
     check_files(sets, config)
+    if report:
+        check_page("--report", Path(report))
     options = settings(config, max_pairs, max_length, verbose=verbose)
     _refuse_pickles(allow_pickle, [*steps], reference)
     from align_audit.monitoring.checkpoints import audit_saved  # loads torch: after what can be refused without it
@@ -155,6 +161,8 @@ def run(
         fresh=not resume,
     )
     _conclude(audits.records, output, time.perf_counter() - began)
+    if report is not None:
+        _say_report(output, report, {number: folder.name for folder, number in steps.items()})
     raise typer.Exit(_status(audits, steps, demands, output))
 
 
@@ -287,6 +295,16 @@ def _conclude(records: list[AuditRecord], output: Path, seconds: float) -> None:
     )
     for path in pictures.values():
         typer.echo(f"  {path}")
+
+
+def _say_report(output: Path, page: str, checkpoints: Mapping[int, str]) -> None:
+    """Write the page of all that the log holds now, and say where it is."""
+    from align_audit.writers.web.report_writer import page_of, report_of
+
+    run, path, size = report_of(output, checkpoints=checkpoints)
+    if page:
+        path, size = page_of(run, Path(page), "--report", checkpoints)
+    typer.echo(f"{run.status}: the report is {plain(path)} ({size / 1e6:.1f} MB)")
 
 
 def main() -> None:

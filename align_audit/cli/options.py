@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from align_audit.errors import SHOWN, ConfigurationError, first_line, listed, plain, quoted
 from align_audit.probes.names import check_names
@@ -47,6 +48,15 @@ GateOption = Annotated[
         "times. Exit status 2 where one is broken; a number that is not known breaks it."
     ),
 ]
+RunReportOption = Annotated[
+    str | None,
+    typer.Option(
+        "--report",
+        metavar="[FILE]",
+        help="Where the run as a page goes, one HTML file, besides report.html beside the log; without FILE, or without the "
+        "option, it is written there alone.",
+    ),
+]
 PickleOption = Annotated[
     bool,
     typer.Option(
@@ -62,6 +72,19 @@ ResumeOption = Annotated[
         "--fresh sets the log aside and audits all.",
     ),
 ]
+
+
+class ReportMayBeBare(TyperCommand):
+    """A command whose ``--report`` may stand without a value, which is then empty."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As of any command, with the value that is left out."""
+        following = [*args[1:], "--"]
+        filled = [
+            "--report=" if word == "--report" and after.startswith("-") else word
+            for word, after in zip(args, following, strict=True)
+        ]
+        return super().parse_args(ctx, filled)
 
 
 def read_arguments(arguments: Sequence[str]) -> dict[str, Path] | Path:
@@ -164,6 +187,23 @@ def check_files(sets: Mapping[str, Path] | Path, config: Path | None) -> None:
             near = near_path(path)
             if near:
                 raise ConfigurationError(f"{option}: {plain(path)}: no such file{near}")
+
+
+def check_page(option: str, page: Path) -> None:
+    """Refuse a page that could not be written before anything is read or audited for it.
+
+    Raises:
+        ConfigurationError: a folder is named, or a file of a folder that is not there.
+    """
+    if page.is_dir():
+        raise ConfigurationError(
+            f"{option} {plain(page)} is a folder; expected a file, such as {plain(page / 'report.html')}"
+        )
+    if not page.parent.is_dir():
+        raise ConfigurationError(
+            f"{option}: cannot write the report to {plain(page)}, since there is no folder {plain(page.parent)}; make it, or "
+            "choose a file in a folder that exists"
+        )
 
 
 def complain(words: str) -> None:

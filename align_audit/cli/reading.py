@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import stat
 import sys
 import warnings
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from align_audit.cli.options import complain, near_path, step_of
+from align_audit.cli.options import check_page, complain, near_path, step_of
 from align_audit.errors import ConfigurationError, RecordError, first_line, listed, plain
 from align_audit.files import write_atomically
 
@@ -27,6 +28,10 @@ _UNBROKEN = 500
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Output directories of runs, or their logs; at least two.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the reason of what is not known.")] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write the comparison as a page, too: one HTML file, with the runs' curves over each other."),
+    ] = None,
 ) -> None:
     """Compare runs: who is healthy, and what each has paid for the same margin.
 
@@ -35,16 +40,19 @@ def compare(
 
     Exit status: 0; 2 where there is nothing to compare.
 
-    Example: align-audit compare runs/dpo-a runs/dpo-b
+    Example: align-audit compare runs/dpo-a runs/dpo-b --report comparison.html
     """
     if len(runs) < 2:
-        raise ConfigurationError(f"expected at least two runs to compare, found {listed(runs)}; name another")
+        inside = _runs_inside(runs[0], "compare")
+        raise ConfigurationError(inside or f"expected at least two runs to compare, found {listed(runs)}; name another")
+    if report is not None:
+        check_page("--report", report)
     from align_audit.cli.intervals import interval
     from align_audit.record.compare import Side, by_probes
     from align_audit.record.compare import compare as compared
     from align_audit.writers.comparison import ComparisonTable, comparison_values, short_names
 
-    stored = [load_run(path) for path in runs]
+    stored = [load_run(path, "compare") for path in runs]
     names = short_names([str(_called(run)) for run in stored])
     comparisons = {
         probes: compared([Side(name, run) for name, run in zip(names, narrowed, strict=True)], interval)
@@ -54,9 +62,24 @@ def compare(
         values = {probes: comparison_values(each) for probes, each in comparisons.items()}
         single = next(iter(values.values()))
         typer.echo(json.dumps(single if len(values) == 1 else {"probes": values}, indent=1))
-        return
-    several = len(comparisons) > 1
-    _print(ComparisonTable(each, f"Probes {name!r}" if several else "") for name, each in comparisons.items())
+    else:
+        several = len(comparisons) > 1
+        _print(ComparisonTable(each, f"Probes {name!r}" if several else "") for name, each in comparisons.items())
+    if report is not None:
+        size = _comparison_page(stored, names, report)
+        typer.echo(f"the comparison as a page is {plain(report)} ({size / 1e6:.1f} MB)", err=as_json)
+
+
+def _comparison_page(runs: list[AuditRun], names: list[str], path: Path) -> int:
+    """Write it, and return its size in bytes."""
+    from align_audit.cli.intervals import interval
+    from align_audit.writers.web.comparison_data import comparison_page_data
+    from align_audit.writers.web.page import COMPARISON, page
+    from align_audit.writers.web.report_writer import written_page
+
+    return written_page(
+        page(comparison_page_data(runs, names, interval), COMPARISON), path, "the comparison", "--report"
+    )
 
 
 def card(
@@ -84,7 +107,7 @@ def card(
     from align_audit.record.checkpoint_names import checkpoints_in
     from align_audit.writers.model_card import model_card, with_section
 
-    stored = load_run(run)
+    stored = load_run(run, "card")
     checkpoints = checkpoints_in(stored.output_dir)
     if write is None:
         typer.echo(model_card(stored, step, checkpoints))
@@ -99,11 +122,15 @@ def card(
     typer.echo(f"the section is in {plain(page)}")
 
 
-def load_run(path: Path) -> AuditRun:
+def load_run(path: Path, command: str) -> AuditRun:
     """A stored run. What its log holds of damaged lines is said on stderr.
 
+    Args:
+        command: of ``align-audit`` that wants it.
+
     Raises:
-        RecordError: no run is there (with the nearest name that there is), or it was written by a newer align_audit.
+        RecordError: no run is there (with the runs in the folder, or the nearest name that there is), or it was written by a
+            newer align_audit.
     """
     from align_audit.record.run import AuditRun
 
@@ -112,10 +139,33 @@ def load_run(path: Path) -> AuditRun:
         try:
             run = AuditRun.load(path)
         except RecordError as error:
-            raise RecordError(f"{error}{near_path(path)}") from None
+            raise RecordError(_runs_inside(path, command) or f"{error}{near_path(path)}") from None
     for each in noted:
         complain(str(each.message))
     return run
+
+
+_MOST_RUNS = 10
+"""Runs of a folder that are named."""
+
+
+def _runs_inside(path: Path, command: str) -> str:
+    """What to type of the runs in a folder that is none itself, a line for each; empty where there are none, or it is a run."""
+    from align_audit.record.followed import log_folders
+
+    runs = [log.parent for log in log_folders(path)]
+    if not runs or log_folders(path, 0):
+        return ""
+    count = "a run" if len(runs) == 1 else f"{len(runs)} runs"
+    words = f"{plain(path)} is no run itself, and holds {count}; expected "
+    words += "at least two of them, or one and another" if command == "compare" else "one"
+    typed = [shlex.quote(str(run)) for run in runs]
+    if command == "compare":
+        # Each beside the first: what is compared are differences to it.
+        typed = [f"{typed[0]} {each}" for each in typed[1:]] or [f"{typed[0]} ANOTHER"]
+    lines = [f"  align-audit {command} {plain(each)}" for each in typed[:_MOST_RUNS]]
+    more = [f"  and {len(typed) - _MOST_RUNS} more"] if len(typed) > _MOST_RUNS else []
+    return "\n".join([f"{words}:", *lines, *more])
 
 
 def _write_page(page: Path, change: Callable[[bytes], bytes]) -> None:

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from align_audit.errors import ConfigurationError, counted, plain
+from align_audit.cli.options import check_page
+from align_audit.cli.reading import load_run
+from align_audit.errors import counted, plain
 
 
 def report(
@@ -23,13 +25,12 @@ def report(
 
     Example: align-audit report runs/dpo --open
     """
-    from align_audit.writers.web.report_writer import report_of
+    from align_audit.writers.web.report_writer import page_of
 
-    if output is not None and output.is_dir():
-        raise ConfigurationError(
-            f"--output {plain(output)} is a folder; expected a file, such as {plain(output / 'report.html')}"
-        )
-    stored, path, size = report_of(run, output)
+    if output is not None:
+        check_page("--output", output)
+    stored = load_run(run, "report")
+    path, size = page_of(stored, output)
     audits = len(stored.records)
     typer.echo(f"{stored.status}: the report of {counted(audits, 'audit')} is {plain(path)} ({size / 1e6:.1f} MB)")
     if open_page:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _SEARCH_SHARE = 0.05
 """Of the time that may go into looking for runs in large folders."""
-_AROUND = 8
+_AROUND = 9
 """Lines of a terminal that are not rows of the table."""
 
 

@@ -24,13 +24,16 @@ from align_audit.models.pickles import refuse_pickles
 from align_audit.models.reference import Reference, resolve_reference
 from align_audit.monitoring.doctor_costs import TIMED_PAIRS, cost_checks, numerics, training_seconds
 from align_audit.monitoring.doctor_place import log_check, not_tried, place_checks, stored_in, texts_kept, versions
-from align_audit.monitoring.doctor_plan import Check, Plan
-from align_audit.probes.pairs import ProbeSet
+from align_audit.monitoring.doctor_plan import Check, Level, Plan
+from align_audit.probes.pairs import ProbeSet, remedy_of
 from align_audit.record.finding import CLAIMED_FROM
 
 _NUDGE = 0.02
 """How far the policy that is timed is moved from its start, as a share of each weight's spread: of equal models an audit has
 less to do."""
+
+_MUCH_DROPPED, _MOST_DROPPED = 0.1, 0.5
+"""Shares of the pairs that were met beyond which the rest may no longer stand for the data, and beyond which it does not."""
 
 
 def examine(plan: Plan, config: AuditConfig, tell: Callable[[str], None] = lambda _: None) -> Iterator[Check]:
@@ -62,7 +65,7 @@ def examine(plan: Plan, config: AuditConfig, tell: Callable[[str], None] = lambd
         yield Check("probes", "red", str(error), "give --probes a file of held-out preference pairs")
         return
     for name, probes in sets.items():
-        yield _pairs(name, probes)
+        yield probes_check(name, probes)
     yield texts_kept(config)
     yield from log_check(plan, config, policy, sets, stored)
     yield from _with_models(plan, config, policy, sets, tell)
@@ -178,23 +181,24 @@ def _move(policy: nn.Module) -> None:
             weight.add_((noise * weight.float().std().cpu() * _NUDGE).to(weight))
 
 
-def _pairs(name: str | None, probes: ProbeSet) -> Check:
+def probes_check(name: str | None, probes: ProbeSet) -> Check:
+    """Whether the pairs are enough for what audits claim, and stand for the data that they are of."""
     title = "probes" if name is None else f"probes {name}"
+    said, fixes = [probes.summary()], []
+    dropped = sum(probes.dropped.values())
+    share = dropped / (dropped + len(probes))
+    if share > _MUCH_DROPPED:
+        reason = max(probes.dropped, key=lambda each: probes.dropped[each])
+        said.append(f"{share * 100:.0f} % of the pairs were dropped, most for: {reason}")
+        fixes.append(remedy_of(reason, probes.max_length))
     if probes.groups < LEAST_GROUPS:
-        return Check(
-            title,
-            "yellow",
-            f"{probes.summary()}. With {probes.groups} independent pairs no interval is made, and alerts go by means",
-            f"give {CLAIMED_FROM} held-out pairs of different prompts, or more",
-        )
+        said.append(f"With {probes.groups} independent pairs no interval is made, and alerts go by means")
+    elif probes.groups < CLAIMED_FROM:
+        said.append(f"A localization is claimed from {CLAIMED_FROM} independent pairs on")
     if probes.groups < CLAIMED_FROM:
-        return Check(
-            title,
-            "yellow",
-            f"{probes.summary()}. A localization is claimed from {CLAIMED_FROM} independent pairs on",
-            f"give {CLAIMED_FROM} held-out pairs of different prompts, or more",
-        )
-    return Check(title, "green", probes.summary())
+        fixes.append(f"give {CLAIMED_FROM} held-out pairs of different prompts, or more")
+    level: Level = "red" if share > _MOST_DROPPED else "yellow" if fixes else "green"
+    return Check(title, level, ". ".join(said), "; ".join(fixes))
 
 
 def _sites(models: OpenModels) -> Check:
@@ -213,4 +217,4 @@ def _sites(models: OpenModels) -> Check:
     return Check("sites", "green", f"below the residual stream: {words}")
 
 
-__all__ = ["Check", "Plan", "examine", "verdict"]
+__all__ = ["Check", "Plan", "examine", "probes_check", "verdict"]

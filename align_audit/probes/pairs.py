@@ -388,15 +388,26 @@ def _check_truncation(max_length: Any, truncation_mode: Any) -> None:
         raise ProbeError(f"truncation_mode: expected {' or '.join(TRUNCATION_MODES)}, found {truncation_mode!r}")
 
 
+def remedy_of(reason: str, max_length: int | None) -> str:
+    """What to do about pairs that were dropped for a reason of :attr:`ProbeSet.dropped`, as a clause."""
+    if reason == EQUAL:
+        return "pass pairs whose chosen and rejected differ"
+    if reason == REPEATED:
+        return "pass each pair once"
+    if max_length is None:
+        return "pass pairs with non-empty completions"
+    return f"raise max_length (now {max_length}) or try the other truncation_mode"
+
+
 def _explain_nothing_left(description: str, dropped: Mapping[str, int], max_length: int | None) -> str:
-    advice = []
-    if dropped.keys() & {PROMPT_FILLS, UNSCORABLE, EQUAL_TRUNCATED} and max_length is not None:
-        advice.append(f"raise max_length (now {max_length}) or try the other truncation_mode")
-    if EQUAL in dropped:
-        advice.append("pass pairs whose chosen and rejected differ")
+    advice = [
+        remedy_of(reason, max_length)
+        for reason in (PROMPT_FILLS, UNSCORABLE, EQUAL_TRUNCATED, EQUAL)
+        if reason in dropped
+    ]
     if UNSCORABLE in dropped:
-        advice.append("pass pairs with non-empty completions")
-    return f"{description}: no usable pair left; dropped {_list_counts(dropped)}. To do: {'; '.join(advice)}"
+        advice.append(remedy_of(UNSCORABLE, None))
+    return f"{description}: no usable pair left; dropped {_list_counts(dropped)}. To do: {'; '.join(dict.fromkeys(advice))}"
 
 
 def _list_counts(dropped: Mapping[str, int]) -> str:

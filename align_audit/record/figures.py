@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from align_audit.record.audit_record import AuditRecord
-from align_audit.record.numbers import Number, by_path, why_unknown
+from align_audit.record.numbers import Number, walk, why_unknown
 from align_audit.record.units import Unit
 
 Array = np.ndarray
@@ -105,8 +105,10 @@ def beta_of(record: AuditRecord) -> float | None:
 # --- numbers of a record ----------------------------------------------------------------------------------------------
 
 
-def _number(record: AuditRecord, path: str) -> Number:
-    number = by_path(record).get(path)
+def _number(record: AuditRecord, path: str, sequences: bool = False) -> Number:
+    """The number of this path; one of a sequence only where ``sequences`` are walked too, which takes long in large records."""
+    walked = (item for item in walk(record, sequences) if isinstance(item, Number))
+    number = next((item for item in walked if item.path == path), None)
     return Number(path, "", None, reason=why_unknown(record, path)) if number is None else number
 
 
@@ -134,7 +136,7 @@ def _peak_share(record: AuditRecord) -> Number:
     peak = None if record.patching is None else record.patching.peak_layer
     if peak is None:
         return Number("peak_share", "share", None, reason=why_unknown(record, "patching.peak_layer"))
-    return _number(record, f"patching.layer_gain.{peak}")
+    return _number(record, f"patching.layer_gain.{peak}", sequences=True)
 
 
 # --- and of its pairs -------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from align_audit.record.numbers import span
 from align_audit.record.run import AuditRun
 from align_audit.record.status import Status
 from align_audit.record.stored_records import heads_of
+from align_audit.writers.latest_healthy import latest_healthy
 from align_audit.writers.standing import Standing, figure, percent, standings_over, where_in_short
 from align_audit.writers.styled import STATUS_STYLES, text_of
 from align_audit.writers.words import on_probes
@@ -122,19 +123,18 @@ def closing(run: AuditRun, checkpoints: Mapping[int, str]) -> list[_Table | _Lin
         checkpoints: step → name, of those that exist.
     """
     said: list[_Table | _Line] = []
-    healthy: list[set[int]] = []
     for name in run.probe_names:
         of_set = run.select(name)
         rows = _by_step(of_set)
         shown = thinned(rows, checkpoints)
         title = f"align_audit{on_probes(rows[-1].record)}: {counted(rows[-1].record.provenance.pairs, 'pair')}, {_steps(rows)}"
         said.append(_Table(title, tuple(shown), len(rows) - len(shown), of_set.status))
-        words = {row.record.step: row.status.word for row in rows} | {rows[-1].record.step: of_set.status.word}
-        healthy.append({step for step, word in words.items() if word == "HEALTHY"})
     if not said:
         return []
     said += [_Line(words) for words in (_trained_on(run), _broken(run), _unaffordable(run, checkpoints)) if words]
-    return [*said, _Line(_latest_healthy(run, set.intersection(*healthy), checkpoints), "bold")]
+    report = run.directory / REPORT
+    end = f" · report: {plain(report)}" if report.is_file() else ""
+    return [*said, _Line(f"latest healthy: {latest_healthy(run, checkpoints)}{end}", "bold")]
 
 
 def _trained_on(run: AuditRun) -> str:
@@ -166,21 +166,6 @@ def thinned(rows: Sequence[Standing], checkpoints: Mapping[int, str], most: int 
         if len(kept) < most:
             kept.add(place)
     return [rows[place] for place in sorted(kept)]
-
-
-def _latest_healthy(run: AuditRun, steps: set[int], checkpoints: Mapping[int, str]) -> str:
-    """``latest healthy: checkpoint-60``: a checkpoint that exists, else the step; and where the report is, if there is one."""
-    report = run.directory / REPORT
-    end = f" · report: {plain(report)}" if report.is_file() else ""
-    saved = [step for step in steps if step in checkpoints]
-    if saved:
-        return f"latest healthy: {plain(checkpoints[max(saved)])}{end}"
-    if not steps:
-        return f"latest healthy: none of the audits{end}"
-    step = max(steps)
-    if step == 0:
-        return f"latest healthy: step 0, the model that training started from{end}"
-    return f"latest healthy: step {step} (no checkpoint of it was kept){end}"
 
 
 def _broken(run: AuditRun) -> str:

@@ -11,6 +11,7 @@ from align_audit.errors import plain
 from align_audit.record.compare import Comparison, Meeting, Reading, Row, Side
 from align_audit.record.figures import Figure
 from align_audit.record.run_sums import Between
+from align_audit.writers.latest_healthy import latest_healthy
 from align_audit.writers.standing import figure as number
 from align_audit.writers.standing import percent, standing_at
 from align_audit.writers.styled import STATUS_STYLES, text_of
@@ -84,6 +85,12 @@ def _name(figure: Figure) -> str:
     return figure.name.replace("_", " ")
 
 
+def closing_notes(comparison: Comparison) -> list[str]:
+    """What stands below the tables: the latest healthy audit of each run, and what could not be compared."""
+    healthy = "; ".join(f"{plain(side.name, 60)} {latest_healthy(side.run)}" for side in comparison.sides)
+    return [f"Latest healthy: {healthy}.", *map(plain, comparison.notes)]
+
+
 # --- a terminal -------------------------------------------------------------------------------------------------------
 
 
@@ -111,10 +118,9 @@ class ComparisonTable:
                 yield self._table(table, text)
             for words in table.notes:
                 yield text(f"  {words}", "dim")
-        if self._comparison.notes:
-            yield text("")
-        for words in self._comparison.notes:
-            yield text(plain(words))
+        yield text("")
+        for words in closing_notes(self._comparison):
+            yield text(words)
 
     def _table(self, said: MeetingTable, text: Any) -> Any:
         from rich.table import Table
@@ -264,6 +270,7 @@ def comparison_values(comparison: Comparison) -> dict[str, Any]:
                 "beta": side.newest.provenance.beta,
                 "probe_hash": side.newest.provenance.probe_hash,
                 "steps": list(side.latest),
+                "latest_healthy": latest_healthy(side.run).as_json(),
             }
             for side, status in zip(comparison.sides, comparison.statuses, strict=True)
         ],

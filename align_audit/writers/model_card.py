@@ -93,9 +93,9 @@ def _rows(standing: Standing, checkpoint: str | None) -> Iterator[tuple[str, str
         f"{_percent(margins.token_accuracy)}, reference {percent(margins.reference_token_accuracy.mean)}",
     )
     yield "reward accuracy", _percent(standing.reward_accuracy)
-    yield "margin shift", f"{_signed(margins.shift)} nats"
+    yield "margin shift, nats", _signed(margins.shift)
     if standing.reward_margin is not None:
-        yield "reward margin", f"{figure(standing.reward_margin, signed=True)} (β = {there.beta:g})"
+        yield "reward margin, β·nats", f"{figure(standing.reward_margin, signed=True)} (β = {there.beta:g})"
     yield "where", escaped(where_in_words(standing.full, record.step))
     groups = "" if there.groups in (None, there.pairs) else f", {there.groups} independent"
     held_out = {True: ", held out", False: ", trained on", None: ""}[there.probe_held_out]

@@ -9,6 +9,7 @@
 
     ruined  the policy is leaving its language, since step 20 (and 1 more alert)
       do    last clean audit: step 5; no checkpoint from then or before was kept (save_steps, save_total_limit)
+      latest healthy  step 0, the model that training started from
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from align_audit.record.run import AuditRun
 from align_audit.record.status import WORST_FIRST, Status
 from align_audit.record.stored_records import Head, heads_of
 from align_audit.writers.brief import what_to_do
+from align_audit.writers.latest_healthy import LatestHealthy, latest_healthy
 from align_audit.writers.standing import Standing, figure, limit_of, standing_at
 from align_audit.writers.styled import STATUS_STYLES, Part, text_of
 
@@ -60,6 +62,7 @@ class RunRow:
         audits: of all sets.
         failures: audits that broke.
         trouble: what of its log cannot be read, in a sentence; None: nothing.
+        latest_healthy: None: there is no audit.
     """
 
     name: str
@@ -71,6 +74,7 @@ class RunRow:
     audits: int = 0
     failures: int = 0
     trouble: str | None = None
+    latest_healthy: LatestHealthy | None = None
 
     @property
     def created(self) -> datetime | None:
@@ -125,7 +129,8 @@ class RunRow:
                 "reward_margin": _finite(self.standing.reward_margin),
             }
         alerts = [alert.model_dump(mode="json", include=_OF_ALERT) for alert in self.alerts]
-        return made | {"alerts": alerts, "to_do": self.what_to_do() or None}
+        healthy = None if self.latest_healthy is None else self.latest_healthy.as_json()
+        return made | {"alerts": alerts, "to_do": self.what_to_do() or None, "latest_healthy": healthy}
 
     def age(self, now: datetime) -> float | None:
         """Seconds since the last audit was made."""
@@ -163,6 +168,7 @@ def row_of_run(run: AuditRun, name: str, trouble: str | None = None) -> RunRow:
         len(run.records),
         len(run.failures),
         trouble,
+        latest_healthy(run),
     )
 
 
@@ -248,6 +254,9 @@ class RunsTable:
         yield text_of([(row.name, "bold"), ("  ", ""), (row.headline(), STATUS_STYLES[row.status.word])], options)
         if row.what_to_do():
             yield Padding(text_of([("do  ", "bold"), (row.what_to_do(), "")], options), (0, 0, 0, 2), expand=False)
+        if row.latest_healthy is not None:
+            healthy = text_of([("latest healthy  ", "bold"), (str(row.latest_healthy), "")], options)
+            yield Padding(healthy, (0, 0, 0, 2), expand=False)
 
 
 def newest_of_worst(rows: Sequence[RunRow]) -> RunRow | None:

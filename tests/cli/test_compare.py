@@ -11,6 +11,7 @@ import pytest
 
 from tests.cli.commands import refused
 from tests.helpers.alert_cases import on_set
+from tests.helpers.pages import data_in
 from tests.helpers.screens import a_run
 from tests.helpers.stored_runs import record_of, store, store_path, values_of_pairs
 
@@ -73,6 +74,43 @@ def test_what_cannot_be_compared_is_refused_in_a_line(command: Any, tmp_path: Pa
     failed.mkdir(parents=True)
     (failed / "failures.jsonl").touch()
     refused(command("compare", folder, failed), "failed has no audit to compare: No audit has been made yet.")
+
+
+def test_a_folder_of_runs_names_those_in_it_and_what_to_type(command: Any, tmp_path: Path) -> None:
+    runs = [store_path(tmp_path / "runs" / f"a run {number:02}", [0.0], [0.0]) for number in range(13)]
+    first = f"'{runs[0]}'"
+    for name in ("report", "card"):
+        lines = command(name, tmp_path / "runs").err.splitlines()
+        assert lines[0] == f"align-audit: {tmp_path / 'runs'} is no run itself, and holds 13 runs; expected one:"
+        assert lines[1] == f"  align-audit {name} {first}"
+        assert len(lines) == 12 and lines[-1] == "  and 3 more"
+    for given in ([tmp_path / "runs"], [tmp_path / "runs", runs[0]]):
+        done = command("compare", *given)
+        lines = done.err.splitlines()
+        assert done.code == 2 and "expected at least two of them" in lines[0]
+        assert lines[1] == f"  align-audit compare {first} '{runs[1]}'"
+        assert len(lines) == 12 and lines[-1] == "  and 2 more"
+    alone = command("report", store_path(tmp_path / "one" / "b", [0.0], [0.0]).parent).err
+    assert alone.splitlines() == [
+        f"align-audit: {tmp_path / 'one'} is no run itself, and holds a run; expected one:",
+        f"  align-audit report {tmp_path / 'one' / 'b'}",
+    ]
+
+
+def test_the_page_goes_where_it_is_asked_for(command: Any, tmp_path: Path) -> None:
+    folders = [store_path(tmp_path / name, [0.0, 1.0], [0.0, kl]) for name, kl in (("a", 0.1), ("b", 0.4))]
+    page = tmp_path / "comparison.html"
+    done = command("compare", *folders, "--report", page)
+    assert done.code == 0, done.err
+    assert done.out.splitlines()[-1] == f"the comparison as a page is {page} (1.6 MB)"
+    said = data_in(page.read_text(encoding="utf-8"))
+    assert [side["name"] for side in said["sides"]] == ["a", "b"]
+    spoken = done.out.splitlines()[0]
+    assert said["said"]["sets"][0]["sentence"].replace("A ", "a ").replace("B ", "b ").replace("B", "b") == spoken
+    as_json = command("compare", *folders, "--json", "--report", page)
+    assert json.loads(as_json.out)["sentence"] and str(page) in as_json.err
+    refused(command("compare", *folders, "--report", tmp_path), f"--report {tmp_path} is a folder; expected a file")
+    refused(command("compare", *folders, "--report", tmp_path / "no" / "c.html"), "there is no folder", "make it")
 
 
 def test_json_is_ascii_whatever_runs_are_called(command: Any, tmp_path: Path) -> None:

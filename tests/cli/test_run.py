@@ -17,6 +17,7 @@ from align_audit.models.loading import load_model, load_tokenizer
 from align_audit.models.weights.fingerprint import fingerprint
 from tests.cli.commands import arguments, refused
 from tests.helpers.dpo import build, train
+from tests.helpers.pages import data_in
 from tests.helpers.tiny import tiny_model
 from tests.monitoring.test_callback import quick
 from tests.monitoring.test_reference_modes import begin
@@ -84,8 +85,21 @@ def test_a_folder_of_checkpoints_is_one_run_and_a_second_time_changes_nothing(
         ["align_audit", "step", "1"], ["align_audit", "step", "2"]
     ]  # fmt: skip
     assert "latest healthy: checkpoint-" in first.out
+    beside, elsewhere = tmp_path / "out" / "align_audit" / "report.html", tmp_path / "page.html"
+    assert beside.is_file() and "the report is" not in first.out, "it is written in any case"
 
     monkeypatch.setattr("align_audit.monitoring.monitor.run_audit", None)
+    for report, page in (
+        (["--report"], beside),
+        (["--report", elsewhere], elsewhere),
+        ([f"--report={elsewhere}"], elsewhere),
+    ):
+        page.unlink(missing_ok=True)
+        written = command(*again, *report, "--verbose")
+        assert written.code == 0, written.err
+        assert f"the report is {page} (" in written.out
+        page_of_it = data_in(page.read_text(encoding="utf-8"))["run"]
+        assert page_of_it["latest_healthy"].startswith("checkpoint-"), "though they lie in another folder"
     second = command(*again, "--verbose", pictures=True)
     assert second.code == 0, "what is shown is no other option: " + second.err
     assert "2 audits in " in second.out
@@ -242,6 +256,15 @@ def test_an_output_that_cannot_be_written(command: Any, place: SimpleNamespace, 
     (tmp_path / "file").write_text("")
     done = command(*arguments(place, place.full, tmp_path / "file" / "out", "--reference", place.base))
     refused(done, "cannot write the audit log in", "choose another")
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_audited(
+    command: Any, place: SimpleNamespace, tmp_path: Path
+) -> None:
+    given = arguments(place, place.full, tmp_path / "out", "--reference", place.base)
+    refused(command(*given, "--report", tmp_path), f"--report {tmp_path} is a folder; expected a file, such as")
+    refused(command(*given, "--report", tmp_path / "no" / "page.html"), "there is no folder")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_output_that_holds_audits_of_another_kind(command: Any, place: SimpleNamespace, tmp_path: Path) -> None:

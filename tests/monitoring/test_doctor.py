@@ -18,7 +18,7 @@ from align_audit.models.loading import load_model
 from align_audit.models.reference import Reference, policy_fingerprint
 from align_audit.monitoring import doctor_place
 from align_audit.monitoring.checkpoints import audit_saved
-from align_audit.monitoring.doctor import examine
+from align_audit.monitoring.doctor import examine, probes_check
 from align_audit.monitoring.doctor_costs import numerics, schedule_check, training_seconds
 from align_audit.monitoring.doctor_place import log_check, not_tried, place_checks, stored_in, texts_kept
 from align_audit.monitoring.doctor_plan import Check, Plan
@@ -278,6 +278,37 @@ def test_how_much_text_is_kept_is_said(pairs: int, words: str) -> None:
     assert check.level == "green"
     assert words in check.found
     assert "examples.pairs" in check.found
+
+
+def drawn(good: int, **dropped: int) -> Check:
+    """What is said of so many usable pairs, of which so many were dropped for each reason."""
+    prompts = [{"prompt_ids": [1, 2 + at], "chosen_ids": [3, 4], "rejected_ids": [3, 5]} for at in range(good)]
+    bad = {
+        "equal": [{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [3, 4]}],
+        "long": [{"prompt_ids": [1] * 9, "chosen_ids": [3, 4], "rejected_ids": [3, 5]}],
+    }
+    rows = [*prompts, *(row for name, count in dropped.items() for row in bad[name] * count)]
+    return probes_check(None, ProbeSet.from_dataset(rows, None, max_pairs=200, max_length=8))
+
+
+@pytest.mark.parametrize(
+    ("check", "level", "found", "fix"),
+    [
+        (drawn(36), "green", "", ""),
+        (drawn(36, equal=4), "green", "", ""),
+        (drawn(36, equal=5), "yellow", "12 % of the pairs were dropped, most for: equal completions", "pass pairs whose"),
+        (drawn(36, equal=8, long=28), "yellow", "50 % of the pairs were dropped, most for: prompt fills", "raise max_length"),
+        (drawn(36, equal=9, long=28), "red", "51 % of the pairs were dropped", "raise max_length (now 8)"),
+        (drawn(4), "yellow", "With 4 independent pairs no interval", "give 24 held-out pairs"),
+        (drawn(4, equal=5), "red", "56 % of the pairs were dropped", "chosen and rejected differ; give 24"),
+    ],
+)  # fmt: skip
+def test_pairs_that_are_dropped_are_told_with_the_reason_of_most(
+    check: Check, level: str, found: str, fix: str
+) -> None:
+    assert check.level == level
+    assert found in check.found
+    assert fix in check.fix and bool(check.fix) == bool(fix)
 
 
 OFF = {"health": False, "on_save": False, "on_last_step": False, "before_training": False}

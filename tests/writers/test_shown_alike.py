@@ -9,22 +9,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from align_audit.cli.intervals import interval
 from align_audit.cli.watch_screen import look_at_runs
 from align_audit.errors import RecordError
 from align_audit.record.audit_record import AuditRecord
+from align_audit.record.checkpoint_names import checkpoints_in
+from align_audit.record.compare import Side, compare
 from align_audit.record.followed import FollowedRun
 from align_audit.record.log import RunLog
 from align_audit.record.run import AuditRun as StoredRun
 from align_audit.record.transfer_record import TransferRecord
 from align_audit.writers.closing_table import closing
+from align_audit.writers.comparison import closing_notes, comparison_values
 from align_audit.writers.few_pictures import drawn_records
 from align_audit.writers.few_scalars import few_scalars
 from align_audit.writers.model_card import model_card
 from align_audit.writers.notebook import AuditRun
 from align_audit.writers.plots import gallery
-from align_audit.writers.runs_table import row_of_run
+from align_audit.writers.runs_table import RunsTable, row_of_run
 from align_audit.writers.standing import standing_at
 from align_audit.writers.web.folded_data import TRANSFER
 from align_audit.writers.web.log_folders import LogFolder, logs_in
@@ -33,6 +37,12 @@ from align_audit.writers.web.shown_runs import ShownRuns
 from tests.helpers.alert_cases import about, with_margins, with_part
 from tests.helpers.pages import as_run, healthy_run
 from tests.helpers.screens import a_run, calm
+
+
+def with_identity_failed(record: AuditRecord) -> AuditRecord:
+    """The same, measured by what cannot be trusted."""
+    failed = record.controls.identity.model_copy(update={"verdict": "failed"})
+    return record.model_copy(update={"controls": record.controls.model_copy(update={"identity": failed})})
 
 
 def test_no_screen_gives_equal_models_an_accuracy() -> None:
@@ -49,6 +59,47 @@ def test_no_screen_gives_equal_models_an_accuracy() -> None:
     assert "0 %" not in closing(run, {})[0].html()
     accuracy = record._repr_html_().split("reward accuracy")[1].split("</tr>")[0]
     assert "nan" in accuracy
+
+
+@pytest.mark.parametrize(
+    ("records", "checkpoints", "words", "step"),
+    [
+        (a_run("ruined"), ["checkpoint-5", "checkpoint-20"], "checkpoint-5", 5),
+        (a_run("ruined"), ["checkpoint-20"], "step 10 (no checkpoint of it was kept)", 10),
+        (a_run("ruined"), [], "step 10", 10),
+        ([calm(0), *a_run("ruined")[3:]], [], "step 0, the model that training started from", 0),
+        (a_run("ruined")[3:], ["checkpoint-20"], "none of the audits", None),
+        (
+            [with_identity_failed(record) if record.step == 10 else record for record in a_run("ruined")],
+            ["checkpoint-10"], "step 5 (no checkpoint of it was kept)", 5,
+        ),
+    ],
+)  # fmt: skip
+def test_every_screen_names_the_same_latest_healthy_audit(
+    records: list[AuditRecord], checkpoints: list[str], words: str, step: int | None, tmp_path: Path
+) -> None:
+    folder = tmp_path / "dpo"
+    log = RunLog(folder)
+    for record in records:
+        log.append(record)
+    log.close()
+    for name in checkpoints:
+        (folder / name).mkdir()
+    run = StoredRun.load(folder)
+    # Of a mapping that is given everything is known.
+    given = words if checkpoints or step in (0, None) else f"{words} (no checkpoint of it was kept)"
+    assert closing(run, checkpoints_in(folder))[-1].words == f"latest healthy: {given}"
+    assert page_data(run)["run"]["latest_healthy"] == words
+    as_json = {"step": step, "checkpoint": words if words in checkpoints else None}
+    row = row_of_run(run, "dpo")
+    assert row.as_json(datetime.now(UTC))["latest_healthy"] == as_json
+    console = Console(width=200, color_system=None)
+    with console.capture() as capture:
+        console.print(RunsTable([row], datetime.now(UTC)))
+    assert f"latest healthy  {words}\n" in capture.get()
+    compared = compare([Side("a", run), Side("b", run)], interval)
+    assert comparison_values(compared)["runs"][1]["latest_healthy"] == as_json
+    assert closing_notes(compared)[0] == f"Latest healthy: a {words}; b {words}."
 
 
 def resumed() -> list[AuditRecord]:

@@ -13,7 +13,7 @@ from align_audit.record.training_log import LogRow
 from align_audit.writers.standing import figure, limit_of, logged_figure, percent
 from align_audit.writers.web.json_values import number, row
 
-LOGGED = (("loss", "Training loss"), ("rewards/margins", "Reward margin of the training pairs"))
+LOGGED = (("loss", "Training loss"), ("rewards/margins", "Reward margin of the training pairs, β·nats"))
 """Columns of the trainer's log that a page draws, and their titles."""
 MOST_LOGGED = 300
 """Points of a curve of the trainer's log; of more, each stands for the rows around it."""
@@ -39,6 +39,8 @@ class _Panel:
     """The field that the reference is drawn from."""
     share: bool = False
     signed: bool = False
+    moves: Callable[[_Base], str] = lambda base: ""
+    """What its limits move with, in a sentence; empty: they stay."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ _PANELS = (
     _Panel(
         "accuracy", "Reward accuracy", "share", "reward_accuracy", "accuracy_drop_{}",
         lambda limit, base: base.best_accuracy - limit, "below", share=True,
+        moves=lambda base: f"The limits move with the run's best, {percent(base.best_accuracy)}.",
     ),
 )  # fmt: skip
 
@@ -77,7 +80,7 @@ def health_panels(heads: Sequence[Head], newest: AuditRecord) -> list[dict[str, 
         Of each panel its ``key``, ``title``, ``unit`` and ``share`` (a number from 0 to 1); ``steps`` with ``mean``, ``low``
         and ``high`` (None: not known); ``reference``, as long as these, or None; ``limits`` of ``level``, ``value`` and
         ``says``; ``worse``, the side of a limit that is worse; ``reach``, the ends of its axis; ``now`` and ``interval`` in
-        words, and ``says``, the panel as a sentence.
+        words; ``note``, what the limits move with (empty: they stay), and ``says``, the panel as a sentence.
     """
     seen = [head.accuracy.mean for head in heads if math.isfinite(head.accuracy.mean)]
     base = _Base(heads[-1].reference_token_accuracy.mean, max(seen, default=math.nan))
@@ -114,6 +117,7 @@ def _panel(panel: _Panel, heads: Sequence[Head], newest: AuditRecord, base: _Bas
         "reach": _reach(panel, values, [value for _, value in limits], reference),
         "now": now,
         "interval": interval,
+        "note": panel.moves(base) if limits else "",
         "says": f"{panel.title}: {now}{unit} at step {step}{beyond}",
     }
 

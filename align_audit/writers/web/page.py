@@ -1,4 +1,4 @@
-"""The report: one HTML file that asks no host for anything, made of a run's data and the front end.
+"""A report or a comparison: one HTML file that asks no host for anything, made of the data of runs and the front end.
 
 The content security policy allows no request, and no script but those of this package, by their hashes.
 """
@@ -9,21 +9,40 @@ import base64
 import functools
 import hashlib
 import json
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-SCRIPTS = ("plotly-cartesian.min.js", "charts.js", "align_audit.js", "start.js")
-"""In the order in which they run."""
-STYLE = "align_audit.css"
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """The files that draw a page.
+
+    Attributes:
+        scripts: in the order in which they run.
+        styles: a later one goes before an earlier one.
+    """
+
+    scripts: tuple[str, ...]
+    styles: tuple[str, ...]
 
 
-def page(data: dict[str, Any]) -> bytes:
-    """A page that shows the value of :func:`align_audit.writers.web.page_data.page_data`, in UTF-8.
+_CHARTS = ("plotly-cartesian.min.js", "charts.js", "align_audit.js")
+REPORT = FrontEnd((*_CHARTS, "start.js"), ("align_audit.css",))
+COMPARISON = FrontEnd((*_CHARTS, "comparison.js", "start_comparison.js"), ("align_audit.css", "comparison.css"))
+
+
+def page(data: dict[str, Any], front_end: FrontEnd = REPORT) -> bytes:
+    """A page, in UTF-8, that shows the value of :func:`align_audit.writers.web.page_data.page_data`.
+
+    Args:
+        data: of a comparison, the value of :func:`align_audit.writers.web.comparison_data.comparison_page_data`.
+        front_end: what draws it: :data:`REPORT` or :data:`COMPARISON`.
 
     Raises:
         ValueError: a number in it is not finite.
     """
-    head, tail = _around()
+    head, tail = _around(front_end)
     return b"".join((head, in_html(data).encode("ascii"), tail))
 
 
@@ -47,15 +66,16 @@ def static(name: str) -> str:
 
 
 @functools.cache
-def _around() -> tuple[bytes, bytes]:
-    """What stands before and after the data: the same in every page."""
-    scripts = [static(name) for name in SCRIPTS]
+def _around(front_end: FrontEnd) -> tuple[bytes, bytes]:
+    """What stands before and after the data: the same in every page of a front end."""
+    scripts = [static(name) for name in front_end.scripts]
+    styles = "".join(static(name) for name in front_end.styles)
     hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts)
     policy = (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; "
         "form-action 'none'"
     )
-    without = "This report draws itself with the script that it holds; the browser runs none."
+    without = "This page draws itself with the scripts that it holds; the browser runs none."
     head = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -66,7 +86,7 @@ def _around() -> tuple[bytes, bytes]:
 <link rel="icon" href="data:,">
 <title>align_audit</title>
 <style>
-{static(STYLE)}</style>
+{styles}</style>
 </head>
 <body>
 <div id="align-audit"><noscript><p>{without}</p></noscript></div>

@@ -8,6 +8,7 @@ reaches a chart, whose library reads tags in labels.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -17,6 +18,7 @@ from align_audit.record.finding import confidence_in_words
 from align_audit.record.run import AuditRun
 from align_audit.record.status import WORST_FIRST, Status
 from align_audit.record.stored_records import chosen, heads_of
+from align_audit.writers.latest_healthy import latest_healthy
 from align_audit.writers.standing import audit_of_each_step, heads_of_each_step
 from align_audit.writers.web.folded_data import (
     continuations_data,
@@ -36,16 +38,20 @@ FORMAT = 1
 """Version of the shape of this value; a front end refuses one that it does not know."""
 
 
-def page_data(run: AuditRun, written: str | None = None, *, texts: bool = True) -> dict[str, Any]:
+def page_data(
+    run: AuditRun, written: str | None = None, *, texts: bool = True, checkpoints: Mapping[int, str] | None = None
+) -> dict[str, Any]:
     """All that a page shows of a run. Numbers that are not known, or not finite, are None.
 
     Args:
         run: of all probe sets, or of one.
         written: when the page was made, ISO 8601; None: now.
         texts: with what changed in text: pairs of the data.
+        checkpoints: step → name, of those that exist; None: those in the run's folder.
 
     Returns:
-        ``format``; ``run`` (``name``, ``written``, ``status``, that of all sets together, and ``failures``); ``sets``, one for
+        ``format``; ``run`` (``name``, ``written``, ``status``, that of all sets together, ``latest_healthy``
+        in words, empty where there is no audit, and ``failures``); ``sets``, one for
         each probe set, the worst first, with ``name``, ``confidence`` (of intervals, in words), ``status``, ``panels``,
         ``training``, ``first_error``, ``alerts``, ``texts``, ``where``, ``evidence`` and ``more``. A run without any audit has
         one set, whose status says so.
@@ -63,6 +69,7 @@ def page_data(run: AuditRun, written: str | None = None, *, texts: bool = True) 
             "name": text(_name_of(run), 200),
             "written": datetime.now(UTC).isoformat(timespec="seconds") if written is None else written,
             "status": _word(run.status),
+            "latest_healthy": text(latest_healthy(run, checkpoints)) if run.records else "",
             "failures": failures_data(run),
         },
         "sets": sets,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -28,19 +28,22 @@ class Report:
 
     Args:
         training_log: gives what the trainer has logged so far.
+        checkpoints: step → name, of those that are audited; None: those that lie in the run's folder.
     """
 
     name = "the report"
 
-    def __init__(self, training_log: Callable[[], Sequence[LogRow]] = tuple) -> None:
-        self._training_log = training_log
+    def __init__(
+        self, training_log: Callable[[], Sequence[LogRow]] = tuple, checkpoints: Mapping[int, str] | None = None
+    ) -> None:
+        self._training_log, self._checkpoints = training_log, checkpoints
         self._directory: Path | None = None
         self._history: Sequence[AuditRecord] = ()
 
     @classmethod
     def of(cls, config: AuditConfig, surroundings: Surroundings) -> Self | None:
         """Where the configuration does not switch it off."""
-        return cls(surroundings.training_log) if config.report else None
+        return cls(surroundings.training_log, surroundings.checkpoints) if config.report else None
 
     def start(self, run: AuditRun) -> None:
         """Nothing is written before the first audit."""
@@ -65,26 +68,33 @@ class Report:
 
     def _write(self) -> None:
         if self._directory is not None:
-            write_report(run_so_far(self._directory, self._history, self._training_log()), self._directory / REPORT)
+            run = run_so_far(self._directory, self._history, self._training_log())
+            write_report(run, self._directory / REPORT, self._checkpoints)
 
 
-def write_report(run: AuditRun, path: Path) -> int:
+def write_report(run: AuditRun, path: Path, checkpoints: Mapping[int, str] | None = None) -> int:
     """Write the page of a run, and return its size in bytes.
+
+    Args:
+        checkpoints: as of :func:`~align_audit.writers.web.page_data.page_data`.
 
     Raises:
         OSError: the disk refuses; an earlier page is as it was.
     """
-    content = page(page_data(run))
+    content = page(page_data(run, checkpoints=checkpoints))
     write_atomically(path, content)
     return len(content)
 
 
-def report_of(output_dir: Path, path: Path | None = None) -> tuple[AuditRun, Path, int]:
+def report_of(
+    output_dir: Path, path: Path | None = None, checkpoints: Mapping[int, str] | None = None
+) -> tuple[AuditRun, Path, int]:
     """Write the page of a stored run, where no model is needed.
 
     Args:
         output_dir: of the run, its ``align_audit`` folder, or a ``records.jsonl`` file.
         path: of the page; None: ``report.html`` beside the log.
+        checkpoints: as of :func:`~align_audit.writers.web.page_data.page_data`.
 
     Returns:
         The run, where its page is, and its size in bytes.
@@ -94,11 +104,39 @@ def report_of(output_dir: Path, path: Path | None = None) -> tuple[AuditRun, Pat
         ConfigurationError: the page cannot be written there.
     """
     run = AuditRun.load(output_dir)
+    return run, *page_of(run, path, checkpoints=checkpoints)
+
+
+def page_of(
+    run: AuditRun,
+    path: Path | None = None,
+    option: str = "--output",
+    checkpoints: Mapping[int, str] | None = None,
+) -> tuple[Path, int]:
+    """The same of a run that was loaded: where its page is, and its size in bytes.
+
+    Args:
+        option: what names another path.
+        checkpoints: as of :func:`~align_audit.writers.web.page_data.page_data`.
+
+    Raises:
+        ConfigurationError: the page cannot be written there.
+    """
     place = run.directory / REPORT if path is None else path
+    return place, written_page(page(page_data(run, checkpoints=checkpoints)), place, "the report", option)
+
+
+def written_page(content: bytes, path: Path, what: str, option: str) -> int:
+    """Write a page that somebody has asked for, and return its size in bytes.
+
+    Raises:
+        ConfigurationError: it cannot be written there; an earlier page is as it was.
+    """
     try:
-        return run, place, write_report(run, place)
+        write_atomically(path, content)
     except OSError as error:
         raise ConfigurationError(
-            f"cannot write the report to {plain(place)}: {first_line(error)}; choose a file in a folder that exists and can be "
-            "written to, with --output"
+            f"cannot write {what} to {plain(path)}: {first_line(error)}; choose a file in a folder that exists and can be "
+            f"written to, with {option}"
         ) from None
+    return len(content)

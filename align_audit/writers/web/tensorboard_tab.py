@@ -26,12 +26,13 @@ FILES = {
     "tab.css": "text/css",
     "kept.js": SCRIPT,
     "comparison.js": SCRIPT,
+    "comparison.css": "text/css",
     "plotly-cartesian.min.js": SCRIPT,
     "charts.js": SCRIPT,
     "align_audit.js": SCRIPT,
     "align_audit.css": "text/css",
 }
-"""Of the front end: what is served, and as what. The report's ``start.js`` is the report's alone."""
+"""Of the front end: what is served, and as what. What starts a page of its own is that page's alone."""
 
 App = Callable[..., Any]
 

@@ -190,6 +190,15 @@ def test_what_broke_is_told_at_once_where_nothing_else_is_known(browser: Pages) 
     assert browser.complaints() == []
 
 
+def test_limits_that_move_are_said_to(browser: Pages) -> None:
+    browser.show("ruined")
+    moving = browser.js(
+        "return [...document.querySelectorAll('.panel')].map(e => e.textContent.includes('The limits move'))"
+    )
+    assert moving[:4] == [False, False, False, True]
+    assert "The limits move with the run's best, 90 %." in browser.text(".panel:nth-of-type(4)")
+
+
 # --- controls ---------------------------------------------------------------------------------------------------------
 
 

@@ -120,15 +120,18 @@
       parts.push(make("p", { class: "command" }, make("code", { text: status.do.command }), ...copyButton(status.do.command)));
     }
     if (status.log) parts.push(foreign("p", status.log, { class: "log" }));
-    const age = ageOf(run.written);
-    parts.push(make("p", { class: "facts" }, foreign("span", status.facts), " · ",
-      make("time", { datetime: run.written, text: "written " + run.written.replace("T", " ").replace("+00:00", " UTC") + age })));
+    if (run.latest_healthy) parts.push(foreign("p", "Latest healthy: " + run.latest_healthy, { class: "latest" }));
+    parts.push(make("p", { class: "facts" }, foreign("span", status.facts), " · ", written(run.written)));
     return make("header", { class: "banner " + status.word.toLowerCase(), role: "banner", "aria-label": WORDS[status.word] },
       make("div", { class: "inner" }, controls, ...parts));
   }
 
-  function ageOf(written) {
-    const minutes = Math.floor((Date.now() - Date.parse(written)) / 60000);
+  function written(when) {
+    return make("time", { datetime: when, text: "written " + when.replace("T", " ").replace("+00:00", " UTC") + ageOf(when) });
+  }
+
+  function ageOf(when) {
+    const minutes = Math.floor((Date.now() - Date.parse(when)) / 60000);
     if (!Number.isFinite(minutes) || minutes < 2) return "";
     if (minutes < 120) return " (" + minutes + " minutes before this page was opened)";
     const hours = Math.floor(minutes / 60);
@@ -151,7 +154,8 @@
     const panels = set.panels.map((panel) => make("div", { class: "panel" },
       make("h3", { text: panel.title }),
       make("p", { class: "now" }, make("span", { class: "value", text: panel.now }),
-        make("span", { class: "unit", text: [panel.share ? "" : panel.unit, panel.interval].filter(Boolean).join(" · ") })),
+        make("span", { class: "unit", text: [panel.share ? "" : panel.unit, panel.interval].filter(Boolean).join(" · ") }),
+        panel.note ? make("span", { class: "unit", text: panel.note }) : null),
       chart(panel.says, panel.key, (place) => charts.healthPanel(place, panel, set.first_error), () => panelTable(panel), { class: "small" })));
     const error = set.first_error === null ? "" : " · upright: first error, step " + set.first_error;
     const note = "line and band: mean and " + set.confidence + " interval · dashed: limits of alerts · dotted grey: reference" + error;
@@ -422,11 +426,11 @@
 
   /* A printed page is narrower than a window, and is not laid out yet when this is told: four panels fit a page's width. */
   function printing(root) {
-    addEventListener("beforeprint", () => root.querySelectorAll(".chart.small.js-plotly-plot").forEach((place) => {
+    addEventListener("beforeprint", () => root.querySelectorAll(".panels .chart.js-plotly-plot").forEach((place) => {
       Plotly.relayout(place, { width: PRINTED, autosize: false });
     }));
     addEventListener("afterprint", () => redraw(root));
   }
 
-  window.AlignAudit = { render, printing, redraw, make, foreign, shown, table, chart, folded };
+  window.AlignAudit = { render, printing, redraw, make, foreign, shown, table, chart, themeButton, written };
 })();

@@ -1,11 +1,10 @@
 /* The tab "Align audit" of TensorBoard: a list of runs, the worst first, and the report's page of one of them, or two compared.
    TensorBoard imports this file in a frame of its own and calls render(). */
-import { comparison } from "./comparison.js";
 import { keep, restore } from "./kept.js";
 
 const HERE = new URL(".", import.meta.url);
-const STYLES = ["align_audit.css", "tab.css"];
-const SCRIPTS = ["plotly-cartesian.min.js", "charts.js", "align_audit.js"];
+const STYLES = ["align_audit.css", "comparison.css", "tab.css"];
+const SCRIPTS = ["plotly-cartesian.min.js", "charts.js", "align_audit.js", "comparison.js"];
 const EVERY = 10000;
 
 /* Scripts of the report: each sees what those before it have put into the window. */
@@ -164,7 +163,7 @@ class Tab {
     const kept = again && sides.length ? keep(this.page, this.shown.sides[0].data) : null;
     if (sides.length === 0) this.page.replaceChildren();
     else if (sides.length === 1) window.AlignAudit.render(this.page, sides[0].data);
-    else comparison(this.page, sides, said, (key) => this.choose(key));
+    else window.AlignAuditComparison.render(this.page, sides, said, { open: (key) => this.choose(key) });
     this.drawn = drawn;
     this.shown = { state, sides, said };
     if (kept) restore(this.page, sides[0].data, kept);

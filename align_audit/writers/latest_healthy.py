@@ -1,0 +1,90 @@
+"""The latest healthy audit of a run: what there is to go back to, or to go on with. Every screen says it by this."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from align_audit.errors import plain
+from align_audit.record.checkpoint_names import checkpoints_in
+from align_audit.record.course import present_course
+from align_audit.record.run import AuditRun
+from align_audit.record.status import AuditsSoFar
+from align_audit.record.stored_records import heads_of
+from align_audit.record.training_log import last_until
+
+
+@dataclass(frozen=True)
+class LatestHealthy:
+    """The newest audit at which a run was HEALTHY: of those whose checkpoint exists, where there is one.
+
+    Attributes:
+        step: of it; None: no audit was healthy.
+        checkpoint: the name of its checkpoint; None: none exists, or it is not known where they are.
+        known: whether it is known which checkpoints exist.
+    """
+
+    step: int | None
+    checkpoint: str | None = None
+    known: bool = True
+
+    def __str__(self) -> str:
+        """``checkpoint-60``, or what there is in its place."""
+        if self.checkpoint is not None:
+            return plain(self.checkpoint)
+        if self.step is None:
+            return "none of the audits"
+        if self.step == 0:
+            return "step 0, the model that training started from"
+        return f"step {self.step}" + (" (no checkpoint of it was kept)" if self.known else "")
+
+    def as_json(self) -> dict[str, int | str | None]:
+        """Plain JSON values: ``step`` and ``checkpoint``."""
+        return {"step": self.step, "checkpoint": self.checkpoint}
+
+
+def latest_healthy(run: AuditRun, checkpoints: Mapping[int, str] | None = None) -> LatestHealthy:
+    """The latest healthy audit of a run; of several probe sets, one at which all were healthy.
+
+    Args:
+        checkpoints: step → name, of those that exist; None: those in the run's folder, and where there are none it is not
+            known whether there are any elsewhere.
+    """
+    existing = checkpoints_in(run.output_dir) if checkpoints is None else checkpoints
+    known = checkpoints is not None or bool(existing)
+    courses = [_Course(run.select(name)) for name in run.probe_names]
+    steps = sorted(set.intersection(*(course.clean for course in courses)) if courses else set(), reverse=True)
+    for step in sorted(steps, key=lambda step: step not in existing):
+        if all(course.intact(step) for course in courses):
+            return LatestHealthy(step, existing.get(step), known)
+    return LatestHealthy(None, None, known)
+
+
+class _Course:
+    """The audits of one probe set on the course that its run is on. Stored records are parsed one by one, as they are needed.
+
+    Attributes:
+        clean: steps that were healthy, whatever the identity control of the last full audit said.
+    """
+
+    def __init__(self, run: AuditRun) -> None:
+        self._records = present_course(run.records)
+        self._heads = heads_of(self._records)
+        self.clean: set[int] = set()
+        so_far = AuditsSoFar()
+        for place, head in enumerate(self._heads):
+            so_far.add(head)
+            if place + 1 < len(self._heads) and self._heads[place + 1].step == head.step:
+                continue
+            row = last_until(run.training_log, head.step)
+            if so_far.status(None, [], None if row is None else row.step).word == "HEALTHY":
+                self.clean.add(head.step)
+        if self._heads and run.status.word != "HEALTHY":  # failures, and silence, since the last audit
+            self.clean.discard(self._heads[-1].step)
+
+    def intact(self, step: int) -> bool:
+        """Whether the measurement itself was in order: the identity control of the last full audit by then had not failed."""
+        end = bisect_right(self._heads, step, key=lambda head: head.step)
+        full = next((place for place in reversed(range(end)) if self._heads[place].kind == "full"), None)
+        return full is None or self._records[full].controls.identity.verdict != "failed"
