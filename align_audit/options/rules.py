@@ -352,7 +352,7 @@ _LOG_RULES = (
         "log_saturated", "saturation", "log", "log", "alone", ("loss", "rewards/accuracies"),
         "the loss is used up: every training pair is ranked right with certainty",
         (
-            _warning("log_saturated_loss", 0.05, "nats", "below", "loss over the window"),
+            _warning("log_saturated_loss", 0.01, "nats", "below", "loss over the window"),
             _setting("log_window", 16, "steps", "the window of all rules of the log"),
         ),
         patience=2,

@@ -152,7 +152,7 @@ def test_a_loss_at_ln_2_is_no_sign_before_the_run_has_begun() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "accuracy", "fires"), [(0.049, 1.0, True), (0.051, 1.0, False), (0.049, 0.9, False), (NAN, 1.0, False)]
+    ("loss", "accuracy", "fires"), [(0.009, 1.0, True), (0.011, 1.0, False), (0.009, 0.9, False), (NAN, 1.0, False)]
 )
 def test_a_loss_that_is_used_up(loss: float, accuracy: float, fires: bool) -> None:
     assert (log_sign("log_saturated", calm(100, loss=loss, rewards__accuracies=accuracy)) is not None) == fires

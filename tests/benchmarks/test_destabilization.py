@@ -408,11 +408,11 @@ def test_another_value_of_an_option_is_tried_on_the_tuning_split(
         chosen = [line for line in file if json.loads(line)["about"]["name"] in names]
     with gzip.open(packed("tuning", tmp_path), "wt", encoding="utf-8") as file:
         file.writelines(chosen)
-    tune.main(argparse.Namespace(option="log_saturated_loss", values=[0.001], data=tmp_path, level="warning"))
-    usual, strict, moved = capsys.readouterr().out.splitlines()
-    assert usual.startswith("log_saturated_loss default: false 0 of 1, caught 1 and in time 1 of 1")
-    assert strict.startswith("log_saturated_loss 0.001: false 0 of 1, caught 0 and in time 0 of 1")
-    assert moved == "    steady+long-answers+000: step 32 → None"
+    tune.main(argparse.Namespace(option="log_saturated_loss", values=[0.05], data=tmp_path, level="warning"))
+    usual, early, moved = capsys.readouterr().out.splitlines()
+    assert usual.startswith("log_saturated_loss default: false 0 of 1, caught 1 and in time 0 of 1")
+    assert early.startswith("log_saturated_loss 0.05: false 0 of 1, caught 1 and in time 1 of 1")
+    assert moved == "    steady+long-answers+000: step 56 → 32"
     with pytest.raises(SystemExit, match="no option kl_warnin"):
         tune.main(argparse.Namespace(option="kl_warnin", values=[1.0], data=tmp_path, level="warning"))
 
