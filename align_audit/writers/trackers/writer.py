@@ -246,7 +246,8 @@ class TrackerWriter:
         sender.hurry()
         self._report_due = False  # it follows
         self._guarded("write the end of the run to", self._hand_over)
-        while (self._waiting or self._failed) and time.monotonic() < end:
+        # Until there is room for the report, too: of what finds none, nothing is sent.
+        while (self._waiting or self._failed or sender.full) and time.monotonic() < end:
             time.sleep(_SHORT)
             self._guarded("write the end of the run to", self._hand_over)
         self._guarded("send the report to", lambda: self._send_report(sender))
