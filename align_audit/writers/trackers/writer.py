@@ -19,6 +19,7 @@ from align_audit.options.trackers import TrackerName
 from align_audit.record.audit_record import Alert, AuditRecord, RecordKey
 from align_audit.record.course import present_course
 from align_audit.record.log import FOLDER, Failure
+from align_audit.record.run import AuditRun, run_so_far, with_this
 from align_audit.record.stored_records import chosen, heads_of
 from align_audit.record.training_log import LogRow
 from align_audit.writers.few_pictures import drawn_records, few_pictures
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from align_audit.config import AuditConfig
-    from align_audit.record.run import AuditRun, run_so_far, with_this
     from align_audit.writers.writer import Surroundings
 
 logger = logging.getLogger(__name__)
