@@ -79,7 +79,7 @@ class ReportMayBeBare(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As of any command, with the value that is left out."""
-        following = [*args[1:], "--"]
+        following = [*args, "--"][1:]
         filled = [
             "--report=" if word == "--report" and after.startswith("-") else word
             for word, after in zip(args, following, strict=True)

@@ -19,6 +19,7 @@ from align_audit.options.trackers import TrackerName
 from align_audit.record.audit_record import Alert, AuditRecord, RecordKey
 from align_audit.record.course import present_course
 from align_audit.record.log import FOLDER, Failure
+from align_audit.record.run import AuditRun, run_so_far, with_this
 from align_audit.record.stored_records import chosen, heads_of
 from align_audit.record.training_log import LogRow
 from align_audit.writers.few_pictures import drawn_records, few_pictures
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from align_audit.config import AuditConfig
-    from align_audit.record.run import AuditRun, run_so_far, with_this
     from align_audit.writers.writer import Surroundings
 
 logger = logging.getLogger(__name__)
@@ -246,7 +246,8 @@ class TrackerWriter:
         sender.hurry()
         self._report_due = False  # it follows
         self._guarded("write the end of the run to", self._hand_over)
-        while (self._waiting or self._failed) and time.monotonic() < end:
+        # Until there is room for the report, too: of what finds none, nothing is sent.
+        while (self._waiting or self._failed or sender.full) and time.monotonic() < end:
             time.sleep(_SHORT)
             self._guarded("write the end of the run to", self._hand_over)
         self._guarded("send the report to", lambda: self._send_report(sender))
