@@ -37,6 +37,7 @@ from align_audit.cli.options import (
     find_checkpoints,
     layers_option,
     read_arguments,
+    refuse,
     settings,
     step_of,
 )
@@ -139,7 +140,7 @@ def run(
     steps = _steps(checkpoint, step)
     demands = demands_option(gate, fail_on)
     sets = read_arguments(probes)
-    check_files(sets, config)
+    check_files(sets, config, reference)
     if report:
         check_page("--report", Path(report))
     options = settings(config, max_pairs, max_length, verbose=verbose)
@@ -161,9 +162,18 @@ def run(
         fresh=not resume,
     )
     _conclude(audits.records, output, time.perf_counter() - began)
+    _say_stored(len(audits.in_log), len(steps))
     if report is not None:
         _say_report(output, report, {number: folder.name for folder, number in steps.items()})
     raise typer.Exit(_status(audits, steps, demands, output))
+
+
+def _say_stored(in_log: int, checkpoints: int) -> None:
+    """What an earlier start had audited, where it had any."""
+    if in_log:
+        verb, them = ("is", "it") if in_log == 1 else ("are", "them")
+        count = f"{in_log} of {counted(checkpoints, 'checkpoint')}"
+        typer.echo(f"{count} {verb} in the log already; --fresh audits {them} again")
 
 
 def _steps(checkpoint: Path, step: int | None) -> dict[Path, int]:
@@ -221,7 +231,7 @@ def transfer(
     """
     folder = _one_policy(policy)
     sets = _several_sets(probes)
-    check_files(sets, config)
+    check_files(sets, config, reference)
     _refuse_pickles(allow_pickle, [folder], reference)
     low_rank = {"layers": layers_option(layer), "bases": bases_option(basis)}
     options = settings(config, max_pairs, max_length, {name: value for name, value in low_rank.items() if value})
@@ -312,7 +322,7 @@ def main() -> None:
     try:
         status = app(prog_name="align-audit", standalone_mode=False)
     except AlignAuditError as error:
-        complain(str(error))
+        refuse(str(error))
         status = 2
     except _UsageError as error:
         status = _told(error)
@@ -321,7 +331,7 @@ def main() -> None:
         status = _INTERRUPTED
     except Exception as error:
         complain("".join(traceback.format_exception(error)).rstrip())
-        complain(f"{named(error)}. This was not foreseen: free what it names, or report it with the lines above")
+        refuse(f"{named(error)}. This was not foreseen: free what it names, or report it with the lines above")
         status = _UNFORESEEN
     sys.exit(status if isinstance(status, int) else 0)
 
@@ -332,7 +342,7 @@ def _told(error: Any) -> int:
         error.show()
     else:
         path = "align-audit" if error.ctx is None else error.ctx.command_path
-        complain(f"{' '.join(error.format_message().split()).rstrip('.')}; see {path} --help")
+        refuse(f"{' '.join(error.format_message().split()).rstrip('.')}; see {path} --help")
     return int(error.exit_code)
 
 

@@ -172,8 +172,8 @@ def near_path(path: Path) -> str:
     return f" (did you mean {plain(path.parent / near[0])}?)" if near else ""
 
 
-def check_files(sets: Mapping[str, Path] | Path, config: Path | None) -> None:
-    """Refuse files that are not there before anything heavy loads.
+def check_files(sets: Mapping[str, Path] | Path, config: Path | None, reference: str | None = None) -> None:
+    """Refuse files, and a reference's folder, that are not there before anything heavy loads.
 
     Raises:
         ConfigurationError: there is none; with the nearest name in its folder.
@@ -187,6 +187,13 @@ def check_files(sets: Mapping[str, Path] | Path, config: Path | None) -> None:
             near = near_path(path)
             if near:
                 raise ConfigurationError(f"{option}: {plain(path)}: no such file{near}")
+    # What may be a hub name is for the loader to look for.
+    if reference is not None and (Path(reference).is_absolute() or reference.startswith((".", "~"))):
+        folder = Path(reference)
+        if not folder.exists():
+            raise ConfigurationError(
+                f"--reference: {plain(folder)}: no such folder{near_path(folder)}; expected a saved model, or a hub name"
+            )
 
 
 def check_page(option: str, page: Path) -> None:
@@ -207,8 +214,13 @@ def check_page(option: str, page: Path) -> None:
 
 
 def complain(words: str) -> None:
-    """Say on stderr what is wrong. Paths and names in it came from outside: no terminal obeys them."""
+    """Say on stderr what is not as it should be. Paths and names in it came from outside: no terminal obeys them."""
     typer.echo("align-audit: " + "\n".join(map(plain, words.split("\n"))), err=True)
+
+
+def refuse(words: str) -> None:
+    """Say on stderr why the command ends here. What :func:`complain` says ends nothing."""
+    complain(f"error: {words}")
 
 
 def _numbered(path: Path) -> list[Path]:

@@ -44,10 +44,12 @@ class SavedAudits:
 
     Attributes:
         records: in the order of the checkpoints and, for each, of the probe sets.
+        in_log: checkpoints that an earlier start had audited.
         broken: why a checkpoint could not be audited, by its folder.
     """
 
     records: list[AuditRecord] = field(default_factory=list)
+    in_log: list[Path] = field(default_factory=list)
     broken: dict[Path, BaseException] = field(default_factory=dict)
 
 
@@ -104,28 +106,44 @@ def audit_saved(
             only checkpoint, or of all together.
         Exception: what broke the audit of the only checkpoint.
     """
-    log = RunLog(output)
-    sets = read_probes(probes, checkpoints, reference, config, trust_remote_code=trust_remote_code)
-    names = {step: folder.name for folder, step in checkpoints.items()}
-    around = Surroundings(Path(output), tuple(sets), on_alert=checked(on_alert), checkpoints=names)
-    writers_for(config, around, OF_SAVED).check()  # before a log is set aside
-    opening: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
-    if fresh and log.records and _can_be_audited(checkpoints, reference, sets, config, opening):
-        _set_aside(log, tell)
+    with contextlib.closing(RunLog(output)) as log:
+        sets = read_probes(probes, checkpoints, reference, config, trust_remote_code=trust_remote_code)
+        names = {step: folder.name for folder, step in checkpoints.items()}
+        around = Surroundings(Path(output), tuple(sets), on_alert=checked(on_alert), checkpoints=names)
+        writers_for(config, around, OF_SAVED).check()  # before a log is set aside
+        opening: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+        if fresh and log.records and _can_be_audited(checkpoints, reference, sets, config, opening):
+            _set_aside(log, tell)
+        auditor = CheckpointAuditor(log, sets, config, reference, around, tell=tell, **opening)
+        with contextlib.closing(auditor):
+            return _some_of(_audit_each(checkpoints, auditor, log, tell, on_turn))
+
+
+def _audit_each(
+    checkpoints: Mapping[Path, int],
+    auditor: CheckpointAuditor,
+    log: RunLog,
+    tell: Callable[[str], None],
+    on_turn: Callable[[Turn], object] | None,
+) -> SavedAudits:
+    """Audit one after the other; of several, one that breaks is passed over."""
     audits = SavedAudits()
-    with contextlib.closing(CheckpointAuditor(log, sets, config, reference, around, tell=tell, **opening)) as auditor:
-        for folder, step in _in_turn(checkpoints, log, on_turn):
-            try:
-                audits.records.extend(auditor.audit_folder(folder, step))
-            except OtherAuditsError:
+    for folder, step in _in_turn(checkpoints, log, on_turn):
+        stored = len(log.records)
+        try:
+            audits.records.extend(auditor.audit_folder(folder, step))
+        except OtherAuditsError:
+            raise
+        except BREAKS as error:
+            if len(checkpoints) == 1:
                 raise
-            except BREAKS as error:
-                if len(checkpoints) == 1:
-                    raise
-                audits.broken[folder] = without_frames(error)
-                words = error if isinstance(error, AlignAuditError) else named(error)
-                tell(f"{plain(folder.name)} is passed over: {words}")
-    return _some_of(audits)
+            audits.broken[folder] = without_frames(error)
+            words = error if isinstance(error, AlignAuditError) else named(error)
+            tell(f"{plain(folder.name)} is passed over: {words}")
+        else:
+            if len(log.records) == stored:
+                audits.in_log.append(folder)
+    return audits
 
 
 def _can_be_audited(

@@ -125,6 +125,10 @@ class RunLog:
     def __init__(self, output_dir: str | Path) -> None:
         # Absolute now: the working directory may change while the run goes on.
         self.directory = Path(os.path.abspath(output_dir)) / FOLDER
+        self._made = [
+            path for path in (self.directory / RECORDS, self.directory, *self.directory.parents) if not path.exists()
+        ]
+        """What there was not yet, the innermost first."""
         with _refusals(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             _try_to_write(self.directory)
@@ -139,7 +143,17 @@ class RunLog:
         self._add_missing_alerts()
 
     def close(self) -> None:
-        """Let other processes write this log; it is taken again where this one writes after all."""
+        """Let other processes write this log; it is taken again where this one writes after all.
+
+        Where nothing was stored, what opening has made is removed: a log without audits looks like a run that nobody watches.
+        """
+        path = self.directory / RECORDS
+        if path in self._made and self._identity is not None and identity_of(path) == self._identity:
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
+                if not path.stat().st_size and list(self.directory.iterdir()) == [path]:
+                    path.unlink()
+                    for folder in self._made[1:]:
+                        folder.rmdir()
         self._lock = self._identity = None
 
     @property

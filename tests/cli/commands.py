@@ -15,7 +15,7 @@ def refused(done: SimpleNamespace, *words: str) -> None:
     assert done.code == 2
     assert "Traceback" not in done.out + done.err
     # What comes before is the progress of loading.
-    message = done.err[done.err.index("align-audit: ") :]
+    message = done.err[done.err.index("align-audit: error: ") :]
     for word in words:
         assert word in message
     assert "records.jsonl" not in done.out

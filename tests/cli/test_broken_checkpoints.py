@@ -173,7 +173,7 @@ def test_an_error_that_nobody_foresaw_has_a_status_of_its_own(
     done = command(*call)
     assert done.code == 70
     assert "in breaks" in done.err, "the traceback, for a report"
-    assert done.err.splitlines()[-1].startswith("align-audit: RuntimeError: planted")
+    assert done.err.splitlines()[-1].startswith("align-audit: error: RuntimeError: planted")
     assert "\x1b" not in done.err
 
 

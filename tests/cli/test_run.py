@@ -103,8 +103,32 @@ def test_a_folder_of_checkpoints_is_one_run_and_a_second_time_changes_nothing(
     second = command(*again, "--verbose", pictures=True)
     assert second.code == 0, "what is shown is no other option: " + second.err
     assert "2 audits in " in second.out
+    assert "2 of 2 checkpoints are in the log already; --fresh audits them again" in second.out
+    assert "in the log already" not in first.out
     assert log.read_bytes() == before
     assert {path.name for path in (tmp_path / "out" / "pictures").iterdir()} == PICTURES
+
+
+@pytest.mark.parametrize("wrong", ["reference", "probes"])
+def test_a_refused_run_leaves_nothing_behind(command: Any, place: SimpleNamespace, tmp_path: Path, wrong: str) -> None:
+    """An empty log would be a run of which `align-audit watch` says that no audit comes."""
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("")
+    more = ["--reference", "no-such-model"] if wrong == "reference" else ["--reference", place.base, "--probes", empty]
+    call = ["run", place.full, "--config", place.options, "--output", tmp_path / "out", *more]
+    done = command(*call, *(["--probes", place.probes] if wrong == "reference" else []))
+    refused(done, "align-audit: error: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl"]
+
+
+def test_a_reference_that_is_not_there_is_refused_before_anything_loads(
+    command: Any, place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("align_audit.monitoring.checkpoints.load_policy", None)
+    near = place.base.parent / f"{place.base.name}x"
+    done = command(*arguments(place, place.full, tmp_path / "out", "--reference", near))
+    refused(done, f"error: --reference: {near}: no such folder (did you mean {place.base}?)")
+    assert not (tmp_path / "out").exists()
 
 
 def test_checkpoints_audited_one_by_one_make_the_same_run(command: Any, place: SimpleNamespace, tmp_path: Path) -> None:
@@ -195,7 +219,7 @@ def test_a_full_model_with_no_reference(command: Any, place: SimpleNamespace, tm
 
 def test_a_missing_reference(command: Any, place: SimpleNamespace, tmp_path: Path) -> None:
     done = command(*arguments(place, place.full, tmp_path / "out", "--reference", tmp_path / "lost"))
-    refused(done, "cannot load a causal language model from", "lost")
+    refused(done, "no such folder", "lost")
 
 
 def test_a_reference_of_another_shape(command: Any, place: SimpleNamespace, tmp_path: Path) -> None:
@@ -313,7 +337,7 @@ def test_the_command_itself(tmp_path: Path) -> None:
     loaded = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
     said = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert said == [
-        "align-audit: no checkpoint at nowhere: expected a folder with a saved model, or of checkpoint-N folders"
+        "align-audit: error: no checkpoint at nowhere: expected a folder with a saved model, or of checkpoint-N folders"
     ]
     assert loaded
     assert not {line.split("|")[-1].strip() for line in loaded} & {"torch", "transformers", "datasets", "numpy"}
