@@ -89,28 +89,22 @@ def watch(
 
     Examples:
 
-    align-audit watch runs
-
     align-audit watch runs --once --json
 
     align-audit watch runs --exec ./notify.sh
 
     align-audit watch runs/dpo --probes held-out.jsonl --reference base-model --device cuda:1
     """
+    of_screen = {"--once": once or None, "--json": as_json or None, "--exec": command}
+    of_audits = {
+        "--reference": reference, "--output": output, "--config": config, "--max-pairs": max_pairs,
+        "--max-length": max_length, "--device": device, "--dtype": dtype,
+        "--trust-remote-code": trust_remote_code or None, "--idle": idle,
+    }  # fmt: skip
     if not probes:
-        _refuse_given(
-            "--probes, which makes it a side process",
-            {
-                "--reference": reference, "--output": output, "--config": config, "--max-pairs": max_pairs,
-                "--max-length": max_length, "--device": device, "--dtype": dtype,
-                "--trust-remote-code": trust_remote_code or None, "--idle": idle,
-            },
-        )  # fmt: skip
+        _refuse_given("--probes, which makes it a side process", of_audits)
         _look(folders, every, once=once, as_json=as_json, command=command)
-    _refuse_given(
-        "no --probes: it is of the screen over runs",
-        {"--once": once or None, "--json": as_json or None, "--exec": command},
-    )
+    _refuse_given("no --probes: it is of the screen over runs", of_screen)
     options = {"config": config, "max_pairs": max_pairs, "max_length": max_length}
     _audit_as_they_appear(
         folders,

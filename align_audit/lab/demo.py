@@ -122,17 +122,13 @@ def _console() -> Any:
 def _train(settings: DemoRun, output: Path, console: Any) -> Outcome:
     """One run as a user's script would do it: three lines of it are ours."""
     import torch
-    from datasets import Dataset, disable_progress_bars
+    from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
-    from transformers.utils import logging as transformers_logging
     from trl import DPOConfig, DPOTrainer
 
     from align_audit import AlignmentAuditCallback, AuditConfig
 
-    disable_progress_bars()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
+    _quieten()
     torch.set_num_threads(1)
     torch.manual_seed(SEED)
     console.rule(f"[bold]{settings.title}[/]: learning rate {settings.learning_rate:g}, beta {settings.beta:g}")
@@ -181,6 +177,17 @@ def _train(settings: DemoRun, output: Path, console: Any) -> Outcome:
 
     run = AuditRun.load(output / settings.name)
     return Outcome(settings, log.last, run, save_all(run.records, output / settings.name / "pictures"))
+
+
+def _quieten() -> None:
+    """The libraries print nothing of their own."""
+    from datasets import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl")
 
 
 def _TrainingLog(console: Any) -> Any:
