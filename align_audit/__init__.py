@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from align_audit.models.anatomy import Anatomy
     from align_audit.monitoring.callback import AlignmentAuditCallback
     from align_audit.probes.pairs import ProbeSet
-    from align_audit.record.audit_record import Alert, AuditRecord
+    from align_audit.record.alert import Alert
+    from align_audit.record.audit_record import AuditRecord
     from align_audit.record.transfer_record import TransferRecord
     from align_audit.writers.notebook import AuditRun
 
 _WHERE = {
-    "Alert": "align_audit.record.audit_record",
+    "Alert": "align_audit.record.alert",
     "AlignmentAuditCallback": "align_audit.monitoring.callback",
     "Anatomy": "align_audit.models.anatomy",
     "AuditConfig": "align_audit.config",

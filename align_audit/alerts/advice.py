@@ -7,7 +7,8 @@ from types import MappingProxyType
 
 from align_audit.alerts.curves import TrainerLog
 from align_audit.options.rules import NO_WAY_BACK
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.open_alerts import cause_of, is_serious, since_of
 from align_audit.record.stored_records import Head, heads_of
 from align_audit.record.training_log import LogRow

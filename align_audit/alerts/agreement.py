@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from align_audit.alerts.history import Sign
 from align_audit.config import AlertConfig
 from align_audit.options.rules import CAUSES, RULES
-from align_audit.record.audit_record import Alert, AlertLevel
+from align_audit.record.alert import Alert, AlertLevel
 from align_audit.record.open_alerts import SEVERITY
 
 _PLACES = {rule.name: place for place, rule in enumerate(RULES)}

@@ -9,7 +9,8 @@ from statistics import median
 
 from align_audit.alerts.history import History, Sign, beyond, least, level_of, most
 from align_audit.options.rules import BY_NAME
-from align_audit.record.audit_record import Estimate, Margins
+from align_audit.record.audit_record import Margins
+from align_audit.record.estimate import Estimate
 
 SLOW_DOWN = (
     "Lower the learning rate (a factor of 3 to 10), raise beta, or add an SFT term on the chosen completions "

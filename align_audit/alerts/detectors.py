@@ -24,7 +24,8 @@ from align_audit.alerts.history import Detector, History, LogDetector, Sign, Vie
 from align_audit.alerts.lifecycle import step
 from align_audit.config import AlertConfig
 from align_audit.options.rules import BY_NAME, RULES, Rule, Source
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.course import course_of
 from align_audit.record.open_alerts import cause_of, open_alerts
 from align_audit.record.stored_records import Head, chosen, heads_of

@@ -13,7 +13,8 @@ from statistics import median
 from align_audit.alerts.curves import TrainerLog
 from align_audit.config import AlertConfig
 from align_audit.options.rules import LIMITS, Level, Limit, Rule, Source
-from align_audit.record.audit_record import AuditRecord, Estimate
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.estimate import Estimate
 from align_audit.record.open_alerts import is_serious
 from align_audit.record.stored_records import Head, chosen, heads_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from align_audit.record.audit_record import Alert
+from align_audit.record.alert import Alert
 from align_audit.record.open_alerts import SEVERITY, cause_of, since_of
 
 

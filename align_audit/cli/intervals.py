@@ -6,7 +6,7 @@ import numpy as np
 
 from align_audit.measures.combined_shares import combined_share_interval
 from align_audit.measures.statistics import statistic_intervals
-from align_audit.record.audit_record import Estimate
+from align_audit.record.estimate import Estimate
 from align_audit.record.figures import Sample
 
 

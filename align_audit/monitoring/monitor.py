@@ -27,7 +27,8 @@ from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.trainer_log import TrainerLog
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Agreed, Ranks
-from align_audit.record.audit_record import Alert, AuditKind, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditKind, AuditRecord
 from align_audit.record.checkpoint_names import checkpoints_in
 from align_audit.record.course import course_of
 from align_audit.record.log import RunLog, arrays_name

@@ -14,7 +14,8 @@ from align_audit.config import AlertConfig
 from align_audit.errors import named
 from align_audit.monitoring.schedule import Training
 from align_audit.ranks import Agreed
-from align_audit.record.audit_record import Alert, AuditKind, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditKind, AuditRecord
 
 BREAKS = (Exception, SystemExit)
 """What must not leave an audit: a library that asks the process to end (rich does, when nobody reads its output any more)

@@ -10,12 +10,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from align_audit.record.alert import Alert
+from align_audit.record.estimate import (
+    NOT_MEASURED,
+    Bare,
+    Count,
+    Estimate,
+    Nats,
+    NatsByLayer,
+    NatsPerToken,
+    Share,
+    ShareByLayer,
+)
 from align_audit.record.in_short import html_of, line_of
 from align_audit.record.schema import Labelled, Migration, Part, Stored
+from align_audit.record.site_curve import SiteCurve
 from align_audit.record.units import In, Labels
 
 SCHEMA_VERSION = 7
@@ -24,43 +37,13 @@ SCHEMA_VERSION = 7
 METHODS_VERSION = 2
 """Version of the definitions of the measures. Numbers of different versions are not comparable."""
 
-NOT_MEASURED = "not measured by the version that wrote this record"
-"""Why a number is not known that came with a later version."""
-
 Verdict = Literal["passed", "failed", "not_run"]
-AlertLevel = Literal["info", "warning", "error"]
 AuditKind = Literal["health", "full"]
 """``health``: what both models say of the pairs and how they continue prompts, nothing patched. ``full``: everything."""
 
 
 RecordKey = tuple[int, str, str, str | None, AuditKind]
 """See :attr:`AuditRecord.key`."""
-
-
-class Estimate(Part):
-    """A mean over probe pairs with its bootstrap confidence interval; NaN with a ``reason`` when it cannot be known."""
-
-    mean: float
-    low: float
-    high: float
-    reason: str | None = None
-
-    @classmethod
-    def unknown(cls, reason: str) -> Self:
-        """NaN throughout, for that reason."""
-        return cls(mean=math.nan, low=math.nan, high=math.nan, reason=reason)
-
-    def __format__(self, spec: str) -> str:
-        return f"{self.mean:{spec}} [{self.low:{spec}}, {self.high:{spec}}]" if spec else repr(self)
-
-
-Nats = Annotated[Estimate, In("nats")]
-NatsPerToken = Annotated[Estimate, In("nats per token")]
-Share = Annotated[Estimate, In("share")]
-NatsByLayer = Annotated[list[Estimate], In("nats", along="layer")]
-ShareByLayer = Annotated[list[Estimate], In("share", along="layer")]
-Count = Annotated[int, In("count")]
-Bare = Annotated[float, In("")]
 
 
 class Margins(Part):
@@ -184,40 +167,6 @@ class Patching(Part):
     standing_out: LayerSet | None = None
 
 
-class SiteUnit(Part):
-    """What was swapped at once: layers ``layer`` to ``last_layer`` (one, but for windows), or one head of a layer."""
-
-    layer: int
-    last_layer: int
-    head: int | None = None
-
-
-class SiteCurve(Labelled):
-    """Patching of one kind of finer site (METHODS §1, "Sites"); sequences run along ``units``, effects in nats."""
-
-    site: Literal["attention_output", "mlp_output", "head", "block"]
-    positions: str
-    width: Count = 1
-    """Adjacent layers in a unit of site ``block``."""
-    estimator: Literal["exact", "attribution", "control_variate"] = "exact"
-    pairs: Count
-    """That the estimates speak of."""
-    exact_pairs: Count
-    """That were patched; beside an attribution the others were not."""
-    units: Annotated[list[SiteUnit], Labels("unit")]
-    sufficiency: Annotated[list[Estimate], In("nats", along="unit")]
-    """The policy's site put into the reference: change of the reference's margin."""
-    necessity: Annotated[list[Estimate], In("nats", along="unit")]
-    """The reference's site put into the policy: change of the policy's margin."""
-    sufficiency_p_adjusted: Annotated[list[float], In("probability", along="unit")]
-    """Two-sided p-values of sufficiency ≠ 0, of the same estimates, Benjamini–Hochberg adjusted over units."""
-    correlation: Annotated[list[float] | None, In("", along="unit")] = None
-    """Between attribution and exact sufficiency of a pair, over the patched pairs; None where all is exact."""
-    necessity_correlation: Annotated[list[float] | None, In("", along="unit")] = None
-    peak: Annotated[int | None, In("unit")] = None
-    """Index of the unit with the largest mean sufficiency; None, with a reason, where one is not known."""
-
-
 class Control(Part):
     """One control (METHODS §2): does the number it guards count as evidence? ``reason`` always says why."""
 
@@ -314,54 +263,6 @@ class Spinal(Part):
     reference_coherence: Bare
     gradient_concentration: Share
     score: Bare
-
-
-AlertEvent = Literal["opened", "worse", "open", "resolved"]
-
-
-class Alert(Part):
-    """A finding about the run: what was seen, against what, where, why it matters and what to try.
-
-    An alert has a life: it is opened, may get worse, stays open at later audits, and is resolved. One cause is one alert:
-    rules that see the same thing are its ``signals``.
-    """
-
-    rule: str
-    cause: str = ""
-    """What several rules have in common; empty in records of versions before it."""
-    level: AlertLevel
-    event: AlertEvent = "opened"
-    """What happened to it at this audit; ``open``: nothing new."""
-    step: int
-    since: int | None = None
-    """The step at which it was opened; None in records of versions before it."""
-    looks: int = 1
-    """Audits in a row, up to this one, at which it was seen."""
-    signals: list[str] = Field(default_factory=list)
-    """Other rules that say the same at this audit."""
-    probe_name: str | None = None
-    """The probe set it was seen on, where that has a name."""
-    layers: list[int] = Field(default_factory=list)
-    value: float
-    baseline: float | None = None
-    threshold: float | None = None
-    message: str
-    """What is seen; of an alert that is not seen at this audit, that it is not, and its ``observation``."""
-    suggestion: str
-    observation: str = ""
-    """What was seen at the audit that saw it last, where this one does not; empty: ``message`` is that of this audit."""
-    observed_at: int | None = None
-    """The step of that audit; None: this one saw it, or it is not known."""
-    clean_step: int | None = None
-    """The last audit before it opened at which no warning and no error was open."""
-    checkpoint: str | None = None
-    """The newest checkpoint from no later than that which still existed, as a folder's name."""
-    command: str | None = None
-    """What goes back to it."""
-    remedy: str = ""
-    """What its rule says to do, to which ``suggestion`` adds where to go back to, and the knob."""
-    knob: str | None = None
-    """The learning rate and beta as they are, and as they should be."""
 
 
 class ReferenceCheck(Part):

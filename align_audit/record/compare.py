@@ -19,9 +19,10 @@ from typing import Literal
 import numpy as np
 
 from align_audit.errors import RecordError, listed, plain
-from align_audit.record.audit_record import AuditRecord, Estimate
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.course import present_course
 from align_audit.record.equal_margin import common_margin, crossing
+from align_audit.record.estimate import Estimate
 from align_audit.record.figures import FIGURES, MARGIN_SHIFT, REWARD_MARGIN, Figure, beta_of
 from align_audit.record.numbers import is_unknown, span
 from align_audit.record.pair_values import PairValues

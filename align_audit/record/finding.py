@@ -24,7 +24,8 @@ from align_audit.errors import plural
 from align_audit.record.audit_record import Finding
 
 if TYPE_CHECKING:
-    from align_audit.record.audit_record import AuditRecord, Control, Estimate, LayerSet, LowRankCurve, Patching
+    from align_audit.record.audit_record import AuditRecord, Control, LayerSet, LowRankCurve, Patching
+    from align_audit.record.estimate import Estimate
 
 MOST = 0.5
 """Share of the gain that the layers of a claim carry at least, with the whole interval."""

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from align_audit.errors import RecordError, counted, first_line, listed, plain
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.lines import parsed
 from align_audit.record.lock import identity_of
 from align_audit.record.log import ALERTS, FAILURES, FOLDER, RECORDS, Failure

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from align_audit.errors import plain
 
 if TYPE_CHECKING:
-    from align_audit.record.audit_record import AuditRecord, Estimate
+    from align_audit.record.audit_record import AuditRecord
+    from align_audit.record.estimate import Estimate
 
 
 _LEFT = 'style="text-align:left"'

@@ -35,7 +35,8 @@ from pydantic import BaseModel, ConfigDict
 
 from align_audit.errors import ConfigurationError, RecordError, counted, first_line, plain, quoted
 from align_audit.files import append_whole, is_folder_here, remove_abandoned, write_atomically
-from align_audit.record.audit_record import Alert, AuditRecord, RecordKey
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord, RecordKey
 from align_audit.record.lines import read_lines, read_records, repair
 from align_audit.record.lock import FileLock, identity_of, is_held_elsewhere, lock
 from align_audit.record.pair_texts import PairTexts, read_pair_texts

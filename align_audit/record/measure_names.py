@@ -10,7 +10,8 @@ from typing import Any, get_args, get_origin
 
 from align_audit.errors import ConfigurationError, quoted
 from align_audit.options.rules import did_you_mean
-from align_audit.record.audit_record import AuditRecord, Estimate
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.estimate import Estimate
 from align_audit.record.figures import BY_NAME as FIGURES
 from align_audit.record.numbers import Number, by_path, fields_of, why_unknown
 from align_audit.record.schema import Part

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple, TypeVar, get_args
 
 from pydantic.fields import FieldInfo
 
-from align_audit.record.audit_record import AuditRecord, Control, Estimate, SiteUnit
+from align_audit.record.audit_record import AuditRecord, Control
+from align_audit.record.estimate import Estimate
 from align_audit.record.schema import Part
+from align_audit.record.site_curve import SiteUnit
 from align_audit.record.units import Along, In, Labels, Unit
 
 NO_REASON = "the record gives no reason"

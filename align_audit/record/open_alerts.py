@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from align_audit.options.rules import BY_NAME, RETIRED
-from align_audit.record.audit_record import Alert, AlertLevel
+from align_audit.record.alert import Alert, AlertLevel
 from align_audit.record.stored_records import Head
 
 SEVERITY: dict[AlertLevel, int] = {"error": 0, "warning": 1, "info": 2}

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from align_audit.errors import RecordError, counted, listed, plain
-from align_audit.record.audit_record import Alert, AuditRecord, DepthTrace
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord, DepthTrace
 from align_audit.record.lines import read_lines, read_records
 from align_audit.record.log import (
     ALERTS,

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from align_audit.record.audit_record import AuditRecord, Estimate
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.equal_margin import Term, at_common_margin, places_of
+from align_audit.record.estimate import Estimate
 from align_audit.record.figures import NO_MEAN, Figure, Sample, weighted
 from align_audit.record.pair_values import PairValues
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from align_audit.record.audit_record import SiteCurve
+from align_audit.record.site_curve import SiteCurve
 
 
 def site_name(curve: SiteCurve) -> str:

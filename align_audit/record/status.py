@@ -9,7 +9,8 @@ from statistics import median
 from typing import Literal
 
 from align_audit.errors import SHOWN, counted, named, plain
-from align_audit.record.audit_record import Alert, AuditRecord, Occasion
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord, Occasion
 from align_audit.record.course import present_course
 from align_audit.record.log import Failure
 from align_audit.record.open_alerts import is_serious, open_alerts, since_of

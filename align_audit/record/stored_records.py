@@ -17,19 +17,19 @@ from typing import Any, Self, overload
 from pydantic import TypeAdapter, ValidationError
 
 from align_audit.errors import counted
+from align_audit.record.alert import Alert
 from align_audit.record.audit_record import (
     SCHEMA_VERSION,
-    Alert,
     AuditKind,
     AuditRecord,
     Cost,
-    Estimate,
     Margins,
     Occasion,
     Provenance,
     RecordKey,
     ReferenceCheck,
 )
+from align_audit.record.estimate import Estimate
 from align_audit.record.plain_schema import plain_validator
 
 UNPACKED = 64

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from align_audit.record.audit_record import METHODS_VERSION, Control, Cost, Estimate, Provenance
+from align_audit.record.audit_record import METHODS_VERSION, Control, Cost, Provenance
+from align_audit.record.estimate import Estimate
 from align_audit.record.schema import Part, Stored
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 
 from align_audit.errors import ConfigurationError, first_line, plain, quoted
-from align_audit.record.audit_record import Alert
+from align_audit.record.alert import Alert
 
 SECONDS = 30.0
 """After which a command that is still running is ended."""

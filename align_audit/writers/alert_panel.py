@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from align_audit.record.audit_record import Alert
+from align_audit.record.alert import Alert
 from align_audit.record.numbers import is_unknown, span
 from align_audit.writers.styled import LEVEL_STYLES, text_of
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from align_audit.options.rules import NO_WAY_BACK
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
 from align_audit.writers.standing import (
     Standing,
     evidence_in_words,

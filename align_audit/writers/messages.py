@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from align_audit.errors import ConfigurationError, named, plain
-from align_audit.record.audit_record import Alert, AuditRecord, RecordKey
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord, RecordKey
 from align_audit.record.numbers import is_unknown, json_number, span
 from align_audit.record.stored_records import events_of, heads_of
 

@@ -10,8 +10,9 @@ import math
 from collections.abc import Iterator, Mapping
 
 from align_audit.errors import ConfigurationError, RecordError, listed, plain
-from align_audit.record.audit_record import AuditRecord, Estimate, control_items
+from align_audit.record.audit_record import AuditRecord, control_items
 from align_audit.record.course import present_course
+from align_audit.record.estimate import Estimate
 from align_audit.record.finding import confidence_in_words
 from align_audit.record.run import AuditRun
 from align_audit.record.status import Status

@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from align_audit.errors import counted
-from align_audit.record.audit_record import Alert
+from align_audit.record.alert import Alert
 from align_audit.record.course import present_course
 from align_audit.record.run import AuditRun
 from align_audit.record.status import WORST_FIRST, Status

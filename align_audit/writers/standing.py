@@ -14,8 +14,10 @@ from typing import Any
 from align_audit.config import AlertConfig
 from align_audit.errors import counted, plural
 from align_audit.options.rules import BY_NAME, CAUSES, LIMITS
-from align_audit.record.audit_record import Alert, AuditRecord, Estimate, control_items
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord, control_items
 from align_audit.record.course import course_of
+from align_audit.record.estimate import Estimate
 from align_audit.record.numbers import is_unknown, span
 from align_audit.record.open_alerts import SEVERITY, cause_of, open_alerts, since_of
 from align_audit.record.status import AuditsSoFar, Status, status_of_course

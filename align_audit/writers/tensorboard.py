@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from align_audit.errors import ConfigurationError, named
-from align_audit.record.audit_record import Alert, AuditRecord, SiteCurve, control_items
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord, control_items
 from align_audit.record.numbers import is_unknown, span
 from align_audit.record.open_alerts import since_of
 from align_audit.record.run import one_per_step
+from align_audit.record.site_curve import SiteCurve
 from align_audit.record.site_names import site_names
 from align_audit.record.stored_records import events_of, heads_of
 from align_audit.record.training_log import LogRow

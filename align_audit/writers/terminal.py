@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from align_audit.errors import named, without_secrets
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.checkpoint_names import checkpoints_in
 from align_audit.record.log import FOLDER
 from align_audit.record.run import AuditRun, run_so_far, with_this

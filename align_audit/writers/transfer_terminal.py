@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from align_audit.errors import counted
-from align_audit.record.audit_record import Estimate
+from align_audit.record.estimate import Estimate
 from align_audit.record.numbers import is_unknown
 from align_audit.record.transfer_record import TransferRecord
 from align_audit.writers.words import overlap_notes

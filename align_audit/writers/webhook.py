@@ -25,7 +25,8 @@ from urllib.parse import urlsplit
 from align_audit.errors import ConfigurationError, first_line, named, plain
 from align_audit.files import append_whole
 from align_audit.options.webhook import WebhookConfig, check_web_address
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
 from align_audit.writers.messages import Channel, as_json, as_slack
 from align_audit.writers.outbox import Outbox
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from align_audit.errors import named
 from align_audit.options.trackers import TrackerName
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.run import AuditRun
 from align_audit.record.training_log import LogRow
 

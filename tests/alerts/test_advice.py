@@ -6,7 +6,8 @@ import pytest
 
 from align_audit.alerts.advice import advise, clean_step, newest_checkpoint
 from align_audit.options.rules import CAUSES
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.checkpoint_names import by_step
 from align_audit.record.stored_records import heads_of
 from tests.helpers.alert_cases import about, alerts, healthy, judged, log_of, run, with_margins

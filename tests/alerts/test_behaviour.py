@@ -7,7 +7,9 @@ import math
 import pytest
 
 from align_audit.config import AlertConfig
-from align_audit.record.audit_record import Alert, AuditRecord, Estimate
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.estimate import Estimate
 from tests.helpers.alert_cases import (
     FIRST_LIMITS,
     NAN,

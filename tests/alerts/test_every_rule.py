@@ -11,7 +11,8 @@ import pytest
 
 from align_audit.alerts.advice import advise
 from align_audit.options.rules import BY_NAME, NO_WAY_BACK, RULES, Rule
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.checkpoint_names import by_step
 from align_audit.record.training_log import LogRow
 from tests.alerts.test_judge import FIRES

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from align_audit.config import AlertConfig
-from align_audit.record.audit_record import AuditRecord, Estimate
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.estimate import Estimate
 from tests.helpers.alert_cases import NAN, about, health, healthy, run, sign, with_part
 
 INSIDE = (

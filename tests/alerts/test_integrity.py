@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from align_audit.record.audit_record import Estimate
+from align_audit.record.estimate import Estimate
 from tests.helpers.alert_cases import NAN, healthy, run, sign, with_margins, with_part
 
 

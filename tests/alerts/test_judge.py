@@ -14,7 +14,9 @@ import pytest
 from align_audit.alerts.detectors import DETECTORS, LOG_DETECTORS, judge
 from align_audit.config import AlertConfig
 from align_audit.options.rules import BY_NAME, CAUSES, RULES
-from align_audit.record.audit_record import Alert, AuditRecord, Estimate
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.estimate import Estimate
 from tests.helpers.alert_cases import (
     CONFIG,
     NAN,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from align_audit.alerts.lifecycle import step
-from align_audit.record.audit_record import Alert
+from align_audit.record.alert import Alert
 from align_audit.record.open_alerts import cause_of, open_after
 
 

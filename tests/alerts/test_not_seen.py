@@ -9,7 +9,9 @@ import pytest
 from align_audit.alerts.lifecycle import step
 from align_audit.config import AlertConfig
 from align_audit.options.rules import BY_NAME
-from align_audit.record.audit_record import Alert, AuditRecord, Estimate
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.estimate import Estimate
 from align_audit.record.open_alerts import open_alerts
 from align_audit.record.stored_records import heads_of
 from tests.helpers.alert_cases import about, alerts, health, healthy, judged, on_set, run, with_margins, with_part

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from align_audit.config import AlertConfig
-from align_audit.record.audit_record import AuditRecord, Estimate
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.estimate import Estimate
 from tests.helpers.alert_cases import NAN, about, healthy, run, sign, with_margins, with_part, without_interval
 from tests.helpers.make_record import make_record
 

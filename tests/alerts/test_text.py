@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from align_audit.record.audit_record import Estimate
+from align_audit.record.estimate import Estimate
 from tests.helpers.alert_cases import NAN, about, healthy, sign, with_texts
 
 UNKNOWN = Estimate(mean=NAN, low=NAN, high=NAN, reason="no continuation has two tokens")

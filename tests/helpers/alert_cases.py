@@ -10,7 +10,9 @@ from align_audit.alerts.curves import TrainerLog
 from align_audit.alerts.detectors import DETECTORS, LOG_DETECTORS, judge
 from align_audit.alerts.history import History, Sign, View
 from align_audit.config import AlertConfig
-from align_audit.record.audit_record import Alert, AuditRecord, Control, Controls, Estimate, Generations
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord, Control, Controls, Generations
+from align_audit.record.estimate import Estimate
 from align_audit.record.training_log import LogRow
 from tests.helpers.make_record import make_record
 

@@ -12,15 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from align_audit.record.audit_record import (
-    AuditRecord,
-    Cost,
-    Estimate,
-    ReferenceCheck,
-    SiteCurve,
-    SiteUnit,
-)
+from align_audit.record.audit_record import AuditRecord, Cost, ReferenceCheck
+from align_audit.record.estimate import Estimate
 from align_audit.record.finding import find
+from align_audit.record.site_curve import SiteCurve, SiteUnit
 from tests.helpers.record_parts import PAIRS, Kind, Maker
 
 

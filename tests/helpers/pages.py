@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from align_audit.record.audit_record import Alert, AuditRecord, Estimate
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.estimate import Estimate
 from align_audit.record.log import Failure, RunLog
 from align_audit.record.pair_texts import PairText, PairTexts, TokenChange
 from align_audit.record.run import AuditRun

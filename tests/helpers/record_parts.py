@@ -9,12 +9,11 @@ import numpy as np
 
 from align_audit.config import AuditConfig
 from align_audit.measures.layer_set import contributions, standing_clear
+from align_audit.record.alert import Alert
 from align_audit.record.audit_record import (
-    Alert,
     Control,
     Controls,
     DepthTrace,
-    Estimate,
     LayerSet,
     Localization,
     LowRankCurve,
@@ -23,6 +22,7 @@ from align_audit.record.audit_record import (
     Provenance,
     Spinal,
 )
+from align_audit.record.estimate import Estimate
 
 Kind = Literal["healthy", "destabilizing"]
 

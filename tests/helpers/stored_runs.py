@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from align_audit.measures.statistics import mean_interval, share_interval
-from align_audit.record.audit_record import AuditRecord, Estimate
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.estimate import Estimate
 from align_audit.record.log import RunLog
 from tests.helpers.alert_cases import with_margins, with_part
 from tests.helpers.make_record import make_record

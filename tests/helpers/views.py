@@ -12,7 +12,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from align_audit.record.audit_record import SCHEMA_VERSION, Attribution, AuditRecord, Control, Estimate
+from align_audit.record.audit_record import SCHEMA_VERSION, Attribution, AuditRecord, Control
+from align_audit.record.estimate import Estimate
 from align_audit.record.run import AuditRun
 from align_audit.writers.scalars import not_known, scalars
 from tests.helpers.make_record import make_record, make_sites

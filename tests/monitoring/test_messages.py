@@ -16,7 +16,8 @@ import torch
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
 from align_audit.errors import ConfigurationError
 from align_audit.monitoring.checkpoints import audit_saved
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
 from align_audit.writers.messages import as_json
 from align_audit.writers.webhook import VARIABLE, Webhook
 from tests.helpers import web

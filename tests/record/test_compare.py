@@ -383,7 +383,8 @@ def test_fewer_than_two_audited_runs_are_refused(tmp_path: Path) -> None:
     first = store_path(tmp_path / "a", [0.0], [0.0])
     with pytest.raises(RecordError, match="expected at least two runs to compare, found 1"):
         compared(first)
-    empty = store(tmp_path / "empty", [])
+    empty = tmp_path / "empty"
+    (empty / "align_audit").mkdir(parents=True)
     (empty / "align_audit" / "failures.jsonl").touch()
     with pytest.raises(RecordError, match="empty has no audit to compare: No audit has been made yet"):
         compared(first, empty)

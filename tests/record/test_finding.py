@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from align_audit.record.audit_record import GUARDED, AuditRecord, Control, Controls, Estimate, Finding
+from align_audit.record.audit_record import GUARDED, AuditRecord, Control, Controls, Finding
+from align_audit.record.estimate import Estimate
 from align_audit.record.finding import find
 from tests.helpers.make_record import make_record
 

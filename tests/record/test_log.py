@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from align_audit.errors import ConfigurationError, RecordError
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import ALERTS, FAILURES, FOLDER, RECORDS, RunLog
 from align_audit.record.run import AuditRun
 from tests.helpers.make_record import make_record, make_run

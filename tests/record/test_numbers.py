@@ -10,7 +10,9 @@ from typing import Annotated, Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from align_audit.record.audit_record import Alert, AuditRecord, Control, Estimate
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord, Control
+from align_audit.record.estimate import Estimate
 from align_audit.record.numbers import Number, Word, by_path, by_series, is_unknown, numbers, span, walk, why_unknown
 from align_audit.record.run import AuditRun, row_of
 from align_audit.record.schema import Part

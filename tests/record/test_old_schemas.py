@@ -17,7 +17,8 @@ import pytest
 
 from align_audit import AuditRecord, AuditRun
 from align_audit.errors import RecordError
-from align_audit.record.audit_record import SCHEMA_VERSION, Estimate
+from align_audit.record.audit_record import SCHEMA_VERSION
+from align_audit.record.estimate import Estimate
 from align_audit.record.schema import Migration, Stored
 from tests.helpers.make_record import make_record
 from tests.record.test_reasons import unexplained

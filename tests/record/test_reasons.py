@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel
 
 from align_audit import AuditConfig, AuditRecord, audit
-from align_audit.record.audit_record import Estimate
+from align_audit.record.estimate import Estimate
 from tests.helpers.audits import QUICK_GENERATIONS
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from align_audit.record.audit_record import Alert, AuditRecord, Control, Occasion
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord, Control, Occasion
 from align_audit.record.log import Failure, RunLog
 from align_audit.record.run import AuditRun
 from align_audit.record.status import status_of

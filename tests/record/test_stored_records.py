@@ -14,10 +14,11 @@ from typing import Any, get_args
 import pytest
 
 from align_audit.alerts.detectors import judge
-from align_audit.record.audit_record import AuditRecord, SiteCurve, SiteUnit
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import ALERTS, FOLDER, RECORDS, RunLog
 from align_audit.record.run import AuditRun
 from align_audit.record.schema import Labelled, Part
+from align_audit.record.site_curve import SiteCurve, SiteUnit
 from align_audit.record.stored_records import (
     KEPT_PARSED,
     UNPACKED,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from align_audit.errors import ConfigurationError
-from align_audit.record.audit_record import Alert
+from align_audit.record.alert import Alert
 from align_audit.writers.alert_command import AlertCommand
 
 WILD = "a $(touch pwned) `touch pwned`; touch pwned \x1b[2J\x00 \ud800 'x\""

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from align_audit.config import AlertConfig, AuditConfig
-from align_audit.record.audit_record import AuditRecord, Control, Estimate
+from align_audit.record.audit_record import AuditRecord, Control
+from align_audit.record.estimate import Estimate
 from align_audit.writers.standing import limit_of, standing_at, where_in_short, where_in_words
 from tests.helpers.alert_cases import health, judged, on_set, with_margins, with_part
 from tests.helpers.make_record import make_record

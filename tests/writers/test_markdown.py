@@ -10,7 +10,9 @@ import markdown
 import pytest
 
 from align_audit.errors import plain
-from align_audit.record.audit_record import Alert, Control, Estimate
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import Control
+from align_audit.record.estimate import Estimate
 from align_audit.writers.few_scalars import status_text
 from align_audit.writers.markdown import code, escaped
 from align_audit.writers.messages import as_slack

@@ -15,7 +15,8 @@ import pytest
 
 from align_audit import AuditConfig, AuditRun
 from align_audit.errors import ConfigurationError
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
 from align_audit.writers.messages import LogLines, Told, alert_logger, as_json, as_slack, checked, headline, paragraphs
 from align_audit.writers.writer import Surroundings
 from tests.helpers.make_record import make_record

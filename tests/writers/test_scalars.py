@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from align_audit.record.audit_record import Estimate
+from align_audit.record.estimate import Estimate
 from align_audit.writers.scalars import not_known, scalars
 from tests.helpers.make_record import make_record, make_sites
 from tests.helpers.record_parts import FEW_VALUES, NO_SHIFT

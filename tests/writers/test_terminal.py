@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from align_audit.record.audit_record import Alert, AuditRecord, Control, Estimate
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord, Control
+from align_audit.record.estimate import Estimate
 from align_audit.writers.alert_panel import alert_panel
 from align_audit.writers.audit_table import summary_table
 from align_audit.writers.terminal import Terminal, progress_bar

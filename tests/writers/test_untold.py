@@ -14,7 +14,8 @@ from align_audit.errors import ConfigurationError
 from align_audit.monitoring.monitor import Monitor
 from align_audit.monitoring.resumed_writers import start_writers
 from align_audit.options.trackers import TRACKER_NAMES, TrackerName
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import TOLD, RunLog
 from align_audit.record.run import AuditRun
 from align_audit.writers.messages import LogLines, Told, alert_logger

@@ -14,7 +14,8 @@ import pytest
 
 from align_audit import AuditConfig, AuditRun
 from align_audit.errors import ConfigurationError
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import RunLog
 from align_audit.writers.registry import WRITERS, writers_for
 from align_audit.writers.writer import Surroundings, Writers

@@ -14,7 +14,8 @@ from align_audit.measures.margin import compare_readouts, sum_by_pair
 from align_audit.models.replay import equal_streams
 from align_audit.probes.batches import PairBatch
 from align_audit.ranks import Ranks
-from align_audit.record.audit_record import Estimate, Margins
+from align_audit.record.audit_record import Margins
+from align_audit.record.estimate import Estimate
 
 
 @dataclass

@@ -35,7 +35,8 @@ from align_audit.measures.subspace import (
     rank_95_interval,
 )
 from align_audit.ranks import Ranks
-from align_audit.record.audit_record import Estimate, LowRankCurve
+from align_audit.record.audit_record import LowRankCurve
+from align_audit.record.estimate import Estimate
 
 
 class LowRank(Measurement):

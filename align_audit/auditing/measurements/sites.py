@@ -32,7 +32,8 @@ from align_audit.models.gradients import inner_gradients
 from align_audit.models.replay import Recording, Replay, Stream
 from align_audit.models.sites import Kind, Place, Sites
 from align_audit.probes.batches import PairBatch
-from align_audit.record.audit_record import Estimate, SiteCurve, SiteUnit
+from align_audit.record.estimate import Estimate
+from align_audit.record.site_curve import SiteCurve, SiteUnit
 
 DIRECTIONS = ("sufficiency", "necessity")
 MEASURED_PAIRS = 16

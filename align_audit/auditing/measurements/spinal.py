@@ -28,8 +28,9 @@ from align_audit.measures.sums import sum_into
 from align_audit.measures.transport import TransportAccumulator
 from align_audit.models.gradients import stream_gradients
 from align_audit.models.replay import Recording, Replay
-from align_audit.record.audit_record import DepthTrace, Estimate
+from align_audit.record.audit_record import DepthTrace
 from align_audit.record.audit_record import Spinal as SpinalPart
+from align_audit.record.estimate import Estimate
 
 
 @dataclass

@@ -17,7 +17,8 @@ from align_audit.auditing.session.estimates import Estimates, beyond, estimate, 
 from align_audit.auditing.session.walk import Session
 from align_audit.measures.subspace import explained_variance_ratio, gram_rank, principal_angles, rank_95
 from align_audit.probes.pairs import ProbePair
-from align_audit.record.audit_record import Control, Estimate
+from align_audit.record.audit_record import Control
+from align_audit.record.estimate import Estimate
 from align_audit.record.transfer_record import RandomSubspaces, SubspaceAngles, TransferCell
 
 EXCLUDED = -1

@@ -12,7 +12,7 @@ import numpy as np
 from align_audit.config import AuditConfig
 from align_audit.measures.patching import Options
 from align_audit.measures.statistics import Interval, mean_interval, mean_intervals, ratio_intervals, share_interval
-from align_audit.record.audit_record import Estimate
+from align_audit.record.estimate import Estimate
 
 
 class Estimates:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec
 
 from align_audit.errors import counted, plural
-from align_audit.record.audit_record import Estimate
+from align_audit.record.estimate import Estimate
 from align_audit.record.numbers import span
 
 if TYPE_CHECKING:

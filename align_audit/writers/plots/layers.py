@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from align_audit.record.audit_record import AuditRecord, Estimate, control_items
+from align_audit.record.audit_record import AuditRecord, control_items
+from align_audit.record.estimate import Estimate
 from align_audit.record.numbers import is_unknown, why_unknown
 from align_audit.writers.plots.canvas import (
     BLUE,

@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from align_audit.record.audit_record import AuditRecord, Estimate, LowRankCurve
+from align_audit.record.audit_record import AuditRecord, LowRankCurve
+from align_audit.record.estimate import Estimate
 from align_audit.record.numbers import is_unknown, why_unknown
 from align_audit.writers.plots.canvas import (
     BLUE,

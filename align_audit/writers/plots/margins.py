@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from align_audit.record.audit_record import Alert, AuditRecord, Estimate
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.estimate import Estimate
 from align_audit.record.numbers import is_unknown, why_unknown
 from align_audit.writers.plots.canvas import (
     BLUE,

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from align_audit.record.audit_record import AuditRecord, SiteCurve
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.numbers import is_unknown, why_unknown
+from align_audit.record.site_curve import SiteCurve
 from align_audit.record.site_names import site_name, site_names
 from align_audit.writers.plots.canvas import (
     BLUE,

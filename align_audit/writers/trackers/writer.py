@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from align_audit.errors import ConfigurationError, named, plain, without_secrets
 from align_audit.options.trackers import TrackerName
-from align_audit.record.audit_record import Alert, AuditRecord, RecordKey
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord, RecordKey
 from align_audit.record.course import present_course
 from align_audit.record.log import FOLDER, Failure
 from align_audit.record.run import AuditRun, run_so_far, with_this

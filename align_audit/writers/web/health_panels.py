@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from align_audit.record.audit_record import AuditRecord, Estimate
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.estimate import Estimate
 from align_audit.record.stored_records import Head
 from align_audit.record.training_log import LogRow
 from align_audit.writers.standing import figure, limit_of, logged_figure, percent

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from align_audit.errors import plain
-from align_audit.record.audit_record import Estimate
+from align_audit.record.estimate import Estimate
 
 _JOINERS = "\u200c\u200d"
 """Zero-width non-joiner and joiner: Persian and Indic words and many emoji are written with them."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Self
 
 from align_audit.errors import ConfigurationError, first_line, plain
 from align_audit.files import write_atomically
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import REPORT
 from align_audit.record.run import AuditRun, run_so_far, with_this
 from align_audit.record.training_log import LogRow

@@ -9,7 +9,8 @@ from typing import Any
 
 from align_audit.errors import counted
 from align_audit.options.rules import CAUSES, RETIRED
-from align_audit.record.audit_record import Alert, AuditRecord
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.open_alerts import SEVERITY, cause_of, since_of
 from align_audit.record.run import AuditRun
 from align_audit.record.stored_records import Head, heads_of

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from align_audit.errors import counted
-from align_audit.record.audit_record import GUARDED, AuditRecord, Estimate, SiteCurve, control_items
+from align_audit.record.audit_record import GUARDED, AuditRecord, control_items
+from align_audit.record.estimate import Estimate
 from align_audit.record.numbers import why_unknown
+from align_audit.record.site_curve import SiteCurve
 from align_audit.record.site_names import site_name
 from align_audit.writers.web.json_values import columns, estimate, number, row, text
 

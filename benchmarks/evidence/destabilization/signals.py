@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 from statistics import fmean
 
-from align_audit.record.audit_record import AuditRecord, Estimate
+from align_audit.record.audit_record import AuditRecord
+from align_audit.record.estimate import Estimate
 from align_audit.record.training_log import LogRow
 
 Signal = Callable[[AuditRecord], float]

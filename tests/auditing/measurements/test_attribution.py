@@ -26,7 +26,8 @@ from align_audit.measures.exact_pairs import exact_pairs_needed_safely
 from align_audit.models.reference import resolve_reference
 from align_audit.monitoring.checkpoints import audit_saved
 from align_audit.probes.batches import make_batch
-from align_audit.record.audit_record import Attribution, AuditRecord, Estimate
+from align_audit.record.audit_record import Attribution, AuditRecord
+from align_audit.record.estimate import Estimate
 from align_audit.writers.audit_table import summary_table
 from align_audit.writers.scalars import not_known, scalars
 from tests.helpers.audits import QUICK_GENERATIONS, QUICK_LASSO, audited, session_of

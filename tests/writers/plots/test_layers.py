@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from align_audit.record.audit_record import Control, Estimate
+from align_audit.record.audit_record import Control
+from align_audit.record.estimate import Estimate
 from align_audit.writers.plots.canvas import RED, pixels
 from align_audit.writers.plots.layers import block_transplants, layer_gain_by_layer_and_step, recovery_by_layer_and_step
 from tests.helpers.figures import FAILED, broken, error_bars, heat, main_axes, texts

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from align_audit.record.audit_record import Estimate
+from align_audit.record.estimate import Estimate
 from align_audit.writers.plots.low_rank import low_rank_curve
 from tests.helpers.figures import error_bars, texts
 from tests.helpers.make_record import make_record

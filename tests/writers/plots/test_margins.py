@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from align_audit.record.audit_record import Estimate
+from align_audit.record.estimate import Estimate
 from align_audit.writers.plots.canvas import RED
 from align_audit.writers.plots.margins import margins_over_steps
 from tests.helpers.figures import texts

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from align_audit.config import AlertConfig
-from align_audit.record.audit_record import Alert, Control
+from align_audit.record.alert import Alert
+from align_audit.record.audit_record import Control
 from align_audit.record.log import RunLog
 from align_audit.record.pair_texts import TokenChange
 from align_audit.record.run import AuditRun
