@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from align_audit import AuditConfig, AuditRecord, AuditRun
 from align_audit.errors import ConfigurationError
 from align_audit.options.rules import LIMITS
+from tests.helpers.callback_runs import quick, run
 from tests.helpers.make_record import make_record
-from tests.monitoring.test_callback import quick, run
 
 MAY_BE_INFINITE = {f"alerts.{name}" for name, limit in LIMITS.items() if math.isinf(limit.below)}
 """Limits that are switched off so."""

@@ -50,7 +50,6 @@ from align_audit.models.pickles import refuse_pickles
 if TYPE_CHECKING:
     from align_audit.cli.gates import Demands
     from align_audit.monitoring.checkpoints import SavedAudits
-    from align_audit.record.audit_record import AuditRecord
 
 _UsageError: Any = typer.BadParameter.__bases__[0]
 """Of click, or of the copy of it that newer versions of typer bring along."""
@@ -161,19 +160,9 @@ def run(
         on_turn=announce if options.progress and len(steps) > 1 else None,
         fresh=not resume,
     )
-    _conclude(audits.records, output, time.perf_counter() - began)
-    _say_stored(len(audits.in_log), len(steps))
-    if report is not None:
-        _say_report(output, report, {number: folder.name for folder, number in steps.items()})
+    _conclude(audits, len(steps), output, time.perf_counter() - began)
+    _say_report(output, report, {number: folder.name for folder, number in steps.items()})
     raise typer.Exit(_status(audits, steps, demands, output))
-
-
-def _say_stored(in_log: int, checkpoints: int) -> None:
-    """What an earlier start had audited, where it had any."""
-    if in_log:
-        verb, them = ("is", "it") if in_log == 1 else ("are", "them")
-        count = f"{in_log} of {counted(checkpoints, 'checkpoint')}"
-        typer.echo(f"{count} {verb} in the log already; --fresh audits {them} again")
 
 
 def _steps(checkpoint: Path, step: int | None) -> dict[Path, int]:
@@ -296,19 +285,25 @@ app.command()(doctor)
 app.command()(report)
 
 
-def _conclude(records: list[AuditRecord], output: Path, seconds: float) -> None:
+def _conclude(audits: SavedAudits, checkpoints: int, output: Path, seconds: float) -> None:
+    """Say what was audited, what an earlier start had audited already, and where all of it is."""
     from align_audit.writers.plots.gallery import save_all
 
-    pictures = save_all(records, output / "pictures")
-    typer.echo(
-        f"{counted(len(records), 'audit')} in {seconds:.0f} s; the log is {output / 'align_audit' / 'records.jsonl'}"
-    )
+    pictures = save_all(audits.records, output / "pictures")
+    count = counted(len(audits.records), "audit")
+    typer.echo(f"{count} in {seconds:.0f} s; the log is {output / 'align_audit' / 'records.jsonl'}")
+    if audits.in_log:
+        verb, them = ("is", "it") if len(audits.in_log) == 1 else ("are", "them")
+        count = f"{len(audits.in_log)} of {counted(checkpoints, 'checkpoint')}"
+        typer.echo(f"{count} {verb} in the log already; --fresh audits {them} again")
     for path in pictures.values():
         typer.echo(f"  {path}")
 
 
-def _say_report(output: Path, page: str, checkpoints: Mapping[int, str]) -> None:
-    """Write the page of all that the log holds now, and say where it is."""
+def _say_report(output: Path, page: str | None, checkpoints: Mapping[int, str]) -> None:
+    """Write the page of all that the log holds now, and say where it is; where none is asked for, nothing."""
+    if page is None:
+        return
     from align_audit.writers.web.report_writer import page_of, report_of
 
     run, path, size = report_of(output, checkpoints=checkpoints)

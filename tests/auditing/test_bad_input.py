@@ -22,9 +22,9 @@ from align_audit.errors import AlignAuditError, AnatomyError, ConfigurationError
 from align_audit.probes.pairs import ProbePair
 from align_audit.writers.scalars import not_known, scalars
 from tests.helpers.audits import QUICK_GENERATIONS
+from tests.helpers.callback_runs import quick
 from tests.helpers.dpo import ROWS, build
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
-from tests.monitoring.test_callback import quick
 from tests.monitoring.test_reference_modes import begin
 
 

@@ -23,10 +23,10 @@ from align_audit.record.run import one_per_step
 from align_audit.writers.plots import gallery as plots
 from tests.cli.test_run import PICTURES
 from tests.helpers.audits import QUICK_GENERATIONS, audited
+from tests.helpers.callback_runs import quick
 from tests.helpers.dpo import ROWS
 from tests.helpers.make_record import make_run
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
-from tests.monitoring.test_callback import quick
 
 
 def named(records: list[AuditRecord], name: str | None) -> list[AuditRecord]:

@@ -23,9 +23,9 @@ from align_audit.errors import ProbeError
 from align_audit.measures.subspace import principal_angles
 from align_audit.writers.scalars import scalars
 from tests.cli.conftest import command  # noqa: F401
+from tests.helpers.callback_runs import CREATED, event_files, events, poison, quick, steps
+from tests.helpers.callback_runs import At as AtEvent
 from tests.helpers.dpo import ROWS, build
-from tests.monitoring.test_callback import CREATED, event_files, events, poison, quick, steps
-from tests.monitoring.test_callback import At as AtEvent
 
 SETS = {"harmless": ROWS[16:20], "helpful-1.0": ROWS[20:]}
 

@@ -12,8 +12,8 @@ import pytest
 from align_audit import AlignmentAuditCallback
 from align_audit.cli import app as cli
 from align_audit.writers.plots.gallery import save_all
+from tests.helpers.callback_runs import quick
 from tests.helpers.dpo import ROWS, train
-from tests.monitoring.test_callback import quick
 
 
 @pytest.fixture

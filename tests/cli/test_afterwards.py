@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from align_audit import AlignmentAuditCallback, AuditRecord, AuditRun
 from align_audit.record.numbers import by_path
 from tests.cli.commands import arguments
+from tests.helpers.callback_runs import quick
 from tests.helpers.dpo import train
-from tests.monitoring.test_callback import quick
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,9 @@ from align_audit.errors import AuditMemoryError, ConfigurationError
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.monitoring import monitor
 from tests.cli.commands import arguments, refused
+from tests.helpers.callback_runs import quick
 from tests.helpers.dpo import train
 from tests.models.test_loading import ADAPTER_DAMAGE, FULL_DAMAGE, with_code
-from tests.monitoring.test_callback import quick
 
 OTHER_DEPTH = "of another depth"
 

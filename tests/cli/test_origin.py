@@ -17,8 +17,8 @@ from align_audit import AlignmentAuditCallback, AuditRecord, AuditRun, ProbeSet,
 from align_audit.errors import ReferenceUnavailableError
 from align_audit.models.loading import load_tokenizer
 from tests.cli.commands import arguments, refused
+from tests.helpers.callback_runs import quick
 from tests.helpers.dpo import ROWS, build, saved_model, train
-from tests.monitoring.test_callback import quick
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from align_audit import AlignmentAuditCallback, AuditRun
 from align_audit.models.loading import load_model, load_tokenizer
 from align_audit.models.weights.fingerprint import fingerprint
 from tests.cli.commands import arguments, refused
+from tests.helpers.callback_runs import quick
 from tests.helpers.dpo import build, train
 from tests.helpers.pages import data_in
 from tests.helpers.tiny import tiny_model
-from tests.monitoring.test_callback import quick
 from tests.monitoring.test_reference_modes import begin
 
 PICTURES = {

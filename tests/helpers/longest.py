@@ -9,6 +9,8 @@ LONGEST = (
     "monitoring/test_other_trainers.py",
     "auditing/test_exactness.py",
     "monitoring/test_callback.py",
+    "monitoring/test_callback_resumed.py",
+    "monitoring/test_callback_breaks.py",
     "writers/test_event_files.py",
     "monitoring/test_watch.py",
     "auditing/test_bad_input.py",

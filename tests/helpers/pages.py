@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from align_audit.record.log import Failure, RunLog
 from align_audit.record.pair_texts import PairText, PairTexts, TokenChange
 from align_audit.record.run import AuditRun
 from align_audit.record.training_log import LogRow
+from align_audit.writers.web.page_data import page_data
 from tests.helpers.alert_cases import health, with_part
 from tests.helpers.make_record import make_record, make_run, make_sites
 from tests.helpers.screens import LOG, a_run
@@ -150,3 +152,31 @@ def _unknown(value: Any) -> Any:
         kept = ("config", "cost", "provenance")
         return value.model_copy(update={name: _unknown(getattr(value, name)) for name in fields if name not in kept})
     return value
+
+
+def first(run: AuditRun) -> dict[str, Any]:
+    """What the page shows first."""
+    data: dict[str, Any] = page_data(run)["sets"][0]
+    return data
+
+
+def panel(run: AuditRun, key: str) -> dict[str, Any]:
+    return next(each for each in first(run)["panels"] if each["key"] == key)
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in a plain value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, each in value.items():
+            yield from strings(key)
+            yield from strings(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from strings(each)
+
+
+def harmless(letter: str) -> bool:
+    """Nothing that controls, ends a line or turns a direction."""
+    return letter.isprintable() or letter in "\u200c\u200d" or unicodedata.category(letter) == "Zs"

@@ -36,8 +36,8 @@ from align_audit import audit
 from align_audit.errors import ReferenceUnavailableError
 from align_audit.models.loading import load_model
 from align_audit.models.reference import load_policy
+from tests.helpers.callback_runs import quick
 from tests.helpers.tiny import VOCABULARY, perturbed, random_pairs, tiny_model
-from tests.monitoring.test_callback import quick
 
 IDS = torch.arange(3, 15).view(2, 6)
 LORA: dict[str, Any] = {

@@ -14,8 +14,8 @@ from align_audit.auditing.check import check_audit
 from align_audit.errors import ConfigurationError
 from align_audit.models.positions import learned_positions, positions_of
 from align_audit.models.reference import resolve_reference
+from tests.helpers.callback_runs import quick
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
-from tests.monitoring.test_callback import quick
 
 SMALL: dict[str, Any] = {"vocab_size": 61, "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16}
 BUILT: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ import pytest
 import align_audit.monitoring.monitor
 from align_audit import AuditConfig, AuditRun
 from align_audit.monitoring.forecast import Costs, PlannedSteps, forecast
-from tests.monitoring.test_callback import At, quick, run
+from tests.helpers.callback_runs import At, quick, run
 
 OFF: dict[str, Any] = {"before_training": False, "on_save": False, "on_last_step": False, "first_health": 100}
 """Nothing is due by itself in a few steps."""

@@ -18,9 +18,9 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from align_audit import AlignmentAuditCallback, AuditRun, ProbeSet, audit
 from align_audit.errors import ProbeError
+from tests.helpers.callback_runs import quick
 from tests.helpers.dpo import ROWS, saved_model
 from tests.helpers.probe_tokenizer import make_tokenizer
-from tests.monitoring.test_callback import quick
 
 PAIRS = Dataset.from_list(ROWS[:16])
 PROMPTS = Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS])

@@ -19,11 +19,11 @@ from align_audit.monitoring.monitor import Monitor
 from align_audit.monitoring.outcome import Moment
 from align_audit.record.audit_record import AuditKind
 from align_audit.record.log import FOLDER, RunLog
+from tests.helpers.callback_runs import CREATED, quick
 from tests.helpers.dpo import ROWS, build
+from tests.helpers.monitor_bench import Broken
 from tests.helpers.probe_tokenizer import make_tokenizer
 from tests.helpers.tiny import perturbed, tiny_model
-from tests.monitoring.test_callback import CREATED, quick
-from tests.monitoring.test_monitor import Broken
 
 
 class NoText:

@@ -20,10 +20,10 @@ import align_audit.models.reference
 from align_audit import AlignmentAuditCallback, AuditRun
 from align_audit.errors import ConfigurationError, ReferenceUnavailableError
 from align_audit.models.weights.fingerprint import fingerprint
+from tests.helpers.callback_runs import At, quick, run, steps
 from tests.helpers.dpo import ROWS, build, saved_model
 from tests.helpers.probe_tokenizer import make_tokenizer
 from tests.helpers.tiny import DEVICE, perturbed, tiny_model
-from tests.monitoring.test_callback import At, quick, run, steps
 
 pytestmark = pytest.mark.device
 

@@ -24,8 +24,8 @@ from align_audit.record import training_log
 from align_audit.record.log import RunLog
 from align_audit.record.training_log import TrainingLog
 from align_audit.writers.writer import Writers
+from tests.helpers.callback_runs import quick
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
-from tests.monitoring.test_callback import quick
 
 TRAINING = Training(step=1, max_steps=1000)
 

@@ -21,10 +21,10 @@ from align_audit.measures.margin import compare_readouts
 from align_audit.models.reference import resolve_reference
 from align_audit.monitoring.checkpoints import audit_saved, transfer_saved
 from align_audit.monitoring.trainer import read_trainer
+from tests.helpers.callback_runs import quick
 from tests.helpers.dpo import ROWS, build, saved_model
 from tests.helpers.probe_tokenizer import make_tokenizer
 from tests.helpers.tiny import random_pairs, tiny_model
-from tests.monitoring.test_callback import quick
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
 

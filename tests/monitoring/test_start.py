@@ -13,8 +13,8 @@ from align_audit.errors import ConfigurationError
 from align_audit.models.reference import resolve_reference
 from align_audit.monitoring import start
 from align_audit.ranks import Ranks
+from tests.helpers.callback_runs import quick
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
-from tests.monitoring.test_callback import quick
 
 
 class Places(Ranks):

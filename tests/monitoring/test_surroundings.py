@@ -17,8 +17,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, default_da
 
 from align_audit import AlignmentAuditCallback, AuditRun
 from align_audit.errors import ConfigurationError
+from tests.helpers.callback_runs import At, quick, run, steps
 from tests.helpers.dpo import Trained, build, saved_model
-from tests.monitoring.test_callback import At, quick, run, steps
 
 _AT_ONCE: dict[str, Any] = {"rules": {"at_once": {"signal": "margins.kl", "above": 1e-9, "level": "error"}}}
 _EVERY_STEP = {"every_n_steps": 1, "on_save": False}

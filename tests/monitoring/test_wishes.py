@@ -16,8 +16,8 @@ from align_audit.monitoring.outcome import Outcome
 from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.schedule import Event
 from align_audit.ranks import Ranks
+from tests.helpers.callback_runs import quick, run
 from tests.helpers.dpo import build
-from tests.monitoring.test_callback import quick, run
 from tests.monitoring.test_reference_modes import begin
 
 SAVES = Outcome({}, [], [], ["planted"], save=True, stop=False)

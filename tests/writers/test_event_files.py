@@ -23,8 +23,8 @@ from align_audit.writers.few_scalars import few_scalars
 from align_audit.writers.scalars import scalars
 from align_audit.writers.standing import standing_at
 from align_audit.writers.tensorboard import TensorBoard
+from tests.helpers.callback_runs import quick, run
 from tests.helpers.make_record import make_run
-from tests.monitoring.test_callback import quick, run
 
 # The pairs do not matter here, so the trainer has no eval set.
 pytestmark = pytest.mark.filterwarnings("ignore:align_audit found no held-out pairs")
@@ -33,7 +33,7 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 from align_audit.writers.tensorboard import TensorBoard
-from tests.monitoring.test_callback import quick, run
+from tests.helpers.callback_runs import quick, run
 
 moment, record = "", TensorBoard.record
 def killed(self, one, history):

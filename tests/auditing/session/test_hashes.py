@@ -16,8 +16,8 @@ from align_audit.models import reference as module
 from align_audit.models.reference import Reference, resolve_reference
 from align_audit.monitoring.monitor import Monitor
 from align_audit.monitoring.outcome import Moment
+from tests.helpers.callback_runs import quick
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
-from tests.monitoring.test_callback import quick
 
 
 @pytest.fixture

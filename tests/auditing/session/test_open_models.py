@@ -19,8 +19,8 @@ from align_audit.auditing.session.open_models import OpenModels
 from align_audit.errors import AnatomyError, ReferenceUnavailableError
 from align_audit.models.reference import resolve_reference
 from align_audit.probes.pairs import ProbeSet
+from tests.helpers.callback_runs import quick
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
-from tests.monitoring.test_callback import quick
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
