@@ -81,7 +81,7 @@ def test_a_folder_of_runs_names_those_in_it_and_what_to_type(command: Any, tmp_p
     first = f"'{runs[0]}'"
     for name in ("report", "card"):
         lines = command(name, tmp_path / "runs").err.splitlines()
-        assert lines[0] == f"align-audit: {tmp_path / 'runs'} is no run itself, and holds 13 runs; expected one:"
+        assert lines[0] == f"align-audit: error: {tmp_path / 'runs'} is no run itself, and holds 13 runs; expected one:"
         assert lines[1] == f"  align-audit {name} {first}"
         assert len(lines) == 12 and lines[-1] == "  and 3 more"
     for given in ([tmp_path / "runs"], [tmp_path / "runs", runs[0]]):
@@ -92,7 +92,7 @@ def test_a_folder_of_runs_names_those_in_it_and_what_to_type(command: Any, tmp_p
         assert len(lines) == 12 and lines[-1] == "  and 2 more"
     alone = command("report", store_path(tmp_path / "one" / "b", [0.0], [0.0]).parent).err
     assert alone.splitlines() == [
-        f"align-audit: {tmp_path / 'one'} is no run itself, and holds a run; expected one:",
+        f"align-audit: error: {tmp_path / 'one'} is no run itself, and holds a run; expected one:",
         f"  align-audit report {tmp_path / 'one' / 'b'}",
     ]
 
