@@ -31,7 +31,7 @@ from align_audit.record.newest import unread_after
 from align_audit.record.numbers import Word, by_series, walk
 from align_audit.record.pair_texts import PairTexts
 from align_audit.record.status import Status, status_of
-from align_audit.record.stored_records import chosen, events_of, heads_of
+from align_audit.record.stored_records import StoredRecords, chosen, events_of, heads_of
 from align_audit.record.training_log import TRAINING, LogRow, read_training_log
 
 if TYPE_CHECKING:
@@ -218,9 +218,10 @@ def run_so_far(directory: Path, history: Sequence[AuditRecord], training_log: Se
 
 
 def with_this(history: Sequence[AuditRecord], record: AuditRecord) -> Sequence[AuditRecord]:
-    """The audits of a run with this one, which may be among them."""
-    there = any(head.key == record.key for head in heads_of(history))
-    return history if there else [*history, record]
+    """The audits of a run with this one, which may be among them. No stored one is parsed for it."""
+    if any(head.key == record.key for head in heads_of(history)):
+        return history
+    return history.followed_by(record) if isinstance(history, StoredRecords) else [*history, record]
 
 
 def find_records(path: Path) -> Path:
