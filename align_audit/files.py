@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 import time
 from pathlib import Path
 
@@ -88,6 +89,16 @@ def wait_until_on_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def try_to_write(folder: Path) -> None:
+    """Write something that nobody sees: permission bits do not tell (read-only mounts, quotas, root), only writing does.
+
+    Raises:
+        OSError: it takes no file.
+    """
+    with tempfile.TemporaryFile(dir=folder) as probe:
+        probe.write(b"\n")
 
 
 def is_file_here(path: Path) -> bool:

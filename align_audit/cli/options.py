@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from align_audit.errors import SHOWN, ConfigurationError, first_line, listed, plain, quoted
+from align_audit.files import try_to_write
 from align_audit.probes.names import check_names
 from align_audit.record.checkpoint_names import checkpoint_step
 
@@ -200,7 +201,7 @@ def check_page(option: str, page: Path) -> None:
     """Refuse a page that could not be written before anything is read or audited for it.
 
     Raises:
-        ConfigurationError: a folder is named, or a file of a folder that is not there.
+        ConfigurationError: a folder is named, or a file of a folder that is not there or takes no files.
     """
     if page.is_dir():
         raise ConfigurationError(
@@ -211,6 +212,13 @@ def check_page(option: str, page: Path) -> None:
             f"{option}: cannot write the report to {plain(page)}, since there is no folder {plain(page.parent)}; make it, or "
             "choose a file in a folder that exists"
         )
+    try:
+        try_to_write(page.parent)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{option}: cannot write the report to {plain(page)}: {first_line(error)}; choose a file in a folder that can be "
+            "written to"
+        ) from None
 
 
 def complain(words: str) -> None:

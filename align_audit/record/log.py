@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,7 +33,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from align_audit.errors import ConfigurationError, RecordError, counted, first_line, plain, quoted
-from align_audit.files import append_whole, is_folder_here, remove_abandoned, write_atomically
+from align_audit.files import append_whole, is_folder_here, remove_abandoned, try_to_write, write_atomically
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord, RecordKey
 from align_audit.record.lines import read_lines, read_records, repair
@@ -132,7 +131,7 @@ class RunLog:
         """What there was not yet, the innermost first."""
         with _refusals(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
-            _try_to_write(self.directory)
+            try_to_write(self.directory)
             self._hold()
             self._remove_leftovers()
             for name in (RECORDS, ALERTS, FAILURES, TOLD):
@@ -338,7 +337,7 @@ def look_into_log(output_dir: str | Path) -> StoredRecords:
     """
     directory = Path(os.path.abspath(output_dir)) / FOLDER
     with _refusals(directory):
-        _try_to_write(next(path for path in (directory, *directory.parents) if path.exists()))
+        try_to_write(next(path for path in (directory, *directory.parents) if path.exists()))
         if is_held_elsewhere(directory / RECORDS):
             raise BlockingIOError
     return read_records(directory / RECORDS)
@@ -372,12 +371,6 @@ def _refusals(directory: Path) -> Iterator[None]:
             f"cannot write the audit log in {plain(directory)}: {first_line(error)}. Expected a folder that this "
             "process may write to; choose another output_dir, or free the path, its permissions or disk space."
         ) from error
-
-
-def _try_to_write(folder: Path) -> None:
-    """Permission bits do not tell (read-only mounts, quotas, root): only writing does."""
-    with tempfile.TemporaryFile(dir=folder) as probe:
-        probe.write(b"\n")
 
 
 def _sync_directory(path: Path) -> None:

@@ -46,6 +46,8 @@ def test_it_goes_where_it_is_asked_for_and_is_shown(command: Any, run: Path, mon
         (["nothing-here"], "no run log at"),
         (["dpo", "--output", "."], "--output . is a folder; expected a file, such as report.html"),
         (["dpo", "--output", "nowhere/page.html"], "cannot write the report to nowhere/page.html"),
+        # Procfs takes no file from anybody, whatever its permission bits say.
+        (["dpo", "--output", "/proc/page.html"], "cannot write the report to /proc/page.html"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(
