@@ -128,19 +128,18 @@ def align_audit_rules(*, log: bool, full: bool, config: AlertConfig | None = Non
         full: full audits are made at their steps, beside the looks.
         config: their options, whatever the laxness; None: the defaults, moved by it.
     """
-    given = config
 
     def at(laxness: float) -> Alarms:
-        config = given or limits(laxness)
+        options = config or limits(laxness)
 
         def alarms_of(run: StoredRun) -> list[Raised]:
-            steps = {0, *run.looks} | (called_for(run, config) if log else set())
+            steps = {0, *run.looks} | (called_for(run, options) if log else set())
             records = [record for record in run.health if record.step in steps] + (run.full if full else [])
             raised: list[Raised] = []
             earlier: list[AuditRecord] = []
             for record in sorted(records, key=lambda record: (record.step, record.kind == "full")):
                 rows = [row for row in run.log if row.step <= record.step] if log else []
-                alerts = judge(record, earlier, rows, config, max_steps=STEPS)
+                alerts = judge(record, earlier, rows, options, max_steps=STEPS)
                 earlier.append(record.model_copy(update={"alerts": alerts}))
                 raised += [
                     Raised(record.step, alert.rule, alert.level)

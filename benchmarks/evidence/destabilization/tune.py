@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 from align_audit.config import AlertConfig
 from align_audit.errors import ConfigurationError
 from destabilization.rules import RuleSet, align_audit_rules
-from destabilization.score import Groups, verdicts
+from destabilization.score import Groups, Verdict, verdicts
 from destabilization.stored import DATA, load
 
 
@@ -19,7 +21,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("option", help="an option of AlertConfig, such as kl_warning")
     parser.add_argument("values", type=float, nargs="+", help="what to try, beside the default")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the packed files")
-    parser.add_argument("--level", choices=["warning", "error"], default="warning", help="alarms of this level and up")
+    parser.add_argument(
+        "--level",
+        choices=["warning", "error"],
+        default="warning",
+        help="which alarms are counted; in time and lead are of the first of any",
+    )
 
 
 def main(options: argparse.Namespace) -> None:
@@ -27,28 +34,29 @@ def main(options: argparse.Namespace) -> None:
     if options.option not in AlertConfig.model_fields:
         sys.exit(f"AlertConfig has no option {options.option}; it has {', '.join(AlertConfig.model_fields)}")
     groups = Groups.of(load("tuning", options.data))
-    usual: dict[str, int | None] = {}
-    for value in (None, *options.values):
+    usual = _say(options, "default", AlertConfig(), groups)
+    for value in options.values:
         try:
-            config = AlertConfig() if value is None else AlertConfig(**{options.option: value})
+            config = AlertConfig(**{options.option: value})
         except ConfigurationError as error:
             sys.exit(str(error))
-        rules = RuleSet("", align_audit_rules(log=True, full=False, config=config))
-
-        def first(verdict: object, level: str = options.level) -> int | None:
-            return getattr(verdict, "warned" if level == "warning" else "failed")
-
-        healthy, harmed = verdicts(groups.healthy, rules), verdicts(groups.harmed, rules)
-        alarms = {verdict.run.name: first(verdict) for verdict in (*healthy, *harmed)}
-        leads = [verdict.lead for verdict in harmed if verdict.lead is not None]
-        said = "default" if value is None else f"{value:g}"
-        print(
-            f"{options.option} {said}: false {sum(first(v) is not None for v in healthy)} of {len(healthy)}, caught "
-            f"{sum(first(v) is not None for v in harmed)} and in time {sum(v.in_time for v in harmed)} of {len(harmed)}, "
-            f"median lead {median(leads) if leads else float('nan'):+g}"
-        )
-        if value is None:
-            usual = alarms
-        for name, step in alarms.items():
+        for name, step in _say(options, f"{value:g}", config, groups).items():
             if step != usual[name]:
                 print(f"    {name}: step {usual[name]} → {step}")
+
+
+def _say(options: argparse.Namespace, value: str, config: AlertConfig, groups: Groups) -> dict[str, int | None]:
+    """Print the line of one value; run → step of its first alarm."""
+    rules = RuleSet("", align_audit_rules(log=True, full=False, config=config))
+    healthy, harmed = verdicts(groups.healthy, rules), verdicts(groups.harmed, rules)
+    steps = {each.run.name: each.failed if options.level == "error" else each.warned for each in (*healthy, *harmed)}
+
+    def alarmed(of: Sequence[Verdict]) -> int:
+        return sum(steps[each.run.name] is not None for each in of)
+
+    leads = [each.lead for each in harmed if each.lead is not None]
+    print(
+        f"{options.option} {value}: false {alarmed(healthy)} of {len(healthy)}, caught {alarmed(harmed)} and in time "
+        f"{sum(each.in_time for each in harmed)} of {len(harmed)}, median lead {median(leads) if leads else math.nan:+g}"
+    )
+    return steps
