@@ -162,10 +162,16 @@ class TrackerWriter:
         return self._sender
 
     def _hand_over(self) -> None:
-        """What there is room and time for, and the report where it is due: pictures of many audits take long to draw."""
+        """Audits, and the report where it is due and there is room."""
+        sender = self._hand_over_audits()
+        if sender is not None and self._report_due and not sender.full:
+            self._send_report(sender)
+
+    def _hand_over_audits(self) -> Sender | None:
+        """What there is room and time for: pictures of many audits take long to draw. None: no run is open."""
         sender = self._find_sender()
         if sender is None:
-            return
+            return None
         for _ in range(MOST_WAITING):
             if not (self._waiting or self._failed) or sender.full or time.monotonic() >= self._end:
                 break
@@ -175,8 +181,7 @@ class TrackerWriter:
                 self._report_due |= any(notice.event != "resolved" for notice in entry.notices)
         if sender.full:
             self._say("full", f"waits for {self.name}, which has not answered for {MOST_WAITING} audits")
-        elif self._report_due:
-            self._send_report(sender)
+        return sender
 
     def _next_entry(self) -> Entry | None:
         """The next one to be sent, which waits no longer; None: it could not be made, which is said."""
@@ -245,12 +250,12 @@ class TrackerWriter:
         if sender is None:
             raise RuntimeError("the trainer reports to it, and no run of it was open while audits were made")
         sender.hurry()
-        self._report_due = False  # it follows
-        self._guarded("write the end of the run to", self._hand_over)
+        self._guarded("write the end of the run to", self._hand_over_audits)
         # Until there is room for the report, too: of what finds none, nothing is sent.
         while (self._waiting or self._failed or sender.full) and time.monotonic() < end:
             time.sleep(_SHORT)
-            self._guarded("write the end of the run to", self._hand_over)
+            self._guarded("write the end of the run to", self._hand_over_audits)
+        # Once, after all audits.
         self._guarded("send the report to", lambda: self._send_report(sender))
         sender.close(end - time.monotonic())
         self._sender = None

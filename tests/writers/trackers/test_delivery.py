@@ -201,6 +201,17 @@ def test_what_there_is_no_room_for_waits_and_arrives_in_order(
     assert [each for each in words(caplog) if "has not answered for" not in each] == []
 
 
+def test_what_is_sent_at_the_end_alone_comes_with_one_report(opened: list[Tracker | None], tmp_path: Path) -> None:
+    paper = Paper()
+    opened += [*[None] * (len(RECORDS) + 1), paper]  # it opens as the run ends
+    told = a_writer(tmp_path)
+    tell(told, *range(len(RECORDS)))
+    told.close()
+    assert paper.steps == STEPS
+    assert [notice.event for notice in paper.notices].count("opened") > 0, "which would call for a report of its own"
+    assert len(paper.pages) == 1
+
+
 def test_many_audits_that_waited_are_drawn_in_parts_and_at_the_end_while_there_is_time(
     opened: list[Tracker | None], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
