@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,19 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
         for kind in ("browser", "performance"):
             self.driver.get_log(kind)
-        self.driver.get(page.resolve().as_uri())
+        self.go_to(page.resolve().as_uri())
+
+    def go_to(self, address: str) -> None:
+        """Open an address, and come back when its scripts have run.
+
+        Where the driver is told an address that is open already it may come back before the new document is there.
+        """
+        self.js("window.left = true")
+        self.driver.get(address)
+        end = time.monotonic() + 30
+        while self.js("return window.left || document.readyState") != "complete":
+            assert time.monotonic() < end, f"{address} was not loaded in 30 s"
+            time.sleep(0.01)
 
     def resize(self, width: int, mobile: bool = False, height: int = 900) -> None:
         """Make the window so large; a mobile one follows what a page says of its width."""
