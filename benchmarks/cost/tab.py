@@ -1,12 +1,14 @@
-"""Seconds from opening TensorBoard's tab "Align audit" to its first chart, and to all four health panels.
+"""Seconds from opening TensorBoard's tab "Align audit" to its first chart, and to all four health panels; and what the report
+of one of the runs takes.
 
     python benchmarks/cost/tab.py                                   # 20 runs of 50 audits of 32 layers
     python benchmarks/cost/tab.py --runs 3 --audits 10 --layers 6   # a quick look
     python benchmarks/cost/tab.py --heads 32                        # audits of every attention head, ten times as long
 
-The audits are made in memory, half of the runs of a policy that is being ruined. A ``tensorboard`` is started on them, and a
-headless Chromium opens the tab by its address: once when nobody has asked for anything yet, and once more. A chart counts when
-its curve is drawn. Needs ``chromium``, ``chromium-driver`` and selenium.
+The audits are made in memory, half of the runs of a policy that is being ruined. The report is that of the last run, made from
+its log as ``align-audit report`` makes it. A ``tensorboard`` is started on them, and a headless Chromium opens the tab by its
+address: once when nobody has asked for anything yet, and once more. A chart counts when its curve is drawn. Needs ``chromium``,
+``chromium-driver`` and selenium.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from align_audit.record.log import RunLog
+from align_audit.writers.web.report_writer import report_of
 from tests.helpers.browser import Browser, open_browser
 from tests.helpers.make_record import make_run, make_sites
 from tests.helpers.tensorboard import Server, open_tab, tensorboard
@@ -83,6 +86,9 @@ def main() -> None:
         print(
             f"{arguments.runs} runs of {arguments.audits} audits of {arguments.layers} layers, {size / 2**20:.0f} MiB"
         )
+        began = time.perf_counter()
+        _, page, written = report_of(logs / f"run-{arguments.runs - 1:02}", scratch / "report.html")
+        print(f"report of one run, {page.name}: {time.perf_counter() - began:.1f} s, {written / 1e6:.2f} MB")
         began = time.perf_counter()
         with tensorboard(logs, scratch) as server, open_browser() as browser:
             print(f"tensorboard and Chromium started in {time.perf_counter() - began:.1f} s")
