@@ -263,13 +263,20 @@ def _text(node: ast.AST) -> str | None:
 
 
 def _given(tree: ast.AST) -> Iterator[str]:
-    """Every name that is given in a file, as often as it is."""
+    """Every name that is given in a file, as often as it is, but for operators' ``other``, which is Python's name for it."""
+    operators = {
+        argument
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("__") and node.name.endswith("__")
+        for argument in node.args.args[1:2]
+        if argument.arg == "other"
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             yield node.attr
-        elif isinstance(node, ast.arg):
+        elif isinstance(node, ast.arg) and node not in operators:
             yield node.arg
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name

@@ -33,7 +33,7 @@ def alert_of(
     if level is None:
         return None
     lead = min(signs, key=_order)
-    others = sorted(
+    further = sorted(
         {sign.rule.name for sign in signs} - {lead.rule.name}, key=lambda name: _PLACES.get(name, len(_PLACES))
     )
     return Alert(
@@ -42,7 +42,7 @@ def alert_of(
         level=level,
         step=max(sign.step for sign in signs),
         looks=1,
-        signals=others,
+        signals=further,
         probe_name=lead.probe_name,
         layers=sorted(lead.layers),
         value=lead.value,

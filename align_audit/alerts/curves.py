@@ -73,13 +73,13 @@ class TrainerLog:
         """At which a column was logged first, as far as that is looked for."""
         return next((row.step for row in islice(self.rows, _START) if column in row.logs), None)
 
-    def recent(self, column: str, before: int | None = None) -> list[float]:
-        """What was logged over the last rows (``before``: up to that step), oldest first, without what is not finite."""
-        until = self.step if before is None else before
+    def recent(self, column: str, until: int | None = None) -> list[float]:
+        """What was logged over the last rows (``until``: up to that step), oldest first, without what is not finite."""
+        last = self.step if until is None else until
         return [
             value
             for row in self.rows[-_END:]
-            if row.step <= until and math.isfinite(value := row.logs.get(column, math.nan))
+            if row.step <= last and math.isfinite(value := row.logs.get(column, math.nan))
         ]
 
     def start(self, column: str, steps: int) -> float:

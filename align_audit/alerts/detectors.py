@@ -129,8 +129,8 @@ def _histories(view: View, record: AuditRecord, course: Sequence[AuditRecord]) -
     steps = sorted({head.step for head in heads_of(course)} | {record.step})[-_STEPS_APART:]
     latest = {head.probe_name: head for head in heads_of(course) if head.step >= steps[0]}
     name = record.provenance.probe_name
-    others = [_record_of(course, head) for set_name, head in latest.items() if set_name != name]
-    return [_history(view, newest, course) for newest in (record, *others)]
+    last_records = [_record_of(course, head) for set_name, head in latest.items() if set_name != name]
+    return [_history(view, newest, course) for newest in (record, *last_records)]
 
 
 def _record_of(course: Sequence[AuditRecord], wanted: Head) -> AuditRecord:
@@ -145,8 +145,8 @@ def _history(view: View, newest: AuditRecord, course: Sequence[AuditRecord]) -> 
         same = head.probe_name == there.probe_name and head.probe_hash == there.probe_hash
         return same and head.step < newest.step
 
-    known: dict[str, Any] = {**vars(view), "step": newest.step}
-    return History(**known, record=newest, before=chosen(course, comparable))
+    seen: dict[str, Any] = {**vars(view), "step": newest.step}
+    return History(**seen, record=newest, earlier=chosen(course, comparable))
 
 
 # --- what each rule sees ------------------------------------------------------------------------------------------------
@@ -231,15 +231,15 @@ def _log_signs(view: View, heads: Sequence[Head]) -> Iterator[Sign]:
     steps = sorted({head.step for head in heads if 0 < head.step < view.step}, reverse=True)
     for _, detector in _log_rules(view.config):
         if (sign := detector(view)) is not None:
-            before = (replace(view, step=at, log=view.log.until(at), eased=frozenset()) for at in steps)
-            looks = (detector(look) for look in before)
+            views = (replace(view, step=at, log=view.log.until(at), eased=frozenset()) for at in steps)
+            looks = (detector(look) for look in views)
             yield replace(_counted(sign, looks, view.config), step=view.step)
 
 
-def _counted(sign: Sign, before: Iterable[Sign | None], config: AlertConfig) -> Sign:
-    """With how many looks in a row it was seen at, as far as its patience asks for; ``before`` goes back in time."""
+def _counted(sign: Sign, earlier: Iterable[Sign | None], config: AlertConfig) -> Sign:
+    """With how many looks in a row it was seen at, as far as its patience asks for; ``earlier`` goes back in time."""
     held, errors = 1, int(sign.level == "error")
-    for previous in islice(before, max(config.patience(sign.rule), config.error_looks - 1)):
+    for previous in islice(earlier, max(config.patience(sign.rule), config.error_looks - 1)):
         if previous is None:
             break
         if previous.level == "error" and errors == held:

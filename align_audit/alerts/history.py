@@ -60,18 +60,18 @@ class History(View):
 
     Attributes:
         record: the audit to judge.
-        before: those of earlier steps on the same pairs, oldest first.
+        earlier: those of earlier steps on the same pairs, oldest first.
     """
 
     record: AuditRecord
-    before: Sequence[AuditRecord] = ()
+    earlier: Sequence[AuditRecord] = ()
 
     @property
     def healthy(self) -> Sequence[AuditRecord]:
         """Earlier audits of the trained policy against this reference at which no warning was open: the run's own baseline."""
         reference = self.record.provenance.reference_hash
         return chosen(
-            self.before,
+            self.earlier,
             lambda head: head.step > 0 and head.reference_hash == reference and not any(map(is_serious, head.alerts)),
         )
 
@@ -94,18 +94,18 @@ class History(View):
     def heads(self) -> list[Head]:
         """Of the audits before, against this reference and of the trained policy."""
         reference = self.record.provenance.reference_hash
-        return [head for head in heads_of(self.before) if head.step > 0 and head.reference_hash == reference]
+        return [head for head in heads_of(self.earlier) if head.step > 0 and head.reference_hash == reference]
 
     def at(self, record: AuditRecord) -> History:
         """What was to be seen at one of the audits before. The trainer's log ends at its step."""
-        earlier = chosen(self.before, lambda head: head.step < record.step)
+        earlier = chosen(self.earlier, lambda head: head.step < record.step)
         log = self.log.until(record.step)
-        return replace(self, step=record.step, record=record, before=earlier, log=log, eased=frozenset())
+        return replace(self, step=record.step, record=record, earlier=earlier, log=log, eased=frozenset())
 
     def last(self, source: Source) -> History | None:
         """The look before this one that has a part; None: there is none, or none of the last few has it."""
-        before = chosen(self.before, lambda head: head.kind == "full") if source in _IN_FULL else self.before
-        for record in reversed(before[-_FURTHEST:]):
+        earlier = chosen(self.earlier, lambda head: head.kind == "full") if source in _IN_FULL else self.earlier
+        for record in reversed(earlier[-_FURTHEST:]):
             if record.step < self.step and measured(record, source):
                 return self.at(record)
         return None

@@ -94,17 +94,17 @@ def _curve(record: AuditRecord) -> tuple[int, LowRankCurve] | None:
 
 
 def _rank(record: AuditRecord) -> float:
-    found = _curve(record)
-    return math.nan if found is None else found[1].rank_95
+    curve = _curve(record)
+    return math.nan if curve is None else curve[1].rank_95
 
 
 def rank_inflated(history: History) -> Sign | None:
     """The change needs many more directions than at the run's own first audits."""
-    found = _curve(history.record)
-    baseline = None if found is None else history.baseline(_rank, "low_rank")
-    if found is None or not baseline:
+    peak = _curve(history.record)
+    baseline = None if peak is None else history.baseline(_rank, "low_rank")
+    if peak is None or not baseline:
         return None
-    layer, curve = found
+    layer, curve = peak
     if not beyond(history, curve.rank_95 / baseline, "rank_ratio"):
         return None
     return Sign(
@@ -122,10 +122,10 @@ def rank_inflated(history: History) -> Sign | None:
 
 def subspace_rotated(history: History) -> Sign | None:
     """The subspace of the change turned since the audit before, in more than half of its directions."""
-    found = _curve(history.record)
-    if found is None or not found[1].principal_angles:
+    peak = _curve(history.record)
+    if peak is None or not peak[1].principal_angles:
         return None
-    layer, angle = found[0], median(found[1].principal_angles)
+    layer, angle = peak[0], median(peak[1].principal_angles)
     if not beyond(history, angle, "rotation"):
         return None
     return Sign(

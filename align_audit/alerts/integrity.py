@@ -39,8 +39,8 @@ def reference_mismatch(history: History) -> Sign | None:
     That is compared before the first step: what failed there holds for as long as the reference is the same.
     """
     check = history.record.reference_check
-    if check.verdict == "not_run" and history.before:
-        first, reference = history.before[0], history.record.provenance.reference_hash
+    if check.verdict == "not_run" and history.earlier:
+        first, reference = history.earlier[0], history.record.provenance.reference_hash
         check = first.reference_check if first.provenance.reference_hash == reference else check
     if check.verdict != "failed":
         return None
@@ -61,13 +61,13 @@ def reference_changed(history: History) -> Sign | None:
     It is compared with the first audit since the last synchronization: a reference that moved once stays another one.
     """
     record = history.record
-    head = next(iter(heads_of(history.before)), None)
+    head = next(iter(heads_of(history.earlier)), None)
     if head is None:
         return None
     reference, synchronized = record.provenance.reference_hash, record.reference_check.last_sync_step
     if synchronized is not None:
         # Audits before it are of another reference by right; those after it are few, and the last one is enough.
-        last = history.before[-1]
+        last = history.earlier[-1]
         if last.reference_check.last_sync_step != synchronized:
             return None
         head = heads_of([last])[0]

@@ -10,7 +10,7 @@ from align_audit.record.open_alerts import SEVERITY, cause_of, since_of
 
 def step(
     open_alerts: Iterable[Alert],
-    found: Iterable[Alert],
+    alerts_now: Iterable[Alert],
     at: int,
     held: Collection[str] = (),
     unmeasured: Collection[str] = (),
@@ -22,7 +22,7 @@ def step(
 
     Args:
         open_alerts: at the look before, with at most one of each cause.
-        found: what this look sees, at most one of each cause. One whose ``step`` is earlier was seen where it was measured
+        alerts_now: what this look sees, at most one of each cause. One whose ``step`` is earlier was seen where it was measured
             last: it keeps an alert open, and opens none.
         at: the step of this look. Looks at one step (of several probe sets, or a health and a full audit) count once.
         held: causes about which nothing can be said now: they stay as they are.
@@ -30,7 +30,7 @@ def step(
             is no look, and where it does not see them it neither counts nor moves their step.
     """
     earlier = {cause_of(alert): alert for alert in open_alerts}
-    seen = {cause_of(alert): alert for alert in found}
+    seen = {cause_of(alert): alert for alert in alerts_now}
     alerts: list[Alert] = []
     for cause in dict.fromkeys([*earlier, *seen]):
         previous, now = earlier.get(cause), seen.get(cause)

@@ -102,7 +102,7 @@ def log_gradient_spike(view: View) -> Sign | None:
     if window is None:
         return None
     (first, _), (last, _) = window[0], window[-1]
-    usual = view.log.recent("grad_norm", before=first - 1)[-_USUAL:]
+    usual = view.log.recent("grad_norm", until=first - 1)[-_USUAL:]
     if len(usual) < _USUAL // 2 or not median(usual) > 0:
         return None
     at = view.limit("log_spike_ratio") * median(usual)

@@ -263,7 +263,7 @@ def _patch(
             if chance is not None:
                 random[key][patched.name] = chance
             for fitted in sides:
-                spans = which.get((fitted.name, patched.name), fitted.fitted.own)
+                spans = which.get((fitted.name, patched.name), fitted.fitted.spans_of_pairs)
                 by_key[key][fitted.name][patched.name] = cells.cell(
                     fitted, patched, spans, looks.get(fitted.name), key, chance
                 )

@@ -144,7 +144,7 @@ def _examine(plan: Plan, options: AuditConfig, as_json: bool) -> None:
 def _line(check: Check) -> str:
     word, color = _SIGNS[check.level]
     fix = f"\n        do: {plain(check.fix)}" if check.fix else ""
-    return f"{typer.style(f'{word:>5}', fg=color, bold=True)}  {plain(check.name)}: {plain(check.found)}{fix}"
+    return f"{typer.style(f'{word:>5}', fg=color, bold=True)}  {plain(check.name)}: {plain(check.observation)}{fix}"
 
 
 def _to_change(check: Check) -> str:

@@ -146,7 +146,7 @@ def block_work(model: nn.Module, tokenizer: PreTrainedTokenizerFast, texts: list
     """How much each block is worth: the rise of the held-out loss, nats per token, [L], when what it adds to the stream
     is replaced by the mean of what it adds over all tokens of ``texts`` (mean ablation)."""
     anatomy = anatomy_of(model)
-    whole = held_out_loss(model, tokenizer, texts)
+    intact = held_out_loss(model, tokenizer, texts)
     worth = []
     for layer in anatomy.modules(model):
         added: list[Tensor] = []
@@ -164,7 +164,7 @@ def block_work(model: nn.Module, tokenizer: PreTrainedTokenizerFast, texts: list
                 ablated = held_out_loss(model, tokenizer, texts)
             finally:
                 handle.remove()
-        worth.append(ablated - whole)
+        worth.append(ablated - intact)
     return worth
 
 

@@ -164,7 +164,7 @@ def control_variate_means(
     ]
 
 
-def beside_attribution(attribution: Array, known: Array, exact_pairs: int) -> Array:
+def beside_attribution(attribution: Array, covariate: Array, exact_pairs: int) -> Array:
     """Proxies of patched effects: attribution, and beside it what is known of every pair anyway, as the margin shift.
 
     The effect of the last layers' streams is nearly the whole shift, however far the attribution strays; its slope is
@@ -173,7 +173,7 @@ def beside_attribution(attribution: Array, known: Array, exact_pairs: int) -> Ar
 
     Args:
         attribution: ``[N, L, K]``.
-        known: ``[N]``, any unit.
+        covariate: ``[N]``, any unit.
 
     Returns:
         ``[N, L, K + 1]``, or ``attribution``.
@@ -185,9 +185,9 @@ def beside_attribution(attribution: Array, known: Array, exact_pairs: int) -> Ar
         (96, 5, 2)
     """
     pairs, layers, points = attribution.shape
-    if exact_pairs < MINIMUM_EXACT + 2 * points or not np.isfinite(known).all():
+    if exact_pairs < MINIMUM_EXACT + 2 * points or not np.isfinite(covariate).all():
         return attribution
-    return np.concatenate([attribution, np.broadcast_to(known[:, None, None], (pairs, layers, 1))], axis=2)
+    return np.concatenate([attribution, np.broadcast_to(covariate[:, None, None], (pairs, layers, 1))], axis=2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -419,14 +419,14 @@ def _why_not_used(sample: _Sample, layer: int) -> str | None:
     return None
 
 
-def _standardized(values: Array, known: Array) -> tuple[Array, Array, Array]:
+def _standardized(values: Array, measured: Array) -> tuple[Array, Array, Array]:
     """(values − origin) / scale with 0 where not known, origin ``[L]`` (the first known value), scale ``[L]`` > 0.
 
     Where the known values differ by rounding only they become 0 throughout.
     """
-    first = np.take_along_axis(values, known.argmax(axis=0)[None], axis=0)[0]
-    origin = np.where(known.any(axis=0), first, 0.0)
-    moved = np.where(known, values, origin) - origin
+    first = np.take_along_axis(values, measured.argmax(axis=0)[None], axis=0)[0]
+    origin = np.where(measured.any(axis=0), first, 0.0)
+    moved = np.where(measured, values, origin) - origin
     scale = np.abs(moved).max(axis=0)
     varies = scale > _ROUNDING * np.abs(origin)
     scale = np.where(varies, scale, 1.0)

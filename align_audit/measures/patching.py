@@ -120,12 +120,12 @@ def _shares(effects: np.ndarray, transplants: np.ndarray, shift: np.ndarray, opt
     """Intervals of: recovery_{−1 … L−1}, layer_gain_{0 … L−1}, head_gain, additivity; 2L + 3 of them."""
     layers = effects.shape[1] - 1
     count = 2 * layers + 3
-    whole = mean_interval(shift, **options)
-    if np.isnan(whole.mean) or np.isnan(whole.low):
-        return [Interval.unknown(f"the mean margin shift is not known: {whole.reason}")] * count
-    if whole.low <= 0.0 <= whole.high:
+    mean_shift = mean_interval(shift, **options)
+    if np.isnan(mean_shift.mean) or np.isnan(mean_shift.low):
+        return [Interval.unknown(f"the mean margin shift is not known: {mean_shift.reason}")] * count
+    if mean_shift.low <= 0.0 <= mean_shift.high:
         reason = (
-            f"the interval of the mean margin shift, [{whole.low:.3g}, {whole.high:.3g}] nats, includes 0: "
+            f"the interval of the mean margin shift, [{mean_shift.low:.3g}, {mean_shift.high:.3g}] nats, includes 0: "
             "there is no shift to take shares of"
         )
         return [Interval.unknown(reason)] * count

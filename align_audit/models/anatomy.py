@@ -156,18 +156,18 @@ def find_anatomy(model: nn.Module, inputs: dict[str, torch.Tensor], given: Anato
         lists = {given.layers: nn.ModuleList(container)}
     calls: dict[nn.Module, list[_Call]] = {}
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def on_entry(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = _Call(tuple(map(_copied, args)), {key: _copied(value) for key, value in kwargs.items()})
         calls.setdefault(module, []).append(call)
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def on_exit(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         calls[module][-1].output = tuple(map(_copied, output)) if isinstance(output, tuple | list) else _copied(output)
 
     handles = []
     for members in lists.values():
         for member in members:
-            handles.append(member.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(member.register_forward_hook(after))
+            handles.append(member.register_forward_pre_hook(on_entry, with_kwargs=True))
+            handles.append(member.register_forward_hook(on_exit))
     try:
         with torch.no_grad():
             logits = getattr(model(**inputs, use_cache=False), "logits", None)

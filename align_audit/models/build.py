@@ -71,8 +71,8 @@ def build_fingerprint(model: nn.Module) -> str:
     for name, buffer in sorted(model.named_buffers(remove_duplicate=False), key=lambda item: item[0]):
         if any(word in name.rsplit(".", 1)[-1] for word in _WORDS_OF_FORWARDS) or belongs_to(model, name, idle):
             continue
-        found = _of_tensor(stored[name]() if name in stored else buffer)
-        digest.update(f"{name}|{found};".encode())
+        content = _of_tensor(stored[name]() if name in stored else buffer)
+        digest.update(f"{name}|{content};".encode())
     for name, module in sorted(model.named_modules(), key=lambda item: item[0]):
         if not belongs_to(model, name, idle):
             for line in _of_module(module, idle):
@@ -88,7 +88,7 @@ def build_fingerprint(model: nn.Module) -> str:
 
 def _idle_adapters(model: nn.Module) -> tuple[str, ...]:
     """Names of the PEFT adapters that do not compute now."""
-    known: set[str] = set()
+    adapters: set[str] = set()
     active: set[str] = set()
     for module in model.modules():
         if is_adapted(module):
@@ -96,16 +96,16 @@ def _idle_adapters(model: nn.Module) -> tuple[str, ...]:
             for registry in layer.adapter_layer_names:
                 held = getattr(layer, registry, None)
                 if isinstance(held, nn.ModuleDict | nn.ParameterDict):
-                    known.update(held.keys())
+                    adapters.update(held.keys())
             if not layer.disable_adapters:
                 active.update(layer.active_adapters, layer.merged_adapters)
-    return tuple(sorted(known - active))
+    return tuple(sorted(adapters - active))
 
 
 def _of_module(module: nn.Module, idle: tuple[str, ...]) -> Iterator[str]:
     """What a module is and computes with, a line each, in an order of its own."""
     yield type(module).__qualname__
-    whole = hasattr(module, "config") and hasattr(module, "save_pretrained")
+    is_model = hasattr(module, "config") and hasattr(module, "save_pretrained")
     wrapper = hasattr(module, "active_adapter") and not is_adapted(module)
     if wrapper:  # of peft: what it holds says which adapters there are, and its layers say which compute
         return
@@ -115,7 +115,7 @@ def _of_module(module: nn.Module, idle: tuple[str, ...]) -> Iterator[str]:
         layer: Any = module
         yield f"off {bool(layer.disable_adapters)}, merged {sorted(layer.merged_adapters)}"
     for name, value in sorted(vars(module).items()):
-        if name in _TORCHS_OWN or name in _NOT_COMPUTED_WITH or (whole and name.startswith("_")):
+        if name in _TORCHS_OWN or name in _NOT_COMPUTED_WITH or (is_model and name.startswith("_")):
             continue
         if any(word in name for word in (*_WORDS_OF_TRAINING, *_WORDS_OF_FORWARDS)):
             continue

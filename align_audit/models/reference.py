@@ -51,13 +51,13 @@ class Reference:
         load: Callable[[], nn.Module] | None = None,
         adapter_of: nn.Module | None = None,
         stream: Callable[[], nn.Module] | None = None,
-        whole: str | None = None,
+        source_loaded: str | None = None,
         own_source: bool = False,
     ) -> None:
         self.source = source
         self.own_source = own_source
         self._stream = stream
-        self._whole = whole
+        self._source_loaded = source_loaded
         self._model = model
         self._load = load
         self._policy = adapter_of
@@ -87,7 +87,7 @@ class Reference:
             reason = str(error)
         model = self._load()
         self._stream = None
-        self.source = f"{self._whole} (whole, not layer by layer: {reason})"
+        self.source = f"{self._source_loaded} (whole, not layer by layer: {reason})"
         logger.warning("align_audit holds the whole reference in memory instead of streaming its layers: %s", reason)
         return model
 
@@ -339,14 +339,14 @@ def _saved(
         "attention": getattr(core.config, "_attn_implementation", None),
         "trust_remote_code": trust_remote_code,
     }
-    whole = f"loaded from {where}"
+    loaded = f"loaded from {where}"
     if not stream or (Path(path) / "adapter_config.json").is_file():
-        return Reference(whole, load=lambda: load_model(path, **options), own_source=own_source)
+        return Reference(loaded, load=lambda: load_model(path, **options), own_source=own_source)
     return Reference(
         f"streamed from {where}",
         load=lambda: load_model(path, **options),
         stream=lambda: open_streamed(path, **options),
-        whole=whole,
+        source_loaded=loaded,
         own_source=own_source,
     )
 

@@ -165,7 +165,7 @@ class Replay:
         entered: list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = []
         versions: list[int] = []
 
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def on_entry(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             stream = self.anatomy.take(args, kwargs)
             # Where layers write into their argument, the recording keeps its own.
             kept = stream.clone() if self.copies else stream
@@ -174,7 +174,7 @@ class Replay:
             if not streams:
                 streams.append(kept.detach())
 
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        def on_exit(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             hollow_args, hollow_kwargs, stream = entered[-1]
             if stream._version != versions[-1] and not self.copies:
                 raise _WritesInPlace
@@ -189,8 +189,8 @@ class Replay:
 
         handles: list[Any] = []
         for layer in self.layers:
-            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
-            handles.append(layer.register_forward_hook(after, with_kwargs=True))
+            handles.append(layer.register_forward_pre_hook(on_entry, with_kwargs=True))
+            handles.append(layer.register_forward_hook(on_exit, with_kwargs=True))
         logits = None
         try:
             with torch.no_grad(), self.autocast():
@@ -338,6 +338,6 @@ class _Recorded(Exception):
     """The last layer that was asked for has run: leave the forward, norm and head are not needed."""
 
 
-def equal_streams(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor], mask: torch.Tensor) -> bool:
+def equal_streams(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor], mask: torch.Tensor) -> bool:
     """Whether two recordings agree bit by bit at the ``mask``ed [R, T] positions."""
-    return all(torch.equal(a[mask], b[mask]) for a, b in zip(one, other, strict=True))
+    return all(torch.equal(a[mask], b[mask]) for a, b in zip(first, second, strict=True))

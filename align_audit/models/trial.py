@@ -27,22 +27,22 @@ class Hook:
             replaced = self.act(tensor)
             return None if replaced is None else replaced.view(tensor.shape).to(tensor.dtype)
 
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def on_entry(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             name = None if args else next(iter(kwargs))
             replaced = changed(args[0] if name is None else kwargs[name])
             if replaced is None:
                 return None
             return ((replaced, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: replaced})
 
-        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        def on_exit(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
             tensor = first_tensor(output)
             assert tensor is not None
             replaced = changed(tensor)
             return None if replaced is None else with_first_tensor(output, replaced)
 
         if self.on_input:
-            return module.register_forward_pre_hook(before, with_kwargs=True)
-        return module.register_forward_hook(after)
+            return module.register_forward_pre_hook(on_entry, with_kwargs=True)
+        return module.register_forward_hook(on_exit)
 
 
 class Seen:

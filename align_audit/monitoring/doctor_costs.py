@@ -102,22 +102,22 @@ def schedule_check(run: Forecast, config: AuditConfig, steps: PlannedSteps) -> C
     """What a run's schedule comes to, and which option to change where that is too little or too much."""
     first = "never" if run.first_look is None else f"step {run.first_look}"
     looks, full = run.count("health"), run.count("full")
-    found = (
+    observation = (
         f"first look at the trained policy: {first}; {counted(looks, 'look')} and {counted(full, 'full audit')} in "
         f"{counted(steps.max_steps, 'step')}, about {duration(run.audit_seconds)}, {run.share:.1%} of the run"
     )
     if run.first_look is None:
-        return Check("schedule", "yellow", found, _how_to_look(config.schedule, steps))
+        return Check("schedule", "yellow", observation, _how_to_look(config.schedule, steps))
     if config.budget is not None and run.share > 1.5 * config.budget:
         return Check(
             "schedule",
             "yellow",
-            f"{found}: the looks that are made whatever they cost go beyond the budget of {config.budget:.0%}",
+            f"{observation}: the looks that are made whatever they cost go beyond the budget of {config.budget:.0%}",
             "nothing, if the run is a short one; else fewer pairs (max_pairs)",
         )
     if not run.count("full"):
-        return _no_full_audit(found, config.schedule, steps)
-    return Check("schedule", "green", found)
+        return _no_full_audit(observation, config.schedule, steps)
+    return Check("schedule", "green", observation)
 
 
 def _how_to_look(schedule: ScheduleConfig, steps: PlannedSteps) -> str:
@@ -129,19 +129,19 @@ def _how_to_look(schedule: ScheduleConfig, steps: PlannedSteps) -> str:
     return f"switch schedule.health on, which is off{_also_off(schedule, steps)}"
 
 
-def _no_full_audit(found: str, schedule: ScheduleConfig, steps: PlannedSteps) -> Check:
+def _no_full_audit(observation: str, schedule: ScheduleConfig, steps: PlannedSteps) -> Check:
     if _asks_for_full(schedule, steps):
         return Check(
             "schedule",
             "yellow",
-            f"{found}: no full audit fits, unless a look warns",
+            f"{observation}: no full audit fits, unless a look warns",
             "a larger budget, or fewer pairs (max_pairs)",
         )
     after = "unless a look warns" if schedule.escalate and schedule.health else "and a look that warns asks for none"
     return Check(
         "schedule",
         "yellow",
-        f"{found}: nothing asks for a full audit, {after}",
+        f"{observation}: nothing asks for a full audit, {after}",
         f"switch schedule.on_last_step on, which is off{_also_off(schedule, steps, 'on_last_step')}",
     )
 

@@ -16,13 +16,13 @@ class Check:
 
     Attributes:
         level: ``green``: as it should be. ``yellow``: works, but. ``red``: audits, or training, would not work.
-        found: what there is, in a sentence.
+        observation: what there is, in a sentence.
         fix: what to do about it; empty where nothing is to be done.
     """
 
     name: str
     level: Level
-    found: str
+    observation: str
     fix: str = ""
 
 

@@ -176,9 +176,9 @@ def refuse_together(ranks: Ranks, error: BaseException | None) -> None:
     said = ranks.gather(failure)
     if error is not None and not isinstance(error, Agreed):
         raise error
-    for rank, other in enumerate(said):
-        if other is not None:
-            raise ConfigurationError(f"training cannot be audited: on rank {rank} {other.kind}")
+    for rank, reported in enumerate(said):
+        if reported is not None:
+            raise ConfigurationError(f"training cannot be audited: on rank {rank} {reported.kind}")
 
 
 def refuse_sharded_models(policy: nn.Module, given: Any, facts: TrainerFacts) -> None:

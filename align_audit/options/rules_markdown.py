@@ -47,11 +47,11 @@ def written_into(text: str) -> str:
     Raises:
         ValueError: the page lacks a mark.
     """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"expected a page with the marks {BEGIN} and {END}; found it without")
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{after}"
+    return f"{head}{BEGIN}\n\n{tables()}\n\n{END}{tail}"
 
 
 if __name__ == "__main__":

@@ -199,6 +199,6 @@ class _Tail:
         except FileNotFoundError:  # deleted just now: the next look says so
             return began_anew, []
         # What has no newline yet is being written.
-        whole = data[: data.rfind(b"\n") + 1]
-        self._end += len(whole)
-        return began_anew, [line for line in whole.split(b"\n") if line.strip()]
+        lines = data[: data.rfind(b"\n") + 1]
+        self._end += len(lines)
+        return began_anew, [line for line in lines.split(b"\n") if line.strip()]

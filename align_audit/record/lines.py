@@ -77,20 +77,20 @@ def repair(path: Path) -> None:
     if not path.exists():
         return
     data = path.read_bytes()
-    whole = _whole(data)
-    if whole < len(data):
+    length = _length_of_lines(data)
+    if length < len(data):
         number = 1
         while (aside := path.with_name(f"{path.name}.torn-{number}")).exists():
             number += 1
         # First the copy, then the cut: a kill between the two costs nothing but a second copy.
         with aside.open("xb") as file:
-            file.write(data[whole:])
+            file.write(data[length:])
             file.flush()
             os.fsync(file.fileno())
-        os.truncate(path, whole)
+        os.truncate(path, length)
         warnings.warn(
             f"{plain(path)} ended in the middle of a line (the process that wrote it was stopped); its last "
-            f"{len(data) - whole} bytes were moved to {aside.name}, and the log goes on after its last whole line",
+            f"{len(data) - length} bytes were moved to {aside.name}, and the log goes on after its last whole line",
             stacklevel=4,
         )
     elif data and not data.endswith(b"\n"):
@@ -99,7 +99,7 @@ def repair(path: Path) -> None:
             file.write(b"\n")
 
 
-def _whole(data: bytes) -> int:
+def _length_of_lines(data: bytes) -> int:
     """Length of a log up to the end of its last whole line: less than all of it where that line is torn."""
     start = data.rfind(b"\n", 0, len(data.rstrip())) + 1
     line = data[start:].strip()

@@ -34,11 +34,13 @@ class Labelled(Part):
     @model_validator(mode="after")
     def _sequences_fit(self) -> Self:
         markers = {name: field.metadata for name, field in type(self).model_fields.items()}
-        for label, along in [(n, m.along) for n, found in markers.items() for m in found if isinstance(m, Labels)]:
+        for label, along in [
+            (n, m.along) for n, of_field in markers.items() for m in of_field if isinstance(m, Labels)
+        ]:
             expected = len(getattr(self, label))
-            for name, found in markers.items():
+            for name, of_field in markers.items():
                 values = getattr(self, name)
-                runs = any(isinstance(marker, In) and marker.along == along for marker in found)
+                runs = any(isinstance(marker, In) and marker.along == along for marker in of_field)
                 if runs and isinstance(values, list) and len(values) != expected:
                     raise ValueError(f"{name} has {len(values)} values, {label} {expected}: expected one for each")
         return self

@@ -287,7 +287,7 @@ class StoredRecords(Sequence[AuditRecord]):
         if not isinstance(other, Sequence) or isinstance(other, str | bytes):
             return NotImplemented
         return len(self) == len(other) and all(
-            mine is its or mine == its for mine, its in zip(self, other, strict=True)
+            left is right or left == right for left, right in zip(self, other, strict=True)
         )
 
     __hash__ = None  # type: ignore[assignment]

@@ -246,8 +246,8 @@ def _reasons(comparison: Comparison, meeting: Meeting) -> list[str]:
             if math.isnan(reading.value) and reading.reason is not None:
                 by_reason.setdefault(f"{plain(side.name, 60)}: {plain(reading.reason)}", []).append(title)
         for difference in row.differences:
-            known = not any(math.isnan(reading.value) for reading in row.readings)
-            if known and math.isnan(difference.low) and difference.reason is not None:
+            finite = not any(math.isnan(reading.value) for reading in row.readings)
+            if finite and math.isnan(difference.low) and difference.reason is not None:
                 by_reason.setdefault(f"no interval: {plain(difference.reason)}", []).append(title)
     lines = [f"{', '.join(dict.fromkeys(titles))}: {reason}" for reason, titles in by_reason.items()]
     return lines if len(lines) <= _MOST_REASONS else [*lines[:_MOST_REASONS], f"and {len(lines) - _MOST_REASONS} more"]

@@ -44,7 +44,7 @@ class TagsWritten:
             tags[tag] = max(time, tags.get(tag, time))
             if tag.endswith(self._last):
                 root = tag.removesuffix(self._last)
-                rest = {other: at for other, at in tags.items() if not other.startswith(f"{root}/")}
+                rest = {name: at for name, at in tags.items() if not name.startswith(f"{root}/")}
                 self._at[step] = {**rest, tag: tags[tag]}
 
     def complete(self, root: str, step: int, since: float) -> bool:
@@ -85,9 +85,9 @@ def _tags(path: Path) -> Iterator[tuple[int, float, str]]:
     from tensorboard.compat.proto.event_pb2 import Event
 
     # Most events of a trainer are not ours: their bytes tell.
-    ours = ROOT.encode()
+    root = ROOT.encode()
     for data in _events(path):
-        if ours not in data:
+        if root not in data:
             continue
         try:
             event = Event.FromString(data)

@@ -22,12 +22,12 @@ class LatestHealthy:
     Attributes:
         step: of it; None: no audit was healthy.
         checkpoint: the name of its checkpoint; None: none exists, or it is not known where they are.
-        known: whether it is known which checkpoints exist.
+        listed: whether it is known which checkpoints exist.
     """
 
     step: int | None
     checkpoint: str | None = None
-    known: bool = True
+    listed: bool = True
 
     def __str__(self) -> str:
         """``checkpoint-60``, or what there is in its place."""
@@ -37,7 +37,7 @@ class LatestHealthy:
             return "none of the audits"
         if self.step == 0:
             return "step 0, the model that training started from"
-        return f"step {self.step}" + (" (no checkpoint of it was kept)" if self.known else "")
+        return f"step {self.step}" + (" (no checkpoint of it was kept)" if self.listed else "")
 
     def as_json(self) -> dict[str, int | str | None]:
         """Plain JSON values: ``step`` and ``checkpoint``."""
@@ -52,13 +52,13 @@ def latest_healthy(run: AuditRun, checkpoints: Mapping[int, str] | None = None) 
             known whether there are any elsewhere.
     """
     existing = checkpoints_in(run.output_dir) if checkpoints is None else checkpoints
-    known = checkpoints is not None or bool(existing)
+    listed = checkpoints is not None or bool(existing)
     courses = [_Course(run.select(name)) for name in run.probe_names]
     steps = sorted(set.intersection(*(course.clean for course in courses)) if courses else set(), reverse=True)
     for step in sorted(steps, key=lambda step: step not in existing):
         if all(course.intact(step) for course in courses):
-            return LatestHealthy(step, existing.get(step), known)
-    return LatestHealthy(None, None, known)
+            return LatestHealthy(step, existing.get(step), listed)
+    return LatestHealthy(None, None, listed)
 
 
 class _Course:

@@ -224,15 +224,15 @@ class RunsTable:
             return [max(map(cell_len, column)) for column in zip(headers, *cells, strict=True)]
 
         bare = [_cells(row, self.now, 0, options.ascii_only) for row in rows]
-        *others, names = widths(bare)
-        room = options.max_width - sum(others) - _APART * len(others)
+        *columns, names = widths(bare)
+        room = options.max_width - sum(columns) - _APART * len(columns)
         longest = max((len(row.curve) for row in rows), default=0)
         # Short sparklines before long names, which are told apart by their ends.
         length = max((room - min(names, _LONG_NAME)) // 2, min((room - min(names, _SHORT_NAME)) // 2, _SHORT))
         length = min(length, longest, _LONGEST) if length >= _SHORTEST else 0
         cells = [_cells(row, self.now, length, options.ascii_only) for row in rows]
-        *others, names = widths(cells)
-        room = max(options.max_width - sum(others) - _APART * len(others), 4)
+        *columns, names = widths(cells)
+        room = max(options.max_width - sum(columns) - _APART * len(columns), 4)
         return [[*rest, name if cell_len(name) <= room else "…" + name[1 - room :]] for *rest, name in cells]
 
     def _summary(self) -> list[Part]:

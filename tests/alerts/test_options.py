@@ -165,7 +165,7 @@ def test_a_function_of_the_history() -> None:
     assert names(healthy(), config) == []
     (alert,) = alerts(with_margins(healthy(), kl=about(0.25)), config=config)
     assert (alert.rule, alert.level, alert.message) == ("mine", "warning", "KL is odd.")
-    assert [record.step for record in seen[0].before] == [record.step for record in run()]
+    assert [record.step for record in seen[0].earlier] == [record.step for record in run()]
     assert AuditConfig(alerts=config).to_dict()["alerts"]["rules"]["mine"]["check"].endswith("check")
 
 

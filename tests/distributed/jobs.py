@@ -14,7 +14,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from align_audit import AlignmentAuditCallback, AuditConfig
-from align_audit.models.weights.sharded import is_spread, whole
+from align_audit.models.weights.sharded import is_spread, whole_tensors
 from align_audit.monitoring import monitor
 from tests.distributed.engines import deepspeed_options
 from tests.distributed.plants import plant
@@ -27,7 +27,7 @@ def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A model's weights on every rank, gathered where they are spread."""
     weights = {}
     for name, value in model.named_parameters():
-        (weights[name],) = whole([value], [value.dtype]) if is_spread(value) else [value.detach().clone()]
+        (weights[name],) = whole_tensors([value], [value.dtype]) if is_spread(value) else [value.detach().clone()]
     return weights
 
 

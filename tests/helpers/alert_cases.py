@@ -103,7 +103,7 @@ def sign(
 ) -> Sign | None:
     """What one rule sees of a record."""
     before = run() if before is None else before
-    return DETECTORS[rule](History(step=record.step, record=record, before=before, config=config, **seen))
+    return DETECTORS[rule](History(step=record.step, record=record, earlier=before, config=config, **seen))
 
 
 def log_sign(

@@ -126,7 +126,7 @@ def test_a_run_that_would_not_begin_is_red_and_nothing_is_touched(
     with pytest.raises(AlignAuditError) as refused:
         begin_run(policy, reference, pairs, config, facts, step=0, ranks=Ranks(), writes=True, anatomy=None)
     # What the operating system calls it depends on what was tried.
-    assert str(refused.value).split(": [Errno")[0] == red[0].found.split(": [Errno")[0]
+    assert str(refused.value).split(": [Errno")[0] == red[0].observation.split(": [Errno")[0]
     assert contents(tmp_path) == present, "no log was set aside for a run that does not begin"
 
 
@@ -185,7 +185,7 @@ def test_what_becomes_of_a_log_is_what_the_run_would_do(
     plan = Plan("model", "pairs", output_dir=tmp_path, resumes=case == "resumed", lora=case == "adapters")
     (check,) = log_check(plan, config, policy, pairs, stored_in(plan))
     assert (check.name, check.level) == ("log", level)
-    assert words in check.found
+    assert words in check.observation
 
 
 def test_a_log_is_read_once_for_all_that_is_said_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,7 +198,7 @@ def test_a_log_is_read_once_for_all_that_is_said_of_it(tmp_path: Path, monkeypat
     look = doctor_place.look_into_log
     monkeypatch.setattr(doctor_place, "look_into_log", lambda folder: looks.append(folder) or look(folder))
     plan = Plan(str(tmp_path / "model"), tmp_path / "pairs.jsonl", output_dir=tmp_path / "out")
-    said = {check.name: check.found for check in examine(plan, AuditConfig.from_dict(OPTIONS))}
+    said = {check.name: check.observation for check in examine(plan, AuditConfig.from_dict(OPTIONS))}
     assert "holds 1 audit of an earlier run" in said["output"] and "the 1 audit there" in said["log"]
     assert looks == [tmp_path / "out"]
 
@@ -224,7 +224,7 @@ def test_what_breaks_every_audit_is_no_fault_of_the_tool(
     config = AuditConfig.from_dict(OPTIONS | {"sites": changes.get("sites", [])})
     checks = list(examine(Plan(str(tmp_path / "model"), tmp_path / "pairs.jsonl"), config))
     assert (checks[-1].name, checks[-1].level) == (name, "red")
-    assert words in checks[-1].found
+    assert words in checks[-1].observation
 
 
 def test_a_model_in_pickles_is_refused_before_it_is_opened(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_model_in_pickles_is_refused_before_it_is_opened(tmp_path: Path) -> No
     plan = {"probes": tmp_path / "pairs.jsonl", "model": str(folder)}
     *_, refused = examine(Plan(**plan), AuditConfig.from_dict(OPTIONS))
     assert (refused.name, refused.level) == ("model", "red")
-    assert "are a pickle (pytorch_model.bin)" in refused.found
+    assert "are a pickle (pytorch_model.bin)" in refused.observation
     assert "--allow-pickle" in refused.fix
     trusted = {
         check.name: check.level for check in examine(Plan(**plan, allow_pickle=True), AuditConfig.from_dict(OPTIONS))
@@ -264,8 +264,8 @@ def test_what_is_not_tried_and_not_foreseen_is_said(tmp_path: Path) -> None:
     plan = Plan("model", "pairs", processes=4, untried=("load_in_4bit",), unforeseen=("checkpoints of best",))
     tried, foreseen = not_tried(plan)
     assert (tried.name, tried.level, foreseen.name, foreseen.level) == ("not tried", "yellow", "not foreseen", "yellow")
-    assert "load_in_4bit; 4 processes" in tried.found
-    assert foreseen.found == "checkpoints of best"
+    assert "load_in_4bit; 4 processes" in tried.observation
+    assert foreseen.observation == "checkpoints of best"
     assert list(not_tried(Plan("model", "pairs"))) == []
 
 
@@ -276,8 +276,8 @@ def test_what_is_not_tried_and_not_foreseen_is_said(tmp_path: Path) -> None:
 def test_how_much_text_is_kept_is_said(pairs: int, words: str) -> None:
     check = texts_kept(AuditConfig.from_dict({"examples": {"pairs": pairs}}))
     assert check.level == "green"
-    assert words in check.found
-    assert "examples.pairs" in check.found
+    assert words in check.observation
+    assert "examples.pairs" in check.observation
 
 
 def drawn(good: int, **dropped: int) -> Check:
@@ -307,7 +307,7 @@ def test_pairs_that_are_dropped_are_told_with_the_reason_of_most(
     check: Check, level: str, found: str, fix: str
 ) -> None:
     assert check.level == level
-    assert found in check.found
+    assert found in check.observation
     assert fix in check.fix and bool(check.fix) == bool(fix)
 
 
@@ -333,4 +333,4 @@ def test_a_schedule_that_looks_at_nothing_names_the_switch_that_is_off(schedule:
 def test_trackers_that_the_options_leave_out_are_not_promised() -> None:
     plan = Plan("model", "pairs", report_to=("tensorboard",))
     assert checked(plan, tensorboard="auto")["trackers"].level == "green"
-    assert "leave it out" in checked(plan, tensorboard="off")["trackers"].found
+    assert "leave it out" in checked(plan, tensorboard="off")["trackers"].observation

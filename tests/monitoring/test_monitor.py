@@ -144,7 +144,7 @@ def test_an_audit_is_judged_by_earlier_ones_of_its_own_pairs(bench: Any, monkeyp
     def watched(view: Any, newest: AuditRecord, course: Any) -> Any:
         history = real(view, newest, course)
         if len(judged) < len(asked):  # the new record comes first, then the last ones of other sets
-            judged.append((newest.step, [each.step for each in history.before]))
+            judged.append((newest.step, [each.step for each in history.earlier]))
         return history
 
     monkeypatch.setattr(detectors, "_history", watched)

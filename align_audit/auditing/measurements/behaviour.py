@@ -119,9 +119,9 @@ class Behaviour(Measurement):
             parts.setdefault("kl", []).append(kl)
         return {name: torch.cat(pieces) for name, pieces in parts.items()}
 
-    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+    def merge(self, ranks: Ranks, places: np.ndarray) -> None:
         """Equal on every probe token is what is so on every process."""
-        super().merge(ranks, mine)
+        super().merge(ranks, places)
         self.identical = not ranks.any(not self.identical)
 
     def reference_margins(self, batch: PairBatch) -> torch.Tensor | None:
@@ -159,7 +159,7 @@ class Behaviour(Measurement):
     def part(self) -> tuple[Margins, Reasons]:
         """METHODS, notation and §6."""
         state, mean = self.state, self.estimates.mean
-        known = np.isfinite(self.shift)
+        finite = np.isfinite(self.shift)
         with np.errstate(invalid="ignore"):
             chosen = state.chosen_logp.values - state.reference_chosen_logp.values
             rejected = state.rejected_logp.values - state.reference_rejected_logp.values
@@ -167,8 +167,8 @@ class Behaviour(Measurement):
             reference=mean(self.reference_margin),
             policy=mean(self.policy_margin),
             shift=mean(self.shift),
-            accuracy=self._share(np.where(known, self.shift > 0, np.nan)),
-            ranking_accuracy=self._share(np.where(known, self.policy_margin > 0, np.nan)),
+            accuracy=self._share(np.where(finite, self.shift > 0, np.nan)),
+            ranking_accuracy=self._share(np.where(finite, self.policy_margin > 0, np.nan)),
             chosen_logp_change=mean(chosen),
             rejected_logp_change=mean(rejected),
             chosen_logp_change_per_token=mean(chosen / state.chosen_tokens.values),

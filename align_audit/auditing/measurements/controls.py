@@ -306,9 +306,9 @@ class MoreNoise:
         """Keep the effects [B], nats, of the pairs at ``places``."""
         self._noise.put_at(places, effect, *key)
 
-    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+    def merge(self, ranks: Ranks, places: np.ndarray) -> None:
         """Take over what other processes have kept of their pairs."""
-        self._noise.merge(ranks, mine)
+        self._noise.merge(ranks, places)
 
 
 def noise_with(

@@ -85,10 +85,10 @@ class LowRank(Measurement):
         if self.grams is not None:
             self.grams.update(recorded.batch, recorded.policy, recorded.reference)
 
-    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+    def merge(self, ranks: Ranks, places: np.ndarray) -> None:
         """The sums over all pairs, where they are gathered in the first pass."""
         if self.grams is not None:
-            self.grams.merge(ranks, mine)
+            self.grams.merge(ranks, places)
 
     def look_closer(self, tick: Callable[[], None]) -> None:
         """Choose the layers, gather their token rows where that is not done yet, and fit."""

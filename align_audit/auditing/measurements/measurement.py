@@ -69,7 +69,7 @@ class SecondLook(Protocol):
     def store(self, key: Any, places: np.ndarray, effect: np.ndarray) -> None:
         """Keep the effects [B], nats, of the pairs at ``places``."""
 
-    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+    def merge(self, ranks: Ranks, places: np.ndarray) -> None:
         """Take over what other processes have kept, as :meth:`Measurement.merge`."""
 
 
@@ -125,13 +125,13 @@ class Measurement:
     def commit(self, recorded: RecordedBatch) -> None:
         """First pass, after the walks: what is added up, and cannot be overwritten."""
 
-    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+    def merge(self, ranks: Ranks, places: np.ndarray) -> None:
         """After the first pass: take over what other processes have of their pairs. Called by all of them together.
 
         Args:
-            mine: places of the pairs that this process has worked on.
+            places: places of the pairs that this process has worked on.
         """
-        self.state.merge(ranks, mine)
+        self.state.merge(ranks, places)
 
     def look_closer(self, tick: Callable[[], None]) -> None:
         """After the first pass: what takes the pairs together, or passes of its own (``tick`` after each batch)."""

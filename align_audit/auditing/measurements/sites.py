@@ -129,9 +129,11 @@ class SiteCollector:
     def update(self, batch: PairBatch) -> None:
         """One batch, whose pairs every configuration patches all or none of; may be called again on the same pairs."""
         session = self.session
-        ours, theirs = session.record_both(batch)
-        policy = _Run(session.as_policy, ours, None if self._sites is None else self._sites.policy)
-        reference = _Run(session.as_reference, theirs, None if self._sites is None else self._sites.reference)
+        policy_recording, reference_recording = session.record_both(batch)
+        policy = _Run(session.as_policy, policy_recording, None if self._sites is None else self._sites.policy)
+        reference = _Run(
+            session.as_reference, reference_recording, None if self._sites is None else self._sites.reference
+        )
         for direction, receiver, donor in (("sufficiency", reference, policy), ("necessity", policy, reference)):
             self._attribute(batch, direction, receiver, donor)
             self._patch(batch, direction, receiver, donor)

@@ -112,7 +112,7 @@ class TokenGrams:
         session.each_batch(update, tick=tick)
         session.bring_together(self.merge)
 
-    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+    def merge(self, ranks: Ranks, places: np.ndarray) -> None:
         """Sums over the pairs of all processes."""
         for key, (first, second) in self._sums.items():
             self._sums[key] = _summed(first, ranks), _summed(second, ranks)
@@ -188,7 +188,7 @@ class Fit:
                 self.explained[key] = list(explained)
 
     @property
-    def own(self) -> np.ndarray:
+    def spans_of_pairs(self) -> np.ndarray:
         """[N] which of the spans each of the set's own pairs is patched with."""
         return self.halves.astype(int)
 
@@ -222,7 +222,7 @@ class Reconstruction:
         self.session = session
         self._fit = fit
         self._cross_fitted = which is None
-        self._which = fit.own if which is None else which
+        self._which = fit.spans_of_pairs if which is None else which
         bases = fit.bases if which is None else {}
         self.effects = effects = LowRankEffects(
             fit.ranks,
@@ -289,9 +289,9 @@ class Reconstruction:
         else:
             self.effects.random[key[1], key[2]][places, key[3], key[4]] = effect
 
-    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+    def merge(self, ranks: Ranks, places: np.ndarray) -> None:
         """Take over what other processes have kept of their pairs."""
-        merge_by_place([*self.effects.fitted.values(), *self.effects.random.values()], ranks, mine)
+        merge_by_place([*self.effects.fitted.values(), *self.effects.random.values()], ranks, places)
 
 
 def beyond_the_rows(whose: str, dimensions: int) -> str:

@@ -17,19 +17,19 @@ from align_audit.ranks import Ranks
 class Mergeable(Protocol):
     """Something that every process fills with its share of the pairs."""
 
-    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+    def merge(self, ranks: Ranks, places: np.ndarray) -> None:
         """Hold afterwards, on every process, what one process would have of all pairs. Called by all together.
 
         Args:
-            mine: places of the pairs that this process has worked on.
+            places: places of the pairs that this process has worked on.
         """
 
 
-def merge_by_place(arrays: Sequence[np.ndarray], ranks: Ranks, mine: np.ndarray) -> None:
+def merge_by_place(arrays: Sequence[np.ndarray], ranks: Ranks, places: np.ndarray) -> None:
     """Take over the rows [N, …] of the pairs that other processes have worked on, bit by bit."""
-    for places, rows in ranks.gather((mine, [array[mine] for array in arrays])):
+    for there, rows in ranks.gather((places, [array[places] for array in arrays])):
         for array, values in zip(arrays, rows, strict=True):
-            array[places] = values
+            array[there] = values
 
 
 class PerPair:
@@ -56,9 +56,9 @@ class PerPair:
         column: np.ndarray = self.values[:, layer + 1]
         return column
 
-    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+    def merge(self, ranks: Ranks, places: np.ndarray) -> None:
         """Take over what other processes have measured, bit by bit."""
-        merge_by_place([self.values], ranks, mine)
+        merge_by_place([self.values], ranks, places)
 
 
 class PerToken:
@@ -79,10 +79,10 @@ class PerToken:
         for number, place in enumerate(batch.pair_index.tolist()):
             self.values[place] = parts[number], parts[number + batch.num_pairs]
 
-    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+    def merge(self, ranks: Ranks, places: np.ndarray) -> None:
         """Take over what other processes have measured, bit by bit."""
-        for places, values in ranks.gather((mine.tolist(), [self.values[place] for place in mine])):
-            for place, value in zip(places, values, strict=True):
+        for there, values in ranks.gather((places.tolist(), [self.values[place] for place in places])):
+            for place, value in zip(there, values, strict=True):
                 self.values[place] = value
 
 
@@ -120,7 +120,7 @@ class Rows:
             taken[torch.from_numpy(at)] = self.parts[part][torch.from_numpy(places[at] - first[part])]
         return taken
 
-    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+    def merge(self, ranks: Ranks, places: np.ndarray) -> None:
         """Hold the rows of every process."""
         said = ranks.gather((self.keys, self.parts))
         self.keys = [keys for part, _ in said for keys in part]
@@ -131,12 +131,12 @@ class Rows:
 class State:
     """What a measurement keeps of the pairs: a dataclass whose fields are merged one by one."""
 
-    def merge(self, ranks: Ranks, mine: np.ndarray) -> None:
+    def merge(self, ranks: Ranks, places: np.ndarray) -> None:
         """Merge every field that can be."""
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, Mergeable):
-                value.merge(ranks, mine)
+                value.merge(ranks, places)
 
     def per_pair(self) -> Iterator[tuple[str, np.ndarray]]:
         """Name and values of every number per pair."""

@@ -51,7 +51,7 @@ class Batching:
     plan: list[list[int]]
     layout_reason: str | None
     """Why each completion has its own copy of the prompt; None where the prompt is computed once."""
-    mine: np.ndarray
+    worked_on: np.ndarray
     """[N] whether this process has worked on the pair since :meth:`bring_together`."""
     reference_strays: bool
     """Replaying a recording of the reference did not give it back bit by bit, on some batch."""
@@ -136,9 +136,9 @@ class Batching:
     def _work_on(self, turn: list[list[int]], work: Work) -> str | None:
         """This process's batch of a turn; what running out of memory said, here or elsewhere, or None."""
         ranks = self.models.ranks
-        mine = turn[ranks.rank] if ranks.rank < len(turn) else None
+        share = turn[ranks.rank] if ranks.rank < len(turn) else None
         # Weights that are spread are brought together by all: who has no batch left repeats the first one, and keeps nothing.
-        group = turn[0] if mine is None and self.models.spread else mine
+        group = turn[0] if share is None and self.models.spread else share
         add = None
         try:
             with ranks.together(out_of_memory):
@@ -154,8 +154,8 @@ class Batching:
             if not out_of_memory(error):
                 raise
             return str(error).splitlines()[0] if str(error) else type(error).__name__
-        if mine is not None:
-            self.mine[mine] = True
+        if share is not None:
+            self.worked_on[share] = True
             if add is not None and ranks.size > 1:
                 add()
         return None
@@ -166,13 +166,13 @@ class Batching:
         Args:
             merges: each takes over what other processes have of the pairs that they worked on.
         """
-        ranks, mine = self.models.ranks, np.flatnonzero(self.mine)
-        self.mine[:] = False
+        ranks, places = self.models.ranks, np.flatnonzero(self.worked_on)
+        self.worked_on[:] = False
         if ranks.size == 1:
             return
         self.reference_strays = ranks.any(self.reference_strays)
         for merge in merges:
-            merge(ranks, mine)
+            merge(ranks, places)
 
     def least(self, number: int) -> int:
         """What all processes have room for, where they have to call the same layers."""

@@ -45,12 +45,12 @@ def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float)
             if out_of_memory(error):
                 raise  # it says nothing of the model, and would be kept for the run
             return f"the model does not take rows with a mask of their own ({type(error).__name__}: {error})"
-        whole = make_batch([pair], [index], 0).to(replay.device)
+        apart = make_batch([pair], [index], 0).to(replay.device)
         for side in sides:
-            own = _logits(replay, whole.only_row(side))
-            if not bool(torch.isfinite(own).all()):
+            logits = _logits(replay, apart.only_row(side))
+            if not bool(torch.isfinite(logits).all()):
                 return "the model's logits are not finite, so the two layouts cannot be compared"
-            difference = float((own - packed[batch.side == side]).abs().max() / own.abs().max())
+            difference = float((logits - packed[batch.side == side]).abs().max() / logits.abs().max())
             if not difference <= tolerance:
                 return (
                     f"with the prompt computed once the logits of pair {pair.index} differ by {difference:.2g} of the "

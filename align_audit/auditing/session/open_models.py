@@ -247,14 +247,15 @@ def check_dtype(policy: Replay, reference: nn.Module) -> None:
     with policy.autocast():
         if torch.is_autocast_enabled(policy.device.type):
             return
-    ours, theirs = (
+    policy_dtype, reference_dtype = (
         next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
         for model in (unwrap(policy.model), unwrap(reference))
     )
-    if ours != theirs:
+    if policy_dtype != reference_dtype:
         raise ReferenceUnavailableError(
-            f"the policy computes in {_plain(ours)}, the reference in {_plain(theirs)}; expected one dtype for both. Load "
-            f"the reference with dtype={ours} (nothing is lost in a wider one), or pass its path: it is then loaded so"
+            f"the policy computes in {_plain(policy_dtype)}, the reference in {_plain(reference_dtype)}; expected one dtype "
+            f"for both. Load the reference with dtype={policy_dtype} (nothing is lost in a wider one), or pass its path: it is "
+            "then loaded so"
         )
 
 

@@ -61,20 +61,20 @@ class PairChoice:
     def roles(self) -> np.ndarray:
         """[N] of each place: pairs of one role are treated alike. ``CONTROL``; ``PATCHED`` at every layer too; and above that
         those between two steps, at some layers or none."""
-        found = np.empty(len(self.order), dtype=int)
-        found[self.order] = np.searchsorted((self.controls, *self.steps), np.arange(len(self.order)), side="right")
-        return found
+        roles = np.empty(len(self.order), dtype=int)
+        roles[self.order] = np.searchsorted((self.controls, *self.steps), np.arange(len(self.order)), side="right")
+        return roles
 
     def layers_of(self) -> list[list[int]]:
         """[N] of each place: the layers, −1 for what enters layer 0, that it is patched at."""
-        found: list[list[int]] = [[] for _ in self.order]
+        layers: list[list[int]] = [[] for _ in self.order]
         for rank, place in enumerate(self.order.tolist()):
-            found[place] = [layer - 1 for layer in np.flatnonzero(self.by_layer > rank).tolist()]
-        return found
+            layers[place] = [layer - 1 for layer in np.flatnonzero(self.by_layer > rank).tolist()]
+        return layers
 
 
 def choose_pairs(
-    pairs: Sequence[ProbePair], layers: int, config: AuditConfig, before: Attribution | None = None
+    pairs: Sequence[ProbePair], layers: int, config: AuditConfig, previous: Attribution | None = None
 ) -> PairChoice:
     """``patching.exact_pairs``, for these pairs; with "auto" where to begin: see :func:`more_pairs`.
 
@@ -84,7 +84,7 @@ def choose_pairs(
     Args:
         pairs: N of them.
         layers: L.
-        before: what the audit before said of attribution on these pairs.
+        previous: what the audit before said of attribution on these pairs.
     """
     patching, count = config.patching, len(pairs)
     order = subset_order([pair.identity for pair in pairs], config.seed, [pair.group for pair in pairs])
@@ -99,12 +99,12 @@ def choose_pairs(
         min(least, patching.control_pairs),
         (*range(least, count, _STEP), count),
     )
-    if before is None or len(before.joint_correlation) != layers:
+    if previous is None or len(previous.joint_correlation) != layers:
         return choice
-    patched = before.patched_pairs or [before.exact_pairs] * layers  # not in older records
+    patched = previous.patched_pairs or [previous.exact_pairs] * layers  # not in older records
     needed = []
-    for correlation, pilot in zip(before.joint_correlation, patched, strict=True):
-        slopes = len(before.points) + 1
+    for correlation, pilot in zip(previous.joint_correlation, patched, strict=True):
+        slopes = len(previous.points) + 1
         if math.isnan(correlation) or pilot <= slopes + 1:
             needed.append(0)
             continue

@@ -93,7 +93,7 @@ class Session(Batching):
         self.as_policy, self.as_reference = models.as_policy, models.as_reference
         self._work_so_far = models.layer_tokens
         self._work_elsewhere = 0
-        self.mine = np.zeros(len(self.pairs), dtype=bool)
+        self.worked_on = np.zeros(len(self.pairs), dtype=bool)
         self._replayed: dict[bool, int] = {}
         """Batches whose recordings were replayed as a check, by whether the model is the reference."""
         self._strays: dict[bool, bool] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from align_audit.models.weights.sharded import has_engine, is_spread, part_of, reshard, whole
+from align_audit.models.weights.sharded import has_engine, is_spread, part_of, reshard, whole_tensors
 from align_audit.models.weights.streaming import stored_tensors
 from align_audit.ranks import Ranks
 
@@ -59,7 +59,7 @@ def _summed_together(weights: dict[str, Callable[[], torch.Tensor]], ranks: Rank
             shared.setdefault(part.group, []).append((name, tensor, of_part.to(part.values.device)))
         elif is_spread(tensor):
             ranks.check(_PLACE)
-            sums[name] = summed(*whole([tensor], [tensor.dtype]))
+            sums[name] = summed(*whole_tensors([tensor], [tensor.dtype]))
         else:
             sums[name] = summed(tensor)
     for group, parts in shared.items():

@@ -133,7 +133,7 @@ def _entries(file: Path) -> dict[str, _Entry]:
             ]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise broken(f"its header cannot be read ({error!r})") from error
-    found = {}
+    entries = {}
     for key, kind, shape, start, end in listed:
         dtype = _DTYPES.get(kind)
         if dtype is None:
@@ -141,15 +141,15 @@ def _entries(file: Path) -> dict[str, _Entry]:
         size = torch.Size(shape).numel() * dtype.itemsize
         if end - start != size or 8 + length + end > stamp[1]:
             raise broken(f"{key} takes {size} bytes, of which the file has {max(0, stamp[1] - 8 - length - start)}")
-        found[key] = _Entry(file, key, dtype, shape, 8 + length + start, stamp)
-    return found
+        entries[key] = _Entry(file, key, dtype, shape, 8 + length + start, stamp)
+    return entries
 
 
 def _folder(path: str | Path) -> Path:
     """The local directory of a saved model; a hub name's is its snapshot in the cache. Nothing is downloaded."""
     folder = Path(path)
     if folder.is_dir():
-        found = folder
+        saved = folder
     else:
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.errors import HFValidationError
@@ -160,10 +160,10 @@ def _folder(path: str | Path) -> Path:
             config = None
         if not isinstance(config, str):
             raise NotStreamable(f"{path} is neither a directory nor a hub name in the local cache")
-        found = Path(config).parent
-    if (found / "adapter_config.json").exists():
+        saved = Path(config).parent
+    if (saved / "adapter_config.json").exists():
         raise NotStreamable("it is an adapter on top of another model")
-    return found
+    return saved
 
 
 def _checkpoint(folder: Path) -> dict[str, _Entry]:
@@ -186,10 +186,10 @@ def _checkpoint(folder: Path) -> dict[str, _Entry]:
             f"{folder} lacks {', '.join(absent)}, which {index.name} names; expected every shard that `save_pretrained` "
             "wrote. Save or download the model again"
         )
-    found: dict[str, _Entry] = {}
+    entries: dict[str, _Entry] = {}
     for name in names:
-        found.update(_entries(folder / name))
-    return found
+        entries.update(_entries(folder / name))
+    return entries
 
 
 class _Hollow(torch.Tensor):
@@ -371,7 +371,7 @@ class _Layout:
         key = tensor.key if isinstance(tensor, _Hollow) else None
         if key is not None and key not in self._touched and self._entries[key].shape == tuple(tensor.shape):
             return key
-        prefix = next(full for full, other in model.named_modules() if other is module)
+        prefix = next(full for full, member in model.named_modules() if member is module)
         why = "is put together from stored tensors when it is loaded" if tensor.is_meta else "is not in its files"
         raise NotStreamable(f"{prefix}.{name} {why}")
 

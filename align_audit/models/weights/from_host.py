@@ -66,15 +66,15 @@ def copied_by_layer(
         NotStreamable: weights that are shared between layers, or are no plain tensors.
     """
     _, members = find_layers(model, layers)
-    own = own_tensors(model, members)
-    for tensors in own:
+    by_layer = own_tensors(model, members)
+    for tensors in by_layer:
         for module, name, tensor in tensors:
             if type(tensor) not in (nn.Parameter, torch.Tensor) or type(tensor.data) is not torch.Tensor:
                 raise NotStreamable(f"{name} of {type(module).__name__} is a {type(tensor).__name__}")
-    weights = [[Weight(module, name, tensor, _copier(tensor)) for module, name, tensor in part] for part in own]
-    inside = {id(tensor) for part in own for _, _, tensor in part}
+    weights = [[Weight(module, name, tensor, _copier(tensor)) for module, name, tensor in part] for part in by_layer]
+    inside = {id(tensor) for part in by_layer for _, _, tensor in part}
     moved: dict[int, torch.Tensor] = {}
-    before: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    originals: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     stream = LayerStream(members, weights, copy or copy_to(device), pinned=device.type == "cuda")
     register(model, stream)
     try:
@@ -88,13 +88,13 @@ def copied_by_layer(
                         there = tensor.detach().to(device)
                         is_parameter = isinstance(tensor, nn.Parameter)
                         moved[id(tensor)] = nn.Parameter(there, tensor.requires_grad) if is_parameter else there
-                    before.append((place, name, tensor))
-        for place, name, tensor in before:
+                    originals.append((place, name, tensor))
+        for place, name, tensor in originals:
             place[name] = moved[id(tensor)]
         yield stream
     finally:
         close(model)
-        for place, name, tensor in before:
+        for place, name, tensor in originals:
             place[name] = tensor
 
 

@@ -19,7 +19,14 @@ from torch import nn
 
 from align_audit.errors import ConfigurationError
 from align_audit.models.anatomy import unwrap
-from align_audit.models.weights.sharded import compute_dtypes, has_engine, is_spread, reshard, whole, without_engine
+from align_audit.models.weights.sharded import (
+    compute_dtypes,
+    has_engine,
+    is_spread,
+    reshard,
+    whole_tensors,
+    without_engine,
+)
 from align_audit.models.weights.streaming import NotStreamable, close, find_layers, register
 from align_audit.ranks import Ranks
 
@@ -110,7 +117,7 @@ class GatheredLayers:
                 size, dtype=torch.uint8, device=device
             )  # memory that runs out inside of a gather leaves others in it
         self._ranks.check(place)
-        values = whole([weight.resting for weight in weights], [weight.dtype for weight in weights])
+        values = whole_tensors([weight.resting for weight in weights], [weight.dtype for weight in weights])
         for weight, each in zip(weights, values, strict=True):
             weight.put(nn.Parameter(each, weight.resting.requires_grad))
         self.most = max(self.most, size + (0 if weights is self._outside else self.outside))

@@ -146,18 +146,18 @@ def part_of(parameter: Any) -> Part | None:
     return Part(values, first * (parameter.numel() // max(rows, 1)), mesh.get_group(axis))
 
 
-def whole(parameters: Sequence[Any], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
+def whole_tensors(parameters: Sequence[Any], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
     """All values of spread parameters, each in memory of its own, in the dtype that is asked for.
 
     All processes that hold a part call this together; what each holds is cast first, and goes to the others in one piece.
     """
-    found: list[torch.Tensor | None] = [None] * len(parameters)
+    gathered: list[torch.Tensor | None] = [None] * len(parameters)
     pieces: dict[Any, list[tuple[int, torch.Tensor]]] = {}
     for place, (parameter, dtype) in enumerate(zip(parameters, dtypes, strict=True)):
         part = part_of(parameter)
         if part is None:
             with torch.no_grad():
-                found[place] = parameter.detach().full_tensor().to(dtype)
+                gathered[place] = parameter.detach().full_tensor().to(dtype)
             continue
         size = part.group.size()
         values = part.values.reshape(-1).to(dtype)
@@ -174,9 +174,9 @@ def whole(parameters: Sequence[Any], dtypes: Sequence[torch.dtype]) -> list[torc
         for place, values in parts:
             parameter = parameters[place]
             column = by_process[:, first : first + len(values)].reshape(-1)[: parameter.numel()]
-            found[place] = column.clone().view(parameter.shape)
+            gathered[place] = column.clone().view(parameter.shape)
             first += len(values)
-    return [values for values in found if values is not None]
+    return [values for values in gathered if values is not None]
 
 
 # -- what the engine does around modules -------------------------------------------------------------------------------

@@ -234,11 +234,11 @@ class LayerStream:
     def close(self) -> None:
         """Hold nothing, run no thread, and give every layer the ``forward`` and the tensors it was found with."""
         self.rest()
-        for layer, own in self._installed:
-            if own is None:
+        for layer, forward in self._installed:
+            if forward is None:
                 layer.__dict__.pop("forward", None)
             else:
-                layer.forward = own
+                layer.forward = forward
         self._installed = []
 
 
@@ -386,19 +386,19 @@ def own_tensors(model: nn.Module, layers: list[nn.Module]) -> list[list[tuple[nn
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
                 places[id(tensor)] = places.get(id(tensor), 0) + 1
-    found = []
+    by_layer = []
     if len({id(layer) for layer in layers}) < len(layers):
         raise NotStreamable("some layers are one and the same module")
     for index, layer in enumerate(layers):
-        own: list[tuple[nn.Module, str, torch.Tensor]] = []
+        tensors: list[tuple[nn.Module, str, torch.Tensor]] = []
         for module in layer.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    own.append((module, name, parameter))
+                    tensors.append((module, name, parameter))
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
-                    own.append((module, name, buffer))
-        if any(places[id(tensor)] > 1 for _, _, tensor in own):
+                    tensors.append((module, name, buffer))
+        if any(places[id(tensor)] > 1 for _, _, tensor in tensors):
             raise NotStreamable(f"layer {index} shares a weight with another part of the model")
-        found.append(own)
-    return found
+        by_layer.append(tensors)
+    return by_layer

@@ -76,12 +76,12 @@ def where_at_a_glance(record: AuditRecord) -> Figure:
     assert patching is not None
     gains = patching.layer_gain
     marked = record.finding.layers if record.finding is not None and record.finding.localized else [patching.peak_layer]
-    known = [layer for layer, gain in enumerate(gains) if not is_unknown(gain)]
-    means = [gains[layer].mean * 100 for layer in known]
-    colours = [BLUE if layer in marked else GREY for layer in known]
-    axes.bar(known, means, color=colours, width=0.8)
-    lengths = [[100 * end for end in side] for side in bars([gains[layer] for layer in known])]
-    axes.errorbar(known, means, yerr=lengths, fmt="none", ecolor=INK, elinewidth=1.5)
+    measured = [layer for layer, gain in enumerate(gains) if not is_unknown(gain)]
+    means = [gains[layer].mean * 100 for layer in measured]
+    colours = [BLUE if layer in marked else GREY for layer in measured]
+    axes.bar(measured, means, color=colours, width=0.8)
+    lengths = [[100 * end for end in side] for side in bars([gains[layer] for layer in measured])]
+    axes.errorbar(measured, means, yerr=lengths, fmt="none", ecolor=INK, elinewidth=1.5)
     axes.axhline(0.0, color=GREY, linewidth=1)
     every = max(1, math.ceil(len(gains) / 9))
     axes.set_xticks(range(0, len(gains), every))

@@ -16,7 +16,7 @@ from align_audit.models.guard import untouched
 from align_audit.models.verify import open_replay, probe_inputs
 from align_audit.models.weights.fingerprint import bit_sums, fingerprint
 from align_audit.models.weights.gathered import gathered_by_layer
-from align_audit.models.weights.sharded import engine_hooks, part_of, plain_class, whole
+from align_audit.models.weights.sharded import engine_hooks, part_of, plain_class, whole_tensors
 from align_audit.models.weights.streaming import stream_of
 from align_audit.ranks import Ranks
 from tests.distributed.watch import snapshot
@@ -156,7 +156,7 @@ def test_parameters_of_all_shapes_are_brought_together() -> None:
     values = [torch.randn(5, 3), torch.randn(7), torch.randn(1, 2, 2).double(), torch.randn(4, 6)]
     spread = [distribute_tensor(value, mesh, [Shard(0)]) for value in values[:3]]
     spread.append(distribute_tensor(values[3], mesh, [Shard(1)]))
-    found = whole(spread, [torch.float32, torch.bfloat16, torch.float64, torch.float32])
+    found = whole_tensors(spread, [torch.float32, torch.bfloat16, torch.float64, torch.float32])
     assert torch.equal(found[1], values[1].bfloat16())
     assert all(map(torch.equal, (found[0], *found[2:]), (values[0], *values[2:])))
     assert part_of(spread[3]) is None
