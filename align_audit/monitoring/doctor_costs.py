@@ -112,7 +112,7 @@ def schedule_check(run: Forecast, config: AuditConfig, steps: PlannedSteps) -> C
         return Check(
             "schedule",
             "yellow",
-            f"{observation}: the looks that are made whatever they cost go beyond the budget of {config.budget:.0%}",
+            f"{observation}: the audits that are made whatever they cost go beyond the budget of {config.budget:.0%}",
             "nothing, if the run is a short one; else fewer pairs (max_pairs)",
         )
     if not run.count("full"):

@@ -132,7 +132,7 @@ class _Played:
         if due.later:
             return
         kind = due.kind
-        if due.budgeted and not affords_full(self.spent, training, self._config.budget):
+        if due.budgeted and not affords_full(self.spent, training, self._config.schedule, self._config.budget):
             kind = "health"
         self._book(kind, training)
 

@@ -63,7 +63,7 @@ class Pace:
         if (
             due.kind == "health"
             or not due.budgeted
-            or affords_full(self.spent(training), training, self._config.budget)
+            or affords_full(self.spent(training), training, self._config.schedule, self._config.budget)
         ):
             return due
         budget, cost = self._config.budget, self.spent(training).expected_full

@@ -179,8 +179,9 @@ class Spent:
         return None if self.health is None else self.health * (4 + 3 * self.layers)
 
 
-def affords_full(spent: Spent, training: Training, budget: float | None) -> bool:
-    """Whether a full audit fits the budget now, and leaves room for another one at the end.
+def affords_full(spent: Spent, training: Training, schedule: ScheduleConfig, budget: float | None) -> bool:
+    """Whether a full audit fits the budget now, and leaves room for another one at the end; or is that one, and short enough
+    to be made whatever the budget (``last_step_seconds``).
 
     Args:
         budget: share of wall-clock time; None: no limit.
@@ -190,6 +191,8 @@ def affords_full(spent: Spent, training: Training, budget: float | None) -> bool
     cost = spent.expected_full
     if cost is None or not spent.steps:
         return False
+    if training.is_last and schedule.on_last_step and cost <= schedule.last_step_seconds:
+        return True
     allowed = _allowance(spent.training, budget)
     if spent.audits + cost > allowed:
         return False

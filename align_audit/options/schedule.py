@@ -32,3 +32,5 @@ class ScheduleConfig(BaseModel):
     """A full audit at each multiple of so many steps, whatever the budget."""
     on_last_step: bool = True
     """A full audit at the end."""
+    last_step_seconds: float = Field(default=60.0, ge=0.0, allow_inf_nan=False)
+    """That one is made whatever the budget where it should take no longer: of a run of minutes the budget is seconds."""

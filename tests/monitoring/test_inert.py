@@ -32,7 +32,7 @@ def small(**changes: Any) -> AuditConfig:
     return AuditConfig.from_dict({**values, **changes})
 
 
-HEALTH: dict[str, Any] = {"budget": 0.001, "schedule": {"first_health": 1, "escalate": False}}
+HEALTH: dict[str, Any] = {"budget": 0.001, "schedule": {"first_health": 1, "escalate": False, "last_step_seconds": 0.0}}
 """No room for a full audit, and a look at every step of four."""
 
 

@@ -17,6 +17,8 @@ OFF: dict[str, Any] = {"before_training": False, "on_save": False, "on_last_step
 """Nothing is due by itself in a few steps."""
 NO_ROOM = 1e-6
 """A budget that no full audit fits."""
+NEVER_FULL: dict[str, Any] = {"last_step_seconds": 0.0}
+"""Beside that budget: not the last step either."""
 
 
 def looked(output: Path) -> list[tuple[int, str]]:
@@ -38,9 +40,17 @@ def added(signal: str, **limits: Any) -> dict[str, Any]:
     return {"rules": {"planted": {"signal": signal, **limits}}}
 
 
+def test_three_lines_look_early_and_audit_the_last_step_in_full(tmp_path: Path) -> None:
+    """Although the budget has room for nothing: that takes less than a minute. Once, at the save of that step."""
+    config = quick(budget=NO_ROOM, alerts={"enabled": False})
+    run(tmp_path / "out", config, max_steps=6, save_steps=3)
+    assert looked(tmp_path / "out") == [(0, "health"), (3, "health"), (5, "health"), (6, "full")]
+    assert foreseen(config, PlannedSteps(6, save_steps=3)) == looked(tmp_path / "out")
+
+
 def test_three_lines_look_early_and_at_the_end(tmp_path: Path) -> None:
     """With a budget that leaves room for nothing else."""
-    config = quick(budget=NO_ROOM, alerts={"enabled": False})
+    config = quick(budget=NO_ROOM, schedule=NEVER_FULL, alerts={"enabled": False})
     run(tmp_path / "out", config, max_steps=12, save_steps=500, logging_steps=5)
     assert looked(tmp_path / "out") == [(0, "health"), (5, "health"), (10, "health"), (12, "health")]
     assert foreseen(config, PlannedSteps(12, save_steps=500)) == looked(tmp_path / "out")
@@ -69,7 +79,7 @@ def test_without_a_budget_full_audits_are_made_where_they_are_asked_for(tmp_path
 
 def test_a_look_that_warns_is_followed_by_a_full_audit_once(tmp_path: Path) -> None:
     """Whatever the budget; and not again at every look as long as the alert stays open."""
-    config = quick(budget=NO_ROOM, schedule={"first_health": 1}, alerts=added("margins.kl", above=1e-9))
+    config = quick(budget=NO_ROOM, schedule={**NEVER_FULL, "first_health": 1}, alerts=added("margins.kl", above=1e-9))
     run(tmp_path / "out", config, max_steps=3, save_steps=500)
     first, *later = looked(tmp_path / "out")
     assert first == (0, "health")
@@ -82,7 +92,7 @@ def test_a_look_that_warns_is_followed_by_a_full_audit_once(tmp_path: Path) -> N
 
 
 def test_it_can_be_kept_from_that(tmp_path: Path) -> None:
-    schedule = {"first_health": 1, "escalate": False}
+    schedule = {**NEVER_FULL, "first_health": 1, "escalate": False}
     run(tmp_path / "out", quick(budget=NO_ROOM, schedule=schedule, alerts=added("margins.kl", above=1e-9)), max_steps=2)
     assert {kind for _, kind in looked(tmp_path / "out")} == {"health"}
 
@@ -128,7 +138,7 @@ def killed(**_: Any) -> None:
 
 def test_a_resumed_run_looks_where_the_other_would_have(tmp_path: Path) -> None:
     """And does not look again at what was audited."""
-    config = quick(budget=NO_ROOM, schedule={"first_health": 2}, alerts={"enabled": False})
+    config = quick(budget=NO_ROOM, schedule={**NEVER_FULL, "first_health": 2}, alerts={"enabled": False})
     options: dict[str, Any] = {"max_steps": 9, "save_steps": 3}
     straight, stopped = tmp_path / "straight" / "out", tmp_path / "stopped" / "out"
     run(straight, config, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from align_audit.monitoring.schedule import Due, Event, Spent, Training, affords
 from align_audit.options.schedule import ScheduleConfig
 
 NEVER: dict[str, Any] = {"before_training": False, "on_save": False, "on_evaluate": False, "on_last_step": False}
+BUDGETED = ScheduleConfig(last_step_seconds=0.0)
+"""Nothing but looks is made whatever the budget."""
 PENDING = Due("health", "left due", later=True)
 
 
@@ -271,14 +274,35 @@ def test_without_a_budget_looks_come_as_often_as_they_may() -> None:
 def test_a_full_audit_is_made_where_the_budget_has_room_now_and_at_the_end(
     spent: Spent, step: int, expected: bool
 ) -> None:
-    assert affords_full(spent, Training(step, 1000), 0.05) is expected
-    assert affords_full(spent, Training(step, 1000), None), "without a budget there is always room"
+    assert affords_full(spent, Training(step, 1000), BUDGETED, 0.05) is expected
+    assert affords_full(spent, Training(step, 1000), BUDGETED, None), "without a budget there is always room"
 
 
 def test_a_run_that_is_stopped_has_no_later_end_to_save_for() -> None:
     spent = Spent(600, training=600.0, audits=1.0, health=0.5, full=27.0)
-    assert not affords_full(spent, Training(600, 1000), 0.05)
-    assert affords_full(spent, Training(600, 1000, stopping=True), 0.05)
+    assert not affords_full(spent, Training(600, 1000), BUDGETED, 0.05)
+    assert affords_full(spent, Training(600, 1000, stopping=True), BUDGETED, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("full", "changes", "expected"),
+    [
+        (59.0, {}, True),
+        (61.0, {}, False),
+        (61.0, {"last_step_seconds": 61.0}, True),
+        (0.1, {"last_step_seconds": 0.0}, False),
+        (59.0, {"on_last_step": False}, False),
+    ],
+)
+def test_the_last_step_is_audited_in_full_where_that_takes_no_longer_than_a_minute(
+    full: float, changes: dict[str, Any], expected: bool
+) -> None:
+    schedule = ScheduleConfig(**changes)
+    spent = Spent(4, training=0.1, audits=0.2, health=0.1, full=full)
+    assert affords_full(spent, Training(4, 4), schedule, 0.05) is expected
+    assert not affords_full(replace(spent, steps=3), Training(3, 4), schedule, 0.05), "a step before the last"
+    guessed = Spent(4, training=0.1, audits=0.2, health=full / 13, layers=3)
+    assert affords_full(guessed, Training(4, 4), schedule, 0.05) is expected, "as many times a look as it is taken for"
 
 
 def test_the_share_is_of_all_the_time() -> None:
