@@ -55,7 +55,7 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
         ``break_on``, ``refuse_on``: a rank whose audits fail, whose set-up refuses.
         ``config_on``: a rank with other options.
         ``log_on``: a rank on which another callback logs before the first step, as no other rank does.
-        ``plant``: see :mod:`tests.distributed.plants`.
+        ``plants``: a list of faults, each with its rank; see :mod:`tests.distributed.plants`.
         ``frozen``: only the last layer trains.
         ``alone``: audit what came of it once more, in one process.
     """
@@ -78,8 +78,9 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
             raise ValueError("planted")
 
         monitor.run_audit = run_audit
-    if case.get("plant", {}).get("rank") == rank:
-        plant(case["plant"]["where"], case["plant"]["kind"])
+    for fault in case.get("plants", ()):
+        if fault["rank"] == rank:
+            plant(fault["where"], fault["kind"], fault["audit_number"])
     output = folder / "run"
     before, held = Before(), watch_gathers()
     after = After(before)
@@ -109,7 +110,7 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
         references = {} if trainer.ref_model is None else whole_weights(trainer.ref_model)
         if rank == 0:
             shell.load_state_dict(weights, strict=False)
-            audit_alone(folder, shell, references, audit, case)
+            audit_alone(folder, shell, references, audit, case, trainer.state.global_step)
     shutil.rmtree(folder / f"base-{rank}", ignore_errors=True)
     digest = hashlib.sha256()
     for name, value in sorted(weights.items()):
@@ -136,6 +137,7 @@ def audit_alone(
     references: dict[str, torch.Tensor],
     callback: AlignmentAuditCallback,
     case: dict[str, Any],
+    step: int,
 ) -> None:
     """Write what one process finds in the weights that training has ended with: ``alone.json``, ``.texts.json``, ``.npz``."""
     half = case.get("mode") == "bf16"
@@ -150,7 +152,7 @@ def audit_alone(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = audited_whole(
-                policy, reference, probes, callback.config, step=4, beta=0.1, probe_name=probe_name,
+                policy, reference, probes, callback.config, step=step, beta=0.1, probe_name=probe_name,
                 **({"autocast": lambda: torch.autocast("cpu", torch.bfloat16)} if half else {}),
             )  # fmt: skip
         assert result.texts is not None

@@ -1,7 +1,7 @@
 """Run training jobs on several processes that are forked from one, so that a case costs seconds and not its imports.
 
-The first ``launch`` starts ``python -m tests.distributed.launch``; that imports, then forks the ranks of one case after the
-other, for every later ``launch`` too. A case that does not end in time is killed, and its result says so: a deadlock is a
+The first ``launch`` starts ``python -m tests.distributed.launch``; that imports, then forks the ranks of two cases at a
+time, for every later ``launch`` too. A case that does not end in time is killed, and its result says so: a deadlock is a
 failed test, not a hung one.
 """
 
@@ -25,6 +25,8 @@ from typing import Any
 
 SECONDS = float(os.environ.get("ALIGN_AUDIT_TEST_SECONDS", "120"))
 """For one case. Processes that wait for each other wait half an hour."""
+AT_ONCE = 2
+"""Cases."""
 
 
 def launch(folder: Path, cases: dict[str, dict[str, Any]], size: int = 2) -> dict[str, list[dict[str, Any]]]:
@@ -86,27 +88,47 @@ def _rank(folder: Path, rank: int, size: int, port: int, case: dict[str, Any]) -
     os._exit(0)
 
 
-def _case(folder: Path, size: int, case: dict[str, Any]) -> list[dict[str, Any]]:
-    folder.mkdir(parents=True)
-    port = _free_port()
-    processes = []
-    for rank in range(size):
-        process = os.fork()
-        if process == 0:
-            _rank(folder, rank, size, port, case)
-        processes.append(process)
-    limit = time.monotonic() + SECONDS
-    left = set(processes)
-    while left and time.monotonic() < limit:
-        left -= {process for process in left if os.waitpid(process, os.WNOHANG)[0]}
+class _Running:
+    """A case whose ranks have been forked."""
+
+    def __init__(self, folder: Path, size: int, case: dict[str, Any]) -> None:
+        folder.mkdir(parents=True)
+        self._folder, self._size = folder, size
+        self._limit = time.monotonic() + SECONDS
+        port = _free_port()
+        self._left = set()
+        for rank in range(size):
+            process = os.fork()
+            if process == 0:
+                _rank(folder, rank, size, port, case)
+            self._left.add(process)
+
+    def ended(self) -> bool:
+        """Whether every rank has, by itself or, past its time, killed."""
+        self._left -= {process for process in self._left if os.waitpid(process, os.WNOHANG)[0]}
+        if time.monotonic() > self._limit:
+            for process in self._left:
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+            self._left.clear()
+        return not self._left
+
+    def results(self) -> list[dict[str, Any]]:
+        paths = [self._folder / f"result-{rank}.json" for rank in range(self._size)]
+        return [json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"hung": True} for path in paths]
+
+
+def _run(folder: Path, size: int, cases: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What came of each. While ranks of one wait for each other, those of another compute."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    waiting, running = list(cases), dict[str, _Running]()
+    while waiting or running:
+        while waiting and len(running) < AT_ONCE:
+            name = waiting.pop(0)
+            running[name] = _Running(folder / name, size, cases[name])
+        for name in [name for name, case in running.items() if case.ended()]:
+            results[name] = running.pop(name).results()
         time.sleep(0.02)
-    for process in left:
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-    results = []
-    for rank in range(size):
-        path = folder / f"result-{rank}.json"
-        results.append(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"hung": True})
     return results
 
 
@@ -135,7 +157,7 @@ def main() -> None:
         name, size = json.loads(line)
         folder = Path(name)
         cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
-        results = {name: _case(folder / name, size, case) for name, case in cases.items()}
+        results = _run(folder, size, cases)
         written = folder / "results.part"
         written.write_text(json.dumps(results), encoding="utf-8")
         written.rename(folder / "results.json")

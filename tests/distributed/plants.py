@@ -18,14 +18,14 @@ _CALL = 8
 """At which call of a layer, from the first batch on: in the middle of a walk."""
 
 
-def plant(where: str, kind: str, audit_number: int = 2) -> None:
+def plant(where: str, kind: str, audit_number: int) -> None:
     """Break something once, in this process.
 
     Args:
         where: ``set-up``, ``layer``, ``head``, ``log``, ``writer`` or ``continuation``; ``stray``: a replay strays once from
             its recording, whatever ``kind``.
         kind: of :data:`_ERRORS`.
-        audit_number: in which audit of the run.
+        audit_number: in which audit of the run; one before training is the first. A set-up is before all of them.
     """
     audits = _Counter()
     real = audit.first_pass

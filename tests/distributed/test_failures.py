@@ -12,36 +12,52 @@ from tests.distributed.reading import lines
 
 pytestmark = pytest.mark.distributed
 
-AUDIT: dict[str, Any] = {"schedule": {"every_n_steps": 2}, "batch_tokens": 100, "max_pairs": 8}
-BROKEN: dict[str, tuple[str, str, int]] = {
-    "layer on 0": ("layer", "error", 0),
-    "layer on 1": ("layer", "error", 1),
-    "head on 0": ("head", "error", 0),
-    "head on 1": ("head", "error", 1),
-    "log": ("log", "disk", 0),
-    "writer": ("writer", "disk", 0),
+AUDIT: dict[str, Any] = {"batch_tokens": 100, "max_pairs": 8}
+STEPS = 8
+BROKEN: dict[str, tuple[str, str, int, int]] = {
+    "layer on 0": ("layer", "error", 0, 1),
+    "head on 0": ("head", "error", 0, 3),
+    "log": ("log", "disk", 0, 5),
+    "writer": ("writer", "disk", 0, 7),
+    "layer on 1": ("layer", "error", 1, 2),
+    "head on 1": ("head", "error", 1, 6),
 }
-"""Where, what and on which rank; in the second audit."""
+"""Where, what, on which rank and at which step: those of a rank in one run, and behind each of them an audit without a fault."""
+EVERY = {0: 1, 1: 2}
+"""How many steps from audit to audit, by the rank on which something breaks."""
+MEMORY_AT = 4
 
 
 def _cases() -> dict[str, dict[str, Any]]:
     cases: dict[str, dict[str, Any]] = {}
     for engine in ("ddp", "fsdp2"):
-        cases[f"{engine}, plain"] = {"engine": engine}
-        cases[f"{engine}, audited"] = {"engine": engine, "audit": AUDIT}
 
-        def planted(where: str, kind: str, rank: int, engine: str = engine, **more: Any) -> dict[str, Any]:
-            return {"engine": engine, "audit": {**AUDIT, **more}, "plant": {"where": where, "kind": kind, "rank": rank}}
+        def case(every: int, *faults: dict[str, Any], engine: str = engine, **more: Any) -> dict[str, Any]:
+            schedule = {
+                "every_n_steps": every, "before_training": every < MEMORY_AT,
+                "first_health": STEPS + 1, "escalate": False,
+            }  # fmt: skip
+            return {
+                "engine": engine, "trainer": TRAINER, "plants": faults, "audit": {**AUDIT, "schedule": schedule, **more},
+            }  # fmt: skip
 
-        for name, fault in BROKEN.items():
-            cases[f"{engine}, {name}"] = planted(*fault)
-        for rank in (0, 1):
-            cases[f"{engine}, set-up on {rank}"] = planted("set-up", "error", rank)
-            cases[f"{engine}, memory on {rank}"] = planted("layer", "memory", rank)
-            cases[f"{engine}, strict on {rank}"] = planted("layer", "error", rank, strict=True)
+        cases[f"{engine}, plain"] = {"engine": engine, "trainer": TRAINER}
+        cases[f"{engine}, audited"] = case(MEMORY_AT)
+        for rank, every in EVERY.items():
+            broken = [fault for fault in BROKEN.values() if fault[2] == rank]
+            cases[f"{engine}, broken on {rank}"] = case(every, *(_fault(*fault, every) for fault in broken))
+            cases[f"{engine}, memory on {rank}"] = case(
+                MEMORY_AT, _fault("set-up", "error", 1 - rank), _fault("layer", "memory", rank)
+            )
+            cases[f"{engine}, strict on {rank}"] = case(1, _fault("layer", "error", rank, 1), strict=True)
     return cases
 
 
+def _fault(where: str, kind: str, rank: int, step: int = 0, every: int = 1) -> dict[str, Any]:
+    return {"where": where, "kind": kind, "rank": rank, "audit_number": 1 + step // every}
+
+
+TRAINER: dict[str, Any] = {"max_steps": STEPS, "save_strategy": "no"}
 CASES = _cases()
 
 
@@ -69,20 +85,23 @@ def test_training_is_the_same_bits(ran: Any, case: str) -> None:
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("name", BROKEN)
 def test_it_is_recorded_once_and_the_next_audit_works(ran: Any, engine: str, name: str) -> None:
-    where, _, rank = BROKEN[name]
-    (failure,) = lines(ran[0], f"{engine}, {name}", "failures.jsonl")
-    assert failure["step"] == 2
+    where, _, rank, step = BROKEN[name]
+    case = f"{engine}, broken on {rank}"
+    failures = lines(ran[0], case, "failures.jsonl")
+    assert [line["step"] for line in failures] == [fault[3] for fault in BROKEN.values() if fault[2] == rank]
+    (failure,) = (line for line in failures if line["step"] == step)
     assert "planted" in failure["error"]
     assert failure["error"].startswith("On rank 1:") == (rank == 1)
-    steps = [line["step"] for line in lines(ran[0], f"{engine}, {name}", "records.jsonl")]
-    assert steps == ([0, 2, 4] if where == "writer" else [0, 4])
+    every = EVERY[rank]
+    steps = [line["step"] for line in lines(ran[0], case, "records.jsonl") if abs(line["step"] - step) <= every]
+    assert steps == ([step - every, step, step + every] if where == "writer" else [step - every, step + every])
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_check_before_training_that_breaks_is_no_refusal(ran: Any, engine: str, rank: int) -> None:
-    case = f"{engine}, set-up on {rank}"
-    assert [line["step"] for line in lines(ran[0], case, "records.jsonl")] == [0, 2, 4]
+    case = f"{engine}, memory on {1 - rank}"
+    assert [line["step"] for line in lines(ran[0], case, "records.jsonl")] == [MEMORY_AT, STEPS]
     assert lines(ran[0], case, "failures.jsonl") == []
 
 
@@ -101,10 +120,10 @@ def test_where_one_runs_out_of_memory_all_go_on_with_half_the_batch(ran: Any, en
     case = f"{engine}, memory on {rank}"
     assert lines(ran[0], case, "failures.jsonl") == []
     halved, whole = (lines(ran[0], name, "records.jsonl") for name in (case, f"{engine}, audited"))
-    assert [record["step"] for record in halved] == [0, 2, 4]
+    assert [record["step"] for record in halved] == [MEMORY_AT, STEPS]
     for name in ("shift", "policy", "kl"):
-        assert halved[1]["margins"][name]["mean"] == pytest.approx(whole[1]["margins"][name]["mean"], rel=1e-5)
-    for one, other in zip(halved[1]["patching"]["effect"], whole[1]["patching"]["effect"], strict=True):
+        assert halved[0]["margins"][name]["mean"] == pytest.approx(whole[0]["margins"][name]["mean"], rel=1e-5)
+    for one, other in zip(halved[0]["patching"]["effect"], whole[0]["patching"]["effect"], strict=True):
         assert one["mean"] == pytest.approx(other["mean"], rel=1e-4)
     for other_rank in (0, 1):
         output = (ran[0] / case / f"output-{other_rank}.txt").read_text()

@@ -13,22 +13,26 @@ from tests.distributed.reading import lines
 pytestmark = pytest.mark.distributed
 
 AUDIT: dict[str, Any] = {
-    "schedule": {"every_n_steps": 2}, "batch_tokens": 100, "max_pairs": 8, "generations": {"prompts": 3, "max_new_tokens": 8},
+    "schedule": {"every_n_steps": 1}, "batch_tokens": 100, "max_pairs": 8, "generations": {"prompts": 3, "max_new_tokens": 8},
 }  # fmt: skip
-PLANTED: dict[str, tuple[str, str, str | None]] = {
-    "a replay strays": ("stray", "error", None),
-    "a continuation breaks": ("continuation", "error", "on another process"),
-    "memory of a continuation": ("continuation", "memory", None),
+PLANTED: dict[int, tuple[str, str, str | None]] = {
+    1: ("stray", "error", None),
+    2: ("continuation", "error", "on another process"),
+    3: ("continuation", "memory", None),
 }
-"""Where, what, and what the record then says of continuations; on the second rank, in the second audit."""
+"""By the step of the audit: where, what, and what the record then says of continuations; on the second rank."""
+_USUAL: dict[str, Any] = {"engine": "fsdp2", "trainer": {"save_strategy": "no"}}
 CASES: dict[str, dict[str, Any]] = {
-    "plain": {"engine": "fsdp2"},
-    "audited": {"engine": "fsdp2", "audit": AUDIT},
-    **{
-        name: {"engine": "fsdp2", "audit": AUDIT, "plant": {"where": where, "kind": kind, "rank": 1}}
-        for name, (where, kind, _) in PLANTED.items()
+    "plain": _USUAL,
+    "audited": {**_USUAL, "audit": AUDIT},
+    "planted": {
+        **_USUAL, "audit": AUDIT,
+        "plants": [
+            {"where": where, "kind": kind, "rank": 1, "audit_number": step + 1}
+            for step, (where, kind, _) in PLANTED.items()
+        ],
     },
-}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -45,17 +49,15 @@ def test_training_is_the_same_bits_and_nobody_waits(ran: Any, case: str) -> None
         assert audited["weights"] == without["weights"]
         assert audited["left"] == []
     assert lines(ran[0], case, "failures.jsonl") == []
-    assert [line["step"] for line in lines(ran[0], case, "records.jsonl")] == [0, 2, 4]
+    assert [line["step"] for line in lines(ran[0], case, "records.jsonl")] == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("case", PLANTED)
-def test_continuations_are_what_they_are_without_it_or_say_why_not(ran: Any, case: str) -> None:
-    said = PLANTED[case][2]
-    for line, plain in zip(
-        lines(ran[0], case, "records.jsonl"), lines(ran[0], "audited", "records.jsonl"), strict=True
-    ):
-        if said is not None and line["step"] == 2:
-            assert line["generations"] is None
-            assert line["reasons"]["generations"] == f"generate() failed {said}"
-        else:
-            assert line["generations"]["length"] == plain["generations"]["length"]
+@pytest.mark.parametrize("step", range(5))
+def test_continuations_are_what_they_are_without_it_or_say_why_not(ran: Any, step: int) -> None:
+    said = PLANTED[step][2] if step in PLANTED else None
+    line, plain = (lines(ran[0], case, "records.jsonl")[step] for case in ("planted", "audited"))
+    if said is not None:
+        assert line["generations"] is None
+        assert line["reasons"]["generations"] == f"generate() failed {said}"
+    else:
+        assert line["generations"]["length"] == plain["generations"]["length"]

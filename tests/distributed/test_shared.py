@@ -18,18 +18,21 @@ from tests.helpers.audits import QUICK_LASSO
 
 pytestmark = pytest.mark.distributed
 
+LAST_ONLY = {"before_training": False}
 AUDIT: dict[str, Any] = {
+    "schedule": LAST_ONLY,
     "batch_tokens": 100,
     "max_pairs": 16,
     "patching": {"noise_draws": 2, "control_pairs": 8},
     "low_rank": {"enabled": True, "layers": [1], "ranks": [1, 2], "random_draws": 1},
     "spinal": {"enabled": True, "max_rows": 60},
 }
+STEPS = 2
 SITES = [{"site": "mlp_output", "estimator": "control_variate", "pairs": 8}, {"site": "block", "width": 2}]
 LAYERS = {"low_rank": {**AUDIT["low_rank"], "layers": "all"}}
 SITUATIONS: dict[str, dict[str, Any]] = {
     "uneven": {"probes": 13, "audit": {**AUDIT, "localization": {"enabled": True, **QUICK_LASSO}}},
-    "one pair": {"probes": 1, "audit": {"patching": {"noise_draws": 1}, "spinal": {"enabled": True}}},
+    "one pair": {"probes": 1, "audit": {"schedule": LAST_ONLY, "patching": {"noise_draws": 1}, "spinal": {"enabled": True}}},
     "twelve": {
         "probes": 15,
         "audit": {**AUDIT, **LAYERS, "sites": SITES, "patching": {"exact_pairs": 12, "control_pairs": 8}},
@@ -42,7 +45,7 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "frozen": {"probes": 9, "audit": AUDIT, "frozen": True},
 }
 CASES = {
-    f"{engine}, {name}": {"engine": engine, "alone": True, "trainer": {"save_strategy": "no"}, **situation}
+    f"{engine}, {name}": {"engine": engine, "alone": True, "trainer": {"save_strategy": "no", "max_steps": STEPS}, **situation}
     for engine in ("ddp", "fsdp2")
     for name, situation in SITUATIONS.items()
 }
@@ -67,7 +70,7 @@ def test_the_record_is_what_one_process_finds(ran: Any, case: str) -> None:
     for said in ran[1][case]:
         assert "error" not in said and "hung" not in said, said
     assert lines(ran[0], case, "failures.jsonl") == []
-    records = [line for line in lines(ran[0], case, "records.jsonl") if line["step"] == 4]
+    records = [line for line in lines(ran[0], case, "records.jsonl") if line["step"] == STEPS]
     assert len(records) == len(_sets(case))
     for record in records:
         name = _sets(case)[record["provenance"]["probe_name"]]
@@ -77,7 +80,7 @@ def test_the_record_is_what_one_process_finds(ran: Any, case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_numbers_per_pair_are_the_same_bits(ran: Any, case: str) -> None:
-    files = sorted((ran[0] / case / "run" / "align_audit" / "step-4").glob("*.safetensors"))
+    files = sorted((ran[0] / case / "run" / "align_audit" / f"step-{STEPS}").glob("*.safetensors"))
     assert len(files) == len(_sets(case))
     for path in files:
         name = next(name for key, name in _sets(case).items() if key is None or key in path.name)
@@ -94,7 +97,7 @@ def test_numbers_per_pair_are_the_same_bits(ran: Any, case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_what_changed_in_text_is_what_one_process_finds(ran: Any, case: str) -> None:
     run = AuditRun.load(ran[0] / case / "run")
-    for record in (record for record in run.records if record.step == 4):
+    for record in (record for record in run.records if record.step == STEPS):
         here = run.pair_texts(record)
         alone = PairTexts.load(ran[0] / case / f"{_sets(case)[record.provenance.probe_name]}.texts.json")
         assert here is not None
