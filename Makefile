@@ -10,7 +10,9 @@ TORCH_INDEX ?=
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# Modules are kept as bytecode wherever that is switched off: tests start a hundred processes, each of which imports them.
+TESTED := PYTHONDONTWRITEBYTECODE= HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+PYTEST := $(TESTED) $(BIN)/python -m pytest
 
 # What moves with a dependency: the trainer's events and batches, references, probes, exact replay, files and commands.
 BOUND_TESTS := tests/monitoring/test_callback.py tests/monitoring/test_reference_modes.py \
@@ -75,7 +77,7 @@ $(TRACKERS)/.installed: pyproject.toml constraints-trackers.txt $(STAMP)
 	touch $@
 
 test-trackers: trackers
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(TRACKERS)/bin/python -m pytest tests/writers/trackers -m "not slow and not gpu"
+	$(TESTED) $(TRACKERS)/bin/python -m pytest tests/writers/trackers -m "not slow and not gpu"
 
 # Records, options, probe files and command lines that nobody wrote: so many of each test, 20,000 and more in all, drawn anew
 # each time. `make test` tries a few, always the same ones.
@@ -101,7 +103,7 @@ test-lowest test-newest: test-%: $(STAMP)
 	$(BIN)/uv venv --quiet --allow-existing --python $(PYTHON) .venv-$*
 	$(BIN)/uv pip install --python .venv-$*/bin/python --resolution $(RESOLUTION) --upgrade \
 		$(if $(TORCH_INDEX),--torch-backend $(TORCH_INDEX)) --editable '.[test]'
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest $(WARNINGS) $(BOUND_TESTS) -m "not slow and not gpu and not real_data"
+	$(TESTED) .venv-$*/bin/python -m pytest $(WARNINGS) $(BOUND_TESTS) -m "not slow and not gpu and not real_data"
 
 # Versions that are pinned stay, where pyproject.toml still allows them; `make lock UPGRADE=--upgrade` takes the newest.
 lock: $(STAMP)

@@ -1,9 +1,11 @@
-"""What tests of several rooms share: models, probe pairs, quick audits, the order of files, a quick garbage collector."""
+"""What tests of several rooms share: models, probe pairs, quick audits, the order of files, and quick ways to do what
+libraries do again and again."""
 
 from __future__ import annotations
 
 import functools
 import gc
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,12 @@ from align_audit.probes.pairs import ProbeSet
 from tests.helpers import audits
 from tests.helpers.longest import LONGEST
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
+
+
+def pytest_configure() -> None:
+    """Read the description of each installed package once: accelerate and TRL do at each trainer, save and model card."""
+    for name in ("metadata", "version"):
+        setattr(importlib.metadata, name, functools.cache(getattr(importlib.metadata, name)))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import math
 import time
@@ -91,6 +92,7 @@ def _dropped(session: Session, request: AuditRequest) -> dict[str, int]:
     return dropped
 
 
+@functools.cache  # a process keeps the packages that it has imported, and reading of them takes as long as a short audit
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

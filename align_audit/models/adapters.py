@@ -57,8 +57,9 @@ def adapters_kept(model: nn.Module) -> Iterator[None]:
     """
     if (layers := stream_of(model)) is not None:
         layers.rest()  # what stands in modules now is what will be given back
-    adapted = [module for module in model.modules() if is_adapted(module)]
-    tuners = [module for module in model.modules() if hasattr(module, "active_adapter") and not is_adapted(module)]
+    modules = list(model.modules())
+    adapted = [module for module in modules if is_adapted(module)]
+    tuners = [module for module in modules if hasattr(module, "active_adapter") and not is_adapted(module)]
     parts = {id(part): part for module in adapted for part in module.modules()}
     state = ModuleState([*parts.values(), *tuners], contents=False)
     protect_merges(model)

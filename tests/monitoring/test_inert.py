@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
-from tests.helpers.audits import QUICK_GENERATIONS
+from tests.helpers.audits import QUICK_GENERATIONS, QUICK_LASSO
 from tests.helpers.dpo import MODES, train
 
 pytestmark = pytest.mark.device
@@ -25,6 +25,7 @@ def small(**changes: Any) -> AuditConfig:
         "schedule": {"every_n_steps": 1},
         "budget": None,
         "generations": QUICK_GENERATIONS,
+        "localization": QUICK_LASSO,
         "tensorboard_images": False,
         "progress": False,
         "strict": True,

@@ -19,24 +19,28 @@ from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError
 from align_audit.models.gradients import stream_gradients
 from align_audit.probes.batches import make_batch
-from tests.helpers.audits import QUICK_GENERATIONS, QUICK_LASSO, audited
+from tests.helpers.audits import QUICK, QUICK_GENERATIONS, QUICK_LASSO, audited
 from tests.helpers.dpo import build
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
 pytestmark = pytest.mark.device
 
 
+EVERYTHING: dict[str, Any] = {"reverse": True}
+"""Of patching, beside every other measurement."""
+
+
 def run(
     reference: Any, folder: Path | None, policy_seed: int = 1, pairs: int = 14, start: bool = False, **patching: Any
 ) -> Any:
-    """Arrays and record of an audit by attribution, nine pairs of them patched."""
+    """Arrays and record of an audit by attribution, nine pairs of them patched; with :data:`EVERYTHING`, of all there is."""
     policy = perturbed(reference, scale=0.0 if start else 0.05, seed=policy_seed)
-    how = {"exact_pairs": 9, "attribution_points": (0.0,), "keep_reference": folder is not None, **patching}
+    how = {"exact_pairs": 9, "attribution_points": (0.0,), "keep_reference": folder is not None}
+    rest = {"localization": QUICK_LASSO, "generations": QUICK_GENERATIONS} if patching.get("reverse") else {}
     config = AuditConfig.from_dict(
         {
-            "patching": how, "low_rank": {"enabled": False}, "batch_tokens": 100,
-            "statistics": {"bootstrap_resamples": 100},
-            "localization": QUICK_LASSO, "generations": QUICK_GENERATIONS,
+            **QUICK, "max_pairs": pairs, "batch_tokens": 100, "spinal": {"enabled": True}, **rest,
+            "patching": {**QUICK["patching"], **how, **patching},
         }
     )  # fmt: skip
     record, arrays = audited(
@@ -79,17 +83,17 @@ def test_read_is_computed_bit_by_bit(
     tmp_path: Path, family: str, points: tuple[float, ...], backward: list[int]
 ) -> None:
     reference = tiny_model(family)
-    plain = run(reference, None, attribution_points=points)
+    plain = run(reference, None, attribution_points=points, **EVERYTHING)
     passes = len(backward)
-    first = run(reference, tmp_path, attribution_points=points)
+    first = run(reference, tmp_path, attribution_points=points, **EVERYTHING)
     assert len(backward) == 2 * passes
-    second = run(reference, tmp_path, attribution_points=points)
+    second = run(reference, tmp_path, attribution_points=points, **EVERYTHING)
     assert len(backward) < 3 * passes, "gradients came from disk"
     assert same(first, plain)
     assert same(second, plain)
     assert kept(tmp_path)
-    other = run(reference, tmp_path, policy_seed=2, attribution_points=points)
-    assert same(other, run(reference, None, policy_seed=2, attribution_points=points))
+    other = run(reference, tmp_path, policy_seed=2, attribution_points=points, **EVERYTHING)
+    assert same(other, run(reference, None, policy_seed=2, attribution_points=points, **EVERYTHING))
     assert not same_effects(other, plain)
 
 
