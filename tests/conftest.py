@@ -8,17 +8,17 @@ import gc
 import importlib.metadata
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from torch import nn
 
-from align_audit.config import AuditConfig
-from align_audit.models.weights.fingerprint import fingerprint
-from align_audit.probes.pairs import ProbeSet
-from tests.helpers import audits
 from tests.helpers.longest import LONGEST
-from tests.helpers.tiny import perturbed, random_pairs, tiny_model
+
+if TYPE_CHECKING:  # what hands tests to other processes runs none, and would import torch before it starts them
+    from torch import nn
+
+    from align_audit.probes.pairs import ProbeSet
+    from tests.helpers import audits
 
 
 def pytest_configure() -> None:
@@ -46,6 +46,9 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def pair_of_models() -> Iterator[Callable[[str], tuple[nn.Module, nn.Module]]]:
     """``pair_of_models(family)``: a policy and its reference, float64, made once; who takes them leaves them as they are."""
+    from align_audit.models.weights.fingerprint import fingerprint
+    from tests.helpers.tiny import perturbed, tiny_model
+
     hashes: dict[nn.Module, str] = {}
 
     @functools.cache
@@ -62,12 +65,17 @@ def pair_of_models() -> Iterator[Callable[[str], tuple[nn.Module, nn.Module]]]:
 @pytest.fixture(scope="session")
 def probes() -> Callable[[int], ProbeSet]:
     """``probes(n)``: n random pairs with prompts and completions of unequal length, always the same."""
+    from tests.helpers.tiny import random_pairs
+
     return functools.cache(random_pairs)
 
 
 @pytest.fixture(scope="session")
 def audited() -> Callable[..., audits.Audited]:
     """``audited(policy, reference, probes, **changes)``: record and arrays of a quick audit, but for what ``changes`` say."""
+
+    from align_audit.config import AuditConfig
+    from tests.helpers import audits
 
     def audit(policy: nn.Module, reference: Any, probes: ProbeSet, **changes: Any) -> audits.Audited:
         return audits.audited(policy, reference, probes, AuditConfig.from_dict({**audits.QUICK, **changes}))

@@ -23,6 +23,11 @@ _COPIED_BYTES = 2**28
 _TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
 """Subclasses (distributed or quantized tensors) know best what they hold: of them only the object is kept."""
 
+_VALUES = frozenset((bool, int, float, str, type(None)))
+"""Types of most of what a module has: nothing is in them that could be kept."""
+
+_NO_CONFIGURATION = (type, nn.Module)
+
 
 class ModuleState:
     """Every attribute of every module: which object it is, and what containers, configurations and tensors hold.
@@ -56,6 +61,8 @@ class ModuleState:
         waiting = [value]  # a configuration may refer to itself, and lists may be nested deeply
         while waiting:
             value = waiting.pop()
+            if type(value) in _VALUES:
+                continue
             if isinstance(value, torch.Tensor):
                 if id(value) not in self._tensors:
                     self._tensors[id(value)] = _KeptTensor(value)
@@ -172,6 +179,8 @@ class _KeptTensor:
 
 
 def _give_back_mapping(mapping: dict[Any, Any], held: dict[Any, Any]) -> None:
+    if not mapping and not held:  # most registries of most modules
+        return
     for key in [key for key in mapping if key not in held]:
         del mapping[key]
     for key, value in held.items():
@@ -188,7 +197,7 @@ def _is_not(a: Any, b: Any) -> bool:
 
 def _is_configuration(value: Any) -> bool:
     """A configuration of transformers or peft: it speaks of itself as a dictionary, and computes nothing."""
-    return not isinstance(value, type | nn.Module) and hasattr(value, "to_dict") and hasattr(value, "__dict__")
+    return not isinstance(value, _NO_CONFIGURATION) and hasattr(value, "to_dict") and hasattr(value, "__dict__")
 
 
 def _in_place_of(tensor: torch.Tensor, data: torch.Tensor) -> bool:

@@ -22,7 +22,7 @@ BROKEN: dict[str, tuple[str, str, int, int]] = {
     "layer on 1": ("layer", "error", 1, 2),
     "head on 1": ("head", "error", 1, 6),
 }
-"""Where, what, on which rank and at which step: those of a rank in one run, and behind each of them an audit without a fault."""
+"""Where, what, on which rank and at which step: all of a rank in one run, with an audit without a fault behind each."""
 EVERY = {0: 1, 1: 2}
 """How many steps from audit to audit, by the rank on which something breaks."""
 MEMORY_AT = 4

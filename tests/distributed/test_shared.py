@@ -32,7 +32,10 @@ SITES = [{"site": "mlp_output", "estimator": "control_variate", "pairs": 8}, {"s
 LAYERS = {"low_rank": {**AUDIT["low_rank"], "layers": "all"}}
 SITUATIONS: dict[str, dict[str, Any]] = {
     "uneven": {"probes": 13, "audit": {**AUDIT, "localization": {"enabled": True, **QUICK_LASSO}}},
-    "one pair": {"probes": 1, "audit": {"schedule": LAST_ONLY, "patching": {"noise_draws": 1}, "spinal": {"enabled": True}}},
+    "one pair": {
+        "probes": 1,
+        "audit": {"schedule": LAST_ONLY, "patching": {"noise_draws": 1}, "spinal": {"enabled": True}},
+    },
     "twelve": {
         "probes": 15,
         "audit": {**AUDIT, **LAYERS, "sites": SITES, "patching": {"exact_pairs": 12, "control_pairs": 8}},
@@ -45,7 +48,12 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     "frozen": {"probes": 9, "audit": AUDIT, "frozen": True},
 }
 CASES = {
-    f"{engine}, {name}": {"engine": engine, "alone": True, "trainer": {"save_strategy": "no", "max_steps": STEPS}, **situation}
+    f"{engine}, {name}": {
+        "engine": engine,
+        "alone": True,
+        "trainer": {"save_strategy": "no", "max_steps": STEPS},
+        **situation,
+    }
     for engine in ("ddp", "fsdp2")
     for name, situation in SITUATIONS.items()
 }

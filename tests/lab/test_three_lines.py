@@ -18,7 +18,7 @@ from align_audit.lab.demo import BATCH_SIZE, RUINED
 
 def test_the_demos_ruined_run_is_reported_by_step_20(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    pairs = preference_pairs(160 + 24, seed=0)
+    pairs = preference_pairs(160 + 12, seed=0)
     args = DPOConfig(
         output_dir=str(tmp_path), learning_rate=RUINED.learning_rate, beta=RUINED.beta, max_steps=20,
         per_device_train_batch_size=BATCH_SIZE, lr_scheduler_type="constant", report_to=[], use_cpu=True, bf16=False,
