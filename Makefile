@@ -25,12 +25,13 @@ BOUND_TESTS := tests/monitoring/test_callback.py tests/monitoring/test_reference
 
 install: $(STAMP)
 
-# torch comes first and alone, so that the build asked for is there before anything depends on it.
+# torch comes first and alone, so that the build asked for is there before anything depends on it. Bytecode is made of what is
+# imported, when it is: of all that is installed it takes half a minute, and most of that nobody imports.
 $(STAMP): pyproject.toml constraints.txt | python
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || echo "$(TORCH_SIZE)"
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install $(TORCH_FROM) "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --no-compile $(TORCH_FROM) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
 TORCH_ADDRESS = https://download.pytorch.org/whl/$(TORCH_INDEX)
@@ -77,7 +78,7 @@ $(TRACKERS)/.installed: pyproject.toml constraints-trackers.txt $(STAMP)
 	touch $@
 
 test-trackers: trackers
-	$(TESTED) $(TRACKERS)/bin/python -m pytest tests/writers/trackers -m "not slow and not gpu"
+	$(TESTED) $(TRACKERS)/bin/python -m pytest -n 2 --dist loadfile tests/writers/trackers -m "not slow and not gpu"
 
 # Records, options, probe files and command lines that nobody wrote: so many of each test, 20,000 and more in all, drawn anew
 # each time. `make test` tries a few, always the same ones.
