@@ -15,7 +15,14 @@ from scipy.special import log_softmax, rel_entr
 from scipy.stats import entropy
 
 from align_audit.measures import margin
-from align_audit.measures.margin import kl_divergence, preference_margin, sum_by_pair, token_logp, token_readout
+from align_audit.measures.margin import (
+    kl_divergence,
+    preference_margin,
+    sum_by_pair,
+    token_logp,
+    token_logp_gradient,
+    token_readout,
+)
 
 LOGITS = hnp.arrays(np.float64, (4, 6), elements=st.floats(-50, 50))
 NAN, INF = math.nan, math.inf
@@ -44,6 +51,17 @@ def test_known_distributions() -> None:
     assert kl_divergence(wide, torch.zeros(3, 4, dtype=torch.float64)).tolist() == pytest.approx(
         [math.log(2), 0.5 * math.log(2), math.log(4)], rel=1e-14
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_gradient_of_log_probabilities_is_that_of_autograd_to_the_bit(dtype: torch.dtype) -> None:
+    wide = (10 * torch.randn(40, 300, generator=torch.Generator().manual_seed(0))).to(dtype)
+    target = torch.arange(40) % 7
+    wide[3], wide[5, 0] = 0.0, -INF  # rows alike everywhere, and a token that cannot come
+    leaf = wide.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(token_logp(leaf, target).sum(), leaf)
+    assert torch.equal(token_logp_gradient(wide, target), expected)
+    assert expected.abs().max() > 0.9
 
 
 @settings(max_examples=100, deadline=None)

@@ -142,11 +142,7 @@ class Spinal(Measurement):
         norm is over the positions of two sequences, in which the prompt stands twice.
         """
         batch, readout = recorded.batch, self.session.readout
-
-        def each_side(top: torch.Tensor) -> list[torch.Tensor]:
-            return list(readout.summed_logp(replay, top, batch))
-
-        objective = each_side if batch.shared else readout.margin_objective(replay, batch)
+        objective = readout.sides(replay, batch) if batch.shared else readout.margin_objective(replay, batch)
         for layer, gradients in stream_gradients(replay, recorded.policy, objective):
             squares = torch.stack([gradient.double().square().sum(dim=(1, 2)) for gradient in gradients]).sum(0)
             self.state.gradient_norm.put(batch, sum_into(batch.row_pair, squares, batch.num_pairs).sqrt(), layer)

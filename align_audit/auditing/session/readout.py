@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterator
 
 import torch
 
-from align_audit.measures.margin import preference_margin, sum_by_pair, token_logp
+from align_audit.measures.margin import preference_margin, token_logp, token_logp_gradient
 from align_audit.models.replay import Replay
 from align_audit.probes.batches import PairBatch
 
@@ -30,23 +30,46 @@ class Readout:
         self._sample()
         return torch.cat(pieces)
 
-    def summed_logp(self, replay: Replay, top: torch.Tensor, batch: PairBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """log p of all chosen completions of a batch, and of all rejected ones: two scalars to differentiate.
+    def sides(self, replay: Replay, batch: PairBatch) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+        """What ``stream_gradients`` takes of a final stream [R, T, d]: log p of all chosen completions of a batch, and of all
+        rejected ones, as :meth:`margin_objective` has them.
 
         Pairs do not touch each other, so the gradient of a sum holds each pair's own gradient in its rows.
         """
-        logp = self.token_logp(replay, top, batch)
-        chosen, rejected = sum_by_pair(logp, batch.pair, batch.side, batch.num_pairs).sum(1)
-        return chosen, rejected
+
+        def each(top: torch.Tensor) -> list[torch.Tensor]:
+            slopes = self._logp_slopes(replay, top, batch)
+            return [self._tangent(top, slopes, batch, side) for side in (0, 1)]
+
+        return each
 
     def margin_objective(self, replay: Replay, batch: PairBatch) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-        """Of a final stream [R, T, d] the sum of the batch's margins, as ``stream_gradients`` takes it."""
+        """Of a final stream [R, T, d] the sum of the batch's margins, as ``stream_gradients`` takes it: what it gives has the
+        gradient of that sum and is linear in the stream, so no graph of the vocabulary's size is kept."""
 
         def total(top: torch.Tensor) -> list[torch.Tensor]:
-            chosen, rejected = self.summed_logp(replay, top, batch)
-            return [chosen - rejected]
+            slopes = self._logp_slopes(replay, top, batch)
+            return [self._tangent(top, slopes, batch, 0) - self._tangent(top, slopes, batch, 1)]
 
         return total
+
+    def _logp_slopes(self, replay: Replay, top: torch.Tensor, batch: PairBatch) -> torch.Tensor:
+        """∂ log p(target) / ∂ row [P, d] of every prediction entry: each goes through the head once, and back once."""
+        pieces = []
+        for block in replay.head_blocks(batch.row.numel()):
+            rows = top.detach()[batch.row[block], batch.position[block]].requires_grad_()
+            with torch.enable_grad():
+                logits = replay.head(rows)
+            slope = token_logp_gradient(logits.detach(), batch.target[block])
+            pieces += torch.autograd.grad(logits, rows, slope)
+        self._sample()
+        return torch.cat(pieces)
+
+    @staticmethod
+    def _tangent(top: torch.Tensor, slopes: torch.Tensor, batch: PairBatch, side: int) -> torch.Tensor:
+        """A scalar, linear in the stream, with the gradient of one side's log-probabilities."""
+        entries = batch.side == side
+        return (top[batch.row[entries], batch.position[entries]] * slopes[entries]).sum()
 
     def margins(self, replay: Replay, top: torch.Tensor, batch: PairBatch) -> torch.Tensor:
         """Preference margins [B], float64 on the CPU, from a final residual stream [R, T, d]."""

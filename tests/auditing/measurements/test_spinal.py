@@ -91,3 +91,25 @@ def test_a_block_that_does_not_fit_is_halved_until_it_does(
         assert one.transport == pytest.approx(other.transport, rel=1e-6)
         assert one.contraction == other.contraction
     assert halved.spinal.rows == whole.spinal.rows
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+def test_gradients_take_each_prediction_entry_through_the_head_once(
+    models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, share_prompts: bool
+) -> None:
+    """One forward and one backward of norm and head, whichever way a pair is laid out; nothing else is differentiated there."""
+    differentiated: list[int] = []
+    real = Replay.head
+
+    def counted(self: Replay, rows: torch.Tensor) -> torch.Tensor:
+        if rows.requires_grad:
+            differentiated.append(len(rows))
+        return real(self, rows)
+
+    monkeypatch.setattr(Replay, "head", counted)
+    record = traced(*models, share_prompts=share_prompts)
+    assert record.provenance.shared_prompts is share_prompts
+    read = [
+        len(pair.chosen_predictions) + len(pair.rejected_predictions) for pair in random_pairs(PAIRS).pairs
+    ]  # all are control pairs
+    assert sum(differentiated) == sum(read)
