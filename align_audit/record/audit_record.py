@@ -31,7 +31,7 @@ from align_audit.record.schema import Labelled, Migration, Part, Stored
 from align_audit.record.site_curve import SiteCurve
 from align_audit.record.units import In, Labels
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 """Version of the fields of a record. Older records are migrated on load; newer ones are refused."""
 
 METHODS_VERSION = 2
@@ -243,11 +243,13 @@ class DepthTrace(Part):
     contraction_r2: Annotated[list[float], In("", along="layer")]
     contraction_stderr: Annotated[list[float], In("", along="layer")]
     transport: Annotated[list[float], In("radians", along="layer")]
-    """Length L − 1; radians in [0, π]."""
+    """Length L − 1; radians in [0, π]. A mean over all rows, or an estimate of it from some that were drawn."""
     singular_values: Annotated[list[int], In("count", along="layer")]
     """n per layer: min(rows, columns, numerical rank)."""
     below_rounding_floor: Annotated[list[int], In("count", along="layer")]
     """Singular values per layer that the dtype of the activations cannot resolve."""
+    transport_stderr: Annotated[list[float], In("radians", along="layer")] = Field(default_factory=list)
+    """Of ``transport`` as an estimate of the mean over all rows: 0 where it is that mean. Empty in older records."""
 
 
 class Spinal(Part):
@@ -258,7 +260,13 @@ class Spinal(Part):
     terminal_layers: Annotated[list[int], In("layer", along="place")]
     rows: Count
     rows_available: Count
+    transport_rows: Annotated[int | None, In("count")] = None
+    """The rows that transport was measured on, in both models; of ``rows_available``. None: not in older records."""
+    transport_change_stderr: Annotated[list[float], In("radians", along="layer")] = Field(default_factory=list)
+    """Of the difference of both models' transport, which is of the same rows. Empty in older records."""
     delta_align: Bare
+    delta_align_stderr: Annotated[float | None, In("")] = None
+    """What of it the rows leave open that transport was not measured on: 0 where there are none. None: not in older records."""
     coherence: Bare
     reference_coherence: Bare
     gradient_concentration: Share

@@ -26,7 +26,9 @@ NO_REASON = "the record gives no reason"
 _NO_NUMBERS = frozenset({"alerts", "reasons", "reason", "config", "versions", "pairs_dropped"})
 """Fields with keys of their own, reasons, which stand with their numbers, and alerts, which repeat numbers of the record."""
 
-_SAME_REASON = {"contraction_r2": "contraction", "contraction_stderr": "contraction"}
+_SAME_REASON = {
+    "contraction_r2": "contraction", "contraction_stderr": "contraction", "transport_stderr": "transport",
+}  # fmt: skip
 """Of fields that are NaN together, the one with which the reason stands."""
 
 

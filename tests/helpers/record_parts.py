@@ -293,6 +293,7 @@ class Maker:
             transport=np.clip(transport[:-1], 0, math.pi).tolist(),
             singular_values=values.tolist(),
             below_rounding_floor=[0] * count,
+            transport_stderr=(0.01 * np.clip(transport[:-1], 0, math.pi)).tolist(),
         )
 
     def spinal(self) -> Spinal:
@@ -311,7 +312,8 @@ class Maker:
             transport_moved = np.mean([policy.transport[i] - reference.transport[i] for i in inner])
             delta_align = float(contraction_moved - transport_moved)
         else:
-            self.reasons["spinal.delta_align"] = "one layer has no transport"
+            for name in ("delta_align", "delta_align_stderr"):
+                self.reasons[f"spinal.{name}"] = "one layer has no transport"
         coherence = self._coherence(policy, reference, inner)
         if math.isnan(coherence):
             for name in ("coherence", "reference_coherence", "score"):
@@ -325,6 +327,9 @@ class Maker:
             terminal_layers=terminal,
             rows=4096,
             rows_available=7310,
+            transport_rows=896,
+            transport_change_stderr=[0.002] * (count - 1),
+            delta_align_stderr=0.001 if inner else math.nan,
             delta_align=delta_align,
             coherence=coherence,
             reference_coherence=self._coherence(reference, reference, inner),

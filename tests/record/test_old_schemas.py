@@ -24,7 +24,7 @@ from tests.helpers.make_record import make_record
 from tests.record.test_reasons import unexplained
 
 DATA = Path(__file__).parent / "data"
-VERSIONS = (1, 2, 3, 4, 5, 6)
+VERSIONS = (1, 2, 3, 4, 5, 6, 7)
 
 
 def read(version: int) -> tuple[AuditRecord, Any]:
@@ -153,6 +153,21 @@ def test_version_6() -> None:
     assert record.patching.groups == written["patching"]["groups"] == 4
     for alert, stored in zip(record.alerts, written["alerts"], strict=True):
         assert (alert.rule, alert.event, alert.since, alert.looks) == (stored["rule"], "opened", None, 1)
+    assert record.reasons == written["reasons"]
+
+
+def test_version_7() -> None:
+    """Its transport was measured on all rows of the spectra, and it did not say what an audit cost in training pairs."""
+    record, written = check_common(7)
+    assert record.kind == written["kind"] == "full"
+    assert record.occasion is not None
+    assert record.occasion.training_pair_seconds == written["occasion"]["training_pair_seconds"] > 0
+    assert not {"transport_rows", "transport_change_stderr", "delta_align_stderr"} & set(written["spinal"])
+    assert "transport_stderr" not in written["spinal"]["policy"]
+    assert record.spinal is not None
+    assert record.spinal.policy.transport == written["spinal"]["policy"]["transport"]
+    assert (record.spinal.transport_rows, record.spinal.delta_align_stderr) == (None, None)
+    assert record.spinal.policy.transport_stderr == record.spinal.transport_change_stderr == []
     assert record.reasons == written["reasons"]
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
+from align_audit.auditing.measurements.lens_walk import LensWalk, travelled
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement, Reasons, RecordedBatch
 from align_audit.auditing.session.accumulators import PerPair, Rows, State
 from align_audit.auditing.session.estimates import floats
-from align_audit.auditing.session.memory import out_of_memory
 from align_audit.auditing.session.reference_cache import ReferenceTrace
 from align_audit.measures import spinal as scores
 from align_audit.measures.draws import keep_rows, prefix_keys
+from align_audit.measures.row_sample import sampling_error
 from align_audit.measures.spectrum import (
     Contraction,
     below_rounding_floor,
@@ -25,7 +26,6 @@ from align_audit.measures.spectrum import (
     singular_values,
 )
 from align_audit.measures.sums import sum_into
-from align_audit.measures.transport import TransportAccumulator
 from align_audit.models.gradients import stream_gradients
 from align_audit.models.replay import Recording, Replay
 from align_audit.record.audit_record import DepthTrace
@@ -73,7 +73,9 @@ class Spinal(Measurement):
         # The first process's word: it alone has what an earlier run left on disk.
         kept = task.cache.get(self._trace_key()) if self.enabled else None
         self._reference_trace = self.session.models.ranks.share(kept)
+        self._reference_from = self._first_reference_key() if self.enabled else None
         self._policy_trace: tuple[DepthTrace, Reasons] | None = None
+        self._distances: list[np.ndarray] = []
 
     def _trace_key(self) -> tuple[str, ...]:
         """What the reference's depth trace depends on."""
@@ -106,6 +108,15 @@ class Spinal(Measurement):
         kept[at[places[keep_rows(distinct, self.config.spinal.max_rows)]]] = True
         return SampledRows(flat, first, kept, len(distinct))
 
+    def _first_reference_key(self) -> int | None:
+        """The key from which on rows of the reference may have to walk: all, or (None) none, where enough is known of it."""
+        assert self._sampled is not None
+        keys = np.sort(self._sampled.keys[self._sampled.kept])
+        known = 0 if self._reference_trace is None else len(self._reference_trace.distances)
+        if self._reference_trace is not None and self.config.spinal.transport_rows != "auto":
+            return None
+        return int(keys[known]) if known < len(keys) else None
+
     def read(self, recorded: RecordedBatch) -> None:
         """On pairs of the controls, the policy's gradients."""
         if self.enabled and self.config.spinal.gradient_concentration and self.session.is_control(recorded.batch):
@@ -125,11 +136,15 @@ class Spinal(Measurement):
         picked = torch.from_numpy(chosen).to(batch.row.device)
         at = (batch.row[picked], batch.position[picked])
         policy = self._rows(recorded.policy, at)
-        reference = self._rows(recorded.reference, at) if self._reference_trace is None else None
+        reference = None
+        if self._reference_from is not None:
+            asked = keys[chosen] >= self._reference_from
+            among = torch.from_numpy(np.flatnonzero(asked)).to(batch.row.device)
+            reference = self._rows(recorded.reference, (at[0][among], at[1][among]))
         # Added last, and together: a batch that runs out of memory comes again.
         state.policy_rows.add(keys[chosen], policy)
         if reference is not None:
-            state.reference_rows.add(keys[chosen], reference)
+            state.reference_rows.add(keys[chosen][asked], reference)
 
     def _rows(self, recording: Recording, at: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """The residual stream after every layer at some positions, [n, L, d], on the CPU."""
@@ -151,61 +166,27 @@ class Spinal(Measurement):
     # -- transport -----------------------------------------------------------------------------------------------------
 
     def look_closer(self, tick: Callable[[], None]) -> None:
-        """Both traces, of all rows together; the reference's is kept in the run's cache from now on."""
-        if not self.enabled:
+        """Both traces, of all rows together; what is the reference's alone is kept in the run's cache from now on."""
+        if not self.enabled or self._sampled is None:
             return
-        rows, models = self.state.policy_rows, self.session.models
-        with self.session.as_policy() as replay:
-            distances = self._travelled(replay, rows)
-        self._policy_trace = self.depth_trace(rows, distances, _epsilon(models.policy))
-        if self._reference_trace is None:
-            rows = self.state.reference_rows
-            with self.session.as_reference() as replay:
-                distances = self._travelled(replay, rows)
-            traced = self.depth_trace(rows, distances, _epsilon(models.reference))
-            self._reference_trace = self.task.cache.put(self._trace_key(), *traced)
-
-    def _travelled(self, replay: Replay, rows: Rows) -> np.ndarray:
-        """Distances [n, L − 1] that the logit lens of n rows travels from layer to layer, by ascending key.
-
-        In blocks as large as the head is fast at, however few rows a batch had; processes take turns of them.
-        """
-        if not len(rows):
-            return np.empty((0, replay.num_layers - 1))
-        order, ranks = rows.order().numpy(), self.session.models.ranks
-        size = next(replay.head_blocks(2**62)).stop
-        blocks = [order[first : first + size] for first in range(0, len(order), size)]
-        walked = {
-            number: self._block_travelled(replay, rows, block)
-            for number, block in enumerate(blocks)
-            if number % ranks.size == ranks.rank
-        }
-        everywhere = {number: part for said in ranks.gather(walked) for number, part in said.items()}
-        return np.concatenate([everywhere[number] for number in range(len(blocks))])
-
-    def _block_travelled(self, replay: Replay, rows: Rows, block: np.ndarray) -> np.ndarray:
-        """Of the rows at these places, which walk up the layers, so that two layers' logits of them are held; in smaller
-        blocks after running out of memory."""
-        walks, done, size = TransportAccumulator(), 0, len(block)
-        while done < len(block):
-            streams = rows.take(block[done : done + size])
-            try:
-                walks.update(self._lens(replay, streams, layer) for layer in range(replay.num_layers))
-                done += len(streams)
-                continue
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error) or len(streams) == 1:
-                    raise
-            # Out of the handler, so that the failed call's tensors are free.
-            self.session.free_memory()
-            size = len(streams) // 2
-        return walks.freeze().numpy()
-
-    def _lens(self, replay: Replay, block: torch.Tensor, layer: int) -> torch.Tensor:
-        """The logit lens [n, V] of rows [n, L, d] after one layer."""
-        logits = replay.head(block[:, layer].to(replay.device))
-        self.session.meter.sample()
-        return logits
+        session, state, kept = self.session, self.state, self._reference_trace
+        nowhere = np.empty((0, session.num_layers - 1))
+        known = nowhere if kept is None else np.array(kept.distances).reshape(-1, session.num_layers - 1)
+        walks = [
+            LensWalk(session, session.as_policy, state.policy_rows, nowhere),
+            LensWalk(session, session.as_reference, state.reference_rows, known),
+        ]
+        asked = self.config.spinal.transport_rows
+        self._distances = travelled(walks, asked, len(state.policy_rows), self._sampled.available)
+        policy, reference = session.models.policy, session.models.reference
+        self._policy_trace = self.depth_trace(state.policy_rows, self._distances[0], _epsilon(policy))
+        if kept is None:
+            traced = self.depth_trace(state.reference_rows, self._distances[1], _epsilon(reference))
+        else:
+            traced = self._with_transport(kept.trace, kept.reasons, self._distances[1])
+        self._reference_trace = ReferenceTrace.of(self._trace_key(), *traced, walks[1].distances.tolist())
+        if kept is None or len(walks[1].distances) > len(known):
+            self.task.cache.put(self._reference_trace)
 
     # -- what is said --------------------------------------------------------------------------------------------------
 
@@ -237,17 +218,33 @@ class Spinal(Measurement):
             if fit.reason is not None:
                 for name in ("contraction", "contraction_r2", "contraction_stderr"):
                     why[f"{name}.{layer}"] = fit.reason
-        for layer in np.flatnonzero(~np.isfinite(distances).all(axis=0)).tolist():
-            why[f"transport.{layer}"] = f"the logit lens at layer {layer} or {layer + 1} is not finite on some rows"
         trace = DepthTrace(
             contraction=[fit.alpha for fit in fits],
             contraction_r2=[fit.r2 for fit in fits],
             contraction_stderr=[fit.stderr for fit in fits],
-            transport=floats(distances.mean(axis=0)) if len(distances) else [math.nan] * distances.shape[1],
+            transport=[],
             singular_values=[int(fit.n) for fit in fits],
             below_rounding_floor=[int(count) for count in floor],
         )
-        return trace, why
+        return self._with_transport(trace, why, distances)
+
+    def _with_transport(self, trace: DepthTrace, reasons: Reasons, distances: np.ndarray) -> tuple[DepthTrace, Reasons]:
+        """The trace, and its reasons, with the transport of these distances in place of what it had."""
+        why = {path: reason for path, reason in reasons.items() if not path.startswith("transport")}
+        for layer in np.flatnonzero(~np.isfinite(distances).all(axis=0)).tolist():
+            for name in ("transport", "transport_stderr"):
+                why[f"{name}.{layer}"] = f"the logit lens at layer {layer} or {layer + 1} is not finite on some rows"
+        unknown = [math.nan] * distances.shape[1]
+        moved = {
+            "transport": floats(distances.mean(axis=0)) if len(distances) else unknown,
+            "transport_stderr": floats(self._row_error(distances)),
+        }
+        return trace.model_copy(update=moved), why
+
+    def _row_error(self, values: np.ndarray) -> np.ndarray:
+        """Standard error [k] of means over all rows, from those [n, k] that were drawn."""
+        assert self._sampled is not None
+        return sampling_error(values, self._sampled.available)
 
     def _fit(self, rows: Rows, order: torch.Tensor, layer: int, epsilon: float) -> tuple[Contraction, int]:
         """Of one layer, and how many singular values lie below the floor of rounding."""
@@ -280,19 +277,35 @@ class Spinal(Measurement):
             )
             if why is not None
         }  # fmt: skip
+        left_open, why = self._left_open(terminal, no_delta)
+        reasons |= why
         part = SpinalPart(
             policy=policy,
             reference=reference,
             terminal_layers=[int(layer) for layer in terminal],
             rows=len(self.state.policy_rows),
             rows_available=0 if self._sampled is None else self._sampled.available,
+            transport_rows=len(self._distances[0]),
             delta_align=delta,
             coherence=coherence,
             reference_coherence=reference_coherence,
             gradient_concentration=concentration,
             score=score,
+            **left_open,
         )
         return part, reasons
+
+    def _left_open(self, terminal: Sequence[int], no_delta: str | None) -> tuple[dict[str, Any], Reasons]:
+        """Standard errors, of the rows that were drawn, of what compares both models on the same rows."""
+        change = self._distances[0] - self._distances[1]
+        inner = [layer for layer in terminal if layer < change.shape[1]]
+        by_layer, reasons = self._row_error(change), {}
+        for layer in np.flatnonzero(np.isnan(by_layer)).tolist():
+            reasons[f"transport_change_stderr.{layer}"] = f"transport is not known at layer {layer} of both models"
+        of_delta = float(self._row_error(change[:, inner].mean(axis=1, keepdims=True))[0]) if inner else math.nan
+        if math.isnan(of_delta):
+            reasons["delta_align_stderr"] = no_delta or "transport is not known over the terminal block"
+        return {"transport_change_stderr": floats(by_layer), "delta_align_stderr": of_delta}, reasons
 
 
 def _epsilon(replay: Replay) -> float:

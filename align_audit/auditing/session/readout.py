@@ -55,7 +55,7 @@ class Readout:
 
     def _logp_slopes(self, replay: Replay, top: torch.Tensor, batch: PairBatch) -> torch.Tensor:
         """∂ log p(target) / ∂ row [P, d] of every prediction entry: each goes through the head once, and back once."""
-        pieces = []
+        pieces: list[torch.Tensor] = []
         for block in replay.head_blocks(batch.row.numel()):
             rows = top.detach()[batch.row[block], batch.position[block]].requires_grad_()
             with torch.enable_grad():

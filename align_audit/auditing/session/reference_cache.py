@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import torch
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -45,12 +45,24 @@ _WHOLE = "batch.safetensors"
 
 
 class ReferenceTrace(BaseModel):
-    """The reference's depth trace, and why a number in it is NaN (path within the trace → reason)."""
+    """The reference's depth trace, and why a number in it is NaN (path within the trace → reason).
+
+    Attributes:
+        distances: by ascending key of the rows, those of each row that has walked up the layers: radians.
+    """
+
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
     key: list[str]
     methods_version: int
     trace: DepthTrace
     reasons: dict[str, str]
+    distances: list[list[float]]
+
+    @classmethod
+    def of(cls, key: tuple[str, ...], trace: DepthTrace, reasons: dict[str, str], distances: list[list[float]]) -> Self:
+        """As the methods of today give it."""
+        return cls(key=list(key), methods_version=METHODS_VERSION, trace=trace, reasons=reasons, distances=distances)
 
 
 class ReferenceCache:
@@ -94,9 +106,9 @@ class ReferenceCache:
                 self._known[key] = found
         return self._known.get(key)
 
-    def put(self, key: tuple[str, ...], trace: DepthTrace, reasons: dict[str, str]) -> ReferenceTrace:
-        """Keep a trace. A disk that refuses it costs the next process some time, and nothing else."""
-        kept = ReferenceTrace(key=list(key), methods_version=METHODS_VERSION, trace=trace, reasons=reasons)
+    def put(self, kept: ReferenceTrace) -> None:
+        """Keep a trace under its key. A disk that refuses it costs the next process some time, and nothing else."""
+        key = tuple(kept.key)
         self._known[key] = kept
         if self.directory is not None:
             try:
@@ -105,7 +117,6 @@ class ReferenceCache:
             except OSError as error:
                 place = plain(self.directory)
                 logger.warning("align_audit could not keep the reference's trace in %s: %s", place, first_line(error))
-        return kept
 
     @staticmethod
     def _path(directory: Path, key: tuple[str, ...]) -> Path:

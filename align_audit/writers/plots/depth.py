@@ -90,7 +90,7 @@ def _unknown(record: AuditRecord, spinal: Spinal) -> list[str]:
 
 
 def _draw_by_layer(axes: Axes, spinal: Spinal, name: str, count: int) -> None:
-    """Contraction with its standard error, or transport, of both models over ``count`` layers."""
+    """Contraction or transport with its standard error, of both models over ``count`` layers."""
     import numpy as np
 
     terminal, models = spinal.terminal_layers, _models(spinal)
@@ -110,10 +110,10 @@ def _draw_by_layer(axes: Axes, spinal: Spinal, name: str, count: int) -> None:
             label=label,
             zorder=3,
         )
-        if name == "contraction":
-            error = 1.96 * np.array(trace.contraction_stderr)
+        error = 1.96 * np.array(getattr(trace, f"{name}_stderr"))
+        if len(error):  # older records do not have that of transport
             axes.fill_between(
-                range(count), curve - error, curve + error, color=colour, alpha=0.2, linewidth=0, zorder=2
+                range(len(curve)), curve - error, curve + error, color=colour, alpha=0.2, linewidth=0, zorder=2
             )
     unknown = [
         layer

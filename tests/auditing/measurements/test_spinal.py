@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from align_audit import AuditConfig, audit
-from align_audit.auditing.measurements.spinal import Spinal
+from align_audit.auditing.measurements.lens_walk import LensWalk
 from align_audit.measures.transport import fisher_rao_distance
 from align_audit.models.replay import Replay
 from align_audit.record.audit_record import AuditRecord
@@ -76,15 +76,15 @@ def test_a_block_that_does_not_fit_is_halved_until_it_does(
 ) -> None:
     whole = traced(*models)
     refused: list[int] = []
-    real = Spinal._lens
+    real = LensWalk._lens
 
-    def refusing(self: Spinal, replay: Replay, block: torch.Tensor, layer: int) -> torch.Tensor:
+    def refusing(self: LensWalk, replay: Replay, block: torch.Tensor, layer: int) -> torch.Tensor:
         if len(block) > 3:
             refused.append(len(block))
             raise MemoryError("no room for this block")
         return real(self, replay, block, layer)
 
-    monkeypatch.setattr(Spinal, "_lens", refusing)
+    monkeypatch.setattr(LensWalk, "_lens", refusing)
     halved = traced(*models)
     assert len(refused) >= 2 and refused[0] > refused[1] > 3
     for one, other in ((halved.spinal.policy, whole.spinal.policy), (halved.spinal.reference, whole.spinal.reference)):

@@ -48,6 +48,8 @@ def audit_config(schema: int) -> Any:
         wanted.append({"patching": {"exact_pairs": 8}})
     if schema >= 3:
         wanted.append({"sites": [{"site": "attention_output"}, {"site": "block", "width": 2}]})
+    if schema >= 7:
+        wanted.append({"budget": None})  # else so short a run has time for health audits alone
     for more in wanted:
         try:
             AuditConfig.from_dict(values | more)

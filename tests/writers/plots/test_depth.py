@@ -22,6 +22,7 @@ def test_the_depth_trace_shows_both_models_and_the_terminal_block() -> None:
         lines = {line.get_label(): np.asarray(line.get_ydata()) for line in axes.lines}
         np.testing.assert_array_equal(lines["policy"], getattr(spinal.policy, name))
         np.testing.assert_array_equal(lines["reference"], getattr(spinal.reference, name))
+        assert len(axes.collections) == 2, "a band of standard errors for each model"
     block = upper.patches[0].get_extents().transformed(upper.transData.inverted())
     assert (round(block.x0, 6), round(block.x1, 6)) == (
         spinal.terminal_layers[0] - 0.5,
@@ -35,3 +36,15 @@ def test_the_depth_trace_shows_both_models_and_the_terminal_block() -> None:
     ours = np.column_stack([spinal.policy.contraction[:-1], spinal.policy.transport])
     assert any(path.shape == ours[inner].shape and np.array_equal(path, ours[inner]) for path in paths)
     assert f"coherence {spinal.coherence:.3g}" in texts(figure)
+
+
+def test_older_records_have_no_errors_of_transport() -> None:
+    record = make_record(100, layers=6)
+    assert record.spinal is not None
+    older = {
+        name: getattr(record.spinal, name).model_copy(update={"transport_stderr": []})
+        for name in ("policy", "reference")
+    }
+    figure = depth_trace(record.model_copy(update={"spinal": record.spinal.model_copy(update=older)}))
+    upper, lower, _ = figure.axes
+    assert (len(upper.collections), len(lower.collections)) == (2, 0)

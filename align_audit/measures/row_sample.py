@@ -1,0 +1,94 @@
+"""A mean over many token rows from some of them: its sampling error, and how many rows it takes.
+
+The rows are drawn without replacement, by a hash that knows nothing of what is measured on them
+(:func:`~align_audit.measures.draws.prefix_keys`), so their mean is an unbiased estimate of the mean over all of them, with
+the error below *whatever* rows of one sequence have in common: what is random is which rows are drawn. (How far other pairs
+would give another mean is another question, which intervals over pairs answer.)
+
+Source: Cochran, *Sampling Techniques*, 3rd ed. (1977), §2.3–2.6 for the error and its finite population correction, §4.4–4.7
+for the size of a sample.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+Array = np.ndarray
+
+
+def sampling_error(values: Array, population: int) -> Array:
+    """Standard error of the mean of each column, as an estimate of its mean over the population: s/√n · √(1 − n/N).
+
+    Args:
+        values: ``[n, k]``, of n rows drawn without replacement.
+        population: N ≥ n, how many rows there are.
+
+    Returns:
+        float64 ``[k]`` ≥ 0, in the unit of the values. Exactly 0 where all N were drawn; else NaN for fewer than 2 rows,
+        and for a column with a value that is not finite.
+
+    Raises:
+        ValueError: not ``[n, k]``, or fewer rows in the population than were drawn.
+
+    Example:
+        >>> sampling_error(np.array([[1.0], [3.0]]), population=4).tolist()  # √2/√2 · √½
+        [0.7071067811865476]
+        >>> sampling_error(np.array([[1.0], [3.0]]), population=2).tolist()
+        [0.0]
+    """
+    values = _checked(values, population)
+    n = len(values)
+    if n == population:
+        return np.where(np.isfinite(values).all(axis=0), 0.0, np.nan)
+    if n < 2:
+        return np.full(values.shape[1], np.nan)
+    with np.errstate(invalid="ignore"):
+        error: Array = values.std(axis=0, ddof=1) * math.sqrt((1.0 - n / population) / n)
+    return error
+
+
+def rows_needed(values: Array, population: int, share: float) -> int:
+    """How many rows give the mean of every column a standard error of at most a share of it, going by those drawn so far.
+
+    n = n₀ / (1 + n₀/N), n₀ = (s / (share · |mean|))², the largest over the columns, rounded up.
+
+    Args:
+        values: ``[n, k]``, of the n ≥ 2 rows drawn so far.
+        population: N ≥ n.
+        share: in (0, 1).
+
+    Returns:
+        1 … N. A column with a value that is not finite asks for nothing, as its mean is not known from any number of rows;
+        nor does one of equal values. One of mean 0 whose values are not equal asks for all.
+
+    Raises:
+        ValueError: as :func:`sampling_error`; fewer than 2 rows; a share outside of (0, 1).
+
+    Example:
+        >>> rows_needed(np.array([[1.0], [3.0], [1.0], [3.0]]), population=1000, share=0.1)  # (1.155 / 0.2)² = 33.3
+        33
+    """
+    values = _checked(values, population)
+    if len(values) < 2 or not 0.0 < share < 1.0:
+        raise ValueError(f"expected at least 2 rows and a share in (0, 1); found {len(values)} and {share}")
+    needed = 1.0
+    for column in values[:, np.isfinite(values).all(axis=0)].T:
+        spread, allowed = float(column.std(ddof=1)), share * abs(float(column.mean()))
+        if (column == column[0]).all():
+            continue
+        if allowed == 0.0:
+            return population
+        infinite = (spread / allowed) ** 2
+        needed = max(needed, infinite / (1.0 + infinite / population))
+    return min(population, math.ceil(needed))
+
+
+def _checked(values: Array, population: int) -> Array:
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 2 or len(values) > population:
+        raise ValueError(
+            f"expected values [n, k] of at most {population} rows, as many as there are; found {list(values.shape)}"
+        )
+    return values

@@ -1,0 +1,158 @@
+"""Transport from some of the rows: which ones, how many, and that nothing but the rows themselves decides it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from align_audit import AuditConfig, ProbeSet
+from align_audit.auditing.measurements import lens_walk
+from align_audit.auditing.measurements.lens_walk import travelled
+from align_audit.auditing.once import audit_once
+from align_audit.auditing.session.reference_cache import ReferenceCache
+from align_audit.models.reference import resolve_reference
+from align_audit.record.audit_record import Spinal
+from tests.helpers.audits import QUICK_GENERATIONS
+from tests.helpers.tiny import perturbed, random_pairs, tiny_model
+
+PORTION = 16
+SHARE = 0.05
+PROBES = random_pairs(12)
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[Any, Any]:
+    reference = tiny_model("llama")
+    return perturbed(reference), reference
+
+
+@pytest.fixture(autouse=True)
+def small_portions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that tiny probe sets have more rows than are drawn."""
+    monkeypatch.setattr(lens_walk, "PORTION", PORTION)
+    monkeypatch.setattr(lens_walk, "SHARE", SHARE)
+
+
+def traced(
+    models: tuple[Any, Any], probes: ProbeSet = PROBES, cache: ReferenceCache | None = None, **changes: Any
+) -> Spinal:
+    off = {name: {"enabled": False} for name in ("patching", "low_rank", "localization")}
+    spinal = {"gradient_concentration": False, "transport_rows": changes.pop("transport_rows", "auto")}
+    config = AuditConfig.from_dict({**off, "generations": QUICK_GENERATIONS, "spinal": spinal, **changes})
+    policy, reference = models
+    found = audit_once(policy, resolve_reference(policy, reference), probes, config, cache=cache or ReferenceCache())
+    assert found.record.spinal is not None
+    return found.record.spinal
+
+
+@pytest.fixture(scope="module")
+def whole(models: tuple[Any, Any]) -> Spinal:
+    return traced(models, transport_rows="all")
+
+
+def test_all_rows_leave_nothing_open(whole: Spinal) -> None:
+    assert whole.transport_rows == whole.rows == whole.rows_available > 8 * PORTION
+    for errors in (whole.policy.transport_stderr, whole.reference.transport_stderr, whole.transport_change_stderr):
+        assert errors == [0.0] * 3
+    assert whole.delta_align_stderr == 0.0
+
+
+def test_some_rows_give_every_layer_within_the_share(models: tuple[Any, Any], whole: Spinal) -> None:
+    some = traced(models)
+    assert some.transport_rows is not None
+    assert PORTION < some.transport_rows < whole.rows_available
+    assert some.transport_rows % PORTION == 0
+    for side in ("policy", "reference"):
+        drawn, full = getattr(some, side), getattr(whole, side)
+        assert drawn.contraction == full.contraction, "spectra keep their rows"
+        for mean, error, truth in zip(drawn.transport, drawn.transport_stderr, full.transport, strict=True):
+            assert 0 < error <= SHARE * mean
+            assert 0 < abs(mean - truth) < 4 * error
+    changed = np.array(some.policy.transport) - some.reference.transport
+    apart = np.hypot(some.policy.transport_stderr, some.reference.transport_stderr)
+    assert (np.array(some.transport_change_stderr) < apart).all(), "the same rows vary together"
+    truth = np.array(whole.policy.transport) - whole.reference.transport
+    assert (np.abs(changed - truth) < 4 * np.array(some.transport_change_stderr)).all()
+    assert abs(some.delta_align - whole.delta_align) < 4 * (some.delta_align_stderr or 0.0)
+
+
+def test_a_number_of_rows_is_taken_as_it_is(models: tuple[Any, Any], whole: Spinal) -> None:
+    assert traced(models, transport_rows=20).transport_rows == 20
+    more = traced(models, transport_rows=10**6)
+    assert more.transport_rows == whole.rows
+    assert more.policy.transport == whole.policy.transport
+
+
+def test_other_rows_come_with_another_seed_only(models: tuple[Any, Any]) -> None:
+    some = traced(models)
+    assert traced(models).policy.transport == some.policy.transport
+    assert traced(models, seed=1).policy.transport != some.policy.transport
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
+def test_batches_decide_nothing(models: tuple[Any, Any], batch_tokens: int) -> None:
+    some, again = traced(models), traced(models, batch_tokens=batch_tokens)
+    assert again.transport_rows == some.transport_rows
+    assert again.policy.transport == pytest.approx(some.policy.transport, rel=1e-6)
+    assert again.reference.transport_stderr == pytest.approx(some.reference.transport_stderr, rel=1e-6)
+
+
+def test_the_order_of_the_pairs_decides_nothing(models: tuple[Any, Any]) -> None:
+    backwards = dataclasses.replace(PROBES, pairs=PROBES.pairs[::-1])
+    assert traced(models, backwards).policy == traced(models).policy
+
+
+def test_what_is_kept_of_the_reference_changes_no_number(models: tuple[Any, Any], tmp_path: Path) -> None:
+    """A policy that asks for more rows, and one that asks for fewer, find the reference's of the audit before."""
+    policy, reference = models
+    wild = perturbed(reference, 5.0)
+    alone = {name: traced((each, reference)) for name, each in (("near", policy), ("wild", wild))}
+    rows = {name: spinal.transport_rows or 0 for name, spinal in alone.items()}
+    assert rows["wild"] != rows["near"], "else nothing is asked for that is not known"
+    for order in (["near", "wild", "near"], ["wild", "near", "wild"]):
+        cache = ReferenceCache(tmp_path / order[0])
+        for name in order:
+            found = traced((policy if name == "near" else wild, reference), cache=cache)
+            assert found == alone[name], (order, name)
+            cache = ReferenceCache(tmp_path / order[0])  # as another process finds it
+
+
+class Rows:
+    """Rows that have walked, and how many were asked for."""
+
+    def __init__(self, distances: np.ndarray) -> None:
+        self.distances, self.asked = distances, list[int]()
+
+    def up_to(self, count: int, block: int | None = None) -> np.ndarray:
+        self.asked.append(count)
+        return self.distances[:count]
+
+
+def test_the_worst_layer_of_either_model_decides() -> None:
+    draw = np.random.default_rng(0)
+    steady = 1.0 + 0.01 * draw.random((400, 3))
+    restless = steady.copy()
+    restless[:, 1] = draw.gamma(1.0, size=400)
+    for both in ([steady, restless], [restless, steady]):
+        walks = [Rows(each) for each in both]
+        found = travelled(walks, "auto", 400, 4000)
+        assert walks[0].asked == walks[1].asked
+        assert walks[0].asked[0] == PORTION < len(found[0]) == len(found[1])
+    assert len(travelled([Rows(steady)], "auto", 400, 4000)[0]) == PORTION
+
+
+def test_rows_may_be_fewer_than_the_share_asks_for() -> None:
+    restless = np.random.default_rng(0).gamma(0.1, size=(50, 2))
+    assert len(travelled([Rows(restless)], "auto", 50, 4000)[0]) == 50
+    assert len(travelled([Rows(restless[:5])], "auto", 5, 5)[0]) == 5
+    assert travelled([Rows(restless[:0])], "auto", 0, 0)[0].shape == (0, 2)
+
+
+def test_what_is_not_finite_asks_for_no_more_rows() -> None:
+    values = np.ones((100, 2))
+    values[3, 0] = np.nan
+    assert len(travelled([Rows(values)], "auto", 100, 100)[0]) == PORTION
