@@ -20,6 +20,8 @@ from align_audit.auditing.session.walk import Session
 from align_audit.probes.pairs import REPEATED
 from align_audit.record.audit_record import (
     CONTROL_NAMES,
+    IN_TRAINING,
+    NO_TRAINER,
     AuditRecord,
     Control,
     Controls,
@@ -182,6 +184,7 @@ def make_record(task: AuditTask, began: float) -> AuditRecord:
         fields = parts if measurement.name in AuditRecord.model_fields else extra
         fields[measurement.name] = part if fields is parts else _plain(part)
         reasons |= {f"{measurement.name}.{path}" if path else measurement.name: reason for path, reason in why.items()}
+    reasons |= dict.fromkeys(IN_TRAINING, NO_TRAINER)
     if request.kind == "health":
         parts |= _NOT_PATCHED
         reasons |= dict.fromkeys(("patching", "localization", "low_rank", "spinal"), HEALTH_ONLY)

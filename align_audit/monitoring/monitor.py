@@ -217,7 +217,7 @@ class Monitor:
             record = record.model_copy(update={"extra": {**record.extra, **moment.kept}})
         if self.pace is not None and moment.training is not None:
             occasion = self.pace.occasion(record, moment.reason, moment.training, moment.unaffordable)
-            record = record.model_copy(update={"occasion": occasion})
+            record = self.pace.priced(record, occasion, moment.training)
         record = record.model_copy(update={"alerts": self._judged(record, moment)})
         findings.records[name] = record
         # Acted on whatever follows: neither a full disk nor a closed terminal makes them untrue.

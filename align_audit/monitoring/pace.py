@@ -6,10 +6,11 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from align_audit.config import AuditConfig
 from align_audit.monitoring.schedule import Due, Spent, Training, affords_full, look_after
-from align_audit.record.audit_record import AuditKind, AuditRecord, Occasion
+from align_audit.record.audit_record import IN_TRAINING, AuditKind, AuditRecord, Occasion
 
 
 class Pace:
@@ -89,6 +90,17 @@ class Pace:
             unaffordable_seconds=unaffordable,
             training_pair_seconds=spent.training / pairs if pairs else None,
         )
+
+    def priced(self, record: AuditRecord, occasion: Occasion, training: Training) -> AuditRecord:
+        """The record with its ``occasion``, and with what it cost in training pairs and as a share of the run so far."""
+        pair, spent = occasion.training_pair_seconds, self.spent(training)
+        changes: dict[str, Any] = {"occasion": occasion}
+        if pair and spent.share is not None:
+            seconds = record.cost.seconds
+            prices = {"training_pairs": seconds / pair, "share_of_run": seconds / (spent.audits + spent.training)}
+            changes["cost"] = record.cost.model_copy(update=prices)
+            changes["reasons"] = {path: why for path, why in record.reasons.items() if path not in IN_TRAINING}
+        return record.model_copy(update=changes)
 
     @contextlib.contextmanager
     def timed(self, kind: AuditKind) -> Iterator[None]:

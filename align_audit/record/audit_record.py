@@ -37,6 +37,12 @@ SCHEMA_VERSION = 8
 METHODS_VERSION = 2
 """Version of the definitions of the measures. Numbers of different versions are not comparable."""
 
+NO_TRAINER = "no trainer made a step beside this audit"
+"""Why an audit's cost is not known in the trainer's unit."""
+
+IN_TRAINING = ("cost.training_pairs", "cost.share_of_run")
+"""Paths of what is known of an audit's cost only where a trainer runs."""
+
 Verdict = Literal["passed", "failed", "not_run"]
 AuditKind = Literal["health", "full"]
 """``health``: what both models say of the pairs and how they continue prompts, nothing patched. ``full``: everything."""
@@ -298,6 +304,11 @@ class Cost(Part):
     """Bytes above what was allocated when the audit began (device memory on CUDA, resident memory on a CPU)."""
     forward_equivalents: Annotated[float, In("forwards")]
     """Full forwards of one model over the probe pairs that the same layer calls amount to."""
+    training_pairs: Annotated[float | None, In("pairs")] = None
+    """On how many pairs the trainer would have trained in these seconds, by its own steps in this run up to the audit. None:
+    no trainer ran, or had made no step yet (see ``reasons``); not in older records."""
+    share_of_run: Annotated[float | None, In("share")] = None
+    """Of the run's time so far, this audit in it, the share that it took. None as ``training_pairs``."""
 
 
 class Provenance(Part):

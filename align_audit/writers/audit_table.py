@@ -93,7 +93,10 @@ def _rows(record: AuditRecord) -> Iterator[_Row]:
     cost = record.cost
     memory = cost.peak_memory / 2**20
     size = f"{memory / 1024:.1f} GiB" if memory >= 1024 else f"{memory:.0f} MiB"
-    yield _Row.of("cost", f"{cost.seconds:.1f} s, {size} at the peak, {cost.forward_equivalents:.0f} forwards")
+    words = f"{cost.seconds:.1f} s, {size} at the peak, {cost.forward_equivalents:.0f} forwards"
+    if cost.training_pairs is not None and cost.share_of_run is not None:
+        words += f", as long as training on {cost.training_pairs:.0f} pairs ({cost.share_of_run:.1%} of the run so far)"
+    yield _Row.of("cost", words)
 
 
 def _number_row(label: str, number: Number, signed: bool = False) -> _Row:

@@ -29,7 +29,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from align_audit.record.audit_record import AuditRecord, Margins, control_items
+from align_audit.record.audit_record import IN_TRAINING, AuditRecord, Margins, control_items
 from align_audit.record.numbers import NO_REASON, Number, by_series
 from align_audit.record.site_names import site_names
 
@@ -71,6 +71,8 @@ def not_known(record: AuditRecord) -> dict[tuple[str, str], list[int]]:
     # Parts that were not measured have reasons, but no numbers.
     listed = {path for path, _ in missing}
     for path, reason in record.reasons.items():
+        if path in IN_TRAINING:  # what an audit costs is nothing about the models
+            continue
         if not any(path == part or path.startswith(f"{part}.") for part in listed):
             missing.setdefault((path, reason), [])
     return missing

@@ -10,7 +10,9 @@ import pytest
 from align_audit.config import AuditConfig
 from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.schedule import Due, Training
-from align_audit.record.audit_record import AuditKind
+from align_audit.record.audit_record import IN_TRAINING, NO_TRAINER, AuditKind
+from align_audit.record.numbers import why_unknown
+from align_audit.writers.scalars import not_known
 from tests.helpers.make_record import make_record
 
 FULL = Due("full", "a checkpoint was saved", budgeted=True)
@@ -75,6 +77,40 @@ def test_before_the_first_step_nothing_is_known_of_shares() -> None:
         clock.now += 1.0
         occasion = pace.occasion(make_record(0), "before training", Training(0, 1000))
     assert (occasion.share_spent, occasion.training_pair_seconds, occasion.next_step) == (None, None, 5)
+
+
+def test_an_audit_costs_so_many_training_pairs_and_so_much_of_the_run() -> None:
+    pace, clock = begun()
+    audit(pace, clock, "health", 0, 1.0)
+    clock.now += 40.0
+    with pace.timed("full"):
+        clock.now += 5.0
+        record = make_record(5, layers=4)
+        record = record.model_copy(
+            update={
+                "cost": record.cost.model_copy(update={"seconds": 5.0}),
+                "reasons": dict.fromkeys(IN_TRAINING, NO_TRAINER) | {"spinal": "switched off"},
+            }
+        )
+        training = Training(5, 1000)
+        priced = pace.priced(record, pace.occasion(record, "a checkpoint was saved", training), training)
+    assert priced.cost.training_pairs == 5.0 / (40.0 / (5 * 8)) == 5.0
+    assert priced.cost.share_of_run == 5.0 / (1.0 + 40.0 + 5.0)
+    assert priced.occasion is not None
+    assert priced.occasion.training_pair_seconds is not None
+    assert priced.reasons == {"spinal": "switched off"}
+
+
+def test_before_the_first_step_an_audit_has_no_price_and_says_why() -> None:
+    pace, clock = begun()
+    with pace.timed("health"):
+        clock.now += 1.0
+        record = make_record(0).model_copy(update={"reasons": dict.fromkeys(IN_TRAINING, NO_TRAINER)})
+        training = Training(0, 1000)
+        priced = pace.priced(record, pace.occasion(record, "before training", training), training)
+    assert (priced.cost.training_pairs, priced.cost.share_of_run) == (None, None)
+    assert why_unknown(priced, "cost.training_pairs") == NO_TRAINER
+    assert not any(path in IN_TRAINING for path, _ in not_known(priced))
 
 
 def test_a_full_audit_that_does_not_fit_is_made_small_and_says_so() -> None:

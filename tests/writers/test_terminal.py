@@ -77,6 +77,13 @@ def test_the_summary_gives_the_records_numbers() -> None:
     assert row(text, "cost") == "15.6 s, 540 MiB at the peak, 42 forwards"
 
 
+def test_an_audit_beside_a_trainer_says_what_it_cost_in_training_pairs() -> None:
+    record = make_record(100, layers=4)
+    cost = record.cost.model_copy(update={"training_pairs": 41.7, "share_of_run": 0.0312})
+    said = row(render(summary_table(record.model_copy(update={"cost": cost}))), "cost")
+    assert "forwards, as long as training on 42 pairs (3.1% of the run so far)" in said
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 @pytest.mark.parametrize("layers", [2, 48])
 def test_eighty_columns_are_enough(terminal: bool, layers: int) -> None:

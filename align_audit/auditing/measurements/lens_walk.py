@@ -22,8 +22,6 @@ PORTION = 128
 by it, and a standard error is wrong by more than a sixteenth."""
 SHARE = 0.02
 """Of the mean, the largest standard error of a transport of which rows are drawn."""
-_SLACK = 1.1
-"""So many times the rows that the portions so far ask for: the next portion is then nearly always the last."""
 
 
 @dataclass
@@ -128,5 +126,5 @@ def travelled(
         needed = max(rows_needed(each, population, SHARE) for each in distances)
         if needed <= count:
             return distances
-        blocks = max(-(-int(_SLACK * needed) // PORTION), count // PORTION + 1)
+        blocks = -(-needed // PORTION)  # at least one more: count is a multiple
         count = min(blocks * PORTION, kept)
