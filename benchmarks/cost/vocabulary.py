@@ -234,7 +234,7 @@ def _in_a_run(policy: Any, reference: Any, probes: ProbeSet, settings: AuditConf
 
 def report(found: dict[str, Any], pair: float, pairs: int) -> None:
     """The table."""
-    margins = found.get("margins", 0.0)
+    margins = found.get("margins")
     rows = [
         ("a health audit, a run's first", found.get("health")),
         ("a health audit, the next", found.get("health again")),
@@ -258,8 +258,9 @@ def report(found: dict[str, Any], pair: float, pairs: int) -> None:
     print(f"a training pair: {pair:.2f} CPU s (DPOTrainer, LoRA)")
 
 
-def _less(found: dict[str, Any], part: str, margins: float) -> float | None:
-    return found[part] - margins if part in found else None
+def _less(found: dict[str, Any], part: str, margins: float | None) -> float | None:
+    """What a part takes beside the margins; None where either was not measured."""
+    return found[part] - margins if part in found and margins is not None else None
 
 
 def main() -> None:
