@@ -268,6 +268,7 @@ class AlignmentAuditCallback(TrainerCallback):
         assert self._run is not None
         if self._log_meetings.at(event, self._ranks):
             self._agree_on_logs(state.global_step)
+        self._run.pace.hear(event)
         training = self._run.facts.training(state, control)
         due = decide(event, training, self.config.schedule, self._pending, self._next_look)
         if due is None:

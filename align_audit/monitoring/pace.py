@@ -6,11 +6,10 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
 
 from align_audit.config import AuditConfig
-from align_audit.monitoring.schedule import Due, Spent, Training, affords_full, look_after
-from align_audit.record.audit_record import IN_TRAINING, AuditKind, AuditRecord, Occasion
+from align_audit.monitoring.schedule import Due, Event, Spent, Training, affords_full, look_after
+from align_audit.record.audit_record import UNCOUNTED_PAIRS, AuditKind, AuditRecord, Occasion
 
 
 class Pace:
@@ -39,14 +38,29 @@ class Pace:
         self._clock = clock
         self._began = clock()
         self._spent = Spent()
+        self._moment: float | None = None
+        """When the audits began that are being made; None: none are."""
         self._counted = 0.0
         """Seconds of the audits of this moment that are in ``_spent`` already."""
+        self._heard = 0.0
+        """Seconds without audits up to the trainer's last event."""
+        self._aside = 0.0
+        """Of the seconds without audits, those in which the trainer evaluated and saved."""
         self.next_look: int | None = None
 
     def begin(self, training: Training) -> None:
         """Training begins now: what was done before it counts as nothing."""
         self._began, self._spent = self._clock(), replace(self._spent, audits=0.0, looks=0.0)
+        self._heard = self._aside = 0.0
         self.plan(training)
+
+    def hear(self, event: Event) -> None:
+        """The trainer is at an event: what passed since the last one was an evaluation, where this is the end of one, or the
+        saving of a checkpoint, and else steps."""
+        elapsed = self._without_audits()
+        if event in (Event.EVALUATE, Event.SAVE):
+            self._aside += elapsed - self._heard
+        self._heard = elapsed
 
     def plan(self, training: Training) -> int | None:
         """The step of the next look after this one, as the time spent so far allows it."""
@@ -55,9 +69,13 @@ class Pace:
 
     def spent(self, training: Training) -> Spent:
         """Where the time went up to this step."""
-        passed = self._clock() - self._began
-        steps = training.step - self._first_step
-        return replace(self._spent, steps=steps, training=max(0.0, passed - self._spent.audits))
+        return replace(self._spent, steps=training.step - self._first_step, training=self._without_audits())
+
+    def _without_audits(self) -> float:
+        """Seconds since training began, up to the audits that are being made, where some are, and without any."""
+        if self._moment is None:
+            return max(0.0, self._clock() - self._began - self._spent.audits)
+        return max(0.0, self._moment - self._began - (self._spent.audits - self._counted))
 
     def choose(self, due: Due, training: Training) -> Due:
         """The same, or a health audit where the budget has no room for a full one."""
@@ -83,33 +101,41 @@ class Pace:
         self._spend(record.kind, record.cost.seconds, self._counted, record.provenance.num_layers)
         spent = self.spent(training)
         pairs = None if self._pairs_per_step is None else spent.steps * self._pairs_per_step
+        stepping = max(0.0, spent.training - self._aside)
         return Occasion(
             reason=reason,
             next_step=self.plan(training),
             share_spent=spent.share,
             unaffordable_seconds=unaffordable,
-            training_pair_seconds=spent.training / pairs if pairs else None,
+            training_pair_seconds=stepping / pairs if pairs and stepping else None,
         )
 
     def priced(self, record: AuditRecord, occasion: Occasion, training: Training) -> AuditRecord:
-        """The record with its ``occasion``, and with what it cost in training pairs and as a share of the run so far."""
-        pair, spent = occasion.training_pair_seconds, self.spent(training)
-        changes: dict[str, Any] = {"occasion": occasion}
-        if pair and spent.share is not None:
-            seconds = record.cost.seconds
-            prices = {"training_pairs": seconds / pair, "share_of_run": seconds / (spent.audits + spent.training)}
-            changes["cost"] = record.cost.model_copy(update=prices)
-            changes["reasons"] = {path: why for path, why in record.reasons.items() if path not in IN_TRAINING}
-        return record.model_copy(update=changes)
+        """The record with its ``occasion``, and with what it cost in training pairs and as a share of the run so far, each
+        where that is known; else with the reason."""
+        pair, spent, seconds = occasion.training_pair_seconds, self.spent(training), record.cost.seconds
+        prices = {
+            "training_pairs": None if pair is None else seconds / pair,
+            "share_of_run": None if spent.share is None else seconds / (spent.audits + spent.training),
+        }
+        reasons = dict(record.reasons)
+        for name, price in prices.items():
+            if price is not None:
+                reasons.pop(f"cost.{name}", None)
+            elif spent.share is not None:
+                reasons[f"cost.{name}"] = UNCOUNTED_PAIRS
+        cost = record.cost.model_copy(update=prices)
+        return record.model_copy(update={"occasion": occasion, "cost": cost, "reasons": reasons})
 
     @contextlib.contextmanager
     def timed(self, kind: AuditKind) -> Iterator[None]:
         """Around all that is done at one moment, on all probe sets: also what their records cannot know, as writing them."""
-        began, self._counted = self._clock(), 0.0
+        began = self._moment = self._clock()
+        self._counted = 0.0
         try:
             yield
         finally:
-            whole = self._clock() - began
+            whole, self._moment = self._clock() - began, None
             self._spend(kind, whole - self._counted, whole if self._counted else None)
 
     def _spend(self, kind: AuditKind, more: float, in_all: float | None, layers: int | None = None) -> None:

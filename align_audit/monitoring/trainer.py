@@ -124,7 +124,7 @@ def read_trainer(trainer: Any, args: Any, train_dataloader: Any = None, state: A
         compare_precomputed=getattr(args, "ld_alpha", None) is None,
         trust_remote_code=bool(getattr(args, "trust_remote_code", False) or loading.get("trust_remote_code", False)),
         revision=loading.get("revision"),
-        pairs_per_step=_pairs_per_step(args, state),
+        pairs_per_step=_pairs_per_step(trainer, args, state),
         loads_best=bool(getattr(args, "load_best_model_at_end", False)),
         progress=not args.disable_tqdm,
         summary_writer=_summary_writer_of(trainer),
@@ -145,8 +145,12 @@ def _beta(args: Any) -> float | None:
     return float(beta) if isinstance(beta, int | float) else None
 
 
-def _pairs_per_step(args: Any, state: Any) -> int | None:
+def _pairs_per_step(trainer: Any, args: Any, state: Any) -> int | None:
+    """Where processes share a pair (tensor, context, sequence parallelism), only the trainer knows how many do."""
     try:
+        counted = getattr(trainer, "get_total_train_batch_size", None)
+        if counted is not None:
+            return int(counted(args))
         on_each = getattr(state, "train_batch_size", None) or args.train_batch_size
         return int(on_each * args.gradient_accumulation_steps * args.world_size)
     except (AttributeError, TypeError, ValueError):

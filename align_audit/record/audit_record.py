@@ -38,6 +38,7 @@ METHODS_VERSION = 2
 """Version of the definitions of the measures. Numbers of different versions are not comparable."""
 
 NO_TRAINER = "no trainer made a step beside this audit"
+UNCOUNTED_PAIRS = "how many pairs a step of the trainer is made of could not be read from it"
 """Why an audit's cost is not known in the trainer's unit."""
 
 IN_TRAINING = ("cost.training_pairs", "cost.share_of_run")
@@ -106,7 +107,8 @@ class Occasion(Part):
     unaffordable_seconds: Annotated[float | None, In("seconds")] = None
     """What a full audit was expected to take that was asked for and did not fit the budget; None: none was left out."""
     training_pair_seconds: Annotated[float | None, In("seconds")] = None
-    """Of the trainer's own steps in this run, for each pair trained on; None: no step was made yet."""
+    """Of the trainer's own steps in this run, all its processes together, for each pair trained on; evaluations, checkpoints and
+    audits are no steps (older records count the former two). None: no step was made yet, or its pairs are not known."""
 
 
 class Attribution(Part):
@@ -308,7 +310,8 @@ class Cost(Part):
     """On how many pairs the trainer would have trained in these seconds, by its own steps in this run up to the audit. None:
     no trainer ran, or had made no step yet (see ``reasons``); not in older records."""
     share_of_run: Annotated[float | None, In("share")] = None
-    """Of the run's time so far, this audit in it, the share that it took. None as ``training_pairs``."""
+    """Of the run's time so far, this audit in it, the share that it took. None: no trainer ran, or had made no step yet; not in
+    older records."""
 
 
 class Provenance(Part):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -211,6 +212,20 @@ def test_epochs_end_with_one_record(tmp_path: Path) -> None:
     folder = tmp_path / "out" / "align_audit" / "tensorboard"
     assert {file.parent for file in event_files(tmp_path)} == {folder}
     assert [event.step for event in events(folder).Scalars("align_audit health/kl")] == [0, 2]
+
+
+def test_an_evaluation_is_no_step_of_training(tmp_path: Path) -> None:
+    """What an audit costs in training pairs goes by the trainer's steps alone."""
+    slow = At("on_prediction_step", 1, lambda **_: time.sleep(0.5))
+    trained = run(tmp_path / "out", others=[slow], max_steps=2, eval_strategy="steps", eval_steps=1, save_strategy="no")
+    assert slow.fired == 1
+    record = AuditRun.load(tmp_path / "out").records[-1]
+    occasion, cost = record.occasion, record.cost
+    assert (record.step, occasion.training_pair_seconds is None, cost.training_pairs is None) == (2, False, False)
+    so_far = cost.seconds / cost.share_of_run
+    stepping = occasion.training_pair_seconds * 2 * trained.trainer.get_total_train_batch_size(trained.trainer.args)
+    assert 0 < stepping <= so_far * (1 - occasion.share_spent) - 0.5
+    assert cost.training_pairs == pytest.approx(cost.seconds / occasion.training_pair_seconds, rel=1e-9)
 
 
 def test_loading_the_best_model_makes_no_record(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from align_audit.config import AuditConfig
 from align_audit.monitoring.pace import Pace
-from align_audit.monitoring.schedule import Due, Training
-from align_audit.record.audit_record import IN_TRAINING, NO_TRAINER, AuditKind
+from align_audit.monitoring.schedule import Due, Event, Training
+from align_audit.record.audit_record import IN_TRAINING, NO_TRAINER, UNCOUNTED_PAIRS, AuditKind
 from align_audit.record.numbers import why_unknown
 from align_audit.writers.scalars import not_known
 from tests.helpers.make_record import make_record
@@ -26,9 +26,9 @@ class Clock:
         return self.now
 
 
-def begun(config: AuditConfig | None = None, step: int = 0) -> tuple[Pace, Clock]:
+def begun(config: AuditConfig | None = None, step: int = 0, pairs_per_step: int | None = 8) -> tuple[Pace, Clock]:
     clock = Clock()
-    pace = Pace(config or AuditConfig(), step, pairs_per_step=8, clock=clock)
+    pace = Pace(config or AuditConfig(), step, pairs_per_step=pairs_per_step, clock=clock)
     clock.now += 50.0  # what was done before training is no part of it
     pace.begin(Training(step, 1000))
     return pace, clock
@@ -111,6 +111,56 @@ def test_before_the_first_step_an_audit_has_no_price_and_says_why() -> None:
     assert (priced.cost.training_pairs, priced.cost.share_of_run) == (None, None)
     assert why_unknown(priced, "cost.training_pairs") == NO_TRAINER
     assert not any(path in IN_TRAINING for path, _ in not_known(priced))
+
+
+def test_evaluations_and_checkpoints_are_no_steps() -> None:
+    """Also where an audit is made between them, and at the end of an epoch, which comes before its evaluation."""
+    pace, clock = begun()
+    pace.hear(Event.TRAIN_BEGIN)
+    for step in (1, 2):
+        clock.now += 3.0  # its pairs are loaded
+        pace.hear(Event.STEP_BEGIN)
+        clock.now += 17.0
+        pace.hear(Event.STEP_END)
+        audit(pace, clock, "health", step, 4.0, writing=1.0)
+        if step == 2:
+            pace.hear(Event.EPOCH_END)
+        clock.now += 100.0
+        pace.hear(Event.EVALUATE)
+        audit(pace, clock, "full", step, 6.0)
+        clock.now += 50.0
+        pace.hear(Event.SAVE)
+    with pace.timed("full"):
+        occasion = pace.occasion(make_record(2, layers=4), "a checkpoint was saved", Training(2, 1000))
+    assert occasion.training_pair_seconds == 2 * 20.0 / (2 * 8)
+    assert pace.spent(Training(2, 1000)).training == 2 * 170.0, "the budget is a share of the whole run"
+
+
+def test_what_an_audit_needs_before_it_begins_is_no_training() -> None:
+    """Models are opened, and a reference is loaded, in the time of the audit's moment."""
+    pace, clock = begun()
+    clock.now += 40.0
+    with pace.timed("full"):
+        clock.now += 30.0
+        record = make_record(5, layers=4)
+        record = record.model_copy(update={"cost": record.cost.model_copy(update={"seconds": 10.0})})
+        clock.now += 10.0
+        occasion = pace.occasion(record, "a checkpoint was saved", Training(5, 1000))
+    assert occasion.training_pair_seconds == 40.0 / (5 * 8)
+    assert occasion.share_spent == 10.0 / 50.0
+
+
+def test_where_nobody_says_what_a_step_is_made_of_the_share_is_known_and_the_pairs_are_not() -> None:
+    pace, clock = begun(pairs_per_step=None)
+    clock.now += 45.0
+    with pace.timed("full"):
+        clock.now += 5.0
+        record = make_record(5).model_copy(update={"reasons": dict.fromkeys(IN_TRAINING, NO_TRAINER)})
+        record = record.model_copy(update={"cost": record.cost.model_copy(update={"seconds": 5.0})})
+        training = Training(5, 1000)
+        priced = pace.priced(record, pace.occasion(record, "a checkpoint was saved", training), training)
+    assert (priced.cost.training_pairs, priced.cost.share_of_run) == (None, 0.1)
+    assert priced.reasons == {"cost.training_pairs": UNCOUNTED_PAIRS}
 
 
 def test_a_full_audit_that_does_not_fit_is_made_small_and_says_so() -> None:

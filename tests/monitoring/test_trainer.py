@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PrinterCallback
+from transformers import PrinterCallback, Trainer
 from transformers.integrations import TensorBoardCallback
 
 from align_audit.monitoring.trainer import TrainerFacts, read_trainer
@@ -118,3 +118,15 @@ def test_a_step_is_made_of_the_batch_that_was_found_to_fit(tried: int | None, ex
     args = arguments(train_batch_size=8, gradient_accumulation_steps=3, world_size=2)
     assert read_trainer(None, args, state=SimpleNamespace(train_batch_size=tried)).pairs_per_step == expected
     assert read_trainer(None, args).pairs_per_step == 48
+
+
+@pytest.mark.parametrize(("sharing", "expected"), [(1, 48), (2, 24)])
+def test_processes_that_share_a_pair_count_once(sharing: int, expected: int) -> None:
+    """Tensor parallelism: as many processes as there are hold a part of the model each, and train on the same pairs."""
+    trainer = object.__new__(Trainer)
+    trainer.model, trainer._train_batch_size = SimpleNamespace(_tp_size=sharing), 8
+    trainer.accelerator = SimpleNamespace(autocast=contextlib.nullcontext, parallelism_config=None)
+    trainer.train_dataset = trainer.eval_dataset = None
+    trainer.callback_handler = SimpleNamespace(callbacks=[])
+    args = arguments(train_batch_size=8, gradient_accumulation_steps=3, world_size=2)
+    assert read_trainer(trainer, args).pairs_per_step == expected
