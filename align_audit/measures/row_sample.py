@@ -26,8 +26,9 @@ def sampling_error(values: Array, population: int) -> Array:
         population: N ≥ n, how many rows there are.
 
     Returns:
-        float64 ``[k]`` ≥ 0, in the unit of the values. Exactly 0 where all N were drawn; else NaN for fewer than 2 rows,
-        and for a column with a value that is not finite.
+        float64 ``[k]`` ≥ 0, in the unit of the values. Exactly 0 where all N were drawn; NaN for no row, for 1 row of several,
+        and for a column with a value that is not finite. Of equal values it is 0 but for rounding: what varies in none of the
+        rows drawn may vary in some that were not.
 
     Raises:
         ValueError: not ``[n, k]``, or fewer rows in the population than were drawn.
@@ -40,7 +41,7 @@ def sampling_error(values: Array, population: int) -> Array:
     """
     values = _checked(values, population)
     n = len(values)
-    if n == population:
+    if n == population > 0:
         return np.where(np.isfinite(values).all(axis=0), 0.0, np.nan)
     if n < 2:
         return np.full(values.shape[1], np.nan)

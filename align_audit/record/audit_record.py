@@ -107,7 +107,7 @@ class Occasion(Part):
     unaffordable_seconds: Annotated[float | None, In("seconds")] = None
     """What a full audit was expected to take that was asked for and did not fit the budget; None: none was left out."""
     training_pair_seconds: Annotated[float | None, In("seconds")] = None
-    """Of the trainer's own steps in this run, all its processes together, for each pair trained on; evaluations, checkpoints and
+    """Of the trainer's own steps in this run, all processes together, for each pair trained on; evaluations, checkpoints and
     audits are no steps (older records count the former two). None: no step was made yet, or its pairs are not known."""
 
 
@@ -257,7 +257,8 @@ class DepthTrace(Part):
     below_rounding_floor: Annotated[list[int], In("count", along="layer")]
     """Singular values per layer that the dtype of the activations cannot resolve."""
     transport_stderr: Annotated[list[float], In("radians", along="layer")] = Field(default_factory=list)
-    """Of ``transport`` as an estimate of the mean over all rows: 0 where it is that mean. Empty in older records."""
+    """Of ``transport`` as an estimate of the mean over all rows of these pairs, 0 where it is that mean; other pairs would give
+    another mean. Empty in older records."""
 
 
 class Spinal(Part):
@@ -271,10 +272,11 @@ class Spinal(Part):
     transport_rows: Annotated[int | None, In("count")] = None
     """The rows that transport was measured on, in both models; of ``rows_available``. None: not in older records."""
     transport_change_stderr: Annotated[list[float], In("radians", along="layer")] = Field(default_factory=list)
-    """Of the difference of both models' transport, which is of the same rows. Empty in older records."""
+    """The same of the difference of both models' transport, which is of the same rows. Empty in older records."""
     delta_align: Bare
     delta_align_stderr: Annotated[float | None, In("")] = None
-    """What of it the rows leave open that transport was not measured on: 0 where there are none. None: not in older records."""
+    """What of it the rows of these pairs leave open that transport was not measured on: 0 where there are none. It is no error
+    over pairs, and contraction has no part in it. None: not in older records."""
     coherence: Bare
     reference_coherence: Bare
     gradient_concentration: Share

@@ -18,7 +18,7 @@ from align_audit.record.stored_records import heads_of
 from align_audit.writers.latest_healthy import latest_healthy
 from align_audit.writers.standing import Standing, figure, percent, standings_over, where_in_short
 from align_audit.writers.styled import STATUS_STYLES, text_of
-from align_audit.writers.words import on_probes
+from align_audit.writers.words import cost_in_words, on_probes
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -132,6 +132,9 @@ def closing(run: AuditRun, checkpoints: Mapping[int, str]) -> list[_Table | _Lin
     if not said:
         return []
     said += [_Line(words) for words in (_trained_on(run), _broken(run), _unaffordable(run, checkpoints)) if words]
+    heads = heads_of(run.records)
+    if any(head.occasion is not None and head.occasion.share_spent is not None for head in heads):
+        said.append(_Line(cost_in_words(heads), "dim"))
     report = run.directory / REPORT
     end = f" · report: {plain(report)}" if report.is_file() else ""
     return [*said, _Line(f"latest healthy: {latest_healthy(run, checkpoints)}{end}", "bold")]

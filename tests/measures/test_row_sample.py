@@ -35,6 +35,9 @@ def test_all_rows_leave_no_error_and_unknown_ones_have_none() -> None:
     np.testing.assert_array_equal(np.isnan(sampling_error(values, 9)), [False, True])
     assert np.isnan(sampling_error(values[:1], 9)).all()
     assert np.isnan(sampling_error(values[:0], 9)).all()
+    assert np.isnan(sampling_error(values[:0], 0)).all(), "no row has a mean"
+    assert sampling_error(values[:1, :1], 1).tolist() == [0.0]
+    assert sampling_error(np.full((128, 1), 0.1), 900)[0] == pytest.approx(0.0, abs=1e-16)
 
 
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.3])

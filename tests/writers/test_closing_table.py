@@ -46,6 +46,21 @@ def test_a_row_for_each_step_and_the_latest_healthy_checkpoint() -> None:
     assert lines[7:] == ["latest healthy: checkpoint-5"]
 
 
+def test_what_audits_took_is_said_in_the_trainers_unit_where_one_trained() -> None:
+    records = a_run("well")
+    known = {"reason": "the last step", "share_spent": 0.0413, "training_pair_seconds": 0.5}
+    told = [*records[:-1], records[-1].model_copy(update={"occasion": Occasion(**known)})]
+    line = "5 audits took 78 s, as long as training on 156 pairs; all audits took 4.1 % of the run"
+    assert shown(told)[7] == line
+    assert line.replace(", as long as training on 156 pairs", "") in shown(
+        [
+            *records[:-1],
+            records[-1].model_copy(update={"occasion": Occasion(**known | {"training_pair_seconds": None})}),
+        ]
+    )
+    assert not [line for line in shown(records) if "audits took" in line]
+
+
 def test_pairs_that_are_trained_on_are_said_to_be() -> None:
     records = [
         record.model_copy(update={"provenance": record.provenance.model_copy(update={"probe_held_out": False})})

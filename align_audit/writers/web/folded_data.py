@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from align_audit.errors import RecordError, counted
-from align_audit.record.audit_record import AuditRecord
+from align_audit.errors import RecordError
+from align_audit.record.audit_record import IN_TRAINING, AuditRecord
 from align_audit.record.numbers import numbers
 from align_audit.record.run import AuditRun
 from align_audit.record.stored_records import Head, heads_of
 from align_audit.record.transfer_record import TransferRecord
 from align_audit.writers.standing import figure, percent
 from align_audit.writers.web.json_values import estimate, number, row, text
+from align_audit.writers.words import cost_in_words
 
 TRANSFER = "transfer.json"
 """The record that ``align-audit transfer`` leaves in an output folder."""
@@ -63,14 +64,9 @@ def continuations_data(record: AuditRecord | None) -> list[list[str]]:
 
 
 def cost_data(heads: Sequence[Head]) -> dict[str, Any]:
-    """Seconds of each audit by step, their sum, and the share of the run that all took, where it is known."""
-    shares = [head.occasion.share_spent for head in heads if head.occasion is not None]
-    share = next((share for share in reversed(shares) if share is not None), None)
-    total = sum(head.seconds for head in heads)
-    count = counted(len(heads), "audit")
-    words = f"{count} took {total:.0f} s" if total >= 10 else f"{count} took {total:.1f} s"
+    """Seconds of each audit by step, and what they come to in words (:func:`~align_audit.writers.words.cost_in_words`)."""
     return {
-        "title": words + ("" if share is None else f", {share * 100:.1f} % of the run"),
+        "title": cost_in_words(heads),
         "steps": [head.step for head in heads],
         "kinds": [head.kind for head in heads],
         "seconds": row(head.seconds for head in heads),
@@ -107,11 +103,13 @@ def unknown_data(record: AuditRecord | None) -> list[dict[str, Any]]:
     paths: dict[str, list[str]] = {}
     for item in numbers(record):
         # A verdict's reason stands with it, and is why its value is known, too.
-        if item.reason and not item.path.startswith("controls."):
+        if item.reason and not item.path.startswith("controls.") and item.path not in IN_TRAINING:
             places = paths.setdefault(item.reason, [])
             if item.series not in places:
                 places.append(item.series)
     for path, reason in record.reasons.items():
+        if path in IN_TRAINING:  # what an audit costs is nothing about the models
+            continue
         places = paths.setdefault(reason, [])
         if not any(path == place or path.startswith(f"{place}.") for place in places):
             places.append(path)

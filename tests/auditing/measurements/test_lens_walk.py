@@ -14,6 +14,7 @@ from align_audit.auditing.measurements import lens_walk
 from align_audit.auditing.measurements.lens_walk import travelled
 from align_audit.auditing.once import audit_once
 from align_audit.auditing.session.reference_cache import ReferenceCache
+from align_audit.measures.row_sample import sampling_error
 from align_audit.models.reference import resolve_reference
 from align_audit.record.audit_record import Spinal
 from tests.helpers.audits import QUICK_GENERATIONS
@@ -143,6 +144,24 @@ def test_the_worst_layer_of_either_model_decides() -> None:
         assert walks[0].asked == walks[1].asked
         assert walks[0].asked[0] == PORTION < len(found[0]) == len(found[1])
     assert len(travelled([Rows(steady)], "auto", 400, 4000)[0]) == PORTION
+
+
+@pytest.mark.parametrize("shape", [20.0, 4.0, 1.0])
+def test_the_interval_covers_though_the_rows_so_far_decide_how_many_are_drawn(
+    shape: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that vary by 22, 50 and 100 % of their mean, in clusters of 40 that resemble each other as rows of a pair do."""
+    monkeypatch.setattr(lens_walk, "PORTION", 128)
+    draw, population, draws = np.random.default_rng(0), 8000, 1000
+    pairs = np.repeat(draw.gamma(shape, size=(population // 40, 2)), 40, axis=0)
+    values = pairs + draw.gamma(shape, size=(population, 2))
+    truth, covered, counts = values.mean(axis=0), np.zeros(2), set()
+    for _ in range(draws):
+        (sample,) = travelled([Rows(values[draw.permutation(population)])], "auto", population, population)
+        covered += np.abs(sample.mean(axis=0) - truth) <= 1.96 * sampling_error(sample, population)
+        counts.add(len(sample))
+    assert (np.abs(covered / draws - 0.95) < 0.025).all(), covered
+    assert max(counts) < population
 
 
 def test_rows_may_be_fewer_than_the_share_asks_for() -> None:

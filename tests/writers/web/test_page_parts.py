@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from align_audit.record.audit_record import Control
+from align_audit.record.audit_record import IN_TRAINING, NO_TRAINER, Control
 from align_audit.record.log import RunLog
 from align_audit.record.pair_texts import TokenChange
 from align_audit.record.run import AuditRun
 from align_audit.record.transfer_record import TransferRecord
+from align_audit.writers.web.folded_data import unknown_data
 from align_audit.writers.web.json_values import lines, number, text
 from tests.helpers.alert_cases import with_part
 from tests.helpers.make_record import make_record
@@ -179,3 +180,10 @@ def test_provenance_cost_and_what_is_not_known() -> None:
     assert dict(more["provenance"])["model"] == "llama, 12 layers, 512 wide"
     assert more["cost"]["title"] == "5 audits took 78 s"
     assert all(each["reason"] and each["paths"] for each in more["unknown"])
+
+
+def test_what_an_audit_cost_is_nothing_that_it_could_not_know_of_the_models() -> None:
+    record = make_record(20, layers=4)
+    alone = record.model_copy(update={"reasons": record.reasons | dict.fromkeys(IN_TRAINING, NO_TRAINER)})
+    assert unknown_data(alone) == unknown_data(record)
+    assert unknown_data(alone.model_copy(update={"reasons": alone.reasons | {"spinal": "switched off"}}))
