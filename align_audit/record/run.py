@@ -309,14 +309,19 @@ _LAYER_COLUMNS = {
     "lasso_selected": "localization.selected_layers",
     "selection_frequency": "localization.selection_frequency",
     "null_selection_frequency": "localization.null_selection_frequency",
+    "transport_change_stderr": "spinal.transport_change_stderr",
 }
 """Column → the sequence of the record that it shows."""
 
 _SETS = ("localization.selected_layers", "spinal.terminal_layers")
 """Sets of layers, of which a table says at each layer whether it belongs."""
 
-_MAY_BE_EMPTY = ("spinal.policy.transport", "spinal.reference.transport")
-"""Columns of NaN where they are empty: above the only layer of a model there is none to travel to."""
+_MAY_BE_EMPTY = (
+    "spinal.policy.transport", "spinal.policy.transport_stderr", "spinal.reference.transport",
+    "spinal.reference.transport_stderr", "spinal.transport_change_stderr",
+)  # fmt: skip
+"""Columns of NaN where they are empty: above the only layer of a model there is none to travel to, and older records have no
+errors of transport."""
 
 
 def layer_rows(record: AuditRecord) -> list[dict[str, Any]]:

@@ -176,7 +176,7 @@ def measure(policy: Any, reference: Any, probes: ProbeSet, options: argparse.Nam
         return timed(lambda: audit(policy, reference, pairs, settings))
 
     audited(config(True), probes.subsample(1, 0))  # what libraries load once is no audit's
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     settings = {
         "margins": config(True),
         "trace": config(True, spinal={"gradient_concentration": False}),
@@ -186,16 +186,16 @@ def measure(policy: Any, reference: Any, probes: ProbeSet, options: argparse.Nam
     }
     for part in [part for part in PARTS if part in options.parts]:
         if part in settings:
-            found[part], record = audited(settings[part])
+            figures[part], record = audited(settings[part])
             if part == "gradients":
                 spinal = record.spinal
-                found["rows"] = spinal.rows
-                found["transport rows"] = getattr(spinal, "transport_rows", None) or spinal.rows
+                figures["rows"] = spinal.rows
+                figures["transport rows"] = getattr(spinal, "transport_rows", None) or spinal.rows
         else:
             with contextlib.suppress(ImportError):  # a checkout from before health audits, or with modules elsewhere
-                found |= {"health": health, "again": again}[part](policy, reference, probes, config(True, spinal={}))
-        print(f"  … {part}", {name: value for name, value in found.items() if name.startswith(part)}, flush=True)
-    return found
+                figures |= {"health": health, "again": again}[part](policy, reference, probes, config(True, spinal={}))
+        print(f"  … {part}", {name: value for name, value in figures.items() if name.startswith(part)}, flush=True)
+    return figures
 
 
 def health(policy: Any, reference: Any, probes: ProbeSet, settings: AuditConfig) -> dict[str, float]:
@@ -232,20 +232,20 @@ def _in_a_run(policy: Any, reference: Any, probes: ProbeSet, settings: AuditConf
     return look
 
 
-def report(found: dict[str, Any], pair: float, pairs: int) -> None:
+def report(figures: dict[str, Any], pair: float, pairs: int) -> None:
     """The table."""
-    margins = found.get("margins")
+    margins = figures.get("margins")
     rows = [
-        ("a health audit, a run's first", found.get("health")),
-        ("a health audit, the next", found.get("health again")),
-        ("margins, KL, entropy alone", found.get("margins")),
-        ("SPINAL without gradients", _less(found, "trace", margins)),
-        ("SPINAL with gradients", _less(found, "gradients", margins)),
-        ("SPINAL with gradients, the next audit", _less(found, "again", margins)),
-        ("gradients", found.get("gradients alone")),
-        ("one forward and backward, same pairs", found.get("forward and backward")),
-        ("patching, transplants, controls", _less(found, "patching", margins)),
-        ("everything, default", found.get("default")),
+        ("a health audit, a run's first", figures.get("health")),
+        ("a health audit, the next", figures.get("health again")),
+        ("margins, KL, entropy alone", figures.get("margins")),
+        ("SPINAL without gradients", _less(figures, "trace", margins)),
+        ("SPINAL with gradients", _less(figures, "gradients", margins)),
+        ("SPINAL with gradients, the next audit", _less(figures, "again", margins)),
+        ("gradients", figures.get("gradients alone")),
+        ("one forward and backward, same pairs", figures.get("forward and backward")),
+        ("patching, transplants, controls", _less(figures, "patching", margins)),
+        ("everything, default", figures.get("default")),
     ]
     print(
         f"{'part of an audit of ' + str(pairs) + ' pairs':40} {'CPU s':>9} {'training pairs':>15} {'a probe pair':>13}"
@@ -253,14 +253,14 @@ def report(found: dict[str, Any], pair: float, pairs: int) -> None:
     for name, seconds in rows:
         if seconds is not None:
             print(f"{name:40} {seconds:9.2f} {seconds / pair:15.1f} {seconds / pair / pairs:13.2f}")
-    if "rows" in found:
-        print(f"transport was measured on {found['transport rows']} of {found['rows']} rows")
+    if "rows" in figures:
+        print(f"transport was measured on {figures['transport rows']} of {figures['rows']} rows")
     print(f"a training pair: {pair:.2f} CPU s (DPOTrainer, LoRA)")
 
 
-def _less(found: dict[str, Any], part: str, margins: float | None) -> float | None:
+def _less(figures: dict[str, Any], part: str, margins: float | None) -> float | None:
     """What a part takes beside the margins; None where either was not measured."""
-    return found[part] - margins if part in found and margins is not None else None
+    return figures[part] - margins if part in figures and margins is not None else None
 
 
 def main() -> None:
@@ -297,10 +297,10 @@ def main() -> None:
         f"{type(reference).__name__}, vocabulary {reference.config.vocab_size}, {reference.dtype}, {len(probes)} pairs of "
         f"{probes.num_tokens / len(probes):.0f} tokens"
     )
-    found = measure(policy, reference, probes, options)
-    report(found, pair, len(probes))
+    figures = measure(policy, reference, probes, options)
+    report(figures, pair, len(probes))
     if options.json:
-        Path(options.json).write_text(json.dumps({"pair": pair, **found}, indent=1), encoding="utf-8")
+        Path(options.json).write_text(json.dumps({"pair": pair, **figures}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -91,6 +91,8 @@ def test_the_layer_table_is_tidy(tmp_path: Path) -> None:
     assert rows["policy_contraction"].tolist() == last.spinal.policy.contraction
     assert rows["reference_transport"].tolist()[:4] == last.spinal.reference.transport
     assert math.isnan(rows["reference_transport"].tolist()[4])
+    assert rows["policy_transport_stderr"].tolist()[:4] == last.spinal.policy.transport_stderr
+    assert rows["transport_change_stderr"].tolist()[:4] == last.spinal.transport_change_stderr
     assert rows["terminal"].tolist() == [layer in last.spinal.terminal_layers for layer in range(5)]
     measured = rows["shift_rank_95"].notna().tolist()
     assert measured == [

@@ -109,13 +109,13 @@ class Spinal(Measurement):
         return SampledRows(flat, first, kept, len(distinct))
 
     def _first_reference_key(self) -> int | None:
-        """The key from which on rows of the reference may have to walk: all, or (None) none, where enough is known of it."""
+        """The key from which on rows of the reference may have to walk; None: none has to, as enough of them have walked."""
         assert self._sampled is not None
         keys = np.sort(self._sampled.keys[self._sampled.kept])
-        known = 0 if self._reference_trace is None else len(self._reference_trace.distances)
+        walked = 0 if self._reference_trace is None else len(self._reference_trace.distances)
         if self._reference_trace is not None and self.config.spinal.transport_rows != "auto":
             return None
-        return int(keys[known]) if known < len(keys) else None
+        return int(keys[walked]) if walked < len(keys) else None
 
     def read(self, recorded: RecordedBatch) -> None:
         """On pairs of the controls, the policy's gradients."""
@@ -171,10 +171,10 @@ class Spinal(Measurement):
             return
         session, state, kept = self.session, self.state, self._reference_trace
         nowhere = np.empty((0, session.num_layers - 1))
-        known = nowhere if kept is None else np.array(kept.distances).reshape(-1, session.num_layers - 1)
+        walked = nowhere if kept is None else np.array(kept.distances).reshape(-1, session.num_layers - 1)
         walks = [
             LensWalk(session, session.as_policy, state.policy_rows, nowhere),
-            LensWalk(session, session.as_reference, state.reference_rows, known),
+            LensWalk(session, session.as_reference, state.reference_rows, walked),
         ]
         asked = self.config.spinal.transport_rows
         self._distances = travelled(walks, asked, len(state.policy_rows), self._sampled.available)
@@ -185,7 +185,7 @@ class Spinal(Measurement):
         else:
             traced = self._with_transport(kept.trace, kept.reasons, self._distances[1])
         self._reference_trace = ReferenceTrace.of(self._trace_key(), *traced, walks[1].distances.tolist())
-        if kept is None or len(walks[1].distances) > len(known):
+        if kept is None or len(walks[1].distances) > len(walked):
             self.task.cache.put(self._reference_trace)
 
     # -- what is said --------------------------------------------------------------------------------------------------

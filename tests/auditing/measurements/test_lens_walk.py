@@ -17,6 +17,7 @@ from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.measures.row_sample import sampling_error
 from align_audit.models.reference import resolve_reference
 from align_audit.record.audit_record import Spinal
+from tests.helpers import oracle_spinal
 from tests.helpers.audits import QUICK_GENERATIONS
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
@@ -45,47 +46,52 @@ def traced(
     spinal = {"gradient_concentration": False, "transport_rows": changes.pop("transport_rows", "auto")}
     config = AuditConfig.from_dict({**off, "generations": QUICK_GENERATIONS, "spinal": spinal, **changes})
     policy, reference = models
-    found = audit_once(policy, resolve_reference(policy, reference), probes, config, cache=cache or ReferenceCache())
-    assert found.record.spinal is not None
-    return found.record.spinal
+    taken = audit_once(policy, resolve_reference(policy, reference), probes, config, cache=cache or ReferenceCache())
+    assert taken.record.spinal is not None
+    return taken.record.spinal
 
 
 @pytest.fixture(scope="module")
-def whole(models: tuple[Any, Any]) -> Spinal:
+def full(models: tuple[Any, Any]) -> Spinal:
     return traced(models, transport_rows="all")
 
 
-def test_all_rows_leave_nothing_open(whole: Spinal) -> None:
-    assert whole.transport_rows == whole.rows == whole.rows_available > 8 * PORTION
-    for errors in (whole.policy.transport_stderr, whole.reference.transport_stderr, whole.transport_change_stderr):
+def test_all_rows_leave_nothing_open(full: Spinal) -> None:
+    assert full.transport_rows == full.rows == full.rows_available > 8 * PORTION
+    for errors in (full.policy.transport_stderr, full.reference.transport_stderr, full.transport_change_stderr):
         assert errors == [0.0] * 3
-    assert whole.delta_align_stderr == 0.0
+    assert full.delta_align_stderr == 0.0
 
 
-def test_some_rows_give_every_layer_within_the_share(models: tuple[Any, Any], whole: Spinal) -> None:
+def test_all_rows_give_what_the_definition_says(models: tuple[Any, Any], full: Spinal) -> None:
+    for model, trace in zip(models, (full.policy, full.reference), strict=True):
+        np.testing.assert_allclose(trace.transport, oracle_spinal.transport(model, PROBES.pairs), rtol=1e-5)
+
+
+def test_some_rows_give_every_layer_within_the_share(models: tuple[Any, Any], full: Spinal) -> None:
     some = traced(models)
     assert some.transport_rows is not None
-    assert PORTION < some.transport_rows < whole.rows_available
+    assert PORTION < some.transport_rows < full.rows_available
     assert some.transport_rows % PORTION == 0
     for side in ("policy", "reference"):
-        drawn, full = getattr(some, side), getattr(whole, side)
-        assert drawn.contraction == full.contraction, "spectra keep their rows"
-        for mean, error, truth in zip(drawn.transport, drawn.transport_stderr, full.transport, strict=True):
+        drawn, entire = getattr(some, side), getattr(full, side)
+        assert drawn.contraction == entire.contraction, "spectra keep their rows"
+        for mean, error, truth in zip(drawn.transport, drawn.transport_stderr, entire.transport, strict=True):
             assert 0 < error <= SHARE * mean
             assert 0 < abs(mean - truth) < 4 * error
     changed = np.array(some.policy.transport) - some.reference.transport
     apart = np.hypot(some.policy.transport_stderr, some.reference.transport_stderr)
     assert (np.array(some.transport_change_stderr) < apart).all(), "the same rows vary together"
-    truth = np.array(whole.policy.transport) - whole.reference.transport
+    truth = np.array(full.policy.transport) - full.reference.transport
     assert (np.abs(changed - truth) < 4 * np.array(some.transport_change_stderr)).all()
-    assert abs(some.delta_align - whole.delta_align) < 4 * (some.delta_align_stderr or 0.0)
+    assert abs(some.delta_align - full.delta_align) < 4 * (some.delta_align_stderr or 0.0)
 
 
-def test_a_number_of_rows_is_taken_as_it_is(models: tuple[Any, Any], whole: Spinal) -> None:
+def test_a_number_of_rows_is_taken_as_it_is(models: tuple[Any, Any], full: Spinal) -> None:
     assert traced(models, transport_rows=20).transport_rows == 20
     more = traced(models, transport_rows=10**6)
-    assert more.transport_rows == whole.rows
-    assert more.policy.transport == whole.policy.transport
+    assert more.transport_rows == full.rows
+    assert more.policy.transport == full.policy.transport
 
 
 def test_other_rows_come_with_another_seed_only(models: tuple[Any, Any]) -> None:
@@ -117,8 +123,8 @@ def test_what_is_kept_of_the_reference_changes_no_number(models: tuple[Any, Any]
     for order in (["near", "wild", "near"], ["wild", "near", "wild"]):
         cache = ReferenceCache(tmp_path / order[0])
         for name in order:
-            found = traced((policy if name == "near" else wild, reference), cache=cache)
-            assert found == alone[name], (order, name)
+            taken = traced((policy if name == "near" else wild, reference), cache=cache)
+            assert taken == alone[name], (order, name)
             cache = ReferenceCache(tmp_path / order[0])  # as another process finds it
 
 
@@ -140,9 +146,9 @@ def test_the_worst_layer_of_either_model_decides() -> None:
     restless[:, 1] = draw.gamma(1.0, size=400)
     for both in ([steady, restless], [restless, steady]):
         walks = [Rows(each) for each in both]
-        found = travelled(walks, "auto", 400, 4000)
+        taken = travelled(walks, "auto", 400, 4000)
         assert walks[0].asked == walks[1].asked
-        assert walks[0].asked[0] == PORTION < len(found[0]) == len(found[1])
+        assert walks[0].asked[0] == PORTION < len(taken[0]) == len(taken[1])
     assert len(travelled([Rows(steady)], "auto", 400, 4000)[0]) == PORTION
 
 
