@@ -79,11 +79,46 @@ def rows_needed(values: Array, population: int, share: float) -> int:
         spread, allowed = float(column.std(ddof=1)), share * abs(float(column.mean()))
         if (column == column[0]).all():
             continue
-        if allowed == 0.0:
-            return population
-        infinite = (spread / allowed) ** 2
-        needed = max(needed, infinite / (1.0 + infinite / population))
+        needed = max(needed, _size(spread, allowed, population))
     return min(population, math.ceil(needed))
+
+
+def rows_that_give(means: Array, errors: Array, drawn: int, of: int, population: int, share: float) -> int | None:
+    """:func:`rows_needed`, of another population whose rows vary as much, from what was said of those drawn from one.
+
+    Args:
+        means: ``[k]``, of the columns.
+        errors: ``[k]``, their standard errors (:func:`sampling_error`).
+        drawn: n ≥ 2, the rows they are of.
+        of: how many there were to draw from.
+        population: of the other one, at least 1.
+        share: in (0, 1).
+
+    Returns:
+        1 … ``population``; None where all rows were drawn, whose errors say nothing of how they vary.
+
+    Example:
+        >>> rows_that_give(np.array([2.0]), np.array([0.5]), drawn=4, of=1000, population=1000, share=0.1)
+        25
+    """
+    if drawn >= of:
+        return None
+    finite = np.isfinite(means) & np.isfinite(errors)
+    spreads = errors[finite] * math.sqrt(drawn / (1.0 - drawn / of))
+    sizes = [
+        _size(float(spread), share * abs(float(mean)), population)
+        for mean, spread in zip(means[finite], spreads, strict=True)
+        if spread > 0.0
+    ]
+    return min(population, math.ceil(max(sizes, default=1.0)))
+
+
+def _size(spread: float, allowed: float, population: int) -> float:
+    """How many rows give a mean that standard error."""
+    if allowed == 0.0:
+        return float(population)
+    infinite = (spread / allowed) ** 2
+    return infinite / (1.0 + infinite / population)
 
 
 def _checked(values: Array, population: int) -> Array:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from align_audit.auditing.audit import run_audit
+from align_audit.auditing.measurements.lens_walk import PORTION, SHARE
 from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.memory import MemoryMeter
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.config import AuditConfig
 from align_audit.errors import counted
+from align_audit.measures.row_sample import rows_that_give
 from align_audit.models.reference import Reference
 from align_audit.monitoring.doctor_plan import Check, Plan
 from align_audit.monitoring.forecast import Costs, Forecast, PlannedSteps, forecast
@@ -28,7 +31,7 @@ from align_audit.record.audit_record import AuditKind
 from align_audit.writers.words import duration
 
 TIMED_PAIRS = 8
-"""Pairs that audits are timed on; what more of them take follows from their tokens."""
+"""Pairs that audits are timed on; what more of them take follows from their tokens (see :func:`in_proportion`)."""
 _MOST_STEPS = 200_000
 """Steps that are played through; longer runs are judged by so many."""
 
@@ -75,9 +78,11 @@ def cost_checks(
     health = sum(_timed(models, probes, quiet, "health", cache, name) for name, probes in sets.items())
     timed = _timed_pairs(sets, config)
     tell(f"timing a full audit of {counted(len(timed), 'pair')}")
-    full = _timed(models, timed, quiet, "full", ReferenceCache())
+    share = timed.num_tokens / sum(probes.num_tokens for probes in sets.values())
+    rows = _transport_rows(models, timed, quiet, share * len(sets))
+    proportionate = in_proportion(quiet, [len(probes) for probes in sets.values()], share, rows)
+    full = _timed(models, timed, proportionate, "full", ReferenceCache()) / share
     meter.sample()
-    full *= sum(probes.num_tokens for probes in sets.values()) / timed.num_tokens
     pairs = sum(len(probes) for probes in sets.values())
     said = [
         f"on {pairs} pairs a look takes about {duration(health)} ({health / pair:.0f} training pairs)",
@@ -96,6 +101,69 @@ def cost_checks(
     steps = PlannedSteps(min(plan.max_steps, _MOST_STEPS), plan.save_steps, plan.eval_steps)
     costs = Costs(pair * plan.pairs_per_step, health, full)
     yield schedule_check(forecast(config, steps, costs, models.num_layers), config, steps)
+
+
+def in_proportion(config: AuditConfig, pairs: Sequence[int], share: float, rows: int | None) -> AuditConfig:
+    """Settings by which an audit of a share of the pairs takes that share of the time: numbers of pairs and rows that are taken
+    of however many there are shrink with it.
+
+    Args:
+        pairs: of each probe set.
+        share: in (0, 1], of all their tokens.
+        rows: on how many transport is measured in each set, where it draws them as it needs; None: not known.
+    """
+    if share >= 1.0:
+        return config
+
+    def reduced(limit: int) -> int:
+        return max(2, round(share * sum(min(limit, count) for count in pairs)))
+
+    patching, spinal = config.patching, config.spinal
+    fewer: dict[str, Any] = {"control_pairs": reduced(patching.control_pairs)}
+    if isinstance(patching.exact_pairs, int):
+        fewer["exact_pairs"] = reduced(patching.exact_pairs)
+    asked = rows if spinal.transport_rows == "auto" else spinal.transport_rows
+    drawn = asked if isinstance(asked, str | None) else max(2, round(share * len(pairs) * asked))
+    changed = {"max_rows": max(32, round(share * len(pairs) * spinal.max_rows)), "transport_rows": drawn or "auto"}
+    # Copied, not validated: a part of what may be asked for can be less than may be.
+    prompts = {"prompts": reduced(config.generations.prompts)}
+    sites = [
+        site if site.pairs is None else site.model_copy(update={"pairs": reduced(site.pairs)}) for site in config.sites
+    ]
+    return config.model_copy(
+        update={
+            "patching": patching.model_copy(update=fewer),
+            "spinal": spinal.model_copy(update=changed),
+            "generations": config.generations.model_copy(update=prompts),
+            "sites": tuple(sites),
+        }
+    )
+
+
+def _transport_rows(models: OpenModels, timed: ProbeSet, config: AuditConfig, share: float) -> int | None:
+    """On how many rows transport will be measured in a probe set of which the timed pairs are a share; None: as many as there
+    are, or as the settings say.
+
+    Args:
+        share: of the tokens of a set of average size.
+    """
+    if not config.spinal.enabled or config.spinal.transport_rows != "auto" or share >= 1.0:
+        return None
+    off = {
+        name: getattr(config, name).model_copy(update={"enabled": False})
+        for name in ("patching", "low_rank", "localization", "generations")
+    }
+    first = {"transport_rows": PORTION, "gradient_concentration": False}
+    pilot = config.model_copy(update=off | {"sites": (), "spinal": config.spinal.model_copy(update=first)})
+    spinal = run_audit(models, AuditRequest(timed, pilot), ReferenceCache()).record.spinal
+    if spinal is None or spinal.transport_rows is None:
+        return None
+    traces = (spinal.policy, spinal.reference)
+    means = np.concatenate([trace.transport for trace in traces])
+    errors = np.concatenate([trace.transport_stderr for trace in traces])
+    there = round(spinal.rows_available / share)
+    rows = rows_that_give(means, errors, spinal.transport_rows, spinal.rows_available, there, SHARE)
+    return None if rows is None else min(-(-rows // PORTION) * PORTION, there, config.spinal.max_rows)
 
 
 def schedule_check(run: Forecast, config: AuditConfig, steps: PlannedSteps) -> Check:

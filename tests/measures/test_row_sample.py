@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from align_audit.measures import row_sample
-from align_audit.measures.row_sample import rows_needed, sampling_error
+from align_audit.measures.row_sample import rows_needed, rows_that_give, sampling_error
 
 
 def test_docstring_examples() -> None:
     results = doctest.testmod(row_sample)
     assert results.failed == 0
-    assert results.attempted >= 3
+    assert results.attempted >= 4
 
 
 def test_the_error_is_right_on_average_over_every_sample_there_is() -> None:
@@ -59,6 +59,17 @@ def test_columns_that_ask_for_nothing_and_for_everything() -> None:
     assert rows_needed(np.zeros((8, 0)), 100, 0.1) == 1
     assert rows_needed(np.hstack([steady, 0 * steady, unknown]), 100, 0.1) == 1
     assert rows_needed(np.array([[1.0], [-1.0]]), 100, 0.1) == 100, "a mean of 0 has no share"
+
+
+@pytest.mark.parametrize("population", [300, 5_000])
+def test_rows_are_told_from_means_and_errors_as_from_the_rows(population: int) -> None:
+    drawn = np.hstack([np.random.default_rng(0).gamma(2.0, size=(200, 3)), np.full((200, 1), math.nan)])
+    means, errors = drawn.mean(axis=0), sampling_error(drawn, 1000)
+    told = rows_that_give(means, errors, 200, 1000, population, 0.05)
+    assert told == rows_needed(drawn, population, 0.05)
+    assert rows_that_give(means, sampling_error(drawn, 200), 200, 200, population, 0.05) is None
+    assert rows_that_give(np.array([0.7]), np.array([0.0]), 200, 1000, population, 0.05) == 1
+    assert rows_that_give(np.array([0.0]), np.array([0.1]), 200, 1000, population, 0.05) == population
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import torch
 
+from align_audit import audit
+from align_audit.auditing.measurements import lens_walk
+from align_audit.auditing.session.open_models import OpenModels
 from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError
 from align_audit.models.loading import load_model
-from align_audit.models.reference import Reference, policy_fingerprint
-from align_audit.monitoring import doctor_place
+from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
+from align_audit.monitoring import doctor_costs, doctor_place
 from align_audit.monitoring.checkpoints import audit_saved
 from align_audit.monitoring.doctor import examine, probes_check
-from align_audit.monitoring.doctor_costs import numerics, schedule_check, training_seconds
+from align_audit.monitoring.doctor_costs import in_proportion, numerics, schedule_check, training_seconds
 from align_audit.monitoring.doctor_place import log_check, not_tried, place_checks, stored_in, texts_kept
 from align_audit.monitoring.doctor_plan import Check, Plan
 from align_audit.monitoring.forecast import Costs, PlannedSteps, forecast
@@ -32,7 +35,7 @@ from align_audit.record.log import FOLDER, RECORDS, RunLog
 from align_audit.writers.webhook import VARIABLE
 from tests.helpers.dpo import saved_model
 from tests.helpers.make_record import make_record
-from tests.helpers.tiny import tiny_model
+from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
 OPTIONS: dict[str, Any] = {"progress": False, "tensorboard": "off", "report": False}
 PAIRS = [{"prompt_ids": [1, 2], "chosen_ids": [3, 4], "rejected_ids": [3, 5]}]
@@ -258,6 +261,41 @@ def test_training_is_timed_in_the_trainers_precision(dtype: Any, pairs: dict[str
     assert seen == {dtype is not None}
     with numerics(plan, policy)():
         assert torch.is_autocast_enabled("cpu") == (dtype is not None)
+
+
+def test_a_part_of_the_pairs_takes_the_same_part_of_an_audits_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Controls, continuations and transport take no more of many pairs than of some: scaled with the pairs, they would be."""
+    for module in (lens_walk, doctor_costs):
+        monkeypatch.setattr(module, "PORTION", 16)
+        monkeypatch.setattr(module, "SHARE", 0.05)
+    reference = tiny_model("llama")
+    policy, probes = perturbed(reference), random_pairs(32)
+    timed = probes.subsample(8, 0)
+    config = AuditConfig.from_dict(
+        {
+            "patching": {"control_pairs": 8},
+            "generations": {"prompts": 4},
+            "localization": {"enabled": False},
+            "progress": False,
+        }
+    )
+    share = timed.num_tokens / probes.num_tokens
+
+    def work(pairs: ProbeSet, settings: AuditConfig) -> tuple[float, int]:
+        record = audit(policy, reference, pairs, settings)
+        assert record.spinal is not None and record.spinal.transport_rows is not None
+        return record.cost.forward_equivalents * pairs.num_tokens, record.spinal.transport_rows
+
+    with OpenModels(policy, resolve_reference(policy, reference), keep_loaded=True) as models:
+        rows = doctor_costs._transport_rows(models, timed, config, share)
+    layers, transport = work(probes, config)
+    foreseen_layers, foreseen_rows = work(timed, in_proportion(config, [len(probes)], share, rows))
+    scaled_layers, scaled_rows = work(timed, config)
+    assert foreseen_layers / share == pytest.approx(layers, rel=0.1)
+    assert scaled_layers / share > 1.25 * layers
+    assert foreseen_rows / share == pytest.approx(transport, rel=0.4)
+    assert scaled_rows / share > 1.4 * transport
+    assert in_proportion(config, [len(timed)], 1.0, None) == config
 
 
 def test_what_is_not_tried_and_not_foreseen_is_said(tmp_path: Path) -> None:
