@@ -79,23 +79,23 @@ def compare_readouts(
     Where one vocabulary is longer, the divergence is that of both distributions over the tokens they have in common.
 
     Example:
-        >>> ours, theirs, kl = compare_readouts(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([1]))
-        >>> round(ours.entropy.item(), 6), kl.item()
+        >>> policy, reference, kl = compare_readouts(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([1]))
+        >>> round(policy.entropy.item(), 6), kl.item()
         (0.693147, 0.0)
     """
     parts = [
         _compare(policy_logits[rows], reference_logits[rows], target[rows])
         for rows in _chunks(policy_logits, reference_logits)
     ]
-    ours, theirs, kl = zip(*parts, strict=True)
-    return _joined(ours), _joined(theirs), torch.cat(kl)
+    policy, reference, kl = zip(*parts, strict=True)
+    return _joined(policy), _joined(reference), torch.cat(kl)
 
 
 def _compare(
     policy_logits: torch.Tensor, reference_logits: torch.Tensor, target: torch.Tensor
 ) -> tuple[TokenReadout, TokenReadout, torch.Tensor]:
-    ours, logp, p = _read(policy_logits, target)
-    theirs, logq, _ = _read(reference_logits, target)
+    policy, logp, p = _read(policy_logits, target)
+    reference, logq, _ = _read(reference_logits, target)
     if logp.shape[-1] != logq.shape[-1]:
         # Embeddings are padded for speed: what only one of them has is no token of anything, and both go without.
         width = min(logp.shape[-1], logq.shape[-1])
@@ -105,7 +105,7 @@ def _compare(
     # A token that the policy never says adds nothing, whatever the reference makes of it: 0·(−inf), 0·(inf − inf).
     terms.masked_fill_((p == 0) & ~logq.isnan(), 0.0)
     # Rounding may take a sum of nearly cancelling terms just below zero.
-    return ours, theirs, terms.double().sum(-1).clamp_min(0.0)
+    return policy, reference, terms.double().sum(-1).clamp_min(0.0)
 
 
 def _joined(parts: Sequence[TokenReadout]) -> TokenReadout:

@@ -135,8 +135,8 @@ class Pace:
         try:
             yield
         finally:
-            whole, self._moment = self._clock() - began, None
-            self._spend(kind, whole - self._counted, whole if self._counted else None)
+            elapsed, self._moment = self._clock() - began, None
+            self._spend(kind, elapsed - self._counted, elapsed if self._counted else None)
 
     def _spend(self, kind: AuditKind, more: float, in_all: float | None, layers: int | None = None) -> None:
         looks = self._spent.looks + (more if kind == "health" else 0.0)

@@ -207,7 +207,7 @@ def _kept_streams(task: AuditTask) -> ReferenceStreams | None:
         directory,
         probes=task.request.probes.content_hash,
         weights=session.models.hashes[1],
-        build=task.session.models.reference_build,
+        configuration=task.session.models.reference_build,
         # Before training policy and reference must agree to the bit, so there nothing is taken on trust.
         read=not task.request.at_start,
     )

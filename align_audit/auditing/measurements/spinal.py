@@ -210,8 +210,8 @@ class Spinal(Measurement):
         """
         ranks, layers = self.session.models.ranks, self.session.num_layers
         order = rows.order()
-        mine = {layer: self._fit(rows, order, layer, epsilon) for layer in range(ranks.rank, layers, ranks.size)}
-        everywhere = {layer: fitted for said in ranks.gather(mine) for layer, fitted in said.items()}
+        share = {layer: self._fit(rows, order, layer, epsilon) for layer in range(ranks.rank, layers, ranks.size)}
+        everywhere = {layer: fitted for said in ranks.gather(share) for layer, fitted in said.items()}
         fits, floor = zip(*(everywhere[layer] for layer in range(layers)), strict=True)
         why = {}
         for layer, fit in enumerate(fits):

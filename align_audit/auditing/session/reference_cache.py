@@ -41,7 +41,7 @@ _BATCH = re.compile(r"[0-9a-f]{16}-[0-9a-f]{16}-[0-9a-f]{16}\.safetensors")
 """Names of kept batches: digests of the weights, of all else the tensors depend on, and of the layout."""
 _WORKING = re.compile(r"tmp[a-z0-9_]{8}")
 """Names of the folders in which a batch is written, as ``tempfile.mkdtemp`` gives them."""
-_WHOLE = "batch.safetensors"
+_COMPLETE = "batch.safetensors"
 
 
 class ReferenceTrace(BaseModel):
@@ -80,7 +80,7 @@ class ReferenceCache:
         if self.directory is not None:
             with contextlib.suppress(OSError):
                 remove_abandoned(self.directory)
-        self._known: dict[tuple[str, ...], ReferenceTrace] = {}
+        self._traces: dict[tuple[str, ...], ReferenceTrace] = {}
         self._kept: dict[str | None, KeptReference] = {}
 
     def kept(self, probe_name: str | None, key: tuple[str, ...]) -> KeptReference:
@@ -91,10 +91,10 @@ class ReferenceCache:
 
     def get(self, key: tuple[str, ...]) -> ReferenceTrace | None:
         """What was put under ``key``, in this process or an earlier one; None when there is nothing, or nothing sound."""
-        if key not in self._known and self.directory is not None:
+        if key not in self._traces and self.directory is not None:
             path = self._path(self.directory, key)
             try:
-                found = ReferenceTrace.model_validate_json(path.read_bytes())
+                stored = ReferenceTrace.model_validate_json(path.read_bytes())
             except FileNotFoundError:
                 return None
             except (OSError, ValidationError) as error:
@@ -102,14 +102,14 @@ class ReferenceCache:
                     "%s cannot be used (%s); the reference is measured again", plain(path), first_line(error)
                 )
                 return None
-            if found.key == list(key) and found.methods_version == METHODS_VERSION:
-                self._known[key] = found
-        return self._known.get(key)
+            if stored.key == list(key) and stored.methods_version == METHODS_VERSION:
+                self._traces[key] = stored
+        return self._traces.get(key)
 
     def put(self, kept: ReferenceTrace) -> None:
         """Keep a trace under its key. A disk that refuses it costs the next process some time, and nothing else."""
         key = tuple(kept.key)
-        self._known[key] = kept
+        self._traces[key] = kept
         if self.directory is not None:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -153,16 +153,18 @@ class ReferenceStreams:
             self._remove_outdated()
 
     @classmethod
-    def of(cls, session: Session, directory: Path, *, probes: str, weights: str, build: str, read: bool) -> Self:
+    def of(
+        cls, session: Session, directory: Path, *, probes: str, weights: str, configuration: str, read: bool
+    ) -> Self:
         """The store for a session's reference and pairs, as this process computes them.
 
         Args:
-            build: hash of what the reference computes with beside its parameters.
+            configuration: hash of what the reference computes with beside its parameters.
         """
         reference = session.models.reference
         # Whatever may change a last bit: kept streams are compared with those of a policy that may be the same model.
         computed = {
-            "build": build,
+            "build": configuration,
             "anatomy": repr(reference.anatomy),
             "dtype": str(reference.compute_dtype),
             "shared": session.shared,
@@ -204,9 +206,9 @@ class ReferenceStreams:
             if size > _FREE * shutil.disk_usage(self._folder).free:
                 raise OSError(f"a batch takes {size / 2**30:.2f} GiB, more than half of what is free on this disk")
             working = tempfile.mkdtemp(dir=self._folder)
-            whole = os.path.join(working, _WHOLE)
-            save_file(_apart(tensors), whole, {"key": self._key})
-            os.replace(whole, self._path(batch))
+            complete = os.path.join(working, _COMPLETE)
+            save_file(_apart(tensors), complete, {"key": self._key})
+            os.replace(complete, self._path(batch))
             self._used.add(self._path(batch).name)
         except (OSError, SafetensorError, RuntimeError, ValueError) as error:
             if isinstance(error, torch.OutOfMemoryError):
@@ -235,8 +237,8 @@ class ReferenceStreams:
         if is_folder_here(self._folder):
             for path in self._folder.glob("tmp*"):
                 if _WORKING.fullmatch(path.name) and is_folder_here(path) and is_old(path):
-                    if is_file_here(path / _WHOLE):
-                        (path / _WHOLE).unlink(missing_ok=True)
+                    if is_file_here(path / _COMPLETE):
+                        (path / _COMPLETE).unlink(missing_ok=True)
                     with contextlib.suppress(OSError):  # somebody else's file is in it
                         path.rmdir()
 
@@ -254,13 +256,13 @@ class ReferenceStreams:
 def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Contiguous tensors, no two of which share memory (a layer that does nothing hands on what it was given)."""
     seen: set[int] = set()
-    found = {}
+    separate = {}
     for name, tensor in tensors.items():
-        whole = tensor.contiguous()
-        storage = whole.untyped_storage().data_ptr()
-        found[name] = whole.clone() if storage in seen else whole
+        packed = tensor.contiguous()
+        storage = packed.untyped_storage().data_ptr()
+        separate[name] = packed.clone() if storage in seen else packed
         seen.add(storage)
-    return found
+    return separate
 
 
 def _digest(words: str) -> str:
