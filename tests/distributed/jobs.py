@@ -14,6 +14,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from align_audit import AlignmentAuditCallback, AuditConfig
+from align_audit.auditing.measurements import lens_walk
+from align_audit.auditing.measurements.lens_walk import PORTION
 from align_audit.models.weights.sharded import is_spread, whole_tensors
 from align_audit.monitoring import monitor
 from tests.distributed.engines import deepspeed_options
@@ -57,9 +59,11 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
         ``log_on``: a rank on which another callback logs before the first step, as no other rank does.
         ``plants``: a list of faults, each with its rank; see :mod:`tests.distributed.plants`.
         ``frozen``: only the last layer trains.
+        ``portion``: rows of a portion in which transport is drawn; else the audit's own.
         ``alone``: audit what came of it once more, in one process.
     """
     torch.set_num_threads(1)
+    lens_walk.PORTION = case.get("portion", PORTION)
     audit = None
     if case.get("audit") is not None:
         options = {**QUICK, **case["audit"]}

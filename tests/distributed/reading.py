@@ -45,5 +45,7 @@ def differing(
     return [path for path in paths if not path.startswith(skipped) and "principal_angles" not in path and differ(path)]
 
 
-MADE_ELSEWHERE = ("provenance.created", "cost.", "reference_check.", "alerts", "finding", "occasion")
+MADE_ELSEWHERE = (
+    "provenance.created", "cost.", "reasons.cost.", "reference_check.", "alerts", "finding", "occasion",
+)  # fmt: skip
 """What another program says of itself, and what is made of the record before."""

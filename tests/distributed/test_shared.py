@@ -42,7 +42,12 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     },
     "auto": {
         "probes": 16,
-        "audit": {**AUDIT, "patching": {"exact_pairs": "auto", "equivalent_pairs": 14, "control_pairs": 8}},
+        "audit": {
+            **AUDIT,
+            "patching": {"exact_pairs": "auto", "equivalent_pairs": 14, "control_pairs": 8},
+            "spinal": {"enabled": True, "transport_rows": "auto"},
+        },
+        "portion": 16,
     },
     "two sets": {"probes": {"long": [8, 19], "short": [19, 24]}, "audit": AUDIT},
     "frozen": {"probes": 9, "audit": AUDIT, "frozen": True},
@@ -111,6 +116,13 @@ def test_what_changed_in_text_is_what_one_process_finds(ran: Any, case: str) -> 
         assert here is not None
         assert here.lost + here.gained != []
         assert (here.lost, here.gained) == (alone.lost, alone.gained)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_rows_travel_in_more_than_one_portion(ran: Any, engine: str) -> None:
+    """So that the processes take turns of them, and decide together how many are drawn."""
+    spinal = lines(ran[0], f"{engine}, auto", "records.jsonl")[-1]["spinal"]
+    assert SITUATIONS["auto"]["portion"] * 2 < spinal["transport_rows"] < spinal["rows_available"]
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
