@@ -21,6 +21,7 @@ from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.schedule import Training
 from align_audit.ranks import Ranks
 from align_audit.record import training_log
+from align_audit.record.audit_record import Occasion
 from align_audit.record.log import RunLog
 from align_audit.record.training_log import TrainingLog
 from align_audit.writers.writer import Writers
@@ -119,7 +120,7 @@ def test_a_plan_that_breaks_is_a_failure_like_any(models: Any, tmp_path: Path, m
     def breaks(*_: Any) -> Any:
         raise ZeroDivisionError("planted")
 
-    monkeypatch.setattr(pace, "occasion", lambda *_: None)
+    monkeypatch.setattr(pace, "occasion", lambda *_: Occasion(reason="planted"))
     monkeypatch.setattr(pace, "plan", breaks)
     outcome = audited(monitor, models)
     assert [failure.kind for failure in outcome.failures] == ["ZeroDivisionError: planted"]
