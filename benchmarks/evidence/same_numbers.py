@@ -46,10 +46,16 @@ RENAMED: dict[str, str] = {}
 EXPECTED: dict[str, str] = {
     r"(.*\.)?schema_version": "5: a record may hold parts of measurements that it has no field for",
     r"(.*\.)?extra": "they stand there; empty in an audit of this package's own",
+    r"(.*\.)?(policy_|reference_)?transport_(stderr|rows|change_stderr)": "8: transport may be of some of the rows",
+    r"(.*\.)?delta_align_stderr": "8: so may delta_align",
+    r"(.*\.)?(reasons\.)?cost\.(training_pairs|share_of_run)": "8: what an audit cost in the trainer's unit",
 }
 """What is new, gone or different on purpose: a regular expression for the path of a field, of what holds it, or for the name of
 a file that only one folder has → why. The command says how many leaves it did not compare for that."""
-IGNORED = re.compile(r"(.*\.)?(created|time|versions|cost\.seconds|cost\.peak_memory)(\..*)?")
+IGNORED = re.compile(
+    r"(.*\.)?(created|time|versions|cost\.seconds|cost\.peak_memory|"
+    r"occasion\.(share_spent|training_pair_seconds|unaffordable_seconds))(\..*)?"
+)
 """What no two runs have in common: dates, seconds, memory and package versions. How much work an audit was
 (``cost.forward_equivalents``) is compared."""
 OTHER_BITS = re.compile(r"(.*\.)?(policy_hash|reference_hash|sha256)")
