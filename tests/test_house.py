@@ -118,6 +118,10 @@ def test_an_import_from_above_inside_a_room_is_seen(tmp_path: Path) -> None:
     }
 
 
+def test_no_name_is_vague() -> None:
+    assert vague_names() == {}
+
+
 def test_vague_names_are_counted_where_they_are_given(tmp_path: Path) -> None:
     root = a_house(
         tmp_path,
