@@ -84,6 +84,7 @@ def test_a_new_writer_is_one_line_in_the_registry(tmp_path: Path, monkeypatch: p
         "max_pairs": 4, "statistics": {"bootstrap_resamples": 100}, "tensorboard": "off", "progress": False, "strict": True,
         "localization": {"enabled": False}, "low_rank": {"enabled": False}, "spinal": {"enabled": False},
         "alerts": {"kl_warning": 1e-9, "kl_error": 1e-9}, "generations": {"enabled": False},
+        "schedule": {"last_step_seconds": 0},
     }  # fmt: skip
     callback = AlignmentAuditCallback(config=AuditConfig.from_dict(settings))
     trained = build(tmp_path / "run", "ref_model made", [callback], max_steps=1, save_strategy="no")
