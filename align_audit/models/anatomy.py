@@ -7,6 +7,7 @@ embeddings, the norm and head) it gets by calling the model itself; see ``replay
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,19 +81,29 @@ class Anatomy:
         return tuple(changed)
 
 
+def out_of_engine(model: nn.Module) -> nn.Module:
+    """The model that a ``DeepSpeedEngine`` runs; any other one as it is. Where DeepSpeed is not in use, it is not imported."""
+    engine = sys.modules.get("deepspeed.runtime.engine")
+    while engine is not None and isinstance(model, engine.DeepSpeedEngine):
+        model = model.module
+    return model
+
+
 def unwrap_only(model: nn.Module) -> nn.Module:
-    """Out of data-parallel and compile wrappers; a PEFT model stays one."""
+    """Out of data-parallel and compile wrappers and out of DeepSpeed's engine; a PEFT model stays one."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
         elif hasattr(model, "_orig_mod") and isinstance(model._orig_mod, nn.Module):
             model = model._orig_mod
+        elif (inside := out_of_engine(model)) is not model:
+            model = inside
         else:
             return model
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The causal LM itself: out of data-parallel and compile wrappers and out of PEFT, whose layers stay in place."""
+    """The causal LM itself: out of all wrappers and out of PEFT, whose layers stay in place."""
     model = unwrap_only(model)
     if is_peft(model):
         configs: Any = model.peft_config

@@ -22,6 +22,7 @@ from align_audit.models.replay import Replay
 from align_audit.models.sites import LayerSites, Sites
 from align_audit.models.trial import Hook, Seen, Trial
 from align_audit.models.verify import probe_inputs
+from align_audit.models.weights.sharded import whole_size
 
 ATTENTION_WORDS = ("attn", "attention")
 """One of these is in the name or class of whatever its makers consider attention; other mixers (state spaces,
@@ -191,12 +192,12 @@ def _parts(trial: Trial, addends: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _own_parameters(trial: Trial, name: str) -> int:
-    return sum(parameter.numel() for parameter in trial.names[name].parameters(recurse=False))
+    return sum(map(whole_size, trial.names[name].parameters(recurse=False)))
 
 
 def _largest(trial: Trial, parts: Sequence[str]) -> str:
     """Of some modules the one that holds most: a mixer, not its norms; the outer of two."""
-    return max(reversed(parts), key=lambda name: sum(p.numel() for p in trial.names[name].parameters()))
+    return max(reversed(parts), key=lambda name: sum(map(whole_size, trial.names[name].parameters())))
 
 
 # -- heads -------------------------------------------------------------------------------------------------------------

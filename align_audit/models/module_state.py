@@ -50,14 +50,15 @@ class ModuleState:
         self._tensors: dict[int, _KeptTensor] = {}
         self._modules = list(modules)
         for module in self._modules:
-            self._keep(vars(module))
+            self._keep(vars(module), module._parameters)
         if contents:
             room = _COPIED_BYTES
             for kept in sorted(self._tensors.values(), key=lambda kept: kept.tensor.nbytes):
                 if kept.may_copy:
                     room -= kept.copy(room)
 
-    def _keep(self, value: Any) -> None:
+    def _keep(self, value: Any, parameters: Any) -> None:
+        """Keep what ``value`` holds; ``parameters``, too, of whatever class they are: an engine may have one of its own."""
         waiting = [value]  # a configuration may refer to itself, and lists may be nested deeply
         while waiting:
             value = waiting.pop()
@@ -70,8 +71,8 @@ class ModuleState:
                 waiting.extend(value)
             elif id(value) in self._containers:
                 continue
-            elif type(value) in (dict, OrderedDict, defaultdict):
-                self._containers[id(value)] = value, dict(value)
+            elif type(value) in (dict, OrderedDict, defaultdict) or value is parameters:
+                self._containers[id(value)] = value, dict(value.items())
                 waiting.extend(value.values())
             elif type(value) in (list, deque):
                 self._containers[id(value)] = value, list(value)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from align_audit.models.weights.sharded import whole_size
+
 _SHARE = 0.03
 """A module with fewer of the layer's parameters than this is not worth gathering and scattering for."""
 
@@ -96,7 +98,7 @@ def find_pointwise(
     """
     expected = run().flatten(0, 1)[kept].double()
     update = float((expected - entering.flatten(0, 1)[kept].double()).norm())
-    total = sum(parameter.numel() for parameter in layer.parameters())
+    total = sum(map(whole_size, layer.parameters()))
     if not (update > 0.0 and total):  # nothing to compare with (NaN included): nothing is narrowed
         return []
 
@@ -118,7 +120,7 @@ def find_pointwise(
     waiting = list(layer.children())
     while waiting:
         module = waiting.pop(0)
-        if sum(parameter.numel() for parameter in module.parameters()) < _SHARE * total:
+        if sum(map(whole_size, module.parameters())) < _SHARE * total:
             continue
         if harmless([module]):
             chosen.append(module)

@@ -14,11 +14,13 @@ from torch import nn
 
 from align_audit.errors import ReferenceUnavailableError
 from align_audit.models.adapters import adapters_kept
-from align_audit.models.anatomy import is_peft, unwrap_only
+from align_audit.models.anatomy import is_peft, out_of_engine, unwrap_only
 from align_audit.models.loading import load_model, loader_errors
 from align_audit.models.weights.fingerprint import belongs_to, fingerprint
 from align_audit.models.weights.from_disk import open_streamed
+from align_audit.models.weights.sharded import is_spread
 from align_audit.models.weights.streaming import NotStreamable, close, files_of
+from align_audit.models.weights.zero3 import loading_whole
 from align_audit.ranks import Ranks
 
 logger = logging.getLogger(__name__)
@@ -79,13 +81,14 @@ class Reference:
 
     def _open(self) -> nn.Module:
         assert self._load is not None
-        if self._stream is None:
-            return self._load()
-        try:
-            return self._stream()
-        except NotStreamable as error:
-            reason = str(error)
-        model = self._load()
+        with loading_whole():
+            if self._stream is None:
+                return self._load()
+            try:
+                return self._stream()
+            except NotStreamable as error:
+                reason = str(error)
+            model = self._load()
         self._stream = None
         self.source = f"{self._source_loaded} (whole, not layer by layer: {reason})"
         logger.warning("align_audit holds the whole reference in memory instead of streaming its layers: %s", reason)
@@ -143,7 +146,10 @@ class Reference:
         parameters = [
             (name, parameter) for name, parameter in model.named_parameters() if not belongs_to(model, name, inactive)
         ]
-        if any(type(each) is not nn.Parameter or each.is_inference() or each.is_meta for _, each in parameters):
+        if any(
+            type(each) is not nn.Parameter or is_spread(each) or each.is_inference() or each.is_meta
+            for _, each in parameters
+        ):
             return None  # spread, quantized or absent: such a tensor knows nothing of what is written to it
         return tuple((name, id(parameter), parameter.data_ptr(), parameter._version) for name, parameter in parameters)
 
@@ -260,6 +266,7 @@ def _passed(policy: nn.Module, model: nn.Module, source: str) -> Reference:
     Raises:
         ReferenceUnavailableError: it is the policy itself, or holds parameters of the policy that train.
     """
+    model = out_of_engine(model)
     if model is policy or unwrap_only(model) is unwrap_only(policy):
         raise ReferenceUnavailableError(
             f"the reference ({source}) is the policy itself; expected another model, a path, or None to let it be found"

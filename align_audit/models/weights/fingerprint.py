@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from align_audit.models.weights.sharded import has_engine, is_spread, part_of, reshard, whole_tensors
+from align_audit.models.weights.sharded import has_engine, is_spread, part_of, reshard, whole_shape, whole_tensors
 from align_audit.models.weights.streaming import stored_tensors
 from align_audit.ranks import Ranks
 
@@ -67,7 +68,7 @@ def _summed_together(weights: dict[str, Callable[[], torch.Tensor]], ranks: Rank
         ranks.check(_PLACE)
         torch.distributed.all_reduce(total, group=group)  # wraps around, as sums modulo 2⁶⁴ do
         for (name, tensor, _), (plain, weighted) in zip(parts, total.tolist(), strict=True):
-            sums[name] = tuple(tensor.shape), tensor.dtype, (plain % 2**64, weighted % 2**64)
+            sums[name] = tuple(whole_shape(tensor)), tensor.dtype, (plain % 2**64, weighted % 2**64)
     return sums
 
 
@@ -77,13 +78,20 @@ def _signed(value: int) -> int:
 
 
 def tensors(model: nn.Module, *, without_adapters: tuple[str, ...] = ()) -> dict[str, Callable[[], torch.Tensor]]:
-    """Name of each parameter → gives its values, read from disk where a streamed model has left them there."""
+    """Name of each parameter → gives its values, read from disk where a streamed model has left them there.
+
+    Of a parameter that is spread it is the parameter itself, which knows where the rest is.
+    """
     stored = stored_tensors(model)
     return {
-        name: stored.get(name, parameter.detach)
+        name: stored.get(name, functools.partial(_values, parameter))
         for name, parameter in model.named_parameters()
         if not belongs_to(model, name, without_adapters)
     }
+
+
+def _values(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter if is_spread(parameter) else parameter.detach()
 
 
 Sums = tuple[tuple[int, ...], torch.dtype, tuple[int, int]]

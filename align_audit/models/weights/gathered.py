@@ -24,6 +24,7 @@ from align_audit.models.weights.sharded import (
     has_engine,
     is_spread,
     reshard,
+    whole_size,
     whole_tensors,
     without_engine,
 )
@@ -41,7 +42,7 @@ class _Weight:
 
     @property
     def bytes(self) -> int:
-        return self.resting.numel() * self.dtype.itemsize
+        return whole_size(self.resting) * self.dtype.itemsize
 
     def rest(self) -> None:
         self.put(self.resting)

@@ -1,4 +1,7 @@
-"""Are a model's weights spread over processes, by which engine, and what of them is here? The one place that knows engines."""
+"""Are a model's weights spread over processes, by which engine, and what of them is here?
+
+The one place that knows engines. What is DeepSpeed's own is in :mod:`align_audit.models.weights.zero3`.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,13 @@ import torch
 from torch import nn
 
 from align_audit.errors import ConfigurationError
+from align_audit.models.weights import zero3
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
 FSDP2 = "FSDP2"
-_ENGINES_HOOKS = ("torch.distributed.fsdp.",)
+_ENGINES_HOOKS = ("torch.distributed.fsdp.", zero3.PACKAGE)
 """Where the functions come from that an engine hooks to modules."""
 
 
@@ -37,9 +41,8 @@ def how_sharded(model: nn.Module) -> str | None:
         elif isinstance(module, fsdp.FullyShardedDataParallel):
             return "FSDP1"
     for parameter in model.parameters():
-        # DeepSpeed marks what it has partitioned; it is not imported here, since it need not be installed.
-        if hasattr(parameter, "ds_status") and hasattr(parameter, "ds_numel"):
-            return "DeepSpeed ZeRO-3"
+        if zero3.is_partitioned(parameter):
+            return zero3.NAME
         if tensor is not None and isinstance(parameter, tensor.DTensor) and (engine is None or _shards(parameter) > 1):
             return "tensor parallelism"
         if hasattr(parameter, "_is_flat_param"):
@@ -53,15 +56,15 @@ def _shards(parameter: Any) -> int:
 
 
 def _is_offloaded(parameter: Any) -> bool:
-    """Whether a spread parameter lies elsewhere than its engine computes."""
-    return is_spread(parameter) and parameter.to_local().device.type != parameter.device_mesh.device_type
+    """Whether a parameter of FSDP2's lies elsewhere than it computes."""
+    return _is_dtensor(parameter) and parameter.to_local().device.type != parameter.device_mesh.device_type
 
 
 def refuse_sharded(model: nn.Module, what: str) -> None:
     """Refuse a model whose layers cannot be brought together.
 
-    Such a model must not even be called: FSDP2 takes the first module that runs for the root of the model, and training's
-    own first forward breaks.
+    No model whose weights are spread must even be called here: FSDP2 takes the first module that runs for the root of the
+    model, and training's own first forward breaks.
 
     Args:
         what: which model it is, for the message.
@@ -72,16 +75,23 @@ def refuse_sharded(model: nn.Module, what: str) -> None:
     engine = how_sharded(model)
     if engine == FSDP2 and any(map(_is_offloaded, model.parameters())):
         engine = "FSDP2 with its parameters offloaded to the CPU"
-    if engine not in (None, FSDP2):
+    if engine == zero3.NAME and (setting := zero3.unsupported(model.parameters())):
+        engine = f"{zero3.NAME} {setting}"
+    if engine not in (None, FSDP2, zero3.NAME):
         raise ConfigurationError(
             f"the weights of {what} are spread over processes ({engine}), and an audit runs a model layer by layer, each layer "
-            "whole. Expected one process, DDP, FSDP2 (without offloading), DeepSpeed ZeRO-1 or ZeRO-2. Train "
-            "with one of these, or without this callback, and audit the saved checkpoints afterwards (`align-audit run`)"
+            "whole. Expected one process, DDP, FSDP2 (without offloading), DeepSpeed ZeRO-1, ZeRO-2 or ZeRO-3 (without "
+            "offloading of parameters, and without ZeRO++). Train with one of these, or without this callback, and audit the "
+            "saved checkpoints afterwards (`align-audit run`)"
         )
 
 
 def is_spread(parameter: torch.Tensor) -> bool:
     """Whether only a part of the parameter is on this process."""
+    return zero3.is_partitioned(parameter) or _is_dtensor(parameter)
+
+
+def _is_dtensor(parameter: torch.Tensor) -> bool:
     tensor = _loaded("torch.distributed.tensor")
     return tensor is not None and isinstance(parameter, tensor.DTensor)
 
@@ -94,14 +104,14 @@ def _engine_modules(model: nn.Module) -> list[Any]:
 
 def has_engine(model: nn.Module) -> bool:
     """Whether an engine keeps the model's weights in shards, and brings them together to compute."""
-    return bool(_engine_modules(model))
+    return bool(_engine_modules(model)) or any(map(zero3.is_partitioned, model.parameters()))
 
 
 def reshard(model: nn.Module) -> None:
     """Let the engine, where the model has one, put parameters that it still holds whole back to their shards.
 
     After an evaluation FSDP2 keeps what ran last whole, in the dtype that it computes in: until its next forward no
-    parameter of the optimizer's stands there.
+    parameter of the optimizer's stands there. DeepSpeed's parameters stay the same objects, and have their shards beside them.
     """
     for module in _engine_modules(model):
         module.reshard()
@@ -125,25 +135,40 @@ class Part:
     Attributes:
         values: consecutive values of the flattened parameter.
         offset: how many stand before them.
+        length: how many each process holds, where all but the last ones hold as many.
         group: the processes that hold the rest; no two of them the same.
     """
 
     values: torch.Tensor
     offset: int
+    length: int
     group: Any
+
+
+def whole_shape(parameter: Any) -> torch.Size:
+    """Of a parameter that may be spread."""
+    return torch.Size(parameter.ds_shape if zero3.is_partitioned(parameter) else parameter.shape)
+
+
+def whole_size(parameter: torch.Tensor) -> int:
+    """How many values a parameter has that may be spread."""
+    return whole_shape(parameter).numel()
 
 
 def part_of(parameter: Any) -> Part | None:
     """Of a spread parameter; None where it is not cut along its first dimension, so that what is here is not consecutive."""
+    if zero3.is_partitioned(parameter):
+        return Part(*zero3.piece_of(parameter))
     cuts = [(axis, placement) for axis, placement in enumerate(parameter.placements) if not placement.is_replicate()]
     if len(cuts) != 1 or not cuts[0][1].is_shard(0):
         return None
     axis = cuts[0][0]
     mesh, rows = parameter.device_mesh, parameter.shape[0]
     # As torch.chunk cuts: equal parts, of which the last ones may be shorter, or empty.
-    first = min(rows, -(-rows // mesh.size(axis)) * mesh.get_local_rank(axis))
-    values = parameter.detach().to_local()
-    return Part(values, first * (parameter.numel() // max(rows, 1)), mesh.get_group(axis))
+    most = -(-rows // mesh.size(axis))
+    first = min(rows, most * mesh.get_local_rank(axis))
+    width = parameter.numel() // max(rows, 1)
+    return Part(parameter.detach().to_local(), first * width, most * width, mesh.get_group(axis))
 
 
 def whole_tensors(parameters: Sequence[Any], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
@@ -159,12 +184,9 @@ def whole_tensors(parameters: Sequence[Any], dtypes: Sequence[torch.dtype]) -> l
             with torch.no_grad():
                 gathered[place] = parameter.detach().full_tensor().to(dtype)
             continue
-        size = part.group.size()
         values = part.values.reshape(-1).to(dtype)
-        rows = parameter.shape[0]
-        longest = -(-rows // size) * (parameter.numel() // max(rows, 1))
         # The last parts may be shorter, which all of them have to be as long as: what is appended lies at the very end.
-        values = torch.cat([values, values.new_zeros(longest - len(values))])
+        values = torch.cat([values, values.new_zeros(part.length - len(values))])
         pieces.setdefault((part.group, dtype), []).append((place, values))
     for (group, _), parts in pieces.items():
         here = torch.cat([values for _, values in parts])
@@ -173,8 +195,8 @@ def whole_tensors(parameters: Sequence[Any], dtypes: Sequence[torch.dtype]) -> l
         by_process, first = everywhere.view(group.size(), len(here)), 0
         for place, values in parts:
             parameter = parameters[place]
-            column = by_process[:, first : first + len(values)].reshape(-1)[: parameter.numel()]
-            gathered[place] = column.clone().view(parameter.shape)
+            column = by_process[:, first : first + len(values)].reshape(-1)[: whole_size(parameter)]
+            gathered[place] = column.clone().view(whole_shape(parameter))
             first += len(values)
     return [values for values in gathered if values is not None]
 
@@ -222,10 +244,11 @@ def without_engine(model: nn.Module) -> Callable[[], None]:
         policy = _precision(module)
         for hooks, cast_hook in ((module._forward_pre_hooks, _cast_inputs), (module._forward_hooks, _cast_output)):
             for place, hook in list(hooks.items()):
-                if getattr(hook, "__module__", "").startswith(_ENGINES_HOOKS):
+                if _is_engines_hook(hook):
                     kept.append((hooks, place, hook))
                     # In its place, so that the order of all hooks stays, and what is registered beside it holds.
-                    hooks[place] = functools.partial(cast_hook, policy)
+                    casts = not hook.__module__.startswith(zero3.PACKAGE)
+                    hooks[place] = functools.partial(cast_hook, policy) if casts else _nothing
 
     def put_back() -> None:
         for hooks, place, hook in kept:
@@ -252,8 +275,16 @@ def engine_hooks(model: nn.Module) -> Iterator[Any]:
     """The hooks that the engine has on modules now."""
     for module in model.modules():
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            if getattr(hook, "__module__", "").startswith(_ENGINES_HOOKS):
+            if _is_engines_hook(hook):
                 yield hook
+
+
+def _is_engines_hook(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith(_ENGINES_HOOKS)
+
+
+def _nothing(*_: Any) -> None:
+    """In place of a hook that only brings weights and lets go of them."""
 
 
 def _cast_inputs(policy: MixedPrecisionPolicy | None, module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -23,6 +23,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from align_audit.models.weights.sharded import whole_size
+
 _ALIGNMENT = 64
 """Bytes; kernels may round differently on weights that start elsewhere."""
 
@@ -360,7 +362,7 @@ def find_layers(model: nn.Module, path: str | None = None) -> tuple[str, list[nn
         except AttributeError:
             raise NotStreamable(f"{type(model).__name__} has no submodule {path!r}") from None
     lists = [
-        (sum(parameter.numel() for parameter in module.parameters()), -index, name, module)
+        (sum(map(whole_size, module.parameters())), -index, name, module)
         for index, (name, module) in enumerate(model.named_modules())
         if isinstance(module, nn.ModuleList) and len(module) > 0
     ]

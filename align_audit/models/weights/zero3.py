@@ -1,0 +1,94 @@
+"""DeepSpeed ZeRO-3: how it marks what it has cut, which of its settings an audit can follow, and loading beside it.
+
+DeepSpeed need not be installed, and is never imported here: a parameter that it has cut says so itself. Such a parameter is
+empty. ``ds_tensor`` is this process's piece of the flattened values, as the optimizer has left it; ``ds_shape`` and
+``ds_numel`` measure the whole. All pieces are equally long, so the last ones may end in padding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+NAME = "DeepSpeed ZeRO-3"
+PACKAGE = "deepspeed."
+"""Where the functions come from that it hooks to modules."""
+
+_SETTINGS = {
+    "zero_quantized_weights": "with quantized weights (ZeRO++)",
+    "zero_quantized_nontrainable_weights": "with quantized weights (ZeRO++)",
+    "zero_hpz_partition_size": "with a second partition inside of each node (hpZ of ZeRO++)",
+    "mics_shard_size": "with weights cut inside of groups (MiCS)",
+    "zenflow": "with ZenFlow",
+}
+"""Under ``zero_optimization``: what changes the weights that a forward computes with, or where their pieces are."""
+
+
+def is_partitioned(parameter: torch.Tensor) -> bool:
+    """Whether DeepSpeed has cut the parameter: what is here of it is ``ds_tensor``."""
+    return hasattr(parameter, "ds_status") and hasattr(parameter, "ds_numel")
+
+
+def piece_of(parameter: Any) -> tuple[torch.Tensor, int, int, Any]:
+    """What this process holds of a parameter that was cut.
+
+    Returns:
+        consecutive values of the flattened parameter, without padding; how many stand before them; how long each piece is with
+        its padding; the processes that hold the others.
+    """
+    group, length = parameter.ds_process_group, parameter.ds_tensor.numel()
+    offset = min(parameter.ds_numel, group.rank() * length)
+    return parameter.ds_tensor.detach()[: parameter.ds_numel - offset], offset, length, group
+
+
+def unsupported(parameters: Iterable[torch.Tensor]) -> str | None:
+    """What these parameters use of ZeRO-3 that an audit cannot follow, in words behind its name; None: nothing.
+
+    Parameters show most of it. Where a trainer runs, transformers knows its configuration, and that is looked at too.
+    """
+    cut: list[Any] = [parameter for parameter in parameters if is_partitioned(parameter)]
+    settings = _settings()
+    offloaded = _is_on(settings.get("offload_param")) or any(
+        getattr(each, "nvme_swapper", None) is not None or each.ds_tensor.device.type != each.device.type
+        for each in cut
+    )
+    if offloaded:
+        return "with its parameters offloaded"
+    if any(hasattr(each.ds_tensor, "ds_quant_scale") for each in cut):
+        return _SETTINGS["zero_quantized_weights"]
+    if any(getattr(each, "ds_secondary_tensor", None) is not None for each in cut):
+        return _SETTINGS["zero_hpz_partition_size"]
+    return next((words for name, words in _SETTINGS.items() if _is_on(settings.get(name))), None)
+
+
+def _settings() -> Mapping[str, Any]:
+    """What the training under way has put under ``zero_optimization``, as far as transformers knows of it."""
+    integration = sys.modules.get("transformers.integrations.deepspeed")
+    config = None if integration is None else integration.deepspeed_config()
+    return (config or {}).get("zero_optimization") or {}
+
+
+def _is_on(value: Any) -> bool:
+    """Whether a setting says something else than its default: sizes of one or less, and the device ``none``, are such."""
+    if isinstance(value, Mapping):
+        return str(value.get("device", "yes")) != "none"
+    return value > 1 if isinstance(value, int) and not isinstance(value, bool) else value not in (None, False, "auto")
+
+
+@contextlib.contextmanager
+def loading_whole() -> Iterator[None]:
+    """Inside, transformers loads models whole. While a trainer with ZeRO-3 lives, it cuts whatever is loaded."""
+    integration = sys.modules.get("transformers.integrations.deepspeed")
+    if integration is None or not integration.is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = integration._hf_deepspeed_config_weak_ref()
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration.set_hf_deepspeed_config(config)
