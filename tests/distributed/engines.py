@@ -37,8 +37,12 @@ def become_rank(rank: int, size: int, port: int, engine: str) -> None:
         _deepspeed_without_accelerator()
 
 
-def deepspeed_options(engine: str) -> dict[str, Any]:
-    """What ``DPOConfig`` is given for an engine: DeepSpeed's own configuration, or nothing."""
+def deepspeed_options(engine: str, changes: dict[str, Any]) -> dict[str, Any]:
+    """What ``DPOConfig`` is given for an engine: DeepSpeed's own configuration, or nothing.
+
+    Args:
+        changes: to what stands under ``zero_optimization``.
+    """
     if not engine.startswith("zero"):
         return {}
     stage = int(engine.removeprefix("zero"))
@@ -49,7 +53,7 @@ def deepspeed_options(engine: str) -> dict[str, Any]:
         "use_cpu": False,
         "deepspeed": {
             "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
-            "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "zero_optimization": zero,
+            "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "zero_optimization": {**zero, **changes},
             "zero_allow_untested_optimizer": True, "communication_data_type": "fp32",
         },
     }  # fmt: skip
@@ -74,6 +78,7 @@ def _fsdp_without_accelerator() -> None:
 
 def _deepspeed_without_accelerator() -> None:
     """With ``use_cpu`` accelerate drops DeepSpeed; without it nobody names a backend, and one process is counted."""
+    import deepspeed.ops
     from accelerate import state
     from accelerate.utils import DistributedType
 
@@ -85,3 +90,5 @@ def _deepspeed_without_accelerator() -> None:
         return plain(self, cpu, sagemaker_dp, backend)
 
     state.PartialState._prepare_backend = prepare
+    # Nothing that trains uses this one, and to compile it takes a minute and more.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from align_audit import AlignmentAuditCallback, AuditConfig
 from align_audit.auditing.measurements import lens_walk
 from align_audit.auditing.measurements.lens_walk import PORTION
+from align_audit.models.anatomy import out_of_engine
 from align_audit.models.weights.sharded import is_spread, whole_tensors
 from align_audit.monitoring import monitor
 from tests.distributed.engines import deepspeed_options
@@ -28,7 +29,7 @@ from tests.helpers.dpo import ROWS, build
 def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A model's weights on every rank, gathered where they are spread."""
     weights = {}
-    for name, value in model.named_parameters():
+    for name, value in out_of_engine(model).named_parameters():
         (weights[name],) = whole_tensors([value], [value.dtype]) if is_spread(value) else [value.detach().clone()]
     return weights
 
@@ -53,6 +54,7 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
     ``case``:
         ``audit``: options over :data:`QUICK`; None: no callback.
         ``mode``, ``engine``, ``trainer``: the trainer's reference, its engine, its options.
+        ``zero``: of DeepSpeed's ZeRO, what is other than usual.
         ``probes``: how many pairs, or slices of them by name; else the eval set's.
         ``break_on``, ``refuse_on``: a rank whose audits fail, whose set-up refuses.
         ``config_on``: a rank with other options.
@@ -92,11 +94,12 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
         output, case.get("mode", "ref_model made"), [before, *([] if audit is None else [audit]), after],
         base=folder / f"base-{rank}",
         **{
-            "max_steps": 4, "per_device_train_batch_size": 2, **deepspeed_options(case.get("engine", "ddp")),
+            "max_steps": 4, "per_device_train_batch_size": 2, **deepspeed_options(case.get("engine", "ddp"), case.get("zero", {})),
             **case.get("trainer", {}),
         },
     )  # fmt: skip
     trainer = trained.trainer
+    before.reference = trainer.ref_model
     if case.get("log_on") == rank:
         trainer.add_callback(LogsHere(trainer))
     engine = type(trainer.model).__name__

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 from torch import nn
@@ -31,7 +34,25 @@ def snapshot(model: nn.Module) -> list[Any]:
                 (name, state._is_root, state._training_state, len(getattr(state._comm_ctx, "post_forward_order", ())))
             )
             seen.append([group.is_sharded for group in state._fsdp_param_groups])
+        seen += map(_of_coordinator, _coordinators(module))
     return seen
+
+
+def _coordinators(module: nn.Module) -> Iterator[Any]:
+    """What brings the weights of DeepSpeed ZeRO-3 together, and traces in which order; a hook of the root's knows it."""
+    for hook in module._forward_pre_hooks.values():
+        for cell in getattr(inspect.unwrap(hook), "__closure__", None) or ():
+            if type(cell.cell_contents).__name__ == "DeepSpeedZeRoOffload":
+                yield cell.cell_contents.param_coordinator
+
+
+def _of_coordinator(coordinator: Any) -> dict[str, Any]:
+    """All that it holds: numbers and modes, and of collections how much is in them."""
+    return {
+        name: len(value) if hasattr(value, "__len__") else value
+        for name, value in vars(coordinator).items()
+        if isinstance(value, bool | int | float | str | Enum) or hasattr(value, "__len__")
+    }
 
 
 class Before(TrainerCallback):
@@ -39,9 +60,14 @@ class Before(TrainerCallback):
 
     def __init__(self) -> None:
         self.seen: list[Any] = []
+        self.reference: nn.Module | None = None
+
+    def look(self, model: nn.Module) -> list[Any]:
+        """At the policy, and at the reference where there is one."""
+        return snapshot(model) + ([] if self.reference is None else snapshot(self.reference))
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        self.seen = snapshot(model)
+        self.seen = self.look(model)
 
 
 class After(TrainerCallback):
@@ -58,7 +84,7 @@ class After(TrainerCallback):
         self.looks, self.left, self.spread = 0, [], 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        now = snapshot(model)
+        now = self.before.look(model)
         self.looks += 1
         self.left += [str(a) for a, b in zip(now, self.before.seen, strict=True) if a != b]
         self.spread = sum(map(is_spread, model.parameters()))
