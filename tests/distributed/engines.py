@@ -80,6 +80,7 @@ def _deepspeed_without_accelerator() -> None:
     """With ``use_cpu`` accelerate drops DeepSpeed; without it nobody names a backend, and one process is counted."""
     import deepspeed.ops
     from accelerate import state
+    from transformers import training_args
     from accelerate.utils import DistributedType
 
     plain = state.PartialState._prepare_backend
@@ -90,5 +91,7 @@ def _deepspeed_without_accelerator() -> None:
         return plain(self, cpu, sagemaker_dp, backend)
 
     state.PartialState._prepare_backend = prepare
+    # Without ``use_cpu`` transformers asks for a GPU that computes in bfloat16.
+    training_args.is_torch_bf16_gpu_available = lambda: True
     # Nothing that trains uses this one, and to compile it takes a minute and more.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -54,7 +54,9 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
     ``case``:
         ``audit``: options over :data:`QUICK`; None: no callback.
         ``mode``, ``engine``, ``trainer``: the trainer's reference, its engine, its options.
+        ``reference``: ``path``: the callback is given where the base model is saved.
         ``zero``: of DeepSpeed's ZeRO, what is other than usual.
+        ``shape``: of the base model, what is other than usual.
         ``probes``: how many pairs, or slices of them by name; else the eval set's.
         ``break_on``, ``refuse_on``: a rank whose audits fail, whose set-up refuses.
         ``config_on``: a rank with other options.
@@ -77,7 +79,8 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
         }  # fmt: skip
         if case.get("refuse_on") == rank:
             probes = "no-such-file.jsonl"
-        audit = AlignmentAuditCallback(probes, AuditConfig.from_dict(options))
+        reference = folder / f"base-{rank}" if case.get("reference") == "path" else None
+        audit = AlignmentAuditCallback(probes, AuditConfig.from_dict(options), reference=reference)
     if case.get("break_on") == rank:
 
         def run_audit(*_: Any) -> Any:
@@ -92,7 +95,7 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
     after = After(before)
     trained = build(
         output, case.get("mode", "ref_model made"), [before, *([] if audit is None else [audit]), after],
-        base=folder / f"base-{rank}",
+        base=folder / f"base-{rank}", shape=case.get("shape", {}),
         **{
             "max_steps": 4, "per_device_train_batch_size": 2, **deepspeed_options(case.get("engine", "ddp"), case.get("zero", {})),
             **case.get("trainer", {}),
@@ -134,6 +137,7 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
         "looks": after.looks,
         "left": after.left,
         "spread": after.spread,
+        "available": after.available,
         "held": held,
     }
 
@@ -148,6 +152,8 @@ def audit_alone(
 ) -> None:
     """Write what one process finds in the weights that training has ended with: ``alone.json``, ``.texts.json``, ``.npz``."""
     half = case.get("mode") == "bf16"
+    # DeepSpeed computes in the dtype of its weights.
+    autocast = half and not case["engine"].startswith("zero")
     reference = None
     if references:
         reference = copy.deepcopy(policy)
@@ -160,7 +166,7 @@ def audit_alone(
             warnings.simplefilter("ignore")
             result = audited_whole(
                 policy, reference, probes, callback.config, step=step, beta=0.1, probe_name=probe_name,
-                **({"autocast": lambda: torch.autocast("cpu", torch.bfloat16)} if half else {}),
+                **({"autocast": lambda: torch.autocast("cpu", torch.bfloat16)} if autocast else {}),
             )  # fmt: skip
         assert result.texts is not None
         name = "alone" if probe_name is None else f"alone-{probe_name}"

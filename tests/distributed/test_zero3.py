@@ -12,22 +12,51 @@ from tests.distributed.launch import launch
 from tests.distributed.reading import MADE_ELSEWHERE, differing, lines
 
 pytestmark = pytest.mark.distributed
-
-pytest.importorskip(
-    "deepspeed", reason="DeepSpeed is not installed: `make test-deepspeed` has an environment with it"
-)
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: run `make test-deepspeed`")
 
 AUDIT: dict[str, Any] = {
     "max_pairs": 5,
+    "patching": {"noise_draws": 1},
+    "schedule": {"every_n_steps": 2},
+}
+EVERYTHING: dict[str, Any] = {
+    **AUDIT,
     "low_rank": {"enabled": True, "layers": [1], "ranks": [1], "random_draws": 1},
     "spinal": {"enabled": True, "max_rows": 40},
     "sites": [{"site": "head"}],
-    "schedule": {"every_n_steps": 2},
+    "generations": {"prompts": 2, "max_new_tokens": 8},
+}
+_USUAL: dict[str, Any] = {
+    "engine": "zero3",
+    "probes": 6,
+    "audit": AUDIT,
+    "trainer": {"save_strategy": "no", "eval_strategy": "no"},
+    # Biases of odd length end in padding on the second process.
+    "shape": {"mlp_bias": True, "intermediate_size": 47},
 }
 SETTINGS: dict[str, dict[str, Any]] = {
-    "made": {},
+    "made": {"audit": EVERYTHING},
+    # The engine keeps what is small whole: norms and biases.
+    "passed": {"mode": "ref_model passed", "zero": {"stage3_param_persistence_threshold": 50}},
+    "new adapter": {"mode": "new adapter", "audit": EVERYTHING},
+    "bf16": {"mode": "bf16"},
+    "no checkpointing": {
+        "trainer": {"save_strategy": "no", "gradient_checkpointing": False, "eval_strategy": "steps", "eval_steps": 2},
+        "audit": {**AUDIT, "schedule": {"on_evaluate": True}},
+    },
+    "sync": {"mode": "sync"},
+    "read from disk": {"reference": "path"},
 }
-_USUAL = {"engine": "zero3", "probes": 6, "alone": True, "audit": AUDIT, "trainer": {"save_strategy": "no"}}
+# Any movement at all is above this limit, so the first audit of a trained policy raises an alert.
+_AT_ONCE: dict[str, Any] = {"rules": {"at_once": {"signal": "margins.kl", "above": 1e-9, "level": "error"}}}
+ODD: dict[str, dict[str, Any]] = {
+    "stop": {
+        "audit": {"schedule": {"every_n_steps": 1}, "patching": {"enabled": False}, "alerts": {"action": "stop", **_AT_ONCE}},
+    },
+    "broken": {"audit": AUDIT, "plant": {"where": "layer", "kind": "error", "rank": 1}},
+    "hpz": {"zero": {"zero_hpz_partition_size": 2}},
+    "offloaded": {"zero": {"offload_param": {"device": "cpu"}}},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +64,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[
     folder = tmp_path_factory.mktemp("zero3")
     cases: dict[str, dict[str, Any]] = {}
     for name, setting in SETTINGS.items():
-        cases[f"{name} plain"] = {**_USUAL, **setting, "audit": None, "alone": False}
-        cases[name] = {**_USUAL, **setting}
+        cases[f"{name} plain"] = {**_USUAL, **setting, "audit": None}
+        cases[name] = {**_USUAL, **setting, "alone": True}
+    for name, odd in ODD.items():
+        cases[name] = {**_USUAL, **odd}
     return folder, launch(folder, cases)
 
 
@@ -48,7 +79,8 @@ def test_the_engine_really_ran(ran: Any, setting: str) -> None:
             assert said["engine"] == "DeepSpeedEngine"
             assert said["distributed"] == "DistributedType.DEEPSPEED"
             assert said["spread"] > 10
-            assert said["reference"] == ("NoneType" if "adapter" in setting else "DeepSpeedEngine")
+            assert said["reference"] == ("NoneType" if setting == "new adapter" else "DeepSpeedEngine")
+            assert (said["available"] > 0) == (setting == "passed")
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -90,3 +122,37 @@ def test_a_layer_at_a_time_is_whole(ran: Any, setting: str) -> None:
             assert held["gathers"] > 3
             assert held["most"] == held["outside"] + max(held["layers"])
             assert len(held["layers"]) == 3
+
+
+def test_an_alert_stops_training_on_every_rank(ran: Any) -> None:
+    assert [said.get("step") for said in ran[1]["stop"]] == [1, 1], ran[1]["stop"]
+    assert [said["stop"] for said in ran[1]["stop"]] == [True, True]
+    assert (ran[0] / "stop" / "run" / "checkpoint-1").is_dir()
+
+
+def test_what_breaks_on_one_rank_is_recorded_once_and_training_is_the_same(ran: Any) -> None:
+    for without, broken in zip(ran[1]["made plain"], ran[1]["broken"], strict=True):
+        assert "error" not in broken and "hung" not in broken, broken
+        assert broken["weights"] == without["weights"]
+        assert broken["losses"] == without["losses"]
+        assert broken["left"] == []
+    (failure,) = lines(ran[0], "broken", "failures.jsonl")
+    assert failure["step"] == 2
+    assert failure["error"].startswith("On rank 1:")
+    assert "planted" in failure["error"]
+    assert [line["step"] for line in lines(ran[0], "broken", "records.jsonl")] == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("hpz", "DeepSpeed ZeRO-3 with a second partition inside of each node (hpZ of ZeRO++)"),
+        ("offloaded", "DeepSpeed ZeRO-3 with its parameters offloaded"),
+    ],
+)
+def test_what_an_audit_cannot_follow_is_refused_on_every_rank(ran: Any, case: str, words: str) -> None:
+    for said in ran[1][case]:
+        assert said.get("kind") == "ConfigurationError", said
+        assert f"spread over processes ({words})" in said["words"]
+        assert "\n" not in said["words"]
+    assert lines(ran[0], case, "records.jsonl") == []

@@ -77,17 +77,20 @@ class After(TrainerCallback):
         looks: at how many steps.
         left: names of modules in which something was another.
         spread: how many parameters were spread.
+        available: of how many DeepSpeed itself held all values, at most.
     """
 
     def __init__(self, before: Before) -> None:
         self.before = before
-        self.looks, self.left, self.spread = 0, [], 0
+        self.looks, self.left, self.spread, self.available = 0, [], 0, 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         now = self.before.look(model)
         self.looks += 1
         self.left += [str(a) for a, b in zip(now, self.before.seen, strict=True) if a != b]
         self.spread = sum(map(is_spread, model.parameters()))
+        statuses = [getattr(getattr(each, "ds_status", None), "name", None) for each in model.parameters()]
+        self.available = max(self.available, statuses.count("AVAILABLE"))
 
 
 def watch_gathers() -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,20 @@ def saved_model(folder: Path, **changes: Any) -> str:
 
 
 def build(
-    output: Path, mode: str, callbacks: list[TrainerCallback], base: Path | None = None, **options: Any
+    output: Path,
+    mode: str,
+    callbacks: list[TrainerCallback],
+    base: Path | None = None,
+    shape: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Trained:
-    """A trainer in the given reference mode, not yet run. The base model is written to ``base`` (``output/../base``)."""
-    path = saved_model(base or output.parent / "base", **({"attention_dropout": 0.2} if mode == "dropout" else {}))
+    """A trainer in the given reference mode, not yet run. The base model is written to ``base`` (``output/../base``).
+
+    Args:
+        shape: of the base model's configuration, what is other than usual.
+    """
+    changes = {**(shape or {}), **({"attention_dropout": 0.2} if mode == "dropout" else {})}
+    path = saved_model(base or output.parent / "base", **changes)
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     extra: dict[str, Any] = {}
