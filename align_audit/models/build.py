@@ -14,6 +14,7 @@ from torch import nn
 from align_audit.models.adapters import is_adapted
 from align_audit.models.weights.fingerprint import belongs_to, bit_sums
 from align_audit.models.weights.streaming import stored_tensors
+from align_audit.models.weights.zero3 import is_deepspeeds
 
 _ELSEWHERE = ("_name_or_path", "transformers_version", "use_cache")
 """Of a configuration: where it is from, and what an audit passes by itself."""
@@ -117,7 +118,7 @@ def _of_module(module: nn.Module, idle: tuple[str, ...]) -> Iterator[str]:
     for name, value in sorted(vars(module).items()):
         if name in _TORCHS_OWN or name in _NOT_COMPUTED_WITH or (is_model and name.startswith("_")):
             continue
-        if any(word in name for word in (*_WORDS_OF_TRAINING, *_WORDS_OF_FORWARDS)):
+        if is_deepspeeds(name) or any(word in name for word in (*_WORDS_OF_TRAINING, *_WORDS_OF_FORWARDS)):
             continue
         if is_adapted(module):
             if name in _STATE_OF_ADAPTERS:

@@ -138,6 +138,7 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
         "left": after.left,
         "spread": after.spread,
         "available": after.available,
+        "coordinators": after.coordinators,
         "held": held,
     }
 

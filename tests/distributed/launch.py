@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import functools
 import gc
+import importlib
 import json
 import os
 import signal
@@ -78,10 +79,9 @@ def _rank(folder: Path, rank: int, size: int, port: int, case: dict[str, Any]) -
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
         from tests.distributed.engines import become_rank
-        from tests.distributed.jobs import run
 
         become_rank(rank, size, port, case.get("engine", "ddp"))
-        result = run(folder, rank, case)
+        result = importlib.import_module(f"tests.distributed.{case.get('job', 'jobs')}").run(folder, rank, case)
     except BaseException as error:
         result = {"error": traceback.format_exc(), "kind": type(error).__name__, "words": str(error)}
     (folder / f"result-{rank}.json").write_text(json.dumps(result), encoding="utf-8")

@@ -68,6 +68,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[
         cases[name] = {**_USUAL, **setting, "alone": True}
     for name, odd in ODD.items():
         cases[name] = {**_USUAL, **odd}
+    cases["weights"] = {"engine": "zero3", "job": "zero3_weights"}
     return folder, launch(folder, cases)
 
 
@@ -80,6 +81,7 @@ def test_the_engine_really_ran(ran: Any, setting: str) -> None:
             assert said["distributed"] == "DistributedType.DEEPSPEED"
             assert said["spread"] > 10
             assert said["reference"] == ("NoneType" if setting == "new adapter" else "DeepSpeedEngine")
+            assert said["coordinators"] == 1
             assert (said["available"] > 0) == (setting == "passed")
 
 
@@ -156,3 +158,50 @@ def test_what_an_audit_cannot_follow_is_refused_on_every_rank(ran: Any, case: st
         assert f"spread over processes ({words})" in said["words"]
         assert "\n" not in said["words"]
     assert lines(ran[0], case, "records.jsonl") == []
+
+
+@pytest.fixture(scope="module")
+def weights(ran: Any) -> list[dict[str, Any]]:
+    for seen in ran[1]["weights"]:
+        assert "error" not in seen and "hung" not in seen, seen
+    return ran[1]["weights"]
+
+
+def test_weights_have_one_hash_cut_or_not(weights: list[dict[str, Any]]) -> None:
+    for seen in weights:
+        assert seen["padded"] > 0
+        assert seen["unwrapped"]
+        assert seen["begins alike"]
+        assert seen["moved"]
+        assert seen["goes on alike"]
+        assert seen["written to, alike"]
+
+
+def test_a_cut_model_replays_as_a_plain_one_and_is_given_back(weights: list[dict[str, Any]]) -> None:
+    for seen in weights:
+        assert seen["same layers"]
+        assert seen["same streams"]
+        assert seen["same logits"]
+        assert seen["pointwise"][0] == seen["pointwise"][1] > 0
+        assert seen["held"] == [3]
+        assert (seen["hooks"], seen["hooks after"] > 50) == (0, True)
+        assert seen["left"]
+        assert "broke" not in seen
+        assert seen["left after an error"]
+
+
+def test_a_model_is_loaded_whole_beside_a_trainer_that_cuts_what_is_loaded(weights: list[dict[str, Any]]) -> None:
+    for seen in weights:
+        assert seen["loading"] == {"inside": False, "outside": True, "as before": True}
+
+
+def test_settings_that_change_weights_are_known(weights: list[dict[str, Any]]) -> None:
+    for seen in weights:
+        assert seen["settings"] == {
+            "nothing": None,
+            "quantized": "with quantized weights (ZeRO++)",
+            "quantized, frozen": "with quantized weights (ZeRO++)",
+            "disk": "with its parameters offloaded",
+            "groups": "with weights cut inside of groups (MiCS)",
+            "gradients": None,
+        }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
@@ -34,16 +33,20 @@ def snapshot(model: nn.Module) -> list[Any]:
                 (name, state._is_root, state._training_state, len(getattr(state._comm_ctx, "post_forward_order", ())))
             )
             seen.append([group.is_sharded for group in state._fsdp_param_groups])
-        seen += map(_of_coordinator, _coordinators(module))
+    seen += map(_of_coordinator, coordinators(model))
     return seen
 
 
-def _coordinators(module: nn.Module) -> Iterator[Any]:
-    """What brings the weights of DeepSpeed ZeRO-3 together, and traces in which order; a hook of the root's knows it."""
-    for hook in module._forward_pre_hooks.values():
-        for cell in getattr(inspect.unwrap(hook), "__closure__", None) or ():
-            if type(cell.cell_contents).__name__ == "DeepSpeedZeRoOffload":
-                yield cell.cell_contents.param_coordinator
+def coordinators(model: nn.Module) -> list[Any]:
+    """What brings the weights of DeepSpeed ZeRO-3 together, and traces in which order: hooks know it."""
+    seen: dict[int, Any] = {}
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            for cell in getattr(inspect.unwrap(hook), "__closure__", None) or ():
+                if type(cell.cell_contents).__name__ == "DeepSpeedZeRoOffload":
+                    coordinator = cell.cell_contents.param_coordinator
+                    seen[id(coordinator)] = coordinator
+    return list(seen.values())
 
 
 def _of_coordinator(coordinator: Any) -> dict[str, Any]:
@@ -78,11 +81,13 @@ class After(TrainerCallback):
         left: names of modules in which something was another.
         spread: how many parameters were spread.
         available: of how many DeepSpeed itself held all values, at most.
+        coordinators: how many of DeepSpeed's were looked at.
     """
 
     def __init__(self, before: Before) -> None:
         self.before = before
-        self.looks, self.left, self.spread, self.available = 0, [], 0, 0
+        self.looks, self.left, self.spread = 0, [], 0
+        self.available = self.coordinators = 0
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         now = self.before.look(model)
@@ -90,6 +95,7 @@ class After(TrainerCallback):
         self.left += [str(a) for a, b in zip(now, self.before.seen, strict=True) if a != b]
         self.spread = sum(map(is_spread, model.parameters()))
         statuses = [getattr(getattr(each, "ds_status", None), "name", None) for each in model.parameters()]
+        self.coordinators = len(coordinators(model))
         self.available = max(self.available, statuses.count("AVAILABLE"))
 
 

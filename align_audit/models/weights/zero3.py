@@ -18,6 +18,8 @@ NAME = "DeepSpeed ZeRO-3"
 PACKAGE = "deepspeed."
 """Where the functions come from that it hooks to modules."""
 
+_ON_MODULES = ("_external_params", "_original_parameters", "applied_pre_backward_ref_cnt")
+
 _SETTINGS = {
     "zero_quantized_weights": "with quantized weights (ZeRO++)",
     "zero_quantized_nontrainable_weights": "with quantized weights (ZeRO++)",
@@ -31,6 +33,11 @@ _SETTINGS = {
 def is_partitioned(parameter: torch.Tensor) -> bool:
     """Whether DeepSpeed has cut the parameter: what is here of it is ``ds_tensor``."""
     return hasattr(parameter, "ds_status") and hasattr(parameter, "ds_numel")
+
+
+def is_deepspeeds(attribute: str) -> bool:
+    """Whether a module's attribute of that name is DeepSpeed's: which module it is to it, and how often it ran."""
+    return attribute.startswith("ds_") or attribute in _ON_MODULES
 
 
 def piece_of(parameter: Any) -> tuple[torch.Tensor, int, int, Any]:
