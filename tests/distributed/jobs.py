@@ -34,6 +34,12 @@ def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
+def fill(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Put weights into a model, by name; one that was copied while it was cut has none of its own."""
+    for name, parameter in model.named_parameters():
+        parameter.data = weights[name].clone()
+
+
 class LogsHere(TrainerCallback):
     """Logs before the first step, where it is added, and a loss that a rule takes for suspicious.
 
@@ -119,7 +125,7 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
     if shell is not None:
         references = {} if trainer.ref_model is None else whole_weights(trainer.ref_model)
         if rank == 0:
-            shell.load_state_dict(weights, strict=False)
+            fill(shell, weights)
             audit_alone(folder, shell, references, audit, case, trainer.state.global_step)
     shutil.rmtree(folder / f"base-{rank}", ignore_errors=True)
     digest = hashlib.sha256()
@@ -158,7 +164,7 @@ def audit_alone(
     reference = None
     if references:
         reference = copy.deepcopy(policy)
-        reference.load_state_dict(references, strict=False)
+        fill(reference, references)
     for model in (policy, reference):
         for parameter in model.parameters() if half and model is not None else ():
             parameter.data = parameter.data.to(torch.bfloat16)  # the engine casts weights, and no buffers

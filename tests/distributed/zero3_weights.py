@@ -44,12 +44,14 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
     seen: dict[str, Any] = {"loading": _loading(base), "settings": _settings()}
     # Biases of odd length end in padding on the second process.
     plain = tiny_model(dtype=torch.float32, mlp_bias=True, intermediate_size=47)
+    # A list that is no layers' stands before theirs, and holds less.
+    plain._modules = {"few": nn.ModuleList([nn.Linear(2, 2)]).requires_grad_(False), **plain._modules}
     model = copy.deepcopy(plain)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+        optimizer=torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1),
         config={"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "zero_optimization": {
-            "stage": 3, "stage3_param_persistence_threshold": 40,
+            "stage": 3, "stage3_param_persistence_threshold": 0,
         }},
     )  # fmt: skip
     seen["unwrapped"] = unwrap_only(engine) is model
@@ -100,6 +102,7 @@ def _opened(model: nn.Module, plain: nn.Module, ranks: Ranks) -> dict[str, Any]:
         seen["held"] = held
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        model.model.norm.register_parameter("added", nn.Parameter(torch.zeros(1)))
     seen["left"] = snapshot(model) == before
     seen["hooks after"] = len(list(engine_hooks(model)))
     with contextlib.suppress(ZeroDivisionError), untouched(model), gathered_by_layer(model, ranks):

@@ -93,7 +93,9 @@ def build(
         "sync_ref_model": mode == "sync", "ref_model_sync_steps": 2, "seed": 7, "save_only_model": False,
     }  # fmt: skip
     settings.update(options)
-    if mode == "ref_model passed":
+    if mode == "model by name":
+        model = path
+    elif mode == "ref_model passed":
         extra["ref_model"] = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     elif mode == "new adapter":
         extra["peft_config"] = lora
