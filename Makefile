@@ -21,7 +21,7 @@ BOUND_TESTS := tests/monitoring/test_callback.py tests/monitoring/test_reference
 	tests/models/weights/test_not_streamed.py tests/models/weights/test_from_host.py \
 	tests/writers/test_tensorboard.py tests/cli/test_options.py tests/cli/test_run.py
 
-.PHONY: demo test test-distributed docs fuzz trackers test-trackers test-all test-gpu test-lowest test-newest lint lock wheel-check install python clean
+.PHONY: demo test test-distributed docs fuzz trackers test-trackers deepspeed test-deepspeed test-all test-gpu test-lowest test-newest lint lock wheel-check install python clean
 
 install: $(STAMP)
 
@@ -79,6 +79,22 @@ $(TRACKERS)/.installed: pyproject.toml constraints-trackers.txt $(STAMP)
 
 test-trackers: trackers
 	$(TESTED) $(TRACKERS)/bin/python -m pytest -n 2 --dist loadfile tests/writers/trackers -m "not slow and not gpu"
+
+# DeepSpeed ZeRO-2 and ZeRO-3 on CPU processes. DeepSpeed comes as source, of which nothing has to be compiled, and would bring a
+# torch with it: so it is installed alone, in an environment of its own, behind which the usual one stands.
+DEEPSPEED := .venv-deepspeed
+deepspeed: $(DEEPSPEED)/.installed
+
+$(DEEPSPEED)/.installed: pyproject.toml $(STAMP)
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(DEEPSPEED)
+	$(BIN)/python -c '$(SITE)' > "$$($(DEEPSPEED)/bin/python -c '$(SITE)')/usual.pth"
+	$(BIN)/uv pip install --quiet --python $(DEEPSPEED)/bin/python setuptools wheel
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/uv pip install --python $(DEEPSPEED)/bin/python --no-deps --no-build-isolation \
+		--group deepspeed
+	touch $@
+
+test-deepspeed: deepspeed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest tests/distributed/test_zero2.py tests/distributed/test_zero3.py
 
 # Records, options, probe files and command lines that nobody wrote: so many of each test, 20,000 and more in all, drawn anew
 # each time. `make test` tries a few, always the same ones.

@@ -80,8 +80,8 @@ def _deepspeed_without_accelerator() -> None:
     """With ``use_cpu`` accelerate drops DeepSpeed; without it nobody names a backend, and one process is counted."""
     import deepspeed.ops
     from accelerate import state
-    from transformers import training_args
     from accelerate.utils import DistributedType
+    from transformers import training_args
 
     plain = state.PartialState._prepare_backend
 

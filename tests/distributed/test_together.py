@@ -32,11 +32,6 @@ CASES: dict[str, dict[str, Any]] = {
     "refused on 1": {"audit": {}, "refuse_on": 1},
     "other options on 1": {"audit": {}, "config_on": 1},
 }
-ZERO: dict[str, dict[str, Any]] = {
-    "zero2 plain": {"engine": "zero2"},
-    "zero2 audited": {"audit": {}, "engine": "zero2"},
-    "zero3": {"audit": {}, "engine": "zero3"},
-}
 
 
 @pytest.fixture(scope="module")
@@ -118,27 +113,3 @@ def test_ranks_with_different_options_are_refused(ran: Any) -> None:
         assert said["kind"] == "ConfigurationError"
         assert "rank 1" in said["words"]
         assert "seed" in said["words"]
-
-
-@pytest.fixture(scope="module")
-def ran_zero(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    pytest.importorskip(
-        "deepspeed", reason="DeepSpeed is not installed: DS_BUILD_OPS=0 DS_ACCELERATOR=cpu pip install deepspeed"
-    )
-    folder = tmp_path_factory.mktemp("zero")
-    return folder, launch(folder, ZERO)
-
-
-def test_training_is_the_same_bits_under_zero2(ran_zero: Any) -> None:
-    plain, audited = ran_zero[1]["zero2 plain"], ran_zero[1]["zero2 audited"]
-    assert all(said["distributed"] == "DistributedType.DEEPSPEED" for said in (*plain, *audited))
-    for without, with_ours in zip(plain, audited, strict=True):
-        assert with_ours["weights"] == without["weights"]
-        assert with_ours["losses"] == without["losses"]
-    assert [line["step"] for line in lines(ran_zero[0], "zero2 audited", "records.jsonl")] == [0, 2, 4]
-
-
-def test_partitioned_weights_are_refused(ran_zero: Any) -> None:
-    for said in ran_zero[1]["zero3"]:
-        assert said["kind"] == "ConfigurationError"
-        assert "spread over processes (DeepSpeed ZeRO-3)" in said["words"]

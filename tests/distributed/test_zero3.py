@@ -41,7 +41,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # The engine keeps what is small whole: norms and biases.
     "passed": {"mode": "ref_model passed", "zero": {"stage3_param_persistence_threshold": 50}},
     "new adapter": {"mode": "new adapter", "audit": EVERYTHING},
-    "bf16": {"mode": "bf16"},
+    # Without biases: DeepSpeed's linear function adds one in a step of its own, and rounds once more than torch's.
+    "bf16": {"mode": "bf16", "shape": {}},
     "no checkpointing": {
         "trainer": {"save_strategy": "no", "gradient_checkpointing": False, "eval_strategy": "steps", "eval_steps": 2},
         "audit": {**AUDIT, "schedule": {"on_evaluate": True}},
@@ -212,4 +213,5 @@ def test_settings_that_change_weights_are_known(weights: list[dict[str, Any]]) -
             "disk": "with its parameters offloaded",
             "groups": "with weights cut inside of groups (MiCS)",
             "gradients": None,
+            "autocast": "with DeepSpeed's own autocast",
         }

@@ -134,6 +134,8 @@ def _settings() -> dict[str, str | None]:
     from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     reasons = {}
+    lives = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "torch_autocast": {"enabled": True}})
+    reasons["autocast"] = unsupported([])
     for name, settings in SETTINGS.items():
         lives = HfDeepSpeedConfig({"zero_optimization": {"stage": 3, **settings}})
         reasons[name] = unsupported([])

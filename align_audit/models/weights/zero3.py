@@ -26,8 +26,9 @@ _SETTINGS = {
     "zero_hpz_partition_size": "with a second partition inside of each node (hpZ of ZeRO++)",
     "mics_shard_size": "with weights cut inside of groups (MiCS)",
     "zenflow": "with ZenFlow",
+    "torch_autocast": "with DeepSpeed's own autocast",
 }
-"""Under ``zero_optimization``: what changes the weights that a forward computes with, or where their pieces are."""
+"""What changes the weights that a forward computes with, or where their pieces are; by its name in a configuration."""
 
 
 def is_partitioned(parameter: torch.Tensor) -> bool:
@@ -73,10 +74,11 @@ def unsupported(parameters: Iterable[torch.Tensor]) -> str | None:
 
 
 def _settings() -> Mapping[str, Any]:
-    """What the training under way has put under ``zero_optimization``, as far as transformers knows of it."""
+    """Of the training under way, as far as transformers knows of it, what is under ``zero_optimization``, and autocast."""
     integration = sys.modules.get("transformers.integrations.deepspeed")
-    config = None if integration is None else integration.deepspeed_config()
-    return (config or {}).get("zero_optimization") or {}
+    config = (None if integration is None else integration.deepspeed_config()) or {}
+    autocast = (config.get("torch_autocast") or {}).get("enabled")
+    return {**(config.get("zero_optimization") or {}), "torch_autocast": autocast}
 
 
 def _is_on(value: Any) -> bool:

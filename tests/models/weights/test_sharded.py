@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,14 @@ import torch.distributed as dist
 from torch import nn
 
 from align_audit.errors import ConfigurationError
-from align_audit.models.weights.sharded import how_sharded, refuse_sharded, without_engine
+from align_audit.models.weights.sharded import (
+    how_sharded,
+    is_spread,
+    refuse_sharded,
+    whole_shape,
+    whole_size,
+    without_engine,
+)
 from tests.helpers.tiny import tiny_model
 
 
@@ -61,10 +70,38 @@ def test_fsdp2_and_tensor_parallelism_are_told_apart(one_process: object) -> Non
 def test_a_parameter_that_deepspeed_has_partitioned_is_known_by_its_marks() -> None:
     """As ``deepspeed.zero.Init`` leaves it: empty, with its own size and state as attributes."""
     model = uncallable(tiny_model("llama"))
-    weight = model.model.layers[1].mlp.down_proj.weight
-    weight.ds_numel, weight.ds_status = weight.numel(), "NOT_AVAILABLE"
-    weight.data = torch.empty(0, dtype=weight.dtype)
+    weight = cut(model.model.layers[1].mlp.down_proj.weight)
     assert how_sharded(model) == "DeepSpeed ZeRO-3"
+    assert is_spread(weight)
+    assert (whole_shape(weight), whole_size(weight)) == ((32, 48), 32 * 48)
+    refuse_sharded(model, "the policy")
+
+
+def cut(weight: Any) -> Any:
+    """Marked as DeepSpeed does, with half of the values here."""
+    weight.ds_numel, weight.ds_shape, weight.ds_status = weight.numel(), weight.shape, "NOT_AVAILABLE"
+    weight.ds_tensor, weight.ds_secondary_tensor = weight.detach().flatten()[: weight.numel() // 2].clone(), None
+    weight.data = torch.empty(0, dtype=weight.dtype)
+    return weight
+
+
+@pytest.mark.parametrize(
+    ("mark", "words"),
+    [
+        (lambda weight: setattr(weight, "ds_tensor", weight.ds_tensor.to("meta")), "with its parameters offloaded"),
+        (lambda weight: setattr(weight, "nvme_swapper", object()), "with its parameters offloaded"),
+        (lambda weight: setattr(weight.ds_tensor, "ds_quant_scale", torch.ones(1)), "with quantized weights"),
+        (lambda weight: setattr(weight, "ds_secondary_tensor", weight.ds_tensor), "with a second partition"),
+    ],
+)
+def test_parameters_say_what_an_audit_cannot_follow(mark: Callable[[Any], None], words: str) -> None:
+    """Where they lie elsewhere than they compute, and what ZeRO++ does to them."""
+    model = uncallable(tiny_model("llama"))
+    mark(cut(model.model.layers[1].mlp.down_proj.weight))
+    with pytest.raises(
+        ConfigurationError, match=rf"the reference are spread over processes \(DeepSpeed ZeRO-3 {words}"
+    ):
+        refuse_sharded(model, "the reference")
 
 
 @pytest.mark.parametrize("registrations", [1, 2, 3])
