@@ -94,7 +94,7 @@ $(DEEPSPEED)/.installed: pyproject.toml $(STAMP)
 	touch $@
 
 test-deepspeed: deepspeed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest tests/distributed/test_zero2.py tests/distributed/test_zero3.py
+	$(TESTED) $(DEEPSPEED)/bin/python -m pytest tests/distributed/test_zero2.py tests/distributed/test_zero3.py
 
 # Records, options, probe files and command lines that nobody wrote: so many of each test, 20,000 and more in all, drawn anew
 # each time. `make test` tries a few, always the same ones.

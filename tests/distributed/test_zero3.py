@@ -56,7 +56,7 @@ ODD: dict[str, dict[str, Any]] = {
     "stop": {
         "audit": {"schedule": {"every_n_steps": 1}, "patching": {"enabled": False}, "alerts": {"action": "stop", **_AT_ONCE}},
     },
-    "broken": {"audit": AUDIT, "plant": {"where": "layer", "kind": "error", "rank": 1}},
+    "broken": {"audit": AUDIT, "plants": [{"where": "layer", "kind": "error", "rank": 1, "audit_number": 2}]},
     "hpz": {"zero": {"zero_hpz_partition_size": 2}},
     "offloaded": {"zero": {"offload_param": {"device": "cpu"}}},
 }  # fmt: skip
