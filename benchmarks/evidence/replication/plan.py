@@ -87,5 +87,5 @@ class Case:
 
 
 def early_middle_late(steps: int) -> tuple[int, ...]:
-    """The audited steps where none are named: before training, after an eighth, a quarter and a half of it, and at its end."""
-    return tuple(sorted({0, *(max(1, steps // part) for part in (8, 4, 2)), steps}))
+    """The audited steps where none are named: before training, after an eighth and a half of it, and at its end."""
+    return tuple(sorted({0, *(max(1, steps // part) for part in (8, 2)), steps}))
