@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from align_audit import AuditRun
 from align_audit.lab import MODEL_DIR
+from align_audit.writers.plots.gallery import PICTURES
 
 SETUP = plan.Setup(
     "tiny", "stories", "lora", pairs=8, steps=2, batch=2, micro_batch=1, audited=(0, 2), learning_rate=1e-3, ruin=30.0,
@@ -73,6 +74,18 @@ def test_pairs_are_read_from_a_file_or_its_folder(tmp_path: Path) -> None:
         pairs.read_pairs(str(tmp_path / "odd.jsonl"))
     with pytest.raises(FileNotFoundError, match="--data"):
         pairs.read_pairs(str(tmp_path / "none"))
+
+
+def test_a_dialogue_is_split_before_its_last_turn() -> None:
+    start = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
+    whole = {"chosen": f"{start} yes", "rejected": f"{start} yet"}
+    assert pairs.with_prompt(whole) == {"prompt": start, "chosen": " yes", "rejected": " yet"}
+    for kept in (
+        {"prompt": "p", **whole},
+        {"chosen": "a", "rejected": "b"},
+        {**whole, "rejected": "\n\nHuman: z\n\nAssistant: b"},
+    ):
+        assert pairs.with_prompt(kept) == kept
 
 
 # -- how claims are judged -------------------------------------------------------------------------------------------------
@@ -291,17 +304,6 @@ def test_the_page_keeps_its_words_and_says_every_claim(stored_dir: Path, tmp_pat
         write.main(argparse.Namespace(data=stored_dir, page=page))
 
 
-def test_the_cells_of_the_notebook_run(stored_dir: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run.ipynb"
-    notebook.main(argparse.Namespace(run="tiny-stories-lora/healthy-0", data=stored_dir, output=output))
-    made = json.loads(output.read_text(encoding="utf-8"))
-    code = [cell for cell in made["cells"] if cell["cell_type"] == "code"]
-    pictures = [out for cell in code for out in cell["outputs"] if "image/png" in out.get("data", {})]
-    assert len(pictures) == len(notebook.PICTURES) == 6
-    assert all(cell["outputs"] for cell in code)
-    assert output.stat().st_size < 400_000
-
-
 # -- what lies in the repository -------------------------------------------------------------------------------------------
 
 
@@ -315,3 +317,34 @@ def test_nothing_learned_is_no_place() -> None:
         seed=3, last=[argparse.Namespace(margins=argparse.Namespace(shift=Figure(0.1, -0.1, 0.3)))]
     )
     assert criteria.nothing_learned({"healthy": [nothing]}) == "the mean margin shift of seed 3 includes 0"  # type: ignore[list-item]
+
+
+def test_the_page_says_what_the_stored_runs_say() -> None:
+    text = write.PAGE.read_text(encoding="utf-8")
+    measured = text.partition(write.BEGIN)[2].partition(write.END)[0]
+    assert measured.strip("\n").splitlines() == list(write.measured(stored.load()))
+
+
+def test_stored_runs_hold_no_text_of_their_pairs() -> None:
+    for path in stored.DATA.rglob("*.jsonl.gz"):
+        for line in gzip.decompress(path.read_bytes()).decode().splitlines():
+            record = json.loads(line)
+            assert "/" not in record["provenance"]["probe_source"]
+            assert not record["provenance"]["config"]["examples"]["pairs"]
+
+
+def test_the_cells_of_the_notebook_run() -> None:
+    """It is what the command makes of its stored run now, but for the bits of pictures."""
+    kept = json.loads(notebook.PAGE.read_text(encoding="utf-8"))
+    parser = argparse.ArgumentParser()
+    notebook.add_options(parser)
+    made = notebook.executed(notebook.cells(parser.parse_args([]).run), stored.DATA)
+    assert [cell["source"] for cell in made["cells"]] == [cell["source"] for cell in kept["cells"]]
+    code = [cell for cell in made["cells"] if cell["cell_type"] == "code"]
+    pictures = [output for cell in code for output in cell["outputs"] if "image/png" in output.get("data", {})]
+    assert len(pictures) == len(notebook.PICTURES) == len(PICTURES) == 6
+    for cell, other in zip(made["cells"], kept["cells"], strict=True):
+        for output, before in zip(cell.get("outputs", []), other.get("outputs", []), strict=True):
+            assert output.get("text") == before.get("text")
+            assert output.get("data", {}).get("text/plain") == before.get("data", {}).get("text/plain")
+    assert notebook.PAGE.stat().st_size < 600_000

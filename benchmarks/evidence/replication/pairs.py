@@ -16,6 +16,8 @@ DATA = Path(os.environ.get("ALIGN_AUDIT_DATA", Path(__file__).resolve().parents[
 STORIES = "stories"
 """The pairs that the shipped model finds natural; ``align_audit.lab.corpus`` makes them."""
 STORIES_MADE = 1_200
+TURN = "\n\nAssistant:"
+"""What the last turn of an HH dialogue begins with."""
 
 Row = dict[str, str]
 
@@ -68,7 +70,19 @@ def read_pairs(data: str) -> list[Row]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or not {"chosen", "rejected"} <= set(row):
             raise ValueError(f"{file}, line {number}: expected chosen and rejected, and perhaps prompt")
-    return [{name: row[name] for name in ("prompt", "chosen", "rejected") if name in row} for row in rows]
+    return [with_prompt({name: row[name] for name in ("prompt", "chosen", "rejected") if name in row}) for row in rows]
+
+
+def with_prompt(row: Row) -> Row:
+    """A pair of whole dialogues, as HH writes them, with what comes before the last turn as its prompt.
+
+    The trainer would cut where the answers begin to differ, in the middle of a word if need be, which no model reads so. A pair
+    that has a prompt, or differs before its last turn, stays as it is.
+    """
+    parts = [row[side].rpartition(TURN) for side in ("chosen", "rejected")]
+    if "prompt" in row or parts[0][:2] != parts[1][:2] or not parts[0][1]:
+        return row
+    return {"prompt": parts[0][0] + TURN, "chosen": parts[0][2], "rejected": parts[1][2]}
 
 
 def fitting(rows: list[Row], tokenizer: Any, max_length: int) -> list[Row]:
