@@ -59,6 +59,15 @@ def test_a_null_run_has_the_healthy_one_s_pairs_some_of_them_swapped() -> None:
     assert (null.first, null.second, null.evaluated) == (healthy.first, healthy.second, healthy.evaluated)
 
 
+def test_probe_pairs_may_be_among_those_trained_on() -> None:
+    setup = dataclasses.replace(SETUP, probed="trained", steps=8)
+    healthy, null = (pairs.deal(plan.Case(setup, kind, 0), rows(40)) for kind in ("healthy", "null"))
+    assert healthy.training == healthy.first + healthy.second
+    assert (null.first, null.second) == (healthy.first, healthy.second)
+    assert null.training != healthy.training
+    assert not {row["prompt"] for row in healthy.evaluated} & {row["prompt"] for row in healthy.training}
+
+
 def test_too_few_pairs_are_refused_with_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"expected 36 pairs .* found 3; lower --steps"):
         pairs.deal(plan.Case(SETUP, "healthy", 0), rows(3))
@@ -213,10 +222,10 @@ def stored_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             run.main(asked(tiny_dir, out))
     folder = out / "runs" / "tiny-stories-lora" / "healthy-0"
     trained = (folder / training.TRAINED).stat().st_mtime_ns
-    assert list(auditing.read_spent(folder)) == ["first 0"]
+    assert list(auditing.read_spent(folder)) == ["first 2"]
     run.main(asked(tiny_dir, out))
     assert (folder / training.TRAINED).stat().st_mtime_ns == trained
-    assert list(auditing.read_spent(folder)) == ["first 0", "first 2", "second 2", "first 1"]
+    assert list(auditing.read_spent(folder)) == ["first 2", "second 2", "first 0", "first 1"]
     return out / "stored"
 
 

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,29 @@ def audit_options(setup: Setup) -> Any:
         {
             "max_pairs": setup.pairs, "max_length": setup.max_length, "progress": False, "tensorboard": "off",
             "report": False, "trackers": "off", "strict": True, "examples": {"pairs": 0},
-            "patching": {"exact_pairs": setup.exact_pairs}, "generations": {"enabled": False},
+            "patching": {"exact_pairs": setup.exact_pairs}, "spinal": {"max_rows": setup.spinal_rows},
+            "generations": {"enabled": False},
         }
     )  # fmt: skip
 
 
-def audits_of(setup: Setup) -> list[tuple[str, int]]:
-    """(slice, step) of the audits of a run, in the order in which they are made: what claims need comes first."""
-    last = setup.audited[-1]
-    rest = [step for step in setup.audited if step != last]
-    return [(FIRST, 0), (FIRST, last), (SECOND, last), *((FIRST, step) for step in rest if step)]
+def audits_of(case: Case) -> list[tuple[str, int]]:
+    """(slice, step) of the audits of a run, in the order in which they are made: what claims need comes first.
+
+    Before the first step the three runs of a seed are one model on the same pairs, which the healthy one's audit shows.
+    """
+    last = case.setup.audited[-1]
+    start = [0] if case.kind == "healthy" else []
+    between = [step for step in case.setup.audited if 0 < step < last]
+    return [(FIRST, last), (SECOND, last), *((FIRST, step) for step in [*start, *between])]
 
 
-def audit_run(case: Case, model: Path, dealt: Dealt, folder: Path, tell: Callable[[str], None]) -> None:
-    """Audit what is not audited yet of a trained run."""
+def audit_run(case: Case, model: Path, dealt: Dealt, folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
+    """Audit what is not audited yet of a trained run, one audit after the other, and yield after each."""
     from align_audit.monitoring.checkpoints import audit_saved
 
     spent = read_spent(folder)
-    for name, step in audits_of(case.setup):
+    for name, step in audits_of(case):
         key = f"{name} {step}"
         if key in spent:
             continue
@@ -66,6 +71,7 @@ def audit_run(case: Case, model: Path, dealt: Dealt, folder: Path, tell: Callabl
         }
         (folder / SPENT).write_text(json.dumps(spent), encoding="utf-8")
         tell(f"{time.strftime('%H:%M:%S')} {case.setup.name} {case.name}: {key}, {spent[key]['cpu_seconds']:.0f} CPU s")
+        yield
 
 
 def read_spent(folder: Path) -> dict[str, dict[str, float]]:

@@ -48,6 +48,8 @@ def outside(run: StoredRun, others: Sequence[StoredRun], signal: Callable[[Audit
         if not 0 < record.step <= until:
             continue
         usual = [signal(each) for other in others for each in other.course if each.step == record.step]
+        if len(usual) < 2:
+            continue
         width = max(usual) - min(usual)
         if not min(usual) - width <= signal(record) <= max(usual) + width:
             return True

@@ -24,7 +24,7 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Dealt:
-    """The pairs of one run: no pair is in two of these."""
+    """The pairs of one run: no pair is in two of these, but where the probe pairs are among those trained on."""
 
     training: list[Row]
     evaluated: list[Row]
@@ -111,8 +111,11 @@ def deal(case: Case, rows: list[Row]) -> Dealt:
         )
     shuffled = list(rows)
     random.Random(f"replication {case.seed}").shuffle(shuffled)
-    ends = [setup.pairs, 2 * setup.pairs, 2 * setup.pairs + EVALUATED, needed]
-    first, second, evaluated, trained = (shuffled[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True))
+    shuffled = shuffled[:needed]
+    first, second, rest = shuffled[: setup.pairs], shuffled[setup.pairs : 2 * setup.pairs], shuffled[2 * setup.pairs :]
+    if setup.probed == "trained":
+        rest = rest + first + second
+    evaluated, trained = rest[:EVALUATED], rest[-training:]
     if case.kind == "null":
         coin = random.Random(f"replication null {case.seed}")
         trained = [swapped(row) if coin.random() < 0.5 else row for row in trained]
@@ -121,7 +124,8 @@ def deal(case: Case, rows: list[Row]) -> Dealt:
 
 def needed_pairs(setup: Setup) -> int:
     """Pairs that a run takes."""
-    return 2 * setup.pairs + EVALUATED + setup.steps * setup.batch
+    training, probes = setup.steps * setup.batch, 2 * setup.pairs
+    return EVALUATED + (max(training, probes) if setup.probed == "trained" else training + probes)
 
 
 def swapped(row: Row) -> Row:

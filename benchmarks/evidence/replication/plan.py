@@ -35,6 +35,8 @@ class Setup:
         learning_rate: constant; the ruined run's is ``ruin`` times that.
         max_length: pairs with a longer sequence, in tokens, are left out.
         exact_pairs: ``patching.exact_pairs`` of the audits.
+        spinal_rows: ``spinal.max_rows`` of the audits.
+        probed: whether probe pairs are held out, or drawn from those that are trained on.
     """
 
     model: str
@@ -51,6 +53,8 @@ class Setup:
     max_length: int
     dtype: str
     exact_pairs: int | Literal["auto"] | None
+    spinal_rows: int = 4096
+    probed: Literal["held-out", "trained"] = "held-out"
 
     @property
     def name(self) -> str:

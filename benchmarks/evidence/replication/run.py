@@ -49,6 +49,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, default=256, help="tokens; longer pairs are left out")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--exact-pairs", help="patch so many of the pairs, or `auto`; default: all")
+    parser.add_argument("--spinal-rows", type=int, default=4096, help="token rows of SPINAL's trace")
+    parser.add_argument("--probes", choices=["held-out", "trained"], default="held-out", help="which pairs are probed")
     parser.add_argument("--out", type=Path, default=Path("runs/replication"), help="folder of checkpoints and logs")
     parser.add_argument("--stored", dest="data", type=Path, default=DATA, help="folder of the stored runs")
     parser.add_argument("--budget-minutes", type=float, help="begin no run after so many minutes")
@@ -76,24 +78,35 @@ def main(options: argparse.Namespace) -> None:
                 print("the budget is spent", flush=True)
                 return
             case = Case(setup, kind, seed)
-            if not (options.data / setup.name / case.name / ABOUT).exists():
+            if not is_stored(case, options.data):
                 make(case, model, rows, options.out / setup.name / case.name, options.data)
 
 
 def make(case: Case, model: Path, rows: list[dict[str, str]], folder: Path, data: Path) -> None:
-    """Make what is missing of one run, and store it."""
-    from replication.auditing import audit_run
+    """Make what is missing of one run. It is stored as soon as claims can be judged by it, and again after each further audit."""
+    from replication.auditing import audit_run, audits_of, read_spent
 
     folder.mkdir(parents=True, exist_ok=True)
     dealt = deal(case, rows)
     if not (folder / TRAINED).exists():
         train(case, model, dealt, folder)
         print(f"{time.strftime('%H:%M:%S')} {case.setup.name} {case.name}: trained", flush=True)
-    audit_run(case, model, dealt, folder, lambda words: print(words, flush=True))
-    stored = pack(
-        case, folder, data, {str(folder.resolve()): case.name, str(folder): case.name, str(model): case.setup.model}
-    )
-    print(f"{time.strftime('%H:%M:%S')} {stored}: stored", flush=True)
+    judged = {f"{name} {step}" for name, step in audits_of(case) if step == case.setup.audited[-1]}
+    hidden = {str(folder.resolve()): case.name, str(folder): case.name, str(model): case.setup.model}
+    for _ in audit_run(case, model, dealt, folder, lambda words: print(words, flush=True)):
+        if judged <= set(read_spent(folder)):
+            pack(case, folder, data, hidden)
+
+
+def is_stored(case: Case, data: Path) -> bool:
+    """Is a run stored with all its audits?"""
+    from replication.auditing import audits_of
+
+    about = data / case.setup.name / case.name / ABOUT
+    if not about.exists():
+        return False
+    there = json.loads(about.read_text(encoding="utf-8"))["audits"]
+    return {f"{name} {step}" for name, step in audits_of(case)} <= set(there)
 
 
 def find_model(path: Path | None) -> Path:
@@ -124,6 +137,10 @@ def setup_of(options: argparse.Namespace, model: Path) -> Setup:
             f"expected --batch as a multiple of --micro-batch and audited steps from 0 to {options.steps}; found batches of "
             f"{options.batch} and {micro}, steps {', '.join(map(str, steps))}"
         )
+    if options.probes == "trained" and 2 * options.pairs > options.steps * options.batch:
+        sys.exit(
+            f"expected two slices of {options.pairs} pairs among the {options.steps * options.batch} trained on; lower --pairs"
+        )
     exact = options.exact_pairs
     return Setup(
         model=name,
@@ -140,6 +157,8 @@ def setup_of(options: argparse.Namespace, model: Path) -> Setup:
         max_length=options.max_length,
         dtype=options.dtype,
         exact_pairs=exact if exact in (None, "auto") else int(exact),
+        spinal_rows=options.spinal_rows,
+        probed=options.probes,
     )
 
 
@@ -151,12 +170,11 @@ def _refuse_another(setup: Setup, *folders: Path) -> None:
     """
     for folder in folders:
         path = folder / "setup.json"
-        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else setup.to_dict()
-        odd = [
-            f"{name} {there.get(name)}, asked for {value}"
-            for name, value in setup.to_dict().items()
-            if there.get(name) != value
-        ]
+        if not path.exists():
+            continue
+        there = Setup.from_dict(json.loads(path.read_text(encoding="utf-8"))).to_dict()
+        asked = setup.to_dict()
+        odd = [f"{name} {there[name]}, asked for {asked[name]}" for name in asked if there[name] != asked[name]]
         if odd:
             sys.exit(
                 f"{folder} holds runs with other options ({'; '.join(odd)}); name other folders with --out and --stored"

@@ -56,7 +56,8 @@ class StoredRun:
     @property
     def course(self) -> list[AuditRecord]:
         """The audits of the first slice, by step."""
-        return [self.audit(FIRST, step) for step in self.setup.audited]
+        of_first = [record for record in self.records if record.provenance.probe_name == FIRST]
+        return sorted(of_first, key=lambda record: record.step)
 
 
 def pack(case: Case, folder: Path, data: Path, hidden: Mapping[str, str]) -> Path:

@@ -114,8 +114,10 @@ def how_it_was_run(everything: list[StoredRun]) -> Iterator[str]:
     trained = f"adapters of rank {LORA_RANK} on all linear modules" if setup.method == "lora" else "all weights"
     rates = f"a rate of {setup.learning_rate:g} (ruined: {setup.learning_rate * setup.ruin:g})"
     patched = "all patched" if setup.exact_pairs is None else f"`exact_pairs: {setup.exact_pairs}`"
+    probed = "held-out" if setup.probed == "held-out" else "(trained on)"
     yield f"{layers} layers, {trained}, {setup.dtype}; {setup.steps} steps of {setup.batch} pairs at {rates}, β {setup.beta:g},"
-    yield f"pairs of at most {setup.max_length} tokens; {setup.pairs} probe pairs a slice, {patched}; audited after"
+    yield f"pairs of at most {setup.max_length} tokens; {setup.pairs} {probed} probe pairs a slice, {patched}, at most "
+    yield f"{setup.spinal_rows} token rows in traces; audited after"
     yield f"{', '.join(map(str, setup.audited))} steps."
     yield f"{', '.join(f'{sum(each.kind == kind for each in everything)} {kind}' for kind in KINDS)} runs:"
     training = [each.about["training"] for each in everything]
