@@ -222,10 +222,10 @@ def stored_dir(tiny_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             run.main(asked(tiny_dir, out))
     folder = out / "runs" / "tiny-stories-lora" / "healthy-0"
     trained = (folder / training.TRAINED).stat().st_mtime_ns
-    assert list(auditing.read_spent(folder)) == ["first 2"]
+    assert list(auditing.read_spent(folder)) == ["first 0"]
     run.main(asked(tiny_dir, out))
     assert (folder / training.TRAINED).stat().st_mtime_ns == trained
-    assert list(auditing.read_spent(folder)) == ["first 2", "second 2", "first 0", "first 1"]
+    assert list(auditing.read_spent(folder)) == ["first 0", "first 1", "first 2", "second 2"]
     return out / "stored"
 
 

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +35,17 @@ def audit_options(setup: Setup) -> Any:
 
 
 def audits_of(case: Case) -> list[tuple[str, int]]:
-    """(slice, step) of the audits of a run, in the order in which they are made: what claims need comes first.
+    """(slice, step) of the audits of a run, in the order in which they are made: a log in another is that of a resumed run.
 
     Before the first step the three runs of a seed are one model on the same pairs, which the healthy one's audit shows.
     """
     last = case.setup.audited[-1]
     start = [0] if case.kind == "healthy" else []
-    between = [step for step in case.setup.audited if 0 < step < last]
-    return [(FIRST, last), (SECOND, last), *((FIRST, step) for step in [*start, *between])]
+    return [*((FIRST, step) for step in [*start, *case.setup.audited[1:]]), (SECOND, last)]
 
 
-def audit_run(case: Case, model: Path, dealt: Dealt, folder: Path, tell: Callable[[str], None]) -> Iterator[None]:
-    """Audit what is not audited yet of a trained run, one audit after the other, and yield after each."""
+def audit_run(case: Case, model: Path, dealt: Dealt, folder: Path, tell: Callable[[str], None]) -> None:
+    """Audit what is not audited yet of a trained run, one audit after the other."""
     from align_audit.monitoring.checkpoints import audit_saved
 
     spent = read_spent(folder)
@@ -71,7 +70,6 @@ def audit_run(case: Case, model: Path, dealt: Dealt, folder: Path, tell: Callabl
         }
         (folder / SPENT).write_text(json.dumps(spent), encoding="utf-8")
         tell(f"{time.strftime('%H:%M:%S')} {case.setup.name} {case.name}: {key}, {spent[key]['cpu_seconds']:.0f} CPU s")
-        yield
 
 
 def read_spent(folder: Path) -> dict[str, dict[str, float]]:

@@ -10,11 +10,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from replication.stored import DATA
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "replication.ipynb"
-DPI = 60
+DPI, COLOURS = 70, 128
 """Of pictures in the notebook, which is to stay small."""
 PICTURES = {
     "margins_over_steps": "What training did to the margins of the probe pairs, and to the answers' log-probabilities.",
@@ -131,8 +133,9 @@ def run_cell(text: str, namespace: dict[str, Any], count: int) -> list[dict[str,
 def shown_as(value: Any) -> dict[str, Any]:
     """MIME type → what shows a value: pictures as PNG, tables as HTML too."""
     if hasattr(value, "savefig"):
-        file = io.BytesIO()
-        value.savefig(file, dpi=DPI, format="png", metadata={"Software": None})
+        drawn, file = io.BytesIO(), io.BytesIO()
+        value.savefig(drawn, dpi=DPI, format="png")
+        Image.open(drawn).convert("RGB").quantize(COLOURS).save(file, "png", optimize=True)
         title = value.get_suptitle() or "a picture"
         return {"image/png": base64.b64encode(file.getvalue()).decode() + "\n", "text/plain": [title]}
     data: dict[str, Any] = {"text/plain": repr(value).splitlines(keepends=True)}

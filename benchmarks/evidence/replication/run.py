@@ -78,35 +78,23 @@ def main(options: argparse.Namespace) -> None:
                 print("the budget is spent", flush=True)
                 return
             case = Case(setup, kind, seed)
-            if not is_stored(case, options.data):
+            if not (options.data / setup.name / case.name / ABOUT).exists():
                 make(case, model, rows, options.out / setup.name / case.name, options.data)
 
 
 def make(case: Case, model: Path, rows: list[dict[str, str]], folder: Path, data: Path) -> None:
-    """Make what is missing of one run. It is stored as soon as claims can be judged by it, and again after each further audit."""
-    from replication.auditing import audit_run, audits_of, read_spent
+    """Make what is missing of one run, and store it."""
+    from replication.auditing import audit_run
 
     folder.mkdir(parents=True, exist_ok=True)
     dealt = deal(case, rows)
     if not (folder / TRAINED).exists():
         train(case, model, dealt, folder)
         print(f"{time.strftime('%H:%M:%S')} {case.setup.name} {case.name}: trained", flush=True)
-    judged = {f"{name} {step}" for name, step in audits_of(case) if step == case.setup.audited[-1]}
+    audit_run(case, model, dealt, folder, lambda words: print(words, flush=True))
     hidden = {str(folder.resolve()): case.name, str(folder): case.name, str(model): case.setup.model}
-    for _ in audit_run(case, model, dealt, folder, lambda words: print(words, flush=True)):
-        if judged <= set(read_spent(folder)):
-            pack(case, folder, data, hidden)
-
-
-def is_stored(case: Case, data: Path) -> bool:
-    """Is a run stored with all its audits?"""
-    from replication.auditing import audits_of
-
-    about = data / case.setup.name / case.name / ABOUT
-    if not about.exists():
-        return False
-    there = json.loads(about.read_text(encoding="utf-8"))["audits"]
-    return {f"{name} {step}" for name, step in audits_of(case)} <= set(there)
+    pack(case, folder, data, hidden)
+    print(f"{time.strftime('%H:%M:%S')} {case.setup.name} {case.name}: stored", flush=True)
 
 
 def find_model(path: Path | None) -> Path:
@@ -139,7 +127,8 @@ def setup_of(options: argparse.Namespace, model: Path) -> Setup:
         )
     if options.probes == "trained" and 2 * options.pairs > options.steps * options.batch:
         sys.exit(
-            f"expected two slices of {options.pairs} pairs among the {options.steps * options.batch} trained on; lower --pairs"
+            f"expected two slices of {options.pairs} pairs among the {options.steps * options.batch} trained on; "
+            "lower --pairs"
         )
     exact = options.exact_pairs
     return Setup(
