@@ -50,6 +50,8 @@ def main(options: argparse.Namespace) -> None:
 def measured(setups: list[Runs]) -> Iterator[str]:
     """The lines of the measured part."""
     yield from verdicts(setups)
+    yield ""
+    yield from null_and_ruined(setups)
     for runs in setups:
         yield ""
         yield from setup_lines(runs)
@@ -68,6 +70,34 @@ def verdicts(setups: list[Runs]) -> Iterator[str]:
             said = " | ".join(bold(criterion.judge(runs)) for runs in setups)
             title = f"{claim.paper}: {claim.words}" if how == "stated" else ""
             yield f"| {title} | {'as stated' if how == 'stated' else 'as controls allow'} | {said} |"
+
+
+def null_and_ruined(setups: list[Runs]) -> Iterator[str]:
+    """What an audit makes of runs in which nothing is to be learned, and of such as ruin their model."""
+    yield "## Null and ruined runs"
+    yield ""
+    yield "| | localization claimed: null audits | healthy audits | error: ruined runs | at step (harm by) | usual runs |"
+    yield "|---|---|---|---|---|---|"
+    for runs in setups:
+        name = runs["healthy"][0].setup.name
+        audits = [audits_of(runs["null"]), audits_of(runs["healthy"])]
+        claimed = [f"{sum(map(claims, each))} of {len(each)}" for each in audits]
+        errors = [first_alert(run) for run in runs["ruined"]]
+        steps = ["never" if first is None else str(first[1]) for first in errors]
+        when = [f"{step} ({first_harm(run) or 'never'})" for run, step in zip(runs["ruined"], steps, strict=True)]
+        usual = [first_alert(run) is not None for run in [*runs["healthy"], *runs["null"]]]
+        told_of = f"{sum(first is not None for first in errors)} of {len(errors)}"
+        yield f"| {name} | {' | '.join(claimed)} | {told_of} | {', '.join(when)} | {sum(usual)} of {len(usual)} |"
+
+
+def audits_of(runs: list[StoredRun]) -> list[AuditRecord]:
+    """All full audits of some runs."""
+    return [record for run in runs for record in run.records]
+
+
+def claims(record: AuditRecord) -> bool:
+    """Does an audit claim a localization?"""
+    return record.finding is not None and record.finding.localized
 
 
 def bold(judged: Judged) -> str:
@@ -116,7 +146,7 @@ def how_it_was_run(everything: list[StoredRun]) -> Iterator[str]:
     patched = "all patched" if setup.exact_pairs is None else f"`exact_pairs: {setup.exact_pairs}`"
     probed = "held-out" if setup.probed == "held-out" else "(trained on)"
     yield f"{layers} layers, {trained}, {setup.dtype}; {setup.steps} steps of {setup.batch} pairs at {rates}, β {setup.beta:g},"
-    yield f"pairs of at most {setup.max_length} tokens; {setup.pairs} {probed} probe pairs a slice, {patched}, at most "
+    yield f"pairs of at most {setup.max_length} tokens; {setup.pairs} {probed} probe pairs a slice, {patched}, at most"
     yield f"{setup.spinal_rows} token rows in traces; audited after"
     yield f"{', '.join(map(str, setup.audited))} steps."
     yield f"{', '.join(f'{sum(each.kind == kind for each in everything)} {kind}' for kind in KINDS)} runs:"
@@ -157,7 +187,7 @@ def course(everything: list[StoredRun]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     for run in everything:
         last = run.audit(FIRST, run.setup.audited[-1])
-        claimed = sum(record.finding is not None and record.finding.localized for record in run.records)
+        claimed = sum(map(claims, run.records))
         right = last.margins.token_accuracy.mean / last.margins.reference_token_accuracy.mean
         harm = first_harm(run)
         cells = [
