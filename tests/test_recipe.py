@@ -71,3 +71,16 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(SystemExit, match=r"pairs\.txt: expected a file ending in \.jsonl") as ended:
         called(monkeypatch, *options, "--use_cpu")
     assert "\n" not in str(ended.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "stage"),
+    [("ddp", "MULTI_GPU", None), ("fsdp2", "FSDP", None), ("zero2", "DEEPSPEED", 2), ("zero3", "DEEPSPEED", 3)],
+)
+def test_accelerate_reads_the_launch_configurations(name: str, engine: str, stage: int | None) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(RECIPE.parent / "accelerate" / f"{name}.yaml"))
+    assert config.distributed_type == engine
+    assert config.deepspeed_config.get("zero_stage") == stage
+    assert len(list((RECIPE.parent / "accelerate").iterdir())) == 4
