@@ -50,11 +50,11 @@ def test_everything_is_looked_at_and_nothing_is_left_behind(ready: list[dict[str
     expected = ["versions", "output", "model", "probes", "texts", "reference", "layers", "sites", "cost", "schedule"]
     assert list(by_name) == expected
     assert {check["level"] for check in ready} <= {"green", "yellow"}
-    assert by_name["layers"]["found"].startswith("3 decoder layers")
-    assert "16 pairs" in by_name["probes"]["found"]
+    assert by_name["layers"]["observation"].startswith("3 decoder layers")
+    assert "16 pairs" in by_name["probes"]["observation"]
     assert by_name["probes"]["level"] == "yellow", "8 prompts are few"
-    assert "first look at the trained policy: step 5" in by_name["schedule"]["found"]
-    assert "training pairs" in by_name["cost"]["found"]
+    assert "first look at the trained policy: step 5" in by_name["schedule"]["observation"]
+    assert "training pairs" in by_name["cost"]["observation"]
     assert list(tmp_path.iterdir()) == [], "nothing is written"
 
 
@@ -118,7 +118,7 @@ def test_a_folder_that_holds_a_run_is_named(
     done = command(*asked(start, "--output-dir", tmp_path / "out", "--json", model=tmp_path / "nothing"))
     check = next(check for check in map(json.loads, done.out.splitlines()) if check["name"] == "output")
     assert check["level"] == "yellow"
-    assert "earlier run" in check["found"]
+    assert "earlier run" in check["observation"]
 
 
 def test_the_arguments_of_a_script_are_read_as_trl_reads_them(start: SimpleNamespace) -> None:
@@ -224,8 +224,8 @@ def test_the_command_hands_its_options_over_beside_a_script(
     checks = [json.loads(line) for line in done.out.splitlines()]
     by_name = {check["name"]: check for check in checks}
     assert by_name["output"]["level"] == "red"
-    assert "comet_ml" in by_name["trackers"]["found"]
-    assert "3 processes" in by_name["not tried"]["found"]
+    assert "comet_ml" in by_name["trackers"]["observation"]
+    assert "3 processes" in by_name["not tried"]["observation"]
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_names_from_outside_leave_as_escapes(command: Any, start: SimpleNamespac
     done = command(*asked(start, "--json", model=tmp_path / "red\x9b31m\u202e"))
     assert done.code == 1
     assert done.out.isascii()
-    assert "\x9b31m" in json.loads(done.out.splitlines()[-1])["found"]
+    assert "\x9b31m" in json.loads(done.out.splitlines()[-1])["observation"]
 
 
 def test_no_model_and_two_models_are_refused(command: Any, start: SimpleNamespace) -> None:
