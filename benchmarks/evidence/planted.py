@@ -414,6 +414,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plantings", type=int, default=48, help="single layers; the other kinds in proportion")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument(
+        "--families", nargs="+", choices=sorted({*ARCHITECTURES, *LINEAR}), help="only plantings into these"
+    )
     parser.add_argument("--bases", type=Path, help="folder of the pretrained families; default: the cache")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
@@ -427,6 +430,8 @@ def main() -> None:
         kind = KINDS[name]
         for number in range(kind.count(options.plantings)):
             family = kind.architectures[number % len(kind.architectures)]
+            if options.families and family not in options.families:
+                continue
             if family not in benches:
                 benches[family] = Bench(family, options.bases)
             started = time.perf_counter()
