@@ -114,8 +114,19 @@ def unwrap(model: nn.Module) -> nn.Module:
                 "so policy and reference streams have different lengths and cannot be patched into each other. "
                 "Expected full fine-tuning or an adapter inside the layers, such as LoRA."
             )
+        if per_call := sorted(name for name, config in configs.items() if _works_per_call(config)):
+            raise AnatomyError(
+                f"the adapter {', '.join(map(repr, per_call))} decides anew at each call of the PEFT model which tokens it "
+                "works on (activated LoRA, X-LoRA), and an audit calls layers, not that model. Expected full fine-tuning or "
+                "an adapter that works alike on every token, such as LoRA."
+            )
         model = model.get_base_model()  # type: ignore[operator]
     return model
+
+
+def _works_per_call(config: Any) -> bool:
+    """Whether what is around the model's forward sets something up for the layers at every call."""
+    return bool(getattr(config, "alora_invocation_tokens", None)) or str(config.peft_type).endswith("XLORA")
 
 
 def is_peft(model: nn.Module) -> bool:

@@ -67,13 +67,15 @@ def probe_set(pairs: Sequence[Pair]) -> Any:
 
 
 def settings(options: dict[str, Any]) -> Any:
-    """The configuration; where this version has no switch for the transplants it runs with them."""
+    """The configuration; where this version has no switch for the transplants it runs with them. No job continues texts."""
     from align_audit import AuditConfig
     from align_audit.config import PatchingConfig
 
     options = {name: dict(part) for name, part in options.items()}
     if "transplants" not in PatchingConfig.model_fields:
         options.get("patching", {}).pop("transplants", None)
+    if "generations" in AuditConfig.model_fields:
+        options.setdefault("generations", {"enabled": False})
     return AuditConfig.from_dict(options)
 
 
