@@ -49,3 +49,23 @@ MADE_ELSEWHERE = (
     "provenance.created", "cost.", "reasons.cost.", "reference_check.", "alerts", "finding", "occasion",
 )  # fmt: skip
 """What another program says of itself, and what is made of the record before."""
+
+
+def assert_found_alone(folder: Path, case: str, skipped: tuple[str, ...] = ()) -> None:
+    """The last record of a case is what one process finds in the gathered weights (``alone.json``)."""
+    here = lines(folder, case, "records.jsonl")[-1]
+    alone = json.loads((folder / case / "alone.json").read_text())
+    # Sums of token rows are added up in another order.
+    tolerance = {"low_rank.": 1e-9, "controls.random_subspace.": 1e-9}
+    assert differing(here, alone, (*MADE_ELSEWHERE, *skipped), tolerance) == []
+    assert here["patching"]["effect"][1]["mean"] not in (0.0, None)
+
+
+def assert_a_layer_at_a_time(ranks: list[dict[str, Any]]) -> None:
+    """On every process, beside what is outside of the layers, one layer of each model was whole."""
+    for said in ranks:
+        assert len(said["held"]) >= 3
+        for held in said["held"]:
+            assert held["gathers"] > 3
+            assert held["most"] == held["outside"] + max(held["layers"])
+            assert len(held["layers"]) == 3

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.distributed.launch import launch
-from tests.distributed.reading import MADE_ELSEWHERE, differing, lines
+from tests.distributed.reading import assert_a_layer_at_a_time, assert_found_alone, lines
 from tests.helpers.audits import QUICK_LASSO
 
 pytestmark = pytest.mark.distributed
@@ -91,14 +90,9 @@ def test_each_step_is_recorded_once(ran: Any, setting: str) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_the_last_record_is_what_one_process_finds_in_the_gathered_weights(ran: Any, setting: str) -> None:
-    here = lines(ran[0], setting, "records.jsonl")[-1]
-    alone = json.loads((ran[0] / setting / "alone.json").read_text())
-    skipped = MADE_ELSEWHERE
-    if setting == "bf16":  # there the weights themselves are rounded first
-        skipped = (*skipped, "provenance.policy_hash", "provenance.reference_hash", "provenance.parameter_dtype")
-    # Sums of token rows are added up in another order.
-    assert differing(here, alone, skipped, {"low_rank.": 1e-9, "controls.random_subspace.": 1e-9}) == []
-    assert here["patching"]["effect"][1]["mean"] not in (0.0, None)
+    rounded = ("provenance.policy_hash", "provenance.reference_hash", "provenance.parameter_dtype")
+    # In half precision the weights themselves are rounded first.
+    assert_found_alone(ran[0], setting, rounded if setting == "bf16" else ())
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -110,10 +104,4 @@ def test_nothing_is_left_behind(ran: Any, setting: str) -> None:
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_layer_at_a_time_is_whole(ran: Any, setting: str) -> None:
-    """Beside what is outside of the layers: one of each model."""
-    for said in ran[1][setting]:
-        assert len(said["held"]) >= 3
-        for held in said["held"]:
-            assert held["gathers"] > 3
-            assert held["most"] == held["outside"] + max(held["layers"])
-            assert len(held["layers"]) == 3
+    assert_a_layer_at_a_time(ran[1][setting])

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from quiet import quieten
 
 from destabilization.kinds import SEEDS, Case, cases
 from destabilization.lines import Truth
@@ -44,7 +44,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Make what is missing of the runs that are asked for."""
-    _quiet()
+    quieten()
     began = time.monotonic()
     truths = stored_truths(options.out)
     for case in asked(options):
@@ -164,17 +164,3 @@ def read_truth(path: Path) -> list[Truth]:
 def stored_truths(out: Path) -> dict[str, Truth]:
     """The ground truth of all weights that were measured before, by their hash: it is of the same texts in each run."""
     return {truth.weights: truth for path in out.glob(f"*/*/{TRUTH}") for truth in read_truth(path)}
-
-
-def _quiet() -> None:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
-    from datasets import disable_progress_bars
-    from transformers.utils import logging
-
-    torch.set_num_threads(1)
-    disable_progress_bars()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore")

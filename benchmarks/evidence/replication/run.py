@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
-import warnings
 from pathlib import Path
+
+from quiet import quieten
 
 from replication.pairs import data_name, deal, default_data, fitting, needed_pairs, read_pairs
 from replication.plan import KINDS, Case, Setup, early_middle_late
@@ -58,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Make what is missing of the runs that are asked for."""
-    _quiet()
+    quieten()
     began = time.monotonic()
     model = find_model(options.model)
     setup = setup_of(options, model)
@@ -172,17 +172,3 @@ def _refuse_another(setup: Setup, *folders: Path) -> None:
             )
     folders[0].mkdir(parents=True, exist_ok=True)
     (folders[0] / "setup.json").write_text(json.dumps(setup.to_dict(), indent=1) + "\n", encoding="utf-8")
-
-
-def _quiet() -> None:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
-    from datasets import disable_progress_bars
-    from transformers.utils import logging
-
-    torch.set_num_threads(1)
-    disable_progress_bars()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore")
