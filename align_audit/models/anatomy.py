@@ -7,6 +7,7 @@ embeddings, the norm and head) it gets by calling the model itself; see ``replay
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from align_audit.errors import AnatomyError
+from align_audit.errors import SHOWN, AnatomyError, plain
 
 
 @dataclass(frozen=True)
@@ -114,19 +115,8 @@ def unwrap(model: nn.Module) -> nn.Module:
                 "so policy and reference streams have different lengths and cannot be patched into each other. "
                 "Expected full fine-tuning or an adapter inside the layers, such as LoRA."
             )
-        if per_call := sorted(name for name, config in configs.items() if _works_per_call(config)):
-            raise AnatomyError(
-                f"the adapter {', '.join(map(repr, per_call))} decides anew at each call of the PEFT model which tokens it "
-                "works on (activated LoRA, X-LoRA), and an audit calls layers, not that model. Expected full fine-tuning or "
-                "an adapter that works alike on every token, such as LoRA."
-            )
         model = model.get_base_model()  # type: ignore[operator]
     return model
-
-
-def _works_per_call(config: Any) -> bool:
-    """Whether what is around the model's forward sets something up for the layers at every call."""
-    return bool(getattr(config, "alora_invocation_tokens", None)) or str(config.peft_type).endswith("XLORA")
 
 
 def is_peft(model: nn.Module) -> bool:
@@ -149,6 +139,25 @@ def check_kind(model: nn.Module) -> None:
             f"{type(model).__name__} is not a transformers model; expected a causal language model, loaded for "
             "instance with AutoModelForCausalLM"
         )
+
+
+@contextlib.contextmanager
+def calling(model: nn.Module) -> Iterator[None]:
+    """What a model raises inside, called as a causal language model is, is told as what it says of the model.
+
+    Raises:
+        AnatomyError: the model does not take tokens and a mask alone. (Memory that runs out is another matter.)
+    """
+    try:
+        yield
+    except AnatomyError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        raise AnatomyError(
+            f"{type(model).__name__} cannot be audited: called with input_ids and attention_mask alone it fails "
+            f"({type(error).__name__}: {plain(error, SHOWN)}); expected a causal language model that computes logits from "
+            "them, as DPOTrainer calls it, with an adapter, if any, that needs nothing else"
+        ) from error
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from align_audit.errors import AnatomyError
-from align_audit.models.anatomy import Anatomy, check_kind, find_anatomy, unwrap
+from align_audit.models.anatomy import Anatomy, calling, check_kind, find_anatomy, unwrap
 from align_audit.models.pointwise import find_pointwise
 from align_audit.models.replay import Recording, Replay
 
@@ -46,7 +46,7 @@ def open_replay(
     inputs = probe_inputs(model)
     with torch.no_grad(), autocast():
         autocast, compute_dtype = _adopt_autocast(model, inputs, autocast)
-    with torch.no_grad(), autocast():
+    with torch.no_grad(), autocast(), calling(model):
         if like is not None:
             anatomy = like.anatomy
         elif anatomy is None or not anatomy.num_layers:
@@ -255,7 +255,7 @@ def _check_causal(replay: Replay, inputs: dict[str, torch.Tensor], recording: Re
     if not torch.allclose(ahead, behind, rtol=0.0, atol=atol):
         raise AnatomyError(
             f"{_name(replay)} is not a causal language model: changing the last token changed the stream before it; "
-            "expected a model loaded with AutoModelForCausalLM"
+            "expected a model loaded with AutoModelForCausalLM, and no adapter that mixes tokens"
         )
 
 

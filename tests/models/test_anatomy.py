@@ -64,19 +64,6 @@ def test_prompt_learning_is_refused(kind: Any) -> None:
     assert "LoRA" in str(caught.value)
 
 
-def test_an_adapter_that_works_anew_at_each_call_is_refused() -> None:
-    """Called without the wrapper, whose hooks tell the layers where the invocation stands, it would never be switched on."""
-    tokens = torch.tensor([[5, 6, 7, 8]])
-    activated = LoraConfig(
-        task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False, alora_invocation_tokens=[6, 7]
-    )
-    model = get_peft_model(tiny_model("llama"), activated).eval()
-    with torch.no_grad():
-        assert not torch.equal(model(tokens).logits, model.get_base_model()(tokens).logits)
-    with pytest.raises(AnatomyError, match="the adapter 'default' decides anew at each call"):
-        open_replay(model)
-
-
 # -- not a causal language model ---------------------------------------------------------------------------------------
 
 

@@ -14,17 +14,19 @@ from torch import nn
 
 from align_audit.auditing.session.memory import MemoryBounds
 from align_audit.errors import AnatomyError, ConfigurationError, ReferenceUnavailableError
-from align_audit.models.anatomy import Anatomy, unwrap
+from align_audit.models.anatomy import Anatomy, unwrap, unwrap_only
 from align_audit.models.build import build_fingerprint
 from align_audit.models.guard import untouched
 from align_audit.models.positions import learned_positions
 from align_audit.models.reference import Reference, check_fit, policy_fingerprint
 from align_audit.models.replay import Replay
-from align_audit.models.verify import open_replay
+from align_audit.models.verify import open_replay, rounding
 from align_audit.models.weights.from_host import placed
 from align_audit.models.weights.gathered import GatheredLayers, gathered_by_layer
 from align_audit.models.weights.sharded import has_engine, plain_class, reshard
 from align_audit.models.weights.streaming import stream_of
+from align_audit.models.wrapper import check_wrapper
+from align_audit.probes.batches import make_batch
 from align_audit.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -299,6 +301,24 @@ def check_positions(pairs: Sequence[ProbePair], models: OpenModels) -> None:
                 f"the probes hold a sequence of {longest} tokens, and the {role} has {limit} positions (a table that was "
                 f"learned); expected no longer ones. Set max_length={limit} or less, or pass shorter probes"
             )
+
+
+def check_wrappers(pairs: Sequence[ProbePair], models: OpenModels) -> None:
+    """Refuse a model around which something computes that an audit would not call, seen on one of the ``pairs``.
+
+    At every audit: what an adapter does at a call may change nothing before it is trained.
+
+    Raises:
+        AnatomyError: as :func:`~align_audit.models.wrapper.check_wrapper` says.
+    """
+    index = min(range(len(pairs)), key=lambda i: (len(pairs[i].chosen_ids), i))  # all its logits will be in memory
+    row = make_batch([pairs[index]], [index], 0).only_row(0).to(models.device)
+    with models.as_policy() as replay:
+        tolerance = rounding(64, replay.compute_dtype)
+        check_wrapper(unwrap_only(models.policy_model), replay, row.model_inputs(), tolerance)
+    if not models.source.shares_weights:
+        with models.as_reference() as replay:
+            check_wrapper(unwrap_only(models.source.model()), replay, row.model_inputs(), tolerance)
 
 
 def _built_alike(policy: nn.Module, reference: nn.Module) -> bool:

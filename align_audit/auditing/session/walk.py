@@ -16,7 +16,7 @@ from align_audit.auditing.session.estimates import Estimates
 from align_audit.auditing.session.kept import KeptReference
 from align_audit.auditing.session.layout import why_not_shared
 from align_audit.auditing.session.memory import MemoryMeter, usual_working_bytes
-from align_audit.auditing.session.open_models import OpenModels, check_positions, check_vocabulary
+from align_audit.auditing.session.open_models import OpenModels, check_positions, check_vocabulary, check_wrappers
 from align_audit.auditing.session.readout import Readout
 from align_audit.auditing.session.subsets import CONTROL, PATCHED, PairChoice, choose_pairs
 from align_audit.errors import ProbeError
@@ -68,6 +68,7 @@ class Session(Batching):
     Raises:
         ProbeError: there are no pairs.
         ConfigurationError: the pairs were tokenized for another vocabulary, or are longer than a model has positions.
+        AnatomyError: what is around a model computes something that replay would not.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Session(Batching):
         self.reference_strays = False
         check_vocabulary(self.pairs, models)
         check_positions(self.pairs, models)
+        check_wrappers(self.pairs, models)
         self.take_choice(choose_pairs(self.pairs, self.num_layers, config, previous))
         self.exact_pairs = self.choice.everywhere
         self.control_pairs = self.choice.control_pairs
