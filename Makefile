@@ -21,7 +21,7 @@ BOUND_TESTS := tests/monitoring/test_callback.py tests/monitoring/test_reference
 	tests/models/weights/test_not_streamed.py tests/models/weights/test_from_host.py \
 	tests/writers/test_tensorboard.py tests/cli/test_options.py tests/cli/test_run.py
 
-.PHONY: demo test test-distributed docs fuzz trackers test-trackers deepspeed test-deepspeed test-all test-gpu test-lowest test-newest lint lock wheel-check install python clean
+.PHONY: demo test test-distributed docs fuzz trackers test-trackers deepspeed test-deepspeed quantized test-quantized test-all test-gpu test-lowest test-newest lint lock wheel-check install python clean
 
 install: $(STAMP)
 
@@ -95,6 +95,19 @@ $(DEEPSPEED)/.installed: pyproject.toml $(STAMP)
 
 test-deepspeed: deepspeed
 	$(TESTED) $(DEEPSPEED)/bin/python -m pytest tests/distributed/test_zero2.py tests/distributed/test_zero3.py
+
+# Policies with quantized weights. bitsandbytes brings its kernels (43 MB to download), so it has an environment of its own too.
+QUANTIZED := .venv-quantized
+quantized: $(QUANTIZED)/.installed
+
+$(QUANTIZED)/.installed: pyproject.toml $(STAMP)
+	$(BIN)/uv venv --quiet --allow-existing --python $(BIN)/python $(QUANTIZED)
+	$(BIN)/python -c '$(SITE)' > "$$($(QUANTIZED)/bin/python -c '$(SITE)')/usual.pth"
+	$(BIN)/uv pip install --python $(QUANTIZED)/bin/python --no-deps --group quantized
+	touch $@
+
+test-quantized: quantized
+	$(TESTED) $(QUANTIZED)/bin/python -m pytest -W default tests/monitoring/test_quantized.py
 
 # Records, options, probe files and command lines that nobody wrote: so many of each test, 20,000 and more in all, drawn anew
 # each time. `make test` tries a few, always the same ones.

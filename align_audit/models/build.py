@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from align_audit.models.adapters import is_adapted
-from align_audit.models.weights.fingerprint import belongs_to, bit_sums
+from align_audit.models.weights.fingerprint import belongs_to, summed
 from align_audit.models.weights.streaming import stored_tensors
 from align_audit.models.weights.zero3 import is_deepspeeds
 
@@ -170,5 +170,5 @@ def _written(value: Any) -> str:
 
 def _of_tensor(tensor: torch.Tensor) -> str:
     plain = not tensor.is_meta and tensor.numel() and tensor.layout is torch.strided
-    sums = bit_sums(tensor.detach()) if plain and not tensor.is_complex() else None
+    sums = summed(tensor.detach())[2] if plain and not tensor.is_complex() else None
     return f"{tuple(tensor.shape)}|{tensor.dtype}|{sums}"

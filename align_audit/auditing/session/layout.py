@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from align_audit.probes.batches import PairBatch, common_prompt, make_batch, pai
 
 if TYPE_CHECKING:
     from align_audit.probes.pairs import ProbePair
+
+logger = logging.getLogger(__name__)
 
 
 def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float) -> str | None:
@@ -50,14 +53,32 @@ def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float)
             logits = _logits(replay, apart.only_row(side))
             if not bool(torch.isfinite(logits).all()):
                 return "the model's logits are not finite, so the two layouts cannot be compared"
-            difference = float((logits - packed[batch.side == side]).abs().max() / logits.abs().max())
+            difference = _apart(logits, packed[batch.side == side])
             if not difference <= tolerance:
+                beside = _apart(logits, _logits(replay, apart)[apart.side == side])
+                if not beside <= tolerance:
+                    return _depends_on_rows(pair.index, beside)
                 return (
                     f"with the prompt computed once the logits of pair {pair.index} differ by {difference:.2g} of the "
                     f"largest one ({tolerance:.2g} is rounding): tokens of one completion reach the other, or positions "
                     "are not what they were"
                 )
     return None
+
+
+def _apart(logits: torch.Tensor, others: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest logit."""
+    return float((logits - others).abs().max() / logits.abs().max())
+
+
+def _depends_on_rows(pair: int, difference: float) -> str:
+    reason = (
+        f"the logits of pair {pair} differ by {difference:.2g} of the largest one when another row is computed beside it: "
+        "what this model says of a text depends on the texts in its batch (activations quantized by the batch, as in 8-bit "
+        "weights, or experts with a limited number of places), and every number of an audit by about as much"
+    )
+    logger.warning("align_audit: %s", reason)
+    return reason
 
 
 @torch.no_grad()

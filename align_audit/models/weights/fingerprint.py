@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from align_audit.models.weights.sharded import has_engine, is_spread, part_of, reshard, whole_shape, whole_tensors
 from align_audit.models.weights.streaming import stored_tensors
@@ -99,8 +100,15 @@ Sums = tuple[tuple[int, ...], torch.dtype, tuple[int, int]]
 
 
 def summed(weight: torch.Tensor) -> Sums:
-    """What a hash takes of a weight."""
-    return tuple(weight.shape), weight.dtype, bit_sums(weight)
+    """What a hash takes of a weight; of a quantized one that wraps several tensors (values, scales), of each of them."""
+    if not is_traceable_wrapper_subclass(weight):
+        return tuple(weight.shape), weight.dtype, bit_sums(weight)
+    plain = weighted = 0
+    for place, name in enumerate(weight.__tensor_flatten__()[0]):
+        *_, (plain_part, weighted_part) = summed(getattr(weight, name))
+        plain += plain_part * (2 * place + 1)
+        weighted += weighted_part * (2 * place + 1)
+    return tuple(weight.shape), weight.dtype, (plain % 2**64, weighted % 2**64)
 
 
 def hash_of(weights: Iterable[tuple[str, Sums]]) -> str:
