@@ -138,14 +138,7 @@ def run_transfer(
     Args:
         progress: makes a progress bar of so many batches.
     """
-    if len(probes) < 2:
-        raise ConfigurationError(f"a transfer is between at least two probe sets; found {', '.join(probes)} alone")
-    most = max(pairs.groups for pairs in probes.values())
-    if most < LEAST_GROUPS:
-        raise ProbeError(
-            f"no probe set has more than {most} independent pairs (those that share a prompt are one), so nothing has an "
-            f"interval; expected at least {LEAST_GROUPS} in one of them"
-        )
+    _check_sets(probes)
     began = time.perf_counter()
     with memory_explained(), OpenModels(policy, reference, anatomy=anatomy) as models:
         sides, tick = _gather(models, probes, _settings(config), step, progress)
@@ -184,6 +177,18 @@ def run_transfer(
                 forward_equivalents=first.forward_equivalents([pair for side in sides for pair in side.session.pairs]),
             ),
             reasons=reasons,
+        )
+
+
+def _check_sets(probes: Mapping[str, ProbeSet]) -> None:
+    """Refuse what no matrix can be made of."""
+    if len(probes) < 2:
+        raise ConfigurationError(f"a transfer is between at least two probe sets; found {', '.join(probes)} alone")
+    most = max(pairs.groups for pairs in probes.values())
+    if most < LEAST_GROUPS:
+        raise ProbeError(
+            f"no probe set has more than {most} independent pairs (those that share a prompt are one), so nothing has an "
+            f"interval; expected at least {LEAST_GROUPS} in one of them"
         )
 
 

@@ -3,9 +3,42 @@
 First-order attribution costs one backward pass for all layers, an exact patched effect one forward per layer. Alone
 attribution misleads (late in training its mean is half the exact one); as a control variate it only narrows the
 interval of exact values. Which pairs are exact is decided by :func:`~align_audit.measures.draws.subset_order`, without
-looking at any value: the guarantees here rest on that. Sources: regression estimators, Cochran, *Sampling Techniques*
-(1977), ch. 7; unbiased ones by leaving out, Mickey (1959), doi:10.1080/01621459.1959.10501497; effective degrees of
-freedom, Satterthwaite (1946), doi:10.2307/3002019.
+looking at any value: the guarantees here rest on that.
+
+With S the n exact pairs, U the N − n others, E exact and A proxy values, every exact pair is corrected with the
+least-squares slope of the *other* exact pairs (leave one out):
+
+    estimate = mean_S E − (1 − n/N) · (1/n) Σ_{i∈S} b₋ᵢ (Aᵢ − mean_U A),
+    b₋ᵢ = (Sxy − c dᵢ yᵢ) / (Sxx − c dᵢ²),  c = n/(n − 1),  d = A − mean_S A,  y = E − mean_S E,
+    Sxy = Σ d y,  Sxx = Σ d².
+
+With K proxies b and d are vectors, Sxx a matrix, and products inner ones. With one fixed slope this is the usual
+mean_S E − b (mean_S A − mean_all A). *Unbiased exactly*, whatever the relation of E and A: given the other exact
+pairs, pair i is as likely any one pair of U ∪ {i}, so Aᵢ − mean_U A has mean 0 and b₋ᵢ does not depend on it.
+Averaged over all subsets of n of the N pairs the estimate is the mean of all N exact values. (The slope of all n
+pairs instead is biased where the relation bends: by a third of a standard error at n = 8 in
+``benchmarks/evidence/control_variate.py``.)
+
+Interval: estimate ± t_ν √V, with
+
+    V = s²ᵣ/n + s²_bA/N,   s²ᵣ = Σ_{i∈S} (yᵢ − b₋ᵢ dᵢ)² / (n − 1 − K),   s²_bA the variance of b·A over all N pairs,
+
+b the slope of all exact pairs. The first term is what n pairs leave unknown, cross-fitted so that it pays for the
+slope; the second what N pairs do. ν is Satterthwaite's: 2V² over the variances of the two terms, 2(s²ᵣ/n)²/(n − 1 − K)
+and, with x the second term and κ the kurtosis of b·A, x² (2/(N − 1) + max(κ − 3, 0)/N) + 4 x s²ᵣ/(nN); at
+least n − 1 − K.
+
+Pairs that share a prompt do not vary independently of each other: each of the two terms is multiplied by how much more
+the sums over groups vary than independent pairs' would (at least 1), n in the degrees of freedom is the number of groups
+with an exact pair, and a pair is corrected with the slope of the other groups.
+
+A percentile bootstrap of 8 normal values covers 88 % where it says 95 %. This covers 92–98 % in the benchmark's grid (n =
+8 … 32, N = 64 … 128, ρ = 0.5 … 0.999; normal, t₅ and lognormal effects of skewness 1.75), except 90–92 % where such a
+skewed proxy also bends and ρ ≤ 0.9, and 83–94 % at skewness 6: few very skewed values show too little of their tail, and
+the bootstrap of as many equivalent exact pairs does no better (76–92 %).
+
+Sources: regression estimators, Cochran, *Sampling Techniques* (1977), ch. 7; unbiased ones by leaving out, Mickey (1959),
+doi:10.1080/01621459.1959.10501497; effective degrees of freedom, Satterthwaite (1946), doi:10.2307/3002019.
 """
 
 from __future__ import annotations
@@ -16,17 +49,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import stdtr, stdtrit
 
+from align_audit.measures.exact_sample import MINIMUM_EXACT, ROUNDING, ExactSample, working_units
 from align_audit.measures.resampling import LEAST_GROUPS, Groups
 from align_audit.measures.significance import mean_p_values
 from align_audit.measures.statistics import Interval, check_options, mean_intervals
 
 Array = np.ndarray
-
-MINIMUM_EXACT = 8
-"""Fewest exact pairs from which a slope is fitted; below, the plain mean."""
-
-_ROUNDING = 1e-12
-"""A spread this small against the values, or a leave-one-out spread this small against the whole, counts as none."""
 
 
 @dataclass(frozen=True)
@@ -63,39 +91,8 @@ def control_variate_means(
 ) -> list[ControlVariate]:
     """Mean exact effect per layer from n exact pairs and N ≥ n proxies, with an interval.
 
-    With S the n exact pairs, U the N − n others, E exact and A proxy values, every exact pair is corrected with the
-    least-squares slope of the *other* exact pairs (leave one out):
-
-        estimate = mean_S E − (1 − n/N) · (1/n) Σ_{i∈S} b₋ᵢ (Aᵢ − mean_U A),
-        b₋ᵢ = (Sxy − c dᵢ yᵢ) / (Sxx − c dᵢ²),  c = n/(n − 1),  d = A − mean_S A,  y = E − mean_S E,
-        Sxy = Σ d y,  Sxx = Σ d².
-
-    With K proxies b and d are vectors, Sxx a matrix, and products inner ones. With one fixed slope this is the usual
-    mean_S E − b (mean_S A − mean_all A). *Unbiased exactly*, whatever the relation of E and A: given the other exact
-    pairs, pair i is as likely any one pair of U ∪ {i}, so Aᵢ − mean_U A has mean 0 and b₋ᵢ does not depend on it.
-    Averaged over all subsets of n of the N pairs the estimate is the mean of all N exact values. (The slope of all n
-    pairs instead is biased where the relation bends: by a third of a standard error at n = 8 in
-    ``benchmarks/evidence/control_variate.py``.)
-
-    Interval: estimate ± t_ν √V, with
-
-        V = s²ᵣ/n + s²_bA/N,   s²ᵣ = Σ_{i∈S} (yᵢ − b₋ᵢ dᵢ)² / (n − 1 − K),   s²_bA the variance of b·A over all N pairs,
-
-    b the slope of all exact pairs. The first term is what n pairs leave unknown, cross-fitted so that it pays for the
-    slope; the second what N pairs do. ν is Satterthwaite's: 2V² over the variances of the two terms, 2(s²ᵣ/n)²/(n − 1 − K)
-    and, with x the second term and κ the kurtosis of b·A, x² (2/(N − 1) + max(κ − 3, 0)/N) + 4 x s²ᵣ/(nN); at
-    least n − 1 − K.
-
-    Pairs that share a prompt do not vary independently of each other: each of the two terms is multiplied by how much more
-    the sums over groups vary than independent pairs' would (at least 1), n in the degrees of freedom is the number of groups
-    with an exact pair, and a pair is corrected with the slope of the other groups.
-
-    Every slope costs exact pairs: with fewer than 8 + 2(K − 1) of them the K proxies are averaged into one.
-
-    A percentile bootstrap of 8 normal values covers 88 % where it says 95 %. This covers 92–98 % in the benchmark's grid (n =
-    8 … 32, N = 64 … 128, ρ = 0.5 … 0.999; normal, t₅ and lognormal effects of skewness 1.75), except 90–92 % where such a
-    skewed proxy also bends and ρ ≤ 0.9, and 83–94 % at skewness 6: few very skewed values show too little of their tail, and
-    the bootstrap of as many equivalent exact pairs does no better (76–92 %).
+    The estimate, its interval and their sources are at the head of this module. Every slope costs exact pairs: with fewer
+    than 8 + 2(K − 1) of them the K proxies are averaged into one.
 
     Where all N pairs are exact the result is that of :func:`~align_audit.measures.statistics.mean_intervals`, bit for bit.
     Where the proxy cannot be used (see ``reason``) it is the mean of the exact pairs with their t interval.
@@ -126,42 +123,18 @@ def control_variate_means(
         [3.25, 0.5, 12.0]
     """
     check_options(resamples, confidence)
-    sample = _working_units(exact, proxy)
+    sample = working_units(exact, proxy)
     together = Groups.of(groups, sample.pairs)
     slopes = _slopes(sample, together)
-    estimates = _estimates(sample, slopes)
     error = _error(sample, slopes, together)
-    spread = sample.scale * np.sqrt(error.variance)
-    reach = spread * stdtrit(error.freedom, (1 + confidence) / 2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p = 2 * stdtr(error.freedom, -np.where(estimates == 0.0, 0.0, np.abs(estimates) / spread))
-    correlation = _correlation(sample, slopes)
-    explained, equivalent = _worth(sample, error)
-
+    intervals, p = _corrected(sample, slopes, error, together, confidence)
     complete = sample.count == sample.pairs
-    # On all columns at once: a product over fewer columns may differ in its last bits.
-    plain = mean_intervals(exact, resamples, confidence, seed=seed, groups=groups) if complete.any() else []
     if complete.any():
+        # On all columns at once: a product over fewer columns may differ in its last bits.
+        plain = mean_intervals(exact, resamples, confidence, seed=seed, groups=groups)
+        intervals = [plain[layer] if complete[layer] else interval for layer, interval in enumerate(intervals)]
         p = np.where(complete, mean_p_values(np.where(complete, exact, 0.0), resamples, seed, groups), p)
-    met = together.met(sample.measured)
-    intervals = [
-        plain[layer] if complete[layer] else _interval(sample, layer, estimates[layer], reach[layer], met[layer])
-        for layer in range(len(sample.count))
-    ]
-    return [
-        ControlVariate(
-            interval=intervals[layer],
-            p=math.nan if math.isnan(intervals[layer].low) else float(p[layer]),
-            correlation=float(correlation[layer]),
-            explained=float(explained[layer]),
-            coefficient=float(slopes.slope[layer, 0] * sample.scale[layer] / sample.proxy_scale[layer, 0]),
-            exact_pairs=int(sample.count[layer]),
-            pairs=sample.pairs,
-            equivalent_pairs=float(sample.pairs if complete[layer] else equivalent[layer]),
-            reason=_why_not_used(sample, layer),
-        )
-        for layer in range(len(sample.count))
-    ]
+    return _results(sample, slopes, error, intervals, p)
 
 
 def beside_attribution(attribution: Array, covariate: Array, exact_pairs: int) -> Array:
@@ -191,123 +164,6 @@ def beside_attribution(attribution: Array, covariate: Array, exact_pairs: int) -
 
 
 @dataclass(frozen=True, eq=False)
-class _Sample:
-    """Exact values and proxies of N pairs at L layers, in working units: of order 1, around the first one."""
-
-    measured: Array
-    """bool ``[N, L]``: the pairs that are exact, S."""
-    count: Array
-    """``[L]``: how many they are, n."""
-    infinite: Array
-    """``[L]``: exact values that are infinite."""
-    not_finite: Array
-    """``[L]``: pairs with a proxy that is not finite."""
-    width: Array
-    """``[L]``: slopes that are fitted, K or 1."""
-    origin: Array
-    """``[L]``, in the unit of the exact values."""
-    scale: Array
-    """``[L]``, in the unit of the exact values."""
-    proxy_scale: Array
-    """``[L, K]``, in the unit of the proxies."""
-    proxies: Array
-    """``[N, L, K]``; where one slope is fitted to K proxies, their average comes first and 0 after it."""
-    exact_mean: Array
-    """``[L]``, over S."""
-    y: Array
-    """``[N, L]``: exact − its mean over S; 0 outside of S."""
-    d: Array
-    """``[N, L, K]``: proxies − their means over S; 0 outside of S."""
-    sxx: Array
-    """``[L, K, K]``."""
-    sxy: Array
-    """``[L, K]``."""
-    syy: Array
-    """``[L]``."""
-    proxy_spread: Array
-    """``[L]``: Σ d² over the proxies too, the trace of Sxx."""
-
-    @property
-    def pairs(self) -> int:
-        """N."""
-        return len(self.measured)
-
-    @property
-    def divisor(self) -> Array:
-        """``[L]``: n, and 1 where it is 0."""
-        divisor: Array = np.maximum(self.count, 1)
-        return divisor
-
-    @property
-    def sound(self) -> Array:
-        """bool ``[L]``: the proxies are finite and vary over S, and the exact values are finite."""
-        sound: Array = (self.proxy_spread > _ROUNDING) & (self.not_finite == 0) & (self.infinite == 0)
-        return sound
-
-    @property
-    def usable(self) -> Array:
-        """bool ``[L]``: a slope is fitted, and used."""
-        usable: Array = (self.count >= MINIMUM_EXACT) & self.sound
-        return usable
-
-
-def _working_units(exact: Array, proxy: Array) -> _Sample:
-    """The arguments of :func:`control_variate_means`, checked, without their units; and their sums over S."""
-    exact, proxies = np.asarray(exact, dtype=np.float64), np.asarray(proxy, dtype=np.float64)
-    if exact.ndim != 2 or proxies.ndim not in (2, 3) or exact.shape != proxies.shape[:2] or not exact.shape[0]:
-        raise ValueError(
-            "expected exact values [N, L] with N at least 1, and proxies of the same shape or [N, L, K]; "
-            f"found {list(exact.shape)} and {list(proxies.shape)}"
-        )
-    proxies = proxies.reshape(*exact.shape, -1)
-    measured = ~np.isnan(exact)
-    count = measured.sum(axis=0)
-    infinite = np.isinf(exact).sum(axis=0)
-    not_finite = (~np.isfinite(proxies)).any(axis=2).sum(axis=0)
-    width = np.where(count >= MINIMUM_EXACT + 2 * (proxies.shape[2] - 1), proxies.shape[2], 1)
-
-    # So that nothing overflows and equal values are exactly 0.
-    e, origin, scale = _standardized(exact, measured & (infinite == 0))
-    a, _, proxy_scale = _standardized(proxies, np.broadcast_to((not_finite == 0)[:, None], proxies.shape))
-    if proxies.shape[2] > 1:
-        a = _averaged(a, proxy_scale, width == 1)
-
-    divisor, inside = np.maximum(count, 1), measured[:, :, None]
-    exact_mean, proxy_mean = e.sum(axis=0) / divisor, (a * inside).sum(axis=0) / divisor[:, None]
-    y, d = np.where(measured, e - exact_mean, 0.0), np.where(inside, a - proxy_mean, 0.0)
-    # Sums and not products of matrices, whose last bits depend on how many layers there are.
-    sxx, sxy = (d[:, :, :, None] * d[:, :, None, :]).sum(axis=0), (d * y[:, :, None]).sum(axis=0)
-    return _Sample(
-        measured=measured,
-        count=count,
-        infinite=infinite,
-        not_finite=not_finite,
-        width=width,
-        origin=origin,
-        scale=scale,
-        proxy_scale=proxy_scale,
-        proxies=a,
-        exact_mean=exact_mean,
-        y=y,
-        d=d,
-        sxx=sxx,
-        sxy=sxy,
-        syy=(y * y).sum(axis=0),
-        proxy_spread=np.trace(sxx, axis1=1, axis2=2),
-    )
-
-
-def _averaged(proxies: Array, scale: Array, where: Array) -> Array:
-    """Working proxies with their average as the first, and 0 as the others, at the layers of ``where`` ``[L]``."""
-    # Averaged in their own unit, each by its share of the largest scale.
-    share = scale / scale.max(axis=1, keepdims=True)
-    average = (proxies * share).mean(axis=2) / np.maximum(share.mean(axis=1), _ROUNDING)
-    averaged = np.where(where[:, None], 0.0, proxies)
-    averaged[:, :, 0] = np.where(where, average, averaged[:, :, 0])
-    return averaged
-
-
-@dataclass(frozen=True, eq=False)
 class _Slopes:
     """Least-squares slopes of exact on proxies, in working units."""
 
@@ -319,9 +175,9 @@ class _Slopes:
     """``[N, L, K]``: b₋ᵢ, of the exact pairs but those of one's group; 0 where that one is not exact or no proxy is used."""
 
 
-def _slopes(sample: _Sample, groups: Groups) -> _Slopes:
+def _slopes(sample: ExactSample, groups: Groups) -> _Slopes:
     d, y, usable = sample.d, sample.y, sample.usable
-    fitted = _solve(sample.sxx, sample.sxy, np.full(len(sample.count), _ROUNDING))
+    fitted = _solve(sample.sxx, sample.sxy, np.full(len(sample.count), ROUNDING))
     outer, product = d[:, :, :, None] * d[:, :, None, :], d * y[:, :, None]
     if groups.alone:
         correction = (sample.divisor / np.maximum(sample.count - 1, 1))[:, None]
@@ -332,11 +188,11 @@ def _slopes(sample: _Sample, groups: Groups) -> _Slopes:
         moved, raised = groups.total(d), groups.total(y)[:, :, None]
         matrix = sample.sxx - groups.total(outer) - moved[:, :, :, None] * moved[:, :, None, :] / left[..., None]
         vector = sample.sxy - groups.total(product) - moved * raised / left
-    without = _solve(matrix, vector, _ROUNDING * sample.proxy_spread)
+    without = _solve(matrix, vector, ROUNDING * sample.proxy_spread)
     return _Slopes(fitted, fitted * usable[:, None], without * (sample.measured & usable)[:, :, None])
 
 
-def _estimates(sample: _Sample, slopes: _Slopes) -> Array:
+def _estimates(sample: ExactSample, slopes: _Slopes) -> Array:
     """``[L]``: mean_S E − (1 − n/N) · (1/n) Σ b₋ᵢ (Aᵢ − mean_U A), in the unit of the exact values."""
     inside, pairs, n = sample.measured[:, :, None], sample.pairs, sample.count
     unmeasured = (sample.proxies * ~inside).sum(axis=0) / np.maximum(pairs - n, 1)[:, None]
@@ -357,7 +213,7 @@ class _Error:
     """ν."""
 
 
-def _error(sample: _Sample, slopes: _Slopes, groups: Groups) -> _Error:
+def _error(sample: ExactSample, slopes: _Slopes, groups: Groups) -> _Error:
     pairs = sample.pairs
     slopes_fitted = np.where(sample.usable, sample.width, 0)
     freedom = np.maximum(sample.count - 1 - slopes_fitted, 1)
@@ -365,7 +221,7 @@ def _error(sample: _Sample, slopes: _Slopes, groups: Groups) -> _Error:
     residual = (left**2).sum(axis=0) / freedom
     predicted = ((sample.proxies - sample.proxies.mean(axis=0)) * slopes.slope).sum(axis=2)
     square = (predicted**2).sum(axis=0)
-    kurtosis = _ratio(pairs * (predicted**4).sum(axis=0), square**2, square > _ROUNDING)
+    kurtosis = _ratio(pairs * (predicted**4).sum(axis=0), square**2, square > ROUNDING)
     first, second = residual / sample.divisor, square / max(pairs - 1, 1) / pairs
     met = groups.met(sample.measured)
     by_groups = np.maximum(met - 1 - slopes_fitted, 1)
@@ -379,7 +235,7 @@ def _error(sample: _Sample, slopes: _Slopes, groups: Groups) -> _Error:
     return _Error(residual, variance, np.maximum(_ratio(2 * variance**2, spread, spread > 0.0), freedom))
 
 
-def _correlation(sample: _Sample, slopes: _Slopes) -> Array:
+def _correlation(sample: ExactSample, slopes: _Slopes) -> Array:
     """``[L]``: of exact and proxy over S, with several slopes the multiple one; NaN where either does not vary."""
     varies = (sample.count >= 2) & (sample.syy > 0.0) & sample.sound
     multiple = np.sqrt(np.maximum(_ratio((slopes.fitted * sample.sxy).sum(axis=1), sample.syy, varies), 0.0))
@@ -387,16 +243,53 @@ def _correlation(sample: _Sample, slopes: _Slopes) -> Array:
     return np.where(varies, np.clip(sign * multiple, -1.0, 1.0), np.nan)
 
 
-def _worth(sample: _Sample, error: _Error) -> tuple[Array, Array]:
+def _worth(sample: ExactSample, error: _Error) -> tuple[Array, Array]:
     """``explained`` and ``equivalent_pairs`` of :class:`ControlVariate`, ``[L]`` each."""
     total = sample.syy / np.maximum(sample.count - 1, 1)
     explained = np.where(sample.usable, 1 - _ratio(error.residual, total, total > 0.0), 0.0)
     explained = np.where(total > 0.0, explained, 0.0)
     per_pair = (1 - explained) / sample.divisor + explained / sample.pairs
-    return explained, _ratio(np.ones(len(total)), per_pair, sample.count > 0)
+    equivalent = _ratio(np.ones(len(total)), per_pair, sample.count > 0)
+    return explained, np.where(sample.count == sample.pairs, sample.pairs, equivalent)
 
 
-def _interval(sample: _Sample, layer: int, estimate: float, reach: float, independent: float) -> Interval:
+def _corrected(
+    sample: ExactSample, slopes: _Slopes, error: _Error, groups: Groups, confidence: float
+) -> tuple[list[Interval], Array]:
+    """The estimates ± t_ν √V, and their p-values ``[L]``, as of layers at which not all pairs are exact."""
+    estimates = _estimates(sample, slopes)
+    spread = sample.scale * np.sqrt(error.variance)
+    reach = spread * stdtrit(error.freedom, (1 + confidence) / 2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = 2 * stdtr(error.freedom, -np.where(estimates == 0.0, 0.0, np.abs(estimates) / spread))
+    met = groups.met(sample.measured)
+    layers = range(len(sample.count))
+    return [_interval(sample, layer, estimates[layer], reach[layer], met[layer]) for layer in layers], p
+
+
+def _results(
+    sample: ExactSample, slopes: _Slopes, error: _Error, intervals: list[Interval], p: Array
+) -> list[ControlVariate]:
+    """Each layer's interval and p-value, with what its proxy contributed."""
+    correlation = _correlation(sample, slopes)
+    explained, equivalent = _worth(sample, error)
+    return [
+        ControlVariate(
+            interval=interval,
+            p=math.nan if math.isnan(interval.low) else float(p[layer]),
+            correlation=float(correlation[layer]),
+            explained=float(explained[layer]),
+            coefficient=float(slopes.slope[layer, 0] * sample.scale[layer] / sample.proxy_scale[layer, 0]),
+            exact_pairs=int(sample.count[layer]),
+            pairs=sample.pairs,
+            equivalent_pairs=float(equivalent[layer]),
+            reason=_why_not_used(sample, layer),
+        )
+        for layer, interval in enumerate(intervals)
+    ]
+
+
+def _interval(sample: ExactSample, layer: int, estimate: float, reach: float, independent: float) -> Interval:
     """Of a layer at which not all pairs are exact: ``estimate`` ± ``reach``, where there are ``independent`` pairs enough."""
     exact_pairs = int(sample.count[layer])
     if sample.infinite[layer]:
@@ -408,29 +301,15 @@ def _interval(sample: _Sample, layer: int, estimate: float, reach: float, indepe
     return Interval(mean, mean - half, mean + half)
 
 
-def _why_not_used(sample: _Sample, layer: int) -> str | None:
+def _why_not_used(sample: ExactSample, layer: int) -> str | None:
     exact_pairs, pairs = int(sample.count[layer]), sample.pairs
     if sample.not_finite[layer]:
         return f"proxy not used: {sample.not_finite[layer]} of {pairs} proxies are not finite"
     if exact_pairs < min(MINIMUM_EXACT, pairs):
         return f"proxy not used: a slope needs at least {MINIMUM_EXACT} exact pairs, found {exact_pairs}"
-    if sample.proxy_spread[layer] <= _ROUNDING:
+    if sample.proxy_spread[layer] <= ROUNDING:
         return f"proxy not used: it does not vary over the {exact_pairs} exact pairs"
     return None
-
-
-def _standardized(values: Array, measured: Array) -> tuple[Array, Array, Array]:
-    """(values − origin) / scale with 0 where not known, origin ``[L]`` (the first known value), scale ``[L]`` > 0.
-
-    Where the known values differ by rounding only they become 0 throughout.
-    """
-    first = np.take_along_axis(values, measured.argmax(axis=0)[None], axis=0)[0]
-    origin = np.where(measured.any(axis=0), first, 0.0)
-    moved = np.where(measured, values, origin) - origin
-    scale = np.abs(moved).max(axis=0)
-    varies = scale > _ROUNDING * np.abs(origin)
-    scale = np.where(varies, scale, 1.0)
-    return np.where(varies, moved / scale, 0.0), origin, scale
 
 
 def _solve(matrix: Array, vector: Array, floor: Array) -> Array:

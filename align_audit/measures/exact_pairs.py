@@ -9,7 +9,7 @@ import math
 
 from scipy.special import ndtri
 
-from align_audit.measures.control_variate import MINIMUM_EXACT
+from align_audit.measures.exact_sample import MINIMUM_EXACT
 
 
 def exact_pairs_needed(correlation: float, pairs: int, equivalent: float) -> int:

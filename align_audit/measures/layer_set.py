@@ -143,49 +143,72 @@ def layer_set(
             f"expected transplants and gains [N, L] of one shape; found {list(alone.shape)} and {list(added.shape)}"
         )
     pairs, layers = alone.shape
-
-    def nothing(reason: str, contribution: list[Interval] | None = None) -> LayerSet:
-        unknown = Interval.unknown(reason)
-        return LayerSet((), unknown, math.nan, np.full(layers, math.nan), contribution or [unknown] * layers, reason)
-
     if not (np.isfinite(alone).all() and np.isfinite(added).all()):
-        return nothing("a block transplant or a gain is not finite")
+        return _none_clear(layers, "a block transplant or a gain is not finite")
     together = Groups.of(groups, pairs)
     few = together.too_few()
     if few is not None:
-        return nothing(few)
+        return _none_clear(layers, few)
     contributes = _above_zero(alone, resamples, confidence, seed, groups)
     contributes &= _above_zero(added, resamples, confidence, seed, groups)
     height, resampled = _heights(alone, added, resamples, seed, groups)
     tail = widened_tail(together.count, confidence)
+    contribution = _contribution_intervals(height, resampled, contributes, tail)
+    chosen = standing_clear(height, contributes)
+    if not chosen:
+        return _none_clear(layers, _why_none(contributes), contribution)
+    return _apart(chosen, height, resampled, contributes, contribution, tail)
+
+
+def _none_clear(layers: int, reason: str, contribution: list[Interval] | None = None) -> LayerSet:
+    """No layer, for that reason, which ``contribution`` has too where it is not given."""
+    unknown = Interval.unknown(reason)
+    return LayerSet((), unknown, math.nan, np.full(layers, math.nan), contribution or [unknown] * layers, reason)
+
+
+def _why_none(contributes: Array) -> str:
+    """Why no layer stands clear, where none does."""
+    if len(contributes) < 2:
+        return "one layer cannot stand out of others"
+    if not contributes.any():
+        return "no layer moves the margin in the direction of the shift, alone and on top of those below"
+    return f"no layer stands out by contributing at least {CLEAR:.1f} times what any other could"
+
+
+def _contribution_intervals(height: Array, resampled: Array, contributes: Array, tail: float) -> list[Interval]:
+    """L of :attr:`LayerSet.contribution`."""
     low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
-    each = [
+    return [
         Interval(float(height[layer]), float(low[layer]), float(high[layer]))
         if contributes[layer]
         else Interval(0.0, 0.0, float(high[layer]))
-        for layer in range(layers)
+        for layer in range(len(height))
     ]
-    if layers < 2:
-        return nothing("one layer cannot stand out of others", each)
-    if not contributes.any():
-        return nothing("no layer moves the margin in the direction of the shift, alone and on top of those below", each)
-    chosen = standing_clear(height, contributes)
-    if not chosen:
-        return nothing(f"no layer stands out by contributing at least {CLEAR:.1f} times what any other could", each)
-    inside = np.zeros(layers, dtype=bool)
+
+
+def _apart(
+    chosen: tuple[int, ...],
+    height: Array,
+    resampled: Array,
+    contributes: Array,
+    contribution: list[Interval],
+    tail: float,
+) -> LayerSet:
+    """How far the ``chosen`` layers stand from the others, and how often the resamples choose them too."""
+    inside = np.zeros(len(height), dtype=bool)
     inside[list(chosen)] = True
-    apart = resampled[:, inside].min(axis=1) / resampled[:, ~inside].max(axis=1)
-    apart_low, apart_high = np.quantile(apart, [tail, 1 - tail])
+    separation = resampled[:, inside].min(axis=1) / resampled[:, ~inside].max(axis=1)
+    low, high = np.quantile(separation, [tail, 1 - tail])
     sets = [standing_clear(row, contributes) for row in resampled]
-    frequency = np.zeros(layers)
+    frequency = np.zeros(len(height))
     for stands in sets:
         frequency[list(stands)] += 1
     return LayerSet(
         chosen,
-        Interval(float(height[inside].min() / height[~inside].max()), float(apart_low), float(apart_high)),
-        sum(stands == chosen for stands in sets) / resamples,
-        frequency / resamples,
-        each,
+        Interval(float(height[inside].min() / height[~inside].max()), float(low), float(high)),
+        sum(stands == chosen for stands in sets) / len(sets),
+        frequency / len(sets),
+        contribution,
     )
 
 

@@ -3,6 +3,13 @@
 Source: *Alignment is Localized* (arXiv 2510.16167, §4.1), with selection frequencies and a permutation null added: the
 shifts of neighbouring layers are strongly collinear, so a single fit is unstable.
 
+Choosing λ anew for every resample is costly, so selection frequencies are those of the LASSO *at the λ of the original
+fit*: over bootstrap resamples of the groups (features standardized again), and over permutations of the target as what
+that λ selects by chance. Targets are permuted by group: laid out one group behind the other, in another order of the
+groups, so that what the pairs of a group have in common stays together. The null of ``cv_r2`` does choose λ anew for each
+permutation (from 20 values of the same range, by the same folds): the choice is part of what it is the null of, and at the
+fixed λ the permuted targets would be overfitted and look worse than chance.
+
 scikit-learn is imported where it fits: it takes longer to load than everything else of a start.
 """
 
@@ -64,13 +71,7 @@ def lasso_localization(
     w = argmin ‖y − ȳ − Xw‖² / (2N) + λ‖w‖₁, X standardized to mean 0 and population standard deviation 1. λ is chosen
     by scikit-learn's ``LassoCV`` from 100 values, geometric from max_ℓ |X_ℓᵀ(y − ȳ)| / N down to a thousandth of that,
     over ``folds`` folds of groups of pairs, shuffled with ``seed``; w is then solved for at that λ to a tighter tolerance.
-
-    Choosing λ anew for every resample is costly, so selection frequencies are those of the LASSO *at the λ of the
-    original fit*: over bootstrap resamples of the groups (features standardized again), and over permutations of the
-    target as what that λ selects by chance. Targets are permuted by group: laid out one group behind the other, in another
-    order of the groups, so that what the pairs of a group have in common stays together. The null of ``cv_r2`` does choose λ
-    anew for each permutation (from 20 values of the same range, by the same folds): the choice is part of what it is the
-    null of, and at the fixed λ the permuted targets would be overfitted and look worse than chance.
+    What selection frequencies and nulls are of is at the head of this module.
 
     Args:
         X: ``[N, L]``, RMS activation distances.
@@ -91,48 +92,22 @@ def lasso_localization(
         >>> int(np.argmax(np.abs(fit.coefficients))), round(fit.cv_r2, 2), float(fit.selection_frequency[2])
         (2, 1.0, 1.0)
     """
-    X, y = np.asarray(X, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    if X.ndim != 2 or X.shape[1] < 1 or y.shape != (len(X),):
-        raise ValueError(f"expected X [N, L] and y [N]; found {list(X.shape)} and {list(y.shape)}")
-    if folds < 2 or resamples < 1 or permutations < 1:
-        raise ValueError(
-            f"expected at least 2 folds, 1 resample and 1 permutation; "
-            f"found folds={folds}, resamples={resamples}, permutations={permutations}"
-        )
+    X, y = _checked(X, y, folds, resamples, permutations)
     together = Groups.of(groups, len(y))
     reason = _unfit(X, y, folds, together.count)
     if reason is not None:
-        coefficients, chosen, by_chance = np.full((3, X.shape[1]), np.nan)
-        null_cv_r2 = np.full(permutations, np.nan)
-        return LassoFit(coefficients, math.nan, math.nan, (), chosen, by_chance, null_cv_r2, reason)
+        return _no_fit(X.shape[1], permutations, reason)
 
-    generator = np.random.default_rng(seed)
     standard = _standardize(X)
     cv = _folds(together, folds, seed)
     alpha, cv_r2 = _cross_validated(standard, y, cv, _LAMBDAS, max_iter=10_000)
     coefficients, converged = _solve(standard, y, alpha)
-
-    chosen = np.zeros(X.shape[1])
-    for _ in range(resamples):
-        rows = together.rows(generator.integers(0, together.count, size=together.count))
-        chosen += _selected_at(_standardize(X[rows]), y[rows], alpha)
-    in_order = together.rows(np.arange(together.count))
-    by_chance, null_cv_r2 = np.zeros(X.shape[1]), np.empty(permutations)
-    for index in range(permutations):
-        permuted = np.empty_like(y)
-        permuted[in_order] = y[together.rows(generator.permutation(together.count))]
-        by_chance += _selected_at(standard, permuted, alpha)
-        null_cv_r2[index] = _cross_validated(standard, permuted, cv, _NULL_LAMBDAS, max_iter=1_000)[1]
-    return LassoFit(
-        coefficients,
-        alpha,
-        cv_r2,
-        tuple(np.flatnonzero(coefficients).tolist()),
-        chosen / resamples,
-        by_chance / permutations,
-        null_cv_r2,
-        None if converged else "coordinate descent stopped before its tolerance: the coefficients are approximate",
-    )
+    generator = np.random.default_rng(seed)
+    chosen = _selection_frequency(X, y, alpha, together, resamples, generator)
+    by_chance, null_cv_r2 = _null(standard, y, alpha, together, cv, permutations, generator)
+    selected = tuple(np.flatnonzero(coefficients).tolist())
+    loose = "coordinate descent stopped before its tolerance: the coefficients are approximate"
+    return LassoFit(coefficients, alpha, cv_r2, selected, chosen, by_chance, null_cv_r2, None if converged else loose)
 
 
 def center_of_mass(w: Array) -> Value:
@@ -204,6 +179,25 @@ def _folds(groups: Groups, folds: int, seed: int) -> Folds:
     return [(groups.rows(np.setdiff1d(everything, part)), groups.rows(np.sort(part))) for part in parts]
 
 
+def _checked(X: Array, y: Array, folds: int, resamples: int, permutations: int) -> tuple[Array, Array]:
+    """Features and target as float64, where :func:`lasso_localization` can be asked for with these arguments."""
+    X, y = np.asarray(X, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if X.ndim != 2 or X.shape[1] < 1 or y.shape != (len(X),):
+        raise ValueError(f"expected X [N, L] and y [N]; found {list(X.shape)} and {list(y.shape)}")
+    if folds < 2 or resamples < 1 or permutations < 1:
+        raise ValueError(
+            f"expected at least 2 folds, 1 resample and 1 permutation; "
+            f"found folds={folds}, resamples={resamples}, permutations={permutations}"
+        )
+    return X, y
+
+
+def _no_fit(layers: int, permutations: int, reason: str) -> LassoFit:
+    """Every number NaN, for that reason."""
+    coefficients, chosen, by_chance = np.full((3, layers), np.nan)
+    return LassoFit(coefficients, math.nan, math.nan, (), chosen, by_chance, np.full(permutations, np.nan), reason)
+
+
 def _unfit(X: Array, y: Array, folds: int, groups: int) -> str | None:
     """Why no fit can be made, if so."""
     if groups < 2 * folds:
@@ -257,6 +251,31 @@ def _solve(X: Array, y: Array, alpha: float) -> tuple[Array, bool]:
         if not any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
             return model.coef_, True
     return model.coef_, False
+
+
+def _selection_frequency(
+    X: Array, y: Array, alpha: float, groups: Groups, resamples: int, generator: np.random.Generator
+) -> Array:
+    """``[L]``: share of bootstrap resamples of the groups in which λ selects a layer."""
+    times = np.zeros(X.shape[1])
+    for _ in range(resamples):
+        rows = groups.rows(generator.integers(0, groups.count, size=groups.count))
+        times += _selected_at(_standardize(X[rows]), y[rows], alpha)
+    return times / resamples
+
+
+def _null(
+    X: Array, y: Array, alpha: float, groups: Groups, cv: Folds, permutations: int, generator: np.random.Generator
+) -> tuple[Array, Array]:
+    """Share of permutations of the target in which λ selects a layer, ``[L]``, and the R² of each, ``[permutations]``."""
+    in_order = groups.rows(np.arange(groups.count))
+    times, cv_r2 = np.zeros(X.shape[1]), np.empty(permutations)
+    for index in range(permutations):
+        permuted = np.empty_like(y)
+        permuted[in_order] = y[groups.rows(generator.permutation(groups.count))]
+        times += _selected_at(X, permuted, alpha)
+        cv_r2[index] = _cross_validated(X, permuted, cv, _NULL_LAMBDAS, max_iter=1_000)[1]
+    return times / permutations, cv_r2
 
 
 def _selected_at(X: Array, y: Array, alpha: float) -> Array:

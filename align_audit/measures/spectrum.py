@@ -154,19 +154,7 @@ def contraction(
         >>> round(fit.alpha, 6), fit.n, fit.first, fit.last
         (0.7, 100, 10, 90)
     """
-    sigma = np.asarray(singular_values, dtype=np.float64)
-    if rows < 0 or columns < 1 or sigma.shape != (min(rows, columns),):
-        raise ValueError(
-            f"expected min(rows, columns) singular values for a [{rows}, {columns}] matrix; found {list(sigma.shape)}"
-        )
-    if (sigma < 0).any():
-        raise ValueError(f"expected singular values of at least 0; found {float(np.nanmin(sigma))}")
-    low, high = window
-    if not 0.0 < low < high <= 1.0:
-        raise ValueError(f"expected an ascending window of shares in (0, 1], such as (0.1, 0.9); found {window}")
-    if min_values < 3:
-        raise ValueError(f"expected min_values of at least 3 (a line and its error), found {min_values}")
-
+    sigma = _checked(singular_values, rows, columns, window, min_values)
     bad = int((~np.isfinite(sigma)).sum())
     if bad:
         return _unfitted(0, 0, 0, f"{bad} of {len(sigma)} singular values are not finite")
@@ -175,22 +163,12 @@ def contraction(
     n = int((sigma > floor).sum())
     n = n if rank is None else min(n, rank)
     # The decimals that were written, not their binary neighbours: ⌈0.07·100⌉ is 7, not 8.
-    first, last = math.ceil(Fraction(str(low)) * n), math.floor(Fraction(str(high)) * n)
+    first, last = math.ceil(Fraction(str(window[0])) * n), math.floor(Fraction(str(window[1])) * n)
     m = last - first + 1 if n else 0
     if m < min_values:
-        return _unfitted(
-            n, first, last, f"the window has {m} singular values (of {n} above rounding); {min_values} are needed"
-        )
-    x, y = np.log(np.arange(first, last + 1)), np.log(sigma[first - 1 : last])
-    x, y = x - x.mean(), y - y.mean()
-    spread, total = float(x @ x), float(y @ y)
-    slope = float(x @ y) / spread
-    residual = y - slope * x
-    unexplained = float(residual @ residual)
-    stderr = math.sqrt(unexplained / (m - 2) / spread)
-    if total == 0.0:
-        return Contraction(0.0, math.nan, stderr, n, first, last, "the spectrum is flat: R² is 0/0")
-    return Contraction(-slope, max(0.0, 1.0 - unexplained / total), stderr, n, first, last)
+        few = f"the window has {m} singular values (of {n} above rounding); {min_values} are needed"
+        return _unfitted(n, first, last, few)
+    return _power_law(sigma, n, first, last)
 
 
 def below_rounding_floor(singular_values: Array, eps: float) -> int:
@@ -214,6 +192,37 @@ def below_rounding_floor(singular_values: Array, eps: float) -> int:
     if sigma.ndim != 1 or not 0.0 < eps < 1.0:
         raise ValueError(f"expected singular values [n] and eps in (0, 1); found {list(sigma.shape)} and {eps}")
     return int((~(sigma > sigma.max(initial=0.0) * eps)).sum())
+
+
+def _checked(singular_values: Array, rows: int, columns: int, window: tuple[float, float], min_values: int) -> Array:
+    """The singular values as float64, where :func:`contraction` can be asked for with these arguments."""
+    sigma = np.asarray(singular_values, dtype=np.float64)
+    if rows < 0 or columns < 1 or sigma.shape != (min(rows, columns),):
+        raise ValueError(
+            f"expected min(rows, columns) singular values for a [{rows}, {columns}] matrix; found {list(sigma.shape)}"
+        )
+    if (sigma < 0).any():
+        raise ValueError(f"expected singular values of at least 0; found {float(np.nanmin(sigma))}")
+    low, high = window
+    if not 0.0 < low < high <= 1.0:
+        raise ValueError(f"expected an ascending window of shares in (0, 1], such as (0.1, 0.9); found {window}")
+    if min_values < 3:
+        raise ValueError(f"expected min_values of at least 3 (a line and its error), found {min_values}")
+    return sigma
+
+
+def _power_law(sigma: Array, n: int, first: int, last: int) -> Contraction:
+    """The least-squares line of log σ_k on log k over ranks ``first`` … ``last``; ``sigma`` largest first."""
+    x, y = np.log(np.arange(first, last + 1)), np.log(sigma[first - 1 : last])
+    x, y = x - x.mean(), y - y.mean()
+    spread, total = float(x @ x), float(y @ y)
+    slope = float(x @ y) / spread
+    residual = y - slope * x
+    unexplained = float(residual @ residual)
+    stderr = math.sqrt(unexplained / (len(x) - 2) / spread)
+    if total == 0.0:
+        return Contraction(0.0, math.nan, stderr, n, first, last, "the spectrum is flat: R² is 0/0")
+    return Contraction(-slope, max(0.0, 1.0 - unexplained / total), stderr, n, first, last)
 
 
 def _unfitted(n: int, first: int, last: int, reason: str) -> Contraction:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, Self
 
 import numpy as np
@@ -312,50 +313,21 @@ def statistic_intervals(
         raise ValueError(f"expected a guard among the {columns} columns, found {guard}")
 
     bad = (~np.isfinite(values)).sum(axis=0)
-    values = np.where(bad > 0, np.nan, values)
-    means = column_means(values)
+    usable = np.where(bad > 0, np.nan, values)
+    means = column_means(usable)
     with np.errstate(all="ignore"):
         estimates = np.asarray(statistic(means), dtype=np.float64)
     if estimates.ndim != 1:
         raise ValueError(f"expected the statistic to map [..., C] to [..., K]; found {list(estimates.shape)} for [C]")
-
     if guard is not None:
-        if bad[guard]:
-            divisor = Interval.unknown(f"{bad[guard]} of {n} values are not finite")
-        else:
-            divisor = mean_interval(values[:, guard], resamples, confidence, method, seed, groups)
+        divisor = mean_interval(values[:, guard], resamples, confidence, method, seed, groups)
         reason = _no_denominator(divisor, confidence, guard_name)
         if reason is not None:
             return [Interval.unknown(reason)] * len(estimates)
-    together = Groups.of(groups, n)
-    few = together.too_few()
+    few = Groups.of(groups, n).too_few()
     if few is not None:
         return [Interval(float(e), math.nan, math.nan, few) if n else Interval.unknown(few) for e in estimates]
-
-    def of(name: str, means: Array) -> Array:
-        with np.errstate(all="ignore"):
-            values = np.asarray(statistic(means), dtype=np.float64)
-        if values.shape != (len(means), len(estimates)):
-            raise ValueError(
-                f"expected the statistic to map {name} means [{len(means)}, {columns}] to [{len(means)}, {len(estimates)}]; "
-                f"found {list(values.shape)}"
-            )
-        return values
-
-    lost = int(bad.sum())
-    without = leave_one_out_means(values, means, groups)
-    if together.count < BOOTSTRAP_FROM:
-        jackknife = of("leave-one-out", without)
-        with np.errstate(invalid="ignore"):
-            influence = influences(jackknife)
-        distances = studentized(np.where(np.isfinite(influence), influence, 0.0), resamples, seed)
-        return [_student(float(e), jackknife[:, k], distances[:, k], confidence, lost) for k, e in enumerate(estimates)]
-    bootstrap = of("resampled", resampled_means(values, means, resamples, seed, groups))
-    jackknife = of("leave-one-out", without[:0] if method == "percentile" else without)
-    tail = widened_tail(together.count, confidence)
-    return [
-        _bootstrapped(float(e), bootstrap[:, k], jackknife[:, k], tail, method, lost) for k, e in enumerate(estimates)
-    ]
+    return _intervals_around(estimates, statistic, usable, groups, resamples, confidence, method, seed, int(bad.sum()))
 
 
 def per_pair_values(values: Array) -> Array:
@@ -382,6 +354,40 @@ def check_options(resamples: int = 1, confidence: float = 0.95, method: str = "p
         raise ValueError(f"expected a confidence between 0 and 1, such as 0.95; found {confidence}")
     if method not in ("percentile", "bca"):
         raise ValueError(f"expected method 'percentile' or 'bca', found {method!r}")
+
+
+def _at_means(statistic: Callable[[Array], Array], count: int, name: str, means: Array) -> Array:
+    """``[R, count]``: the statistic of R rows of column means; ``name`` is what an error calls these."""
+    with np.errstate(all="ignore"):
+        values = np.asarray(statistic(means), dtype=np.float64)
+    if values.shape != (len(means), count):
+        raise ValueError(
+            f"expected the statistic to map {name} means {list(means.shape)} to [{len(means)}, {count}]; "
+            f"found {list(values.shape)}"
+        )
+    return values
+
+
+def _intervals_around(
+    estimates: Array, statistic: Callable[[Array], Array], values: Array, groups: Array | None,
+    resamples: int, confidence: float, method: Method, seed: int, bad: int,
+) -> list[Interval]:  # fmt: skip
+    """Around each estimate ``[K]`` its interval, from what the statistic is where groups are left out, or drawn again."""
+    at_means = partial(_at_means, statistic, len(estimates))
+    together, means = Groups.of(groups, len(values)), column_means(values)
+    without = leave_one_out_means(values, means, groups)
+    if together.count < BOOTSTRAP_FROM:
+        jackknife = at_means("leave-one-out", without)
+        with np.errstate(invalid="ignore"):
+            influence = influences(jackknife)
+        distances = studentized(np.where(np.isfinite(influence), influence, 0.0), resamples, seed)
+        return [_student(float(e), jackknife[:, k], distances[:, k], confidence, bad) for k, e in enumerate(estimates)]
+    bootstrap = at_means("resampled", resampled_means(values, means, resamples, seed, groups))
+    jackknife = at_means("leave-one-out", without[:0] if method == "percentile" else without)
+    tail = widened_tail(together.count, confidence)
+    return [
+        _bootstrapped(float(e), bootstrap[:, k], jackknife[:, k], tail, method, bad) for k, e in enumerate(estimates)
+    ]
 
 
 def _no_denominator(mean: Interval, confidence: float, name: str) -> str | None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, overload
 import numpy as np
 
 from align_audit.errors import ProbeError, counted, first_line, plain, quoted
-from align_audit.probes.sources import open_source, text_of
+from align_audit.probes.sources import Source, open_source, text_of
 from align_audit.probes.tokens import PairTokenizer, TokenizedPair, shared_prefix, tokenizer_untouched, truncate
 
 if TYPE_CHECKING:
@@ -183,28 +183,13 @@ class ProbeSet:
         _check_whole("seed", seed, 0)
         _check_truncation(max_length, truncation_mode)
         opened = open_source(dataset, max_pairs, seed)
-        pairs: list[ProbePair] = []
-        dropped: dict[str, int] = {}
-        met: set[int] = set()
         tokenize = PairTokenizer(tokenizer, opened.first)
         with nullcontext() if tokenizer is None else tokenizer_untouched(tokenizer):
-            for index, record in opened.records:
-                pair = _make_pair(index, tokenize(index, record), max_length, truncation_mode)
-                if not isinstance(pair, str) and pair.identity in met:
-                    pair = REPEATED
-                if isinstance(pair, str):
-                    dropped[pair] = dropped.get(pair, 0) + 1
-                    continue
-                pairs.append(pair)
-                met.add(pair.identity)
-                if len(pairs) == max_pairs:
-                    break
+            pairs, dropped = _draw(opened, tokenize, max_pairs, max_length, truncation_mode)
         if not pairs:
             raise ProbeError(_explain_nothing_left(opened.description, dropped, max_length))
-        pairs.sort(key=lambda pair: pair.index)
-        dropped = dict(sorted(dropped.items()))
         source = source or opened.description
-        return cls(tuple(pairs), source, dropped, max_length, truncation_mode, held_out, tokenizer)
+        return cls(pairs, source, dropped, max_length, truncation_mode, held_out, tokenizer)
 
     @cached_property
     def content_hash(self) -> str:
@@ -350,6 +335,27 @@ def _digest(content: list[Any]) -> int:
 
 
 _SAVED_FIELDS = ("source", "dropped", "max_length", "truncation_mode", "held_out")
+
+
+def _draw(
+    source: Source, tokenize: PairTokenizer, max_pairs: int, max_length: int | None, truncation_mode: str
+) -> tuple[tuple[ProbePair, ...], dict[str, int]]:
+    """The first ``max_pairs`` usable pairs of a source, ordered by index, and how many were dropped on the way, by reason."""
+    pairs: list[ProbePair] = []
+    dropped: dict[str, int] = {}
+    met: set[int] = set()
+    for index, record in source.records:
+        pair = _make_pair(index, tokenize(index, record), max_length, truncation_mode)
+        if not isinstance(pair, str) and pair.identity in met:
+            pair = REPEATED
+        if isinstance(pair, str):
+            dropped[pair] = dropped.get(pair, 0) + 1
+            continue
+        pairs.append(pair)
+        met.add(pair.identity)
+        if len(pairs) == max_pairs:
+            break
+    return tuple(sorted(pairs, key=lambda pair: pair.index)), dict(sorted(dropped.items()))
 
 
 def _make_pair(index: int, row: TokenizedPair, max_length: int | None, truncation_mode: str) -> ProbePair | str:

@@ -33,8 +33,9 @@ from typing import Any
 
 import numpy as np
 
-from align_audit.measures.control_variate import MINIMUM_EXACT, control_variate_means
+from align_audit.measures.control_variate import control_variate_means
 from align_audit.measures.exact_pairs import exact_pairs_needed_safely
+from align_audit.measures.exact_sample import MINIMUM_EXACT
 from align_audit.measures.resampling import resample_indices
 
 FAMILIES = ("normal", "t5", "lognormal")

@@ -11,8 +11,8 @@ import pytest
 @pytest.mark.parametrize(
     "name",
     [
-        "combined_shares", "control_variate", "draws", "exact_pairs", "layer_set", "localization", "significance", "spectrum",
-        "spinal", "statistics", "subspace", "sums", "transport",
+        "combined_shares", "control_variate", "draws", "exact_pairs", "exact_sample", "layer_set", "localization",
+        "significance", "spectrum", "spinal", "statistics", "subspace", "sums", "transport",
     ],
 )  # fmt: skip
 def test_docstring_examples(name: str) -> None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from align_audit.measures.control_variate import MINIMUM_EXACT, ControlVariate
+from align_audit.measures.control_variate import ControlVariate
 from align_audit.measures.draws import subset_order
 from align_audit.measures.exact_pairs import exact_pairs_needed_safely
+from align_audit.measures.exact_sample import MINIMUM_EXACT
 
 if TYPE_CHECKING:
     from align_audit.config import AuditConfig

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from align_audit.lab.planting.parts import layer_parts, weights_of
 from align_audit.lab.planting.reading import margin_gradient, margins, padded_rows
-from align_audit.lab.planting.steps import add_update, noise_update, norm
+from align_audit.lab.planting.steps import add_update, noise_update, relative_updates
 from align_audit.lab.planting.training import train_dpo
 from align_audit.lab.planting.truth import Planted, Truth
 from align_audit.models.anatomy import unwrap
@@ -56,11 +56,8 @@ def plant_nothing(
     """
     probes = list(pairs)
     if kind in ("weight_noise", "orthogonal_noise"):
-        policy = copy.deepcopy(base)
         gradient = margin_gradient(base, probes) if kind == "orthogonal_noise" else None
-        weights, base_weights = weights_of(policy), weights_of(base)
-        for number, part in enumerate(layer_parts(base)):
-            add_update(weights, part, noise_update(part, base_weights, size, (seed, number), gradient))
+        policy = _noisy(base, size, seed, gradient)
         description = f"{kind}: every layer moved by {size:.2%} of its norm"
     elif kind == "shuffled_labels":
         if rows is None or tokenizer is None:
@@ -75,11 +72,7 @@ def plant_nothing(
         description = f"{steps} steps of next-token training on both completions"
     else:
         raise ValueError(f"expected one of {', '.join(get_args(Kind))}; found {kind!r}")
-    new, old = weights_of(policy), weights_of(base)
-    shares = [
-        norm([a - b for a, b in zip(part.views(new), part.views(old), strict=True)]) / norm(part.views(old))
-        for part in layer_parts(base)
-    ]
+    shares = relative_updates(layer_parts(base), weights_of(policy), weights_of(base))
     shift = float((margins(policy, probes) - margins(base, probes)).mean())
     numbers = {"shift": shift, "least_share": min(shares), "largest_share": max(shares)}
     return Planted(policy, Truth(description, (), (), numbers))
@@ -92,6 +85,15 @@ def swap_half(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]
         {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if place in swapped else dict(row)
         for place, row in enumerate(rows)
     ]
+
+
+def _noisy(base: nn.Module, size: float, seed: int, gradient: Mapping[str, Tensor] | None) -> nn.Module:
+    """A policy of which every layer moved at random by ``size`` of its norm, orthogonal to the layer's ``gradient`` if any."""
+    policy = copy.deepcopy(base)
+    weights, base_weights = weights_of(policy), weights_of(base)
+    for number, part in enumerate(layer_parts(base)):
+        add_update(weights, part, noise_update(part, base_weights, size, (seed, number), gradient))
+    return policy
 
 
 def _continue_pretraining(

@@ -71,6 +71,17 @@ def norm(tensors: Sequence[Tensor]) -> float:
     return float(np.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors)))
 
 
+def relative_updates(
+    parts: Sequence[Part], weights: Mapping[str, Tensor], base_weights: Mapping[str, Tensor]
+) -> list[float]:
+    """‖ΔW‖/‖W‖ of each part, W the weights of the base."""
+    return [
+        norm([new - old for new, old in zip(part.views(weights), part.views(base_weights), strict=True)])
+        / norm(part.views(base_weights))
+        for part in parts
+    ]
+
+
 def noise_update(
     part: Part,
     weights: Mapping[str, Tensor],

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from align_audit.lab.planting.parts import check_layer, layer_parts, weights_of
-from align_audit.lab.planting.steps import norm
+from align_audit.lab.planting.parts import Part, check_layer, layer_parts, weights_of
+from align_audit.lab.planting.steps import relative_updates
 from align_audit.lab.planting.truth import Planted, Truth
 
 
@@ -52,6 +52,26 @@ def train_dpo(
         check_layer(base, layer)
     parts = layer_parts(base)
     policy = copy.deepcopy(base)
+    optimizer = _optimizer(policy, parts, layers, learning_rate, rest)
+    _run_trainer(policy, base, tokenizer, rows, optimizer, steps, beta, batch, seed)
+    was = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_(was[name])
+        parameter.grad = None
+    policy.eval()
+    shares = relative_updates(parts, weights_of(policy), weights_of(base))
+    numbers = {f"share_{part.layer}": share for part, share in zip(parts, shares, strict=True)}
+    where = ", ".join(str(layer) for layer in sorted(layers)) or "no layer"
+    description = f"{steps} steps of DPO, full learning rate in layers {where}, {rest:g} of it in the others"
+    return Planted(
+        policy, Truth(description, tuple(parts[layer] for layer in sorted(layers)), tuple(sorted(layers)), numbers)
+    )
+
+
+def _optimizer(
+    policy: nn.Module, parts: Sequence[Part], layers: Sequence[int], learning_rate: float, rest: float
+) -> torch.optim.Optimizer:
+    """AdamW at the full rate in ``layers`` and ``rest`` of it in the other ``parts``; what it does not train is frozen."""
     weights = dict(policy.named_parameters())
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in weights.values():
@@ -63,29 +83,10 @@ def train_dpo(
             for parameter in trained:
                 parameter.requires_grad_(True)
             groups[planted] += trained
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": groups[planted], "lr": learning_rate * (1.0 if planted else rest)}
-            for planted in (True, False)
-            if groups[planted]
-        ],
+    rates = {True: learning_rate, False: learning_rate * rest}
+    return torch.optim.AdamW(
+        [{"params": parameters, "lr": rates[planted]} for planted, parameters in groups.items() if parameters],
         weight_decay=0.0,
-    )
-    _run_trainer(policy, base, tokenizer, rows, optimizer, steps, beta, batch, seed)
-    was = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
-    for name, parameter in policy.named_parameters():
-        parameter.requires_grad_(was[name])
-        parameter.grad = None
-    policy.eval()
-    new, old = weights_of(policy), weights_of(base)
-    numbers = {}
-    for part in parts:
-        moved = [a - b for a, b in zip(part.views(new), part.views(old), strict=True)]
-        numbers[f"share_{part.layer}"] = norm(moved) / norm(part.views(old))
-    where = ", ".join(str(layer) for layer in sorted(layers)) or "no layer"
-    description = f"{steps} steps of DPO, full learning rate in layers {where}, {rest:g} of it in the others"
-    return Planted(
-        policy, Truth(description, tuple(parts[layer] for layer in sorted(layers)), tuple(sorted(layers)), numbers)
     )
 
 
