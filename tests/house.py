@@ -3,7 +3,7 @@
     python -m tests.house
 
 prints them. :data:`FLOORS` is the one table of which part of the package lies where, :data:`WITHIN` of what lies below what in
-a room; ``test_house.py`` holds them.
+a room, :data:`LIMITS` of how long a file, a function and a class may be; ``test_house.py`` holds them.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ WITHIN: dict[str, tuple[str, ...]] = {
     "lab": ("planting",),
 }
 """Inside a room, from the ground up: each of these imports, of its room, only itself and those before it; the rest is above."""
+
+LIMITS = {"files": 450, "functions": 60, "classes": 250}
+"""Lines at most, with docstrings, comments and empty ones."""
 
 VAGUE = frozenset(
     [
@@ -234,6 +237,11 @@ def lengths(root: Path = ROOT) -> dict[str, list[tuple[int, str]]]:
     return {kind: sorted(longest, reverse=True) for kind, longest in rows.items()}
 
 
+def too_long(root: Path = ROOT) -> list[str]:
+    """Files, functions and classes above :data:`LIMITS`, as :func:`lengths` calls them."""
+    return [name for kind, rows in lengths(root).items() for lines, name in rows if lines > LIMITS[kind]]
+
+
 def vague_names(root: Path = ROOT) -> dict[str, Counter[str]]:
     """How often each file gives one of the :data:`VAGUE` names to something: a variable, an argument, a field, a function."""
     counts: dict[str, Counter[str]] = {}
@@ -298,7 +306,7 @@ def _report() -> Iterator[str]:
         yield f"{what}: {len(lines)}"
         yield from (f"  {line}" for line in lines)
     for kind, rows in lengths().items():
-        yield f"longest {kind}:"
+        yield f"longest {kind} (at most {LIMITS[kind]} lines):"
         yield from (f"  {lines:5} {name}" for lines, name in rows[:10])
     by_file, by_room = vague_names(), Counter[str]()
     for name, names in by_file.items():

@@ -12,6 +12,7 @@ import align_audit
 from tests import house
 from tests.helpers.longest import LONGEST
 from tests.house import (
+    LIMITS,
     ROOT,
     WITHIN,
     circles,
@@ -23,12 +24,15 @@ from tests.house import (
     out_of_order,
     plurals_by_hand,
     room_of,
+    too_long,
     vague_names,
 )
 
 HEAVY = (
     "torch", "transformers", "trl", "peft", "datasets", "accelerate", "sklearn", "matplotlib", "tensorboard", "pandas",
 )  # fmt: skip
+LONGER: dict[str, str] = {}
+"""What is longer than ``house.LIMITS`` and stays so, as ``python -m tests.house`` calls it → why its parts would be worse."""
 FRAMEWORKS = {"transformers", "peft", "trl", "accelerate", "datasets"}
 
 
@@ -116,6 +120,24 @@ def test_an_import_from_above_inside_a_room_is_seen(tmp_path: Path) -> None:
         "auditing/session/walk.py:2",
         "auditing/request.py:1",
     }
+
+
+def test_nothing_is_too_long_but_what_has_a_reason() -> None:
+    assert set(too_long()) == set(LONGER)
+
+
+def test_what_is_too_long_is_seen(tmp_path: Path) -> None:
+    def of(header: str, kind: str, more: int) -> str:
+        return "\n    ".join([header, '"""Counts too."""', *["pass"] * (LIMITS[kind] - 2 + more)]) + "\n"
+
+    root = a_house(
+        tmp_path,
+        measures__a=of("def at_limit():", "functions", 0) + of("async def above():", "functions", 1),
+        measures__b="class C:\n    " + of("def f(self):", "functions", 1).replace("\n", "\n    "),
+        measures__c=of("class D:", "classes", 0) + "\n" + "x = 1\n" * (LIMITS["files"] - LIMITS["classes"]),
+        measures__d=of("class E:", "classes", 1) + "x = 1\n" * (LIMITS["files"] - LIMITS["classes"] - 1),
+    )
+    assert sorted(too_long(root)) == ["measures/a.py: above", "measures/b.py: f", "measures/c.py", "measures/d.py: E"]
 
 
 def test_no_name_is_vague() -> None:

@@ -182,8 +182,7 @@ class AlignmentAuditCallback(TrainerCallback):
         **_: Any,
     ) -> Run:
         """Everything that may refuse to start, on all processes together."""
-        # An earlier training may have broken off; auto_find_batch_size begins one again within one run. What is in the log
-        # tells what that repeats.
+        # An earlier training may have broken off (auto_find_batch_size begins one again): the log tells what this repeats.
         self._end()
         facts = read_trainer(self._trainer() if self._trainer is not None else None, args, train_dataloader, state)
         self._probes.draw(self.config, facts, processing_class)
