@@ -152,7 +152,7 @@ def calling(model: nn.Module) -> Iterator[None]:
         yield
     except AnatomyError:
         raise
-    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
         raise AnatomyError(
             f"{type(model).__name__} cannot be audited: called with input_ids and attention_mask alone it fails "
             f"({type(error).__name__}: {plain(error, SHOWN)}); expected a causal language model that computes logits from "

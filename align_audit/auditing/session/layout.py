@@ -66,9 +66,9 @@ def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float)
     return None
 
 
-def _apart(logits: torch.Tensor, others: torch.Tensor) -> float:
+def _apart(logits: torch.Tensor, packed: torch.Tensor) -> float:
     """The largest difference, as a share of the largest logit."""
-    return float((logits - others).abs().max() / logits.abs().max())
+    return float((logits - packed).abs().max() / logits.abs().max())
 
 
 def _depends_on_rows(pair: int, difference: float) -> str:
