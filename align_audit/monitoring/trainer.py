@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from align_audit.models.weights.zero3 import engines_autocast
 from align_audit.monitoring.schedule import Training
 from align_audit.options.trackers import TRACKER_NAMES, TrackerName
 
@@ -69,13 +70,16 @@ class TrainerFacts:
     trackers: tuple[TrackerName, ...] = ()
 
     def numerics(self, model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
-        """The context the trainer computes in: accelerate puts it around the model's forward, out of our reach."""
+        """The context the trainer computes in: accelerate, or DeepSpeed, puts it around the forward, out of our reach."""
+        device = next(model.parameters()).device.type
+        engines = engines_autocast()
+        if engines is not None:
+            return lambda: engines(device)
         if self.autocast is not None:
             return self.autocast
         dtype = self.amp_dtype
         if dtype is None:
             return contextlib.nullcontext
-        device = next(model.parameters()).device.type
         return lambda: torch.autocast(device, dtype=dtype)
 
     def last_sync_step(self, step: int) -> int | None:

@@ -37,11 +37,12 @@ def become_rank(rank: int, size: int, port: int, engine: str) -> None:
         _deepspeed_without_accelerator()
 
 
-def deepspeed_options(engine: str, changes: dict[str, Any]) -> dict[str, Any]:
+def deepspeed_options(engine: str, changes: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """What ``DPOConfig`` is given for an engine: DeepSpeed's own configuration, or nothing.
 
     Args:
         changes: to what stands under ``zero_optimization``.
+        more: stands beside it.
     """
     if not engine.startswith("zero"):
         return {}
@@ -55,6 +56,7 @@ def deepspeed_options(engine: str, changes: dict[str, Any]) -> dict[str, Any]:
             "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto", "bf16": {"enabled": "auto"}, "zero_optimization": {**zero, **changes},
             "zero_allow_untested_optimizer": True, "communication_data_type": "fp32",
+            **more,
         },
     }  # fmt: skip
 

@@ -118,7 +118,8 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
         base=folder / f"base-{rank}", shape=case.get("shape", {}),
         **{
             "max_steps": 4, "per_device_train_batch_size": 2,
-            **deepspeed_options(case.get("engine", "ddp"), case.get("zero", {})), **case.get("trainer", {}),
+            **deepspeed_options(case.get("engine", "ddp"), case.get("zero", {}), case.get("deepspeed", {})),
+            **case.get("trainer", {}),
         },
     )  # fmt: skip
     trainer = trained.trainer

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3: how it marks what it has cut, which of its settings an audit can follow, and loading beside it.
+"""DeepSpeed ZeRO-3: how it marks what it has cut, which of its settings an audit can follow, loading beside it; its autocast.
 
 DeepSpeed need not be installed, and is never imported here: a parameter that it has cut says so itself. Such a parameter is
 empty. ``ds_tensor`` is this process's piece of the flattened values, as the optimizer has left it; ``ds_shape`` and
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,10 +73,34 @@ def unsupported(parameters: Iterable[torch.Tensor]) -> str | None:
     return next((words for name, words in _SETTINGS.items() if _is_on(settings.get(name))), None)
 
 
-def _settings() -> Mapping[str, Any]:
-    """Of the training under way, as far as transformers knows of it, what is under ``zero_optimization``, and autocast."""
+def engines_autocast() -> Callable[[str], torch.autocast] | None:
+    """Makes, for a type of device, the context that DeepSpeed's engine computes in; None: it sets none up (or there is none).
+
+    It is the engine's, around the model's forward: neither the model nor the trainer knows of it.
+    """
+    settings = _configuration().get("torch_autocast") or {}
+    if settings.get("enabled") is not True:
+        return None
+    name = str(settings.get("dtype")).removeprefix("torch.").lower()
+    dtype = {
+        "bf16": torch.bfloat16,
+        "bfloat16": torch.bfloat16,
+        "fp16": torch.float16,
+        "float16": torch.float16,
+        "half": torch.float16,
+    }.get(name)
+    return lambda device: torch.autocast(device, dtype=dtype)
+
+
+def _configuration() -> Mapping[str, Any]:
+    """Of the training under way, as far as transformers knows of it."""
     integration = sys.modules.get("transformers.integrations.deepspeed")
-    config = (None if integration is None else integration.deepspeed_config()) or {}
+    return (None if integration is None else integration.deepspeed_config()) or {}
+
+
+def _settings() -> Mapping[str, Any]:
+    """What is under ``zero_optimization`` there, and autocast."""
+    config = _configuration()
     autocast = (config.get("torch_autocast") or {}).get("enabled")
     return {**(config.get("zero_optimization") or {}), "torch_autocast": autocast}
 
