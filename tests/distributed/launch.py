@@ -31,7 +31,11 @@ AT_ONCE = 2
 
 
 def launch(folder: Path, cases: dict[str, dict[str, Any]], size: int = 2) -> dict[str, list[dict[str, Any]]]:
-    """Results by case and rank: what ``jobs.run`` returned, or ``{"error": traceback}``, or ``{"hung": True}``."""
+    """Run each case on ``size`` processes, or on as many as its ``ranks`` say.
+
+    Returns:
+        results by case and rank: what ``jobs.run`` returned, or ``{"error": traceback}``, or ``{"hung": True}``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
     process, words = _launcher()
@@ -125,7 +129,7 @@ def _run(folder: Path, size: int, cases: dict[str, dict[str, Any]]) -> dict[str,
     while waiting or running:
         while waiting and len(running) < AT_ONCE:
             name = waiting.pop(0)
-            running[name] = _Running(folder / name, size, cases[name])
+            running[name] = _Running(folder / name, cases[name].get("ranks", size), cases[name])
         for name in [name for name, case in running.items() if case.ended()]:
             results[name] = running.pop(name).results()
         time.sleep(0.02)

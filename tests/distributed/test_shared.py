@@ -51,6 +51,7 @@ SITUATIONS: dict[str, dict[str, Any]] = {
     },
     "two sets": {"probes": {"long": [8, 19], "short": [19, 24]}, "audit": AUDIT},
     "frozen": {"probes": 9, "audit": AUDIT, "frozen": True},
+    "on three": {"probes": 13, "audit": AUDIT, "ranks": 3},
 }
 CASES = {
     f"{engine}, {name}": {
@@ -80,6 +81,7 @@ def _sets(case: str) -> dict[str | None, str]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_record_is_what_one_process_finds(ran: Any, case: str) -> None:
+    assert len(ran[1][case]) == CASES[case].get("ranks", 2)
     for said in ran[1][case]:
         assert "error" not in said and "hung" not in said, said
     assert lines(ran[0], case, "failures.jsonl") == []
