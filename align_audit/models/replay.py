@@ -28,6 +28,11 @@ _HEAD_ROWS = 128
 """The fewest rows of a block: with fewer, reading the unembedding takes longer than multiplying by it."""
 
 
+def head_rows(device: str, vocabulary: int) -> int:
+    """How many rows go through norm and unembedding at once on a type of device."""
+    return max(_HEAD_BYTES.get(device, _HEAD_BYTES_ELSEWHERE) // (4 * vocabulary), _HEAD_ROWS)
+
+
 @dataclass(frozen=True)
 class LayerCall:
     """The arguments one decoder layer received, with a hole where the stream was, and what else it returned."""
@@ -292,8 +297,7 @@ class Replay:
 
     def head_blocks(self, count: int) -> Iterator[slice]:
         """Equal blocks of rows for :meth:`head`; the same for every stream, so that equal rows give equal logits."""
-        size = _HEAD_BYTES.get(self.device.type, _HEAD_BYTES_ELSEWHERE) // (4 * self.anatomy.vocab_size)
-        size = max(size, _HEAD_ROWS)
+        size = head_rows(self.device.type, self.anatomy.vocab_size)
         for first in range(0, count, size):
             yield slice(first, min(first + size, count))
 

@@ -11,8 +11,9 @@ import torch
 
 from align_audit.auditing.session.memory import free_memory, out_of_memory, usual_working_bytes
 from align_audit.auditing.session.open_models import OpenModels
+from align_audit.auditing.session.room import Room
 from align_audit.errors import AuditMemoryError
-from align_audit.probes.batches import PairBatch, make_batch, pair_tokens, plan_batches
+from align_audit.probes.batches import PairBatch, make_batch, pair_tokens
 from align_audit.ranks import Agreed, Ranks, Status, told
 
 if TYPE_CHECKING:
@@ -27,13 +28,6 @@ Work = Callable[[PairBatch], Callable[[], None] | None]
 Merge = Callable[[Ranks, np.ndarray], None]
 """Brings together what processes hold, of the pairs at the places that this one has worked on."""
 
-_CPU_BYTES = 2**20
-"""Size of one layer call's stream on a CPU: matrix products are as fast as they get, and the cache still helps."""
-_DEVICE_TOKENS = 8192
-"""Tokens of one layer call on an accelerator."""
-_PADDING = {"cpu": 0.1}
-_DEVICE_PADDING = 0.5
-"""How much of a batch may be empty: a CPU pays for every empty token, an accelerator above all for every call."""
 _PAD_TOKEN = 0
 """Any token of any vocabulary: what stands there is masked."""
 
@@ -88,14 +82,7 @@ class Batching:
     def batches(self, places: Sequence[int]) -> list[list[int]]:
         """The pairs at ``places`` in batches as large as memory is known to allow: first those that controls are measured
         on, then those that are patched, then the others."""
-        plan = []
-        padding = _PADDING.get(self.device.type, _DEVICE_PADDING)
-        for role in range(int(self._roles.max()) + 1):
-            alike = [i for i in places if self._roles[i] == role]
-            pairs = [self.pairs[i] for i in alike]
-            groups = plan_batches(pairs, self._batch_tokens(), shared=self.shared, padding=padding)
-            plan += [[alike[i] for i in group] for group in groups]
-        return plan
+        return self._room().batches(self.pairs, places, self._roles, self._batch_tokens(), shared=self.shared)
 
     def each_batch(
         self, work: Work, places: Sequence[int] | None = None, tick: Callable[[], None] = lambda: None
@@ -227,11 +214,14 @@ class Batching:
 
     def max_streams(self, stream: torch.Tensor) -> int:
         """How many streams like this one may be walked together within the working memory."""
-        return max(1, self._working_bytes() // 2 // (stream.numel() * stream.element_size()))
+        return self._room().max_streams(stream.numel() * stream.element_size())
 
     def has_room(self, size: int) -> bool:
         """Whether so many bytes may be held through a whole pass beside the streams: a quarter of the working memory."""
-        return size <= self._working_bytes() // 4
+        return self._room().holds_beside(size)
+
+    def _room(self) -> Room:
+        return Room(self.device.type, self._working_bytes())
 
     def _working_bytes(self) -> int:
         asked = self.config.working_memory_mb
@@ -243,12 +233,7 @@ class Batching:
         return self.width * torch.finfo(self.models.policy.stream_dtype).bits // 8
 
     def _batch_tokens(self) -> int:
-        """Padded tokens a batch: as asked, unless the recordings of both models alone would fill the working memory."""
-        wanted = self.config.batch_tokens
-        if wanted is None:
-            wanted = _CPU_BYTES // self._stream_bytes() if self.device.type == "cpu" else _DEVICE_TOKENS
-        # Two recordings of L + 1 streams and L transplanted ones live at once, in half of the working memory; and before
-        # anything is transplanted two recordings, one between them, and gradients on their way to disk.
-        streams = (4 if self.config.patching.keep_reference else 3) * self.num_layers + 4
-        recorded = self._working_bytes() // 2 // (streams * self._stream_bytes())
-        return max(1, min(wanted, self.models.bounds.tokens, recorded))
+        """Padded tokens a batch."""
+        return self._room().batch_tokens(
+            self.config, self.num_layers, self._stream_bytes(), most=self.models.bounds.tokens
+        )

@@ -1,0 +1,1 @@
+"""What an audit costs, counted before it is made."""
