@@ -29,7 +29,7 @@ PAIRS = random_pairs(13, seed=3)
 QUICK = {
     "progress": False,
     "statistics": {"bootstrap_resamples": 100},
-    "localization": {"selection_resamples": 1, "permutations": 1},
+    "localization": {"enabled": False},
     "generations": {"max_new_tokens": 8, "prompts": 3},
     "batch_tokens": 96,
 }
