@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from align_audit.auditing.audit import run_audit
+from align_audit.auditing.costs.foresight import full_per_look, more_memory
 from align_audit.auditing.measurements.lens_walk import PORTION, SHARE
 from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.memory import MemoryMeter
@@ -89,6 +90,12 @@ def cost_checks(
         f"a full audit {duration(full)} ({full / pair:.0f} training pairs)",
         f"which takes {meter.peak / 2**20:.0f} MiB beside the models on {counted(len(timed), 'pair')}",
     ]
+    largest = max(sets.values(), key=len)
+    more = more_memory(models, timed, largest, config) if len(largest) > len(timed) else 0
+    if more:
+        said.append(
+            f"about {(meter.peak + more) / 2**20:.0f} MiB on {len(largest)}, whose token rows are kept meanwhile"
+        )
     yield Check("cost", "green", ", ".join(said))
     if plan.max_steps is None:
         yield Check(
@@ -100,7 +107,8 @@ def cost_checks(
         return
     steps = PlannedSteps(min(plan.max_steps, _MOST_STEPS), plan.save_steps, plan.eval_steps)
     costs = Costs(pair * plan.pairs_per_step, health, full)
-    yield schedule_check(forecast(config, steps, costs, models.num_layers), config, steps)
+    per_look = full_per_look(models, sets.values(), config, first=False)
+    yield schedule_check(forecast(config, steps, costs, models.num_layers, per_look), config, steps)
 
 
 def in_proportion(config: AuditConfig, pairs: Sequence[int], share: float, rows: int | None) -> AuditConfig:

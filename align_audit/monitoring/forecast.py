@@ -71,13 +71,16 @@ class Forecast:
         return Counter(made for _, made in self.audits)[kind]
 
 
-def forecast(config: AuditConfig, planned: PlannedSteps, costs: Costs, layers: int = 0) -> Forecast:
+def forecast(
+    config: AuditConfig, planned: PlannedSteps, costs: Costs, layers: int = 0, per_look: float | None = None
+) -> Forecast:
     """Play a run through: what is audited when, and what it takes.
 
     Alerts, which call for more, are not foreseen.
 
     Args:
-        layers: of the model, by which the first full audit is judged before it was made.
+        layers: of the model, by which the first full audit is judged before it was made where nothing better is known.
+        per_look: how many times a look's work that of a full audit is, by which a run judges it; None: not counted.
 
     Raises:
         ValueError: no steps, or a step that takes no time.
@@ -89,7 +92,7 @@ def forecast(config: AuditConfig, planned: PlannedSteps, costs: Costs, layers: i
     """
     if planned.max_steps < 1 or costs.step <= 0:
         raise ValueError(f"expected steps that take time; found {planned.max_steps} of {costs.step} s")
-    run = _Played(config, planned, costs, layers)
+    run = _Played(config, planned, costs, Spent(layers=layers, per_look=per_look))
     for event, training in _events(planned):
         run.meet(event, training)
     return Forecast(tuple(run.audits), run.spent.audits, planned.max_steps * costs.step)
@@ -114,11 +117,11 @@ def _events(planned: PlannedSteps) -> Iterator[tuple[Event, Training]]:
 class _Played:
     """A run, as far as it was played."""
 
-    def __init__(self, config: AuditConfig, planned: PlannedSteps, costs: Costs, layers: int) -> None:
+    def __init__(self, config: AuditConfig, planned: PlannedSteps, costs: Costs, spent: Spent) -> None:
         self._config = config
         self._costs = costs
         self._pending: Due | None = None
-        self.spent = Spent(layers=layers)
+        self.spent = spent
         self.audits: list[tuple[int, AuditKind]] = []
         self._next = self._plan(Training(0, planned.max_steps))
 

@@ -15,6 +15,7 @@ from typing import Any
 from align_audit.alerts.advice import advise
 from align_audit.alerts.detectors import judge
 from align_audit.auditing.audit import run_audit
+from align_audit.auditing.costs.foresight import full_per_look
 from align_audit.auditing.previous import PreviousAudit, left_by
 from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.open_models import OpenModels
@@ -170,6 +171,7 @@ class Monitor:
         if not due:
             return
         with models:
+            self._foresee(models, moment)
             for name in due:
                 # An audit that breaks would break again on the same weights.
                 self._audited.add((moment.step, policy_hash, name, moment.kind))
@@ -180,6 +182,13 @@ class Monitor:
                     findings.fail(error, name)
                     if self.strict:
                         break  # else the other probe sets are audited all the same
+
+    def _foresee(self, models: OpenModels, moment: Moment) -> None:
+        """Before a look: how much more work a full audit would be, by which the first one is judged."""
+        if self.pace is None or moment.kind != "health" or not self.pace.guesses:
+            return
+        sets = self.probe_sets.values()
+        self.pace.compare(full_per_look(models, sets, self.config, first=not self.pace.looked))
 
     def _agreed_previous(self, name: str | None) -> PreviousAudit:
         """What the previous audit left; where the next one begins is for the first process to say, which has the log."""

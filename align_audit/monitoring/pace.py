@@ -77,6 +77,20 @@ class Pace:
             return max(0.0, self._clock() - self._began - self._spent.audits)
         return max(0.0, self._moment - self._began - (self._spent.audits - self._counted))
 
+    @property
+    def guesses(self) -> bool:
+        """Whether what a full audit takes is still judged by what a look took."""
+        return self._spent.full is None
+
+    @property
+    def looked(self) -> bool:
+        """Whether this process has made a look."""
+        return self._spent.looks > 0.0 or self._spent.health is not None
+
+    def compare(self, per_look: float | None) -> None:
+        """Take over how many times the work of the look that is made now that of a full audit is; None: not counted."""
+        self._spent = replace(self._spent, per_look=per_look)
+
     def choose(self, due: Due, training: Training) -> Due:
         """The same, or a health audit where the budget has no room for a full one."""
         if (

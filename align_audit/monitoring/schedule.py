@@ -154,7 +154,8 @@ class Spent:
         audits: in all.
         looks: of these, health audits.
         health, full: of the last audit of each kind, over all probe sets; None: there was none.
-        layers: of the model, by which a first full audit is judged in advance.
+        layers: of the model, by which a first full audit is judged in advance where its work is not counted.
+        per_look: how many times the work of the last health audit that of a full one is; None: not counted.
     """
 
     steps: int = 0
@@ -164,6 +165,7 @@ class Spent:
     health: float | None = None
     full: float | None = None
     layers: int = 0
+    per_look: float | None = None
 
     @property
     def share(self) -> float | None:
@@ -172,11 +174,13 @@ class Spent:
 
     @property
     def expected_full(self) -> float | None:
-        """Seconds of a full audit: those of the last one, else many times a health audit's (rather too many than too few);
-        None: nothing was audited yet."""
+        """Seconds of a full audit: those of the last one, else a health audit's times how much more work it is (rather too many
+        than too few); None: nothing was audited yet."""
         if self.full is not None:
             return self.full
-        return None if self.health is None else self.health * (4 + 3 * self.layers)
+        if self.health is None:
+            return None
+        return self.health * (4 + 3 * self.layers if self.per_look is None else self.per_look)
 
 
 def affords_full(spent: Spent, training: Training, schedule: ScheduleConfig, budget: float | None) -> bool:

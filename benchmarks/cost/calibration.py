@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from jobs import JobSpec, made_model, made_pairs
 from prices import Prices
 
 from align_audit.auditing.costs.shape import ModelShape
+from align_audit.auditing.session.memory import usual_working_bytes
+from align_audit.auditing.session.room import Room
 from align_audit.config import AuditConfig
 from align_audit.measures.draws import noise_directions
 from align_audit.measures.layer_set import layer_set
@@ -25,17 +28,22 @@ from align_audit.measures.patching import summarize_patching
 from align_audit.measures.transport import transport_distances
 from align_audit.models.generation import continue_greedily
 from align_audit.models.gradients import stream_gradients
-from align_audit.models.replay import Replay, head_rows
+from align_audit.models.replay import Recording, Replay, head_rows
 from align_audit.models.verify import open_replay
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.probes.batches import make_batch
 
 _LAYERS = 3
 """Of the model that is calibrated on: one layer's price is that of any."""
+_WALKED = 6
+"""Streams that take turns in a layer."""
 
 
-def shortest(work: Callable[[], Any], repeats: int = 5, least: float = 0.02) -> float:
-    """CPU seconds of one call: the shortest of some repeats, each of as many calls as take ``least`` seconds."""
+def spent_on(work: Callable[[], Any], repeats: int = 5, least: float = 0.02) -> float:
+    """CPU seconds of one call: the median of some repeats, each of as many calls as take ``least`` seconds.
+
+    Not the shortest: an audit takes longer than a lucky moment.
+    """
     work()
     began = time.process_time()
     work()
@@ -46,7 +54,7 @@ def shortest(work: Callable[[], Any], repeats: int = 5, least: float = 0.02) -> 
         for _ in range(times):
             work()
         measured.append((time.process_time() - began) / times)
-    return min(measured)
+    return median(measured)
 
 
 @torch.no_grad()
@@ -64,20 +72,30 @@ def calibrate(spec: JobSpec) -> Prices:
 
 
 def _layer(replay: Replay, spec: JobSpec, shape: ModelShape) -> dict[str, float]:
-    """From calls of one layer with few tokens, many, and as many in longer rows: a constant, a price a token and one a meeting."""
-    pairs = made_pairs(spec, 16).pairs
-    index = 1
+    """From calls of one layer with few tokens, many, and more in longer rows: a constant, a price a token and one a meeting.
+
+    Batches are as large as the job's; several streams take turns, as in a walk, so that none of them stays in a cache.
+    """
+    pairs = made_pairs(spec, 24).pairs
+    room = Room("cpu", usual_working_bytes(torch.device("cpu")))
+    tokens = room.batch_tokens(AuditConfig(), spec.layers, shape.stream_bytes)
+    longest = max(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
+    most = min(len(pairs), max(2, tokens // longest))
     samples = []
-    for count in (1, 4, 8):
+    for count in sorted({1, (most + 1) // 2, most}):
         for copies in (1, 3):
-            chosen = [pairs[place] for place in range(count)]
-            inputs = make_batch(chosen, range(count), 0, shared=True).model_inputs()
+            inputs = make_batch(pairs[:count], range(count), 0, shared=True).model_inputs()
             if copies > 1:
                 inputs = _longer(inputs, copies)
             recording = replay.record(inputs)
-            stream = recording.after(index - 1)
-            spent = shortest(lambda recording=recording, stream=stream: replay.layer(index, stream, recording))
-            rows, width = stream.shape[:2]
+            streams = [recording.after(0) + 0.01 * place for place in range(_WALKED)]
+
+            def walk(recording: Recording = recording, streams: list[torch.Tensor] = streams) -> None:
+                for stream in streams:
+                    replay.layer(1, stream, recording)
+
+            rows, width = streams[0].shape[:2]
+            spent = spent_on(walk) / _WALKED
             samples.append((1.0, rows * width * shape.layer_flops, rows * width**2 * shape.meeting_flops, spent))
     table = np.array(samples)
     call, token, meeting = _fitted(table[:, :3], table[:, 3])
@@ -108,11 +126,11 @@ def _backward(replay: Replay, spec: JobSpec) -> float:
     stream = recording.after(0)
 
     def descend(objectives: int) -> float:
-        return shortest(
+        return spent_on(
             lambda: [None for _ in stream_gradients(replay, recording, lambda top: [(top * top).sum()] * objectives)]
         )
 
-    forward = shortest(lambda: replay.layer(1, stream, recording))
+    forward = spent_on(lambda: replay.layer(1, stream, recording))
     return (descend(2) - descend(1)) / (_LAYERS - 1) / forward
 
 
@@ -121,7 +139,7 @@ def _head(replay: Replay, shape: ModelShape) -> dict[str, float]:
     count = min(block, 1024)
     rows = torch.randn(count, shape.width)
     few = max(1, count // 8)
-    most, least = shortest(lambda: replay.head(rows)), shortest(lambda: replay.head(rows[:few]))
+    most, least = spent_on(lambda: replay.head(rows)), spent_on(lambda: replay.head(rows[:few]))
     flop = max(most - least, 0.0) / ((count - few) * shape.head_flops)
     logits, others, target = replay.head(rows), replay.head(rows + 0.1), torch.zeros(count, dtype=torch.long)
     each = count * shape.vocabulary
@@ -130,10 +148,10 @@ def _head(replay: Replay, shape: ModelShape) -> dict[str, float]:
     return {
         "head_call": max(0.0, most - flop * count * shape.head_flops),
         "head_flop": flop,
-        "scored": shortest(lambda: token_logp(logits, target)) / each,
-        "sloped": shortest(lambda: token_logp_gradient(logits, target)) / each,
-        "compared": shortest(lambda: compare_readouts(logits, others, target)) / each,
-        "travelled": shortest(lambda: transport_distances(step)) / (3 * travelling * shape.vocabulary),
+        "scored": spent_on(lambda: token_logp(logits, target)) / each,
+        "sloped": spent_on(lambda: token_logp_gradient(logits, target)) / each,
+        "compared": spent_on(lambda: compare_readouts(logits, others, target)) / each,
+        "travelled": spent_on(lambda: transport_distances(step)) / (3 * travelling * shape.vocabulary),
     }
 
 
@@ -146,7 +164,7 @@ def _decoding(spec: JobSpec) -> dict[str, float]:
         device = torch.device("cpu")
 
         def write(new: int, model: Any = model, device: torch.device = device) -> float:
-            return shortest(lambda: continue_greedily(model, prompts, new, (), device), repeats=3, least=0.0)
+            return spent_on(lambda: continue_greedily(model, prompts, new, (), device), repeats=3, least=0.0)
 
         measured.append((write(2 * steps) - write(steps)) / steps)
     layer = max(0.0, measured[1] - measured[0]) / _LAYERS
@@ -159,10 +177,14 @@ def _float64(shape: ModelShape) -> dict[str, float]:
     rows = torch.randn(256, width, dtype=torch.float64)
     gram = rows.T @ rows
     tall = torch.randn(min(1024, 4 * width), width, dtype=torch.float64)
+    product = spent_on(lambda: rows.T @ rows) / (2 * 256 * width**2)
+    cube = spent_on(lambda: torch.linalg.eigh(gram), repeats=3) / width**3
     return {
-        "wide_flop": shortest(lambda: rows.T @ rows) / (2 * 256 * width**2),
-        "cube": shortest(lambda: torch.linalg.eigh(gram), repeats=3) / width**3,
-        "singular": shortest(lambda: torch.linalg.svdvals(tall), repeats=3) / (tall.numel() * width),
+        "wide_flop": product,
+        "cube": cube,
+        "host_flop": product,
+        "host_cube": cube,
+        "singular": spent_on(lambda: torch.linalg.svdvals(tall), repeats=3) / (tall.numel() * width),
     }
 
 
@@ -173,7 +195,7 @@ def _host(spec: JobSpec, shape: ModelShape) -> dict[str, float]:
     effects, moved = generator.normal(size=(pairs, layers + 1)), generator.normal(size=(pairs, layers + 2))
     shift = effects.sum(1)
     options: Any = dict(resamples=config.statistics.bootstrap_resamples, confidence=0.95, seed=0)
-    estimating = shortest(
+    estimating = spent_on(
         lambda: (
             summarize_patching(effects, moved, shift, method="percentile", **options),
             layer_set(moved[:, 1:-1], np.diff(effects, axis=1), **options),
@@ -184,7 +206,7 @@ def _host(spec: JobSpec, shape: ModelShape) -> dict[str, float]:
     # Distances of neighbouring layers are alike, which is what a path takes its time for.
     distances = np.cumsum(generator.normal(size=(pairs, layers)) ** 2, axis=1)
     localization = config.localization
-    fitting = shortest(
+    fitting = spent_on(
         lambda: lasso_localization(
             distances, shift, localization.folds, localization.selection_resamples, localization.permutations
         ),
@@ -195,7 +217,7 @@ def _host(spec: JobSpec, shape: ModelShape) -> dict[str, float]:
     return {
         "estimate": estimating / (12 * pairs * layers),
         "fit": fitting / (paths * pairs * layers),
-        "normal": shortest(lambda: noise_directions(0, [1, 2], 0, 0, 64, shape.width)) / (2 * 64 * shape.width),
+        "normal": spent_on(lambda: noise_directions(0, [1, 2], 0, 0, 64, shape.width)) / (2 * 64 * shape.width),
     }
 
 
@@ -203,15 +225,15 @@ def _bytes(model: Any, shape: ModelShape) -> dict[str, float]:
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     first, second = torch.randn(2, 512, shape.width), torch.randn(2, 512, shape.width)
     mask = torch.rand(2, 512, 1) > 0.5
-    streamed = shortest(lambda: torch.where(mask, first, second)) / (3 * first.nbytes)
-    copied = shortest(lambda: torch.stack([first, second], dim=1)) / (2 * 2 * first.nbytes)
+    streamed = spent_on(lambda: torch.where(mask, first, second)) / (3 * first.nbytes)
+    copied = spent_on(lambda: torch.stack([first, second], dim=1)) / (2 * 2 * first.nbytes)
     return {
         "stream_byte": streamed,
         "kept_byte": copied,
-        "hashed_byte": shortest(lambda: fingerprint(model), repeats=3) / weights,
+        "hashed_byte": spent_on(lambda: fingerprint(model), repeats=3) / weights,
     }
 
 
 def _no_messages() -> dict[str, float]:
     """On one machine's cores nothing is brought together; two ranks tell each other little, which is not counted here."""
-    return {"gather": 0.0, "gathered_byte": 0.0, "exchange": 0.0, "audit": 0.05}
+    return {"gather": 0.0, "gathered_byte": 0.0, "exchange": 0.0, "brought_byte": 0.0, "audit": 0.05}

@@ -73,12 +73,19 @@ def made_pairs(spec: JobSpec, count: int | None = None) -> ProbeSet:
     generator = np.random.default_rng(0)
 
     def tokens(lengths: tuple[int, int]) -> tuple[int, ...]:
-        return tuple(generator.integers(3, spec.vocabulary, size=int(generator.integers(*lengths, endpoint=True))).tolist())
+        return tuple(
+            generator.integers(3, spec.vocabulary, size=int(generator.integers(*lengths, endpoint=True))).tolist()
+        )
 
     pairs = []
     for index in range(spec.pairs if count is None else count):
         prompt = tokens(spec.prompt)
-        pairs.append(ProbePair(index, prompt + tokens(spec.completion), prompt + tokens(spec.completion), len(prompt), len(prompt)))
+        pairs.append(
+            ProbePair(
+                index, prompt + tokens(spec.completion), prompt + tokens(spec.completion), len(prompt), len(prompt)
+            )
+        )
     return ProbeSet(
-        pairs=tuple(pairs), source="random tokens", dropped={}, max_length=MAX_LENGTH, truncation_mode="keep_start", held_out=None
+        pairs=tuple(pairs), source="random tokens", dropped={}, max_length=MAX_LENGTH, truncation_mode="keep_start",
+        held_out=None,
     )  # fmt: skip

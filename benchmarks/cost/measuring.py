@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from calibration import calibrate
 from jobs import JobSpec, made_model, made_pairs, moved
-from prices import Prices, seconds
+from prices import Prices, between, seconds
 
 from align_audit.auditing.audit import run_audit
 from align_audit.auditing.costs.counting import count
@@ -47,9 +47,7 @@ def shown(record: AuditRecord) -> Assumed:
     peak = None if record.patching is None else record.patching.peak_layer
     layers = {layer for curves in record.low_rank.values() for layer in curves}
     rows = None if record.spinal is None else record.spinal.transport_rows
-    return Assumed(
-        peak_layer=-1 if peak is None else peak, low_rank_layers=tuple(sorted(layers)), transport_rows=rows
-    )
+    return Assumed(peak_layer=-1 if peak is None else peak, low_rank_layers=tuple(sorted(layers)), transport_rows=rows)
 
 
 def audited(models: tuple[Any, Any], probes: ProbeSet, spec: JobSpec, ranks: Ranks) -> tuple[float, float, AuditRecord]:
@@ -94,8 +92,9 @@ def measured(spec: JobSpec, repeats: int, ranks: Ranks | None = None) -> dict[st
 def compared(spec: JobSpec, repeats: int) -> dict[str, Any]:
     """A job as it is foreseen from the calibration, and as it is measured, on as many processes as it asks for."""
     torch.set_num_threads(1)
-    prices = calibrate(spec)
+    earlier = calibrate(spec)
     runs = [measured(spec, repeats)] if spec.ranks == 1 else _on_ranks(spec, repeats)
+    prices = between(earlier, calibrate(spec))
     said = runs[0]["assumed"]
     assumed = Assumed(said["peak_layer"], tuple(said["low_rank_layers"]), transport_rows=said["transport_rows"])
     shape = ModelShape.of(made_model(spec))

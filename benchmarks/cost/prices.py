@@ -6,7 +6,7 @@ The units are those of :class:`align_audit.auditing.costs.work.Work`; :func:`sec
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from align_audit.auditing.costs.shape import ModelShape
 from align_audit.auditing.costs.work import PartName, Work
@@ -23,13 +23,14 @@ class Prices:
         head_call, head_flop: a call of norm and unembedding, and a FLOP in it.
         scored, sloped, compared, travelled: one row's logit, read as :class:`Work` says.
         decode_call, decode_step: a layer's call for a few tokens, and what a step takes beside these.
-        wide_flop: in float64, where the models are.
-        cube, singular: of decompositions in float64, where they are made.
+        wide_flop, cube: of products and eigendecompositions in float64, where the models are.
+        host_flop, host_cube, singular: of these, and of singular values, in the host's memory.
         normal: a random number.
         stream_byte, kept_byte, hashed_byte: read or written.
         estimate, fit: of the statistics.
         gather, gathered_byte: a layer that is brought together, and a byte of it.
         exchange: a small message between all processes.
+        brought_byte: of what is brought together after a pass, over the host's network.
         audit: what any audit takes beside all this.
     """
 
@@ -47,6 +48,8 @@ class Prices:
     decode_step: float
     wide_flop: float
     cube: float
+    host_flop: float
+    host_cube: float
     singular: float
     normal: float
     stream_byte: float
@@ -57,7 +60,13 @@ class Prices:
     gather: float
     gathered_byte: float
     exchange: float
+    brought_byte: float
     audit: float
+
+
+def between(first: Prices, second: Prices) -> Prices:
+    """The mean of two calibrations, before and after a job: a machine that others use is not as fast all the time."""
+    return Prices(*((getattr(first, each.name) + getattr(second, each.name)) / 2 for each in fields(Prices)))
 
 
 def seconds(parts: Mapping[PartName, Work], shape: ModelShape, prices: Prices) -> dict[str, float]:
@@ -91,6 +100,8 @@ def _of(work: Work, shape: ModelShape, prices: Prices) -> float:
         + work.decode_steps * prices.decode_step
         + work.wide_flops * prices.wide_flop
         + work.cubes * prices.cube
+        + work.host_flops * prices.host_flop
+        + work.host_cubes * prices.host_cube
         + work.singular * prices.singular
         + work.normals * prices.normal
         + work.stream_bytes * prices.stream_byte
@@ -106,4 +117,5 @@ def _messages(work: Work, shape: ModelShape, prices: Prices) -> float:
         work.gathers * prices.gather
         + work.gathered_weights * shape.value_bytes * prices.gathered_byte
         + work.exchanges * prices.exchange
+        + work.brought_bytes * prices.brought_byte
     )

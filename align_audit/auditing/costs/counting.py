@@ -48,7 +48,8 @@ def count(job: Job, kind: AuditKind, *, first: bool = True, rank: int = 0) -> Pa
     _generations(tally, first)
     if kind == "full":
         _second_pass(tally, rank)
-        _statistics(tally)
+        if rank == 0:
+            _statistics(tally)
     return tally.parts
 
 
@@ -63,14 +64,14 @@ def layer_tokens(job: Job, kind: AuditKind, *, first: bool = True) -> int:
 def _open(tally: Tally, first: bool) -> None:
     """Models are hashed and tried, and the layout of the pairs where it is not known."""
     job, shape = tally.job, tally.job.shape
-    models = 2 if first else 1
     share = job.ranks if job.spread else 1
-    tally.add("hashing", hashed_bytes=models * shape.weights * shape.value_bytes // share)
+    tally.add("hashing", hashed_bytes=(2 if first else 1) * shape.weights * shape.value_bytes // share)
     calls = (_OPENING_CALLS + _LIKE_CALLS) * shape.layers
     tried = Laid(pairs=1, rows=2, width=_VERIFIED // 2, entries=0, read=0, longest=0)
     # These calls are no work of the audit's, and are not among its layer tokens: they are counted as continuations are.
     tally.add("opening", decode_calls=calls, decode_tokens=calls * tried.tokens)
-    for model in ("policy", "reference") if job.spread else ():
+    models: tuple[ModelName, ...] = ("policy", "reference") if job.spread else ()
+    for model in models:
         passes = _OPENING_CALLS if model == "policy" else _LIKE_CALLS
         for _ in range(passes):
             tally.hold("opening", model, range(shape.layers))
@@ -84,7 +85,9 @@ def _try_layout(tally: Tally) -> None:
     """Two pairs, each in both layouts, in the reference (see :mod:`align_audit.auditing.session.layout`)."""
     job = tally.job
     pairs = job.pairs
-    order = sorted((i for i, pair in enumerate(pairs) if common_prompt(pair)), key=lambda i: pair_tokens(pairs[i], True))
+    order = sorted(
+        (i for i, pair in enumerate(pairs) if common_prompt(pair)), key=lambda i: pair_tokens(pairs[i], True)
+    )
     if not order:
         return
     longest = max(range(len(pairs)), key=lambda i: pair_tokens(pairs[i], False))
@@ -125,10 +128,11 @@ def _compare(tally: Tally, laid: Laid) -> None:
 def _first_pass(tally: Tally, rank: int) -> None:
     job = tally.job
     patching, layers = job.config.patching, job.shape.layers
-    checked: dict[ModelName, int] = {"policy": 0, "reference": 0}
+    models: tuple[ModelName, ...] = ("policy", "reference")
+    checked = dict.fromkeys(models, 0)
     for group, _ in job.dealt(rank):
         laid = job.laid(group)
-        for model in ("policy", "reference"):
+        for model in models:
             tally.up("recordings", model, range(layers), laid)
         _compare(tally, laid)
         if patching.enabled and patching.exact_pairs is not None:
@@ -136,15 +140,16 @@ def _first_pass(tally: Tally, rank: int) -> None:
         if patching.enabled and patching.transplants and job.is_exact(group):
             tally.up("transplants", "policy", range(layers), laid)
             tally.read("transplants", laid.entries)
-        if job.config.spinal.enabled:
-            if job.config.spinal.gradient_concentration and job.is_control(group):
-                tally.read("gradients", laid.entries, backward=True)
-                tally.down("gradients", "policy", laid, objectives=2 if job.shared else 1, down_to=0)
-        for model, streams in (("policy", _into_policy(job, group)), ("reference", _into_reference(job, group))):
-            if streams is None:
-                continue
-            _check_replay(tally, model, checked, laid)
-            tally.walk(streams, model, laid)
+        if job.config.spinal.enabled and job.config.spinal.gradient_concentration and job.is_control(group):
+            tally.read("gradients", laid.entries, backward=True)
+            tally.down("gradients", "policy", laid, objectives=2 if job.shared else 1, down_to=0)
+        walks: dict[ModelName, Streams | None] = {
+            "policy": _into_policy(job, group), "reference": _into_reference(job, group),
+        }  # fmt: skip
+        for model, streams in walks.items():
+            if streams is not None:
+                _check_replay(tally, model, checked, laid)
+                tally.walk(streams, model, laid)
         if patching.enabled and patching.noise_draws and job.is_control(group):
             tally.add("controls", normals=layers * laid.pairs * laid.longest * job.shape.width)
 
@@ -222,6 +227,8 @@ def _gather_rows(tally: Tally, rank: int) -> None:
             tally.add("low_rank", wide_flops=2 * keys * laid.tokens * width**2)
     # Eigenvectors for both halves and all rows; values alone, for how many dimensions each spans, are about as dear.
     tally.add("low_rank", cubes=keys * 7 * width**3)
+    if job.ranks > 1:
+        tally.add("low_rank", brought_bytes=2 * 2 * keys * width**2 * 8)  # around a ring
 
 
 def _halves(job: Job) -> bool:
@@ -245,7 +252,9 @@ def _second_pass(tally: Tally, rank: int) -> None:
         if job.is_control(group):
             streams += [*random, *noise]
             tally.add("controls", normals=len(noise) * laid.pairs * laid.longest * job.shape.width)
-            tally.add("low_rank", wide_flops=4 * len(random) * laid.pairs * job.shape.width * job.ranks_patched[-1] ** 2)
+            tally.add(
+                "low_rank", host_flops=4 * len(random) * laid.pairs * job.shape.width * job.ranks_patched[-1] ** 2
+            )
         projected = sum(part == "low_rank" for part, _ in streams)
         # In float64: both streams, their difference, what lies inside, and the sum.
         tally.add("low_rank", stream_bytes=projected * 6 * 8 * laid.tokens * job.shape.width)
@@ -287,9 +296,11 @@ def _spinal(tally: Tally, first: bool, rank: int) -> None:
     tally.add("spectra", singular=models * layers * rows * shape.width * min(rows, shape.width))
     if shape.value_bytes < 4:
         # At half precision some of a spectrum lies below rounding, and the rank is told from one more product.
-        tally.add("spectra", wide_flops=models * layers * 2 * rows * shape.width * min(rows, shape.width))
-        tally.add("spectra", cubes=models * layers * min(rows, shape.width) ** 3)
-    tally.add("spectra", kept_bytes=models * rows * shape.layers * shape.stream_bytes // job.ranks)
+        tally.add("spectra", host_flops=models * layers * 2 * rows * shape.width * min(rows, shape.width))
+        tally.add("spectra", host_cubes=models * layers * min(rows, shape.width) ** 3)
+    held = models * rows * shape.layers * shape.stream_bytes
+    # Each process copies those of its own pairs to the host, and then has everybody's.
+    tally.add("spectra", kept_bytes=held // job.ranks, brought_bytes=held if job.ranks > 1 else 0)
     travelling = math.ceil(job.transport_rows / job.ranks) * shape.layers
     tally.read("transport", travelling, models=models, scored=0)
     tally.add("transport", travelled=models * travelling)
@@ -331,7 +342,7 @@ def _continued_prompts(job: Job) -> list[int]:
 
 
 def _statistics(tally: Tally) -> None:
-    """Intervals of what was measured, and the localization; every process makes them, from the same numbers."""
+    """Intervals of what was measured, and the localization, on the process that makes the record."""
     job = tally.job
     localization = job.config.localization
     pairs, layers = len(job.pairs), job.shape.layers

@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from align_audit.errors import AnatomyError
+from align_audit.errors import AnatomyError, ConfigurationError
 from align_audit.models.anatomy import unwrap
 from align_audit.models.weights.sharded import whole_shape, whole_size
 from align_audit.models.weights.streaming import NotStreamable, find_layers
@@ -31,7 +31,7 @@ class ModelShape:
         value_bytes: of a weight, and of a value of the stream.
 
     Raises:
-        ValueError: a number below 1.
+        ConfigurationError: a number below 1.
 
     Example:
         >>> ModelShape(2, 8, 8, 8, 16, layer_matrices=640, layer_weights=656, outside_weights=264, value_bytes=4).weights
@@ -51,18 +51,19 @@ class ModelShape:
     def __post_init__(self) -> None:
         wrong = {name: value for name, value in vars(self).items() if value < 1}
         if wrong:
-            raise ValueError(f"expected a decoder's numbers of at least 1; found {wrong}")
+            raise ConfigurationError(f"expected a decoder's numbers of at least 1; found {wrong}")
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
         """Of a causal LM, which may be wrapped, spread over processes, or on the meta device.
 
         Raises:
-            AnatomyError: its layers are not alike or cannot be found, its configuration does not name its heads, or it has
+            AnatomyError: its layers cannot be found, its configuration does not name its heads, or it has
                 experts, of which a token meets some.
         """
         model = unwrap(model)
         config: Any = getattr(model, "config", None)
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
         experts = next((name for name in _EXPERTS if getattr(config, name, None)), None)
         if experts is not None:
             raise AnatomyError(
@@ -89,7 +90,7 @@ class ModelShape:
             width=width,
             query=head * heads,
             key=head * (getattr(config, "num_key_value_heads", None) or heads),
-            vocabulary=whole_shape(model.get_input_embeddings().weight)[0],
+            vocabulary=whole_shape(embeddings.weight)[0],
             layer_matrices=_mean(
                 [sum(whole_size(each) for each in layer.parameters() if _is_matrix(each)) for layer in members]
             ),

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+from align_audit.auditing.costs.shape import ModelShape
+
 PartName = Literal[
     "opening", "recordings", "margins", "attribution", "transplants", "patching", "controls", "low_rank", "gradients",
     "transport", "spectra", "generations", "hashing", "statistics",
@@ -31,10 +33,11 @@ class Work:
             that one's gradient, beside another model's, and beside the layer below's.
         decode_calls, decode_tokens: of layers, in continuations, where each call reads a layer's weights for a few tokens.
         decode_steps: tokens that continuations write one after the other.
-        wide_flops: of matrix products in float64.
-        cubes: d³ of each eigendecomposition in float64.
-        singular: rows · d · min(rows, d) of each singular value decomposition in float64.
-        normals: random numbers that are drawn.
+        wide_flops: of matrix products in float64, where the models are.
+        cubes: d³ of each eigendecomposition in float64, there.
+        host_flops, host_cubes: the same in the host's memory.
+        singular: rows · d · min(rows, d) of each singular value decomposition in float64, in the host's memory.
+        normals: random numbers that are drawn on the host.
         stream_bytes: that patches read and write of residual streams.
         kept_bytes: of rows that are copied to the host.
         hashed_bytes: of weights.
@@ -43,6 +46,7 @@ class Work:
         gathers: how often a layer, or what is outside of the layers, is brought together from all processes.
         gathered_weights: weights that this brings.
         exchanges: of small messages between all processes.
+        brought_bytes: that each process receives of the others after a pass: numbers of pairs, token rows, sums.
     """
 
     calls: int = 0
@@ -63,6 +67,8 @@ class Work:
     decode_steps: int = 0
     wide_flops: int = 0
     cubes: int = 0
+    host_flops: int = 0
+    host_cubes: int = 0
     singular: int = 0
     normals: int = 0
     stream_bytes: int = 0
@@ -73,15 +79,21 @@ class Work:
     gathers: int = 0
     gathered_weights: int = 0
     exchanges: int = 0
+    brought_bytes: int = 0
 
     def __add__(self, addend: Work) -> Work:
         return Work(*(getattr(self, name) + getattr(addend, name) for name in NAMES))
 
     @property
     def layer_tokens(self) -> int:
-        """Layer calls × tokens, as :attr:`~align_audit.models.replay.Replay.layer_tokens` counts them: a backward pass of a layer
-        counts as a call."""
+        """Layer calls × tokens, as :class:`~align_audit.models.replay.Replay` counts them: a backward pass is a call."""
         return self.tokens + self.backward_tokens
+
+    def flops(self, shape: ModelShape) -> int:
+        """Of matrix products at the model's precision: layers, attention, norm and unembedding, forward and backward."""
+        layers = (self.tokens + self.backward_tokens) * shape.layer_flops - self.spared * shape.spared_flops
+        attention = (self.meetings + self.backward_meetings) * shape.meeting_flops
+        return layers + attention + (self.head_rows + self.head_backward_rows) * shape.head_flops
 
 
 NAMES = tuple(each.name for each in fields(Work))

@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from align_audit.auditing.audit import run_audit
 from align_audit.auditing.costs.counting import count, layer_tokens
+from align_audit.auditing.costs.foresight import full_per_look, more_memory
 from align_audit.auditing.costs.job import Assumed, Job
+from align_audit.auditing.costs.memory import foresee_memory
 from align_audit.auditing.costs.shape import ModelShape
-from align_audit.auditing.costs.work import total
+from align_audit.auditing.costs.work import Work, total
 from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.memory import usual_working_bytes
 from align_audit.auditing.session.open_models import OpenModels
@@ -22,6 +26,8 @@ from align_audit.auditing.session.room import Room
 from align_audit.config import AuditConfig
 from align_audit.errors import AnatomyError, ConfigurationError
 from align_audit.models.reference import resolve_reference
+from align_audit.models.replay import Replay
+from align_audit.models.weights.streaming import find_layers
 from align_audit.record.audit_record import AuditRecord
 from tests.helpers.tiny import FAMILIES, perturbed, random_pairs, tiny_model
 
@@ -131,3 +137,154 @@ def test_a_full_audit_after_a_look_is_counted_without_what_the_look_left(models:
     record = audited(models, config, "full", cache)
     job = job_of(models, config, record)
     assert forwards(job, layer_tokens(job, "full", first=False)) == record.cost.forward_equivalents
+
+
+def test_rows_through_the_head_are_counted(models: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AuditConfig.from_dict(merged(QUICK, {"patching": {"exact_pairs": 8}}))
+    seen: list[tuple[int, bool]] = []
+    head = Replay.head
+
+    def spied(replay: Replay, rows: torch.Tensor) -> torch.Tensor:
+        seen.append((len(rows), rows.requires_grad))
+        return head(replay, rows)
+
+    monkeypatch.setattr(Replay, "head", spied)
+    policy, reference = models
+    with OpenModels(policy, resolve_reference(policy, reference)).open() as opened:
+        seen.clear()  # what opening the models tries is no row of the pairs
+        request = AuditRequest(PAIRS, config, kind="full", probe_name="p")
+        record = run_audit(opened, request, ReferenceCache()).record
+    job = job_of(models, config, record)
+    work = total(count(job, "full").values())
+    written = 2 * 3 * 8  # continuations go through the model's own head
+    assert work.head_rows - written == sum(rows for rows, _ in seen)
+    assert work.head_backward_rows == sum(rows for rows, differentiated in seen if differentiated)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_are_those_of_the_model(family: str) -> None:
+    model = tiny_model(family)
+    shape = ModelShape.of(model)
+    layers = find_layers(model)[1]
+    assert shape.weights == sum(weight.numel() for weight in model.parameters())
+    assert shape.layers == len(layers)
+    products = sum(weight.numel() for weight in layers[0].parameters() if weight.dim() == 2)
+    assert shape.layer_flops == 2 * products
+    assert shape.spared_flops == 2 * (products - 2 * shape.width * shape.key)
+
+
+def test_a_layers_matrix_products_are_those_that_torch_counts() -> None:
+    model = tiny_model("llama", dtype=torch.float32, attn_implementation="eager")
+    shape, rows, width = ModelShape.of(model), 2, 9
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=torch.ones(rows, width, dtype=torch.long))
+    tokens = shape.layers * rows * width
+    work = Work(tokens=tokens, meetings=shape.layers * rows * width**2, head_rows=rows * width)
+    assert work.flops(shape) == counter.get_total_flops()
+
+
+# -- how it grows ------------------------------------------------------------------------------------------------------
+
+
+def shaped(**changes: int) -> ModelShape:
+    return replace(ModelShape(8, 64, 64, 32, 1000, 40_000, 40_128, 64_000, 4), **changes)
+
+
+def work_of(shape: ModelShape, pairs: int = 13, **more: Any) -> Work:
+    job = Job.on(shape, random_pairs(pairs).pairs, AuditConfig(), Room("cpu", 2**30), **more)
+    return total(count(job, "full").values())
+
+
+GROWTH: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "layers": ({}, {"shape": shaped(layers=9)}),
+    "pairs": ({}, {"pairs": 20}),
+    "a patch of the embedding": ({"assumed": Assumed(embedding_moves=False)}, {}),
+    "a lower layer is reconstructed": (
+        {"assumed": Assumed(low_rank_layers=(7,))},
+        {"assumed": Assumed(low_rank_layers=(1,))},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GROWTH)
+def test_more_of_anything_is_more_work(case: str) -> None:
+    less, more = (work_of(**{"shape": shaped(), **options}) for options in GROWTH[case])
+    assert less.tokens < more.tokens
+    assert all(getattr(less, name) <= getattr(more, name) for name in ("head_rows", "backward_tokens", "singular"))
+    assert less.flops(shaped()) < more.flops(shaped())
+
+
+def test_a_wider_model_and_a_larger_vocabulary_are_more_products() -> None:
+    work = work_of(shaped())
+    wide = shaped(width=128, query=128, key=64, layer_matrices=160_000)
+    assert work.flops(shaped()) < work.flops(shaped(vocabulary=2000)) < work.flops(wide)
+
+
+def test_a_process_among_more_does_less_and_all_of_them_a_little_more() -> None:
+    alone, one_of_two = work_of(shaped()), work_of(shaped(), ranks=2)
+    job = Job.on(shaped(), PAIRS.pairs, AuditConfig.from_dict(QUICK), Room("cpu", 2**30), ranks=3)
+    shares = [total(count(job, "full", rank=rank).values()).layer_tokens for rank in range(3)]
+    undivided = layer_tokens(replace(job, ranks=1), "full")
+    assert one_of_two.tokens < alone.tokens
+    assert max(shares) < undivided < sum(shares) == layer_tokens(job, "full")
+
+
+def test_whole_weights_are_not_brought_together_and_spread_ones_are() -> None:
+    assert work_of(shaped(), ranks=2).gathers == 0
+    spread = work_of(shaped(), ranks=2, spread=True)
+    assert spread.gathers > 2 * 8
+    assert spread.exchanges >= spread.gathers
+
+
+def test_memory_of_rows_grows_with_pairs_and_that_of_streams_does_not() -> None:
+    few, many = (
+        foresee_memory(Job.on(shaped(), random_pairs(count).pairs, AuditConfig(), Room("cpu", 2**20)), "full")
+        for count in (20, 60)
+    )
+    assert few.rows < many.rows
+    assert few.device == pytest.approx(many.device, rel=0.3)
+    rows = AuditConfig.from_dict({"spinal": {"max_rows": 32}})
+    capped = foresee_memory(Job.on(shaped(), random_pairs(60).pairs, rows, Room("cpu", 2**20)), "full")
+    assert capped.rows == 2 * 32 * 8 * 64 * 4
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_counted_is_refused(models: tuple[Any, Any]) -> None:
+    shape, room = ModelShape.of(models[0]), Room("cpu", 2**30)
+    with pytest.raises(ConfigurationError, match="at least one pair and one process; found 0 and 1"):
+        Job.on(shape, (), AuditConfig(), room)
+    with pytest.raises(ConfigurationError, match="found 13 and 0"):
+        Job.on(shape, PAIRS.pairs, AuditConfig(), room, ranks=0)
+    sites = AuditConfig.from_dict({"sites": [{"site": "block", "width": 2}]})
+    with pytest.raises(ConfigurationError, match="expected no finer sites"):
+        Job.on(shape, PAIRS.pairs, sites, room)
+    with pytest.raises(ConfigurationError, match=r"of at least 1; found \{'layers': 0\}"):
+        shaped(layers=0)
+    with pytest.raises(ValueError, match="a rank of 0 to 0; found 1"):
+        count(job_of(models, AuditConfig()), "health", rank=1)
+
+
+def test_a_model_with_experts_is_refused() -> None:
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=61, num_local_experts=3,
+    )  # fmt: skip
+    with torch.device("meta"), pytest.raises(AnatomyError, match="MixtralForCausalLM has experts"):
+        ModelShape.of(AutoModelForCausalLM.from_config(config))
+
+
+# -- what a run makes of it --------------------------------------------------------------------------------------------
+
+
+def test_a_full_audit_is_foreseen_from_a_look(models: tuple[Any, Any]) -> None:
+    policy, reference = models
+    config = AuditConfig.from_dict(QUICK)
+    with OpenModels(policy, resolve_reference(policy, reference)).open() as opened:
+        of_first, of_later = (full_per_look(opened, [PAIRS], config, first=first) for first in (True, False))
+        sites = config.model_copy(update={"sites": AuditConfig.from_dict({"sites": [{"site": "head"}]}).sites})
+        assert full_per_look(opened, [PAIRS], sites, first=True) is None
+        assert of_first is not None and of_later is not None
+        assert 4 < of_first < of_later < 4 * of_first
+        assert more_memory(opened, PAIRS.subsample(3, 0), PAIRS, config) > 0

@@ -1,0 +1,109 @@
+"""The cost model: what an audit takes, counted from a configuration and priced for a machine.
+
+    python benchmarks/cost/model.py --calibrate --layers 12 --width 512 --vocabulary 32000   # this machine's prices, < 1 min
+    python benchmarks/cost/model.py --compare                        # against measured jobs: a table, half an hour
+    python benchmarks/cost/model.py --compare --write docs/scale.md  # and the document, with models that are too large for it
+
+The counts are the package's (:mod:`align_audit.auditing.costs`). Prices are measured here, on the code that an audit runs and
+on no audit, or are published figures of accelerators times a stated share (``accelerators.py``), which nobody has measured.
+Seconds are CPU seconds of one-thread processes: a machine that is shared with other work changes these least. Of each job the
+shortest of some repeats is taken, and the calibration is made before and after it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from calibration import calibrate
+from jobs import JobSpec
+from measuring import compared
+from scale import comparison, document, largest_error
+
+JOBS = (
+    JobSpec(4, 128, 1_000, 24),
+    JobSpec(12, 128, 1_000, 24),
+    JobSpec(24, 128, 1_000, 8),
+    JobSpec(12, 256, 8_000, 8),
+    JobSpec(4, 512, 32_000, 8),
+    JobSpec(4, 256, 128_000, 8),
+    JobSpec(4, 128, 32_000, 64),
+    JobSpec(4, 256, 32_000, 64, kind="later look"),
+    JobSpec(12, 512, 32_000, 24, kind="first look"),
+    JobSpec(4, 256, 8_000, 24, ranks=2),
+    JobSpec(12, 128, 32_000, 24, ranks=2, kind="first look"),
+)
+"""What the model is compared on: layers, width, vocabulary, pairs, kind of audit and processes vary."""
+HOST = JobSpec(3, 1024, 8_000, 24)
+"""At whose shape the host's prices are measured for large models."""
+
+
+def run_jobs(jobs: list[JobSpec], repeats: int) -> list[dict[str, Any]]:
+    """Each in a process of its own."""
+    results = []
+    for spec in jobs:
+        command = [sys.executable, __file__, "--repeats", str(repeats), "--job", json.dumps(dataclasses.asdict(spec))]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ran.returncode:
+            raise SystemExit(f"{spec.title} broke:\n{ran.stderr[-4000:]}")
+        results.append(json.loads(ran.stdout.splitlines()[-1]))
+        print(comparison(results[-1:]).splitlines()[-1], flush=True)
+    return results
+
+
+def job_of(text: str) -> JobSpec:
+    """From what :func:`run_jobs` passes on."""
+    values = json.loads(text)
+    return JobSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def main() -> None:
+    """Calibrate, compare, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibrate", action="store_true", help="print this machine's prices at a model's shape")
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--compare", action="store_true", help="measure the jobs, beside what is foreseen")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="where the comparison is kept, or read from without --compare")
+    parser.add_argument("--write", type=Path, help="the document; takes --compare, or --json of an earlier one")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.job is not None:
+        print(json.dumps(compared(job_of(options.job), options.repeats)))
+        return
+    if not (options.calibrate or options.compare or options.write):
+        parser.error("found nothing to do; expected --calibrate, --compare or --write")
+    if options.calibrate:
+        spec = JobSpec(options.layers, options.width, options.vocabulary, options.pairs)
+        print(json.dumps(dataclasses.asdict(calibrate(spec)), indent=2))
+    results = run_jobs(list(JOBS), options.repeats) if options.compare else []
+    if options.compare and options.json is not None:
+        options.json.write_text(json.dumps(results), encoding="utf-8")
+    elif options.json is not None:
+        results = json.loads(options.json.read_text(encoding="utf-8"))
+    if results:
+        print(comparison(results))
+        print(f"largest error {largest_error(results):.0%}")
+    if options.write is not None:
+        if not results:
+            parser.error("--write needs a comparison; expected --compare, or --json of an earlier one")
+        options.write.write_text(document(results, calibrate(HOST)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
