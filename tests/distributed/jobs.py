@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import json
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from align_audit import AlignmentAuditCallback, AuditConfig
+from align_audit.auditing.costs.counting import count, layer_tokens
 from align_audit.auditing.measurements import lens_walk
 from align_audit.auditing.measurements.lens_walk import PORTION
 from align_audit.models.anatomy import out_of_engine
@@ -25,6 +27,7 @@ from tests.distributed.engines import deepspeed_options
 from tests.distributed.plants import plant
 from tests.distributed.watch import After, Before, watch_gathers
 from tests.helpers.audits import QUICK, audited_whole
+from tests.helpers.counted import forwards, job_on_cpu
 from tests.helpers.dpo import ROWS, build
 
 
@@ -195,5 +198,20 @@ def audit_alone(
         assert result.texts is not None
         name = "alone" if probe_name is None else f"alone-{probe_name}"
         (folder / f"{name}.json").write_text(result.record.model_dump_json())
+        if not callback.config.sites:
+            counted = job_on_cpu(
+                policy,
+                probes.pairs,
+                callback.config,
+                result.record,
+                ranks=2,
+                spread=case.get("engine", "ddp") == "fsdp2",
+            )
+            work = count(counted, "full")
+            said = {
+                "forwards": forwards(counted, layer_tokens(counted, "full")),
+                "gathers": {part: each.gathers for part, each in work.items()},
+            }
+            (folder / f"{name}.counted.json").write_text(json.dumps(said))
         (folder / f"{name}.texts.json").write_text(result.texts().to_json())
         np.savez(folder / f"{name}.npz", **result.arrays)

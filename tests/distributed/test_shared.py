@@ -128,6 +128,25 @@ def test_rows_travel_in_more_than_one_portion(ran: Any, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_the_work_of_all_processes_is_what_is_counted_in_advance(ran: Any, engine: str) -> None:
+    for case in (f"{engine}, uneven", f"{engine}, two sets"):
+        for name, file in _sets(case).items():
+            records = lines(ran[0], case, "records.jsonl")
+            record = next(each for each in reversed(records) if each["provenance"]["probe_name"] == name)
+            counted = json.loads((ran[0] / case / f"{file}.counted.json").read_text())
+            assert record["cost"]["forward_equivalents"] == counted["forwards"]
+
+
+def test_layers_are_brought_together_about_as_often_as_is_counted(ran: Any) -> None:
+    """How often it is while a model is opened and tried goes by what is found there."""
+    case = "fsdp2, uneven"
+    counted = json.loads((ran[0] / case / "alone.counted.json").read_text())["gathers"]
+    for said in ran[1][case]:
+        policy, reference = said["held"][-2:]
+        assert sum(counted.values()) == pytest.approx(policy["gathers"] + reference["gathers"], rel=0.05)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_the_work_is_shared(ran: Any, engine: str) -> None:
     """Each layer is brought together for a turn of batches, and not for each of them."""
     for case in (f"{engine}, uneven", f"{engine}, twelve"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from align_audit.models.reference import Reference, policy_fingerprint, resolve_
 from align_audit.monitoring import doctor_costs, doctor_place
 from align_audit.monitoring.checkpoints import audit_saved
 from align_audit.monitoring.doctor import examine, probes_check
-from align_audit.monitoring.doctor_costs import in_proportion, numerics, schedule_check, training_seconds
+from align_audit.monitoring.doctor_costs import cost_checks, in_proportion, numerics, schedule_check, training_seconds
 from align_audit.monitoring.doctor_place import log_check, not_tried, place_checks, stored_in, texts_kept
 from align_audit.monitoring.doctor_plan import Check, Plan
 from align_audit.monitoring.forecast import Costs, PlannedSteps, forecast
@@ -261,6 +262,17 @@ def test_training_is_timed_in_the_trainers_precision(dtype: Any, pairs: dict[str
     assert seen == {dtype is not None}
     with numerics(plan, policy)():
         assert torch.is_autocast_enabled("cpu") == (dtype is not None)
+
+
+def test_memory_of_all_pairs_is_told_beside_that_of_those_that_were_tried() -> None:
+    reference = tiny_model("llama", dtype=torch.float32)
+    policy, sets = perturbed(reference), {None: random_pairs(24)}
+    config = AuditConfig.from_dict({**OPTIONS, "localization": {"enabled": False}, "generations": {"enabled": False}})
+    with OpenModels(policy, resolve_reference(policy, reference), keep_loaded=True) as models:
+        first, *_ = cost_checks(Plan("m", "p"), config, 1.0, models.open(), sets, lambda _: None)
+    said = re.search(r"takes (\d+) MiB beside the models on 8 pairs, about (\d+) MiB on 24", first.observation)
+    assert said is not None, first.observation
+    assert int(said[1]) <= int(said[2])
 
 
 def test_a_part_of_the_pairs_takes_the_same_part_of_an_audits_time(monkeypatch: pytest.MonkeyPatch) -> None:

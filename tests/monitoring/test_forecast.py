@@ -29,6 +29,17 @@ def test_a_first_look_comes_early_and_looks_never_stop() -> None:
     assert max(later - earlier for earlier, later in pairwise(steps)) < 1000
 
 
+def test_a_first_full_audit_is_made_where_its_counted_work_fits_the_budget() -> None:
+    planned, costs = PlannedSteps(1000, save_steps=100), Costs(step=1.0, health=1.0, full=15.0)
+
+    def full_audits(per_look: float | None) -> list[int]:
+        run = forecast(AuditConfig(), planned, costs, layers=6, per_look=per_look)
+        return [step for step, kind in run.audits if kind == "full"]
+
+    assert full_audits(15.0)[0] < full_audits(24.0)[0]
+    assert full_audits(None) == full_audits(4 + 3 * 6)
+
+
 def test_a_run_shorter_than_the_first_look_is_seen_at_its_end() -> None:
     assert forecast(AuditConfig(), PlannedSteps(4), CHEAP).first_look == 4
 

@@ -11,10 +11,12 @@ from align_audit import AuditRecord, AuditRun
 from align_audit.alerts import detectors
 from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.open_models import OpenModels
-from align_audit.models.reference import policy_fingerprint
+from align_audit.models.reference import policy_fingerprint, resolve_reference
 from align_audit.monitoring import monitor as module
 from align_audit.monitoring.monitor import Monitor, comparable
-from align_audit.monitoring.outcome import Outcome
+from align_audit.monitoring.outcome import Moment, Outcome
+from align_audit.monitoring.pace import Pace
+from align_audit.monitoring.schedule import Training
 from align_audit.ranks import Ranks
 from tests.helpers.callback_runs import quick
 from tests.helpers.monitor_bench import AT_ONCE
@@ -190,3 +192,20 @@ def test_alerts_become_wishes(
     assert (outcome.save, outcome.stop) == (save, stop)
     if save:
         assert outcome.reasons == ["at_once" if limits is AT_ONCE else "kl_out_of_bounds"]
+
+
+# -- what a look says of a full audit ----------------------------------------------------------------------------------
+
+
+def test_a_look_says_how_much_more_work_a_full_audit_is(bench: Any) -> None:
+    config = quick(localization={"enabled": False})
+    pace = Pace(config, 0)
+    looking = bench(config=config, pace=pace)
+    begun, factors = Training(0, 100), []
+    for step in (1, 2):
+        training = Training(step, 100)
+        models = OpenModels(looking.policies[step], resolve_reference(looking.policies[step], looking.reference))
+        assert looking.monitor.audit(models, Moment(step, kind="health", training=training)).failures == []
+        factors.append(pace.spent(training).per_look)
+    assert pace.spent(begun).expected_full == factors[1] * pace.spent(begun).health
+    assert 1 < factors[0] < factors[1], "a later look does not compute the reference's side"

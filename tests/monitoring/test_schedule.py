@@ -269,6 +269,9 @@ def test_without_a_budget_looks_come_as_often_as_they_may() -> None:
         # Of a first one only a guess is known, by what a health audit took: 0.5 s (4 + 3·12) = 20 s.
         (Spent(500, training=500.0, audits=1.0, health=0.5, layers=12), 500, True),
         (Spent(500, training=500.0, audits=1.0, health=0.8, layers=12), 500, False),
+        # Unless its work is counted: 0.8 s · 25 = 20 s, 0.8 s · 40 = 32 s.
+        (Spent(500, training=500.0, audits=1.0, health=0.8, layers=12, per_look=25.0), 500, True),
+        (Spent(500, training=500.0, audits=1.0, health=0.8, layers=1, per_look=40.0), 500, False),
     ],
 )
 def test_a_full_audit_is_made_where_the_budget_has_room_now_and_at_the_end(

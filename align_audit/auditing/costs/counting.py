@@ -20,7 +20,7 @@ Parts = dict[PartName, Work]
 
 _VERIFIED = 14
 """Tokens on which a model is tried between its layers when it is opened, once as policy and once, in short, as reference."""
-_OPENING_CALLS, _LIKE_CALLS = 10, 2
+_OPENING_CALLS, _LIKE_CALLS = 7, 2
 """Passes over the layers that this takes of a policy, and of a reference that is built like it."""
 _RESAMPLED = 12
 """Numbers of the record that have an interval, for each layer."""

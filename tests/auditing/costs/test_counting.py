@@ -19,7 +19,6 @@ from align_audit.auditing.costs.memory import foresee_memory
 from align_audit.auditing.costs.shape import ModelShape
 from align_audit.auditing.costs.work import Work, total
 from align_audit.auditing.request import AuditRequest
-from align_audit.auditing.session.memory import usual_working_bytes
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.auditing.session.room import Room
@@ -29,6 +28,7 @@ from align_audit.models.reference import resolve_reference
 from align_audit.models.replay import Replay
 from align_audit.models.weights.streaming import find_layers
 from align_audit.record.audit_record import AuditRecord
+from tests.helpers.counted import forwards, job_on_cpu
 from tests.helpers.tiny import FAMILIES, perturbed, random_pairs, tiny_model
 
 PAIRS = random_pairs(13, seed=3)
@@ -85,32 +85,8 @@ def audited(models: tuple[Any, Any], config: AuditConfig, kind: Any, cache: Refe
 
 
 def job_of(models: tuple[Any, Any], config: AuditConfig, record: AuditRecord | None = None) -> Job:
-    """The audit that a record is of, with what it has shown."""
-    memory = config.working_memory_mb
-    room = Room("cpu", usual_working_bytes(torch.device("cpu")) if memory is None else memory * 2**20)
-    assumed = Assumed()
-    if record is not None:
-        assert record.provenance.shared_prompts == config.share_prompts
-        assert record.generations is None or record.generations.ended.mean == 0.0
-        curves = record.low_rank
-        assumed = Assumed(
-            peak_layer=-1 if record.patching is None or (peak := record.patching.peak_layer) is None else peak,
-            low_rank_layers=tuple(sorted({layer for layers in curves.values() for layer in layers})),
-            spanned={
-                (basis, layer): sum(ratio == ratio for ratio in curve.explained_variance_ratio)
-                for basis, layers in curves.items()
-                for layer, curve in layers.items()
-            },
-            transport_rows=None if record.spinal is None else record.spinal.transport_rows,
-        )
-    shape = ModelShape.of(models[0])
-    return Job.on(shape, PAIRS.pairs, config, room, shared=config.share_prompts, assumed=assumed)
-
-
-def forwards(job: Job, tokens: int) -> float:
-    """As a record tells them."""
-    once = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in job.pairs) * job.shape.layers
-    return tokens / once
+    """An audit of them on all pairs."""
+    return job_on_cpu(models[0], PAIRS.pairs, config, record)
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
