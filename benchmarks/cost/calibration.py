@@ -67,7 +67,8 @@ def calibrate(spec: JobSpec) -> Prices:
     layer = _layer(replay, spec, shape)
     head = _head(replay, shape)
     decoding = _decoding(spec)
-    wide = _float64(shape)
+    width = min(shape.width, 512)
+    wide = float64_prices(width, rows=min(1024, 4 * width))
     return Prices(**layer, **head, **decoding, **wide, **_host(spec, shape), **_bytes(model, shape), **_no_messages())
 
 
@@ -171,20 +172,18 @@ def _decoding(spec: JobSpec) -> dict[str, float]:
     return {"decode_call": layer, "decode_step": max(0.0, measured[0] - layer)}
 
 
-def _float64(shape: ModelShape) -> dict[str, float]:
-    """Products and decompositions in float64, at the width or at most 512."""
-    width = min(shape.width, 512)
-    rows = torch.randn(256, width, dtype=torch.float64)
-    gram = rows.T @ rows
-    tall = torch.randn(min(1024, 4 * width), width, dtype=torch.float64)
-    product = spent_on(lambda: rows.T @ rows) / (2 * 256 * width**2)
-    cube = spent_on(lambda: torch.linalg.eigh(gram), repeats=3) / width**3
+def float64_prices(width: int, rows: int) -> dict[str, float]:
+    """Products and decompositions in float64, of so many rows of that width."""
+    few, tall = torch.randn(256, width, dtype=torch.float64), torch.randn(rows, width, dtype=torch.float64)
+    gram = tall.T @ tall
+    repeats = 3 if width <= 512 else 1
+    product = spent_on(lambda: few.T @ few) / (2 * 256 * width**2)
     return {
         "wide_flop": product,
-        "cube": cube,
+        "cube": spent_on(lambda: torch.linalg.eigh(gram), repeats, 0.0) / width**3,
         "host_flop": product,
-        "host_cube": cube,
-        "singular": spent_on(lambda: torch.linalg.svdvals(tall), repeats=3) / (tall.numel() * width),
+        "host_cube": spent_on(lambda: torch.linalg.eigvalsh(gram), repeats, 0.0) / width**3,
+        "singular": spent_on(lambda: torch.linalg.svdvals(tall), repeats, 0.0) / (tall.numel() * min(tall.shape)),
     }
 
 

@@ -26,10 +26,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from calibration import calibrate
+from calibration import calibrate, float64_prices
 from jobs import JobSpec
 from measuring import compared
-from scale import comparison, document, largest_error
+from prices import Prices
+from scale import comparison, largest_error
+from scale_text import document
 
 JOBS = (
     JobSpec(4, 128, 1_000, 24),
@@ -45,8 +47,9 @@ JOBS = (
     JobSpec(12, 128, 32_000, 24, ranks=2, kind="first look"),
 )
 """What the model is compared on: layers, width, vocabulary, pairs, kind of audit and processes vary."""
-HOST = JobSpec(3, 1024, 8_000, 24)
-"""At whose shape the host's prices are measured for large models."""
+HOST = JobSpec(12, 512, 8_000, 24)
+HOST_WIDTH = 2048
+"""At what shape, and of matrices how wide, the host's prices are measured for large models."""
 
 
 def run_jobs(jobs: list[JobSpec], repeats: int) -> list[dict[str, Any]]:
@@ -60,6 +63,11 @@ def run_jobs(jobs: list[JobSpec], repeats: int) -> list[dict[str, Any]]:
         results.append(json.loads(ran.stdout.splitlines()[-1]))
         print(comparison(results[-1:]).splitlines()[-1], flush=True)
     return results
+
+
+def host_prices() -> Prices:
+    """What runs in the host's memory beside an accelerator, as far as it is measured here."""
+    return dataclasses.replace(calibrate(HOST), **float64_prices(HOST_WIDTH, HOST_WIDTH))
 
 
 def job_of(text: str) -> JobSpec:
@@ -102,7 +110,7 @@ def main() -> None:
     if options.write is not None:
         if not results:
             parser.error("--write needs a comparison; expected --compare, or --json of an earlier one")
-        options.write.write_text(document(results, calibrate(HOST)), encoding="utf-8")
+        options.write.write_text(document(results, JOBS, host_prices()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerators import Accelerator, priced, training_seconds
-from jobs import JobSpec, made_pairs
+from jobs import JobSpec, made_model, made_pairs
 from prices import Prices, seconds
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,6 +19,7 @@ from align_audit.auditing.costs.job import Job
 from align_audit.auditing.costs.memory import foresee_memory
 from align_audit.auditing.costs.shape import ModelShape
 from align_audit.auditing.costs.work import total
+from align_audit.auditing.session.memory import usual_working_bytes
 from align_audit.auditing.session.room import Room
 from align_audit.config import AuditConfig
 from align_audit.record.audit_record import AuditKind
@@ -82,10 +83,17 @@ class Foreseen:
 
 
 def foresee(
-    shape: ModelShape, device: Accelerator, gpus: int, kind: AuditKind, host: Prices, *, first: bool = True
+    shape: ModelShape,
+    device: Accelerator,
+    gpus: int,
+    kind: AuditKind,
+    host: Prices,
+    *,
+    first: bool = True,
+    config: AuditConfig | None = None,
 ) -> Foreseen:
-    """An audit with default options, weights spread by FSDP2 over the GPUs."""
-    config, pairs = AuditConfig(), made_pairs(_PAIRS).pairs
+    """An audit with default options or others, weights spread by FSDP2 over the GPUs."""
+    config, pairs = config or AuditConfig(), made_pairs(_PAIRS).pairs
     room = Room("cuda", int(max(2**30, device.capacity // 16)))
     job = Job.on(shape, pairs, config, room, ranks=gpus, spread=gpus > 1)
     prices = priced(device, shape, host, gpus)
@@ -177,6 +185,18 @@ def gathered(size: str, gpus: int) -> tuple[int, float]:
     return work.gathers, work.gathered_weights * shape.value_bytes / 2**30
 
 
-def document(results: Sequence[dict[str, Any]], host: Prices) -> str:
-    """All of ``docs/scale.md``."""
-    return ""
+def tokens_a_pair() -> float:
+    """Of the probe pairs that large models are foreseen on, both sequences."""
+    pairs = made_pairs(_PAIRS).pairs
+    return sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs) / len(pairs)
+
+
+def memory_shares(results: Sequence[dict[str, Any]], jobs: Sequence[JobSpec]) -> tuple[float, float]:
+    """The least and the most that an audit took of what was foreseen as its bound."""
+    shares = []
+    for result, spec in zip(results, jobs, strict=True):
+        room = Room("cpu", usual_working_bytes(torch.device("cpu")))
+        job = Job.on(ModelShape.of(made_model(spec)), made_pairs(spec).pairs, AuditConfig(), room, ranks=spec.ranks)
+        memory = foresee_memory(job, "full" if spec.kind == "full" else "health")
+        shares.append(result["peak_memory"] / (memory.device + memory.host))
+    return min(shares), max(shares)

@@ -9,8 +9,10 @@ from align_audit.auditing.session.kept import KEPT_BYTES
 from align_audit.models.replay import head_rows
 from align_audit.record.audit_record import AuditKind
 
-_LOGITS = 4
-"""Tensors of a block's logits in float32 that live at once while two distributions are compared."""
+_LOGITS = {"cpu": 2}
+_LOGITS_ELSEWHERE = 6
+"""Tensors of a block's logits in float32 that live at once, by device type: on a CPU what is made of both models' is made in
+chunks, elsewhere of all rows together."""
 _GRAPH = 2
 """What a layer's graph keeps, as a multiple of what its matrices give."""
 _MATRICES = 3
@@ -58,11 +60,15 @@ class Memory:
 
 
 def foresee_memory(job: Job, kind: AuditKind) -> Memory:
-    """What an audit of a kind holds at most, on one process."""
+    """What an audit of a kind holds at most, on one process.
+
+    A bound: what is let go of before something else is made is counted beside it.
+    """
     shape, config = job.shape, job.config
     tokens = max(job.laid(group).tokens for group in job.plan)
     stream = tokens * shape.stream_bytes
     block = head_rows(job.room.device, shape.vocabulary) * shape.vocabulary * 4
+    logits = _LOGITS.get(job.room.device, _LOGITS_ELSEWHERE) * block
     outside, inside = shape.outside_weights * shape.value_bytes, shape.layer_weights * shape.value_bytes
     gathered = 2 * (outside + inside) if job.spread else 0
     if kind == "health":
@@ -70,7 +76,7 @@ def foresee_memory(job: Job, kind: AuditKind) -> Memory:
         kept = min(entries * shape.stream_bytes, KEPT_BYTES)
         # What only the last layer gives is read: what lies below it is let go of with the recording.
         streams = (shape.layers + 2) * stream
-        return Memory(streams=streams, logits=_LOGITS * block, gathered=gathered, kept=kept)
+        return Memory(streams=streams, logits=logits, gathered=gathered, kept=kept)
     walked = min(job.room.max_streams(stream), 3 * shape.layers) * stream if config.patching.enabled else 0
     recorded = (3 if config.patching.transplants and config.patching.enabled else 2) * (shape.layers + 1) * stream
     spinal, graph = config.spinal.enabled, 0
@@ -86,7 +92,7 @@ def foresee_memory(job: Job, kind: AuditKind) -> Memory:
     rows = job.spectrum_rows
     return Memory(
         streams=recorded + walked,
-        logits=_LOGITS * block,
+        logits=logits,
         graph=graph,
         grams=grams,
         gathered=gathered,
