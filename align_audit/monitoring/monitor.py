@@ -85,6 +85,8 @@ class Monitor:
         self._progress = progress
         self._cache = ReferenceCache(None if log is None else log.directory / "cache")
         self._previous: dict[str | None, PreviousAudit] = {}
+        self._per_look: dict[bool, float | None] = {}
+        """How many times a look's work that of a full audit is, by whether the look is the first."""
         self._stored: set[Key] = set() if log is None else set(map(_key_of, log.records.heads))
         """What an earlier process has audited, until this one comes by it."""
         self._audited: set[Key] = set(self._stored)
@@ -187,8 +189,10 @@ class Monitor:
         """Before a look: how much more work a full audit would be, by which the first one is judged."""
         if self.pace is None or moment.kind != "health" or not self.pace.guesses:
             return
-        sets = self.probe_sets.values()
-        self.pace.compare(full_per_look(models, sets, self.config, first=not self.pace.looked))
+        first = not self.pace.looked
+        if first not in self._per_look:
+            self._per_look[first] = full_per_look(models, self.probe_sets.values(), self.config, first=first)
+        self.pace.expect_full(self._per_look[first])
 
     def _agreed_previous(self, name: str | None) -> PreviousAudit:
         """What the previous audit left; where the next one begins is for the first process to say, which has the log."""

@@ -87,8 +87,8 @@ class Pace:
         """Whether this process has made a look."""
         return self._spent.looks > 0.0 or self._spent.health is not None
 
-    def compare(self, per_look: float | None) -> None:
-        """Take over how many times the work of the look that is made now that of a full audit is; None: not counted."""
+    def expect_full(self, per_look: float | None) -> None:
+        """Judge a full audit by how many times the work of the look that is made now its work is; None: not counted."""
         self._spent = replace(self._spent, per_look=per_look)
 
     def choose(self, due: Due, training: Training) -> Due:

@@ -18,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +53,26 @@ HOST_WIDTH = 2048
 """At what shape, and of matrices how wide, the host's prices are measured for large models."""
 
 
-def run_jobs(jobs: list[JobSpec], repeats: int) -> list[dict[str, Any]]:
-    """Each in a process of its own."""
-    results = []
+def run_jobs(jobs: Sequence[JobSpec], repeats: int, kept: Path | None) -> list[dict[str, Any]]:
+    """Each in a process of its own.
+
+    Args:
+        kept: a file that is written after each job; what it holds of these jobs already is not measured again.
+    """
+    earlier = json.loads(kept.read_text(encoding="utf-8")) if kept is not None and kept.is_file() else []
+    measured = {result["title"]: result for result in earlier}
     for spec in jobs:
+        if spec.title in measured:
+            continue
         command = [sys.executable, __file__, "--repeats", str(repeats), "--job", json.dumps(dataclasses.asdict(spec))]
         ran = subprocess.run(command, capture_output=True, text=True, check=False)
         if ran.returncode:
             raise SystemExit(f"{spec.title} broke:\n{ran.stderr[-4000:]}")
-        results.append(json.loads(ran.stdout.splitlines()[-1]))
-        print(comparison(results[-1:]).splitlines()[-1], flush=True)
-    return results
+        measured[spec.title] = json.loads(ran.stdout.splitlines()[-1])
+        print(comparison([measured[spec.title]]).splitlines()[-1], flush=True)
+        if kept is not None:
+            kept.write_text(json.dumps(list(measured.values())), encoding="utf-8")
+    return [measured[spec.title] for spec in jobs]
 
 
 def host_prices() -> Prices:
@@ -86,7 +96,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=24)
     parser.add_argument("--compare", action="store_true", help="measure the jobs, beside what is foreseen")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="where the comparison is kept, or read from without --compare")
+    parser.add_argument("--json", type=Path, help="where the comparison is kept, job by job, and read from")
     parser.add_argument("--write", type=Path, help="the document; takes --compare, or --json of an earlier one")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -99,10 +109,8 @@ def main() -> None:
     if options.calibrate:
         spec = JobSpec(options.layers, options.width, options.vocabulary, options.pairs)
         print(json.dumps(dataclasses.asdict(calibrate(spec)), indent=2))
-    results = run_jobs(list(JOBS), options.repeats) if options.compare else []
-    if options.compare and options.json is not None:
-        options.json.write_text(json.dumps(results), encoding="utf-8")
-    elif options.json is not None:
+    results = run_jobs(JOBS, options.repeats, options.json) if options.compare else []
+    if options.json is not None and not results:
         results = json.loads(options.json.read_text(encoding="utf-8"))
     if results:
         print(comparison(results))
