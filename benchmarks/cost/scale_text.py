@@ -62,8 +62,9 @@ def _measured(results: Sequence[dict[str, Any]], jobs: Sequence[JobSpec]) -> str
 
 Untrained Llamas of a configuration, random tokens, default options; CPU seconds of one-thread processes on a machine
 that is busy with other work, the shortest of three audits, calibrated before and after. No price is fitted to an
-audit. What only an audit shows (peak layer, how many rows transport needs) is taken from it. The largest error is
-**{largest_error(results):.0%}**.
+audit (the calibration itself was altered once, after a first look at five jobs: medians in place of the shortest times,
+batches as large as the job's). What only an audit shows (peak layer, how many rows transport needs) is taken from it.
+The largest error is **{largest_error(results):.0%}**.
 
 {comparison(results)}
 
@@ -96,8 +97,8 @@ the SXM boards ({figures}), of which matrix products reach {PRODUCTS:.0%}, memor
 (10 FLOP a weight and token: forward, backward, activations computed again, and the reference). On many GPUs a small
 model's run is a minute or two, and the share says more of the run than of the audit. *Device* and *host*: GiB above
 the models on one process, bounds. A star: weights, gradients and AdamW's state (18 bytes a weight) leave no room for
-it on {first.capacity / 2**30:.0f} GiB, so that this
-model is not trained so."""
+it on {first.capacity / 2**30:.0f} GiB, so that this model is not trained so. Adapters (LoRA) need far less of that;
+their audits cost nearly the same."""
     ]
     pieces += [f"### {size} on {first.name}\n\n{size_table(size, first, host)}" for size in CONFIGS]
     pieces.append(
@@ -155,10 +156,9 @@ In this order, by the prediction:
    for a moment what the others have sent: {eight["8B"].host:.0f} GiB a process for 8B, {eight["70B"].host:.0f} for
    70B, and so {8 * eight["70B"].host:.0f} on a node of eight. The same option makes it {8 * less["70B"].host:.0f}.
 3. **Messages, where weights are spread.** A full audit of 70B on {GPUS[-1]} GPUs brings {gathers:,} layers together
-   on each process,
-   {size / 1024:,.1f} TiB: {most.parts["messages"]:,.0f} of {most.seconds:,.0f} s. A look takes {look.seconds:,.0f}
-   s, of which continuations bring every layer together for each new token: fewer `generations.max_new_tokens`, or
-   `generations.enabled: false`.
+   on each process, {size / 1024:,.1f} TiB: {most.parts["messages"]:,.0f} of {most.seconds:,.0f} s. A look takes
+   {look.seconds:,.0f} s, in which continuations bring every layer together for each new token: fewer
+   `generations.max_new_tokens`, or `generations.enabled: false`.
 4. **The budget.** By default audits take 5 % of a run. A full audit that does not fit is left out (a look is made in
    its place), but for the last step's, which is made where it takes a minute at most (`schedule.last_step_seconds`).
    A first one is judged before there was any, by a look's time and counted work; `align-audit doctor` says in
