@@ -192,7 +192,7 @@ def tokens_a_pair() -> float:
 
 
 def memory_shares(results: Sequence[dict[str, Any]], jobs: Sequence[JobSpec]) -> tuple[float, float]:
-    """The least and the most that an audit took of what was foreseen as its bound."""
+    """The least and the most that an audit took of the memory that was foreseen."""
     shares = []
     for result, spec in zip(results, jobs, strict=True):
         room = Room("cpu", usual_working_bytes(torch.device("cpu")))

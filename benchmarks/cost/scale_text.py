@@ -68,8 +68,8 @@ The largest error is **{largest_error(results):.0%}**.
 
 {comparison(results)}
 
-The second rank makes no record, and so no statistics. Memory above the models is foreseen as a bound: these audits took
-{least:.0%} to {most:.0%} of it.
+The second rank makes no record, and so no statistics. Memory above the models is foreseen roughly, and rather
+too high: the resident memory of these audits rose by {least:.0%} to {most:.0%} of it.
 
 `python benchmarks/cost/model.py --calibrate --layers 12 --width 512 --vocabulary 32000` prints the prices of your
 machine at the shape of your model.
@@ -96,8 +96,8 @@ the SXM boards ({figures}), of which matrix products reach {PRODUCTS:.0%}, memor
 *Of the run*: one audit, of an epoch over {TRAINED_PAIRS:,} pairs of that length, at the same share of peak products
 (10 FLOP a weight and token: forward, backward, activations computed again, and the reference). On many GPUs a small
 model's run is a minute or two, and the share says more of the run than of the audit. *Device* and *host*: GiB above
-the models on one process, bounds. A star: weights, gradients and AdamW's state (18 bytes a weight) leave no room for
-it on {first.capacity / 2**30:.0f} GiB, so that this model is not trained so. Adapters (LoRA) need far less of that;
+the models on one process, rough and rather too high. A star: weights, gradients and AdamW's state (18 bytes a
+weight) leave no room for it on {first.capacity / 2**30:.0f} GiB, so that this model is not trained so. Adapters (LoRA) need far less of that;
 their audits cost nearly the same."""
     ]
     pieces += [f"### {size} on {first.name}\n\n{size_table(size, first, host)}" for size in CONFIGS]

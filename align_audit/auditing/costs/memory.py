@@ -9,10 +9,10 @@ from align_audit.auditing.session.kept import KEPT_BYTES
 from align_audit.models.replay import head_rows
 from align_audit.record.audit_record import AuditKind
 
-_LOGITS = {"cpu": 2}
+_LOGITS = {"cpu": 4}
 _LOGITS_ELSEWHERE = 6
-"""Tensors of a block's logits in float32 that live at once, by device type: on a CPU what is made of both models' is made in
-chunks, elsewhere of all rows together."""
+"""Tensors of a block's logits in float32 that live at once or are not given back yet, by device type: on a CPU what is made of
+both models' is made in chunks, elsewhere of all rows together."""
 _GRAPH = 2
 """What a layer's graph keeps, as a multiple of what its matrices give."""
 _MATRICES = 3
@@ -62,7 +62,7 @@ class Memory:
 def foresee_memory(job: Job, kind: AuditKind) -> Memory:
     """What an audit of a kind holds at most, on one process.
 
-    A bound: what is let go of before something else is made is counted beside it.
+    Rather too much: what is let go of before something else is made is counted beside it.
     """
     shape, config = job.shape, job.config
     tokens = max(job.laid(group).tokens for group in job.plan)
