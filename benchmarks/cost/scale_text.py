@@ -97,8 +97,8 @@ the SXM boards ({figures}), of which matrix products reach {PRODUCTS:.0%}, memor
 (10 FLOP a weight and token: forward, backward, activations computed again, and the reference). On many GPUs a small
 model's run is a minute or two, and the share says more of the run than of the audit. *Device* and *host*: GiB above
 the models on one process, rough and rather too high. A star: weights, gradients and AdamW's state (18 bytes a
-weight) leave no room for it on {first.capacity / 2**30:.0f} GiB, so that this model is not trained so. Adapters (LoRA) need far less of that;
-their audits cost nearly the same."""
+weight) leave no room for it on {first.capacity / 2**30:.0f} GiB, so that this model is not
+trained so. Adapters (LoRA) need far less of that; their audits cost nearly the same."""
     ]
     pieces += [f"### {size} on {first.name}\n\n{size_table(size, first, host)}" for size in CONFIGS]
     pieces.append(
