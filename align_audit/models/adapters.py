@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from align_audit.models.module_change import ModuleChange
 from align_audit.models.module_state import ModuleState
+from align_audit.models.weights.sharded import has_engine
 from align_audit.models.weights.streaming import stream_of
 
 
@@ -49,6 +51,15 @@ def _on_copies(change: Callable[..., Any], weights: list[tuple[nn.Parameter, tor
     return changed
 
 
+def is_merged(model: nn.Module) -> bool:
+    """Whether an adapter is merged into a weight of the model."""
+    return any(is_adapted(module) and _is_merged(module) for module in model.modules())
+
+
+def _is_merged(adapted: nn.Module) -> bool:
+    return bool(getattr(adapted, "merged_adapters", None))
+
+
 @contextlib.contextmanager
 def adapters_kept(model: nn.Module) -> Iterator[None]:
     """Inside, adapters may be switched and unmerged; after, they are as they were, layer by layer and bit by bit.
@@ -65,10 +76,56 @@ def adapters_kept(model: nn.Module) -> Iterator[None]:
     protect_merges(model)
     try:
         for module in adapted:
-            if getattr(module, "merged_adapters", None):
+            if _is_merged(module):
                 module.unmerge()  # type: ignore[operator]
         yield
     finally:
         if layers is not None:
             layers.rest()
         state.give_back()
+
+
+class AdapterSwitch:
+    """A switch of a model's adapters that is made by peft once, and repeated from then on by what it changed.
+
+    PEFT's own looks at every module several times, and so does keeping what has to be given back: for an audit, which goes
+    back and forth with each batch, it would come to more than what is computed. It stands inside an
+    :func:`~align_audit.models.guard.untouched` of the model, which gives back all that forwards leave.
+
+    Args:
+        model: with adapters.
+        switched: makes the context in which they are switched; it may leave them as it likes.
+
+    A switch that does more than set attributes and ``requires_grad`` (that of adapters which are merged, or of weights that
+    come and go) is made by peft every time.
+    """
+
+    def __init__(self, model: nn.Module, switched: Callable[[], contextlib.AbstractContextManager[Any]]) -> None:
+        self._model = model
+        self._switched = switched
+        self._adapted = [module for module in model.modules() if is_adapted(module)]
+        self._change = self._seen()
+
+    def _seen(self) -> ModuleChange | None:
+        if stream_of(self._model) is not None or has_engine(self._model) or any(map(_is_merged, self._adapted)):
+            return None
+        state = ModuleState(self._model.modules(), contents=False)
+        try:
+            with self._switched():
+                return state.change()
+        finally:
+            state.give_back()
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """Inside, the adapters are switched; after, they are as they were."""
+        change = self._change
+        if change is None or not change.fits or any(map(_is_merged, self._adapted)):
+            with adapters_kept(self._model), self._switched():
+                yield
+            return
+        change.put_on()
+        try:
+            yield
+        finally:
+            change.take_off()

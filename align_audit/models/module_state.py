@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from align_audit.models.module_change import ABSENT, ModuleChange
+
 logger = logging.getLogger(__name__)
 
 _COPIED_BYTES = 2**28
@@ -100,6 +102,28 @@ class ModuleState:
         for kept in self._tensors.values():
             kept.give_back()
 
+    def change(self) -> ModuleChange | None:
+        """What is otherwise than it was kept; None where that is more than values of attributes and ``requires_grad``.
+
+        Seen of a tensor is what :meth:`give_back` would give back of it, and of parameters that they were written to.
+        """
+        values: list[tuple[dict[Any, Any], Any, Any, Any]] = []
+        for container, held in self._containers.values():
+            if isinstance(container, dict):
+                if any(key not in container for key in held):
+                    return None
+                differ = [key for key, value in container.items() if held.get(key, ABSENT) is not value]
+                values.extend((container, key, held.get(key, ABSENT), container[key]) for key in differ)
+            elif isinstance(container, set):
+                if container != held:
+                    return None
+            elif len(container) != len(held) or any(map(_is_not, container, held)):
+                return None
+        if any(kept.written for kept in self._tensors.values()):
+            return None
+        flags = ((kept.tensor, kept.required_grad, kept.tensor.requires_grad) for kept in self._tensors.values())
+        return ModuleChange(tuple(values), tuple(each for each in flags if each[1] != each[2]))
+
     def _accept_numbers(self, written: set[int]) -> None:
         """Numbers and flags of the modules that hold one of the ``written`` parameters are to be given back as they are now.
 
@@ -125,7 +149,7 @@ class _KeptTensor:
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
         self._parameter = isinstance(tensor, nn.Parameter)
-        self._requires_grad = tensor.requires_grad
+        self.required_grad = tensor.requires_grad
         self._grad = tensor.grad if self._parameter else None
         plain = type(tensor) in _TENSORS and type(tensor.data) is torch.Tensor
         plain = plain and tensor.layout is torch.strided and not tensor.is_meta and not tensor.is_quantized
@@ -133,6 +157,16 @@ class _KeptTensor:
         self._content: torch.Tensor | None = None
         self._version = None if tensor.is_inference() else tensor._version
         self._too_large = False
+
+    @property
+    def written(self) -> bool:
+        """Whether the tensor was written to, lies elsewhere or has another gradient; so it is said of all that cannot tell."""
+        tensor = self.tensor
+        if self._version is None or tensor.is_inference() or tensor._version != self._version:
+            return True
+        if self._data is not None and not _in_place_of(tensor, self._data):
+            return True
+        return self._parameter and tensor.grad is not self._grad
 
     @property
     def written_parameter(self) -> bool:
@@ -173,8 +207,8 @@ class _KeptTensor:
                 tensor.nbytes / 2**20,
             )
         if self._parameter:
-            if tensor.requires_grad != self._requires_grad:
-                tensor.requires_grad = self._requires_grad
+            if tensor.requires_grad != self.required_grad:
+                tensor.requires_grad = self.required_grad
             if tensor.grad is not self._grad:
                 tensor.grad = self._grad
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from align_audit.errors import ReferenceUnavailableError
-from align_audit.models.adapters import adapters_kept
+from align_audit.models.adapters import AdapterSwitch, adapters_kept, is_merged
 from align_audit.models.anatomy import is_peft, out_of_engine, unwrap_only
 from align_audit.models.loading import load_model, loader_errors
 from align_audit.models.weights.fingerprint import belongs_to, fingerprint
@@ -63,6 +63,7 @@ class Reference:
         self._model = model
         self._load = load
         self._policy = adapter_of
+        self._switch: AdapterSwitch | None = None
         self._hashed: tuple[Hashable, str] | None = None
         """The weights' hash that was taken last, and the stamp that they had then."""
 
@@ -99,15 +100,36 @@ class Reference:
         """The module computes as the reference inside, and as before after."""
         if self._policy is None:
             yield
-            return
-        policy: Any = self._policy
-        with adapters_kept(policy):
-            if REFERENCE_ADAPTER in policy.peft_config:
-                policy.base_model.set_adapter(REFERENCE_ADAPTER)
+        elif self._switch is not None:
+            with self._switch.on():
                 yield
-            else:
-                with policy.disable_adapter():
-                    yield
+        else:
+            with adapters_kept(self._policy), self._switched():
+                yield
+
+    @contextlib.contextmanager
+    def often_active(self) -> Iterator[None]:
+        """Inside, which has to stand in an ``untouched`` of the module, :meth:`active` may be entered again and again.
+
+        Nobody else adds, removes or merges an adapter there.
+        """
+        if self._policy is not None:
+            self._switch = AdapterSwitch(self._policy, self._switched)
+        try:
+            yield
+        finally:
+            self._switch = None
+
+    @contextlib.contextmanager
+    def _switched(self) -> Iterator[None]:
+        """PEFT's own switch to the reference; who enters it gives back the adapters."""
+        policy: Any = self._policy
+        if REFERENCE_ADAPTER in policy.peft_config:
+            policy.base_model.set_adapter(REFERENCE_ADAPTER)
+            yield
+        else:
+            with policy.disable_adapter():
+                yield
 
     def fingerprint(self, ranks: Ranks | None = None) -> str:
         """Hash of the weights the reference computes with: inactive adapters do not count.
@@ -116,9 +138,10 @@ class Reference:
             ranks: the processes that weights are spread over.
         """
         model = self.model()
-        if self._policy is None:
-            return fingerprint(model, without_adapters=self._inactive(), ranks=ranks)
-        with adapters_kept(model):  # the weights without what the policy has merged into them
+        merged = self._policy is not None and is_merged(model)
+        with (
+            adapters_kept(model) if merged else contextlib.nullcontext()
+        ):  # the weights without what is merged into them
             return fingerprint(model, without_adapters=self._inactive(), ranks=ranks)
 
     def _inactive(self) -> tuple[str, ...]:

@@ -112,7 +112,7 @@ class OpenModels:
         if not self._keep_loaded:
             stack.callback(self.source.release)
         models = [self.policy_model]
-        with untouched(self.policy_model):  # loading a reference draws random numbers
+        with untouched():  # loading a reference draws random numbers, and leaves the policy alone
             reference = self.source.model()
             self._stamp = self.source.stamp()  # now: below, weights may be copied to where they compute
         if reference is not self.policy_model:
@@ -128,6 +128,7 @@ class OpenModels:
         layers = None if self._anatomy is None else self._anatomy.layers
         for number, model in enumerate(models):
             self._gathered.append(stack.enter_context(gathered_by_layer(model, self.ranks, layers, number=number)))
+        stack.enter_context(self.source.often_active())
         stack.enter_context(torch.no_grad())
 
     def _open_replays(self) -> None:
