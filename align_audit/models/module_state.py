@@ -28,6 +28,9 @@ _TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
 _VALUES = frozenset((bool, int, float, str, type(None)))
 """Types of most of what a module has: nothing is in them that could be kept."""
 
+_MAPPINGS = frozenset((dict, OrderedDict, defaultdict))
+_CONTAINERS = _MAPPINGS | {list, deque, set}
+
 _NO_CONFIGURATION = (type, nn.Module)
 
 
@@ -49,6 +52,8 @@ class ModuleState:
     def __init__(self, modules: Iterable[nn.Module], *, contents: bool = True) -> None:
         self._containers: dict[int, tuple[Any, Any]] = {}
         """By id: a mutable container and what it held, shallowly."""
+        self._empty: dict[int, Any] = {}
+        """By id: a mutable container that held nothing, as most registries of most modules do."""
         self._tensors: dict[int, _KeptTensor] = {}
         self._modules = list(modules)
         for module in self._modules:
@@ -71,9 +76,11 @@ class ModuleState:
                     self._tensors[id(value)] = _KeptTensor(value)
             elif type(value) is tuple:
                 waiting.extend(value)
-            elif id(value) in self._containers:
+            elif id(value) in self._containers or id(value) in self._empty:
                 continue
-            elif type(value) in (dict, OrderedDict, defaultdict) or value is parameters:
+            elif type(value) in _CONTAINERS and not value:
+                self._empty[id(value)] = value
+            elif type(value) in _MAPPINGS or value is parameters:
                 self._containers[id(value)] = value, dict(value.items())
                 waiting.extend(value.values())
             elif type(value) in (list, deque):
@@ -89,6 +96,8 @@ class ModuleState:
         written = {id(kept.tensor) for kept in self._tensors.values() if kept.written_parameter}
         if written:
             self._accept_numbers(written)
+        for container in filter(None, self._empty.values()):
+            container.clear()
         for container, held in self._containers.values():
             if isinstance(container, dict):
                 _give_back_mapping(container, held)
@@ -108,6 +117,10 @@ class ModuleState:
         Seen of a tensor is what :meth:`give_back` would give back of it, and of parameters that they were written to.
         """
         values: list[tuple[dict[Any, Any], Any, Any, Any]] = []
+        for container in filter(None, self._empty.values()):
+            if not isinstance(container, dict):
+                return None
+            values.extend((container, key, ABSENT, value) for key, value in container.items())
         for container, held in self._containers.values():
             if isinstance(container, dict):
                 if any(key not in container for key in held):
@@ -214,8 +227,6 @@ class _KeptTensor:
 
 
 def _give_back_mapping(mapping: dict[Any, Any], held: dict[Any, Any]) -> None:
-    if not mapping and not held:  # most registries of most modules
-        return
     for key in [key for key in mapping if key not in held]:
         del mapping[key]
     for key, value in held.items():

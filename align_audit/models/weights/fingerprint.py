@@ -144,21 +144,32 @@ def bit_sums(tensor: torch.Tensor, offset: int = 0) -> tuple[int, int]:
     if inside:
         flat = torch.cat([flat.new_zeros(inside), flat])
     step = block * _BLOCKS.get(tensor.device.type, _BLOCKS_ELSEWHERE)
-    by_row = _weights(torch.arange(_ROWS, device=flat.device))[:, None]
-    by_column = _weights(torch.arange(_COLUMNS, device=flat.device) + 2**20)
+    by_row, by_column, by_block = _multipliers(flat.device)
     plain, weighted = [], []
     for first in range(0, flat.numel(), step):
         part = flat[first : first + step].to(torch.int64)
-        if part.numel() % block:
-            part = torch.cat([part, part.new_zeros(-part.numel() % block)])
-        part = part.view(-1, _ROWS, _COLUMNS)
+        rows = min(_ROWS, -(-part.numel() // _COLUMNS))  # of a small tensor those that it has: the others hold nothing
+        if part.numel() % (rows * _COLUMNS):
+            part = torch.cat([part, part.new_zeros(-part.numel() % (rows * _COLUMNS))])
+        part = part.view(-1, rows, _COLUMNS)
         plain.append(part.sum((1, 2)))
-        weighted.append(((part * by_row).sum(1) * by_column).sum(1))
+        weighted.append(((part * by_row[:rows]).sum(1) * by_column).sum(1))
     if not plain:
         return 0, 0
     blocks = torch.cat(weighted)
-    of_blocks = _weights(torch.arange(len(blocks), device=flat.device) + (2**40 + skipped))
+    of_blocks = by_block[skipped : skipped + len(blocks)]
+    if len(of_blocks) < len(blocks):
+        of_blocks = _weights(torch.arange(len(blocks), device=flat.device) + (2**40 + skipped))
     return int(torch.cat(plain).sum()) % 2**64, int((blocks * of_blocks).sum()) % 2**64
+
+
+@functools.cache
+def _multipliers(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the rows [R, 1] and the columns [C] of a block, and of the first blocks."""
+    with torch.inference_mode(False):  # they are kept, and others may take gradients where they are used
+        by_row = _weights(torch.arange(_ROWS, device=device))[:, None]
+        by_column = _weights(torch.arange(_COLUMNS, device=device) + 2**20)
+        return by_row, by_column, _weights(torch.arange(_BLOCKS_ELSEWHERE, device=device) + 2**40)
 
 
 def _weights(places: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,9 @@ def _is_dtensor(parameter: torch.Tensor) -> bool:
 def _engine_modules(model: nn.Module) -> list[Any]:
     """The modules that FSDP2 has taken over."""
     fsdp = _loaded("torch.distributed.fsdp")
-    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+    if fsdp is None or not fsdp.FSDPModule.__subclasses__():  # each module that it takes over gets a class of its own
+        return []
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def has_engine(model: nn.Module) -> bool:
