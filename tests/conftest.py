@@ -43,6 +43,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _short_collections() -> Iterator[None]:
+    """Leave out, too, what a file has left: families of models that it has imported, what is made once for all tests."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def pair_of_models() -> Iterator[Callable[[str], tuple[nn.Module, nn.Module]]]:
     """``pair_of_models(family)``: a policy and its reference, float64, made once; who takes them leaves them as they are."""

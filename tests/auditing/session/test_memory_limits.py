@@ -34,35 +34,41 @@ handler = logging.Handler()
 handler.emit = lambda record: warnings.append(record.getMessage())
 logging.getLogger("align_audit").addHandler(handler)
 
-def outcome(spare, pairs, length, shared):
+def rows_of(pairs, length):
     generator = np.random.default_rng(0)
     tokens = lambda: generator.integers(3, 61, size=length).tolist()
-    rows = [{"prompt_ids": tokens(), "chosen_ids": tokens(), "rejected_ids": tokens()} for _ in range(pairs)]
-    probes = ProbeSet.from_dataset(rows, None, max_pairs=pairs, max_length=None)
+    return [{"prompt_ids": tokens(), "chosen_ids": tokens(), "rejected_ids": tokens()} for _ in range(pairs)]
+
+def run(rows, shared):
+    probes = ProbeSet.from_dataset(rows, None, max_pairs=len(rows), max_length=None)
     config = AuditConfig.from_dict({
         "batch_tokens": 10**6, "share_prompts": shared, "working_memory_mb": 4096, "patching": {"noise_draws": 1},
         "low_rank": {"layers": (1,), "ranks": (1, 2)}, "statistics": {"bootstrap_resamples": 100},
         "localization": QUICK_LASSO, "generations": QUICK_GENERATIONS,
     })
-    run = lambda which: audited(policy, reference, which, config)
-    short = [{name: ids[:8] for name, ids in row.items()} for row in rows[:2]]
-    run(ProbeSet.from_dataset(short, None, max_pairs=2, max_length=None))  # what libraries allocate once
-    # Too short for NumPy's and SciPy's OpenBLAS to be called: each takes 32 MiB at its first product, and where it cannot
-    # it ends the process without a word to Python.
-    square = np.ones((256, 256))
-    square @ square
-    scipy.linalg.blas.dgemm(1.0, square, square)
-    plan.clear()
+    return audited(policy, reference, probes, config)
+
+def outcome(spare, pairs, length, shared):
+    rows = rows_of(pairs, length)
     status = open("/proc/self/status").read()
     size = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmSize"))) * 1024
     resource.setrlimit(resource.RLIMIT_AS, (size + spare * 2**20, resource.RLIM_INFINITY))
     try:
-        record, arrays = run(probes)
+        record, arrays = run(rows, shared)
         known = {name: bool(np.isfinite(values).all()) for name, values in arrays.items() if "identity" not in name}
         return {"plan": plan, "warnings": warnings, "known": known, "effect": arrays["per_pair.effect"].tolist(),
                 "rows": record.spinal.rows, "available": record.spinal.rows_available}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "plan": plan}
+
+run(rows_of(2, 8), True)  # what libraries allocate once
+# Too short for NumPy's and SciPy's OpenBLAS to be called: each takes 32 MiB at its first product, and where it cannot
+# it ends the process without a word to Python.
+square = np.ones((256, 256))
+square @ square
+scipy.linalg.blas.dgemm(1.0, square, square)
+plan.clear()
+warnings.clear()
 
 # Each in a process of its own, forked from this one, so that what all import is imported once.
 for case in json.loads(sys.argv[1]):
