@@ -59,7 +59,9 @@ def plain(text: object, limit: int | None = None) -> str:
         >>> plain("a\\x1b[2Jb\\n"), plain("abcdef", 4)
         ('a\\\\x1b[2Jb\\\\n', 'abc…')
     """
-    words = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in _start(str(text), limit))
+    words = _start(str(text), limit)
+    if not words.isprintable():
+        words = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in words)
     return words if limit is None or len(words) <= limit else words[: limit - 1] + "…"
 
 

@@ -190,7 +190,8 @@ def test_other_dtypes(family: str, dtype: torch.dtype, tolerance: float) -> None
     """
     reference = tiny_model(family, dtype=dtype)
     policy, probes = perturbed(reference), random_pairs(7)
-    _, arrays = run(policy, reference, probes, config(low_rank={"enabled": False}))
+    off = {name: {"enabled": False} for name in ("low_rank", "localization", "spinal")}
+    _, arrays = run(policy, reference, probes, config(**off))
     policy, reference = copy.deepcopy(policy).double(), copy.deepcopy(reference).double()
     _, chosen, rejected = oracle.margins(reference, probes.pairs)
     scale = np.abs(chosen)[:, None] + np.abs(rejected)[:, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,7 @@ def expected(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Effects [N, K] and full effects [N]; pair i is patched with the SVD basis of the rows of ``fitted[i]``."""
 
+    @functools.cache  # most pairs are fitted with the same others
     def streams(model: Any, pair: ProbePair) -> list[np.ndarray]:
         return [oracle.forward(model, ids).h(layer).cpu().numpy() for ids, _ in oracle.sides(pair)]
 

@@ -145,7 +145,10 @@ def test_a_kill_at_any_byte_loses_no_earlier_record_and_no_byte(
 
 
 @pytest.mark.filterwarnings("ignore:.*in the middle of a line")
-def test_a_kill_at_any_byte_of_the_alerts_loses_and_doubles_none(tmp_path: Path) -> None:
+def test_a_kill_at_any_byte_of_the_alerts_loses_and_doubles_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
     log = RunLog(tmp_path)
     log.append(small(1))
     log.append(small(2))
