@@ -7,7 +7,6 @@ embeddings, the norm and head) it gets by calling the model itself; see ``replay
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from align_audit.errors import SHOWN, AnatomyError, plain
+from align_audit.errors import AnatomyError
 
 
 @dataclass(frozen=True)
@@ -139,25 +138,6 @@ def check_kind(model: nn.Module) -> None:
             f"{type(model).__name__} is not a transformers model; expected a causal language model, loaded for "
             "instance with AutoModelForCausalLM"
         )
-
-
-@contextlib.contextmanager
-def calling(model: nn.Module) -> Iterator[None]:
-    """What a model raises inside, called as a causal language model is, is told as what it says of the model.
-
-    Raises:
-        AnatomyError: the model does not take tokens and a mask alone. (Memory that runs out is another matter.)
-    """
-    try:
-        yield
-    except AnatomyError:
-        raise
-    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
-        raise AnatomyError(
-            f"{type(model).__name__} cannot be audited: called with input_ids and attention_mask alone it fails "
-            f"({type(error).__name__}: {plain(error, SHOWN)}); expected a causal language model that computes logits from "
-            "them, as DPOTrainer calls it, with an adapter, if any, that needs nothing else"
-        ) from error
 
 
 @dataclass

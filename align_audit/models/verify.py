@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from align_audit.errors import AnatomyError
-from align_audit.models.anatomy import Anatomy, calling, check_kind, find_anatomy, unwrap
+from align_audit.models.anatomy import Anatomy, check_kind, find_anatomy, unwrap, unwrap_only
 from align_audit.models.pointwise import find_pointwise
 from align_audit.models.replay import Recording, Replay
+from align_audit.models.wrapper import by_itself
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -41,12 +42,12 @@ def open_replay(
     Raises:
         AnatomyError: it is no causal LM, its layers cannot be found, or replay would not give what it computes.
     """
-    model = unwrap(model)
+    around, model = unwrap_only(model), unwrap(model)
     check_kind(model)
     inputs = probe_inputs(model)
     with torch.no_grad(), autocast():
         autocast, compute_dtype = _adopt_autocast(model, inputs, autocast)
-    with torch.no_grad(), autocast(), calling(model):
+    with torch.no_grad(), autocast(), by_itself(around, model, inputs):
         if like is not None:
             anatomy = like.anatomy
         elif anatomy is None or not anatomy.num_layers:

@@ -6,14 +6,14 @@ the tokens of this call, logits changed afterwards, other positions handed in) w
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import contextlib
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from align_audit.errors import AnatomyError
-from align_audit.models.anatomy import calling
+from align_audit.errors import SHOWN, AlignAuditError, AnatomyError, plain
 from align_audit.models.replay import Replay
 
 
@@ -36,7 +36,7 @@ def check_wrapper(around: nn.Module, replay: Replay, inputs: dict[str, torch.Ten
     if around is model:
         return
     outside, inside = _Call(replay), _Call(replay)
-    with torch.no_grad(), replay.autocast(), calling(around):
+    with torch.no_grad(), replay.autocast():
         outside.run(around, inputs)
         inside.run(model, inputs)
     reason = _hooked(outside, inside) or _apart(outside, inside, tolerance)
@@ -47,6 +47,36 @@ def check_wrapper(around: nn.Module, replay: Replay, inputs: dict[str, torch.Ten
             "works through the weights alone, as LoRA does; one that sets something up at each call (activated LoRA, X-LoRA) "
             "does not"
         )
+
+
+@contextlib.contextmanager
+def by_itself(around: Any, model: nn.Module, inputs: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Inside, the causal LM is called without what stands around it. Where it fails then, and its wrapper does not, the
+    wrapper hands it something at each call.
+
+    Args:
+        around: the wrapper, or the model itself.
+        inputs: what both can be called with.
+
+    Raises:
+        AnatomyError: that is so. An error that the wrapper raises too is the trainer's to meet, and goes through as it is.
+    """
+    try:
+        yield
+    except AlignAuditError:
+        raise
+    except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        if around is model:
+            raise
+        try:
+            around(**inputs, use_cache=False)
+        except Exception:
+            raise error from None
+        raise AnatomyError(
+            f"{type(around).__name__} cannot be audited: called by itself, as an audit calls it, the {type(model).__name__} "
+            f"inside fails ({type(error).__name__}: {plain(error, SHOWN)}), and through its wrapper it does not. Expected a "
+            "wrapper that works through the weights alone, as LoRA does"
+        ) from error
 
 
 class _Call:
