@@ -10,24 +10,12 @@ from typing import Any, overload
 
 from torch import nn
 
-from align_audit.auditing.examples import texts_of
+from align_audit.auditing.full import full_of
 from align_audit.auditing.health import health_of
-from align_audit.auditing.measurements.attribution import Attribution
-from align_audit.auditing.measurements.behaviour import Behaviour
-from align_audit.auditing.measurements.controls import Controls
-from align_audit.auditing.measurements.generations import Generations
-from align_audit.auditing.measurements.localization import Localization
-from align_audit.auditing.measurements.low_rank import LowRank
-from align_audit.auditing.measurements.measurement import AuditTask, Measurement
-from align_audit.auditing.measurements.patching import Patching
-from align_audit.auditing.measurements.sites import FinerSites
-from align_audit.auditing.measurements.spinal import Spinal
+from align_audit.auditing.measurements.measurement import AuditTask
 from align_audit.auditing.origin import check_origin
-from align_audit.auditing.passes import expected_batches, first_pass, second_pass
-from align_audit.auditing.previous import PreviousAudit
 from align_audit.auditing.probe_files import Probes, opened
-from align_audit.auditing.progress import ticker
-from align_audit.auditing.provenance import agreed_record, arrays_of, kept_under
+from align_audit.auditing.provenance import kept_under
 from align_audit.auditing.request import AuditRequest, AuditResult
 from align_audit.auditing.session.memory import memory_explained
 from align_audit.auditing.session.open_models import OpenModels
@@ -40,12 +28,6 @@ from align_audit.probes.names import check_names
 from align_audit.record.audit_record import AuditRecord
 
 logger = logging.getLogger(__name__)
-
-MEASUREMENTS: list[type[Measurement]] = [
-    Behaviour, Attribution, Patching, Localization, LowRank, Controls, FinerSites, Spinal, Generations,
-]  # fmt: skip
-"""What a full audit measures. Each may ask for those before it."""
-
 
 Model = nn.Module | str | Path
 """A causal LM, a PEFT model, or the path of either."""
@@ -140,15 +122,5 @@ def run_audit(
             models, probes.pairs, request.config, truncation_mode=probes.truncation_mode, previous=previous, kept=kept
         )
         task = AuditTask(session, request, cache, kept)
-        if request.kind == "health":
-            return health_of(task, began, progress)
-        task.begin(MEASUREMENTS)
-        tick = ticker(progress, expected_batches(task))
-        first_pass(task, tick)
-        for measurement in task:
-            measurement.look_closer(tick)
-        looks = [look for measurement in task for look in measurement.second_looks()]
-        second_pass(session, task[Behaviour], looks, tick)
-        record = agreed_record(task, began)
-        left = PreviousAudit(task[LowRank].spanned, record.attribution)
-        return AuditResult(record, arrays_of(task), left, texts_of(task))
+        make = health_of if request.kind == "health" else full_of
+        return make(task, began, progress)

@@ -191,7 +191,13 @@ class Monitor:
             return
         first = not self.pace.looked
         if first not in self._per_look:
-            self._per_look[first] = full_per_look(models, self.probe_sets.values(), self.config, first=first)
+            self._per_look[first] = None
+            try:
+                self._per_look[first] = full_per_look(models, self.probe_sets.values(), self.config, first=first)
+            except BREAKS:  # a look is not lost, nor are other processes left waiting, for what it only helps to plan
+                logger.warning(
+                    "what a full audit costs could not be counted; it is judged by its layers", exc_info=True
+                )
         self.pace.expect_full(self._per_look[first])
 
     def _agreed_previous(self, name: str | None) -> PreviousAudit:

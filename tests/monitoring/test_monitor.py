@@ -209,3 +209,28 @@ def test_a_look_says_how_much_more_work_a_full_audit_is(bench: Any) -> None:
         factors.append(pace.spent(training).per_look)
     assert pace.spent(begun).expected_full == factors[1] * pace.spent(begun).health
     assert 1 < factors[0] < factors[1], "a later look does not compute the reference's side"
+
+
+def test_a_count_that_breaks_costs_no_look(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It only helps to plan: the look is made, it is said once, and the layers judge in its place."""
+    asked = []
+
+    def breaks(*_: Any, first: bool, **__: Any) -> float:
+        asked.append(first)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("align_audit.monitoring.monitor.full_per_look", breaks)
+    config = quick(localization={"enabled": False})
+    pace = Pace(config, 0)
+    looking = bench(config=config, pace=pace)
+    for step in (1, 2, 3):
+        training = Training(step, 100)
+        models = OpenModels(looking.policies[step], resolve_reference(looking.policies[step], looking.reference))
+        outcome = looking.monitor.audit(models, Moment(step, kind="health", training=training))
+        assert outcome.failures == []
+        assert [record.step for record in outcome.records.values()] == [step]
+        assert pace.spent(training).per_look is None
+    assert asked == [True, False], "what broke is not tried at every look"
+    assert sum("could not be counted" in entry.message for entry in caplog.records) == 2

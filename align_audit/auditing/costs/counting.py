@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from align_audit.auditing.costs.job import Group, Job, Laid
 from align_audit.auditing.costs.tally import ModelName, Tally
 from align_audit.auditing.costs.work import PartName, Work, total
-from align_audit.probes.batches import common_prompt, pair_tokens
+from align_audit.auditing.session.layout import rows_tried
 from align_audit.record.audit_record import AuditKind
 
 Parts = dict[PartName, Work]
@@ -85,14 +85,7 @@ def _try_layout(tally: Tally) -> None:
     """Two pairs, each in both layouts, in the reference (see :mod:`align_audit.auditing.session.layout`)."""
     job = tally.job
     pairs = job.pairs
-    order = sorted(
-        (i for i, pair in enumerate(pairs) if common_prompt(pair)), key=lambda i: pair_tokens(pairs[i], True)
-    )
-    if not order:
-        return
-    longest = max(range(len(pairs)), key=lambda i: pair_tokens(pairs[i], False))
-    chosen_is_longer = len(pairs[longest].chosen_ids) > len(pairs[longest].rejected_ids)
-    for place, sides in ((longest, (0, 1) if chosen_is_longer else (1,)), (order[0], (0, 1))):
+    for place, sides in rows_tried(pairs):
         laid = job.laid((place,), shared=True)
         _layout_run(tally, laid)
         for side in sides:

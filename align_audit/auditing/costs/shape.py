@@ -82,14 +82,20 @@ class ModelShape:
                 f"cannot foresee what {type(model).__name__} costs: expected a configuration with hidden_size and "
                 f"num_attention_heads; found {width} and {heads}"
             )
-        head = getattr(config, "head_dim", None) or width // heads
+        head, keys = getattr(config, "head_dim", None), getattr(config, "num_key_value_heads", None)
+        if not all(isinstance(each, int | None) for each in (width, heads, head, keys)):
+            raise AnatomyError(
+                f"cannot foresee what {type(model).__name__} costs: expected of width, heads, their width and key-value heads "
+                f"one number for all layers; found {[width, heads, head, keys]}"
+            )
+        head = head or width // heads
         inside = {id(weight) for layer in members for weight in layer.parameters()}
         weight = next(each for each in model.parameters() if each.is_floating_point())
         return cls(
             layers=len(members),
             width=width,
             query=head * heads,
-            key=head * (getattr(config, "num_key_value_heads", None) or heads),
+            key=head * (keys or heads),
             vocabulary=whole_shape(embeddings.weight)[0],
             layer_matrices=_mean(
                 [sum(whole_size(each) for each in layer.parameters() if _is_matrix(each)) for layer in members]

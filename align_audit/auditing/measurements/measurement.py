@@ -1,7 +1,7 @@
 """What a measurement is: one concept of an audit, from what it walks to what it says in the record.
 
 To add one: a class here below :class:`Measurement` in a file of its own, and one line in
-:data:`align_audit.auditing.audit.MEASUREMENTS`.
+:data:`align_audit.auditing.full.MEASUREMENTS`.
 """
 
 from __future__ import annotations

@@ -32,14 +32,10 @@ def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float)
     Raises:
         MemoryError, RuntimeError: memory ran out, as :func:`~align_audit.auditing.session.memory.out_of_memory` knows it.
     """
-    order = sorted(
-        (i for i, pair in enumerate(pairs) if common_prompt(pair)), key=lambda i: pair_tokens(pairs[i], True)
-    )
-    if not order:
+    tried = rows_tried(pairs)
+    if not tried:
         return "no pair has a prompt token that both sequences begin with"
-    longest = max(range(len(pairs)), key=lambda i: pair_tokens(pairs[i], False))  # its longer sequence counts
-    chosen_is_longer = len(pairs[longest].chosen_ids) > len(pairs[longest].rejected_ids)
-    for index, sides in ((longest, (0, 1) if chosen_is_longer else (1,)), (order[0], (0, 1))):
+    for index, sides in tried:
         pair = pairs[index]
         batch = make_batch([pair], [index], 0, shared=True).to(replay.device)
         try:
@@ -64,6 +60,18 @@ def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float)
                     "are not what they were"
                 )
     return None
+
+
+def rows_tried(pairs: Sequence[ProbePair]) -> list[tuple[int, tuple[int, ...]]]:
+    """Places of the pairs that are tried, and which of their sides are computed for themselves; none share a prompt: empty."""
+    order = sorted(
+        (i for i, pair in enumerate(pairs) if common_prompt(pair)), key=lambda i: pair_tokens(pairs[i], True)
+    )
+    if not order:
+        return []
+    longest = max(range(len(pairs)), key=lambda i: pair_tokens(pairs[i], False))  # its longer sequence counts
+    chosen_is_longer = len(pairs[longest].chosen_ids) > len(pairs[longest].rejected_ids)
+    return [(longest, (0, 1) if chosen_is_longer else (1,)), (order[0], (0, 1))]
 
 
 def _apart(logits: torch.Tensor, packed: torch.Tensor) -> float:

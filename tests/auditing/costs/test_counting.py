@@ -30,6 +30,8 @@ from align_audit.models.weights.streaming import find_layers
 from align_audit.record.audit_record import AuditRecord
 from tests.helpers.counted import forwards, job_on_cpu
 from tests.helpers.tiny import FAMILIES, perturbed, random_pairs, tiny_model
+from tests.models.test_families import FAMILIES as ARCHITECTURES
+from tests.models.test_families import build
 
 PAIRS = random_pairs(13, seed=3)
 QUICK = {
@@ -264,3 +266,37 @@ def test_a_full_audit_is_foreseen_from_a_look(models: tuple[Any, Any]) -> None:
         assert of_first is not None and of_later is not None
         assert 4 < of_first < of_later < 4 * of_first
         assert more_memory(opened, PAIRS.subsample(3, 0), PAIRS, config) > 0
+
+
+NOT_COUNTED = {
+    **dict.fromkeys(
+        ("mixtral", "mixtral:router_logits", "qwen2_moe", "qwen3_moe", "glm4_moe", "gpt_oss", "olmoe", "granitemoe", "phimoe",
+         "deepseek_v3", "jamba", "nemotron_h", "qwen3_next"),
+        "has experts",
+    ),
+    **dict.fromkeys(("mamba", "falcon_mamba", "mamba2"), "num_attention_heads; found"),
+}  # fmt: skip
+"""By family, why what it costs is not counted."""
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_of_every_family_the_shape_is_read_or_refused(name: str) -> None:
+    """Configurations name their numbers in many ways; a run plans without the count where it cannot be had."""
+    model = build(name, torch.float32)
+    if name in NOT_COUNTED:
+        with pytest.raises(AnatomyError, match=NOT_COUNTED[name]):
+            ModelShape.of(model)
+        return
+    shape = ModelShape.of(model)
+    assert all(isinstance(value, int) and value > 0 for value in vars(shape).values())
+    # Layers that are not alike count as their mean, rounded.
+    assert abs(shape.weights - sum(weight.numel() for weight in model.parameters())) <= shape.layers / 2
+
+
+@pytest.mark.parametrize("field", ["num_attention_heads", "num_key_value_heads", "head_dim"])
+def test_a_number_for_each_layer_is_refused(field: str) -> None:
+    """As configurations of models that bring their own code may have; those of transformers check theirs."""
+    model: Any = tiny_model("llama")
+    vars(model.config)[field] = [4, 4, 2, 2]
+    with pytest.raises(AnatomyError, match=r"one number for all layers; found .*\[4, 4, 2, 2\]"):
+        ModelShape.of(model)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from align_audit import AuditConfig, AuditRecord
-from align_audit.auditing import audit as auditing
+from align_audit.auditing import full
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement, Reasons, RecordedBatch
 from align_audit.auditing.measurements.patching import constant
 from align_audit.auditing.session.accumulators import PerPair, State
@@ -74,7 +74,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> tuple[AuditRecord, dict[str, np
     reference = tiny_model("llama")
     policy = perturbed(reference)
     plain = audited(policy, reference, random_pairs(6), settings())[0]
-    monkeypatch.setattr(auditing, "MEASUREMENTS", [*auditing.MEASUREMENTS, Halfway])
+    monkeypatch.setattr(full, "MEASUREMENTS", [*full.MEASUREMENTS, Halfway])
     record, arrays = audited(policy, reference, random_pairs(6), settings(batch_tokens=60))
     assert record.margins == plain.margins, "the others are as they were"
     return record, arrays, policy, reference
