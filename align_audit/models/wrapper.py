@@ -44,7 +44,7 @@ def check_wrapper(around: nn.Module, replay: Replay, inputs: dict[str, torch.Ten
         raise AnatomyError(
             f"{type(around).__name__} cannot be audited: called with tokens it does more than the {type(model).__name__} "
             f"inside ({reason}), and an audit calls that model's layers, never what is around it. Expected a wrapper that "
-            "works through the weights alone, as LoRA does; one that sets something up at each call (activated LoRA, X-LoRA) "
+            "works through the weights alone, as LoRA does; one that sets something up at each call (activated LoRA, say) "
             "does not"
         )
 

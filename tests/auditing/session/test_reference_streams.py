@@ -77,7 +77,8 @@ def backward(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-@pytest.mark.parametrize(("family", "points"), [("llama", (0.0, 0.5)), ("gemma2", (0.0,))])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("points", [(0.0,), (0.0, 0.5)])
 def test_read_is_computed_bit_by_bit(
     tmp_path: Path, family: str, points: tuple[float, ...], backward: list[int]
 ) -> None:
