@@ -48,11 +48,12 @@ python:
 demo: $(STAMP)
 	$(BIN)/align-audit demo
 
+# Three processes on two cores: tests wait for browsers, disks and processes of their own a sixth of their time.
 test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not distributed"
+	$(PYTEST) -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not distributed"
 
 # Training on two processes of this machine, which take a core each: so one test file after the other.
 test-distributed: $(STAMP)

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from align_audit.auditing import audit
+from align_audit.auditing import full
 from align_audit.auditing.measurements import generations
 from align_audit.models import verify
 from align_audit.models.replay import Replay
@@ -28,13 +28,13 @@ def plant(where: str, kind: str, audit_number: int) -> None:
         audit_number: in which audit of the run; one before training is the first. A set-up is before all of them.
     """
     audits = _Counter()
-    real = audit.first_pass
+    real = full.first_pass
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         audits.count += 1
         return real(*args, **kwargs)
 
-    audit.first_pass = counted
+    full.first_pass = counted
     places: dict[str, tuple[Any, str, int]] = {
         "set-up": (verify, "_check_head", 1),
         "layer": (Replay, "layer", _CALL),
