@@ -323,6 +323,30 @@ def test_a_run_that_is_not_its_twin_is_refused() -> None:
     pack.check_twin({**run, "weights": {"0": "x", "4": "y"}}, {"a": twin})
 
 
+def test_runs_that_were_packed_before_stay_and_those_made_again_take_their_place(tmp_path: Path) -> None:
+    """Runs are made on many days: a folder of new ones is no reason to lose the old."""
+    with gzip.open(packed("tuning"), "rt", encoding="utf-8") as file:
+        steady, flipped = (
+            next(line for line in file if json.loads(line)["about"]["name"] == name)
+            for name in ("steady+000", "steady+labels-flip+000")
+        )
+    data, folder = tmp_path / "data", tmp_path / "runs" / "tuning" / "again"
+    data.mkdir()
+    with gzip.open(packed("tuning", data), "wt", encoding="utf-8") as file:
+        file.writelines([steady, flipped])
+    folder.mkdir(parents=True)
+    made = json.loads(steady)
+    (folder / "run.json").write_text(json.dumps({**made["about"], "machine": "another"}))
+    (folder / "weights.json").write_text(json.dumps({step: {"policy": kept} for step, kept in made["weights"].items()}))
+    for name, rows in (("truth", made["truth"]), ("training", made["log"]), ("health", made["health"])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pack.main(argparse.Namespace(out=tmp_path / "runs", data=data))
+    with gzip.open(packed("tuning", data), "rt", encoding="utf-8") as file:
+        kept, old = sorted((json.loads(line) for line in file), key=lambda line: len(line["about"]["name"]))
+    assert (kept["about"]["machine"], {**kept, "about": made["about"]}) == ("another", made)
+    assert old == json.loads(flipped)
+
+
 def test_numbers_are_rounded_and_nothing_else() -> None:
     assert pack.rounded({"a": [0.123456789, 3, None, "x"]}) == {"a": [0.12346, 3, None, "x"]}
 

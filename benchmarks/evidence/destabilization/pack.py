@@ -1,4 +1,4 @@
-"""``pack``: what scoring needs of finished runs, in one small file a split. Weights stay where they are."""
+"""``pack``: what scoring needs of finished runs, added to one small file a split. Weights stay where they are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import gzip
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Pack every split that has finished runs.
+    """Pack every split that has finished runs: they come beside those that were packed before, or in their place.
 
     Raises:
         ValueError: a run is not its twin until its fault begins.
     """
     options.data.mkdir(parents=True, exist_ok=True)
     for split in ("tuning", "scoring"):
-        lines = {}
-        for about in sorted(options.out.glob(f"{split}/*/{ABOUT}")):
-            if (about.parent / TRUTH).exists() and read_records(about.parent, "health"):
-                line = pack(about.parent)
-                lines[line["about"]["name"]] = line
+        path = packed(split, options.data)
+        lines = stored_lines(path)
+        made = {line["about"]["name"]: line for line in map(pack, finished(options.out / split))}
+        if not made:
+            continue
+        lines |= made
         lines = {
             name: line
             for name, line in lines.items()
@@ -45,9 +47,6 @@ def main(options: argparse.Namespace) -> None:
         }
         for line in lines.values():
             check_twin(line, lines)
-        if not lines:
-            continue
-        path = packed(split, options.data)
         # No time of writing and no name in it: the same runs are the same bytes.
         with (
             path.open("wb") as file,
@@ -55,7 +54,22 @@ def main(options: argparse.Namespace) -> None:
         ):
             for name in sorted(lines):
                 out.write((json.dumps(lines[name], separators=(",", ":")) + "\n").encode())
-        print(f"{path}: {len(lines)} runs, {path.stat().st_size / 2**20:.2f} MiB")
+        print(f"{path}: {len(lines)} runs, {len(made)} of them from {options.out}, {path.stat().st_size / 2**20:.2f} MiB")
+
+
+def finished(folder: Path) -> Iterator[Path]:
+    """The folders of a split's runs that have all that scoring needs."""
+    for about in sorted(folder.glob(f"*/{ABOUT}")):
+        if (about.parent / TRUTH).exists() and read_records(about.parent, "health"):
+            yield about.parent
+
+
+def stored_lines(path: Path) -> dict[str, dict[str, Any]]:
+    """What is packed already, by the names of the runs."""
+    if not path.exists():
+        return {}
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return {line["about"]["name"]: line for line in map(json.loads, file)}
 
 
 def pack(folder: Path) -> dict[str, Any]:
