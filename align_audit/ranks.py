@@ -40,7 +40,7 @@ class Agreed(BaseException):
         self.status = status
 
 
-_GATHER, _SHARE, _SUM, _END = 1, 2, 3, 4
+_GATHER, _SHARE, _SUM, _COLLECT, _END = 1, 2, 3, 4, 5
 _FIRST_PLACE = 16
 """Numbers of the places at which processes meet; those of callers come behind those of this module."""
 
@@ -92,6 +92,21 @@ class Ranks:
         said: list[Any] = [None] * self.size
         dist.all_gather_object(said, value, group=self._group)
         return said
+
+    def collect(self, value: _Value, at: int) -> list[_Value]:
+        """What every process says, in the order of their ranks, on the process ``at`` alone; nothing elsewhere.
+
+        Raises:
+            Agreed: another process cannot go on.
+        """
+        if self._group is None:
+            return [value]
+        import torch.distributed as dist
+
+        self._meet(Status.FINE, _COLLECT)
+        said: list[Any] | None = [None] * self.size if at == self.rank else None
+        dist.gather_object(value, said, dst=at, group=self._group)
+        return said or []
 
     def share(self, value: _Value) -> _Value:
         """The first process's word; what the others pass is not looked at.

@@ -66,7 +66,10 @@ def singular_values(H: Tensor) -> Array:
     if not torch.isfinite(H).all():
         return unknown
     try:
-        sigma = torch.linalg.svdvals((H.cpu() if H.device.type == "mps" else H).double())
+        wide = (H.cpu() if H.device.type == "mps" else H).double()
+        # Jacobi's method, CUDA's usual driver, is not meant for matrices as ill-conditioned as a layer's rows are.
+        driver = "gesvd" if wide.is_cuda and torch.version.cuda else None
+        sigma = torch.linalg.svdvals(wide, driver=driver)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return unknown
     values: Array = sigma.cpu().numpy()

@@ -32,6 +32,10 @@ _NETWORK = 2e9
 """Bytes a second that a process receives over gloo, of a node's eight that share its network."""
 _COPY = 2e10
 """Bytes a second between a device and its host."""
+_REDUCED = 0.1
+"""Of a memory's bandwidth that reading a matrix again for each of its columns reaches, as singular values in float64 take."""
+_SINGULAR, _VALUES = 16 / 3, 8 / 3
+"""Bytes that this reads, over rows · d · min(rows, d) for singular values and d³ for eigenvalues."""
 _EIGEN = 9.0
 """FLOP of an eigendecomposition with vectors, over d³; it reaches a tenth of the peak."""
 _LOGIT_BYTES = {"scored": 10, "sloped": 24, "compared": 64, "travelled": 280}
@@ -90,6 +94,8 @@ def priced(device: Accelerator, shape: ModelShape, host: Prices, ranks: int) -> 
         decode_step=5e-3,
         wide_flop=1 / (0.5 * device.wide),
         cube=_EIGEN / (0.1 * device.wide),
+        value_cube=_VALUES / (_REDUCED * device.memory),
+        singular=_SINGULAR / (_REDUCED * device.memory),
         stream_byte=byte,
         kept_byte=1 / _COPY,
         # Integer sums over eight bytes for each of a weight, in some passes.

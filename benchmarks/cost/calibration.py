@@ -182,7 +182,7 @@ def float64_prices(width: int, rows: int) -> dict[str, float]:
         "wide_flop": product,
         "cube": spent_on(lambda: torch.linalg.eigh(gram), repeats, 0.0) / width**3,
         "host_flop": product,
-        "host_cube": spent_on(lambda: torch.linalg.eigvalsh(gram), repeats, 0.0) / width**3,
+        "value_cube": spent_on(lambda: torch.linalg.eigvalsh(gram), repeats, 0.0) / width**3,
         "singular": spent_on(lambda: torch.linalg.svdvals(tall), repeats, 0.0) / (tall.numel() * min(tall.shape)),
     }
 

@@ -24,7 +24,8 @@ class Prices:
         scored, sloped, compared, travelled: one row's logit, read as :class:`Work` says.
         decode_call, decode_step: a layer's call for a few tokens, and what a step takes beside these.
         wide_flop, cube: of products and eigendecompositions in float64, where the models are.
-        host_flop, host_cube, singular: of these, and of singular values, in the host's memory.
+        value_cube, singular: of eigenvalues and singular values alone, there.
+        host_flop: of products in float64 in the host's memory.
         normal: a random number.
         stream_byte, kept_byte, hashed_byte: read or written.
         estimate, fit: of the statistics.
@@ -48,9 +49,9 @@ class Prices:
     decode_step: float
     wide_flop: float
     cube: float
-    host_flop: float
-    host_cube: float
+    value_cube: float
     singular: float
+    host_flop: float
     normal: float
     stream_byte: float
     kept_byte: float
@@ -100,9 +101,9 @@ def _of(work: Work, shape: ModelShape, prices: Prices) -> float:
         + work.decode_steps * prices.decode_step
         + work.wide_flops * prices.wide_flop
         + work.cubes * prices.cube
-        + work.host_flops * prices.host_flop
-        + work.host_cubes * prices.host_cube
+        + work.value_cubes * prices.value_cube
         + work.singular * prices.singular
+        + work.host_flops * prices.host_flop
         + work.normals * prices.normal
         + work.stream_bytes * prices.stream_byte
         + work.kept_bytes * prices.kept_byte

@@ -138,6 +138,8 @@ def _breaks(host: Prices) -> str:
     eight = {size: foresee(shape, device, 8, "full", host) for size, shape in shapes.items()}
     less = {size: foresee(shape, device, 8, "full", host, config=fewer) for size, shape in shapes.items()}
     alone = foresee(shapes["8B"], device, 1, "full", host)
+    small = foresee(shapes["1B"], device, GPUS[-1], "full", host)
+    walked = sum(eight["70B"].parts[part] for part in ("patching", "controls", "low_rank"))
     most = foresee(shapes["70B"], device, GPUS[-1], "full", host)
     look = foresee(shapes["70B"], device, GPUS[-1], "health", host, first=False)
     gathers, size = gathered("70B", GPUS[-1])
@@ -146,15 +148,15 @@ def _breaks(host: Prices) -> str:
 
 In this order, by the prediction:
 
-1. **Time: the spectra.** Singular values of up to 4,096 token rows of every layer, in float64, are made in the
-   host's memory, where a thread takes many seconds for each: {alone.parts["spectra"]:,.0f} of {alone.seconds:,.0f} s
-   ({share:.0%}) for 8B on one GPU. Processes share the layers, so that it gets less with more of them. It grows with
-   the square of the rows: `spinal.max_rows: {FEWER_ROWS}` makes a full audit on 8 GPUs {less["8B"].seconds:,.0f} s
-   in place of {eight["8B"].seconds:,.0f} (8B) and {less["70B"].seconds:,.0f} in place of {eight["70B"].seconds:,.0f}
-   (70B); more threads a process (`OMP_NUM_THREADS`) help too.
-2. **The host's memory.** After the first pass every process holds the token rows of all layers, of both models, and
-   for a moment what the others have sent: {eight["8B"].host:.0f} GiB a process for 8B, {eight["70B"].host:.0f} for
-   70B, and so {8 * eight["70B"].host:.0f} on a node of eight. The same option makes it {8 * less["70B"].host:.0f}.
+1. **Time: streams that are walked up the layers**, for patching and its controls: {walked:,.0f} of
+   {eight["70B"].seconds:,.0f} s ({walked / eight["70B"].seconds:.0%}) for 70B on 8 GPUs. They grow with
+   layers × layers × pairs: `patching.exact_pairs: 24` walks for 24 of the pairs, and fewer `control_pairs` for
+   fewer controls. On one GPU singular values come first for 8B ({alone.parts["spectra"]:,.0f} of {alone.seconds:,.0f} s,
+   {share:.0%}): of up to 4,096 token rows of every layer, in float64, on the device, where they read a matrix again for
+   each of its columns. Processes share the layers. `spinal.max_rows: {FEWER_ROWS}` makes an audit on 8 GPUs
+   {less["8B"].seconds:,.0f} s in place of {eight["8B"].seconds:,.0f} (8B).
+2. **What no process shares.** Statistics, continuations and the calls of small kernels take as long on {GPUS[-1]} GPUs as
+   on 8: a full audit of 1B takes {small.seconds:,.0f} s there, of a run that has become short.
 3. **Messages, where weights are spread.** A full audit of 70B on {GPUS[-1]} GPUs brings {gathers:,} layers together
    on each process, {size / 1024:,.1f} TiB: {most.parts["messages"]:,.0f} of {most.seconds:,.0f} s. A look takes
    {look.seconds:,.0f} s, in which continuations bring every layer together for each new token: fewer
@@ -165,7 +167,8 @@ In this order, by the prediction:
    advance how many fit.
 5. **The device's memory** lasts longest: {eight["8B"].device:.0f} GiB a process for 8B and {eight["70B"].device:.0f}
    for 70B where weights are spread, of which what lies outside of the layers (embeddings and head of both models,
-   whole on every process) is most.
+   whole on every process) is most. In the host's memory a process keeps the token rows of its own pairs,
+   {alone.host:.1f} GiB for 8B on one GPU, {eight["8B"].host:.1f} on eight ({eight["70B"].host:.1f} for 70B).
 
 Not in these counts: finer sites, pairs that `exact_pairs: auto` adds, what `keep_reference` saves, models with
 experts (refused), and time in which processes wait for each other.

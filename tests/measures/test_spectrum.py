@@ -219,7 +219,7 @@ def test_rows_that_are_not_finite_are_said(bad: float) -> None:
 
 
 def test_svd_that_does_not_converge_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(H: torch.Tensor) -> torch.Tensor:
+    def fail(H: torch.Tensor, **options: object) -> torch.Tensor:
         raise torch.linalg.LinAlgError("did not converge")
 
     monkeypatch.setattr(torch.linalg, "svdvals", fail)

@@ -289,11 +289,12 @@ def _spinal(tally: Tally, first: bool, rank: int) -> None:
     tally.add("spectra", singular=models * layers * rows * shape.width * min(rows, shape.width))
     if shape.value_bytes < 4:
         # At half precision some of a spectrum lies below rounding, and the rank is told from one more product.
-        tally.add("spectra", host_flops=models * layers * 2 * rows * shape.width * min(rows, shape.width))
-        tally.add("spectra", host_cubes=models * layers * min(rows, shape.width) ** 3)
+        tally.add("spectra", wide_flops=models * layers * 2 * rows * shape.width * min(rows, shape.width))
+        tally.add("spectra", value_cubes=models * layers * min(rows, shape.width) ** 3)
     held = models * rows * shape.layers * shape.stream_bytes
-    # Each process copies those of its own pairs to the host, and then has everybody's.
-    tally.add("spectra", kept_bytes=held // job.ranks, brought_bytes=held if job.ranks > 1 else 0)
+    # Each process copies those of its own pairs to the host, and is brought the others' of its layers.
+    brought = layers * models * rows * shape.stream_bytes * (job.ranks - 1) // job.ranks
+    tally.add("spectra", kept_bytes=held // job.ranks, brought_bytes=brought)
     travelling = math.ceil(job.transport_rows / job.ranks) * shape.layers
     tally.read("transport", travelling, models=models, scored=0)
     tally.add("transport", travelled=models * travelling)

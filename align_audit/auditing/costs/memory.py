@@ -29,8 +29,9 @@ class Memory:
         graph: of one layer, while gradients are taken, there.
         grams: sums over all token rows and what their subspaces are made in, there.
         gathered: of weights that are spread over processes, what is whole at once, there.
-        rows: token rows of all layers for spectra and transport, in the host's memory, on every process.
-        spectrum: what one layer's singular values are made in, in the host's memory.
+        rows: token rows of all layers for spectra and transport, of the process's own pairs, and those of one layer of all
+            pairs, in the host's memory.
+        spectrum: what one layer's singular values are made in, on the device, after the passes.
         kept: of the reference, for later looks, in the host's memory.
     """
 
@@ -45,13 +46,13 @@ class Memory:
 
     @property
     def device(self) -> int:
-        """Where the models are, at most: gradients are taken before streams are walked."""
-        return max(self.streams, self.graph) + self.logits + self.grams + self.gathered
+        """Where the models are, at most: gradients are taken, then streams are walked, then spectra made."""
+        return max(max(self.streams, self.graph) + self.logits, self.spectrum) + self.grams + self.gathered
 
     @property
     def host(self) -> int:
         """In the host's memory; where the models are on a CPU that is the same memory, and both add up."""
-        return self.rows + self.spectrum + self.kept
+        return self.rows + self.kept
 
     @property
     def largest(self) -> str:
@@ -96,7 +97,7 @@ def foresee_memory(job: Job, kind: AuditKind) -> Memory:
         graph=graph,
         grams=grams,
         gathered=gathered,
-        # Of several processes each has all of them, and for a moment what the others have sent.
-        rows=2 * rows * shape.layers * shape.stream_bytes * min(job.ranks, 2) if spinal else 0,
+        # Of the layer that is brought together: what the processes have sent, all of it, and all of it in order.
+        rows=rows * shape.stream_bytes * (2 * -(-shape.layers // job.ranks) + 3) if spinal else 0,
         spectrum=3 * rows * shape.width * 8 if spinal else 0,
     )

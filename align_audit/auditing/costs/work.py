@@ -35,8 +35,9 @@ class Work:
         decode_steps: tokens that continuations write one after the other.
         wide_flops: of matrix products in float64, where the models are.
         cubes: d³ of each eigendecomposition in float64, there.
-        host_flops, host_cubes: the same in the host's memory.
-        singular: rows · d · min(rows, d) of each singular value decomposition in float64, in the host's memory.
+        value_cubes: the same of each that makes no vectors, there.
+        singular: rows · d · min(rows, d) of each matrix whose singular values are made in float64, there.
+        host_flops: of matrix products in float64, in the host's memory.
         normals: random numbers that are drawn on the host.
         stream_bytes: that patches read and write of residual streams.
         kept_bytes: of rows that are copied to the host.
@@ -67,9 +68,9 @@ class Work:
     decode_steps: int = 0
     wide_flops: int = 0
     cubes: int = 0
-    host_flops: int = 0
-    host_cubes: int = 0
+    value_cubes: int = 0
     singular: int = 0
+    host_flops: int = 0
     normals: int = 0
     stream_bytes: int = 0
     kept_bytes: int = 0

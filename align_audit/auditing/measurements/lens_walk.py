@@ -30,7 +30,7 @@ class LensWalk:
 
     Attributes:
         active: makes the model compute.
-        rows: by batch [n, L, d]: all that may be asked for, but for those that have walked.
+        rows: of all processes: all that may be asked for, but for those that have walked.
         distances: [m, L − 1] radians, of the m rows with the smallest keys: those that have walked.
     """
 
@@ -41,7 +41,7 @@ class LensWalk:
 
     def __post_init__(self) -> None:
         self._walked = len(self.distances)
-        self._order = self.rows.order().numpy() if len(self.rows) else np.empty(0, dtype=np.int64)
+        self._order = self.rows.order()
 
     def up_to(self, count: int, block: int | None = None) -> np.ndarray:
         """Distances [count, L − 1] of the rows with the smallest keys; walks those that have not walked.
@@ -62,20 +62,23 @@ class LensWalk:
         """Distances of the rows at these places, in blocks; processes take turns of them."""
         ranks = self.session.models.ranks
         blocks = [places[first : first + size] for first in range(0, len(places), size)]
-        walked = {
-            number: self._block_travelled(replay, block)
-            for number, block in enumerate(blocks)
-            if number % ranks.size == ranks.rank
-        }
+        walked: dict[int, np.ndarray] = {}
+        for begun in range(0, len(blocks), ranks.size):
+            # Every process has its block before any begins to walk: else each would wait for the one before it.
+            turn = blocks[begun : begun + ranks.size]
+            taken = [self.rows.take(block, at) for at, block in enumerate(turn)]
+            if ranks.rank < len(turn):
+                walked[begun + ranks.rank] = self._block_travelled(replay, taken[ranks.rank])
         everywhere = {number: part for said in ranks.gather(walked) for number, part in said.items()}
         return np.concatenate([everywhere[number] for number in range(len(blocks))])
 
-    def _block_travelled(self, replay: Replay, block: np.ndarray) -> np.ndarray:
-        """Of the rows at these places, which walk up the layers, so that two layers' logits of them are held; in smaller
-        blocks after running out of memory."""
+    def _block_travelled(self, replay: Replay, block: torch.Tensor | None) -> np.ndarray:
+        """Of rows [n, L, d], which walk up the layers, so that two layers' logits of them are held; in smaller blocks after
+        running out of memory."""
+        assert block is not None
         walks, done, size = TransportAccumulator(), 0, len(block)
         while done < len(block):
-            streams = self.rows.take(block[done : done + size])
+            streams = block[done : done + size]
             try:
                 walks.update(self._lens(replay, streams, layer) for layer in range(replay.num_layers))
                 done += len(streams)

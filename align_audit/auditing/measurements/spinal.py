@@ -14,6 +14,7 @@ from align_audit.auditing.measurements.lens_walk import LensWalk, travelled
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement, Reasons, RecordedBatch
 from align_audit.auditing.session.accumulators import PerPair, Rows, State
 from align_audit.auditing.session.estimates import floats
+from align_audit.auditing.session.memory import out_of_memory
 from align_audit.auditing.session.reference_cache import ReferenceTrace
 from align_audit.measures import spinal as scores
 from align_audit.measures.draws import keep_rows, prefix_keys
@@ -179,9 +180,9 @@ class Spinal(Measurement):
         asked = self.config.spinal.transport_rows
         self._distances = travelled(walks, asked, len(state.policy_rows), self._sampled.available)
         policy, reference = session.models.policy, session.models.reference
-        self._policy_trace = self.depth_trace(state.policy_rows, self._distances[0], _epsilon(policy))
+        self._policy_trace = self.depth_trace(state.policy_rows, self._distances[0], policy)
         if kept is None:
-            traced = self.depth_trace(state.reference_rows, self._distances[1], _epsilon(reference))
+            traced = self.depth_trace(state.reference_rows, self._distances[1], reference)
         else:
             traced = self._with_transport(kept.trace, kept.reasons, self._distances[1])
         self._reference_trace = ReferenceTrace.of(self._trace_key(), *traced, walks[1].distances.tolist())
@@ -200,17 +201,26 @@ class Spinal(Measurement):
         reasons |= {f"reference.{path}": reason for path, reason in self._reference_trace.reasons.items()}
         return part, reasons
 
-    def depth_trace(self, rows: Rows, distances: np.ndarray, epsilon: float) -> tuple[DepthTrace, Reasons]:
+    def depth_trace(self, rows: Rows, distances: np.ndarray, replay: Replay) -> tuple[DepthTrace, Reasons]:
         """One model's trace, and why a layer's contraction or transport is NaN.
 
         Args:
-            rows: by batch [n, L, d].
+            rows: [rows, L, d] of all processes.
             distances: what they travel [rows, L − 1], radians.
-            epsilon: rounding unit of the dtype that the model computes in.
+            replay: the model.
         """
         ranks, layers = self.session.models.ranks, self.session.num_layers
-        order = rows.order()
-        share = {layer: self._fit(rows, order, layer, epsilon) for layer in range(ranks.rank, layers, ranks.size)}
+        order = torch.from_numpy(rows.order())
+        share: dict[int, tuple[Contraction, int]] = {}
+        for begun in range(0, layers, ranks.size):
+            # Every process has its layer before any begins: else each would wait for the one before it.
+            turn = range(begun, min(begun + ranks.size, layers))
+            brought = [rows.layer(layer, at) for at, layer in enumerate(turn)]
+            if ranks.rank < len(turn):
+                pooled = brought[ranks.rank]
+                assert pooled is not None
+                # In the order of the keys, so that batches cannot matter.
+                share[turn[ranks.rank]] = self._fit(pooled[order], replay)
         everywhere = {layer: fitted for said in ranks.gather(share) for layer, fitted in said.items()}
         fits, floor = zip(*(everywhere[layer] for layer in range(layers)), strict=True)
         why = {}
@@ -246,12 +256,25 @@ class Spinal(Measurement):
         assert self._sampled is not None
         return sampling_error(values, self._sampled.available)
 
-    def _fit(self, rows: Rows, order: torch.Tensor, layer: int, epsilon: float) -> tuple[Contraction, int]:
-        """Of one layer, and how many singular values lie below the floor of rounding."""
-        # One layer at a time, in the order of the keys: no second copy of all rows, and batches cannot matter.
-        pooled = torch.cat([part[:, layer] for part in rows.parts])[order]
+    def _fit(self, pooled: torch.Tensor, replay: Replay) -> tuple[Contraction, int]:
+        """Of one layer's rows [rows, d], and how many singular values lie below the floor of rounding; where the model is, or
+        in the host's memory where they do not fit there."""
+        if pooled.device != replay.device:
+            try:
+                return self._fitted(pooled.to(replay.device), replay)
+            except (MemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+            # Out of the handler, so that the failed call's tensors are free.
+            self.session.free_memory()
+        return self._fitted(pooled, replay)
+
+    def _fitted(self, pooled: torch.Tensor, replay: Replay) -> tuple[Contraction, int]:
+        # Rounding unit of the dtype that the model computes in.
+        epsilon = float(torch.finfo(replay.compute_dtype).eps)
         spectrum = singular_values(pooled)
         rank = numerical_rank(pooled, epsilon, spectrum)
+        self.session.meter.sample()
         fit = contraction(spectrum, len(pooled), pooled.shape[1], rank, self.config.spinal.window)
         return fit, int(below_rounding_floor(spectrum, epsilon))
 
@@ -306,8 +329,3 @@ class Spinal(Measurement):
         if math.isnan(of_delta):
             reasons["delta_align_stderr"] = no_delta or "transport is not known over the terminal block"
         return {"transport_change_stderr": floats(by_layer), "delta_align_stderr": of_delta}, reasons
-
-
-def _epsilon(replay: Replay) -> float:
-    """Rounding unit of the dtype that a model computes in."""
-    return float(torch.finfo(replay.compute_dtype).eps)

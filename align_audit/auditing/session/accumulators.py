@@ -90,28 +90,59 @@ class PerToken:
 class Rows:
     """Token rows of a sample, each under a key that says which it is; sorted by key, the order of batches is gone.
 
+    Every process keeps the rows of its own pairs, which are far larger than all else that an audit keeps. What it needs of the
+    others' is brought when it is asked for, by all together. A row's *place* counts the rows of all processes, one behind
+    the other, in the order in which they were added.
+
     Attributes:
-        keys: by batch, [n].
-        parts: by batch, [n, …] tensors on the CPU.
+        keys: of this process's rows, by batch, [n].
+        parts: by batch, [n, L, d] tensors on the CPU.
     """
 
     keys: list[np.ndarray] = field(default_factory=list)
     parts: list[torch.Tensor] = field(default_factory=list)
+    _ranks: Ranks = field(default_factory=Ranks)
+    _everywhere: list[np.ndarray] | None = None
+    """Keys of each process's rows, since they were brought together."""
 
     def __len__(self) -> int:
-        return sum(len(keys) for keys in self.keys)
+        return sum(map(len, self._keys_of_all()))
 
     def add(self, keys: np.ndarray, rows: torch.Tensor) -> None:
         """Add a batch's rows; to be called once for a batch that went through."""
         self.keys.append(keys)
         self.parts.append(rows)
 
-    def order(self) -> torch.Tensor:
-        """[rows] places of the rows, all batches one behind the other, by ascending key."""
-        return torch.from_numpy(np.argsort(np.concatenate(self.keys), kind="stable"))
+    def order(self) -> np.ndarray:
+        """[rows] places of the rows of all processes, by ascending key."""
+        # Those that are none have no say in the type of the keys.
+        keys = [some for some in self._keys_of_all() if len(some)]
+        return np.argsort(np.concatenate(keys), kind="stable") if keys else np.empty(0, dtype=np.int64)
 
-    def take(self, places: np.ndarray) -> torch.Tensor:
-        """[n, …] the rows at these places, all batches one behind the other."""
+    def layer(self, layer: int, at: int) -> torch.Tensor | None:
+        """[rows, d] of one layer, all rows by place, on the process ``at``; None elsewhere. Called by all together."""
+        # A copy: of a slice that is sent, all that it is a slice of would travel.
+        said = self._ranks.collect([part[:, layer].clone() for part in self.parts], at)
+        return torch.cat([rows for parts in said for rows in parts]) if at == self._ranks.rank else None
+
+    def take(self, places: np.ndarray, at: int) -> torch.Tensor | None:
+        """[n, L, d] the rows at these places, on the process ``at``; None elsewhere. Called by all together."""
+        ranks, before = self._ranks, sum(map(len, self._keys_of_all()[: self._ranks.rank]))
+        mine = (places >= before) & (places < before + sum(map(len, self.keys)))
+        said = ranks.collect((np.flatnonzero(mine), self._own(places[mine] - before)), at)
+        if at != ranks.rank:
+            return None
+        parts = [rows for _, rows in said if rows is not None]
+        taken = parts[0].new_empty((len(places), *parts[0].shape[1:]))
+        for where, rows in said:
+            if rows is not None:
+                taken[torch.from_numpy(where)] = rows
+        return taken
+
+    def _own(self, places: np.ndarray) -> torch.Tensor | None:
+        """[n, L, d] of this process's rows those at these places among them; None of none."""
+        if not len(places):
+            return None
         first = np.cumsum([0, *map(len, self.parts)])
         part_of = np.searchsorted(first, places, side="right") - 1
         taken = self.parts[0].new_empty((len(places), *self.parts[0].shape[1:]))
@@ -120,11 +151,13 @@ class Rows:
             taken[torch.from_numpy(at)] = self.parts[part][torch.from_numpy(places[at] - first[part])]
         return taken
 
+    def _keys_of_all(self) -> list[np.ndarray]:
+        return self.keys if self._everywhere is None else self._everywhere
+
     def merge(self, ranks: Ranks, places: np.ndarray) -> None:
-        """Hold the rows of every process."""
-        said = ranks.gather((self.keys, self.parts))
-        self.keys = [keys for part, _ in said for keys in part]
-        self.parts = [rows for _, part in said for rows in part]
+        """Know of the rows of every process; the rows themselves stay where they are."""
+        own = np.concatenate(self.keys) if self.keys else np.empty(0)
+        self._ranks, self._everywhere = ranks, ranks.gather(own)
 
 
 @dataclass

@@ -54,7 +54,9 @@ def main(options: argparse.Namespace) -> None:
         ):
             for name in sorted(lines):
                 out.write((json.dumps(lines[name], separators=(",", ":")) + "\n").encode())
-        print(f"{path}: {len(lines)} runs, {len(made)} of them from {options.out}, {path.stat().st_size / 2**20:.2f} MiB")
+        print(
+            f"{path}: {len(lines)} runs, {len(made)} of them from {options.out}, {path.stat().st_size / 2**20:.2f} MiB"
+        )
 
 
 def finished(folder: Path) -> Iterator[Path]:

@@ -223,7 +223,9 @@ def test_memory_of_rows_grows_with_pairs_and_that_of_streams_does_not() -> None:
     assert few.device == pytest.approx(many.device, rel=0.3)
     rows = AuditConfig.from_dict({"spinal": {"max_rows": 32}})
     capped = foresee_memory(Job.on(shaped(), random_pairs(60).pairs, rows, Room("cpu", 2**20)), "full")
-    assert capped.rows == 2 * 32 * 8 * 64 * 4
+    assert capped.rows == (2 * 8 + 3) * 32 * 64 * 4, "both models' of 8 layers, and one layer three times"
+    shared = foresee_memory(Job.on(shaped(), random_pairs(60).pairs, rows, Room("cpu", 2**20), ranks=4), "full")
+    assert shared.rows == (2 * 2 + 3) * 32 * 64 * 4, "a process keeps those of its own pairs"
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

@@ -31,6 +31,10 @@ class Threads(Ranks):
         self.barrier.wait(10)  # type: ignore[attr-defined]
         return everything
 
+    def collect(self, value: Any, at: int) -> list[Any]:
+        said = self.gather(value)
+        return said if at == self.rank else []
+
 
 def together(size: int, work: Callable[[Ranks], None]) -> None:
     """``work`` on ``size`` ranks at once."""
@@ -75,10 +79,14 @@ def test_every_rank_holds_what_one_process_would() -> None:
     shares = [[0, 3], [5], [4, 1]]
     whole = filled(Kept(), [0, 1, 3, 4, 5])
     merged: dict[int, Kept] = {}
+    layers: dict[int, torch.Tensor | None] = {}
+    taken: dict[int, torch.Tensor | None] = {}
 
     def work(ranks: Ranks) -> None:
-        merged[ranks.rank] = filled(Kept(), shares[ranks.rank])
-        merged[ranks.rank].merge(ranks, np.array(shares[ranks.rank]))
+        kept = merged[ranks.rank] = filled(Kept(), shares[ranks.rank])
+        kept.merge(ranks, np.array(shares[ranks.rank]))
+        layers[ranks.rank] = kept.rows.layer(1, at=2)
+        taken[ranks.rank] = kept.rows.take(kept.rows.order()[[3, 0, 1]], at=1)
 
     together(3, work)
     for kept in merged.values():
@@ -86,9 +94,33 @@ def test_every_rank_holds_what_one_process_would() -> None:
         np.testing.assert_array_equal(kept.layers.values, whole.layers.values)
         assert np.isnan(kept.number.values[2]), "nobody measured it"
         assert len(kept.rows) == len(whole.rows) == 5
-        for one, other in ((kept.rows, whole.rows),):
-            assert torch.equal(torch.cat(one.parts)[one.order()], torch.cat(other.parts)[other.order()])
         assert kept.words == "not merged"
+    # Those of the process that asked, by key: of the last pair first.
+    entire = torch.cat(whole.rows.parts)[whole.rows.order()]
+    assert [layers[rank] is None for rank in range(3)] == [True, True, False]
+    assert layers[2] is not None and taken[1] is not None
+    assert torch.equal(layers[2][merged[2].rows.order()], entire[:, 1])
+    assert [taken[rank] is None for rank in range(3)] == [True, False, True]
+    assert torch.equal(taken[1], entire[[3, 0, 1]])
+
+
+def test_rows_stay_on_the_process_that_has_them() -> None:
+    """All rows of a large model are tens of gigabytes: no process may have to hold them."""
+    held: dict[int, Rows] = {}
+
+    def work(ranks: Ranks) -> None:
+        rows = held[ranks.rank] = Rows()
+        if ranks.rank != 1:  # which had no pair to work on
+            rows.add(np.arange(4, dtype=np.uint64) + 10 * ranks.rank, torch.full((4, 3, 2), float(ranks.rank)))
+        rows.merge(ranks, np.array([]))
+        for layer in range(3):
+            rows.layer(layer, at=layer)
+        first = rows.take(np.array([7, 0]), at=1)
+        assert first is None or first[:, 0, 0].tolist() == [2.0, 0.0]
+
+    together(3, work)
+    assert [sum(map(len, held[rank].parts)) for rank in range(3)] == [4, 0, 4]
+    assert [len(held[rank]) for rank in range(3)] == [8, 8, 8]
 
 
 def test_a_second_pass_is_brought_together_as_the_first() -> None:
@@ -124,7 +156,9 @@ def test_rows_are_taken_across_batches() -> None:
     rows = Rows()
     for first, count in ((0, 3), (3, 1), (4, 4)):
         rows.add(np.arange(count, dtype=np.uint64), torch.arange(first, first + count)[:, None] * torch.ones(1, 2))
-    assert rows.take(np.array([7, 0, 3, 4, 2])).tolist() == [[7, 7], [0, 0], [3, 3], [4, 4], [2, 2]]
+    taken = rows.take(np.array([7, 0, 3, 4, 2]), at=0)
+    assert taken is not None
+    assert taken.tolist() == [[7, 7], [0, 0], [3, 3], [4, 4], [2, 2]]
 
 
 def test_alone_nothing_changes() -> None:
