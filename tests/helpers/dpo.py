@@ -72,17 +72,20 @@ def build(
     callbacks: list[TrainerCallback],
     base: Path | None = None,
     shape: Mapping[str, Any] | None = None,
+    attention: str | None = None,
     **options: Any,
 ) -> Trained:
     """A trainer in the given reference mode, not yet run. The base model is written to ``base`` (``output/../base``).
 
     Args:
         shape: of the base model's configuration, what is other than usual.
+        attention: ``attn_implementation`` of policy and reference.
     """
     changes = {**(shape or {}), **({"attention_dropout": 0.2} if mode == "dropout" else {})}
     path = saved_model(base or output.parent / "base", **changes)
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    loaded: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": attention}
+    model: Any = AutoModelForCausalLM.from_pretrained(path, **loaded)
     extra: dict[str, Any] = {}
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
     settings: dict[str, Any] = {
@@ -96,7 +99,7 @@ def build(
     if mode == "model by name":
         model = path
     elif mode == "ref_model passed":
-        extra["ref_model"] = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        extra["ref_model"] = AutoModelForCausalLM.from_pretrained(path, **loaded)
     elif mode == "new adapter":
         extra["peft_config"] = lora
     elif mode == "pretrained adapter":

@@ -13,9 +13,15 @@ from align_audit.models.replay import Replay
 from align_audit.probes.batches import PairBatch, common_prompt, make_batch, pair_tokens
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from align_audit.probes.pairs import ProbePair
 
 logger = logging.getLogger(__name__)
+
+_TAKE_MASKS = frozenset({None, "eager", "sdpa"})
+"""Attention that adds whatever mask it is given; None: the model does not say which it has. Others (flex, flash, kernels from
+elsewhere) read a mask as something else, and one that they do not expect can end the process, with no error to be caught."""
 
 
 def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float) -> str | None:
@@ -35,6 +41,8 @@ def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float)
     tried = rows_tried(pairs)
     if not tried:
         return "no pair has a prompt token that both sequences begin with"
+    if unknown := _attention_of(replay.model) - _TAKE_MASKS:
+        return f"{', '.join(sorted(map(str, unknown)))} is not given a mask in which completions do not see each other"
     for index, sides in tried:
         pair = pairs[index]
         batch = make_batch([pair], [index], 0, shared=True).to(replay.device)
@@ -60,6 +68,12 @@ def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float)
                     "are not what they were"
                 )
     return None
+
+
+def _attention_of(model: nn.Module) -> set[str | None]:
+    """Which kernels the model's modules attend with."""
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    return {getattr(config, "_attn_implementation", None) for config in configs}
 
 
 def rows_tried(pairs: Sequence[ProbePair]) -> list[tuple[int, tuple[int, ...]]]:

@@ -83,6 +83,16 @@ def test_models_in_which_it_would_change_something(name: str, reason: str | None
         assert found.startswith(reason)
 
 
+@pytest.mark.parametrize("attention", ["flex_attention", "flash_attention_2", "kernels-community/flash-attn3"])
+def test_kernels_that_may_not_take_a_mask_are_never_tried(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flex attention adds a mask of booleans to its scores, and has ended the process with memory that it freed twice."""
+    replay = open_replay(build("llama"))
+    monkeypatch.setattr(replay.model.config, "_attn_implementation_internal", attention)
+    monkeypatch.setattr(replay, "record", lambda *_: pytest.fail("it was tried"))
+    found = why_not_shared(replay, random_pairs(6).pairs, TOLERANCE)
+    assert found == f"{attention} is not given a mask in which completions do not see each other"
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
