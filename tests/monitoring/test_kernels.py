@@ -145,5 +145,3 @@ def test_flex_attention_is_audited_as_any_other() -> None:
     one, other = ([estimate.mean for estimate in record.patching.effect] for record in records)
     assert one == pytest.approx(other, abs=1e-4)
     assert max(map(abs, one)) > 0.01
-    assert flex.generations is not None and usual.generations is not None
-    assert flex.generations.length.mean == usual.generations.length.mean
