@@ -24,7 +24,7 @@ from align_audit.models.anatomy import out_of_engine
 from align_audit.models.weights.sharded import is_spread, whole_tensors
 from align_audit.monitoring import monitor
 from tests.distributed.engines import deepspeed_options
-from tests.distributed.plants import plant
+from tests.distributed.plants import dawdle, plant
 from tests.distributed.watch import After, Before, watch_gathers
 from tests.helpers.audits import QUICK, audited_whole
 from tests.helpers.counted import forwards, job_on_cpu
@@ -85,6 +85,7 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
         ``config_on``: a rank with other options.
         ``log_on``: a rank on which another callback logs before the first step, as no other rank does.
         ``plants``: a list of faults, each with its rank; see :mod:`tests.distributed.plants`.
+        ``dawdle``: a seed; ranks sleep at moments of their own.
         ``frozen``: only the last layer trains.
         ``portion``: rows of a portion in which transport is drawn; else the audit's own.
         ``alone``: audit what came of it once more, in one process.
@@ -112,7 +113,9 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
         monitor.run_audit = run_audit
     for fault in case.get("plants", ()):
         if fault["rank"] == rank:
-            plant(fault["where"], fault["kind"], fault["audit_number"])
+            plant(fault["where"], fault["kind"], fault["audit_number"], fault.get("call"))
+    if "dawdle" in case:
+        dawdle(2 * case["dawdle"] + rank, most=0.3)
     output = folder / "run"
     before, held = Before(), watch_gathers()
     after = After(before)

@@ -1,8 +1,10 @@
-"""Faults that are planted on one rank, at one moment of one audit."""
+"""Faults that are planted on one rank, at one moment of one audit; and ranks that dawdle."""
 
 from __future__ import annotations
 
 import functools
+import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ _CALL = 8
 """At which call of a layer, from the first batch on: in the middle of a walk."""
 
 
-def plant(where: str, kind: str, audit_number: int) -> None:
+def plant(where: str, kind: str, audit_number: int, call: int | None = None) -> None:
     """Break something once, in this process.
 
     Args:
@@ -26,6 +28,7 @@ def plant(where: str, kind: str, audit_number: int) -> None:
             its recording, whatever ``kind``.
         kind: of :data:`_ERRORS`.
         audit_number: in which audit of the run; one before training is the first. A set-up is before all of them.
+        call: at which call of the function in question; None: at one that all audits of these tests come to.
     """
     audits = _Counter()
     real = full.first_pass
@@ -44,10 +47,33 @@ def plant(where: str, kind: str, audit_number: int) -> None:
         "continuation": (generations, "continue_greedily", 1),
         "stray": (Replay, "layer", 1),
     }
-    owner, name, call = places[where]
+    owner, name, usual = places[where]
     wanted = 0 if where == "set-up" else audit_number
-    plan = functools.partial(_broken, getattr(owner, name), lambda: audits.count == wanted, call)
+    plan = functools.partial(_broken, getattr(owner, name), lambda: audits.count == wanted, call or usual)
     setattr(owner, name, plan(None if where == "stray" else _ERRORS[kind]))
+
+
+def dawdle(seed: int, most: float) -> None:
+    """Have this process sleep now and then, wherever an audit computes or writes.
+
+    Args:
+        most: seconds of the longest nap.
+    """
+    drawn = random.Random(seed)
+
+    def slow(real: Callable[..., Any], share: float) -> Callable[..., Any]:
+        def later(*args: Any, **kwargs: Any) -> Any:
+            if drawn.random() < share:
+                time.sleep(most * drawn.random())
+            return real(*args, **kwargs)
+
+        return later
+
+    for owner, name, share in (
+        (Replay, "layer", 0.02), (Replay, "head", 0.05), (generations, "continue_greedily", 1.0),
+        (monitor.Monitor, "tell", 1.0), (RunLog, "append", 1.0), (monitor, "run_audit", 1.0),
+    ):  # fmt: skip
+        setattr(owner, name, slow(getattr(owner, name), share))
 
 
 class _Counter:
