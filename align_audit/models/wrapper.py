@@ -59,7 +59,8 @@ def by_itself(around: Any, model: nn.Module, inputs: dict[str, torch.Tensor]) ->
         inputs: what both can be called with.
 
     Raises:
-        AnatomyError: that is so. An error that the wrapper raises too is the trainer's to meet, and goes through as it is.
+        AnatomyError: that is so. An error that the wrapper raises too is the trainer's to meet, and goes through as it is; so
+            does one that a call of the model does not raise again.
     """
     try:
         yield
@@ -68,15 +69,21 @@ def by_itself(around: Any, model: nn.Module, inputs: dict[str, torch.Tensor]) ->
     except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
         if around is model:
             raise
-        try:
-            around(**inputs, use_cache=False)
-        except Exception:
-            raise error from None
+        if not _works(around, inputs) or _works(model, inputs):
+            raise
         raise AnatomyError(
             f"{type(around).__name__} cannot be audited: called by itself, as an audit calls it, the {type(model).__name__} "
             f"inside fails ({type(error).__name__}: {plain(error, SHOWN)}), and through its wrapper it does not. Expected a "
             "wrapper that works through the weights alone, as LoRA does"
         ) from error
+
+
+def _works(model: Any, inputs: dict[str, torch.Tensor]) -> bool:
+    try:
+        model(**inputs, use_cache=False)
+    except Exception:
+        return False
+    return True
 
 
 class _Call:

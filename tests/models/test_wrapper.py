@@ -17,6 +17,7 @@ from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.errors import AnatomyError
+from align_audit.models import verify
 from align_audit.models.reference import Reference
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
@@ -202,6 +203,23 @@ def test_a_model_that_fails_without_its_wrapper_is_refused() -> None:
     layer.register_forward_pre_hook(asked)
     with pytest.raises(AnatomyError, match=r"inside fails \(AttributeError: .*asks.*through its wrapper it does not"):
         _open(model)
+
+
+def test_an_error_that_does_not_come_again_is_no_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call that breaks once: the wrapper works afterwards, and so does the model inside."""
+    real, calls = verify._check_head, []
+
+    def once(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ValueError("once")
+        real(*args)
+
+    monkeypatch.setattr(verify, "_check_head", once)
+    model = get_peft_model(_model(), LORA).eval()
+    with pytest.raises(ValueError, match=r"^once$"):
+        _open(model)
+    _open(model)
 
 
 def test_an_error_of_the_model_itself_goes_through() -> None:
