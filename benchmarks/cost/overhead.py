@@ -1,11 +1,12 @@
 """What the default schedule costs a training: the same run with and without the callback, in turn.
 
     python benchmarks/cost/overhead.py                                      # the demo's healthy run, a minute or two
-    python benchmarks/cost/overhead.py --layers 12 --width 512 --steps 300 --batch 2   # an hour on a core
+    python benchmarks/cost/overhead.py --layers 12 --width 512 --steps 300                    # two hours on a core
+    python benchmarks/cost/overhead.py --layers 12 --width 512 --steps 300 --plain-steps 60   # a bit more than one
 
 Printed: seconds and CPU seconds of both trainings, how many looks and full audits there were, and the share of the time that
-went into them: by the difference of the two runs, and as the records themselves say it. The trained weights are compared too:
-they have to be the same, bit by bit.
+went into them: by the difference of the two runs, step for step, and as the records themselves say it. Where both train as long,
+the weights are compared too: they have to be the same, bit by bit.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Timed:
 
     seconds: float
     cpu: float
+    steps: int
     weights: str
 
 
@@ -57,7 +59,7 @@ def model_of(layers: int | None, width: int) -> Any:
     )  # fmt: skip
 
 
-def train(output: Path, options: argparse.Namespace, audited: bool) -> Timed:
+def train(output: Path, options: argparse.Namespace, steps: int, audited: bool) -> Timed:
     """One training as a user's script makes it; three lines of it are ours."""
     pairs = preference_pairs(480 + options.probes, seed=0)
     torch.manual_seed(0)
@@ -67,7 +69,7 @@ def train(output: Path, options: argparse.Namespace, audited: bool) -> Timed:
         # A model that was never saved has no path that the trainer could make its reference from.
         ref_model=model_of(options.layers, options.width),
         args=DPOConfig(
-            output_dir=str(output), learning_rate=HEALTHY.learning_rate, beta=HEALTHY.beta, max_steps=options.steps,
+            output_dir=str(output), learning_rate=HEALTHY.learning_rate, beta=HEALTHY.beta, max_steps=steps,
             per_device_train_batch_size=options.batch, report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, seed=0,
             gradient_checkpointing=False,
         ),
@@ -81,7 +83,7 @@ def train(output: Path, options: argparse.Namespace, audited: bool) -> Timed:
     began, cpu = time.perf_counter(), time.process_time()
     with contextlib.redirect_stdout(None):
         trainer.train()
-    return Timed(time.perf_counter() - began, time.process_time() - cpu, fingerprint(trainer.model))
+    return Timed(time.perf_counter() - began, time.process_time() - cpu, steps, fingerprint(trainer.model))
 
 
 def main() -> None:
@@ -89,6 +91,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of an untrained Llama; default: the shipped model")
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--steps", type=int, default=HEALTHY.steps)
+    parser.add_argument("--plain-steps", type=int, help="of the run without the callback; default: as many")
     parser.add_argument("--batch", type=int, default=BATCH_SIZE)
     parser.add_argument("--probes", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1)
@@ -96,18 +99,22 @@ def main() -> None:
     disable_progress_bars()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        plain = train(Path(folder) / "plain", options, audited=False)
-        audited = train(Path(folder) / "audited", options, audited=True)
+        plain = train(Path(folder) / "plain", options, options.plain_steps or options.steps, audited=False)
+        audited = train(Path(folder) / "audited", options, options.steps, audited=True)
         run = AuditRun.load(Path(folder) / "audited")
     kinds = Counter(record.kind for record in run.records)
     last = run.records[-1].occasion
-    print(f"{'without':>10} {plain.seconds:8.1f} s  {plain.cpu:8.1f} CPU s")
-    print(f"{'with':>10} {audited.seconds:8.1f} s  {audited.cpu:8.1f} CPU s")
+    for name, run_of in (("without", plain), ("with", audited)):
+        print(f"{name:>10} {run_of.steps:5} steps {run_of.seconds:8.1f} s  {run_of.cpu:8.1f} CPU s")
+    seconds, cpu = (plain.seconds / plain.steps, plain.cpu / plain.steps)
     print(f"looks {kinds['health']}, full audits {kinds['full']}, at steps {[record.step for record in run.records]}")
     print(f"seconds each {[round(record.cost.seconds, 2) for record in run.records]}")
-    print(f"share of the time, by the difference: {1 - plain.seconds / audited.seconds:.1%} ", end="")
-    print(f"(CPU {1 - plain.cpu / audited.cpu:.1%}), by the records: {last.share_spent if last else None:.1%}")
-    print(f"same weights: {plain.weights == audited.weights}; status {run.status}")
+    print(f"share of the time, by the difference: {1 - seconds * audited.steps / audited.seconds:.1%} ", end="")
+    print(
+        f"(CPU {1 - cpu * audited.steps / audited.cpu:.1%}), by the records: {last.share_spent if last else None:.1%}"
+    )
+    same = plain.weights == audited.weights if plain.steps == audited.steps else "not compared"
+    print(f"same weights: {same}; status {run.status}")
 
 
 if __name__ == "__main__":
