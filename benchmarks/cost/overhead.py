@@ -5,8 +5,8 @@
     python benchmarks/cost/overhead.py --layers 12 --width 512 --steps 300 --plain-steps 60   # a bit more than one
 
 Printed: seconds and CPU seconds of both trainings, how many looks and full audits there were, and the share of the time that
-went into them: by the difference of the two runs, step for step, and as the records themselves say it. Where both train as long,
-the weights are compared too: they have to be the same, bit by bit.
+went into them: by the difference of the two runs, step for step, and as the records themselves say it. Where both train as
+long, the weights are compared too: they have to be the same, bit by bit.
 """
 
 from __future__ import annotations
