@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import pickle
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -40,7 +41,9 @@ class Agreed(BaseException):
         self.status = status
 
 
-_GATHER, _SHARE, _SUM, _COLLECT, _END = 1, 2, 3, 4, 5
+_GATHER, _SHARE, _SUM, _EXCHANGE, _ROOM, _END = 1, 2, 3, 4, 5, 6
+_SMALL = 2**16
+"""Bytes for which there is room."""
 _FIRST_PLACE = 16
 """Numbers of the places at which processes meet; those of callers come behind those of this module."""
 
@@ -86,27 +89,48 @@ class Ranks:
         """
         if self._group is None:
             return [value]
+        import torch
         import torch.distributed as dist
 
+        # Whatever may fail on this process alone comes before the others wait for it.
+        parcel = _packed(value)
         self._meet(Status.FINE, _GATHER)
-        said: list[Any] = [None] * self.size
-        dist.all_gather_object(said, value, group=self._group)
-        return said
+        sizes = [size for (size,) in self._told_sizes([len(parcel)])]
+        room = torch.zeros(self.size + 1, max(sizes), dtype=torch.uint8)
+        room[-1, : len(parcel)] = parcel
+        self._have_room(max(sizes))
+        dist.all_gather(list(room[:-1].unbind()), room[-1], group=self._group)
+        return [_unpacked(room[rank, :size]) for rank, size in enumerate(sizes)]
 
-    def collect(self, value: _Value, at: int) -> list[_Value]:
-        """What every process says, in the order of their ranks, on the process ``at`` alone; nothing elsewhere.
+    def exchange(self, values: Sequence[_Value | None]) -> list[_Value | None]:
+        """What every process has for this one, in the order of their ranks; its own among them.
+
+        Args:
+            values: what this process has for each of them.
 
         Raises:
             Agreed: another process cannot go on.
         """
         if self._group is None:
-            return [value]
+            return list(values)
+        import torch
         import torch.distributed as dist
 
-        self._meet(Status.FINE, _COLLECT)
-        said: list[Any] | None = [None] * self.size if at == self.rank else None
-        dist.gather_object(value, said, dst=at, group=self._group)
-        return said or []
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        parcels = {rank: _packed(values[rank]) for rank in others if values[rank] is not None}
+        self._meet(Status.FINE, _EXCHANGE)
+        sizes = self._told_sizes([len(parcels[rank]) if rank in parcels else 0 for rank in range(self.size)])
+        coming = {rank: size[self.rank] for rank, size in enumerate(sizes) if rank != self.rank and size[self.rank]}
+        rooms = {rank: torch.empty(size, dtype=torch.uint8) for rank, size in coming.items()}
+        self._have_room(max(max(size) for size in sizes))
+        under_way = [dist.irecv(room, rank, group=self._group) for rank, room in rooms.items()]
+        under_way += [dist.isend(parcel, rank, group=self._group) for rank, parcel in parcels.items()]
+        for message in under_way:
+            assert message is not None
+            message.wait()
+        said: list[_Value | None] = [_unpacked(rooms[rank]) if rank in rooms else None for rank in range(self.size)]
+        said[self.rank] = values[self.rank]
+        return said
 
     def share(self, value: _Value) -> _Value:
         """The first process's word; what the others pass is not looked at.
@@ -116,12 +140,16 @@ class Ranks:
         """
         if self._group is None:
             return value
+        import torch
         import torch.distributed as dist
 
+        parcel = _packed(value) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
         self._meet(Status.FINE, _SHARE)
-        said: list[_Value] = [value]
-        dist.broadcast_object_list(said, src=0, group=self._group)
-        return said[0]
+        ((size,), *_) = self._told_sizes([len(parcel)])
+        parcel = parcel if self.rank == 0 else torch.empty(size, dtype=torch.uint8)
+        self._have_room(size)
+        dist.broadcast(parcel, src=0, group=self._group)
+        return value if self.rank == 0 else _unpacked(parcel)
 
     def any(self, decision: bool) -> bool:
         """Whether it is so on any process.
@@ -181,6 +209,24 @@ class Ranks:
             raise
         self._meet(Status.FINE, _END)
 
+    def _told_sizes(self, sizes: list[int]) -> list[list[int]]:
+        """Bytes that each process is going to send, as many numbers from each."""
+        import torch
+        import torch.distributed as dist
+
+        said = [torch.zeros(len(sizes), dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(said, torch.tensor(sizes), group=self._group)
+        return [each.tolist() for each in said]
+
+    def _have_room(self, most: int) -> None:
+        """All processes have made room for what comes, or none waits for it. Of small messages that goes without saying.
+
+        Args:
+            most: bytes of the largest one, the same number on all processes.
+        """
+        if most > _SMALL:
+            self._meet(Status.FINE, _ROOM)
+
     def _tell(self, error: BaseException, status: Status) -> None:
         """Let the others know, where they come next.
 
@@ -221,6 +267,18 @@ class Ranks:
             with contextlib.suppress(ValueError):
                 if dist.is_initialized():
                     dist.destroy_process_group(self._group)
+
+
+def _packed(value: object) -> torch.Tensor:
+    """As bytes [n]."""
+    import torch
+
+    return torch.frombuffer(bytearray(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)), dtype=torch.uint8)
+
+
+def _unpacked(parcel: torch.Tensor) -> Any:
+    """Of another process of this training, which runs the same program."""
+    return pickle.loads(parcel.numpy().data)
 
 
 _TOLD = "_align_audit_told"

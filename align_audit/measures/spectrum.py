@@ -61,19 +61,26 @@ def singular_values(H: Tensor) -> Array:
     """
     if H.dim() != 2 or H.shape[1] < 1 or not H.is_floating_point():
         raise ValueError(f"expected a floating tensor [rows, d]; found {list(H.shape)}, {H.dtype}")
-    unknown = np.full(min(H.shape), np.nan)
     H = H.detach()
-    if not torch.isfinite(H).all():
-        return unknown
+    sigma = _svdvals((H.cpu() if H.device.type == "mps" else H).double()) if torch.isfinite(H).all() else None
+    return np.full(min(H.shape), np.nan) if sigma is None else np.asarray(sigma.cpu().numpy())
+
+
+def _svdvals(wide: Tensor) -> Tensor | None:
+    """Singular values of a float64 matrix; None where the SVD does not converge."""
+    driver = None
+    if (
+        wide.is_cuda
+        and torch.version.cuda
+        and "magma" not in str(torch.backends.cuda.preferred_linalg_library()).lower()
+    ):
+        # Jacobi's method, the usual one there, is not meant for matrices as ill-conditioned as a layer's rows are.
+        driver = "gesvd"
     try:
-        wide = (H.cpu() if H.device.type == "mps" else H).double()
-        # Jacobi's method, CUDA's usual driver, is not meant for matrices as ill-conditioned as a layer's rows are.
-        driver = "gesvd" if wide.is_cuda and torch.version.cuda else None
-        sigma = torch.linalg.svdvals(wide, driver=driver)
+        sigma: Tensor = torch.linalg.svdvals(wide, driver=driver)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        return unknown
-    values: Array = sigma.cpu().numpy()
-    return values
+        return None
+    return sigma
 
 
 def numerical_rank(H: Tensor, eps: float, singular_values: Array | None = None) -> int:
@@ -118,7 +125,8 @@ def numerical_rank(H: Tensor, eps: float, singular_values: Array | None = None) 
     least = (MARGIN * eps) ** 2 * float(squares.sum()) / len(squares)
     if least < 16 * len(squares) * 2.0**-52 * float(squares[-1]):
         # Squares have lost what is asked for: their own rounding is as large.
-        squares = torch.linalg.svdvals(wide).square()
+        sigma = _svdvals(wide)
+        squares = squares if sigma is None else sigma.square()
     return int((squares > least).sum())
 
 

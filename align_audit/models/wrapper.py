@@ -15,6 +15,7 @@ from torch import nn
 
 from align_audit.errors import SHOWN, AlignAuditError, AnatomyError, plain
 from align_audit.models.replay import Replay
+from align_audit.models.weights.sharded import is_spread
 
 
 def check_wrapper(around: nn.Module, replay: Replay, inputs: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -59,15 +60,16 @@ def by_itself(around: Any, model: nn.Module, inputs: dict[str, torch.Tensor]) ->
         inputs: what both can be called with.
 
     Raises:
-        AnatomyError: that is so. An error that the wrapper raises too is the trainer's to meet, and goes through as it is; so
-            does one that a call of the model does not raise again.
+        AnatomyError: that is so, and weights are not spread over processes. An error that the wrapper raises too is the
+            trainer's to meet, and goes through as it is; so does one that a call of the model does not raise again.
     """
     try:
         yield
     except AlignAuditError:
         raise
     except (AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
-        if around is model:
+        # Of weights that are spread, each layer takes all processes; this one may be alone with its error.
+        if around is model or any(is_spread(parameter) for parameter in model.parameters()):
             raise
         if not _works(around, inputs) or _works(model, inputs):
             raise
@@ -81,6 +83,8 @@ def by_itself(around: Any, model: nn.Module, inputs: dict[str, torch.Tensor]) ->
 def _works(model: Any, inputs: dict[str, torch.Tensor]) -> bool:
     try:
         model(**inputs, use_cache=False)
+    except AlignAuditError:
+        raise
     except Exception:
         return False
     return True

@@ -50,6 +50,11 @@ def _cases() -> dict[str, dict[str, Any]]:
                 MEMORY_AT, _fault("set-up", "error", 1 - rank), _fault("layer", "memory", rank)
             )
             cases[f"{engine}, strict on {rank}"] = case(1, _fault("layer", "error", rank, 1), strict=True)
+    adapter = {"engine": "fsdp2", "mode": "new adapter", "trainer": {**TRAINER, "max_steps": 2}}
+    cases["fsdp2 adapter, plain"] = adapter
+    for rank in EVERY:
+        plants = [_fault("set-up", "error", rank)]
+        cases[f"fsdp2 adapter, set-up on {rank}"] = {**adapter, "plants": plants, "audit": AUDIT}
     return cases
 
 

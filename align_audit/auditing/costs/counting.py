@@ -291,11 +291,11 @@ def _spinal(tally: Tally, first: bool, rank: int) -> None:
         # At half precision some of a spectrum lies below rounding, and the rank is told from one more product.
         tally.add("spectra", wide_flops=models * layers * 2 * rows * shape.width * min(rows, shape.width))
         tally.add("spectra", value_cubes=models * layers * min(rows, shape.width) ** 3)
-    held = models * rows * shape.layers * shape.stream_bytes
-    # Each process copies those of its own pairs to the host, and is brought the others' of its layers.
-    brought = layers * models * rows * shape.stream_bytes * (job.ranks - 1) // job.ranks
-    tally.add("spectra", kept_bytes=held // job.ranks, brought_bytes=brought)
+    # Each process copies those of its own pairs to the host, and is brought the others' of its layers, and of its blocks.
+    row, share = models * shape.stream_bytes, job.share(rank)
     travelling = math.ceil(job.transport_rows / job.ranks) * shape.layers
+    brought = round((1 - share) * (layers * rows + travelling) * row)
+    tally.add("spectra", kept_bytes=round(share * rows * shape.layers * row), brought_bytes=brought)
     tally.read("transport", travelling, models=models, scored=0)
     tally.add("transport", travelled=models * travelling)
 

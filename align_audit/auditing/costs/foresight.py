@@ -61,4 +61,7 @@ def more_memory(models: OpenModels, timed: ProbeSet, probes: ProbeSet, config: A
         few, all_pairs = (foresee_memory(job_on(models, each, config), "full") for each in (timed, probes))
     except (AnatomyError, ConfigurationError):
         return None
-    return max(0, all_pairs.host - few.host)
+    grown = all_pairs.host - few.host
+    if next(models.policy_model.parameters()).device.type == "cpu":  # what is made where the models are is made here
+        grown += all_pairs.spectrum - few.spectrum
+    return max(0, grown)

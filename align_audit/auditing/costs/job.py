@@ -147,6 +147,10 @@ class Job:
             waiting = waiting[len(turn) :]
         return computed
 
+    def share(self, rank: int) -> float:
+        """Of all pairs, those whose numbers a process keeps after a pass."""
+        return sum(len(group) for group, kept in self.dealt(rank) if kept) / sum(map(len, self.plan))
+
     @functools.cached_property
     def _laid(self) -> dict[Group, Laid]:
         return {}

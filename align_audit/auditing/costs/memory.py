@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from align_audit.auditing.costs.job import Job
+from align_audit.auditing.measurements.lens_walk import PORTION
 from align_audit.auditing.session.kept import KEPT_BYTES
 from align_audit.models.replay import head_rows
 from align_audit.record.audit_record import AuditKind
@@ -29,8 +30,8 @@ class Memory:
         graph: of one layer, while gradients are taken, there.
         grams: sums over all token rows and what their subspaces are made in, there.
         gathered: of weights that are spread over processes, what is whole at once, there.
-        rows: token rows of all layers for spectra and transport, of the process's own pairs, and those of one layer of all
-            pairs, in the host's memory.
+        rows: token rows of all layers for spectra and transport, of the pairs of the process that has most, and those that it
+            is brought at a time of the others, in the host's memory.
         spectrum: what one layer's singular values are made in, on the device, after the passes.
         kept: of the reference, for later looks, in the host's memory.
     """
@@ -97,7 +98,15 @@ def foresee_memory(job: Job, kind: AuditKind) -> Memory:
         graph=graph,
         grams=grams,
         gathered=gathered,
-        # Of the layer that is brought together: what the processes have sent, all of it, and all of it in order.
-        rows=rows * shape.stream_bytes * (2 * -(-shape.layers // job.ranks) + 3) if spinal else 0,
+        rows=_rows(job) if spinal else 0,
         spectrum=3 * rows * shape.width * 8 if spinal else 0,
     )
+
+
+def _rows(job: Job) -> int:
+    """Bytes of token rows, on the process that keeps most of them."""
+    shape, rows = job.shape, job.spectrum_rows
+    kept = 2 * max(map(job.share, range(job.ranks))) * rows * shape.layers
+    # As they were sent, put together, and in order; of a block that walks every layer, as sent and put together.
+    layer, block = 3 * rows, 2 * min(job.transport_rows, max(PORTION, head_rows(job.room.device, shape.vocabulary)))
+    return round((kept + max(layer, block * shape.layers)) * shape.stream_bytes)

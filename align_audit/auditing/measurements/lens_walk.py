@@ -65,17 +65,15 @@ class LensWalk:
         walked: dict[int, np.ndarray] = {}
         for begun in range(0, len(blocks), ranks.size):
             # Every process has its block before any begins to walk: else each would wait for the one before it.
-            turn = blocks[begun : begun + ranks.size]
-            taken = [self.rows.take(block, at) for at, block in enumerate(turn)]
-            if ranks.rank < len(turn):
-                walked[begun + ranks.rank] = self._block_travelled(replay, taken[ranks.rank])
+            block = self.rows.take(blocks[begun : begun + ranks.size])
+            if block is not None:
+                walked[begun + ranks.rank] = self._block_travelled(replay, block)
         everywhere = {number: part for said in ranks.gather(walked) for number, part in said.items()}
         return np.concatenate([everywhere[number] for number in range(len(blocks))])
 
-    def _block_travelled(self, replay: Replay, block: torch.Tensor | None) -> np.ndarray:
+    def _block_travelled(self, replay: Replay, block: torch.Tensor) -> np.ndarray:
         """Of rows [n, L, d], which walk up the layers, so that two layers' logits of them are held; in smaller blocks after
         running out of memory."""
-        assert block is not None
         walks, done, size = TransportAccumulator(), 0, len(block)
         while done < len(block):
             streams = block[done : done + size]

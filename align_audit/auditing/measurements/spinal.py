@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from align_audit.auditing.measurements.lens_walk import LensWalk, travelled
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement, Reasons, RecordedBatch
 from align_audit.auditing.session.accumulators import PerPair, Rows, State
 from align_audit.auditing.session.estimates import floats
-from align_audit.auditing.session.memory import out_of_memory
 from align_audit.auditing.session.reference_cache import ReferenceTrace
 from align_audit.measures import spinal as scores
 from align_audit.measures.draws import keep_rows, prefix_keys
@@ -32,6 +32,8 @@ from align_audit.models.replay import Recording, Replay
 from align_audit.record.audit_record import DepthTrace
 from align_audit.record.audit_record import Spinal as SpinalPart
 from align_audit.record.estimate import Estimate
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -188,6 +190,8 @@ class Spinal(Measurement):
         self._reference_trace = ReferenceTrace.of(self._trace_key(), *traced, walks[1].distances.tolist())
         if kept is None or len(walks[1].distances) > len(walked):
             self.task.cache.put(self._reference_trace)
+        state.policy_rows.forget()
+        state.reference_rows.forget()
 
     # -- what is said --------------------------------------------------------------------------------------------------
 
@@ -214,13 +218,11 @@ class Spinal(Measurement):
         share: dict[int, tuple[Contraction, int]] = {}
         for begun in range(0, layers, ranks.size):
             # Every process has its layer before any begins: else each would wait for the one before it.
-            turn = range(begun, min(begun + ranks.size, layers))
-            brought = [rows.layer(layer, at) for at, layer in enumerate(turn)]
-            if ranks.rank < len(turn):
-                pooled = brought[ranks.rank]
-                assert pooled is not None
+            pooled = rows.layer(range(begun, min(begun + ranks.size, layers)))
+            if pooled is not None:
                 # In the order of the keys, so that batches cannot matter.
-                share[turn[ranks.rank]] = self._fit(pooled[order], replay)
+                share[begun + ranks.rank] = self._fit(pooled[order], replay)
+            del pooled
         everywhere = {layer: fitted for said in ranks.gather(share) for layer, fitted in said.items()}
         fits, floor = zip(*(everywhere[layer] for layer in range(layers)), strict=True)
         why = {}
@@ -258,13 +260,13 @@ class Spinal(Measurement):
 
     def _fit(self, pooled: torch.Tensor, replay: Replay) -> tuple[Contraction, int]:
         """Of one layer's rows [rows, d], and how many singular values lie below the floor of rounding; where the model is, or
-        in the host's memory where they do not fit there."""
+        in the host's memory where that fails."""
         if pooled.device != replay.device:
             try:
                 return self._fitted(pooled.to(replay.device), replay)
-            except (MemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
+            except RuntimeError as error:
+                # Not only out of memory: libraries of linear algebra, when they find no room, say so in many words.
+                logger.info("align_audit: singular values are made in the host's memory (%s)", error)
             # Out of the handler, so that the failed call's tensors are free.
             self.session.free_memory()
         return self._fitted(pooled, replay)
@@ -272,10 +274,11 @@ class Spinal(Measurement):
     def _fitted(self, pooled: torch.Tensor, replay: Replay) -> tuple[Contraction, int]:
         # Rounding unit of the dtype that the model computes in.
         epsilon = float(torch.finfo(replay.compute_dtype).eps)
-        spectrum = singular_values(pooled)
-        rank = numerical_rank(pooled, epsilon, spectrum)
+        wide = pooled.double() if pooled.device.type != "mps" else pooled.cpu().double()
+        spectrum = singular_values(wide)
+        rank = numerical_rank(wide, epsilon, spectrum)
         self.session.meter.sample()
-        fit = contraction(spectrum, len(pooled), pooled.shape[1], rank, self.config.spinal.window)
+        fit = contraction(spectrum, len(wide), wide.shape[1], rank, self.config.spinal.window)
         return fit, int(below_rounding_floor(spectrum, epsilon))
 
     def _scores(self, policy: DepthTrace, kept: ReferenceTrace) -> tuple[SpinalPart, Reasons]:

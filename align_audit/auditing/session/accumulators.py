@@ -18,7 +18,7 @@ class Mergeable(Protocol):
     """Something that every process fills with its share of the pairs."""
 
     def merge(self, ranks: Ranks, places: np.ndarray) -> None:
-        """Hold afterwards, on every process, what one process would have of all pairs. Called by all together.
+        """Answer afterwards, on every process, what one process would of all pairs. Called by all together.
 
         Args:
             places: places of the pairs that this process has worked on.
@@ -119,30 +119,46 @@ class Rows:
         keys = [some for some in self._keys_of_all() if len(some)]
         return np.argsort(np.concatenate(keys), kind="stable") if keys else np.empty(0, dtype=np.int64)
 
-    def layer(self, layer: int, at: int) -> torch.Tensor | None:
-        """[rows, d] of one layer, all rows by place, on the process ``at``; None elsewhere. Called by all together."""
-        # A copy: of a slice that is sent, all that it is a slice of would travel.
-        said = self._ranks.collect([part[:, layer].clone() for part in self.parts], at)
-        return torch.cat([rows for parts in said for rows in parts]) if at == self._ranks.rank else None
+    def layer(self, layers: Sequence[int]) -> torch.Tensor | None:
+        """[rows, d] of this process's layer, all rows by place. Called by all together.
 
-    def take(self, places: np.ndarray, at: int) -> torch.Tensor | None:
-        """[n, L, d] the rows at these places, on the process ``at``; None elsewhere. Called by all together."""
-        ranks, before = self._ranks, sum(map(len, self._keys_of_all()[: self._ranks.rank]))
-        mine = (places >= before) & (places < before + sum(map(len, self.keys)))
-        said = ranks.collect((np.flatnonzero(mine), self._own(places[mine] - before)), at)
-        if at != ranks.rank:
+        Args:
+            layers: the first process's, the second's, ...; those without one get None.
+        """
+
+        def own(layer: int, mine: bool) -> list[torch.Tensor]:
+            # Of a slice that is sent, all that it is a slice of would travel.
+            return [part[:, layer] if mine else part[:, layer].clone() for part in self.parts]
+
+        rank, size = self._ranks.rank, self._ranks.size
+        asked = [own(layer, at == rank) for at, layer in enumerate(layers)]
+        said = self._ranks.exchange(asked + [None] * (size - len(layers)))
+        return torch.cat([rows for parts in said for rows in parts or ()]) if rank < len(layers) else None
+
+    def take(self, places: Sequence[np.ndarray]) -> torch.Tensor | None:
+        """[n, L, d] the rows at this process's places. Called by all together.
+
+        Args:
+            places: the first process's, the second's, ...; those without any get None.
+        """
+        rank, keys = self._ranks.rank, self._keys_of_all()
+        before, own = sum(map(len, keys[:rank])) if self._everywhere else 0, sum(map(len, self.keys))
+        mine = [(of_one >= before) & (of_one < before + own) for of_one in places]
+        asked = [
+            (np.flatnonzero(here), self._own(of_one[here] - before)) if here.any() else None
+            for here, of_one in zip(mine, places, strict=True)
+        ]
+        said = self._ranks.exchange(asked + [None] * (self._ranks.size - len(places)))
+        if rank >= len(places):
             return None
-        parts = [rows for _, rows in said if rows is not None]
-        taken = parts[0].new_empty((len(places), *parts[0].shape[1:]))
-        for where, rows in said:
-            if rows is not None:
-                taken[torch.from_numpy(where)] = rows
+        parts = [part for part in said if part is not None]
+        taken = parts[0][1].new_empty((len(places[rank]), *parts[0][1].shape[1:]))
+        for where, rows in parts:
+            taken[torch.from_numpy(where)] = rows
         return taken
 
-    def _own(self, places: np.ndarray) -> torch.Tensor | None:
-        """[n, L, d] of this process's rows those at these places among them; None of none."""
-        if not len(places):
-            return None
+    def _own(self, places: np.ndarray) -> torch.Tensor:
+        """[n, L, d] of this process's rows those at these places among them."""
         first = np.cumsum([0, *map(len, self.parts)])
         part_of = np.searchsorted(first, places, side="right") - 1
         taken = self.parts[0].new_empty((len(places), *self.parts[0].shape[1:]))
@@ -153,6 +169,10 @@ class Rows:
 
     def _keys_of_all(self) -> list[np.ndarray]:
         return self.keys if self._everywhere is None else self._everywhere
+
+    def forget(self) -> None:
+        """Let go of the rows; how many there were, and their order, stays known."""
+        self.parts = []
 
     def merge(self, ranks: Ranks, places: np.ndarray) -> None:
         """Know of the rows of every process; the rows themselves stay where they are."""

@@ -223,9 +223,24 @@ def test_memory_of_rows_grows_with_pairs_and_that_of_streams_does_not() -> None:
     assert few.device == pytest.approx(many.device, rel=0.3)
     rows = AuditConfig.from_dict({"spinal": {"max_rows": 32}})
     capped = foresee_memory(Job.on(shaped(), random_pairs(60).pairs, rows, Room("cpu", 2**20)), "full")
-    assert capped.rows == (2 * 8 + 3) * 32 * 64 * 4, "both models' of 8 layers, and one layer three times"
-    shared = foresee_memory(Job.on(shaped(), random_pairs(60).pairs, rows, Room("cpu", 2**20), ranks=4), "full")
-    assert shared.rows == (2 * 2 + 3) * 32 * 64 * 4, "a process keeps those of its own pairs"
+    assert capped.rows == (2 * 8 + 2 * 8) * 32 * 64 * 4, "both models' of 8 layers, and a block of one model's twice"
+
+
+def test_a_process_keeps_the_rows_of_its_own_pairs() -> None:
+    """However many processes there are, what one holds is at least the share of the busiest of them, and less than all."""
+    config = AuditConfig.from_dict({"spinal": {"transport_rows": 16}})
+    jobs = [
+        Job.on(shaped(), random_pairs(60).pairs, config, Room("cpu", 2**16), ranks=ranks) for ranks in (1, 2, 4, 60)
+    ]
+    held = [foresee_memory(job, "full").rows for job in jobs]
+    assert sorted(held, reverse=True) == held
+    assert held[1] < 0.7 * held[0]
+    for job in jobs:
+        shares = [job.share(rank) for rank in range(job.ranks)]
+        assert sum(shares) == pytest.approx(1.0)
+    brought = [count(job, "full")["spectra"].brought_bytes for job in jobs]
+    assert brought[0] == 0
+    assert brought[1] > brought[2] > brought[3] > 0
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

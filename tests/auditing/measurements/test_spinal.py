@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from align_audit import AuditConfig, audit
 from align_audit.auditing.measurements.lens_walk import LensWalk
+from align_audit.auditing.measurements.spinal import Spinal
 from align_audit.measures.transport import fisher_rao_distance
 from align_audit.models.replay import Replay
 from align_audit.record.audit_record import AuditRecord
@@ -113,3 +115,23 @@ def test_gradients_take_each_prediction_entry_through_the_head_once(
         len(pair.chosen_predictions) + len(pair.rejected_predictions) for pair in random_pairs(PAIRS).pairs
     ]  # all are control pairs
     assert sum(differentiated) == sum(read)
+
+
+@pytest.mark.parametrize("words", ["CUDA out of memory.", "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR"])
+def test_a_spectrum_for_which_a_device_has_no_room_is_made_in_the_hosts_memory(words: str) -> None:
+    """Whatever a library there says: what then fails in the host's memory is told as it is."""
+    tried: list[str] = []
+
+    def fitted(pooled: torch.Tensor, _: Any) -> str:
+        tried.append(pooled.device.type)
+        if pooled.device.type != "cpu":
+            raise RuntimeError(words)
+        return "fitted"
+
+    freed: list[bool] = []
+    spinal: Any = SimpleNamespace(_fitted=fitted, session=SimpleNamespace(free_memory=lambda: freed.append(True)))
+    elsewhere: Any = SimpleNamespace(device=torch.device("meta"))
+    assert Spinal._fit(spinal, torch.ones(3, 2), elsewhere) == "fitted"
+    assert (tried, freed) == (["meta", "cpu"], [True])
+    assert Spinal._fit(spinal, torch.ones(3, 2), SimpleNamespace(device=torch.device("cpu"))) == "fitted"
+    assert tried == ["meta", "cpu", "cpu"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,9 +31,8 @@ class Threads(Ranks):
         self.barrier.wait(10)  # type: ignore[attr-defined]
         return everything
 
-    def collect(self, value: Any, at: int) -> list[Any]:
-        said = self.gather(value)
-        return said if at == self.rank else []
+    def exchange(self, values: Sequence[Any]) -> list[Any]:
+        return [everything[self.rank] for everything in self.gather(list(values))]
 
 
 def together(size: int, work: Callable[[Ranks], None]) -> None:
@@ -85,8 +84,9 @@ def test_every_rank_holds_what_one_process_would() -> None:
     def work(ranks: Ranks) -> None:
         kept = merged[ranks.rank] = filled(Kept(), shares[ranks.rank])
         kept.merge(ranks, np.array(shares[ranks.rank]))
-        layers[ranks.rank] = kept.rows.layer(1, at=2)
-        taken[ranks.rank] = kept.rows.take(kept.rows.order()[[3, 0, 1]], at=1)
+        order = kept.rows.order()
+        layers[ranks.rank] = kept.rows.layer([0, 1])
+        taken[ranks.rank] = kept.rows.take([order[[3, 0, 1]], order[[2]]])
 
     together(3, work)
     for kept in merged.values():
@@ -95,13 +95,16 @@ def test_every_rank_holds_what_one_process_would() -> None:
         assert np.isnan(kept.number.values[2]), "nobody measured it"
         assert len(kept.rows) == len(whole.rows) == 5
         assert kept.words == "not merged"
-    # Those of the process that asked, by key: of the last pair first.
+    # By key: of the last pair first.
     entire = torch.cat(whole.rows.parts)[whole.rows.order()]
-    assert [layers[rank] is None for rank in range(3)] == [True, True, False]
-    assert layers[2] is not None and taken[1] is not None
-    assert torch.equal(layers[2][merged[2].rows.order()], entire[:, 1])
-    assert [taken[rank] is None for rank in range(3)] == [True, False, True]
-    assert torch.equal(taken[1], entire[[3, 0, 1]])
+    for rank in (0, 1):
+        rows = layers[rank]
+        assert rows is not None
+        assert torch.equal(rows[merged[rank].rows.order()], entire[:, rank])
+    assert taken[0] is not None and taken[1] is not None
+    assert torch.equal(taken[0], entire[[3, 0, 1]])
+    assert torch.equal(taken[1], entire[[2]])
+    assert layers[2] is None and taken[2] is None, "there were two of each"
 
 
 def test_rows_stay_on_the_process_that_has_them() -> None:
@@ -111,16 +114,23 @@ def test_rows_stay_on_the_process_that_has_them() -> None:
     def work(ranks: Ranks) -> None:
         rows = held[ranks.rank] = Rows()
         if ranks.rank != 1:  # which had no pair to work on
-            rows.add(np.arange(4, dtype=np.uint64) + 10 * ranks.rank, torch.full((4, 3, 2), float(ranks.rank)))
+            # No two of these are one as floating-point numbers are.
+            keys = np.array([3, 2, 1, 0], dtype=np.int64) + 2**62 + 4 * ranks.rank
+            rows.add(keys, torch.full((4, 3, 2), float(ranks.rank)))
         rows.merge(ranks, np.array([]))
-        for layer in range(3):
-            rows.layer(layer, at=layer)
-        first = rows.take(np.array([7, 0]), at=1)
-        assert first is None or first[:, 0, 0].tolist() == [2.0, 0.0]
+        assert rows.order().tolist() == [3, 2, 1, 0, 7, 6, 5, 4]
+        layer = rows.layer(range(3))
+        assert layer is not None and len(layer) == 8
+        taken = rows.take([np.array([0, 1]), np.array([7, 0])])
+        assert taken is None if ranks.rank == 2 else taken is not None
+        if taken is not None:
+            assert taken[:, 0, 0].tolist() == [[0.0, 0.0], [2.0, 0.0]][ranks.rank]
 
     together(3, work)
     assert [sum(map(len, held[rank].parts)) for rank in range(3)] == [4, 0, 4]
     assert [len(held[rank]) for rank in range(3)] == [8, 8, 8]
+    held[0].forget()
+    assert (held[0].parts, len(held[0])) == ([], 8)
 
 
 def test_a_second_pass_is_brought_together_as_the_first() -> None:
@@ -156,7 +166,7 @@ def test_rows_are_taken_across_batches() -> None:
     rows = Rows()
     for first, count in ((0, 3), (3, 1), (4, 4)):
         rows.add(np.arange(count, dtype=np.uint64), torch.arange(first, first + count)[:, None] * torch.ones(1, 2))
-    taken = rows.take(np.array([7, 0, 3, 4, 2]), at=0)
+    taken = rows.take([np.array([7, 0, 3, 4, 2])])
     assert taken is not None
     assert taken.tolist() == [[7, 7], [0, 0], [3, 3], [4, 4], [2, 2]]
 
