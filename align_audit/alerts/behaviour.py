@@ -8,6 +8,7 @@ from itertools import pairwise
 from statistics import median
 
 from align_audit.alerts.history import History, Sign, beyond, least, level_of, most
+from align_audit.errors import counted
 from align_audit.options.rules import BY_NAME
 from align_audit.record.audit_record import Margins
 from align_audit.record.estimate import Estimate
@@ -18,9 +19,9 @@ SLOW_DOWN = (
 )
 
 
-def few(history: History, *values: Estimate) -> int | None:
-    """How many pairs there are, where these numbers have no interval."""
-    return history.record.provenance.pairs if any(math.isnan(value.low) for value in values) else None
+def few(history: History, value: Estimate) -> str | None:
+    """How many pairs there are, where a number has no interval."""
+    return counted(history.record.provenance.pairs, "pair") if math.isnan(value.low) else None
 
 
 def chosen_logp_falling(history: History) -> Sign | None:
@@ -44,7 +45,7 @@ def chosen_logp_falling(history: History) -> Sign | None:
     limit = beyond(history, -most(change), "chosen_drop_warning", "chosen_drop_error")
     if limit is not None:
         at = -history.limit(limit.option)
-        return Sign(rule, level_of(limit), change.mean, why, SLOW_DOWN, limit=at, few_pairs=pairs)
+        return Sign(rule, level_of(limit), change.mean, why, SLOW_DOWN, limit=at, few=pairs)
     baseline = history.baseline(lambda record: record.margins.chosen_logp_change_per_token.mean)
     if baseline is None:
         return None
@@ -53,7 +54,7 @@ def chosen_logp_falling(history: History) -> Sign | None:
     if not most(change) < at:
         return None
     why += f" At this run's first healthy audits the change was {baseline:+.2f}."
-    return Sign(rule, "warning", change.mean, why, SLOW_DOWN, limit=at, baseline=baseline, few_pairs=pairs)
+    return Sign(rule, "warning", change.mean, why, SLOW_DOWN, limit=at, baseline=baseline, few=pairs)
 
 
 def kl_out_of_bounds(history: History) -> Sign | None:
@@ -68,7 +69,7 @@ def kl_out_of_bounds(history: History) -> Sign | None:
         "less; this much means the policy is becoming another model."
     )
     rule, pairs = BY_NAME["kl_out_of_bounds"], few(history, kl)
-    return Sign(rule, level_of(limit), kl.mean, message, SLOW_DOWN, limit=at, few_pairs=pairs)
+    return Sign(rule, level_of(limit), kl.mean, message, SLOW_DOWN, limit=at, few=pairs)
 
 
 def entropy_out_of_bounds(history: History) -> Sign | None:
@@ -92,7 +93,7 @@ def entropy_out_of_bounds(history: History) -> Sign | None:
         SLOW_DOWN,
         limit=history.limit(limit.option) * reference.mean,
         baseline=reference.mean,
-        few_pairs=few(history, policy),
+        few=few(history, policy),
     )
 
 
@@ -118,7 +119,7 @@ def token_accuracy_collapsed(history: History) -> Sign | None:
         SLOW_DOWN,
         limit=history.limit(limit.option) * reference.mean,
         baseline=reference.mean,
-        few_pairs=few(history, policy),
+        few=few(history, policy),
     )
 
 

@@ -136,7 +136,7 @@ class Sign:
         step: of the look it was seen at; earlier than the one to judge where that has not measured it.
         held: looks in a row, up to this one, at which it was seen, as far as was looked back.
         error_looks: of them, the last ones in a row at which it lay beyond the limit of an error.
-        few_pairs: it goes by a mean without an interval; so many pairs.
+        few: it goes by a mean without an interval, which is of so many: "6 pairs", "4 prompts".
     """
 
     rule: Rule
@@ -151,7 +151,7 @@ class Sign:
     held: int = 1
     error_looks: int = 0
     probe_name: str | None = None
-    few_pairs: int | None = None
+    few: str | None = None
 
     @property
     def words(self) -> str:
@@ -159,8 +159,8 @@ class Sign:
         words = self.message
         if self.limit is not None and not re.search(rf"(?<![\d.]){re.escape(f'{self.limit:.3g}')}(?!\.?\d)", words):
             words += f" The limit is {self.limit:.3g}."
-        if self.few_pairs is not None:
-            words += f" (Of {self.few_pairs} pairs, too few for an interval: this goes by the mean alone.)"
+        if self.few is not None:
+            words += f" (Of {self.few}, too few for an interval: this goes by the mean alone.)"
         return words if self.probe_name is None else f"On the probes {self.probe_name!r}: {words}"
 
 

@@ -1,4 +1,7 @@
-"""Is the change still where it was, and what it was? Patching, subspaces and the depth trace: second witnesses, mostly."""
+"""Is the change still where it was, and what it was? Patching, subspaces and the depth trace: second witnesses, mostly.
+
+Where a number has an interval, these rules go by it alone: of too few pairs they say nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import math
 from statistics import median
 
 from align_audit.alerts.behaviour import SLOW_DOWN
-from align_audit.alerts.history import History, Sign, beyond, least, level_of, most
+from align_audit.alerts.history import History, Sign, beyond, level_of
 from align_audit.options.rules import BY_NAME
 from align_audit.record.audit_record import AuditRecord, DepthTrace, LowRankCurve
 
@@ -16,7 +19,7 @@ _LOOK = "Look at the layers' transplants and the depth trace of this record besi
 def additivity_high(history: History) -> Sign | None:
     """The layers' updates add up to far more than the shift."""
     patching = history.record.patching
-    if patching is None or beyond(history, least(patching.additivity), "additivity_high") is None:
+    if patching is None or beyond(history, patching.additivity.low, "additivity_high") is None:
         return None
     additivity = patching.additivity
     message = (
@@ -221,7 +224,7 @@ def gradient_left_terminal(history: History) -> Sign | None:
     baseline = history.baseline(
         lambda record: record.spinal.gradient_concentration.mean if record.spinal else math.nan, "spinal"
     )
-    if not baseline or not beyond(history, 1 - most(share) / baseline, "concentration_drop"):
+    if not baseline or not beyond(history, 1 - share.high / baseline, "concentration_drop"):
         return None
     return Sign(
         BY_NAME["gradient_left_terminal"],

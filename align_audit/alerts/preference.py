@@ -83,4 +83,4 @@ def never_started(history: History) -> Sign | None:
         f"After {record.step} steps the policy says what its reference says: KL is {kl.mean:.1g} nats per token, below {at:g}, "
         f"and the margin shift of {shift.mean:.2g} nats is none."
     )
-    return Sign(rule, "warning", kl.mean, message, suggestion, limit=at, few_pairs=few(history, shift))
+    return Sign(rule, "warning", kl.mean, message, suggestion, limit=at, few=few(history, shift))

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import math
+
 from align_audit.alerts.behaviour import SLOW_DOWN
 from align_audit.alerts.history import History, Sign, beyond, least, level_of, most
+from align_audit.errors import counted
 from align_audit.options.rules import BY_NAME
+from align_audit.record.audit_record import Generations
+from align_audit.record.estimate import Estimate
 
 _SHORTCUT = (
     "Compare the lengths of chosen and rejected completions: where they differ, length alone wins. Balance them, or use a loss "
     "that divides by length (ld_alpha, ipo)"
 )
+
+
+def _few(texts: Generations, value: Estimate) -> str | None:
+    """How many prompts there are, where a number has no interval."""
+    return counted(texts.prompts, "prompt") if math.isnan(value.low) else None
 
 
 def repetition(history: History) -> Sign | None:
@@ -30,6 +40,7 @@ def repetition(history: History) -> Sign | None:
         SLOW_DOWN,
         limit=texts.reference_repetition.mean + history.limit(limit.option),
         baseline=texts.reference_repetition.mean,
+        few=_few(texts, texts.repetition),
     )
 
 
@@ -48,8 +59,16 @@ def length_exploited(history: History) -> Sign | None:
                 f"Continuations have {texts.length.mean:.1f} tokens, the reference's {reference:.1f}: "
                 "the loss is met by length."
             )
-            at = history.limit(limit.option) * reference
-            return Sign(rule, level_of(limit), texts.length.mean, message, _SHORTCUT, limit=at, baseline=reference)
+            return Sign(
+                rule,
+                level_of(limit),
+                texts.length.mean,
+                message,
+                _SHORTCUT,
+                limit=history.limit(limit.option) * reference,
+                baseline=reference,
+                few=_few(texts, texts.length),
+            )
     fall = texts.reference_ended.mean - most(texts.ended)
     limit = beyond(history, fall, "ended_drop_warning", "ended_drop_error")
     if limit is None:
@@ -63,6 +82,7 @@ def length_exploited(history: History) -> Sign | None:
         _SHORTCUT,
         limit=texts.reference_ended.mean - history.limit(limit.option),
         baseline=texts.reference_ended.mean,
+        few=_few(texts, texts.ended),
     )
 
 
@@ -84,4 +104,5 @@ def surprising_text(history: History) -> Sign | None:
         SLOW_DOWN,
         limit=texts.reference_surprise.mean + history.limit(limit.option),
         baseline=texts.reference_surprise.mean,
+        few=_few(texts, texts.surprise),
     )

@@ -134,8 +134,8 @@ def test_too_few_pairs_for_an_interval_go_by_the_mean(name: str, rule: str, ruin
     """A model that is ruined is not passed over for want of pairs; one that is not stays unnamed."""
     record = healthy()
     seen = sign(rule, with_margins(record, **{name: without_interval(ruined)}))
-    assert seen.few_pairs == record.provenance.pairs
-    assert seen.words.endswith("pairs, too few for an interval: this goes by the mean alone.)")
+    assert seen.few == f"{record.provenance.pairs} pairs"
+    assert seen.words.endswith(" pairs, too few for an interval: this goes by the mean alone.)")
     mean = getattr(record.margins, name).mean if calm is None else calm
     assert sign(rule, with_margins(record, **{name: without_interval(mean)})) is None
 

@@ -9,7 +9,7 @@ import pytest
 from align_audit.config import AlertConfig
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.estimate import Estimate
-from tests.helpers.alert_cases import NAN, about, health, healthy, run, sign, with_part
+from tests.helpers.alert_cases import NAN, about, health, healthy, run, sign, with_part, without_interval
 
 INSIDE = (
     "additivity_high", "additivity_collapsed", "localization_moved", "rank_inflated", "subspace_rotated", "coherence_collapsed",
@@ -41,8 +41,12 @@ def test_additivity(baseline: float | None, limit: float) -> None:
 def test_additivity_far_above_1(additivity: float, fires: bool) -> None:
     seen = sign("additivity_high", with_part(healthy(), "patching", additivity=about(additivity)), [])
     assert (seen is not None) == fires
-    wide = Estimate(mean=2.5, low=1.0, high=4.0)
-    assert sign("additivity_high", with_part(healthy(), "patching", additivity=wide), []) is None
+    for unsure in (Estimate(mean=2.5, low=1.0, high=4.0), without_interval(2.5)):
+        assert sign("additivity_high", with_part(healthy(), "patching", additivity=unsure), []) is None
+
+
+def test_additivity_without_an_interval_says_nothing() -> None:
+    assert sign("additivity_collapsed", with_part(healthy(), "patching", additivity=without_interval(0.1)), []) is None
 
 
 @pytest.mark.parametrize("drop", [0.5, 0.3])
@@ -133,4 +137,5 @@ def test_the_gradient_leaves_the_last_layers() -> None:
     assert (seen.baseline, seen.limit) == (0.5, pytest.approx(0.3))
     assert sign("gradient_left_terminal", now(about(0.295)), before) is None, "its interval reaches over the limit"
     assert sign("gradient_left_terminal", now(about(0.28)), before[1:]) is None
+    assert sign("gradient_left_terminal", now(without_interval(0.1)), before) is None
     assert sign("gradient_left_terminal", now(Estimate.unknown("no gradient")), before) is None

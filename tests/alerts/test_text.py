@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from align_audit.record.estimate import Estimate
-from tests.helpers.alert_cases import NAN, about, healthy, sign, with_texts
+from tests.helpers.alert_cases import NAN, about, healthy, sign, with_texts, without_interval
 
 UNKNOWN = Estimate(mean=NAN, low=NAN, high=NAN, reason="no continuation has two tokens")
 
@@ -58,6 +58,21 @@ def test_what_is_not_known_says_nothing(rule: str) -> None:
     assert sign(rule, with_texts(healthy(), reference_length=about(0.0, 0.0)), []) is None
 
 
-def test_few_prompts_without_an_interval_go_by_the_mean() -> None:
-    few = Estimate(mean=0.7, low=NAN, high=NAN, reason="an interval needs 8 prompts; found 4")
-    assert sign("repetition", with_texts(healthy(), repetition=few), []).level == "error"
+@pytest.mark.parametrize(
+    ("rule", "name", "ruined", "calm"),
+    [
+        ("repetition", "repetition", 0.7, 0.3),
+        ("length_exploited", "length", 60.0, 25.0),
+        ("length_exploited", "length", 4.0, 15.0),
+        ("length_exploited", "ended", 0.1, 0.6),
+        ("surprising_text", "surprise", 4.0, 1.5),
+    ],
+)
+def test_few_prompts_without_an_interval_go_by_the_mean_and_say_so(
+    rule: str, name: str, ruined: float, calm: float
+) -> None:
+    seen = sign(rule, with_texts(healthy(), prompts=4, **{name: without_interval(ruined)}), [])
+    assert (seen.level, seen.few) == ("error", "4 prompts")
+    assert seen.words.endswith("(Of 4 prompts, too few for an interval: this goes by the mean alone.)")
+    assert sign(rule, with_texts(healthy(), prompts=4, **{name: without_interval(calm)}), []) is None
+    assert sign(rule, with_texts(healthy(), **{name: about(ruined)}), []).few is None
