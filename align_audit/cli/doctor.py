@@ -80,7 +80,7 @@ def doctor(
     """Before training: does the audit work with this model, these pairs and this machine, and what will it cost?
 
     Everything is tried for real on a few pairs. The exit status is 0 when a run can begin, 1 when something has to be changed
-    first.
+    first, 2 when the arguments cannot be read.
 
     Example: align-audit doctor base-model --probes held-out.jsonl --steps 1000
 

@@ -85,7 +85,9 @@ def _parsed(arguments: Sequence[str]) -> tuple[Any, Any, Any, Any]:
             "the arguments after -- are not those of a DPO script; expected what `trl dpo` takes (its reason stands above)"
         ) from None
     except (ValueError, OSError, TypeError) as error:
-        raise ConfigurationError(f"the arguments after -- cannot be read: {error}") from None
+        # TRL's default asks for what only a GPU computes.
+        hint = " (without a GPU add --bf16 False, or --use_cpu)" if "bf16" in str(error) else ""
+        raise ConfigurationError(f"the arguments after -- cannot be read: {error}{hint}") from None
     return script, training, model, launch
 
 

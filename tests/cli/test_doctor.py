@@ -165,6 +165,19 @@ def test_arguments_that_are_no_script_s_are_refused(
         plan_of_script(arguments, {"trust_remote_code": False})
 
 
+def test_a_machine_without_a_gpu_is_told_what_to_add(start: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL trains in bf16 where nothing is said, and refuses it there."""
+    from align_audit.cli.doctor import plan_of_script
+
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    arguments = ["--model_name_or_path", str(start.model)]
+    common = {"probes": start.probes, "device": "cpu"}
+    with pytest.raises(ConfigurationError, match=r"without a GPU add --bf16 False, or --use_cpu"):
+        plan_of_script(arguments, common)
+    for option in (["--bf16", "False"], ["--use_cpu"]):
+        assert plan_of_script([*arguments, *option], common).model == str(start.model)
+
+
 def read(start: SimpleNamespace, *arguments: Any, **common: Any) -> Any:
     """The plan that these arguments of a script, and options beside them, come to; on the CPU, without mixed precision."""
     from align_audit.cli.doctor import plan_of_script
