@@ -7,8 +7,8 @@ Full fine-tuning, any model and data set by hub name or local path:
         --learning_rate 5e-7 --save_steps 100 --report_to tensorboard
 
 LoRA: add --use_peft --lora_r 16 --learning_rate 5e-6. Local data: --dataset_name pairs.jsonl (also .json, .parquet, .gz).
-All options of TRL's DPOConfig, ModelConfig and ScriptArguments work, and those of AuditArguments below; `--config FILE.yaml`
-reads them from a file. Then look at it:
+All options of TRL's DPOConfig, ModelConfig and ScriptArguments work, but for two that are refused (NOT_HERE), and those of
+AuditArguments below; `--config FILE.yaml` reads them from a file. Then look at it:
 
     tensorboard --logdir runs/dpo
 """
@@ -24,6 +24,11 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, 
 from align_audit import AlignmentAuditCallback, AuditConfig
 
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+NOT_HERE = {
+    "dataset_streaming": "the audit's pairs are set aside from the whole data set",
+    "ignore_bias_buffers": "TRL's own script has it, to debug training under DDP",
+}
+"""Options of ScriptArguments that this program does not have, and why."""
 
 
 @dataclass
@@ -41,6 +46,17 @@ class AuditArguments:
     audit_held_out: int = field(
         default=200, metadata={"help": "Pairs kept out of training for the audit where the data has no test split."}
     )
+
+
+def check(script: ScriptArguments, model: ModelConfig) -> None:
+    """End in a sentence where something is missing, or is asked for that would be passed over."""
+    needed = {"--model_name_or_path": model.model_name_or_path, "--dataset_name": script.dataset_name}
+    missing = [option for option, value in needed.items() if not value]
+    if missing:
+        raise SystemExit(f"expected {' and '.join(missing)}: a hub name or a local path")
+    for name, why in NOT_HERE.items():
+        if getattr(script, name):
+            raise SystemExit(f"--{name} is not provided for here: {why}")
 
 
 def load_pairs(arguments: ScriptArguments) -> DatasetDict:
@@ -69,6 +85,7 @@ def audit_config(arguments: AuditArguments) -> AuditConfig:
 def main() -> None:
     parser = TrlParser((ScriptArguments, DPOConfig, ModelConfig, AuditArguments))
     script, training, model, auditing = parser.parse_args_and_config()
+    check(script, model)
 
     # How to load the model; the trainer loads its reference the same way.
     training.model_init_kwargs = {

@@ -74,6 +74,26 @@ def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model_name_or_path", "x"], "expected --dataset_name: a hub name or a local path"),
+        ([], "expected --model_name_or_path and --dataset_name: a hub name or a local path"),
+        (
+            ["--model_name_or_path", "x", "--dataset_name", "y", "--dataset_streaming"],
+            "--dataset_streaming is not provided",
+        ),
+        (["--model_name_or_path", "x", "--dataset_name", "y", "--ignore_bias_buffers"], "--ignore_bias_buffers is not"),
+    ],
+)
+def test_what_is_missing_or_would_be_passed_over_is_said_in_one_line(
+    options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit, match=words) as ended:
+        called(monkeypatch, *options, "--output_dir", str(tmp_path / "out"), "--use_cpu")
+    assert "\n" not in str(ended.value)
+
+
+@pytest.mark.parametrize(
     ("name", "engine", "stage"),
     [("ddp", "MULTI_GPU", None), ("fsdp2", "FSDP", None), ("zero2", "DEEPSPEED", 2), ("zero3", "DEEPSPEED", 3)],
 )
