@@ -5,7 +5,8 @@
 
 One audit of a randomly initialized Llama gives a record; it is written so many times, at steps of its own. Each row of the
 table is a process of its own: seconds of processor time, and resident memory at the end above what it was before, in MiB. It
-measures the ``align_audit`` of the current directory, so that one copy of this file measures any checkout.
+measures the ``align_audit`` of the current directory, so that one copy of this file measures any checkout. ``--json FILE``
+writes the table too.
 """
 
 from __future__ import annotations
@@ -81,11 +82,13 @@ def main() -> None:
     parser.add_argument("--records", type=int, default=5000)
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--only", choices=TASKS, nargs="+", default=list(TASKS), help="these rows of the table")
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--measure", nargs=2, metavar=("TASK", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(arguments.measure[0], Path(arguments.measure[1]))))
         return
+    rows = []
     with tempfile.TemporaryDirectory() as place:
         size = write_log(Path(place), arguments.records, arguments.layers)
         print(f"{arguments.records} records of {arguments.layers} layers, {size / 2**20:.0f} MiB")
@@ -95,7 +98,11 @@ def main() -> None:
                 command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()}
             )
             seen = json.loads(done.stdout.splitlines()[-1])
+            rows.append({"task": task, **seen})
             print(f"{task:17} {seen['seconds']:6.1f} s {seen['mib']:7.0f} MiB", flush=True)
+    if arguments.json:
+        log = {"records": arguments.records, "layers": arguments.layers, "bytes": size}
+        arguments.json.write_text(json.dumps({**log, "rows": rows}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
