@@ -116,8 +116,8 @@ class Ranks:
         import torch
         import torch.distributed as dist
 
-        others = [rank for rank in range(self.size) if rank != self.rank]
-        parcels = {rank: _packed(values[rank]) for rank in others if values[rank] is not None}
+        sent = {rank: value for rank, value in enumerate(values) if rank != self.rank and value is not None}
+        parcels = {rank: _packed(value) for rank, value in sent.items()}
         self._meet(Status.FINE, _EXCHANGE)
         sizes = self._told_sizes([len(parcels[rank]) if rank in parcels else 0 for rank in range(self.size)])
         coming = {rank: size[self.rank] for rank, size in enumerate(sizes) if rank != self.rank and size[self.rank]}

@@ -252,7 +252,7 @@ def accuracy(options: argparse.Namespace, policy: Any, reference: Any, probes: A
     from align_audit import audit
 
     if options.one == "audit":
-        from align_audit.auditing.measurements import spinal as measured
+        from align_audit.auditing.measurements import layer_spectra as measured
 
         plain, spectra, rows = measured.singular_values, [], []
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from align_audit.auditing.measurements.layer_spectra import fitted_layers
 from align_audit.auditing.measurements.lens_walk import LensWalk, travelled
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement, Reasons, RecordedBatch
 from align_audit.auditing.session.accumulators import PerPair, Rows, State
@@ -19,21 +19,12 @@ from align_audit.auditing.session.reference_cache import ReferenceTrace
 from align_audit.measures import spinal as scores
 from align_audit.measures.draws import keep_rows, prefix_keys
 from align_audit.measures.row_sample import sampling_error
-from align_audit.measures.spectrum import (
-    Contraction,
-    below_rounding_floor,
-    contraction,
-    numerical_rank,
-    singular_values,
-)
 from align_audit.measures.sums import sum_into
 from align_audit.models.gradients import stream_gradients
 from align_audit.models.replay import Recording, Replay
 from align_audit.record.audit_record import DepthTrace
 from align_audit.record.audit_record import Spinal as SpinalPart
 from align_audit.record.estimate import Estimate
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -213,18 +204,7 @@ class Spinal(Measurement):
             distances: what they travel [rows, L − 1], radians.
             replay: the model.
         """
-        ranks, layers = self.session.models.ranks, self.session.num_layers
-        order = torch.from_numpy(rows.order())
-        share: dict[int, tuple[Contraction, int]] = {}
-        for begun in range(0, layers, ranks.size):
-            # Every process has its layer before any begins: else each would wait for the one before it.
-            pooled = rows.layer(range(begun, min(begun + ranks.size, layers)))
-            if pooled is not None:
-                # In the order of the keys, so that batches cannot matter.
-                share[begun + ranks.rank] = self._fit(pooled[order], replay)
-            del pooled
-        everywhere = {layer: fitted for said in ranks.gather(share) for layer, fitted in said.items()}
-        fits, floor = zip(*(everywhere[layer] for layer in range(layers)), strict=True)
+        fits, floor = zip(*fitted_layers(self.session, rows, replay, self.config.spinal.window), strict=True)
         why = {}
         for layer, fit in enumerate(fits):
             if fit.reason is not None:
@@ -257,29 +237,6 @@ class Spinal(Measurement):
         """Standard error [k] of means over all rows, from those [n, k] that were drawn."""
         assert self._sampled is not None
         return sampling_error(values, self._sampled.available)
-
-    def _fit(self, pooled: torch.Tensor, replay: Replay) -> tuple[Contraction, int]:
-        """Of one layer's rows [rows, d], and how many singular values lie below the floor of rounding; where the model is, or
-        in the host's memory where that fails."""
-        if pooled.device != replay.device:
-            try:
-                return self._fitted(pooled.to(replay.device), replay)
-            except RuntimeError as error:
-                # Not only out of memory: libraries of linear algebra, when they find no room, say so in many words.
-                logger.info("align_audit: singular values are made in the host's memory (%s)", error)
-            # Out of the handler, so that the failed call's tensors are free.
-            self.session.free_memory()
-        return self._fitted(pooled, replay)
-
-    def _fitted(self, pooled: torch.Tensor, replay: Replay) -> tuple[Contraction, int]:
-        # Rounding unit of the dtype that the model computes in.
-        epsilon = float(torch.finfo(replay.compute_dtype).eps)
-        wide = pooled.double() if pooled.device.type != "mps" else pooled.cpu().double()
-        spectrum = singular_values(wide)
-        rank = numerical_rank(wide, epsilon, spectrum)
-        self.session.meter.sample()
-        fit = contraction(spectrum, len(wide), wide.shape[1], rank, self.config.spinal.window)
-        return fit, int(below_rounding_floor(spectrum, epsilon))
 
     def _scores(self, policy: DepthTrace, kept: ReferenceTrace) -> tuple[SpinalPart, Reasons]:
         config, reference = self.config.spinal, kept.trace

@@ -126,12 +126,12 @@ class Rows:
             layers: the first process's, the second's, ...; those without one get None.
         """
 
-        def own(layer: int, mine: bool) -> list[torch.Tensor]:
+        def slices(layer: int, stay: bool) -> list[torch.Tensor]:
             # Of a slice that is sent, all that it is a slice of would travel.
-            return [part[:, layer] if mine else part[:, layer].clone() for part in self.parts]
+            return [part[:, layer] if stay else part[:, layer].clone() for part in self.parts]
 
         rank, size = self._ranks.rank, self._ranks.size
-        asked = [own(layer, at == rank) for at, layer in enumerate(layers)]
+        asked = [slices(layer, at == rank) for at, layer in enumerate(layers)]
         said = self._ranks.exchange(asked + [None] * (size - len(layers)))
         return torch.cat([rows for parts in said for rows in parts or ()]) if rank < len(layers) else None
 
@@ -142,11 +142,12 @@ class Rows:
             places: the first process's, the second's, ...; those without any get None.
         """
         rank, keys = self._ranks.rank, self._keys_of_all()
-        before, own = sum(map(len, keys[:rank])) if self._everywhere else 0, sum(map(len, self.keys))
-        mine = [(of_one >= before) & (of_one < before + own) for of_one in places]
+        first = sum(map(len, keys[:rank])) if self._everywhere else 0
+        end = first + sum(map(len, self.keys))
+        here = [(asked_for >= first) & (asked_for < end) for asked_for in places]
         asked = [
-            (np.flatnonzero(here), self._own(of_one[here] - before)) if here.any() else None
-            for here, of_one in zip(mine, places, strict=True)
+            (np.flatnonzero(kept), self._kept_at(asked_for[kept] - first)) if kept.any() else None
+            for kept, asked_for in zip(here, places, strict=True)
         ]
         said = self._ranks.exchange(asked + [None] * (self._ranks.size - len(places)))
         if rank >= len(places):
@@ -157,7 +158,7 @@ class Rows:
             taken[torch.from_numpy(where)] = rows
         return taken
 
-    def _own(self, places: np.ndarray) -> torch.Tensor:
+    def _kept_at(self, places: np.ndarray) -> torch.Tensor:
         """[n, L, d] of this process's rows those at these places among them."""
         first = np.cumsum([0, *map(len, self.parts)])
         part_of = np.searchsorted(first, places, side="right") - 1
@@ -176,8 +177,8 @@ class Rows:
 
     def merge(self, ranks: Ranks, places: np.ndarray) -> None:
         """Know of the rows of every process; the rows themselves stay where they are."""
-        own = np.concatenate(self.keys) if self.keys else np.empty(0)
-        self._ranks, self._everywhere = ranks, ranks.gather(own)
+        keys = np.concatenate(self.keys) if self.keys else np.empty(0)
+        self._ranks, self._everywhere = ranks, ranks.gather(keys)
 
 
 @dataclass

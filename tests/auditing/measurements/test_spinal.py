@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from align_audit import AuditConfig, audit
+from align_audit.auditing.measurements import layer_spectra
 from align_audit.auditing.measurements.lens_walk import LensWalk
-from align_audit.auditing.measurements.spinal import Spinal
 from align_audit.measures.transport import fisher_rao_distance
 from align_audit.models.replay import Replay
 from align_audit.record.audit_record import AuditRecord
@@ -118,20 +118,24 @@ def test_gradients_take_each_prediction_entry_through_the_head_once(
 
 
 @pytest.mark.parametrize("words", ["CUDA out of memory.", "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR"])
-def test_a_spectrum_for_which_a_device_has_no_room_is_made_in_the_hosts_memory(words: str) -> None:
+def test_a_spectrum_for_which_a_device_has_no_room_is_made_in_the_hosts_memory(
+    words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever a library there says: what then fails in the host's memory is told as it is."""
     tried: list[str] = []
 
-    def fitted(pooled: torch.Tensor, _: Any) -> str:
+    def there(_: Any, pooled: torch.Tensor, *__: Any) -> str:
         tried.append(pooled.device.type)
         if pooled.device.type != "cpu":
             raise RuntimeError(words)
         return "fitted"
 
+    monkeypatch.setattr(layer_spectra, "_fitted_there", there)
     freed: list[bool] = []
-    spinal: Any = SimpleNamespace(_fitted=fitted, session=SimpleNamespace(free_memory=lambda: freed.append(True)))
-    elsewhere: Any = SimpleNamespace(device=torch.device("meta"))
-    assert Spinal._fit(spinal, torch.ones(3, 2), elsewhere) == "fitted"
-    assert (tried, freed) == (["meta", "cpu"], [True])
-    assert Spinal._fit(spinal, torch.ones(3, 2), SimpleNamespace(device=torch.device("cpu"))) == "fitted"
-    assert tried == ["meta", "cpu", "cpu"]
+    session: Any = SimpleNamespace(free_memory=lambda: freed.append(True))
+    for device, expected in (("meta", ["meta", "cpu"]), ("cpu", ["cpu"])):
+        model: Any = SimpleNamespace(device=torch.device(device))
+        tried.clear()
+        assert layer_spectra.fitted(session, torch.ones(3, 2), model, (0.1, 0.9)) == "fitted"
+        assert tried == expected
+    assert freed == [True]
