@@ -273,11 +273,11 @@ class AlignmentAuditCallback(TrainerCallback):
         if due is None:
             return
         self._pending = due if due.later else None
-        if due.later:
+        made = None if due.later else self._run.affordable(due, training)
+        if made is None:
             return
-        due = self._run.affordable(due, training)
-        opened = self._audit(due, event, training, control, model)
-        if opened and due.kind == "health" and self.config.schedule.escalate:
+        opened = self._audit(made, event, training, control, model)
+        if opened and made.kind == "health" and self.config.schedule.escalate:
             warned = Due("full", f"a health audit warns: {', '.join(opened)}")
             self._audit(warned, event, training, control, model)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from align_audit.config import AuditConfig
-from align_audit.monitoring.schedule import Due, Event, Spent, Training, affords_full, decide, look_after
+from align_audit.monitoring.schedule import Due, Event, Spent, Training, afforded, decide, look_after
 from align_audit.record.audit_record import AuditKind
 
 
@@ -50,11 +50,13 @@ class Forecast:
     Attributes:
         audits: step and kind, in order.
         audit_seconds, training_seconds: wall-clock time in all.
+        left_out: steps of the checkpoints that the budget has no room to look at.
     """
 
     audits: tuple[tuple[int, AuditKind], ...]
     audit_seconds: float
     training_seconds: float
+    left_out: tuple[int, ...] = ()
 
     @property
     def share(self) -> float:
@@ -95,7 +97,7 @@ def forecast(
     run = _Played(config, planned, costs, Spent(layers=layers, per_look=per_look))
     for event, training in _events(planned):
         run.meet(event, training)
-    return Forecast(tuple(run.audits), run.spent.audits, planned.max_steps * costs.step)
+    return Forecast(tuple(run.audits), run.spent.audits, planned.max_steps * costs.step, tuple(run.left_out))
 
 
 def _events(planned: PlannedSteps) -> Iterator[tuple[Event, Training]]:
@@ -123,6 +125,7 @@ class _Played:
         self._pending: Due | None = None
         self.spent = spent
         self.audits: list[tuple[int, AuditKind]] = []
+        self.left_out: list[int] = []
         self._next = self._plan(Training(0, planned.max_steps))
 
     def meet(self, event: Event, training: Training) -> None:
@@ -134,10 +137,11 @@ class _Played:
         self._pending = due if due.later else None
         if due.later:
             return
-        kind = due.kind
-        if due.budgeted and not affords_full(self.spent, training, self._config.schedule, self._config.budget):
-            kind = "health"
-        self._book(kind, training)
+        kind = afforded(due, self.spent, training, self._config.schedule, self._config.budget)
+        if kind is None:
+            self.left_out.append(training.step)
+        else:
+            self._book(kind, training)
 
     def _book(self, kind: AuditKind, training: Training) -> None:
         if any(step == training.step and made in (kind, "full") for step, made in self.audits[-2:]):

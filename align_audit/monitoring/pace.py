@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from align_audit.config import AuditConfig
-from align_audit.monitoring.schedule import Due, Event, Spent, Training, affords_full, look_after
+from align_audit.monitoring.schedule import Due, Event, Spent, Training, afforded, look_after
 from align_audit.record.audit_record import UNCOUNTED_PAIRS, AuditKind, AuditRecord, Occasion
 
 
@@ -91,20 +91,19 @@ class Pace:
         """Judge a full audit by how many times the work of the look that is made now its work is; None: not counted."""
         self._spent = replace(self._spent, per_look=per_look)
 
-    def choose(self, due: Due, training: Training) -> Due:
-        """The same, or a health audit where the budget has no room for a full one."""
-        if (
-            due.kind == "health"
-            or not due.budgeted
-            or affords_full(self.spent(training), training, self._config.schedule, self._config.budget)
-        ):
-            return due
-        budget, cost = self._config.budget, self.spent(training).expected_full
+    def choose(self, due: Due, training: Training) -> Due | None:
+        """The same, or a health audit where the budget has no room for a full one; None: nothing, where it has room for
+        neither and this may be left out."""
+        spent, budget = self.spent(training), self._config.budget
+        kind = afforded(due, spent, training, self._config.schedule, budget)
+        if kind is None or kind == due.kind:
+            return None if kind is None else due
         assert budget is not None
+        cost = spent.expected_full
         takes = "" if cost is None else f" takes about {cost:.0f} s and"
         yet = "" if training.is_last else " yet"
         reason = f"{due.reason}; a full audit{takes} does not fit the budget of {budget:.1%} of the run{yet}"
-        return replace(due, kind="health", reason=reason, unaffordable=cost)
+        return replace(due, kind=kind, reason=reason, unaffordable=cost)
 
     def occasion(
         self, record: AuditRecord, reason: str, training: Training, unaffordable: float | None = None

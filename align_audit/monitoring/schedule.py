@@ -36,6 +36,7 @@ class Due:
         kind: how much of it.
         reason: what asks, in words.
         budgeted: a full one is made only where the budget allows it, and is a health audit elsewhere.
+        optional: left out where the budget has no room for that either; with ``budgeted`` only.
         later: it has to wait for the next event.
         unaffordable: seconds that a full audit was expected to take, in whose place this one is made; None: in none's.
     """
@@ -43,16 +44,17 @@ class Due:
     kind: AuditKind
     reason: str
     budgeted: bool = False
+    optional: bool = False
     later: bool = False
     unaffordable: float | None = None
 
     def with_pending(self, pending: Due | None) -> Due:
-        """What is asked for now, and what was left due before: the larger of both."""
+        """What is asked for now, and what was left due before: the larger of both, left out only where both may be."""
         if pending is None:
             return self
         order = {"health": 0, "full": 1}
         larger = max((self, pending), key=lambda due: (order[due.kind], not due.budgeted))
-        return replace(larger, later=self.later)
+        return replace(larger, optional=self.optional and pending.optional, later=self.later)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def decide(
 
     Example:
         >>> decide(Event.SAVE, Training(step=3, max_steps=9), ScheduleConfig(on_save=True))
-        Due(kind='full', reason='a checkpoint was saved', budgeted=True, later=False, unaffordable=None)
+        Due(kind='full', reason='a checkpoint was saved', budgeted=True, optional=True, later=False, unaffordable=None)
     """
     asked = _asked(event, training, schedule, next_look)
     if event in (Event.TRAIN_BEGIN, Event.TRAIN_END):
@@ -124,7 +126,7 @@ def _asked(event: Event, training: Training, schedule: ScheduleConfig, next_look
     if event is Event.EVALUATE:
         return Due("full", "the trainer evaluated") if schedule.on_evaluate else None
     if event is Event.SAVE:
-        return Due("full", "a checkpoint was saved", budgeted=True) if schedule.on_save else None
+        return Due("full", "a checkpoint was saved", budgeted=True, optional=True) if schedule.on_save else None
     if event is Event.EPOCH_END:
         return last if schedule.on_last_step and training.stopping else None
     return _asked_by_step(training, schedule, next_look) if event is Event.STEP_END else None
@@ -183,6 +185,19 @@ class Spent:
         return self.health * (4 + 3 * self.layers if self.per_look is None else self.per_look)
 
 
+def afforded(
+    due: Due, spent: Spent, training: Training, schedule: ScheduleConfig, budget: float | None
+) -> AuditKind | None:
+    """How much of what is due is made now; None: nothing.
+
+    Args:
+        budget: share of wall-clock time; None: no limit.
+    """
+    if due.kind == "health" or not due.budgeted or affords_full(spent, training, schedule, budget):
+        return due.kind
+    return None if due.optional and not affords_look(spent, training, schedule, budget) else "health"
+
+
 def affords_full(spent: Spent, training: Training, schedule: ScheduleConfig, budget: float | None) -> bool:
     """Whether a full audit fits the budget now, and leaves room for another one at the end; or is that one, and short enough
     to be made whatever the budget (``last_step_seconds``).
@@ -202,6 +217,25 @@ def affords_full(spent: Spent, training: Training, schedule: ScheduleConfig, bud
         return False
     in_all = _allowance(spent.training / spent.steps * _steps_in_all(spent, training), budget)
     return training.is_last or spent.audits + 2 * cost <= in_all
+
+
+def affords_look(spent: Spent, training: Training, schedule: ScheduleConfig, budget: float | None) -> bool:
+    """Whether a health audit that need not be made fits the budget now, and leaves room for full ones; on the last step it is
+    made whatever the budget.
+
+    What looks have taken must be within their part of the time so far, not what they will have taken after this one: else
+    those that are planned between checkpoints use that part up, and checkpoints come away empty.
+
+    Args:
+        budget: share of wall-clock time; None: no limit.
+    """
+    if budget is None or training.is_last:
+        return True
+    cost = spent.health or 0.0  # None was timed yet: only what was spent counts
+    if not spent.steps or spent.audits + cost > _allowance(spent.training, budget):
+        return False
+    allowed = _for_looks(spent, training, schedule, budget)
+    return spent.looks + cost <= allowed and spent.looks <= allowed * spent.steps / _steps_in_all(spent, training)
 
 
 def look_after(spent: Spent, training: Training, schedule: ScheduleConfig, budget: float | None) -> int | None:
@@ -235,18 +269,22 @@ def _affordable(spent: Spent, training: Training, schedule: ScheduleConfig, budg
     never = training.max_steps + 1
     if spent.health is None or not spent.steps or spent.training <= 0:
         return never
-    steps = _steps_in_all(spent, training)
-    in_all = _allowance(spent.training / spent.steps * steps, budget)
-    full, in_full = spent.expected_full, spent.audits - spent.looks
-    # Else looks take all there is as it comes, and no checkpoint is ever audited in full.
-    at_most = _LOOKS * in_all if schedule.on_save and full is not None and in_full + full <= in_all else math.inf
-    if schedule.on_last_step and full is not None and spent.audits + full <= in_all:
-        in_all -= full
-    began = training.step - spent.steps
-    allowed = min(in_all - in_full, at_most)
+    allowed = _for_looks(spent, training, schedule, budget)
     if allowed <= 0:
         return never
+    began, steps = training.step - spent.steps, _steps_in_all(spent, training)
     return min(never, began + math.ceil((spent.looks + spent.health) / (allowed / steps)))
+
+
+def _for_looks(spent: Spent, training: Training, schedule: ScheduleConfig, budget: float) -> float:
+    """Seconds that all looks of this process may take until the end, beside the full audits that the budget is kept for."""
+    in_all = _allowance(spent.training / spent.steps * _steps_in_all(spent, training), budget)
+    full, in_full = spent.expected_full, spent.audits - spent.looks
+    if full is None or spent.audits + full > in_all:
+        return in_all - in_full  # a full one that will not fit any more is not waited for
+    # Else looks take all there is as it comes, and no checkpoint is ever audited in full.
+    at_most = _LOOKS * in_all if schedule.on_save else math.inf
+    return min(in_all - in_full - (full if schedule.on_last_step else 0.0), at_most)
 
 
 _LOOKS = 0.5

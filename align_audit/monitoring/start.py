@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from align_audit.auditing.check import check_audit
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.config import AuditConfig
-from align_audit.errors import AlignAuditError, ConfigurationError, named
+from align_audit.errors import AlignAuditError, ConfigurationError, named, plain
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
 from align_audit.models.weights.sharded import refuse_sharded
@@ -33,6 +33,7 @@ from align_audit.record.training_log import TrainingLog
 from align_audit.writers.messages import OnAlert
 from align_audit.writers.registry import writers_for
 from align_audit.writers.terminal import progress_bar
+from align_audit.writers.words import duration
 from align_audit.writers.writer import Surroundings, Writers
 
 logger = logging.getLogger(__name__)
@@ -59,9 +60,30 @@ class Run:
         self.pace.begin(training)
         return self.pace.next_look
 
-    def affordable(self, due: Due, training: Training) -> Due:
-        """What is due, as the budget allows it. Clocks differ from process to process: the first one's word holds."""
-        return self.ranks.share(self.pace.choose(due, training))
+    def affordable(self, due: Due, training: Training) -> Due | None:
+        """What is due, as the budget allows it; None: nothing, which is said the first time. Clocks differ from process to
+        process: the first one's word holds."""
+        log = self.monitor.log
+        if due.optional and log is not None and any(head.step == training.step for head in log.records.heads):
+            # Passed by, not made again, and what it left is handed on: a run that was killed, an alert that saves.
+            due = replace(due, optional=False)
+        chosen = self.ranks.share(self.pace.choose(due, training))
+        if chosen is None and log is not None and self.monitor.failures.is_first("a checkpoint was left out"):
+            self._say_left_out(log, training)
+        return chosen
+
+    def _say_left_out(self, log: RunLog, training: Training) -> None:
+        """That a checkpoint gets no audit, and what to do about it."""
+        spent, budget = self.pace.spent(training), self.monitor.config.budget
+        assert budget is not None
+        takes = "" if spent.health is None else f" takes about {duration(spent.health)} and"
+        logger.warning(
+            "align_audit leaves out the audit of the checkpoint of step %d: a look%s does not fit the budget of %s of the run "
+            "yet, and training goes on. Others may follow without a word (said once). To have more checkpoints audited, raise "
+            "AuditConfig(budget=...) or save less often; `align-audit run %s --probes PAIRS --reference MODEL` audits those "
+            "that were saved, afterwards",
+            training.step, takes, f"{budget:.1%}", plain(log.directory.parent),
+        )  # fmt: skip
 
     def moment(self, due: Due, training: Training, *, at_start: bool) -> Moment:
         """An audit that is due now."""

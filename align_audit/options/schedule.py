@@ -9,8 +9,13 @@ class ScheduleConfig(BaseModel):
     """When the callback audits, and how much.
 
     A *full* audit measures everything; a *health* audit patches nothing, and from a run's second one on costs about one
-    forward of the policy over the probe pairs, and its continuations (``generations``). ``AuditConfig.budget`` bounds the
-    time that all of them take: a full audit that does not fit it is made as a health audit, and the record says so.
+    forward of the policy over the probe pairs, and its continuations (``generations``).
+
+    ``AuditConfig.budget`` bounds the time of what it decides about: a full audit that does not fit is made as a health audit,
+    and the record says so; at a checkpoint nothing is made where not even that fits; and health audits between are planned as
+    it has room. Made whatever they cost: health audits at the start, at ``first_health`` and its doublings, on the last step
+    (a full one there by ``last_step_seconds``) and where the trainer's log looks wrong; the full audit when one of them warns;
+    and what ``every_n_steps`` and ``on_evaluate`` ask for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
@@ -25,7 +30,8 @@ class ScheduleConfig(BaseModel):
     escalate: bool = True
     """A full audit at once when a health audit opens a warning or an error, so that the alert says where."""
     on_save: bool = True
-    """A full audit where a checkpoint is saved."""
+    """A full audit where a checkpoint is saved; a health audit where the budget has no room for it, and none where it has no
+    room for that either. The first checkpoint that is left out is said."""
     on_evaluate: bool = False
     """A full audit after each evaluation, whatever the budget."""
     every_n_steps: int | None = Field(default=None, ge=1)

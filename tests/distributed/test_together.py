@@ -26,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
         "audit": {"schedule": {"escalate": False}, "alerts": {"rules": {"planted": {"signal": "loss", "above": 1e6}}}},
         "log_on": 0,
     },
+    "left out": {"audit": {"budget": 1e-6, "schedule": {"last_step_seconds": 0.0}, "alerts": {"enabled": False}}},
     "broken on 0": {"audit": {}, "break_on": 0},
     "broken on 1": {"audit": {}, "break_on": 1},
     "broken on 1, strict": {"audit": {"strict": True}, "break_on": 1},
@@ -82,6 +83,18 @@ def test_a_log_on_one_rank_alone_is_looked_at_and_nobody_waits(ran: Any) -> None
     assert looks == [(0, "full"), (1, "health"), (2, "full"), (4, "full")]
     look = lines(ran[0], "log on 0", "records.jsonl")[1]
     assert look["occasion"]["reason"].startswith("the training log: ")
+
+
+def test_a_checkpoint_without_room_is_left_out_on_every_rank(ran: Any) -> None:
+    """The first one's clocks say so; the others audit nothing either, and train on."""
+    for without, audited in zip(ran[1]["plain"], ran[1]["left out"], strict=True):
+        assert "error" not in audited, audited["error"]
+        assert audited["weights"] == without["weights"]
+        assert audited["losses"] == without["losses"]
+    assert (ran[0] / "left out" / "run" / "checkpoint-2").is_dir()
+    looks = [(line["step"], line["kind"]) for line in lines(ran[0], "left out", "records.jsonl")]
+    assert looks == [(0, "health"), (4, "health")]
+    assert lines(ran[0], "left out", "failures.jsonl") == []
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -64,10 +64,15 @@ def angles(record: AuditRecord) -> dict[str, list[float] | None]:
     return {basis: by_layer[1].principal_angles for basis, by_layer in record.low_rank.items()}
 
 
-def test_a_killed_run_goes_on_with_the_numbers_of_one_that_was_not(tmp_path: Path) -> None:
-    """Its log is ahead of its checkpoint: the audit of step 4 is passed by, and that of step 6 goes on from it."""
+@pytest.mark.parametrize(("every", "budget"), [(2, None), (6, 1e-6)], ids=["whatever it costs", "without room"])
+def test_a_killed_run_goes_on_with_the_numbers_of_one_that_was_not(
+    every: int, budget: float | None, tmp_path: Path
+) -> None:
+    """Its log is ahead of its checkpoint: the audit of step 4 is passed by, and that of step 6 goes on from it; also where
+    the budget would leave the checkpoint of step 4 out."""
     config = quick(
-        schedule={"every_n_steps": 2, "health": False}, low_rank={"layers": [1], "ranks": [1, 2], "random_draws": 0}
+        schedule={"every_n_steps": every, "health": False},
+        low_rank={"layers": [1], "ranks": [1, 2], "random_draws": 0},
     )
     options: dict[str, Any] = {"max_steps": 6, "save_steps": 2}
     straight, stopped = tmp_path / "straight" / "out", tmp_path / "stopped" / "out"
@@ -75,7 +80,7 @@ def test_a_killed_run_goes_on_with_the_numbers_of_one_that_was_not(tmp_path: Pat
     with pytest.raises(InterruptedError):
         run(stopped, config, others=[At("on_step_end", 5, killed)], **options)
     assert steps(stopped) == [0, 2, 4]
-    run(stopped, config, resume=str(stopped / "checkpoint-2"), **options)
+    run(stopped, config.model_copy(update={"budget": budget}), resume=str(stopped / "checkpoint-2"), **options)
     assert steps(stopped) == steps(straight) == [0, 2, 4, 6]
     records = {output: AuditRun.load(output).records for output in (straight, stopped)}
     assert all(angle is not None for angle in angles(records[straight][-1]).values())

@@ -40,6 +40,47 @@ def test_a_first_full_audit_is_made_where_its_counted_work_fits_the_budget() -> 
     assert full_audits(None) == full_audits(4 + 3 * 6)
 
 
+DOUBLINGS = (5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560)
+
+
+def test_frequent_checkpoints_keep_the_budget() -> None:
+    """An hour with a checkpoint every ten seconds; before, each of them was looked at, for a third of the run."""
+    run = forecast(AuditConfig(), PlannedSteps(3600, save_steps=10), Costs(step=1.0, health=5.0, full=20.0), layers=6)
+    whatever = (2 + len(DOUBLINGS)) * 5.0  # the start, the doublings, the last step
+    assert run.audit_seconds <= 3600 * 0.05 / 0.95 + whatever
+    assert run.share < 0.055
+    made = {step for step, _ in run.audits}
+    assert {0, 3600, *DOUBLINGS} <= made
+    assert set(run.left_out) == set(range(10, 3600, 10)) - made
+    assert len(run.left_out) > 300
+
+
+def test_checkpoints_leave_full_audits_their_part() -> None:
+    run = forecast(
+        AuditConfig(), PlannedSteps(20_000, save_steps=20), Costs(step=1.0, health=5.0, full=100.0), per_look=20.0
+    )
+    assert 0.04 < run.share <= 0.05
+    full = [step for step, kind in run.audits if kind == "full"]
+    assert len(full) > 3
+    assert full[-1] == 20_000
+
+
+def test_checkpoints_that_are_rare_come_before_looks_between_them() -> None:
+    run = forecast(
+        AuditConfig(), PlannedSteps(20_000, save_steps=500), Costs(step=1.0, health=5.0, full=100.0), per_look=20.0
+    )
+    assert run.share <= 0.05
+    assert len(run.left_out) <= 4, "only while the doublings are paid for"
+    assert max(run.left_out) <= 2500
+
+
+@pytest.mark.parametrize("budget", [None, 0.5])
+def test_where_there_is_room_no_checkpoint_is_left_out(budget: float | None) -> None:
+    run = forecast(AuditConfig(budget=budget), PlannedSteps(200, save_steps=10), Costs(step=1.0, health=0.5, full=2.0))
+    assert run.left_out == ()
+    assert set(range(10, 201, 10)) <= {step for step, _ in run.audits}
+
+
 def test_a_run_shorter_than_the_first_look_is_seen_at_its_end() -> None:
     assert forecast(AuditConfig(), PlannedSteps(4), CHEAP).first_look == 4
 

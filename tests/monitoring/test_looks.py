@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import align_audit.monitoring.monitor
 from align_audit import AuditConfig, AuditRun
 from align_audit.monitoring.forecast import Costs, PlannedSteps, forecast
-from tests.helpers.callback_runs import At, quick, run
+from tests.helpers.callback_runs import CREATED, At, quick, run
+from tests.helpers.dpo import train
 
 OFF: dict[str, Any] = {"before_training": False, "on_save": False, "on_last_step": False, "first_health": 100}
 """Nothing is due by itself in a few steps."""
@@ -41,10 +44,11 @@ def added(signal: str, **limits: Any) -> dict[str, Any]:
 
 
 def test_three_lines_look_early_and_audit_the_last_step_in_full(tmp_path: Path) -> None:
-    """Although the budget has room for nothing: that takes less than a minute. Once, at the save of that step."""
+    """Although the budget has room for nothing, so that the checkpoint before is left out: that takes less than a minute.
+    Once, at the save of that step."""
     config = quick(budget=NO_ROOM, alerts={"enabled": False})
     run(tmp_path / "out", config, max_steps=6, save_steps=3)
-    assert looked(tmp_path / "out") == [(0, "health"), (3, "health"), (5, "health"), (6, "full")]
+    assert looked(tmp_path / "out") == [(0, "health"), (5, "health"), (6, "full")]
     assert foreseen(config, PlannedSteps(6, save_steps=3)) == looked(tmp_path / "out")
 
 
@@ -65,6 +69,38 @@ def test_three_lines_look_early_and_at_the_end(tmp_path: Path) -> None:
     shares = [record.occasion.share_spent for record in records if record.occasion is not None]
     assert shares[0] is None
     assert all(share is not None and 0 < share < 1 for share in shares[1:])
+
+
+def test_checkpoints_without_room_are_left_out_and_that_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not those whose step is looked at anyway; and training gives the same bits, and the same checkpoints."""
+    config = quick(budget=NO_ROOM, schedule=NEVER_FULL, alerts={"enabled": False})
+    options: dict[str, Any] = {"max_steps": 6, "save_steps": 1}
+    with caplog.at_level(logging.WARNING, logger="align_audit"):
+        audited = run(tmp_path / "out", config, **options)
+    plain = train(tmp_path / "plain", CREATED, **options)
+    assert audited.losses == plain.losses
+    assert audited.weights.keys() == plain.weights.keys()
+    assert all(torch.equal(value, audited.weights[name]) for name, value in plain.weights.items())
+    assert looked(tmp_path / "out") == [(0, "health"), (5, "health"), (6, "health")]
+    assert foreseen(config, PlannedSteps(**options)) == looked(tmp_path / "out")
+    for output in ("out", "plain"):
+        assert {path.name for path in (tmp_path / output).glob("checkpoint-*")} == {
+            f"checkpoint-{n}" for n in range(1, 7)
+        }
+    (said,) = [each for each in map(logging.LogRecord.getMessage, caplog.records) if "leaves out" in each]
+    assert said.startswith("align_audit leaves out the audit of the checkpoint of step 1: a look takes about ")
+    assert " s and does not fit the budget of 0.0% of the run yet" in said
+    assert "raise AuditConfig(budget=...) or save less often" in said
+    assert f"`align-audit run {tmp_path / 'out'} --probes" in said
+
+
+def test_a_checkpoint_that_the_training_log_sets_a_look_off_at_is_not_left_out(tmp_path: Path) -> None:
+    config = quick(budget=NO_ROOM, schedule={**NEVER_FULL, "escalate": False}, alerts=added("loss", above=-1.0))
+    run(tmp_path / "out", config, max_steps=3, save_steps=1)
+    assert (1, "health") in looked(tmp_path / "out")
+    assert reasons(tmp_path / "out")[1].startswith("a checkpoint was saved; a full audit")
 
 
 def test_without_a_budget_full_audits_are_made_where_they_are_asked_for(tmp_path: Path) -> None:
@@ -137,7 +173,7 @@ def killed(**_: Any) -> None:
 
 
 def test_a_resumed_run_looks_where_the_other_would_have(tmp_path: Path) -> None:
-    """And does not look again at what was audited."""
+    """And where it begins again; it does not look again at what was audited."""
     config = quick(budget=NO_ROOM, schedule={**NEVER_FULL, "first_health": 2}, alerts={"enabled": False})
     options: dict[str, Any] = {"max_steps": 9, "save_steps": 3}
     straight, stopped = tmp_path / "straight" / "out", tmp_path / "stopped" / "out"
@@ -145,11 +181,11 @@ def test_a_resumed_run_looks_where_the_other_would_have(tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
         run(stopped, config, others=[At("on_step_end", 5, killed)], **options)
     run(stopped, config, resume=str(stopped / "checkpoint-3"), **options)
-    assert looked(straight) == [(step, "health") for step in (0, 2, 3, 4, 6, 8, 9)]
-    assert looked(stopped) == looked(straight)
+    assert looked(straight) == [(step, "health") for step in (0, 2, 4, 8, 9)]
     one, other = (AuditRun.load(output) for output in (straight, stopped))
+    assert [record.step for record in other.records] == [0, 2, 3, 4, 8, 9]
     assert [row.step for row in one.training_log] == [row.step for row in other.training_log]
-    for record, again in zip(one.records, other.records, strict=True):
+    for record, again in zip(one.records, [each for each in other.records if each.step != 3], strict=True):
         assert math.isclose(record.margins.kl.mean, again.margins.kl.mean, rel_tol=1e-12)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -169,6 +169,7 @@ def test_a_full_audit_that_does_not_fit_is_made_small_and_says_so() -> None:
     clock.now += 100.0
     at = Training(100, 1000)
     chosen = pace.choose(FULL, at)
+    assert chosen is not None
     # Of a full audit only a guess is known: 16 times the last look, in a model of four layers.
     assert chosen.kind == "health"
     assert chosen.reason == (
@@ -180,12 +181,41 @@ def test_a_full_audit_that_does_not_fit_is_made_small_and_says_so() -> None:
     assert pace.choose(always, at) == always
 
 
+SAVED = replace(FULL, optional=True)
+
+
+def test_a_checkpoint_is_left_out_while_a_look_does_not_fit_and_looked_at_once_it_does() -> None:
+    pace, clock = begun()
+    audit(pace, clock, "health", 0, 4.0)
+    clock.now += 100.0  # 5 % beside them are 5.3 s, and beside 160 s 8.4 s
+    assert pace.choose(SAVED, Training(100, 1000)) is None
+    kept = pace.choose(FULL, Training(100, 1000))
+    assert kept is not None
+    assert kept.kind == "health"
+    clock.now += 60.0
+    made = pace.choose(SAVED, Training(160, 1000))
+    assert made is not None
+    assert made.kind == "health"
+    assert made.reason.startswith("a checkpoint was saved; a full audit takes about 64 s and does not fit the budget")
+    audit(pace, clock, "health", 160, 4.0)
+    assert pace.choose(SAVED, Training(161, 1000)) is None
+
+
+def test_without_a_budget_no_checkpoint_is_left_out() -> None:
+    pace, clock = begun(AuditConfig(budget=None))
+    audit(pace, clock, "health", 0, 400.0)
+    clock.now += 1.0
+    assert pace.choose(SAVED, Training(1, 1000)) == SAVED
+
+
+@pytest.mark.parametrize("due", [FULL, SAVED], ids=["planned", "saved"])
 @pytest.mark.parametrize("last", [{"step": 1000}, {"step": 100, "stopping": True}])
-def test_on_the_last_step_nothing_is_put_off(last: dict[str, Any]) -> None:
+def test_on_the_last_step_nothing_is_put_off(last: dict[str, Any], due: Due) -> None:
     pace, clock = begun()
     audit(pace, clock, "health", 0, 100.0)
     clock.now += 100.0
-    chosen = pace.choose(FULL, Training(**{"max_steps": 1000, **last}))
+    chosen = pace.choose(due, Training(**{"max_steps": 1000, **last}))
+    assert chosen is not None
     assert chosen.kind == "health"
     assert chosen.reason.endswith("does not fit the budget of 5.0% of the run")
 

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 
-from align_audit.monitoring.schedule import Due, Event, Spent, Training, affords_full, decide, look_after
+from align_audit.monitoring.schedule import (
+    Due,
+    Event,
+    Spent,
+    Training,
+    afforded,
+    affords_full,
+    affords_look,
+    decide,
+    look_after,
+)
 from align_audit.options.schedule import ScheduleConfig
 
 NEVER: dict[str, Any] = {"before_training": False, "on_save": False, "on_evaluate": False, "on_last_step": False}
@@ -61,6 +71,40 @@ def test_what_is_pending_and_larger_is_not_made_smaller() -> None:
     """A full audit that was asked for whatever it costs, at a save that asks for one within the budget."""
     due = decided(Event.SAVE, {"on_save": True}, {}, Due("full", "every 4 steps", later=True))
     assert due == Due("full", "every 4 steps")
+
+
+@pytest.mark.parametrize(
+    ("event", "options", "training", "look"),
+    [
+        (Event.STEP_END, {}, {}, 4),
+        (Event.STEP_END, {"every_n_steps": 4}, {}, None),
+        (Event.STEP_END, {"on_last_step": True}, {"step": 10}, None),
+        (Event.EPOCH_END, {"on_last_step": True}, {"stopping": True}, None),
+        (Event.EVALUATE, {"on_evaluate": True}, {}, None),
+    ],
+)
+def test_what_waits_for_a_save_is_not_left_out_with_it(
+    event: Event, options: dict[str, Any], training: dict[str, Any], look: int | None
+) -> None:
+    options = {"on_save": True, **options}
+    waiting = decided(event, options, {"saving": True, **training}, next_look=look)
+    assert waiting is not None
+    assert (waiting.later, waiting.optional) == (True, False)
+    for pending, optional in ((None, True), (waiting, False)):
+        saved = decided(Event.SAVE, options, training, pending)
+        assert saved is not None
+        assert saved.optional is optional
+
+
+@pytest.mark.parametrize("pending", [PENDING, Due("health", "the training log: loss is NaN", later=True)])
+def test_a_look_that_is_due_is_not_left_out_with_a_save(pending: Due) -> None:
+    saved = decided(Event.SAVE, {"on_save": True}, {}, pending)
+    assert saved == Due("full", "a checkpoint was saved", budgeted=True)
+
+
+def test_what_may_be_left_out_both_times_may_be_left_out() -> None:
+    asked = Due("full", "a checkpoint was saved", budgeted=True, optional=True)
+    assert asked.with_pending(asked) == asked
 
 
 @pytest.mark.parametrize(("step", "expected"), [(1, None), (2, None), (3, True), (4, None), (6, True), (10, None)])
@@ -306,6 +350,51 @@ def test_the_last_step_is_audited_in_full_where_that_takes_no_longer_than_a_minu
     assert not affords_full(replace(spent, steps=3), Training(3, 4), schedule, 0.05), "a step before the last"
     guessed = Spent(4, training=0.1, audits=0.2, health=full / 13, layers=3)
     assert affords_full(guessed, Training(4, 4), schedule, 0.05) is expected, "as many times a look as it is taken for"
+
+
+# -- what may be left out ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spent", "expected"),
+    [
+        # 5 % beside 100 s are 5.3 s, and 52.6 s beside all 1,000; looks may take half where full audits fit, the rest else.
+        (Spent(100, training=100.0, audits=1.0, looks=1.0, health=1.0, full=100.0), True),
+        (Spent(100, training=100.0, audits=4.2, looks=4.2, health=1.0, full=100.0), True),
+        (Spent(100, training=100.0, audits=4.3, looks=4.3, health=1.0, full=100.0), False),
+        (Spent(100, training=100.0, audits=2.6, looks=2.6, health=1.0, full=10.0), True),
+        (Spent(100, training=100.0, audits=2.7, looks=2.7, health=1.0, full=10.0), False),
+        # A full audit that was made whatever it cost is paid for first.
+        (Spent(100, training=100.0, audits=20.0, looks=1.0, health=1.0, full=19.0), False),
+        # One that will not fit any more is not waited for.
+        (Spent(500, training=500.0, audits=25.0, looks=25.0, health=1.0, full=30.0), True),
+        # The last step's is left its time: 52.6 s less 26 s.
+        (Spent(900, training=900.0, audits=25.0, looks=25.0, health=1.0, full=26.0), False),
+        (Spent(900, training=900.0, audits=23.0, looks=23.0, health=1.0, full=26.0), True),
+        # None was timed: only what was spent counts, also by audits that broke.
+        (Spent(), False),
+        (Spent(1, training=1.0), True),
+        (Spent(100, training=100.0, audits=6.0), False),
+    ],
+)
+def test_a_look_is_made_at_a_checkpoint_where_looks_have_kept_to_their_part(spent: Spent, expected: bool) -> None:
+    at = Training(spent.steps, 1000)
+    assert affords_look(spent, at, BUDGETED, 0.05) is expected
+    due = Due("full", "a checkpoint was saved", budgeted=True, optional=True)
+    tight = replace(spent, full=1000.0) if spent.full is not None else spent
+    made = afforded(due, tight, at, BUDGETED, 0.05)
+    assert made in (None, "health")
+    assert afforded(replace(due, optional=False), tight, at, BUDGETED, 0.05) == "health"
+
+
+@pytest.mark.parametrize("training", [Training(1000, 1000), Training(100, 1000, stopping=True)])
+def test_on_the_last_step_and_without_a_budget_nothing_is_left_out(training: Training) -> None:
+    spent = Spent(100, training=100.0, audits=80.0, looks=80.0, health=20.0, full=300.0)
+    due = Due("full", "a checkpoint was saved", budgeted=True, optional=True)
+    assert afforded(due, spent, Training(100, 1000), BUDGETED, 0.05) is None
+    assert afforded(due, spent, training, BUDGETED, 0.05) == "health"
+    assert afforded(due, spent, Training(100, 1000), BUDGETED, None) == "full"
+    assert affords_look(spent, Training(100, 1000), BUDGETED, None)
 
 
 def test_the_share_is_of_all_the_time() -> None:

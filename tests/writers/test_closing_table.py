@@ -100,6 +100,16 @@ def test_the_report_is_named_only_once_there_is_one(tmp_path: Path) -> None:
         assert capture.get().rstrip().endswith(f"report: {log.directory / 'report.html'}") == there
 
 
+def test_a_checkpoint_without_an_audit_is_not_called_healthy() -> None:
+    """Those that the budget left out: a run that is well at 20 and 40 says nothing by name of what was saved between."""
+    lines = shown(a_run("well"), {10: "checkpoint-10", 30: "checkpoint-30", 50: "checkpoint-50"})
+    assert lines[-1] == "latest healthy: checkpoint-10"
+    lines = shown(a_run("well"), {30: "checkpoint-30", 50: "checkpoint-50"})
+    assert lines[-1] == "latest healthy: step 40 (no checkpoint of it was kept)"
+    lines = shown(a_run("ruined"), {5: "checkpoint-5", 15: "checkpoint-15", 30: "checkpoint-30"})
+    assert lines[-1] == "latest healthy: checkpoint-5"
+
+
 def test_each_set_has_a_table_and_healthy_is_what_is_so_in_all() -> None:
     records = [on_set(record, "a") for record in a_run("well")] + [on_set(record, "b") for record in a_run("ruined")]
     lines = shown(records, {10: "checkpoint-10", 40: "checkpoint-40"})
@@ -123,6 +133,7 @@ def out_of_budget(step: int) -> AuditRecord:
     with pace.timed("full"):
         pace.occasion(calm(0), "before training", Training(0, 60))
     due = pace.choose(Due("full", "a checkpoint was saved", budgeted=True), Training(step, 60))
+    assert due is not None
     assert due.kind == "health"
     record = quick_look(calm(step))
     return record.model_copy(update={"occasion": Occasion(reason=due.reason, unaffordable_seconds=due.unaffordable)})
