@@ -182,6 +182,8 @@ def schedule_check(run: Forecast, config: AuditConfig, steps: PlannedSteps) -> C
         f"first look at the trained policy: {first}; {counted(looks, 'look')} and {counted(full, 'full audit')} in "
         f"{counted(steps.max_steps, 'step')}, about {duration(run.audit_seconds)}, {run.share:.1%} of the run"
     )
+    if run.left_out:
+        observation += f"; {counted(len(run.left_out), 'checkpoint')} without an audit, for lack of budget"
     if run.first_look is None:
         return Check("schedule", "yellow", observation, _how_to_look(config.schedule, steps))
     if config.budget is not None and run.share > 1.5 * config.budget:

@@ -380,6 +380,16 @@ def test_a_schedule_that_looks_at_nothing_names_the_switch_that_is_off(schedule:
     assert check.fix.startswith(fix)
 
 
+@pytest.mark.parametrize(
+    ("look", "words"), [(0.1, None), (5.0, "; 43 checkpoints without an audit, for lack of budget")]
+)
+def test_checkpoints_that_will_get_no_audit_are_foreseen(look: float, words: str | None) -> None:
+    config, steps = AuditConfig(), PlannedSteps(1000, save_steps=20)
+    check = schedule_check(forecast(config, steps, Costs(1.0, look, 15 * look), per_look=15.0), config, steps)
+    assert ("without an audit" in check.observation) is (words is not None)
+    assert words is None or words in check.observation
+
+
 def test_trackers_that_the_options_leave_out_are_not_promised() -> None:
     plan = Plan("model", "pairs", report_to=("tensorboard",))
     assert checked(plan, tensorboard="auto")["trackers"].level == "green"
