@@ -162,9 +162,9 @@ In this order, by the prediction:
    {look.seconds:,.0f} s, in which continuations bring every layer together for each new token: fewer
    `generations.max_new_tokens`, or `generations.enabled: false`.
 4. **The budget.** By default audits take 5 % of a run. A full audit that does not fit is left out (a look is made in
-   its place), but for the last step's, which is made where it takes a minute at most (`schedule.last_step_seconds`).
-   A first one is judged before there was any, by a look's time and counted work; `align-audit doctor` says in
-   advance how many fit.
+   its place; at a checkpoint nothing, where not even that fits), but for the last step's, which is made where it
+   takes a minute at most (`schedule.last_step_seconds`). A first one is judged before there was any, by a look's
+   time and counted work; `align-audit doctor` says in advance how many fit.
 5. **The device's memory** lasts longest: {eight["8B"].device:.0f} GiB a process for 8B and {eight["70B"].device:.0f}
    for 70B where weights are spread, of which what lies outside of the layers (embeddings and head of both models,
    whole on every process) is most. In the host's memory a process keeps the token rows of its own pairs,
