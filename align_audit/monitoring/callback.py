@@ -269,7 +269,7 @@ class AlignmentAuditCallback(TrainerCallback):
             self._agree_on_logs(state.global_step)
         self._run.pace.hear(event)
         training = self._run.facts.training(state, control)
-        due = decide(event, training, self.config.schedule, self._pending, self._next_look)
+        due = decide(event, training, self.config.schedule, self._pending, self._next_look, self._run.pace.audited_at)
         if due is None:
             return
         self._pending = due if due.later else None

@@ -131,7 +131,8 @@ class _Played:
     def meet(self, event: Event, training: Training) -> None:
         """Let the schedule decide at an event, and book what it takes."""
         self.spent = replace(self.spent, steps=training.step, training=training.step * self._costs.step)
-        due = decide(event, training, self._config.schedule, self._pending, self._next)
+        audited_at = self.audits[-1][0] if self.audits else 0
+        due = decide(event, training, self._config.schedule, self._pending, self._next, audited_at)
         if due is None:
             return
         self._pending = due if due.later else None

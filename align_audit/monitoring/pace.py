@@ -22,6 +22,7 @@ class Pace:
 
     Attributes:
         next_look: the step of the next health audit; None: there will be none.
+        audited_at: the step of the newest audit that was begun.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Pace:
         self._aside = 0.0
         """Of the seconds without audits, those in which the trainer evaluated and saved."""
         self.next_look: int | None = None
+        self.audited_at = step
 
     def begin(self, training: Training) -> None:
         """Training begins now: what was done before it counts as nothing."""

@@ -86,19 +86,27 @@ class Training:
 
 
 def decide(
-    event: Event, training: Training, schedule: ScheduleConfig, pending: Due | None = None, next_look: int | None = None
+    event: Event,
+    training: Training,
+    schedule: ScheduleConfig,
+    pending: Due | None = None,
+    next_look: int | None = None,
+    audited_at: int = 0,
 ) -> Due | None:
     """What audit an event asks for, now or later; None: none, and what is pending stays so.
 
     Args:
         pending: what an earlier event left due. The start of training forgets it.
         next_look: the step at which the next health audit is due (see :func:`look_after`).
+        audited_at: the step of the newest audit.
 
     Example:
         >>> decide(Event.SAVE, Training(step=3, max_steps=9), ScheduleConfig(on_save=True))
         Due(kind='full', reason='a checkpoint was saved', budgeted=True, optional=True, later=False, unaffordable=None)
     """
     asked = _asked(event, training, schedule, next_look)
+    if event is Event.SAVE and asked is not None and _in_its_place(training, schedule, next_look, audited_at):
+        asked = replace(asked, optional=False)
     if event in (Event.TRAIN_BEGIN, Event.TRAIN_END):
         return asked
     waits = _more_may_be_asked(event, training, schedule)
@@ -106,6 +114,20 @@ def decide(
         return None if asked is None else replace(asked, later=waits or training.syncs_reference)
     due = pending if asked is None else asked.with_pending(pending)
     return None if due is None else replace(due, later=waits)
+
+
+def _in_its_place(training: Training, schedule: ScheduleConfig, next_look: int | None, audited_at: int) -> bool:
+    """Whether a checkpoint comes shortly before the next look, on the second half of the way to it: that one is made here,
+    where it says of a checkpoint what became of it. Looks at the start are at the same steps in every run."""
+    if not schedule.health or next_look is None or next_look <= _EARLY * schedule.first_health:
+        return False
+    return training.step - audited_at >= next_look - training.step and training.step >= _NEAR * next_look
+
+
+_EARLY = 16
+"""Times ``first_health``: up to there doublings are made where they are."""
+_NEAR = 0.75
+"""Of the steps up to a look, those that are done where it may be made early."""
 
 
 def _more_may_be_asked(event: Event, training: Training, schedule: ScheduleConfig) -> bool:
@@ -242,7 +264,7 @@ def look_after(spent: Spent, training: Training, schedule: ScheduleConfig, budge
     """The step of the next health audit after this one; None: there will be none.
 
     The next of ``first_health`` and its doublings, or earlier, as soon as the budget has room for it beside the full audit at
-    the end; but no more than ``most_looks`` in a run.
+    the end; but no more than ``most_looks`` in a run. A checkpoint that is saved shortly before has it sooner.
 
     Example:
         >>> look_after(Spent(), Training(step=0, max_steps=1000), ScheduleConfig(), 0.05)
@@ -255,7 +277,8 @@ def look_after(spent: Spent, training: Training, schedule: ScheduleConfig, budge
     step, first = training.step, schedule.first_health
     # Of a resumed run the doublings go on from where it began.
     doubling = first
-    while doubling <= step:
+    # One that is near was made early, at a checkpoint.
+    while doubling <= step or (doubling > _EARLY * first and step >= _NEAR * doubling):
         doubling *= 2
     gap = max(first, math.ceil(training.max_steps / schedule.most_looks))
     at = min(doubling, max(step + gap, _affordable(spent, training, schedule, budget)))

@@ -87,6 +87,7 @@ class Run:
 
     def moment(self, due: Due, training: Training, *, at_start: bool) -> Moment:
         """An audit that is due now."""
+        self.pace.audited_at = training.step
         return Moment(
             training.step,
             due.kind,

@@ -3,6 +3,7 @@
     python benchmarks/cost/model.py --calibrate --layers 12 --width 512 --vocabulary 32000   # this machine's prices, < 1 min
     python benchmarks/cost/model.py --compare                        # against measured jobs: a table, half an hour
     python benchmarks/cost/model.py --compare --write docs/scale.md  # and the document, with models that are too large for it
+    python benchmarks/cost/model.py --write docs/scale.md            # what it predicts alone: after a change of what is counted
 
 The counts are the package's (:mod:`align_audit.auditing.costs`). Prices are measured here, on the code that an audit runs and
 on no audit, or are published figures of accelerators times a stated share (``accelerators.py``), which nobody has measured.
@@ -32,7 +33,7 @@ from jobs import JobSpec
 from measuring import compared
 from prices import Prices
 from scale import comparison, largest_error
-from scale_text import document
+from scale_text import document, predicted_again
 
 JOBS = (
     JobSpec(4, 128, 1_000, 24),
@@ -97,7 +98,9 @@ def main() -> None:
     parser.add_argument("--compare", action="store_true", help="measure the jobs, beside what is foreseen")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="where the comparison is kept, job by job, and read from")
-    parser.add_argument("--write", type=Path, help="the document; takes --compare, or --json of an earlier one")
+    parser.add_argument(
+        "--write", type=Path, help="the document; what was measured is kept without --compare or --json"
+    )
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -116,9 +119,10 @@ def main() -> None:
         print(comparison(results))
         print(f"largest error {largest_error(results):.0%}")
     if options.write is not None:
-        if not results:
-            parser.error("--write needs a comparison; expected --compare, or --json of an earlier one")
-        options.write.write_text(document(results, JOBS, host_prices()), encoding="utf-8")
+        host = host_prices()
+        earlier = "" if results else options.write.read_text(encoding="utf-8")
+        text = document(results, JOBS, host) if results else predicted_again(earlier, host)
+        options.write.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

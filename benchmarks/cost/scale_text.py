@@ -27,21 +27,35 @@ from scale import (
 
 from align_audit.config import AuditConfig
 
+MEASURED = "## Against measured audits"
+PREDICTED = "## Models of 1B, 8B and 70B: predicted, not measured"
 FEWER_ROWS = 1024
 """Of ``spinal.max_rows``, beside its default."""
 
 
 def document(results: Sequence[dict[str, Any]], jobs: Sequence[JobSpec], host: Prices) -> str:
     """All of it."""
-    today = datetime.date.today().isoformat()
-    return "\n".join([_beginning(today), _measured(results, jobs), _large(host), _breaks(host), ""])
+    return "\n".join([_beginning(), _measured(results, jobs), _large(host), _breaks(host), ""])
 
 
-def _beginning(today: str) -> str:
-    return f"""# What an audit costs at scale
+def predicted_again(text: str, host: Prices) -> str:
+    """The document with the same measurements, and with what is predicted as it is counted now.
 
-*Written by `python benchmarks/cost/model.py --compare --write docs/scale.md` on {today}, on one machine without a GPU:
-{machine()}.*
+    Raises:
+        ValueError: the text has no part that was measured.
+    """
+    _, begin, rest = text.partition(MEASURED)
+    measured, end, _ = rest.partition(PREDICTED)
+    if not begin or not end:
+        raise ValueError(f"expected a document with the headings {MEASURED!r} and {PREDICTED!r}")
+    return "\n".join([_beginning(), begin + measured.rstrip("\n") + "\n", _large(host), _breaks(host), ""])
+
+
+def _beginning() -> str:
+    return """# What an audit costs at scale
+
+*Written by `python benchmarks/cost/model.py --compare --write docs/scale.md`; without `--compare` what was measured stays, and
+what is predicted is counted anew.*
 
 What has been measured on small machines is in [performance.md](performance.md). This page says what models cost that
 do not fit there. It has two parts that are not of one kind:
@@ -58,7 +72,9 @@ do not fit there. It has two parts that are not of one kind:
 
 def _measured(results: Sequence[dict[str, Any]], jobs: Sequence[JobSpec]) -> str:
     least, most = memory_shares(results, jobs)
-    return f"""## Against measured audits
+    return f"""{MEASURED}
+
+On {datetime.date.today().isoformat()}, on one machine without a GPU: {machine()}.
 
 Untrained Llamas of a configuration, random tokens, default options; CPU seconds of one-thread processes on a machine
 that is busy with other work, the shortest of three audits, calibrated before and after. No price is fitted to an
@@ -85,13 +101,13 @@ def _large(host: Prices) -> str:
         for each in ACCELERATORS
     )
     pieces = [
-        f"""## Models of 1B, 8B and 70B: predicted, not measured
+        f"""{PREDICTED}
 
 Widths of the Llama 3 family, bfloat16, vocabulary 128,256; 64 probe pairs of {tokens_a_pair():,.0f} tokens (both
 sequences), default options, full fine-tuning, weights spread by FSDP2 over all GPUs (one: whole). Published peaks of
 the SXM boards ({figures}), of which matrix products reach {PRODUCTS:.0%}, memory {BANDWIDTH:.0%}, links {LINKS:.0%};
-{NODE} GPUs a node. What runs in the host's memory is priced as one thread of the machine above, which is what
-`torchrun` gives a process unless `OMP_NUM_THREADS` says more.
+{NODE} GPUs a node. What runs in the host's memory is priced as one thread of this machine, which is what `torchrun` gives
+a process unless `OMP_NUM_THREADS` says more: {machine()} ({datetime.date.today().isoformat()}).
 
 *Of the run*: one audit, of an epoch over {TRAINED_PAIRS:,} pairs of that length, at the same share of peak products
 (10 FLOP a weight and token: forward, backward, activations computed again, and the reference). On many GPUs a small

@@ -23,7 +23,7 @@ def modules() -> Iterator[dict[str, ModuleType]]:
     """Of the command, which stand beside each other in its folder."""
     present = set(sys.modules)
     sys.path.insert(0, str(FOLDER))
-    yield {name: importlib.import_module(name) for name in ("prices", "accelerators", "scale")}
+    yield {name: importlib.import_module(name) for name in ("prices", "accelerators", "scale", "scale_text")}
     sys.path.remove(str(FOLDER))
     for name in set(sys.modules) - present:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(FOLDER)):
@@ -68,6 +68,17 @@ def test_more_gpus_take_less_time_and_spread_weights_bring_messages(modules: dic
     assert one.parts["messages"] == 0.0 < eight.parts["messages"]
     assert eight.device > one.device, "what lies outside of the layers is whole beside the shards"
     assert 0 < one.share < 1
+
+
+def test_what_was_measured_stays_where_only_predictions_are_made_again(modules: dict[str, ModuleType]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "scale.md").read_text(encoding="utf-8")
+    words, host = modules["scale_text"], at_one(modules["prices"])
+    again = words.predicted_again(text, host)
+    measured = text.partition(words.MEASURED)[2].partition(words.PREDICTED)[0]
+    assert "| job | foreseen, CPU s | measured | off by |" in measured
+    assert again.partition(words.MEASURED)[2].partition(words.PREDICTED)[0].strip() == measured.strip()
+    with pytest.raises(ValueError, match="expected a document with the headings"):
+        words.predicted_again("# Another", host)
 
 
 def test_errors_are_shares_of_what_was_measured(modules: dict[str, ModuleType]) -> None:

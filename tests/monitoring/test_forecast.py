@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import pairwise
 
 import pytest
@@ -50,9 +51,21 @@ def test_frequent_checkpoints_keep_the_budget() -> None:
     assert run.audit_seconds <= 3600 * 0.05 / 0.95 + whatever
     assert run.share < 0.055
     made = {step for step, _ in run.audits}
-    assert {0, 3600, *DOUBLINGS} <= made
+    assert {0, 3600, *(step for step in DOUBLINGS if step <= 80)} <= made
+    for first, second in itertools.pairwise([80, *(step for step in DOUBLINGS if step > 80)]):
+        assert any(first < step <= second for step in made), "a doubling, or a checkpoint shortly before it"
     assert set(run.left_out) == set(range(10, 3600, 10)) - made
     assert len(run.left_out) > 300
+
+
+def test_a_look_that_is_planned_is_made_at_a_checkpoint_shortly_before_it() -> None:
+    """Looks that the budget has no room for are as many as without checkpoints; the two checkpoints are among them."""
+    costs = Costs(step=1.0, health=20.0, full=300.0)
+    saved = forecast(AuditConfig(), PlannedSteps(1000, save_steps=500), costs)
+    assert [step for step, _ in saved.audits] == [0, 5, 10, 20, 40, 80, 160, 320, 500, 1000]
+    assert saved.left_out == ()
+    never = forecast(AuditConfig(), PlannedSteps(1000), costs)
+    assert [step for step, _ in never.audits] == [0, 5, 10, 20, 40, 80, 160, 320, 640, 1000]
 
 
 def test_checkpoints_leave_full_audits_their_part() -> None:

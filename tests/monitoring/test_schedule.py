@@ -33,10 +33,34 @@ def decided(
     training: dict[str, Any],
     pending: Due | None = None,
     next_look: int | None = None,
+    audited_at: int = 0,
 ) -> Due | None:
     """With only these options on, at step 4 of 10 where ``training`` does not say otherwise."""
     at = Training(**{"step": 4, "max_steps": 10, **training})
-    return decide(event, at, ScheduleConfig(**{**NEVER, **options}), pending, next_look)
+    return decide(event, at, ScheduleConfig(**{**NEVER, **options}), pending, next_look, audited_at)
+
+
+@pytest.mark.parametrize(
+    ("step", "next_look", "audited_at", "options", "left_out"),
+    [
+        (500, 640, 320, {}, False),
+        (480, 640, 320, {}, False),
+        (479, 640, 320, {}, True),
+        (500, 640, 480, {}, True),  # the way to it has only begun
+        (500, None, 320, {}, True),
+        (500, 640, 320, {"health": False}, True),
+        (70, 80, 40, {}, True),  # one of those at the start
+        (150, 160, 80, {}, False),
+        (70, 80, 40, {"first_health": 1}, False),
+    ],
+)
+def test_a_checkpoint_shortly_before_a_look_is_never_left_out(
+    step: int, next_look: int | None, audited_at: int, options: dict[str, Any], left_out: bool
+) -> None:
+    at = {"step": step, "max_steps": 1000}
+    due = decided(Event.SAVE, {"on_save": True, **options}, at, next_look=next_look, audited_at=audited_at)
+    assert due is not None
+    assert (due.kind, due.budgeted, due.optional) == ("full", True, left_out)
 
 
 def now(due: Due | None) -> bool | None:
