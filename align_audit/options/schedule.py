@@ -23,8 +23,8 @@ class ScheduleConfig(BaseModel):
     before_training: bool = True
     """Look before the first step: at whether the reference is the right one, and at what health is measured against."""
     health: bool = True
-    """Health audits at ``first_health`` steps, twice that, four times that, ..., and between as often as the budget allows. From
-    the fifth doubling on one is made at a checkpoint shortly before it, where there is one."""
+    """Health audits at ``first_health`` steps, twice that, four times that, ..., and between as often as the budget allows.
+    From the fifth doubling on one is made at a checkpoint shortly before it, where there is one."""
     first_health: int = Field(default=5, ge=1)
     most_looks: int = Field(default=200, ge=1)
     """Health audits of a run that the budget may add at most."""
