@@ -17,7 +17,7 @@ from transformers.training_args import TrainingArguments
 from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError
 from align_audit.models.anatomy import Anatomy
-from align_audit.monitoring.outcome import BREAKS
+from align_audit.monitoring.outcome import BREAKS, Outcome
 from align_audit.monitoring.probe_sets import TrainingProbes
 from align_audit.monitoring.schedule import Due, Event, Training, decide
 from align_audit.monitoring.start import Run, begin_run, refuse_other_options, refuse_together
@@ -276,9 +276,9 @@ class AlignmentAuditCallback(TrainerCallback):
         made = None if due.later else self._run.affordable(due, training)
         if made is None:
             return
-        opened = self._audit(made, event, training, control, model)
-        if opened and made.kind == "health" and self.config.schedule.escalate:
-            warned = Due("full", f"a health audit warns: {', '.join(opened)}")
+        outcome = self._audit(made, event, training, control, model)
+        warned = self._run.escalation(made, outcome, training)
+        if warned is not None:
             self._audit(warned, event, training, control, model)
 
     def _agree_on_logs(self, step: int) -> None:
@@ -290,16 +290,14 @@ class AlignmentAuditCallback(TrainerCallback):
         if message is not None and self.config.schedule.health and self._pending is None:
             self._pending = Due("health", f"the training log: {message}", later=True)
 
-    def _audit(
-        self, due: Due, event: Event, training: Training, control: TrainerControl, model: nn.Module
-    ) -> list[str]:
-        """One moment's audits, and what they ask of training. The rules that warn, and are new."""
+    def _audit(self, due: Due, event: Event, training: Training, control: TrainerControl, model: nn.Module) -> Outcome:
+        """One moment's audits, and what they ask of training."""
         assert self._run is not None
         moment = self._run.moment(due, training, at_start=event is Event.TRAIN_BEGIN and training.step == 0)
         outcome = self._run.monitor.audit(self._run.models(model, due), moment)
         self._next_look = outcome.next_look
         self._wishes.hand_over(outcome, control, training.step, event)
-        return outcome.opened
+        return outcome
 
 
 __all__ = ["AlignmentAuditCallback"]

@@ -83,6 +83,7 @@ class Outcome:
         reasons: the rules of the alerts that are new, or got worse, and serious enough to act on; sorted.
         save, stop: a checkpoint is wished for; training should end.
         opened: the rules of warnings and errors that are new, or got worse, with this audit.
+        failed: an error is among them.
         next_look: the step of the next health audit, as the process that writes has planned it.
     """
 
@@ -93,6 +94,7 @@ class Outcome:
     save: bool
     stop: bool
     opened: list[str] = field(default_factory=list)
+    failed: bool = False
     next_look: int | None = None
 
     @classmethod
@@ -110,8 +112,11 @@ class Outcome:
         reasons = sorted({alert.rule for alert in news if alert.level in serious})
         acts = bool(reasons) and config.action != "log"
         opened = sorted({alert.rule for alert in news if alert.level != "info"})
+        failed = any(alert.level == "error" for alert in news)
         stop = acts and config.action == "stop"
-        return cls(records, alerts, failures, reasons, save=acts, stop=stop, opened=opened, next_look=next_look)
+        return cls(
+            records, alerts, failures, reasons, save=acts, stop=stop, opened=opened, failed=failed, next_look=next_look
+        )
 
 
 @dataclass

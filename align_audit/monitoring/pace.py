@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from align_audit.config import AuditConfig
-from align_audit.monitoring.schedule import Due, Event, Spent, Training, afforded, look_after
+from align_audit.monitoring.schedule import Due, Event, Spent, Training, afforded, affords_escalation, look_after
 from align_audit.record.audit_record import UNCOUNTED_PAIRS, AuditKind, AuditRecord, Occasion
 
 
@@ -106,6 +106,11 @@ class Pace:
         yet = "" if training.is_last else " yet"
         reason = f"{due.reason}; a full audit{takes} does not fit the budget of {budget:.1%} of the run{yet}"
         return replace(due, kind=kind, reason=reason, unaffordable=cost)
+
+    def escalates(self, training: Training) -> bool:
+        """Whether a warning is worth a full audit at this step."""
+        config = self._config
+        return affords_escalation(self.spent(training), training, config.schedule, config.budget)
 
     def occasion(
         self, record: AuditRecord, reason: str, training: Training, unaffordable: float | None = None

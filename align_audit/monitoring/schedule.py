@@ -260,6 +260,16 @@ def affords_look(spent: Spent, training: Training, schedule: ScheduleConfig, bud
     return spent.looks + cost <= allowed and spent.looks <= allowed * spent.steps / _steps_in_all(spent, training)
 
 
+def affords_escalation(spent: Spent, training: Training, schedule: ScheduleConfig, budget: float | None) -> bool:
+    """Whether a warning is worth a full audit now: one that is short (``escalate_seconds``), or for which the budget of the
+    whole run has room."""
+    cost = spent.expected_full
+    if budget is None or cost is None or not spent.steps or cost <= schedule.escalate_seconds:
+        return True
+    in_all = _allowance(spent.training / spent.steps * _steps_in_all(spent, training), budget)
+    return spent.audits + cost <= in_all
+
+
 def look_after(spent: Spent, training: Training, schedule: ScheduleConfig, budget: float | None) -> int | None:
     """The step of the next health audit after this one; None: there will be none.
 

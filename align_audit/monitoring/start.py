@@ -20,7 +20,7 @@ from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
 from align_audit.models.weights.sharded import refuse_sharded
 from align_audit.monitoring.monitor import Monitor
-from align_audit.monitoring.outcome import BREAKS, AuditFailure, Moment
+from align_audit.monitoring.outcome import BREAKS, AuditFailure, Moment, Outcome
 from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.resumed_writers import start_writers
 from align_audit.monitoring.schedule import Due, Training
@@ -71,6 +71,25 @@ class Run:
         if chosen is None and log is not None and self.monitor.failures.is_first("a checkpoint was left out"):
             self._say_left_out(log, training)
         return chosen
+
+    def escalation(self, made: Due, outcome: Outcome, training: Training) -> Due | None:
+        """The full audit that a look's alerts call for; None: they call for none, or for one that a warning is not worth, which
+        is said the first time."""
+        config = self.monitor.config
+        if not outcome.opened or made.kind != "health" or not config.schedule.escalate:
+            return None
+        if outcome.failed or self.ranks.share(self.pace.escalates(training)):
+            return Due("full", f"a health audit warns: {', '.join(outcome.opened)}")
+        if self.monitor.log is not None and self.monitor.failures.is_first("a warning was not escalated"):
+            takes = self.pace.spent(training).expected_full
+            assert takes is not None and config.budget is not None
+            logger.warning(
+                "align_audit: a look warns at step %d, and the full audit that would say where takes about %s, for which the "
+                "budget of %s of the run has no room; it is made should this become an error (said once). To have it for a "
+                "warning, raise AuditConfig(budget=...) or schedule.escalate_seconds",
+                training.step, duration(takes), f"{config.budget:.1%}",
+            )  # fmt: skip
+        return None
 
     def _say_left_out(self, log: RunLog, training: Training) -> None:
         """That a checkpoint gets no audit, and what to do about it."""

@@ -14,8 +14,8 @@ class ScheduleConfig(BaseModel):
     ``AuditConfig.budget`` bounds the time of what it decides about: a full audit that does not fit is made as a health audit,
     and the record says so; at a checkpoint nothing is made where not even that fits; and health audits between are planned as
     it has room. Made whatever they cost: health audits at the start, at ``first_health`` and its doublings, on the last step
-    (a full one there by ``last_step_seconds``) and where the trainer's log looks wrong; the full audit when one of them warns;
-    and what ``every_n_steps`` and ``on_evaluate`` ask for.
+    (a full one there by ``last_step_seconds``) and where the trainer's log looks wrong; the full audit when one of them finds
+    an error (for a warning see ``escalate``); and what ``every_n_steps`` and ``on_evaluate`` ask for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
@@ -29,7 +29,10 @@ class ScheduleConfig(BaseModel):
     most_looks: int = Field(default=200, ge=1)
     """Health audits of a run that the budget may add at most."""
     escalate: bool = True
-    """A full audit at once when a health audit opens a warning or an error, so that the alert says where."""
+    """A full audit at once when a health audit opens a warning or an error, so that the alert says where. For a warning within
+    the budget of the whole run."""
+    escalate_seconds: float = Field(default=60.0, ge=0.0, allow_inf_nan=False)
+    """For a warning it is made whatever the budget where it should take no longer; for an error however long it takes."""
     on_save: bool = True
     """A full audit where a checkpoint is saved; a health audit where the budget has no room for it, and none where it has no
     room for that either. The first checkpoint that is left out is said."""

@@ -127,6 +127,28 @@ def test_a_look_that_warns_is_followed_by_a_full_audit_once(tmp_path: Path) -> N
     assert [(alert.rule, alert.event, alert.since, alert.looks) for alert in last] == [("planted", "open", 1, 3)]
 
 
+@pytest.mark.parametrize("level", ["warning", "error"])
+def test_a_full_audit_that_takes_long_is_made_for_an_error_and_not_for_a_warning_without_room(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, level: str
+) -> None:
+    """Which is said, once, with what to do."""
+    config = quick(
+        budget=NO_ROOM, schedule={**NEVER_FULL, "first_health": 1, "escalate_seconds": 0.0},
+        alerts={"rules": {"planted": {"signal": "margins.kl", "above": 1e-9, "level": level}}},
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING, "align_audit"):
+        run(tmp_path / "out", config, max_steps=3, save_strategy="no")
+    full = [step for step, kind in looked(tmp_path / "out") if kind == "full"]
+    said = [each for each in map(logging.LogRecord.getMessage, caplog.records) if "would say where" in each]
+    if level == "error":
+        assert (full, said) == ([1], [])
+        return
+    assert full == []
+    (words,) = said
+    assert words.startswith("align_audit: a look warns at step 1, and the full audit that would say where takes about ")
+    assert "raise AuditConfig(budget=...) or schedule.escalate_seconds" in words
+
+
 def test_it_can_be_kept_from_that(tmp_path: Path) -> None:
     schedule = {**NEVER_FULL, "first_health": 1, "escalate": False}
     run(tmp_path / "out", quick(budget=NO_ROOM, schedule=schedule, alerts=added("margins.kl", above=1e-9)), max_steps=2)

@@ -14,6 +14,7 @@ from align_audit.monitoring.schedule import (
     Spent,
     Training,
     afforded,
+    affords_escalation,
     affords_full,
     affords_look,
     decide,
@@ -419,6 +420,23 @@ def test_on_the_last_step_and_without_a_budget_nothing_is_left_out(training: Tra
     assert afforded(due, spent, training, BUDGETED, 0.05) == "health"
     assert afforded(due, spent, Training(100, 1000), BUDGETED, None) == "full"
     assert affords_look(spent, Training(100, 1000), BUDGETED, None)
+
+
+@pytest.mark.parametrize(
+    ("full", "audits", "budget", "expected"),
+    [
+        (60.0, 1000.0, 0.05, True),  # a minute
+        (61.0, 0.0, 0.05, False),
+        (61.0, 0.0, 0.1, True),  # 111 s of a run of a thousand
+        (61.0, 60.0, 0.1, False),
+        (1000.0, 0.0, None, True),
+    ],
+)
+def test_a_warning_is_worth_a_full_audit_that_is_short_or_fits_the_budget_of_the_run(
+    full: float, audits: float, budget: float | None, expected: bool
+) -> None:
+    spent = Spent(100, training=100.0, audits=audits, health=1.0, full=full)
+    assert affords_escalation(spent, Training(100, 1000), ScheduleConfig(), budget) is expected
 
 
 def test_the_share_is_of_all_the_time() -> None:
