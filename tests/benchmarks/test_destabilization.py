@@ -33,11 +33,13 @@ from destabilization import (
 from destabilization.inside import auroc
 from destabilization.kinds import Case
 from destabilization.lines import Truth
+from destabilization.signals import FAMILIES, OF_FULL_AUDITS
 from destabilization.stored import StoredRun, packed
 
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
 from align_audit.lab import MODEL_DIR
 from align_audit.options.rules import LIMITS
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.training_log import LogRow
 
 START = Truth(
@@ -441,6 +443,16 @@ def test_another_value_of_an_option_is_tried_on_the_tuning_split(
         tune.main(argparse.Namespace(option="kl_warnin", values=[1.0], data=tmp_path, level="warning"))
 
 
+def test_every_signal_can_be_read_of_a_stored_full_audit() -> None:
+    with gzip.open(packed("scoring"), "rt", encoding="utf-8") as file:
+        line = next(line for line in map(json.loads, file) if line["full"] and line["about"]["kind"] == "rate-high")
+    record = AuditRecord.from_values(line["full"][-1], "a packed record")
+    for family in OF_FULL_AUDITS:
+        read = {name: signal(record) for name, signal in FAMILIES[family].items()}
+        assert all(isinstance(value, float) for value in read.values())
+        assert any(math.isfinite(value) for value in read.values()), family
+
+
 def test_limits_of_one_are_the_defaults() -> None:
     assert rules.limits(1.0) == AuditConfig().alerts
     assert all(rules.moved(limit, 1.0) == pytest.approx(limit.default, abs=1e-5) for limit in LIMITS.values())
@@ -479,5 +491,11 @@ def test_a_suspicion_of_the_log_calls_for_one_look_at_the_next_step_kept() -> No
 
 
 def test_auroc_counts_ties_half() -> None:
-    assert auroc([3, 4, 5], [1, 2, 3]) == pytest.approx(8.5 / 9)
-    assert math.isnan(auroc([1, 2], [1, 2, 3]))
+    def of(model: str, *values: float) -> list[tuple[str, float]]:
+        return [(model, value) for value in values]
+
+    assert auroc(of("a", 3, 4, 5), of("a", 1, 2, 3)) == pytest.approx(8.5 / 9)
+    assert math.isnan(auroc(of("a", 1, 2), of("a", 1, 2, 3)))
+    # What sets models apart says nothing of their runs.
+    assert auroc(of("a", 3, 4, 5), [*of("a", 1, 2, 3), *of("b", 9, 9, 9)]) == pytest.approx(8.5 / 9)
+    assert math.isnan(auroc(of("a", 3, 4, 5), of("b", 1, 2, 3)))

@@ -1,13 +1,18 @@
 """``inside``: what each signal knows of a run's end when a part of the run is done, and how early it could say so.
 
-AUROC of runs that end ruined or wasted against healthy ones, by one signal at the last audit before 10, 25, 50 and 75 % of the
-run, with bootstrap intervals over seeds. Which side of a signal is the bad one is learned on the tuning split. *Lead*: the
-signal's first step beyond all that healthy tuning runs show, before the line of the ground truth.
+AUROC of runs that end ruined or wasted against healthy ones of the same model, by one signal at the last audit before 10, 25,
+50 and 75 % of the run, with bootstrap intervals over runs. Which side of a signal is the bad one is learned on the tuning
+split; of what full audits measure, of which that split has none, on the scoring split's seeds up to ``LEARNED``, and these runs
+are not judged by it. *Lead*: from the signal's first step beyond all that healthy runs show that were learned from, to the line
+of the ground truth.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import datetime
+import io
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -18,14 +23,17 @@ from typing import Any
 import numpy as np
 
 from destabilization.kinds import STEPS
-from destabilization.score import Groups, share, table
-from destabilization.signals import FAMILIES, LOGGED, Signal, logged
+from destabilization.score import Groups, share, table, write_section
+from destabilization.signals import FAMILIES, LOGGED, OF_FULL_AUDITS, Signal, logged
 from destabilization.stored import DATA, StoredRun, load
 
+BEGIN, END = "<!-- inside: the command inside writes what stands here -->", "<!-- end of inside -->"
 PARTS = (0.1, 0.25, 0.5, 0.75)
 RESAMPLES = 1_000
 FEWEST = 3
 """Runs of each side without which nothing is said."""
+LEARNED = 104
+"""The last seed from which it is learned which side of a full audit's signal is the bad one."""
 
 Reading = Callable[[StoredRun, int], float]
 """The value of a signal in a run, as known at a step; NaN where it is not known."""
@@ -34,6 +42,7 @@ Reading = Callable[[StoredRun, int], float]
 def add_options(parser: argparse.ArgumentParser) -> None:
     """What the command takes."""
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the packed files")
+    parser.add_argument("--write", type=Path, help="also put the table into this document, between its marks")
     parser.add_argument("--json", type=Path, help="also write all of it there")
 
 
@@ -42,7 +51,7 @@ def readings() -> dict[tuple[str, str], Reading]:
 
     def of_audits(family: str, signal: Signal) -> Reading:
         def read(run: StoredRun, step: int) -> float:
-            records = run.scheduled if family in ("behaviour", "continuations") else run.full
+            records = run.scheduled if family not in OF_FULL_AUDITS else run.full
             audited = [record for record in records if 0 < record.step <= step]
             return signal(audited[-1]) if audited else math.nan
 
@@ -58,41 +67,49 @@ def readings() -> dict[tuple[str, str], Reading]:
     }
 
 
-def auroc(bad: Sequence[float], good: Sequence[float]) -> float:
-    """The chance that a bad run's value is the larger one, ties half; NaN where one side has too few.
+Values = list[tuple[str, float]]
+"""Model and value of each run."""
+
+
+def auroc(bad: Values, good: Values) -> float:
+    """The chance that a bad run's value is larger than a good one's of the same model, ties half; NaN of too few runs.
 
     Example:
-        >>> auroc([3, 4, 5], [1, 2, 3])
-        0.9444444444444444
+        >>> auroc([("a", 3), ("a", 4), ("b", 5)], [("a", 1), ("a", 2), ("b", 6)])
+        0.8
     """
-    high, low = np.asarray(bad, float), np.asarray(good, float)
-    if len(high) < FEWEST or len(low) < FEWEST:
+    if len(bad) < FEWEST or len(good) < FEWEST:
         return math.nan
-    larger, equal = high[:, None] > low[None, :], high[:, None] == low[None, :]
-    return float((larger + 0.5 * equal).mean())
+    larger, pairs = 0.0, 0
+    for model in {model for model, _ in bad}:
+        high = np.array([value for name, value in bad if name == model])
+        low = np.array([value for name, value in good if name == model])
+        larger += float((high[:, None] > low[None, :]).sum() + 0.5 * (high[:, None] == low[None, :]).sum())
+        pairs += len(high) * len(low)
+    return larger / pairs if pairs else math.nan
 
 
-def finite(read: Reading, runs: Sequence[StoredRun], step: int) -> list[float]:
-    """The values that are known."""
-    return [value for run in runs if math.isfinite(value := read(run, step))]
+def finite(read: Reading, sign: float, runs: Sequence[StoredRun], step: int) -> Values:
+    """The values that are known, the bad side up."""
+    return [(run.model, sign * value) for run in runs if math.isfinite(value := read(run, step))]
 
 
-def interval(
-    read: Reading, sign: float, bad: Sequence[StoredRun], good: Sequence[StoredRun], step: int
-) -> tuple[float, float]:
+def interval(bad: Values, good: Values) -> tuple[float, float]:
     """A bootstrap interval of the AUROC at 95 %: runs are drawn again on each side."""
     rng = np.random.default_rng(0)
-    high = np.asarray(finite(read, bad, step)) * sign
-    low = np.asarray(finite(read, good, step)) * sign
-    if len(high) < FEWEST or len(low) < FEWEST:
+    if len(bad) < FEWEST or len(good) < FEWEST:
         return math.nan, math.nan
-    drawn = [auroc(rng.choice(high, len(high)), rng.choice(low, len(low))) for _ in range(RESAMPLES)]
-    return float(np.quantile(drawn, 0.025)), float(np.quantile(drawn, 0.975))
+
+    def again(values: Values) -> Values:
+        return [values[place] for place in rng.integers(len(values), size=len(values))]
+
+    drawn = [auroc(again(bad), again(good)) for _ in range(RESAMPLES)]
+    return float(np.nanquantile(drawn, 0.025)), float(np.nanquantile(drawn, 0.975))
 
 
 def sign_of(read: Reading, bad: Sequence[StoredRun], good: Sequence[StoredRun]) -> float:
-    """1 where bad runs of the tuning split end with the larger value, −1 where with the smaller one."""
-    value = auroc(finite(read, bad, STEPS), finite(read, good, STEPS))
+    """1 where bad runs end with the larger value, −1 where with the smaller one."""
+    value = auroc(finite(read, 1.0, bad, STEPS), finite(read, 1.0, good, STEPS))
     return -1.0 if value < 0.5 else 1.0
 
 
@@ -105,34 +122,65 @@ def lead(read: Reading, sign: float, limit: float, run: StoredRun) -> int | None
 
 
 def main(options: argparse.Namespace) -> None:
-    """Print the table."""
-    tuning, scoring = (Groups.of(load(split, options.data)) for split in ("tuning", "scoring"))
+    """Print the table, and write it where asked."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        result = report(options)
+    print(printed.getvalue())
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if options.write is not None:
+        write_section(options.write, printed.getvalue(), BEGIN, END)
+
+
+def report(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Print the table; the figures."""
+    tuning, scoring = (load(split, options.data) for split in ("tuning", "scoring"))
+    by_looks = Groups.of(tuning), Groups.of(scoring)
+    by_audits = (
+        Groups.of([run for run in scoring if run.about["seed"] <= LEARNED]),
+        Groups.of([run for run in scoring if run.about["seed"] > LEARNED and run.full]),
+    )
     rows, result = [], []
     for (family, name), read in readings().items():
-        sign = sign_of(read, tuning.harmed, tuning.healthy)
-        usual = [sign * value for run in tuning.healthy for step in run.looks for value in finite(read, [run], step)]
-        limit = max(usual, default=math.inf)
+        learned, judged = by_audits if family in OF_FULL_AUDITS else by_looks
+        sign = sign_of(read, learned.harmed, learned.healthy)
+        limit = max(
+            (value for run in learned.healthy for step in run.looks for _, value in finite(read, sign, [run], step)),
+            default=math.inf,
+        )
         row: list[Any] = [family, name]
         figures: dict[str, Any] = {"family": family, "signal": name, "sign": sign, "limit": limit}
         for part in PARTS:
             step = round(part * STEPS)
-            value = auroc(
-                [sign * number for number in finite(read, scoring.harmed, step)],
-                [sign * number for number in finite(read, scoring.healthy, step)],
-            )
-            low, high = interval(read, sign, scoring.harmed, scoring.healthy, step)
-            row.append("" if math.isnan(value) else f"{value:.2f} ({low:.2f} to {high:.2f})")
+            bad, good = finite(read, sign, judged.harmed, step), finite(read, sign, judged.healthy, step)
+            value, (low, high) = auroc(bad, good), interval(bad, good)
+            known = f"{len(bad)}, {len(good)}"
+            row.append("" if math.isnan(value) else f"{value:.2f} ({low:.2f} to {high:.2f}; {known})")
             figures[f"auroc_{part:.0%}"] = [value, low, high]
-        leads = [steps for run in scoring.harmed if (steps := lead(read, sign, limit, run)) is not None]
+        leads = [steps for run in judged.harmed if (steps := lead(read, sign, limit, run)) is not None]
         false = sum(
-            any(sign * value > limit for step in run.looks for value in finite(read, [run], step))
-            for run in scoring.healthy
+            any(value > limit for step in run.looks for _, value in finite(read, sign, [run], step))
+            for run in judged.healthy
         )
-        row += [f"{len(leads)}", f"{median(leads):+.0f}" if leads else "", share(false, len(scoring.healthy))]
+        row += [
+            f"{len(leads)} of {len(judged.harmed)}",
+            f"{median(leads):+.0f}" if leads else "",
+            share(false, len(judged.healthy)),
+        ]
         figures |= {"caught": len(leads), "median_lead": median(leads) if leads else None, "false": false}
         rows.append(row)
         result.append(figures)
-    print(f"{len(scoring.harmed)} runs that end ruined or wasted against {len(scoring.healthy)} healthy ones.\n")
+    print("## What each signal knows, and when\n")
+    print(
+        f"Made by `python benchmarks/evidence/destabilization inside` ({datetime.date.today()}). AUROC of runs that end ruined\n"
+        "or wasted against healthy ones of the same model, at the last audit before that part of the run is done; in brackets\n"
+        "a bootstrap interval at 95 % and of how many harmed and healthy runs the signal is known. *Caught*: harmed runs in\n"
+        "which it once lies beyond all that healthy runs show from which that limit was learned."
+    )
+    for words, (_, judged) in (("Signals of looks and log", by_looks), ("Signals of full audits", by_audits)):
+        print(f"{words}: {len(judged.harmed)} harmed runs, {len(judged.healthy)} healthy ones.")
+    print()
     head = [
         "from",
         "signal",
@@ -142,5 +190,4 @@ def main(options: argparse.Namespace) -> None:
         "healthy beyond the limit",
     ]
     table(head, rows)
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result

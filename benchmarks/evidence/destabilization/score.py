@@ -185,12 +185,13 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def write_section(path: Path, text: str) -> None:
+def write_section(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Put the tables between the marks of a document, at its end where it has none."""
     document = path.read_text(encoding="utf-8")
-    head, _, rest = document.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    path.write_text(f"{head.rstrip()}\n\n{BEGIN}\n{text.strip()}\n{END}\n{tail.lstrip()}", encoding="utf-8")
+    head, _, rest = document.partition(begin)
+    tail = rest.partition(end)[2].strip()
+    after = f"\n{tail}\n" if tail else ""
+    path.write_text(f"{head.rstrip()}\n\n{begin}\n{text.strip()}\n{end}\n{after}", encoding="utf-8")
 
 
 def print_setting(split: str, groups: Groups, absent: Sequence[str]) -> None:

@@ -41,7 +41,13 @@ def _localized(name: str) -> Signal:
 
 
 def _spinal(name: str) -> Signal:
-    return lambda record: math.nan if record.spinal is None else float(getattr(record.spinal, name))
+    def read(record: AuditRecord) -> float:
+        if record.spinal is None:
+            return math.nan
+        value = getattr(record.spinal, name)
+        return float(value.mean if isinstance(value, Estimate) else value)
+
+    return read
 
 
 def _terminal(name: str) -> Signal:
@@ -124,6 +130,8 @@ FAMILIES: dict[str, dict[str, Signal]] = {
     "SPINAL": SPINAL,
     "subspace": SUBSPACE,
 }
+OF_FULL_AUDITS = ("patching", "SPINAL", "subspace")
+"""Families that a look does not measure."""
 
 LOGGED = (
     "loss", "grad_norm", "entropy", "mean_token_accuracy", "rewards/accuracies", "rewards/margins", "logps/chosen",
