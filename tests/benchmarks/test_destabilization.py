@@ -479,7 +479,7 @@ def test_tables_are_written_between_the_marks_of_a_document(tmp_path: Path) -> N
     assert path.read_text() == f"# Alerts\n\ntext\n\n{score.BEGIN}\nsecond\n{score.END}\n"
     path.write_text(path.read_text() + "\n## More\n")
     score.write_section(path, "third")
-    assert path.read_text().split(score.END)[1] == "\n## More\n"
+    assert path.read_text().split(score.END)[1] == "\n\n## More\n"
 
 
 def test_a_suspicion_of_the_log_calls_for_one_look_at_the_next_step_kept() -> None:

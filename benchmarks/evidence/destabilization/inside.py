@@ -173,10 +173,10 @@ def report(options: argparse.Namespace) -> list[dict[str, Any]]:
         result.append(figures)
     print("## What each signal knows, and when\n")
     print(
-        f"Made by `python benchmarks/evidence/destabilization inside` ({datetime.date.today()}). AUROC of runs that end ruined\n"
-        "or wasted against healthy ones of the same model, at the last audit before that part of the run is done; in brackets\n"
-        "a bootstrap interval at 95 % and of how many harmed and healthy runs the signal is known. *Caught*: harmed runs in\n"
-        "which it once lies beyond all that healthy runs show from which that limit was learned."
+        f"Made by `python benchmarks/evidence/destabilization inside` ({datetime.date.today()}). AUROC of runs that end\n"
+        "ruined or wasted against healthy ones of the same model, at the last audit before that part of the run is done;\n"
+        "in brackets a bootstrap interval at 95 % and of how many harmed and healthy runs the signal is known. *Caught*:\n"
+        "harmed runs in which it once lies beyond all that healthy runs show from which that limit was learned."
     )
     for words, (_, judged) in (("Signals of looks and log", by_looks), ("Signals of full audits", by_audits)):
         print(f"{words}: {len(judged.harmed)} harmed runs, {len(judged.healthy)} healthy ones.")
