@@ -22,7 +22,7 @@ class Pace:
 
     Attributes:
         next_look: the step of the next health audit; None: there will be none.
-        audited_at: the step of the newest audit that was begun.
+        audited_at: the step of the newest audit that was begun; −1: none was.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Pace:
         self._aside = 0.0
         """Of the seconds without audits, those in which the trainer evaluated and saved."""
         self.next_look: int | None = None
-        self.audited_at = step
+        self.audited_at = -1
 
     def begin(self, training: Training) -> None:
         """Training begins now: what was done before it counts as nothing."""
@@ -66,7 +66,8 @@ class Pace:
 
     def plan(self, training: Training) -> int | None:
         """The step of the next look after this one, as the time spent so far allows it."""
-        self.next_look = look_after(self.spent(training), training, self._config.schedule, self._config.budget)
+        config, audited = self._config, self.audited_at == training.step
+        self.next_look = look_after(self.spent(training), training, config.schedule, config.budget, audited=audited)
         return self.next_look
 
     def spent(self, training: Training) -> Spent:

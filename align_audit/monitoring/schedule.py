@@ -270,11 +270,17 @@ def affords_escalation(spent: Spent, training: Training, schedule: ScheduleConfi
     return spent.audits + cost <= in_all
 
 
-def look_after(spent: Spent, training: Training, schedule: ScheduleConfig, budget: float | None) -> int | None:
+def look_after(
+    spent: Spent, training: Training, schedule: ScheduleConfig, budget: float | None, *, audited: bool = True
+) -> int | None:
     """The step of the next health audit after this one; None: there will be none.
 
     The next of ``first_health`` and its doublings, or earlier, as soon as the budget has room for it beside the full audit at
     the end; but no more than ``most_looks`` in a run. A checkpoint that is saved shortly before has it sooner.
+
+    Args:
+        budget: share of wall-clock time; None: no limit.
+        audited: this step was; a run that is resumed need not begin with an audit.
 
     Example:
         >>> look_after(Spent(), Training(step=0, max_steps=1000), ScheduleConfig(), 0.05)
@@ -288,7 +294,7 @@ def look_after(spent: Spent, training: Training, schedule: ScheduleConfig, budge
     # Of a resumed run the doublings go on from where it began.
     doubling = first
     # One that is near was made early, at a checkpoint.
-    while doubling <= step or (doubling > _EARLY * first and step >= _NEAR * doubling):
+    while doubling <= step or (audited and doubling > _EARLY * first and step >= _NEAR * doubling):
         doubling *= 2
     gap = max(first, math.ceil(training.max_steps / schedule.most_looks))
     at = min(doubling, max(step + gap, _affordable(spent, training, schedule, budget)))
