@@ -283,10 +283,9 @@ class AuditConfig(_Part):
         working_memory_mb: memory the streams of one batch may take together, in MiB; patched ones are walked in groups.
             None: 1024, on a larger accelerator a sixteenth of its memory. Halves when memory runs out.
         seed: of every random draw of an audit (subsample, bootstrap, noise, splits). No global random state is touched.
-        budget: share of a run's wall-clock time that all audits together may take, measured as it goes; a checkpoint at which
-            not even a look fits gets no audit. Looks at a run's start, at ``schedule.first_health`` and its doublings and on
-            the last step, what a warning sets off, and what is asked for at given steps are made whatever they cost. None: no
-            limit; every audit that the schedule asks for is made in full.
+        budget: share of a run's wall-clock time that audits may take, measured as it goes; a checkpoint at which not even a
+            look fits gets no audit. What is made whatever it costs says :class:`~align_audit.options.schedule.ScheduleConfig`.
+            None: no limit; every audit that the schedule asks for is made in full.
         strict: raise when an audit breaks, instead of recording it and letting training go on.
         tensorboard: ``auto`` writes beside the trainer's own curves where it has a TensorBoard log, else into
             ``<output_dir>/align_audit/tensorboard``; ``off`` writes none. ``tensorboard_scalars``: ``few`` are the ten that

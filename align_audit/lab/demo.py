@@ -26,7 +26,7 @@ from align_audit.writers.words import SCRIPT
 _INTRODUCTION = """[bold]align_audit demo[/]: the same small model is preference-trained twice, with the audit on.
 [dim]chosen: change of the chosen answers' log-probability, nats per token · KL: to the reference, nats per token
 tokens: share of next tokens that are right · reward margin: as TRL computes it, on held-out pairs
-Runs of seconds, audited at fixed steps: audits take half of the time here, and 5 % at most by default in a long run.[/]
+Runs of seconds, audited at fixed steps: audits take half of the time here, and about 5 % by default in a long run.[/]
 """
 _MARKER = ".align-audit-demo"
 

@@ -212,7 +212,7 @@ def _no_full_audit(observation: str, schedule: ScheduleConfig, steps: PlannedSte
         return Check(
             "schedule",
             "yellow",
-            f"{observation}: no full audit fits, unless a look warns",
+            f"{observation}: no full audit fits, but where a look finds an error",
             "a larger budget, or fewer pairs (max_pairs)",
         )
     after = "unless a look warns" if schedule.escalate and schedule.health else "and a look that warns asks for none"
