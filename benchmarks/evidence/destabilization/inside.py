@@ -10,10 +10,7 @@ of the ground truth.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
-import io
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from destabilization.kinds import STEPS
-from destabilization.score import Groups, share, table, write_section
+from destabilization.score import Groups, print_and_write, share, table
 from destabilization.signals import FAMILIES, LOGGED, OF_FULL_AUDITS, Signal, logged
 from destabilization.stored import DATA, StoredRun, load
 
@@ -123,14 +120,7 @@ def lead(read: Reading, sign: float, limit: float, run: StoredRun) -> int | None
 
 def main(options: argparse.Namespace) -> None:
     """Print the table, and write it where asked."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        result = report(options)
-    print(printed.getvalue())
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    if options.write is not None:
-        write_section(options.write, printed.getvalue(), BEGIN, END)
+    print_and_write(options, report, BEGIN, END)
 
 
 def report(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -152,6 +152,13 @@ def summary(groups: Groups, rules: RuleSet, laxness: float = 1.0) -> dict[str, A
 
 def main(options: argparse.Namespace) -> None:
     """Print the tables, and write them where asked."""
+    print_and_write(options, report, BEGIN, END)
+
+
+def print_and_write(
+    options: argparse.Namespace, report: Callable[[argparse.Namespace], Any], begin: str, end: str
+) -> None:
+    """What a report prints, printed and put between its marks of a document, and its figures as JSON; each where asked."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         result = report(options)
@@ -159,7 +166,7 @@ def main(options: argparse.Namespace) -> None:
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if options.write is not None:
-        write_section(options.write, printed.getvalue())
+        write_section(options.write, printed.getvalue(), begin, end)
 
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
