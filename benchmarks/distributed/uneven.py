@@ -81,7 +81,7 @@ def faults_of(folder: Path, name: str, said: Sequence[dict[str, Any]], without: 
     """What is not as it should be, in words."""
     if any("hung" in rank for rank in said):
         return [f"stands still after {SECONDS:.0f} s"]
-    if errors := [rank["words"] for rank in said if "error" in rank]:
+    if errors := [rank["words"] for rank in (*without, *said) if "error" in rank]:
         return [f"training broke: {errors[0]}"]
     found = []
     if any(
@@ -124,7 +124,12 @@ def main() -> None:
         if "engine" in rank
     ]
     assert all(name.startswith("FSDP") for name in engines), "accelerate trains DDP in place of FSDP2 without a word"
-    print(f"{len(cases)} runs, {failures} audits that broke: {len(cases) - bad} as they should be, {bad} not")
+    fired = sum(rank.get("fired", 0) for name in cases for rank in said[name])
+    planted = sum(len(case.get("plants", ())) for case in cases.values())
+    print(
+        f"{len(cases)} runs, {fired} of {planted} faults came to happen (the others wait for a call that nobody makes), "
+        f"{failures} audits broke: {len(cases) - bad} runs as they should be, {bad} not"
+    )
     sys.exit(bool(bad))
 
 

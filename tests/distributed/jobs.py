@@ -24,7 +24,7 @@ from align_audit.models.anatomy import out_of_engine
 from align_audit.models.weights.sharded import is_spread, whole_tensors
 from align_audit.monitoring import monitor
 from tests.distributed.engines import deepspeed_options
-from tests.distributed.plants import dawdle, plant
+from tests.distributed.plants import FIRED, dawdle, plant
 from tests.distributed.watch import After, Before, watch_gathers
 from tests.helpers.audits import QUICK, audited_whole
 from tests.helpers.counted import forwards, job_on_cpu
@@ -169,6 +169,7 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
         "available": after.available,
         "coordinators": after.coordinators,
         "held": held,
+        "fired": FIRED.count,
     }
 
 

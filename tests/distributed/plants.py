@@ -80,6 +80,10 @@ class _Counter:
     count = 0
 
 
+FIRED = _Counter()
+"""How many of the planted faults came to happen in this process."""
+
+
 def _broken(
     real: Callable[..., Any], now: Callable[[], bool], call: int, error: type[Exception] | None
 ) -> Callable[..., Any]:
@@ -89,6 +93,7 @@ def _broken(
     def broken(*args: Any, **kwargs: Any) -> Any:
         calls.count += now()
         planted = now() and calls.count == call
+        FIRED.count += planted
         if planted and error is not None:
             raise error("planted")
         value = real(*args, **kwargs)
