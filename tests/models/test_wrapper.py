@@ -246,4 +246,5 @@ def test_a_model_that_has_overflowed_is_for_the_audit_to_report() -> None:
     model: Any = get_peft_model(_model(), LORA).eval()
     with torch.no_grad():
         model.get_base_model().lm_head.weight.fill_(float("nan"))
-    _open(model)
+        assert torch.isnan(model(torch.tensor([PAIRS[0].chosen_ids])).logits).all()
+    _open(model)  # does not refuse it
