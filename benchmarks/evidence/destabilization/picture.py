@@ -9,6 +9,7 @@ from typing import Any
 from destabilization.kinds import STEPS
 
 COLOURS = ("#0b6e4f", "#5aa469", "#9ccc65", "#b23a48", "#e07a5f")
+DASHES = ("-", "-", (0, (2, 2)))
 GREY = "#b0b0b0"
 
 
@@ -43,7 +44,11 @@ def draw(curves: Mapping[str, Sequence[dict[str, Any]]], told: Sequence[str], pa
     ordered = [name for name in curves if name not in told] + [name for name in told if name in curves]
     for name in ordered:
         points = curves[name]
-        style = {"color": COLOURS[told.index(name) % len(COLOURS)], "label": name} if name in told else {"color": GREY}
+        style: dict[str, Any] = {"color": GREY}
+        if name in told:
+            place = told.index(name)
+            # Dashes of unlike lengths, so that curves that lie on each other all show.
+            style = {"color": COLOURS[place % len(COLOURS)], "label": name, "linestyle": DASHES[place % len(DASHES)]}
         width = 2.0 if name in told else 0.8
         harmed = max(points[0]["harmed"], 1)
         x, y = frontier(points, "in_time")

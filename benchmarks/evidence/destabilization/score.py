@@ -212,6 +212,11 @@ def print_setting(split: str, groups: Groups, absent: Sequence[str]) -> None:
         "fault did nothing.\nFates are measured without the audit. How runs, lines and counts came about says\n"
         "`benchmarks/evidence/destabilization/README.md`. Intervals are Wilson's at 95 %."
     )
+    audited = [sum(bool(run.full) for run in side) for side in (groups.harmed, groups.healthy)]
+    print(
+        f"Full audits were made in {audited[0]} of the harmed runs and in {audited[1]} of the healthy ones: elsewhere\n"
+        f"*{AUDIT_RULES[-1].name}* sees what looks and log show."
+    )
     if healthy:
         most = binomtest(0, healthy).proportion_ci(method="wilson").high
         print(f"No false alarm in {healthy} healthy runs would still allow {most:.0%}.")
