@@ -8,6 +8,7 @@ import gzip
 import itertools
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -480,6 +481,29 @@ def test_tables_are_written_between_the_marks_of_a_document(tmp_path: Path) -> N
     path.write_text(path.read_text() + "\n## More\n")
     score.write_section(path, "third")
     assert path.read_text().split(score.END)[1] == "\n\n## More\n"
+
+
+def test_what_the_document_says_in_short_is_what_its_tables_say() -> None:
+    """The words are written by hand, and the tables are made again with more runs."""
+    text = (Path(__file__).parents[2] / "docs" / "alerts.md").read_text(encoding="utf-8")
+    short = " ".join(text.partition("## What they are worth, in short")[2].partition("![")[0].split())
+
+    def table(heading: str) -> dict[str, list[str]]:
+        lines = text.partition(heading)[2].partition("\n#")[0].splitlines()
+        return {cells[1]: cells[2:] for line in lines if len(cells := [cell.strip() for cell in line.split("|")]) > 2}
+
+    sets, curves = table("### Every set of rules"), table("### At equal shares of false alarms")
+    ours = sets["align_audit, looks and log"]
+    alarmed, failed, caught, in_time = (cell.partition(" (")[0] for cell in ours[:4])
+    for words in (f"an error in {failed} ", f"came in {alarmed} ", f"runs {caught} were told of, {in_time} in time"):
+        assert words in short, words
+    assert sets["align_audit, with full audits"][2:] == ours[2:], "the inside adds no run and no lead"
+    runs = re.search(r"Signals of full audits: (\d+) harmed runs, (\d+) healthy ones", text)
+    assert runs is not None
+    assert f"({runs[1]} harmed runs, {runs[2]} healthy ones)" in short
+    at_none = {name: int(cells[0].partition(",")[0]) for name, cells in curves.items() if cells[0][:1].isdigit()}
+    best = max(count for name, count in at_none.items() if not name.startswith("align_audit"))
+    assert f"catch {at_none['align_audit, looks and log']} in time and the best of the others {best}." in short
 
 
 def test_a_suspicion_of_the_log_calls_for_one_look_at_the_next_step_kept() -> None:
