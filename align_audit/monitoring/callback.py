@@ -284,11 +284,11 @@ class AlignmentAuditCallback(TrainerCallback):
     def _agree_on_logs(self, step: int) -> None:
         """Leave a look due on all processes where the first one has seen something suspicious in the trainer's log."""
         assert self._run is not None
-        message = None
+        due = None
         with self._unbroken(step):
-            message = self._run.monitor.trainer_log.agree(self._ranks)
-        if message is not None and self.config.schedule.health and self._pending is None:
-            self._pending = Due("health", f"the training log: {message}", later=True)
+            due = self._run.monitor.trainer_log.agree(self._ranks)
+        if due is not None and self.config.schedule.health and self._pending is None:
+            self._pending = due
 
     def _audit(self, due: Due, event: Event, training: Training, control: TrainerControl, model: nn.Module) -> Outcome:
         """One moment's audits, and what they ask of training."""

@@ -36,7 +36,7 @@ class Due:
         kind: how much of it.
         reason: what asks, in words.
         budgeted: a full one is made only where the budget allows it, and is a health audit elsewhere.
-        optional: left out where the budget has no room for that either; with ``budgeted`` only.
+        optional: left out where the budget has no room even for a health audit.
         later: it has to wait for the next event.
         unaffordable: seconds that a full audit was expected to take, in whose place this one is made; None: in none's.
     """
@@ -215,8 +215,8 @@ def afforded(
     Args:
         budget: share of wall-clock time; None: no limit.
     """
-    if due.kind == "health" or not due.budgeted or affords_full(spent, training, schedule, budget):
-        return due.kind
+    if due.kind == "full" and (not due.budgeted or affords_full(spent, training, schedule, budget)):
+        return "full"
     return None if due.optional and not affords_look(spent, training, schedule, budget) else "health"
 
 

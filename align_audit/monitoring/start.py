@@ -61,14 +61,19 @@ class Run:
         return self.pace.next_look
 
     def affordable(self, due: Due, training: Training) -> Due | None:
-        """What is due, as the budget allows it; None: nothing, which is said the first time. Clocks differ from process to
-        process: the first one's word holds."""
+        """What is due, as the budget allows it; None: nothing, which is said of the first checkpoint. Clocks differ from
+        process to process: the first one's word holds."""
         log = self.monitor.log
         if due.optional and log is not None and any(head.step == training.step for head in log.records.heads):
             # Passed by, not made again, and what it left is handed on: a run that was killed, an alert that saves.
             due = replace(due, optional=False)
         chosen = self.ranks.share(self.pace.choose(due, training))
-        if chosen is None and log is not None and self.monitor.failures.is_first("a checkpoint was left out"):
+        if (
+            chosen is None
+            and due.kind == "full"
+            and log is not None
+            and self.monitor.failures.is_first("a checkpoint was left out")
+        ):
             self._say_left_out(log, training)
         return chosen
 

@@ -12,7 +12,7 @@ from align_audit.config import AlertConfig
 from align_audit.errors import named
 from align_audit.monitoring.failures import Failures
 from align_audit.monitoring.outcome import BREAKS
-from align_audit.monitoring.schedule import Event
+from align_audit.monitoring.schedule import Due, Event
 from align_audit.ranks import Ranks
 from align_audit.record.training_log import LogRow, TrainingLog
 
@@ -64,7 +64,9 @@ class TrainerLog:
         self._failures = failures
         self._strict = strict
         self._suspected: set[str] = set()
-        self._heard: str | None = None
+        self._looked_for: set[str] = set()
+        """Rules for which a look was asked before."""
+        self._heard: Due | None = None
         self._error: BaseException | None = None
 
     @property
@@ -79,11 +81,17 @@ class TrainerLog:
         except BREAKS as error:
             self._error = self._error or error
             return
-        if news and self._heard is None:
-            self._heard = news[0].message
+        if not news:
+            return
+        # What wavers about a limit asks again and again: after the first time only where the budget has room.
+        again = {suspicion.rule for suspicion in news} <= self._looked_for
+        self._looked_for |= {suspicion.rule for suspicion in news}
+        if self._heard is None or (self._heard.optional and not again):
+            self._heard = Due("health", f"the training log: {news[0].message}", optional=again, later=True)
 
-    def agree(self, ranks: Ranks) -> str | None:
-        """The first suspicion since this was called last, as a message; None: there was none. The same on all processes.
+    def agree(self, ranks: Ranks) -> Due | None:
+        """The look that the first suspicion since this was called last asks for; None: there was none. The same on all
+        processes.
 
         Raises:
             Exception: what broke in :meth:`hear` on this process since.

@@ -14,8 +14,9 @@ class ScheduleConfig(BaseModel):
     ``AuditConfig.budget`` bounds the time of what it decides about: a full audit that does not fit is made as a health audit,
     and the record says so; at a checkpoint nothing is made where not even that fits; and health audits between are planned as
     it has room. Made whatever they cost: health audits at the start, at ``first_health`` and its doublings, on the last step
-    (a full one there by ``last_step_seconds``) and where the trainer's log looks wrong; the full audit when one of them finds
-    an error (for a warning see ``escalate``); and what ``every_n_steps`` and ``on_evaluate`` ask for.
+    (a full one there by ``last_step_seconds``) and where a rule of the trainer's log first suspects something (again as the
+    budget has room); the full audit when one of them finds an error (for a warning see ``escalate``); and what
+    ``every_n_steps`` and ``on_evaluate`` ask for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)

@@ -240,6 +240,18 @@ def test_an_audit_that_breaks_has_cost_time_all_the_same() -> None:
     assert (spent.audits, spent.training, spent.full) == (7.0, 10.0, None)
 
 
+def test_a_look_that_may_be_left_out_is_made_where_it_fits() -> None:
+    pace, clock = begun()
+    again = Due("health", "the training log: again", optional=True)
+    with pace.timed("health"):
+        clock.now += 4.0
+    clock.now += 10.0
+    assert pace.choose(again, Training(10, 1000)) is None
+    assert pace.choose(replace(again, optional=False), Training(10, 1000)) == replace(again, optional=False)
+    clock.now += 490.0
+    assert pace.choose(again, Training(500, 1000)) == again
+
+
 def test_a_resumed_run_has_clocks_of_its_own() -> None:
     pace, clock = begun(step=500)
     assert pace.next_look == 640, "of step 500 there is no audit"

@@ -48,9 +48,24 @@ def test_what_was_heard_is_told_once_where_all_are(tmp_path: Path) -> None:
     assert ranks.met == [None], "hearing is no meeting"
     first = log.agree(ranks)
     assert first is not None
-    assert "loss is 5, above 1" in first
+    assert (first.kind, first.optional, first.later) == ("health", False, True)
+    assert "loss is 5, above 1" in first.reason
     assert log.agree(ranks) is None
     assert [row.step for row in log.judged] == [1, 2, 3]
+
+
+def test_what_wavers_about_a_limit_asks_for_looks_that_may_be_left_out(tmp_path: Path) -> None:
+    """Else a loss that lies on a limit has the policy looked at every few steps, whatever the budget."""
+    log, ranks = heard(tmp_path), Meeting(0, 2)
+    asked = []
+    for step, (loss, norm) in enumerate([(5.0, 0.5), (0.5, 0.5), (5.0, 0.5), (0.5, 0.5), (5.0, 9.0), (0.5, 0.5)], 1):
+        log.hear(step, {"loss": loss, "grad_norm": norm}, 10)
+        asked.append(log.agree(ranks))
+    assert [None if due is None else due.optional for due in asked] == [False, None, True, None, False, None]
+    log.hear(7, {"loss": 5.0, "grad_norm": 0.5}, 10)
+    log.hear(8, {"loss": 0.5, "grad_norm": 0.5}, 10)
+    later = log.agree(ranks)
+    assert later is not None and later.optional, "it is told though it is over by then"
 
 
 def test_a_process_that_keeps_no_log_hears_nothing_and_agrees(tmp_path: Path) -> None:
