@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +68,21 @@ def test_a_look_that_is_planned_is_made_at_a_checkpoint_shortly_before_it() -> N
     assert saved.left_out == ()
     never = forecast(AuditConfig(), PlannedSteps(1000), costs)
     assert [step for step, _ in never.audits] == [0, 5, 10, 20, 40, 80, 160, 320, 640, 1000]
+
+
+def test_the_guides_table_is_what_the_schedule_does() -> None:
+    """Its numbers are written by hand, from the command below it."""
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "training.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| ([\d,]+) \| (\d+) s \| (\d+) \| (\d+) \| (\d+) \| (\d+) of (\d+) \| ([\d.]+) % \|$", text, re.M
+    )
+    assert len(rows) == 8
+    for steps, look, save, *said in rows:
+        planned = PlannedSteps(int(steps.replace(",", "")), int(save))
+        costs = Costs(step=1, health=int(look), full=15 * int(look))
+        run = forecast(AuditConfig(), planned, costs, per_look=15)
+        counts = [run.count("health"), run.count("full"), len(run.left_out), planned.max_steps // int(save)]
+        assert [*map(str, counts), f"{100 * run.share:.1f}"] == said
 
 
 def test_checkpoints_leave_full_audits_their_part() -> None:
