@@ -36,7 +36,7 @@ class Shape:
     @classmethod
     def of(cls, spec: JobSpec) -> Shape:
         config = spec.model_config()
-        head = config["hidden_size"] // config["num_attention_heads"]
+        head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
         return cls(
             layers=config["num_hidden_layers"],
             width=config["hidden_size"],

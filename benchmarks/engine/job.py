@@ -1,8 +1,8 @@
 """The job every contender gets: a reference, a policy near it, preference pairs, and the bases of the rank sweep.
 
-The models are randomly initialized Llamas (time does not depend on what the weights are), the pairs real where the data
-is present. A job is written to a folder, so that a contender can run under another interpreter, with other versions of
-its libraries and nothing of ours.
+The models are randomly initialized Llamas (time does not depend on what the weights are), or a pretrained model whose folder
+is named; the pairs are real where the data is present. A job is written to a folder, so that a contender can run under another
+interpreter, with other versions of its libraries and nothing of ours.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,12 @@ RANKS = (1, 2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class JobSpec:
-    """What is measured on. ``noise``: of every weight matrix, in parts of its standard deviation.
+    """What is measured on.
 
-    ``pairs_per_batch`` is for the contenders; align_audit chooses its own batches.
+    Attributes:
+        noise: of every weight matrix, in parts of its standard deviation.
+        pairs_per_batch: of the contenders; align_audit chooses its own batches.
+        model: folder of a pretrained model and its tokenizer, whose layers, width and vocabulary are then said here.
     """
 
     layers: int = 12
@@ -50,6 +53,22 @@ class JobSpec:
     ranks: tuple[int, ...] = RANKS
     device: str = "cpu"
     pairs_per_batch: int = PAIRS_PER_BATCH
+    model: str | None = None
+
+    @classmethod
+    def of_model(cls, folder: Path, **options: Any) -> JobSpec:
+        """On the pretrained model in a folder."""
+        config = _config(folder)
+        sizes = {name: config[key] for name, key in (
+            ("layers", "num_hidden_layers"), ("width", "hidden_size"), ("vocab", "vocab_size"),
+        )}  # fmt: skip
+        return cls(**{**options, **sizes, "model": str(folder.resolve())})
+
+    @property
+    def title(self) -> str:
+        """What is measured on, in words."""
+        name = "Llama" if self.model is None else Path(self.model).name
+        return f"{name} of {self.layers} layers, width {self.width}, vocabulary {self.vocab}"
 
     @property
     def clock(self) -> str:
@@ -61,7 +80,9 @@ class JobSpec:
         return getattr(torch, self.dtype)
 
     def model_config(self) -> dict[str, Any]:
-        """Arguments of ``LlamaConfig``; heads of 64 and the usual 8/3 of the width between them."""
+        """The model's own, or arguments of ``LlamaConfig``: heads of 64, and the usual 8/3 of the width between them."""
+        if self.model is not None:
+            return _config(Path(self.model))
         heads = max(1, self.width // 64)
         return {
             "vocab_size": self.vocab,
@@ -92,9 +113,9 @@ class Job:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path, *, weights: bool = True) -> None:
-        """Weights as safetensors, the rest as JSON. Without weights: the same versions on the same device make them again."""
+        """Weights as safetensors, the rest as JSON. Without weights, as for a pretrained model, the models are made again."""
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("reference", "policy") if weights else ():
+        for name in ("reference", "policy") if weights and self.spec.model is None else ():
             state = {key: value.contiguous() for key, value in getattr(self, name).state_dict().items()}
             save_file(state, str(folder / f"{name}.safetensors"))
         if self.bases is not None:
@@ -151,11 +172,14 @@ def load_job(folder: Path) -> Job:
 
 
 def make_models(spec: JobSpec) -> tuple[Any, Any]:
-    """(reference, policy): the same random weights, and in the policy a little noise on every matrix."""
+    """(reference, policy): the same weights, and in the policy a little noise on every matrix."""
     with torch.random.fork_rng(devices=[] if spec.device == "cpu" else [spec.device]):
         torch.manual_seed(spec.seed)
-        reference, policy = (_empty_model(spec.model_config(), torch.float32, spec.device) for _ in range(2))
-        policy.load_state_dict(reference.state_dict())
+        if spec.model is not None:
+            reference, policy = (_pretrained(spec.model, spec.device) for _ in range(2))
+        else:
+            reference, policy = (_empty_model(spec.model_config(), torch.float32, spec.device) for _ in range(2))
+            policy.load_state_dict(reference.state_dict())
         with torch.no_grad():
             for parameter in policy.parameters():
                 if parameter.dim() > 1:
@@ -169,6 +193,25 @@ def _empty_model(config: dict[str, Any], dtype: torch.dtype, device: str) -> Any
     with torch.device(device):
         model = LlamaForCausalLM(LlamaConfig(**config))
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def _pretrained(folder: str, device: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What the model's ``config.json`` says.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise SystemExit(f"{folder}: expected the folder of a pretrained model, found no config.json in it")
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 # -- pairs -----------------------------------------------------------------------------------------------------------
@@ -194,6 +237,7 @@ def tokenize(text: str, vocab: int) -> list[int]:
 
 
 def _real_pairs(path: Path, spec: JobSpec) -> Iterator[Pair]:
+    tokens_of, end = _tokens(spec)
     with gzip.open(path, "rt", encoding="utf-8") as file:
         records = [json.loads(line) for line in file]
     for index in np.random.default_rng(spec.seed).permutation(len(records)):
@@ -201,14 +245,23 @@ def _real_pairs(path: Path, spec: JobSpec) -> Iterator[Pair]:
         cuts = [text.rindex("\n\nAssistant:") + len("\n\nAssistant:") for text in sides]
         if sides[0][: cuts[0]] != sides[1][: cuts[1]]:
             continue  # the two conversations part before the last turn
-        prompt = tokenize(sides[0][: cuts[0]], spec.vocab)
+        prompt = tokens_of(sides[0][: cuts[0]])
         room = spec.max_tokens - len(prompt)
         completions = [
-            tuple([*tokenize(text[cut:], spec.vocab), END][: max(room, 0)])
-            for text, cut in zip(sides, cuts, strict=True)
+            tuple([*tokens_of(text[cut:]), end][: max(room, 0)]) for text, cut in zip(sides, cuts, strict=True)
         ]
         if all(completions) and completions[0] != completions[1]:
             yield Pair(tuple(prompt), *completions)
+
+
+def _tokens(spec: JobSpec) -> tuple[Callable[[str], list[int]], int]:
+    """What makes tokens of a text, and the one that ends a completion."""
+    if spec.model is None:
+        return lambda text: tokenize(text, spec.vocab), END
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    return lambda text: tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
 
 
 def _random_pairs(spec: JobSpec) -> list[Pair]:

@@ -2,15 +2,17 @@
 
     python benchmarks/engine --json engine.json
     python benchmarks/engine --layers 4 --pairs 4 --sweeps layers ranks --repeats 1
+    python benchmarks/engine --model PATH --pairs 8 --pairs-per-batch 1 --contenders hooks nnsight-skip align_audit --repeats 1
     python benchmarks/engine --peer-python nnterp=venvs/nnterp/bin/python --peer-python pyvene=venvs/pyvene/bin/python
     python benchmarks/engine --scaling
     python benchmarks/engine --profile
     python benchmarks/engine --device cuda --dtype bfloat16 --layers 16 --width 2048 --pairs 32 --pairs-per-batch 8
 
-The job (``engine/job.py``): a randomly initialized Llama and a policy near it; real preference pairs where the data is
-present. ``layers`` patches the policy's stream into the reference at each layer, ``ranks`` its projection on the top 1, 2,
-4, 8 and 16 directions of the shift at each layer, ``audit`` is a whole audit at default settings (beside the layer sweep
-with hooks of the same pairs, ``layers`` has to run too). Contenders, and how each is written: ``engine/contenders/``.
+The job (``engine/job.py``): a randomly initialized Llama, or a pretrained model, and a policy near it; real preference pairs
+where the data is present. ``layers`` patches the policy's stream into the reference at each layer, ``ranks`` its projection on
+the top 1, 2, 4, 8 and 16 directions of the shift at each layer, ``audit`` is a whole audit at default settings (beside the
+layer sweep with hooks of the same pairs, ``layers`` has to run too). Contenders, and how each is written:
+``engine/contenders/``.
 
 Each run is a process of its own; what is timed starts after imports, loading, wrapping and a warm-up on one pair. Repeats
 are interleaved: all contenders once, then all again. CPU seconds are the process's user and system time; memory is the
@@ -62,10 +64,14 @@ def main() -> None:
     if options.scaling:
         report = scaling(bench, options.repeats, options.dtype)
     else:
-        spec = JobSpec(
-            options.layers, options.width, options.vocab, options.pairs, options.max_tokens, options.dtype, ranks=RANKS,
-            device=options.device, pairs_per_batch=options.pairs_per_batch,
+        job = dict(
+            pairs=options.pairs, max_tokens=options.max_tokens, dtype=options.dtype, ranks=RANKS, device=options.device,
+            pairs_per_batch=options.pairs_per_batch,
         )  # fmt: skip
+        if options.model is not None:
+            spec = JobSpec.of_model(options.model, **job)
+        else:
+            spec = JobSpec(options.layers, options.width, options.vocab, **job)
         report = _profile(bench, spec, options) if options.profile else _compare(bench, spec, options)
     report = {"machine": machine(options.threads, options.device), **report}
     if options.json:
@@ -77,6 +83,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=32_000)
+    parser.add_argument("--model", type=Path, help="folder of a pretrained model instead, with its tokenizer")
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
@@ -120,8 +127,8 @@ def _compare(bench: Bench, spec: JobSpec, options: argparse.Namespace) -> dict[s
     found = machine(options.threads, options.device)
     where = f"{found['device']} beside {found['processor']}" if "device" in found else found["processor"]
     print(
-        f"{where}, {options.threads} threads; Llama of {spec.layers} layers, width "
-        f"{spec.width}, vocabulary {spec.vocab}, {spec.dtype}; {len(job.pairs)} pairs ({job.pair_source}) of "
+        f"{where}, {options.threads} threads; {spec.title}, "
+        f"{spec.dtype}; {len(job.pairs)} pairs ({job.pair_source}) of "
         f"{min(lengths)} to {max(lengths)} tokens; median of {options.repeats} (min–max)"
     )
     rows = []

@@ -14,10 +14,12 @@ from engine import flops
 from engine.contenders import CONTENDERS
 from engine.contenders.common import Pair, make_batches
 from engine.contenders.hooks import Hooks
-from engine.job import Job, JobSpec, load_job, make_job, make_pairs, tokenize
+from engine.job import DATA, Job, JobSpec, load_job, make_job, make_pairs, tokenize
 from engine.main import main
 from engine.scaling import exponent
 from torch.utils.flop_counter import FlopCounterMode
+
+from align_audit.lab import MODEL_DIR
 
 SPEC = JobSpec(layers=3, width=64, vocab=97, pairs=5, max_tokens=40, dtype="float64")
 
@@ -59,6 +61,30 @@ def test_float32_contenders_agree_within_the_stated_tolerance() -> None:
     expected, found = (contender(name, job).layer_sweep(job.pairs) for name in ("hooks", "align_audit"))
     scale = np.abs(expected.logps).sum(axis=1, keepdims=True)
     assert (np.abs(found.effects - expected.effects) / scale).max() < 1e-6
+
+
+def test_a_job_on_a_pretrained_model(tmp_path: Path) -> None:
+    """The models are made again from its folder, and its tokenizer makes the tokens where there are texts."""
+    spec = JobSpec.of_model(MODEL_DIR, pairs=3, max_tokens=60, dtype="float64", noise=0.02)
+    made = make_job(spec, random_tokens=not (DATA / "hh-harmless").is_dir())
+    made.save(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+    job = load_job(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(made.policy.parameters(), job.policy.parameters(), strict=True))
+    assert max(token for pair in job.pairs for token in pair.sides[0]) < spec.vocab
+    expected, found = (contender(name, job).layer_sweep(job.pairs) for name in ("hooks", "align_audit"))
+    assert np.abs(expected.effects).max() > 1e-4
+    assert (np.abs(found.effects - expected.effects) / np.abs(expected.logps).sum(axis=1, keepdims=True)).max() < 1e-9
+    with FlopCounterMode(display=False) as counter:
+        for model in (job.policy, job.reference):
+            model.set_attn_implementation("eager")
+        contender("hooks", job).layer_sweep(job.pairs)
+    assert flops.hooks_sweep(flops.Shape.of(spec), job.pairs).total == counter.get_total_flops()
+
+
+def test_a_folder_without_a_model_is_said(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"found no config\.json"):
+        JobSpec.of_model(tmp_path)
 
 
 def test_flops_of_hooks_are_those_counted_while_they_run(job: Job) -> None:
