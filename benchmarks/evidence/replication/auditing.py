@@ -28,7 +28,7 @@ def audit_options(setup: Setup) -> Any:
         {
             "max_pairs": setup.pairs, "max_length": setup.max_length, "progress": False, "tensorboard": "off",
             "report": False, "trackers": "off", "strict": True, "examples": {"pairs": 0},
-            "patching": {"exact_pairs": setup.exact_pairs}, "spinal": {"max_rows": setup.spinal_rows},
+            "patching": {"exact_pairs": setup.exact_pairs}, "spinal": setup.spinal,
             "generations": {"enabled": False},
         }
     )  # fmt: skip

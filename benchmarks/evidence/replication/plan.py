@@ -17,8 +17,6 @@ FIRST, SECOND = "first", "second"
 
 EVALUATED = 16
 """Pairs of the trainer's eval set."""
-LOOKED_AT = 32
-"""Probe pairs, of the first slice, of the health looks in the run."""
 LORA_RANK = 8
 
 
@@ -36,6 +34,8 @@ class Setup:
         max_length: pairs with a longer sequence, in tokens, are left out.
         exact_pairs: ``patching.exact_pairs`` of the audits.
         spinal_rows: ``spinal.max_rows`` of the audits.
+        transport_rows: ``spinal.transport_rows`` of the audits.
+        looked_at: probe pairs, of the first slice, of the health looks in the run.
         probed: whether probe pairs are held out, or drawn from those that are trained on.
     """
 
@@ -54,7 +54,14 @@ class Setup:
     dtype: str
     exact_pairs: int | Literal["auto"] | None
     spinal_rows: int = 4096
+    transport_rows: int | Literal["auto"] = "auto"
+    looked_at: int = 32
     probed: Literal["held-out", "trained"] = "held-out"
+
+    @property
+    def spinal(self) -> dict[str, Any]:
+        """The options of its audits that say how many token rows a trace has."""
+        return {"max_rows": self.spinal_rows, "transport_rows": self.transport_rows}
 
     @property
     def name(self) -> str:

@@ -50,6 +50,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--exact-pairs", help="patch so many of the pairs, or `auto`; default: all")
     parser.add_argument("--spinal-rows", type=int, default=4096, help="token rows of SPINAL's trace")
+    parser.add_argument(
+        "--transport-rows", type=int, help="of them, those of its transport; default: as its interval needs"
+    )
+    parser.add_argument("--looked-at", type=int, default=32, help="probe pairs of the health looks in the run")
     parser.add_argument("--probes", choices=["held-out", "trained"], default="held-out", help="which pairs are probed")
     parser.add_argument("--out", type=Path, default=Path("runs/replication"), help="folder of checkpoints and logs")
     parser.add_argument("--stored", dest="data", type=Path, default=DATA, help="folder of the stored runs")
@@ -149,6 +153,8 @@ def setup_of(options: argparse.Namespace, model: Path) -> Setup:
         dtype=options.dtype,
         exact_pairs=exact if exact in (None, "auto") else int(exact),
         spinal_rows=options.spinal_rows,
+        transport_rows=options.transport_rows or "auto",
+        looked_at=options.looked_at,
         probed=options.probes,
     )
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from replication.pairs import Dealt
-from replication.plan import LOOKED_AT, LORA_RANK, Case
+from replication.plan import LORA_RANK, Case
 
 TRAINED = "trained.json"
 """Written when training has ended: what it took."""
@@ -51,7 +51,7 @@ def _trainer(case: Case, model: Path, dealt: Dealt, folder: Path) -> Any:
     from align_audit import AlignmentAuditCallback
 
     setup = case.setup
-    looks = AlignmentAuditCallback(dealt.first[:LOOKED_AT], look_options(case))
+    looks = AlignmentAuditCallback(dealt.first[: case.setup.looked_at], look_options(case))
     extra: dict[str, Any] = {}
     if setup.method == "lora":
         from peft import LoraConfig
@@ -83,8 +83,9 @@ def look_options(case: Case) -> Any:
 
     return AuditConfig.from_dict(
         {
-            "max_pairs": LOOKED_AT, "max_length": case.setup.max_length, "budget": None, "progress": False,
-            "tensorboard": "off", "report": False, "trackers": "off", "strict": True, "examples": {"pairs": 0},
+            "max_pairs": case.setup.looked_at, "max_length": case.setup.max_length, "budget": None, "progress": False,
+            "spinal": case.setup.spinal, "tensorboard": "off", "report": False, "trackers": "off",
+            "strict": True, "examples": {"pairs": 0},
             "schedule": {
                 "first_health": 2, "most_looks": max(1, min(10, case.setup.steps // 4)),
                 "on_save": False, "on_last_step": False, "escalate": False,

@@ -147,7 +147,8 @@ def how_it_was_run(everything: list[StoredRun]) -> Iterator[str]:
     probed = "held-out" if setup.probed == "held-out" else "(trained on)"
     yield f"{layers} layers, {trained}, {setup.dtype}; {setup.steps} steps of {setup.batch} pairs at {rates}, β {setup.beta:g},"
     yield f"pairs of at most {setup.max_length} tokens; {setup.pairs} {probed} probe pairs a slice, {patched}, at most"
-    yield f"{setup.spinal_rows} token rows in traces; audited after"
+    of_transport = "" if setup.transport_rows == "auto" else f", {setup.transport_rows} in their transport"
+    yield f"{setup.spinal_rows} token rows in traces{of_transport}; audited after"
     yield f"{', '.join(map(str, setup.audited))} steps."
     yield f"{', '.join(f'{sum(each.kind == kind for each in everything)} {kind}' for kind in KINDS)} runs:"
     training = [each.about["training"] for each in everything]
