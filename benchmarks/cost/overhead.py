@@ -69,7 +69,7 @@ def train(output: Path, options: argparse.Namespace, steps: int, audited: bool) 
         # A model that was never saved has no path that the trainer could make its reference from.
         ref_model=model_of(options.layers, options.width),
         args=DPOConfig(
-            output_dir=str(output), learning_rate=HEALTHY.learning_rate, beta=HEALTHY.beta, max_steps=steps,
+            output_dir=str(output), learning_rate=options.rate, beta=HEALTHY.beta, max_steps=steps,
             per_device_train_batch_size=options.batch, report_to=[], use_cpu=True, bf16=False, disable_tqdm=True, seed=0,
             gradient_checkpointing=False,
         ),
@@ -94,6 +94,9 @@ def main() -> None:
     parser.add_argument("--plain-steps", type=int, help="of the run without the callback; default: as many")
     parser.add_argument("--batch", type=int, default=BATCH_SIZE)
     parser.add_argument("--probes", type=int, default=64)
+    parser.add_argument(
+        "--rate", type=float, default=HEALTHY.learning_rate, help="an untrained model drifts at the demo's"
+    )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     disable_progress_bars()
