@@ -32,12 +32,15 @@ class LensWalk:
         active: makes the model compute.
         rows: of all processes: all that may be asked for, but for those that have walked.
         distances: [m, L − 1] radians, of the m rows with the smallest keys: those that have walked.
+        alike: the walk of a model with the same streams, bit by bit. Where the first block travels as far in both, the heads
+            that read them are the same as well, and this model's other rows do not walk: they have that model's distances.
     """
 
     session: Session
     active: Callable[[], AbstractContextManager[Replay]]
     rows: Rows
     distances: np.ndarray
+    alike: LensWalk | None = None
 
     def __post_init__(self) -> None:
         self._walked = len(self.distances)
@@ -50,13 +53,24 @@ class LensWalk:
             block: rows that walk together; None: as many as the head is fast at. Rows that walk at different times, in
                 different audits, get the same bits where ``count`` is a multiple of it, or all rows there are.
         """
+        if self.alike is not None:
+            first = min(count, self._block(block))
+            if np.array_equal(self._walk(first, block), self.alike.up_to(first, block), equal_nan=True):
+                return self.alike.up_to(count, block)
+        return self._walk(count, block)
+
+    def _walk(self, count: int, block: int | None) -> np.ndarray:
         begun = len(self.distances)
         if count > begun:
             with self.active() as replay:
-                size = block if block is not None else next(replay.head_blocks(2**62)).stop
-                more = self._travelled(replay, self._order[begun - self._walked : count - self._walked], size)
+                places = self._order[begun - self._walked : count - self._walked]
+                more = self._travelled(replay, places, self._block(block))
             self.distances = np.concatenate([self.distances, more])
         return self.distances[:count]
+
+    def _block(self, asked: int | None) -> int:
+        """How many rows walk together: as many as asked for, or as a head is fast at."""
+        return asked if asked is not None else next(self.session.models.policy.head_blocks(2**62)).stop
 
     def _travelled(self, replay: Replay, places: np.ndarray, size: int) -> np.ndarray:
         """Distances of the rows at these places, in blocks; processes take turns of them."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.layer_spectra import fitted_layers
 from align_audit.auditing.measurements.lens_walk import LensWalk, travelled
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement, Reasons, RecordedBatch
@@ -160,26 +161,32 @@ class Spinal(Measurement):
     # -- transport -----------------------------------------------------------------------------------------------------
 
     def look_closer(self, tick: Callable[[], None]) -> None:
-        """Both traces, of all rows together; what is the reference's alone is kept in the run's cache from now on."""
+        """Both traces, of all rows together; what is the reference's alone is kept in the run's cache from now on.
+
+        Of a policy that is its reference still, as before the first step, nothing is made twice.
+        """
         if not self.enabled or self._sampled is None:
             return
         session, state, kept = self.session, self.state, self._reference_trace
         nowhere = np.empty((0, session.num_layers - 1))
         walked = nowhere if kept is None else np.array(kept.distances).reshape(-1, session.num_layers - 1)
-        walks = [
-            LensWalk(session, session.as_policy, state.policy_rows, nowhere),
-            LensWalk(session, session.as_reference, state.reference_rows, walked),
-        ]
+        of_reference = LensWalk(session, session.as_reference, state.reference_rows, walked)
+        identical = self.task[Behaviour].identical
+        alike = of_reference if identical else None
+        walks = [LensWalk(session, session.as_policy, state.policy_rows, nowhere, alike), of_reference]
         asked = self.config.spinal.transport_rows
         self._distances = travelled(walks, asked, len(state.policy_rows), self._sampled.available)
         policy, reference = session.models.policy, session.models.reference
-        self._policy_trace = self.depth_trace(state.policy_rows, self._distances[0], policy)
         if kept is None:
             traced = self.depth_trace(state.reference_rows, self._distances[1], reference)
         else:
             traced = self._with_transport(kept.trace, kept.reasons, self._distances[1])
-        self._reference_trace = ReferenceTrace.of(self._trace_key(), *traced, walks[1].distances.tolist())
-        if kept is None or len(walks[1].distances) > len(walked):
+        if identical and policy.compute_dtype == reference.compute_dtype:
+            self._policy_trace = self._with_transport(*traced, self._distances[0])
+        else:
+            self._policy_trace = self.depth_trace(state.policy_rows, self._distances[0], policy)
+        self._reference_trace = ReferenceTrace.of(self._trace_key(), *traced, of_reference.distances.tolist())
+        if kept is None or len(of_reference.distances) > len(walked):
             self.task.cache.put(self._reference_trace)
         state.policy_rows.forget()
         state.reference_rows.forget()

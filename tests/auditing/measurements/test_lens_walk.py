@@ -8,14 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
 
 from align_audit import AuditConfig, ProbeSet
 from align_audit.auditing.measurements import lens_walk
-from align_audit.auditing.measurements.lens_walk import travelled
+from align_audit.auditing.measurements.behaviour import Behaviour
+from align_audit.auditing.measurements.lens_walk import LensWalk, travelled
 from align_audit.auditing.once import audit_once
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.measures.row_sample import sampling_error
 from align_audit.models.reference import resolve_reference
+from align_audit.models.replay import head_rows
 from align_audit.record.audit_record import Spinal
 from tests.helpers import oracle_spinal
 from tests.helpers.audits import QUICK_GENERATIONS
@@ -126,6 +130,62 @@ def test_what_is_kept_of_the_reference_changes_no_number(models: tuple[Any, Any]
             taken = traced((policy if name == "near" else wild, reference), cache=cache)
             assert taken == alone[name], (order, name)
             cache = ReferenceCache(tmp_path / order[0])  # as another process finds it
+
+
+def walked_rows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, int]]:
+    """Whether it is the policy, and how many rows, of each block that walks from now on."""
+    walked: list[tuple[bool, int]] = []
+    real = LensWalk._block_travelled
+
+    def counted(self: LensWalk, replay: Any, block: torch.Tensor) -> np.ndarray:
+        walked.append((replay is self.session.models.policy, len(block)))
+        return real(self, replay, block)
+
+    monkeypatch.setattr(LensWalk, "_block_travelled", counted)
+    return walked
+
+
+def in_all(walked: list[tuple[bool, int]], policy: bool) -> int:
+    return sum(rows for of_policy, rows in walked if of_policy is policy)
+
+
+@pytest.mark.parametrize("kind", ["same weights", "new adapters", "same weights, known reference"])
+@pytest.mark.parametrize("asked", ["auto", 40, "all"])
+def test_a_policy_that_is_its_reference_walks_one_block(
+    kind: str, asked: Any, full: Spinal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And both traces are the reference's, bit by bit, as they are where both walk."""
+    reference, cache = tiny_model("llama"), ReferenceCache()
+    policy, given = tiny_model("llama"), reference
+    if kind == "new adapters":
+        policy, given = get_peft_model(policy, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")), None
+    if kind == "same weights, known reference":
+        traced((policy, given), cache=cache, transport_rows=asked)
+    with monkeypatch.context() as patched:
+        patched.setattr(Behaviour, "identical", property(lambda _: False, lambda *_: None), raising=False)
+        both = traced((policy, given), transport_rows=asked)
+    walked = walked_rows(monkeypatch)
+    once = traced((policy, given), cache=cache, transport_rows=asked)
+    assert once == both
+    assert once.policy == once.reference
+    block = PORTION if asked == "auto" else min(once.transport_rows or 0, head_rows("cpu", reference.config.vocab_size))
+    assert in_all(walked, policy=True) == block
+    assert in_all(walked, policy=False) == (0 if kind == "same weights, known reference" else once.transport_rows)
+
+
+@pytest.mark.parametrize("moved", ["head", "norm"])
+def test_equal_streams_under_another_head_walk_apart(moved: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, policy = tiny_model("llama"), tiny_model("llama")
+    with torch.no_grad():
+        (policy.lm_head if moved == "head" else policy.model.norm).weight.mul_(1.01)
+    walked = walked_rows(monkeypatch)
+    spinal = traced((policy, reference))
+    assert in_all(walked, policy=True) == in_all(walked, policy=False) == spinal.transport_rows
+    for model, trace in ((policy, spinal.policy), (reference, spinal.reference)):
+        entire = oracle_spinal.transport(model, PROBES.pairs)
+        assert (np.abs(np.array(trace.transport) - entire) < 4 * np.array(trace.transport_stderr)).all()
+    assert spinal.policy.contraction == spinal.reference.contraction
+    assert spinal.policy.transport != spinal.reference.transport
 
 
 class Rows:
