@@ -105,7 +105,8 @@ def limits(laxness: float) -> AlertConfig:
 
 
 def called_for(run: StoredRun, config: AlertConfig) -> set[int]:
-    """Steps of the looks that the trainer's log calls for, as it does in a run: where a rule of it begins to suspect.
+    """Steps of the looks that the trainer's log calls for, as it does in a run: where a rule of it begins to suspect for the
+    first time. (Again it calls for one as the budget has room, and runs as short as these have none.)
 
     They are made at the next step of which there is an audit, up to three steps later than a run would make them.
     """
@@ -116,7 +117,7 @@ def called_for(run: StoredRun, config: AlertConfig) -> set[int]:
         rules = {each.rule for each in suspect([row for row in run.log if row.step <= step], config, max_steps=STEPS)}
         if rules - suspected:
             steps |= set(audited[bisect_left(audited, step) :][:1])
-        suspected = rules
+        suspected |= rules
     return steps
 
 
