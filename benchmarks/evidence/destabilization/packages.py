@@ -1,9 +1,10 @@
 """Packages that watch a training log, fed with what the trainer logged as their own callbacks would, at their own settings.
 
-    pip install trainpulse losslint training-doctor trainscope
+    pip install trainpulse losslint training-doctor trainscope lightning
 
-Those that are not installed are left out, and named. What they call information is no alarm. KillLossSpike and Lightning's
-SpikeDetection need hundreds of steps before they judge, and are silent in runs of this length by construction.
+Those that are not installed are left out, and named. What they call information is no alarm. llm-foundry's KillLossSpike judges
+after a window of 100 losses, and is silent in runs of this length by construction; trainsafe generates with the model, which is
+not stored.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 from align_audit.record.training_log import LogRow
 from destabilization.rules import Level, LogRules, RuleSet, of_log
@@ -69,11 +71,36 @@ def _trainscope(log: Sequence[LogRow]) -> list[tuple[str, Level]]:
     return [] if score is None or "loss" not in log[-1].logs else [("loss spike", "error")]
 
 
+_ALONE = SimpleNamespace(
+    global_rank=1,  # the first writes a file
+    strategy=SimpleNamespace(
+        root_device="cpu", barrier=lambda: None, reduce_boolean_decision=lambda decision, all: decision
+    ),
+)
+"""A Fabric as far as Lightning's detection asks it."""
+
+
+def _lightning(log: Sequence[LogRow]) -> list[tuple[str, Level]]:
+    """Its ``SpikeDetection`` gets the loss of every batch, here of every step, and ends the training at a spike."""
+    import torch
+    from lightning.fabric.utilities.spike import SpikeDetection, TrainingSpikeException
+
+    detection = SpikeDetection()
+    losses = [row.logs["loss"] for row in log if "loss" in row.logs]
+    for batch, loss in enumerate(losses):
+        try:
+            detection.on_train_batch_end(_ALONE, torch.tensor(loss), None, batch)
+        except TrainingSpikeException:
+            return [("loss spike", "error")]
+    return []
+
+
 PACKAGES: dict[str, LogRules] = {
     "trainpulse": _trainpulse,
     "losslint": _losslint,
     "training_doctor": _training_doctor,
     "trainscope": _trainscope,
+    "lightning": _lightning,
 }
 
 
