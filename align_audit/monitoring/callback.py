@@ -265,8 +265,7 @@ class AlignmentAuditCallback(TrainerCallback):
     def _at(self, event: Event, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         """Do what the schedule decides at an event."""
         assert self._run is not None
-        if self._log_meetings.at(event, self._ranks):
-            self._agree_on_logs(state.global_step)
+        self._agree_on_logs(event, state.global_step)
         self._run.pace.hear(event)
         training = self._run.facts.training(state, control)
         due = decide(event, training, self.config.schedule, self._pending, self._next_look, self._run.pace.audited_at)
@@ -281,14 +280,16 @@ class AlignmentAuditCallback(TrainerCallback):
         if warned is not None:
             self._audit(warned, event, training, control, model)
 
-    def _agree_on_logs(self, step: int) -> None:
+    def _agree_on_logs(self, event: Event, step: int) -> None:
         """Leave a look due on all processes where the first one has seen something suspicious in the trainer's log."""
         assert self._run is not None
         due = None
-        with self._unbroken(step):
-            due = self._run.monitor.trainer_log.agree(self._ranks)
-        if due is not None and self.config.schedule.health and self._pending is None:
-            self._pending = due
+        if self._log_meetings.at(event, self._ranks):
+            with self._unbroken(step):
+                due = self._run.monitor.trainer_log.agree(self._ranks)
+        due = self._log_meetings.asked(due, audited=self._run.pace.audited_at == step)
+        if due is not None and self.config.schedule.health:
+            self._pending = due.with_pending(self._pending)
 
     def _audit(self, due: Due, event: Event, training: Training, control: TrainerControl, model: nn.Module) -> Outcome:
         """One moment's audits, and what they ask of training."""

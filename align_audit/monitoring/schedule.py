@@ -109,9 +109,7 @@ def decide(
         asked = replace(asked, optional=False)
     if event in (Event.TRAIN_BEGIN, Event.TRAIN_END):
         return asked
-    waits = _more_may_be_asked(event, training, schedule)
-    if event is Event.STEP_END:
-        return None if asked is None else replace(asked, later=waits or training.syncs_reference)
+    waits = _more_may_be_asked(event, training, schedule) or (event is Event.STEP_END and training.syncs_reference)
     due = pending if asked is None else asked.with_pending(pending)
     return None if due is None else replace(due, later=waits)
 

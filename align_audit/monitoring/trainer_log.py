@@ -29,6 +29,8 @@ class LogMeetings:
 
     def __init__(self) -> None:
         self._due = False
+        self._late: Due | None = None
+        """The look that a log asks for which came after the audit of its step."""
 
     def foresee(self, control: TrainerControl) -> None:
         """At the end of a step or an epoch: whether the trainer logs next, which all processes know."""
@@ -41,6 +43,19 @@ class LogMeetings:
         if event is not Event.STEP_BEGIN or ranks.size == 1:
             return True
         due, self._due = self._due, False
+        return due
+
+    def asked(self, due: Due | None, *, audited: bool) -> Due | None:
+        """The look that the log asks for now; None: none, or one that waits for the next step: the same weights are not audited
+        again.
+
+        Args:
+            due: what the log has asked for since the event before.
+            audited: this step was audited, before that was logged.
+        """
+        due, self._late = self._late if due is None else due.with_pending(self._late), None
+        if audited:
+            due, self._late = None, due
         return due
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import align_audit.monitoring.monitor
-from align_audit import AuditConfig, AuditRun
+from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
 from align_audit.monitoring.forecast import Costs, PlannedSteps, forecast
+from align_audit.monitoring.schedule import Due, Event
+from align_audit.record.audit_record import AuditKind
 from tests.helpers.callback_runs import CREATED, At, quick, run
 from tests.helpers.dpo import train
 
@@ -168,6 +171,50 @@ def test_what_the_trainer_logs_is_kept_and_sets_off_a_look(tmp_path: Path) -> No
     assert reasons(tmp_path / "out")[0].startswith("the training log: loss is ")
     assert len(reasons(tmp_path / "out")) <= 2, "one look, and the full audit that it asks for where it warns"
     assert stored.records[0].margins.kl.mean > 0, "of the weights after the step that was logged"
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "made"),
+    [
+        # The look of its step came before what it logs.
+        ({"first_health": 3}, {}, [(3, "health"), (4, "health")]),
+        ({"every_n_steps": 3}, {}, [(3, "full"), (4, "health")]),
+        ({"first_health": 3}, {"eval_strategy": "steps", "eval_steps": 3}, [(3, "health"), (4, "health")]),
+        # What audits it comes after its log.
+        ({"on_save": True}, {"save_strategy": "steps", "save_steps": 3}, [(3, "health")]),
+        ({"on_save": True, "first_health": 3}, {"save_strategy": "steps", "save_steps": 3}, [(3, "health")]),
+        ({"on_evaluate": True}, {"eval_strategy": "steps", "eval_steps": 3}, [(3, "full")]),
+        ({}, {}, [(3, "health")]),
+    ],
+)
+@pytest.mark.parametrize("signal", ["loss", "eval_loss"])
+def test_what_a_log_sets_off_is_looked_at_also_where_its_step_was_audited_before_it(
+    tmp_path: Path, schedule: dict[str, Any], options: dict[str, Any], made: list[tuple[int, str]], signal: str
+) -> None:
+    """At the next step then: the alert is not left to the doubling after this one."""
+    if signal == "eval_loss" and "eval_strategy" not in options:
+        options = {**options, "eval_strategy": "steps", "eval_steps": 3}
+    config = quick(
+        budget=NO_ROOM, schedule={**OFF, **NEVER_FULL, "escalate": False, **schedule}, alerts=added(signal, above=-1.0)
+    )
+    run(tmp_path / "out", config, **{"max_steps": 5, "logging_steps": 3, "save_strategy": "no", **options})
+    assert [audit for audit in looked(tmp_path / "out") if audit[0] < 5] == made
+    alerts = [alert for alert in AuditRun.load(tmp_path / "out").alerts if alert.rule == "planted"]
+    assert [(alert.event, alert.step) for alert in alerts] == [("opened", made[-1][0])]
+    assert len(made) == 1 or reasons(tmp_path / "out")[1].startswith("the training log: ")
+
+
+@pytest.mark.parametrize("kind", ["health", "full"])
+@pytest.mark.parametrize("optional", [True, False])
+def test_a_look_that_the_log_sets_off_is_not_lost_beside_one_that_waits(kind: AuditKind, optional: bool) -> None:
+    """Nor left out with it."""
+    callback: Any = AlignmentAuditCallback(config=quick())
+    heard = Due("health", "the training log: loss is NaN", later=True)
+    log = SimpleNamespace(agree=lambda _: heard)
+    callback._run = SimpleNamespace(pace=SimpleNamespace(audited_at=-1), monitor=SimpleNamespace(trainer_log=log))
+    callback._pending = Due(kind, "waits for a save", optional=optional, later=True)
+    callback._agree_on_logs(Event.EVALUATE, 4)
+    assert (callback._pending.kind, callback._pending.optional, callback._pending.later) == (kind, False, True)
 
 
 def test_nothing_suspicious_sets_off_nothing(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from align_audit.config import AlertConfig
 from align_audit.monitoring.failures import Failures
-from align_audit.monitoring.schedule import Event
+from align_audit.monitoring.schedule import Due, Event
 from align_audit.monitoring.trainer_log import LogMeetings, TrainerLog
 from align_audit.ranks import Ranks
 from align_audit.record import training_log
@@ -66,6 +66,21 @@ def test_what_wavers_about_a_limit_asks_for_looks_that_may_be_left_out(tmp_path:
     log.hear(8, {"loss": 0.5, "grad_norm": 0.5}, 10)
     later = log.agree(ranks)
     assert later is not None and later.optional, "it is told though it is over by then"
+
+
+def test_what_was_logged_after_the_audit_of_its_step_waits_for_the_next_step() -> None:
+    """Its weights are not audited again, and nothing else would look at what it says."""
+    meetings = LogMeetings()
+    again, first = (
+        Due("health", f"the training log: {said}", optional=said == "again", later=True) for said in ("again", "first")
+    )
+    assert meetings.asked(first, audited=False) == first
+    assert meetings.asked(None, audited=False) is None, "asked for once"
+    assert meetings.asked(again, audited=True) is None
+    assert meetings.asked(first, audited=True) is None
+    assert meetings.asked(None, audited=True) is None
+    assert meetings.asked(None, audited=False) == first, "what must be made is not left out with what may be"
+    assert meetings.asked(None, audited=False) is None
 
 
 def test_a_process_that_keeps_no_log_hears_nothing_and_agrees(tmp_path: Path) -> None:
