@@ -113,6 +113,7 @@ def _events(planned: PlannedSteps) -> Iterator[tuple[Event, Training]]:
             yield Event.EVALUATE, training
         if saving:
             yield Event.SAVE, training
+    yield Event.EPOCH_END, Training(planned.max_steps, planned.max_steps, stopping=True)
     yield Event.TRAIN_END, Training(planned.max_steps, planned.max_steps)
 
 

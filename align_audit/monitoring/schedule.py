@@ -3,7 +3,8 @@
 Order of events, as transformers' Trainer fires them: ``step_end`` → ``log`` → ``evaluate`` → ``save``; TRL's reference
 synchronization runs in its own ``on_step_end``, after ours. So an audit due on a synchronization step waits for the next
 event, and one due on a step that is evaluated or saved waits for the event that may ask for more, the later one where both
-do. The trainer's TensorBoard writer is closed before our ``train_end``, so the last step is audited before that.
+do. On the last step it waits for what is logged and evaluated of it, up to the end of its epoch, since no later audit is judged
+by that. The trainer's TensorBoard writer is closed before our ``train_end``, so the last step is audited before that.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def decide(
         asked = replace(asked, optional=False)
     if event in (Event.TRAIN_BEGIN, Event.TRAIN_END):
         return asked
-    waits = _more_may_be_asked(event, training, schedule) or (event is Event.STEP_END and training.syncs_reference)
+    waits = _more_to_come(event, training, schedule) or (event is Event.STEP_END and training.syncs_reference)
     due = pending if asked is None else asked.with_pending(pending)
     return None if due is None else replace(due, later=waits)
 
@@ -128,11 +129,14 @@ _NEAR = 0.75
 """Of the steps up to a look, those that are done where it may be made early."""
 
 
-def _more_may_be_asked(event: Event, training: Training, schedule: ScheduleConfig) -> bool:
-    """Whether an event of this step that is still to come asks for an audit of the same weights."""
-    save = training.saving and schedule.on_save
+def _more_to_come(event: Event, training: Training, schedule: ScheduleConfig) -> bool:
+    """Whether an event of this step that is still to come asks for an audit of the same weights, or has what the last audit is
+    to be judged by."""
+    save, last = training.saving and schedule.on_save, training.is_last and schedule.on_last_step
+    if event is Event.STEP_END and last:
+        return True  # The end of the epoch follows in any case.
     if event in (Event.STEP_END, Event.EPOCH_END):
-        return save or (training.evaluating and schedule.on_evaluate)
+        return save or (training.evaluating and (schedule.on_evaluate or last))
     return event is Event.EVALUATE and save
 
 

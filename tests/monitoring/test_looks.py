@@ -204,6 +204,40 @@ def test_what_a_log_sets_off_is_looked_at_also_where_its_step_was_audited_before
     assert len(made) == 1 or reasons(tmp_path / "out")[1].startswith("the training log: ")
 
 
+STEPS: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 4}
+EPOCH: dict[str, Any] = {"eval_strategy": "epoch"}
+
+
+@pytest.mark.parametrize(
+    ("saves", "options"),
+    [
+        *[(saves, {"logging_steps": 4}) for saves in ("no", "steps", "epoch")],
+        *[(saves, STEPS) for saves in ("no", "steps", "epoch")],
+        *[(saves, {**STEPS, "eval_steps": 3}) for saves in ("no", "steps", "epoch")],  # and at the end
+        *[(saves, EPOCH) for saves in ("no", "epoch")],
+        *[(saves, {**EPOCH, "logging_strategy": "epoch"}) for saves in ("no", "epoch")],
+    ],
+)
+def test_the_last_audit_is_judged_by_all_that_is_logged_of_its_step(
+    tmp_path: Path, options: dict[str, Any], saves: str
+) -> None:
+    """However it saves; no later audit is there to be judged by it."""
+    signal = "eval_loss" if "eval_strategy" in options else "loss"
+    config = quick(
+        budget=NO_ROOM,
+        schedule={**NEVER_FULL, "escalate": False, "first_health": 100},
+        alerts=added(signal, above=-1.0),
+    )
+    run(
+        tmp_path / "out",
+        config,
+        **{"max_steps": 4, "logging_steps": 500, "save_strategy": saves, "save_steps": 500, **options},
+    )
+    assert looked(tmp_path / "out")[-1] == (4, "health")
+    alerts = [alert for alert in AuditRun.load(tmp_path / "out").records[-1].alerts if alert.rule == "planted"]
+    assert len(alerts) == 1
+
+
 @pytest.mark.parametrize("kind", ["health", "full"])
 @pytest.mark.parametrize("optional", [True, False])
 def test_a_look_that_the_log_sets_off_is_not_lost_beside_one_that_waits(kind: AuditKind, optional: bool) -> None:

@@ -143,13 +143,16 @@ def test_every_third_step(step: int, expected: bool | None) -> None:
     ("event", "training", "expected"),
     [
         (Event.STEP_END, {"step": 9}, None),
-        (Event.STEP_END, {"step": 10}, True),
-        (Event.STEP_END, {"step": 9, "stopping": True}, True),
+        # What is logged and evaluated of it is still to come.
+        (Event.STEP_END, {"step": 10}, False),
+        (Event.STEP_END, {"step": 9, "stopping": True}, False),
         (Event.EPOCH_END, {"step": 10}, None),
         (Event.EPOCH_END, {"step": 9, "stopping": True}, True),
+        (Event.EPOCH_END, {"step": 10, "stopping": True, "evaluating": True}, False),
         (Event.TRAIN_END, {"step": 9}, True),
         (Event.TRAIN_END, {"step": 10, "best_loaded": True}, None),
-        (Event.STEP_END, {"step": 10, "best_loaded": True}, True),
+        (Event.STEP_END, {"step": 10, "best_loaded": True}, False),
+        (Event.EPOCH_END, {"step": 10, "stopping": True, "best_loaded": True}, True),
         (Event.SAVE, {"step": 10, "stopping": True}, None),
         (Event.EVALUATE, {"step": 10, "stopping": True}, None),
     ],
@@ -158,6 +161,18 @@ def test_the_last_step_is_whichever_event_can_tell(
     event: Event, training: dict[str, Any], expected: bool | None
 ) -> None:
     assert now(decided(event, {"on_last_step": True}, training)) is expected
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, True), ({"on_last_step": True}, False)])
+def test_only_an_audit_of_the_last_step_waits_for_the_end_of_its_epoch(options: dict[str, Any], expected: bool) -> None:
+    """Where that asks for one, so that nothing is lost with a trainer that says nothing of epochs."""
+    options = {"every_n_steps": 2, **options}
+    waiting = decided(Event.STEP_END, options, {"step": 10})
+    assert now(waiting) is expected
+    assert now(decided(Event.STEP_END, options, {"step": 8})) is True
+    if not expected:
+        made = decided(Event.EPOCH_END, options, {"step": 10, "stopping": True}, waiting)
+        assert made == Due("full", "every 2 steps")
 
 
 @pytest.mark.parametrize(
