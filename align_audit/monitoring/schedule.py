@@ -278,7 +278,8 @@ def look_after(
     """The step of the next health audit after this one; None: there will be none.
 
     The next of ``first_health`` and its doublings, or earlier, as soon as the budget has room for it beside the full audit at
-    the end; but no more than ``most_looks`` in a run. A checkpoint that is saved shortly before has it sooner.
+    the end; but no more than ``most_looks`` in a run. A checkpoint that is saved shortly before has it sooner. A run that is
+    resumed has its first one after ``first_health`` steps of its own, whatever that costs.
 
     Args:
         budget: share of wall-clock time; None: no limit.
@@ -299,7 +300,9 @@ def look_after(
     while doubling <= step or (audited and doubling > _EARLY * first and step >= _NEAR * doubling):
         doubling *= 2
     gap = max(first, math.ceil(training.max_steps / schedule.most_looks))
-    at = min(doubling, max(step + gap, _affordable(spent, training, schedule, budget)))
+    # Before its first step nobody knows what this process can afford: the next doubling may be days away.
+    soonest = max(step + gap, _affordable(spent, training, schedule, budget)) if spent.steps else step + first
+    at = min(doubling, soonest)
     return at if at < training.max_steps or (at == training.max_steps and not schedule.on_last_step) else None
 
 

@@ -13,10 +13,10 @@ class ScheduleConfig(BaseModel):
 
     ``AuditConfig.budget`` bounds the time of what it decides about: a full audit that does not fit is made as a health audit,
     and the record says so; at a checkpoint nothing is made where not even that fits; and health audits between are planned as
-    it has room. Made whatever they cost: health audits at the start, at ``first_health`` and its doublings, on the last step
-    (a full one there by ``last_step_seconds``) and where a rule of the trainer's log first suspects something (again as the
-    budget has room); the full audit when one of them finds an error (for a warning see ``escalate``); and what
-    ``every_n_steps`` and ``on_evaluate`` ask for.
+    it has room. Made whatever they cost: health audits at the start, at ``first_health`` and its doublings, ``first_health``
+    steps after a run was resumed, on the last step (a full one there by ``last_step_seconds``) and where a rule of the
+    trainer's log first suspects something (again as the budget has room); the full audit when one of them finds an error (for
+    a warning see ``escalate``); and what ``every_n_steps`` and ``on_evaluate`` ask for.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
@@ -25,7 +25,8 @@ class ScheduleConfig(BaseModel):
     """Look before the first step: at whether the reference is the right one, and at what health is measured against."""
     health: bool = True
     """Health audits at ``first_health`` steps, twice that, four times that, ..., and between as often as the budget allows.
-    From the fifth doubling on one is made at a checkpoint shortly before it, where there is one."""
+    From the fifth doubling on one is made at a checkpoint shortly before it, where there is one. A run that is resumed has one
+    ``first_health`` steps after it goes on: what it can afford is known from then on."""
     first_health: int = Field(default=5, ge=1)
     most_looks: int = Field(default=200, ge=1)
     """Health audits of a run that the budget may add at most."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -254,6 +255,41 @@ def test_a_look_that_may_be_left_out_is_made_where_it_fits() -> None:
 
 def test_a_resumed_run_has_clocks_of_its_own() -> None:
     pace, clock = begun(step=500)
-    assert pace.next_look == 640, "of step 500 there is no audit"
     clock.now += 10.0
     assert pace.spent(Training(510, 1000)).steps == 10
+
+
+@pytest.mark.parametrize("start", ["looked at", "audited before", "not audited"])
+@pytest.mark.parametrize("step", [500, 505, 700, 100_000])
+def test_a_resumed_run_is_looked_at_as_often_as_the_budget_allows_from_its_first_steps_on(
+    start: str, step: int
+) -> None:
+    """Neither its steps nor its looks were timed yet: that is not left to the next doubling, nor to a checkpoint."""
+    training = Training(step, 1_000_000)
+    clock = Clock()
+    pace = Pace(AuditConfig(schedule={"on_save": False}), step, clock=clock)
+    pace.begin(training)
+    if start != "not audited":
+        pace.audited_at = step
+        if start == "looked at":
+            audit(pace, clock, "health", step, 2.0)
+        pace.plan(training)
+    made = []
+    for _ in range(6):
+        assert pace.next_look is not None
+        clock.now += 1.0 * (pace.next_look - training.step)
+        training = Training(pace.next_look, 1_000_000)
+        made.append(training.step)
+        pace.audited_at = training.step
+        audit(pace, clock, "health", training.step, 2.0)
+        pace.plan(training)
+    assert made[0] == step + 5
+    assert max(later - earlier for earlier, later in pairwise(made)) <= 5000, "200 looks in a run at most"
+    tight = Pace(AuditConfig(budget=1e-6), step, clock=clock)
+    tight.begin(Training(step, 1_000_000))
+    assert tight.next_look == step + 5, "whatever it costs"
+
+
+def test_a_doubling_that_comes_sooner_is_the_first_look_of_a_resumed_run() -> None:
+    pace, _ = begun(step=638)
+    assert pace.next_look == 640
