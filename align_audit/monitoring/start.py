@@ -179,6 +179,8 @@ def begin_run(
         if log is not None:
             set_aside_another(log, policy_hash, probe_sets, config, facts.output_dir)
     training_log = TrainingLog(facts.output_dir, implicit_rewards=facts.beta is not None) if writes else None
+    if training_log is not None:
+        training_log.go_on(step)  # else the first looks are judged by what a course had logged that is trained anew
     pace = Pace(config, step, pairs_per_step=facts.pairs_per_step)
     monitor = Monitor(
         probe_sets,

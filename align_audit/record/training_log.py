@@ -85,6 +85,11 @@ class TrainingLog:
         """The same as rules read them; not a copy."""
         return self._judged
 
+    def go_on(self, step: int) -> None:
+        """Training goes on from a step: rows of later ones are of a course that it has left. The file keeps them."""
+        for rows in (self._rows, self._judged):
+            del rows[len(up_to(rows, step)) :]
+
     def append(self, step: int, logs: Mapping[str, object]) -> LogRow | None:
         """Add what was logged at a step. The operating system has it then; :meth:`sync` waits for the disk.
 

@@ -11,6 +11,7 @@ import pytest
 import align_audit.monitoring.monitor
 from align_audit import AuditRecord, AuditRun
 from align_audit.alerts import detectors
+from align_audit.record.training_log import TrainingLog
 from tests.helpers.callback_runs import (
     At,
     quick,
@@ -105,6 +106,28 @@ def test_an_audit_is_not_judged_by_later_steps(resumed: Any, monkeypatch: pytest
     run(resumed.output, resumed.config, max_steps=3, resume=checkpoint, lr_scheduler_type="constant", beta=1.0)
     assert seen == {3: [0, 1, 2]}
     assert steps(resumed.output) == [0, 1, 2, 3, 3, 4], "other weights at step 3 are another record"
+
+
+@pytest.mark.parametrize("begins", [0, 2])
+@pytest.mark.parametrize("logging_steps", [2, 4, 500])
+def test_a_look_is_not_judged_by_what_an_abandoned_course_logged(
+    begins: int, logging_steps: int, tmp_path: Path
+) -> None:
+    """It comes before this course has logged so far: a run that is begun again with a lower learning rate must not be told, nor
+    stopped, for what the one before came to."""
+    rule = {"planted": {"signal": "grad_norm", "above": 1e6, "level": "error"}}
+    config = quick(schedule={"on_save": False, "first_health": 4}, alerts={"action": "stop", "rules": rule})
+    options: dict[str, Any] = {"save_steps": 2, "logging_steps": logging_steps, "lr_scheduler_type": "constant"}
+    if begins:
+        run(tmp_path / "out", config, max_steps=2, **options)
+    left = TrainingLog(tmp_path / "out")
+    for step in (3, 4, 5, 6):
+        left.append(step, {"grad_norm": 1e9})
+    left.sync()
+    trained = run(tmp_path / "out", config, max_steps=6, resume=bool(begins), **options)
+    assert trained.trainer.state.global_step == 6
+    assert 4 in steps(tmp_path / "out")
+    assert [alert.rule for alert in AuditRun.load(tmp_path / "out").alerts if alert.rule == "planted"] == []
 
 
 def test_starting_from_scratch_sets_the_earlier_log_aside(resumed: Any) -> None:

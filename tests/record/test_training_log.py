@@ -178,3 +178,20 @@ def test_rewards_that_are_no_log_ratios_are_kept_and_judged_by_no_rule(tmp_path:
     assert log.rows[0].logs["rewards/margins"] == -1.0
     assert TrainingLog(tmp_path, implicit_rewards=False).judged == expected
     assert TrainingLog(tmp_path).judged == log.rows
+
+
+@pytest.mark.parametrize("implicit_rewards", [True, False])
+@pytest.mark.parametrize(("step", "left"), [(-1, []), (0, [0]), (2, [0, 2]), (3, [0, 2]), (9, [0, 2, 4])])
+def test_training_that_goes_on_leaves_the_rows_of_later_steps(
+    step: int, left: list[int], implicit_rewards: bool, tmp_path: Path
+) -> None:
+    """Before it has logged anything itself; the file keeps them, and is read as the course that the run is on."""
+    log = TrainingLog(tmp_path, implicit_rewards=implicit_rewards)
+    for each in (0, 2, 4):
+        log.append(each, {"loss": 0.6, "rewards/margins": 1.0})
+    log.go_on(step)
+    assert [row.step for row in log.rows] == [row.step for row in log.judged] == left
+    assert [row.step for row in read_training_log(log.path)] == [0, 2, 4]
+    log.append(3, {"loss": 0.5})
+    there = [row.step for row in TrainingLog(tmp_path).rows]
+    assert there == [0, 2, 3]
