@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import TrainingArguments
 
 from align_audit.config import AuditConfig
@@ -135,7 +136,7 @@ class AlignmentAuditCallback(TrainerCallback):
     ) -> None:
         """Refuse what cannot work, open the log, and audit the start."""
         self._pending, self._next_look, self._training = None, None, False
-        self._wishes, self._log_meetings = Wishes(), LogMeetings()
+        self._wishes, self._log_meetings = Wishes(args.save_strategy == SaveStrategy.BEST), LogMeetings()
         self._ranks = Ranks.of_this_run()
         error: BaseException | None = None
         try:
@@ -211,7 +212,6 @@ class AlignmentAuditCallback(TrainerCallback):
     @_guarded
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Audit where the schedule says so, or leave it due where the reference is about to be synchronized."""
-        self._wishes.after_step(control)
         self._log_meetings.foresee(control)
         self._at(Event.STEP_END, state, control, kwargs["model"])
 
@@ -265,6 +265,7 @@ class AlignmentAuditCallback(TrainerCallback):
     def _at(self, event: Event, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         """Do what the schedule decides at an event."""
         assert self._run is not None
+        self._wishes.meet(event, control)
         self._agree_on_logs(event, state.global_step)
         self._run.pace.hear(event)
         training = self._run.facts.training(state, control)
