@@ -158,6 +158,8 @@ class Monitor:
             self._audit_sets(models, moment, findings)
         if pace is not None and training is not None:
             with findings.collecting():
+                if self.log is not None and any(head.step == moment.step for head in self.log.records.heads):
+                    pace.see(moment.step)  # now, or before; one that broke is none
                 # After its time was booked: what this moment has cost is no time of training.
                 next_look = pace.plan(training)
         return next_look

@@ -49,6 +49,8 @@ class Pace:
         """Of the seconds without audits, those in which the trainer evaluated and saved."""
         self.next_look: int | None = None
         self.audited_at = -1
+        self._seen_at = -1
+        """The step of the newest audit that came through; −1: none did."""
 
     def begin(self, training: Training) -> None:
         """Training begins now: what was done before it counts as nothing."""
@@ -66,9 +68,13 @@ class Pace:
 
     def plan(self, training: Training) -> int | None:
         """The step of the next look after this one, as the time spent so far allows it."""
-        config, audited = self._config, self.audited_at == training.step
+        config, audited = self._config, self._seen_at == training.step
         self.next_look = look_after(self.spent(training), training, config.schedule, config.budget, audited=audited)
         return self.next_look
+
+    def see(self, step: int) -> None:
+        """There is an audit of this step, so that it may stand in the place of a look shortly after it."""
+        self._seen_at = step
 
     def spent(self, training: Training) -> Spent:
         """Where the time went up to this step."""
@@ -118,6 +124,7 @@ class Pace:
     ) -> Occasion:
         """What the record of an audit that was just made says of it. The next look is planned as far as it can be told by
         then: once the moment's time is booked (:meth:`timed`), whoever audits plans it again."""
+        self.see(training.step)
         self._counted += record.cost.seconds
         self._spend(record.kind, record.cost.seconds, self._counted, record.provenance.num_layers)
         spent = self.spent(training)

@@ -283,7 +283,7 @@ def look_after(
 
     Args:
         budget: share of wall-clock time; None: no limit.
-        audited: this step was; a run that is resumed need not begin with an audit.
+        audited: this step was; a run that is resumed need not begin with an audit, and an audit may break.
 
     Example:
         >>> look_after(Spent(), Training(step=0, max_steps=1000), ScheduleConfig(), 0.05)

@@ -269,18 +269,17 @@ def test_a_resumed_run_is_looked_at_as_often_as_the_budget_allows_from_its_first
     clock = Clock()
     pace = Pace(AuditConfig(schedule={"on_save": False}), step, clock=clock)
     pace.begin(training)
-    if start != "not audited":
-        pace.audited_at = step
-        if start == "looked at":
-            audit(pace, clock, "health", step, 2.0)
-        pace.plan(training)
+    if start == "looked at":
+        audit(pace, clock, "health", step, 2.0)
+    elif start == "audited before":
+        pace.see(step)
+    pace.plan(training)
     made = []
     for _ in range(6):
         assert pace.next_look is not None
         clock.now += 1.0 * (pace.next_look - training.step)
         training = Training(pace.next_look, 1_000_000)
         made.append(training.step)
-        pace.audited_at = training.step
         audit(pace, clock, "health", training.step, 2.0)
         pace.plan(training)
     assert made[0] == step + 5

@@ -113,6 +113,36 @@ def test_the_next_look_is_planned_when_all_that_this_one_took_is_known(models: A
     assert outcome.next_look == pace.next_look
 
 
+@pytest.mark.parametrize("came_through", ["none", "one set", "all"])
+def test_an_audit_that_broke_stands_in_no_looks_place(
+    came_through: str, models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An audit of step 500 spares the look at step 640; not where it broke, also when it is asked for once more."""
+    real = module.run_audit
+
+    def watched(opened: Any, request: Any, *more: Any) -> Any:
+        if came_through == "none" or (came_through == "one set" and request.probe_name == "a"):
+            raise ZeroDivisionError("planted")
+        return real(opened, request, *more)
+
+    monkeypatch.setattr(module, "run_audit", watched)
+    at = Training(500, 10_000)
+    config = quick(budget=1e-6)
+    planned = []
+    for _ in range(2):  # in the process that made it, and in one that is resumed there
+        pace = Pace(config, 0)
+        pace.begin(Training(0, 10_000))
+        log = RunLog(tmp_path)
+        monitor = Monitor({"a": random_pairs(4), "b": random_pairs(4, seed=1)}, config, log, pace=pace)
+        for _ in range(2):
+            policy, reference = models
+            pace.audited_at = 500
+            opened = OpenModels(policy, resolve_reference(policy, reference))
+            planned.append(monitor.audit(opened, Moment(500, training=at)).next_look)
+        monitor.close()
+    assert planned == [640 if came_through == "none" else 1280] * 4
+
+
 def test_a_plan_that_breaks_is_a_failure_like_any(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pace = Pace(AuditConfig(), 0)
     monitor = Monitor({None: random_pairs(4)}, quick(), RunLog(tmp_path), pace=pace)
