@@ -35,7 +35,7 @@ class PlannedSteps:
 
     Attributes:
         max_steps: optimizer steps in all.
-        save_steps, eval_steps: a checkpoint, an evaluation every so many; None: never.
+        save_steps, eval_steps: a checkpoint, an evaluation every so many, and at the end; None: never.
     """
 
     max_steps: int
@@ -104,9 +104,10 @@ def _events(planned: PlannedSteps) -> Iterator[tuple[Event, Training]]:
     """As transformers' Trainer fires them."""
     yield Event.TRAIN_BEGIN, Training(0, planned.max_steps)
     for step in range(1, planned.max_steps + 1):
-        saving = bool(planned.save_steps) and step % (planned.save_steps or 1) == 0
-        saving = saving or (bool(planned.save_steps) and step == planned.max_steps)
-        evaluating = bool(planned.eval_steps) and step % (planned.eval_steps or 1) == 0
+        saving, evaluating = (
+            every is not None and every > 0 and (step % every == 0 or step == planned.max_steps)
+            for every in (planned.save_steps, planned.eval_steps)
+        )
         training = Training(step, planned.max_steps, saving=saving)
         yield Event.STEP_END, replace(training, evaluating=evaluating)
         if evaluating:

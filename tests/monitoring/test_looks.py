@@ -116,6 +116,28 @@ def test_without_a_budget_full_audits_are_made_where_they_are_asked_for(tmp_path
         assert foreseen(quick(budget=None), planned) == looked(tmp_path / output)
 
 
+@pytest.mark.parametrize("on_last_step", [True, False])
+@pytest.mark.parametrize(("every", "events"), [(3, "eval"), (50, "eval"), (3, "save")])
+def test_evaluations_and_checkpoints_are_foreseen_as_the_trainer_makes_them(
+    tmp_path: Path, every: int, events: str, on_last_step: bool
+) -> None:
+    """Also at the end, which is none of their steps."""
+    schedule = {
+        "health": False,
+        "on_save": events == "save",
+        "on_evaluate": events == "eval",
+        "on_last_step": on_last_step,
+    }
+    config = quick(
+        budget=None if events == "save" else NO_ROOM, schedule={**NEVER_FULL, **schedule}, alerts={"enabled": False}
+    )
+    options: dict[str, Any] = {"save_strategy": "no", f"{events}_strategy": "steps", f"{events}_steps": every}
+    run(tmp_path / "out", config, **{"max_steps": 4, **options})
+    planned = PlannedSteps(4, **{f"{events}_steps": every})
+    assert foreseen(config, planned) == looked(tmp_path / "out")
+    assert looked(tmp_path / "out")[-1] == (4, "full")
+
+
 def test_a_look_that_warns_is_followed_by_a_full_audit_once(tmp_path: Path) -> None:
     """Whatever the budget; and not again at every look as long as the alert stays open."""
     config = quick(budget=NO_ROOM, schedule={**NEVER_FULL, "first_health": 1}, alerts=added("margins.kl", above=1e-9))
