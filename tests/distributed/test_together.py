@@ -26,6 +26,13 @@ CASES: dict[str, dict[str, Any]] = {
         "audit": {"schedule": {"escalate": False}, "alerts": {"rules": {"planted": {"signal": "loss", "above": 1e6}}}},
         "log_on": 0,
     },
+    "log after its audit": {
+        "audit": {
+            "schedule": {"escalate": False, "first_health": 2},
+            "alerts": {"rules": {"planted": {"signal": "loss", "above": -1.0}}},
+        },
+        "trainer": {"save_strategy": "no", "logging_steps": 2},
+    },
     "left out": {"audit": {"budget": 1e-6, "schedule": {"last_step_seconds": 0.0}, "alerts": {"enabled": False}}},
     "broken on 0": {"audit": {}, "break_on": 0},
     "broken on 1": {"audit": {}, "break_on": 1},
@@ -83,6 +90,18 @@ def test_a_log_on_one_rank_alone_is_looked_at_and_nobody_waits(ran: Any) -> None
     assert looks == [(0, "full"), (1, "health"), (2, "full"), (4, "full")]
     look = lines(ran[0], "log on 0", "records.jsonl")[1]
     assert look["occasion"]["reason"].startswith("the training log: ")
+
+
+def test_a_log_that_came_after_the_audit_of_its_step_is_looked_at_on_every_rank(ran: Any) -> None:
+    """At the next step, which all of them know of although the first one alone reads the log."""
+    for without, audited in zip(ran[1]["plain"], ran[1]["log after its audit"], strict=True):
+        assert "error" not in audited, audited["error"]
+        assert audited["weights"] == without["weights"]
+    looks = [(line["step"], line["kind"]) for line in lines(ran[0], "log after its audit", "records.jsonl")]
+    assert looks == [(0, "full"), (2, "health"), (3, "health"), (4, "full")]
+    assert lines(ran[0], "log after its audit", "records.jsonl")[2]["occasion"]["reason"].startswith(
+        "the training log: "
+    )
 
 
 def test_a_checkpoint_without_room_is_left_out_on_every_rank(ran: Any) -> None:
