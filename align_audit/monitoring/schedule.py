@@ -277,9 +277,10 @@ def look_after(
 ) -> int | None:
     """The step of the next health audit after this one; None: there will be none.
 
-    The next of ``first_health`` and its doublings, or earlier, as soon as the budget has room for it beside the full audit at
-    the end; but no more than ``most_looks`` in a run. A checkpoint that is saved shortly before has it sooner. A run that is
-    resumed has its first one after ``first_health`` steps of its own, whatever that costs.
+    The next of ``first_health`` and its doublings, or earlier, as soon as the budget has room for it beside the audit at the
+    end; but no more than ``most_looks`` in a run, and none that is nearer to the last step, which is audited itself. A
+    checkpoint that is saved shortly before has it sooner. A run that is resumed has its first one after ``first_health`` steps
+    of its own, whatever that costs.
 
     Args:
         budget: share of wall-clock time; None: no limit.
@@ -302,6 +303,8 @@ def look_after(
     gap = max(first, math.ceil(training.max_steps / schedule.most_looks))
     # Before its first step nobody knows what this process can afford: the next doubling may be days away.
     soonest = max(step + gap, _affordable(spent, training, schedule, budget)) if spent.steps else step + first
+    if spent.steps and schedule.on_last_step and training.max_steps - soonest < (soonest - step) / 2:
+        soonest = doubling  # The audit of the last step is nearer than this one.
     at = min(doubling, soonest)
     return at if at < training.max_steps or (at == training.max_steps and not schedule.on_last_step) else None
 
@@ -325,7 +328,8 @@ def _for_looks(spent: Spent, training: Training, schedule: ScheduleConfig, budge
     in_all = _allowance(spent.training / spent.steps * _steps_in_all(spent, training), budget)
     full, in_full = spent.expected_full, spent.audits - spent.looks
     if full is None or spent.audits + full > in_all:
-        return in_all - in_full  # a full one that will not fit any more is not waited for
+        # A full one that will not fit any more is not waited for: a look stands in its place on the last step.
+        return in_all - in_full - (spent.health or 0.0) * schedule.on_last_step
     # Else looks take all there is as it comes, and no checkpoint is ever audited in full.
     at_most = _LOOKS * in_all if schedule.on_save else math.inf
     return min(in_all - in_full - (full if schedule.on_last_step else 0.0), at_most)

@@ -316,6 +316,23 @@ def test_cheap_looks_are_not_made_without_end() -> None:
     assert max(later - earlier for earlier, later in itertools.pairwise(made)) <= 50
 
 
+@pytest.mark.parametrize("steps", [170, 300, 333, 500, 1000, 4000])
+@pytest.mark.parametrize("health", [0.01, 0.2, 1.0, 2.0, 5.0])
+@pytest.mark.parametrize("full", [None, 5.0, 30.0, 500.0])
+def test_the_audit_of_the_last_step_stands_in_the_place_of_a_look_shortly_before_it(
+    steps: int, health: float, full: float | None
+) -> None:
+    """And has its room in the budget, whether it is a full one or a look."""
+    made, _ = looks(steps, 1.0, health=health, full=full)
+    doublings = {5 * 2**power for power in range(12)}
+    between = steps - made[-1], made[-1] - made[-2]
+    assert made[-1] in doublings or between[0] >= between[1] / 2
+    least = sorted({0, *(at for at in doublings if at < steps)})
+    cost = health * (len(made) + 1)
+    if len(made) > len(least):  # some were made of what the budget left, which is kept then
+        assert cost / (cost + steps) <= 0.05
+
+
 def test_no_looks_where_they_are_switched_off_and_none_past_the_end() -> None:
     assert look_after(Spent(), Training(0, 100), ScheduleConfig(health=False), 0.05) is None
     assert look_after(Spent(), Training(0, 5), ScheduleConfig(), 0.05) is None, "the last step is audited anyway"
