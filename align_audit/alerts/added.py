@@ -88,6 +88,16 @@ def _by_check(name: str, added: AddedRule, check: Callable[[Any], str | None], h
     return Sign(rule_of(name, added), added.level, math.nan, said, added.suggestion or _NEXT)
 
 
+def answers(added: AddedRule, history: History) -> bool:
+    """Does a user's function say something at a look, if only that there is nothing to say?"""
+    assert added.check is not None
+    try:
+        said = added.check(history)
+    except Exception:  # that it broke is said where it is asked for a sign
+        return False
+    return said is None or (isinstance(said, str) and bool(said.strip()))
+
+
 def _logged(view: View, signal: str) -> tuple[float, float, float]:
     """What was logged last, as a number without an interval; NaN where it is not known."""
     value = view.log.latest(signal)

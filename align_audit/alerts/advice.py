@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -116,7 +117,7 @@ def _back(alert: Alert, heads: Sequence[Head], clean: int | None, checkpoints: M
 
 def _knob(alert: Alert, rate: float, beta: float | None) -> str:
     """The learning rate as it was at its highest, and as it should be."""
-    if cause_of(alert) not in _RATE_IS_THE_KNOB or rate <= 0:
+    if cause_of(alert) not in _RATE_IS_THE_KNOB or not 0 < rate < math.inf:
         return ""
     words = f"Learning rate {rate:.2g} → {rate / _SLOWER:.2g} or lower"
     return words if beta is None else f"{words}, or beta {beta:g} → {2 * beta:g} or higher"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from align_audit.alerts.history import Sign
@@ -36,11 +37,14 @@ def alert_of(
     further = sorted(
         {sign.rule.name for sign in signs} - {lead.rule.name}, key=lambda name: _PLACES.get(name, len(_PLACES))
     )
+    newest = max(sign.step for sign in signs)
+    # What leads may have been measured earlier than what agrees with it.
+    begin = "" if lead.step == newest else f"At step {lead.step}: "
     return Alert(
         rule=lead.rule.name,
         cause=lead.rule.cause,
         level=level,
-        step=max(sign.step for sign in signs),
+        step=newest,
         looks=1,
         signals=further,
         probe_name=lead.probe_name,
@@ -48,7 +52,7 @@ def alert_of(
         value=lead.value,
         baseline=lead.baseline,
         threshold=lead.limit,
-        message=f"{lead.words}{why}{_told(signs, lead)}",
+        message=f"{begin}{lead.words}{why}{_told(signs, lead)}",
         suggestion=lead.suggestion,
     )
 
@@ -88,11 +92,13 @@ def _level(
 
 
 def _told(signs: Sequence[Sign], lead: Sign) -> str:
-    """The other signs, in a sentence."""
+    """The other signs, in a sentence; of those that were seen at another step than the first one, at which."""
     seen: dict[str, str] = {}
     for sign in sorted(signs, key=_order):
         if sign.rule.name != lead.rule.name:
-            seen.setdefault(sign.rule.name, f"{sign.rule.name} ({sign.value:.3g})")
+            value = [] if math.isnan(sign.value) else [f"{sign.value:.3g}"]
+            details = " ".join([*value, *([] if sign.step == lead.step else [f"at step {sign.step}"])])
+            seen.setdefault(sign.rule.name, f"{sign.rule.name} ({details})" if details else sign.rule.name)
     return f" It agrees with {', '.join(seen.values())}." if seen else ""
 
 

@@ -16,6 +16,10 @@ _START = 2000
 """Rows in which the start of a column is looked for: evaluations come late."""
 _END = 400
 """Rows of the end that are looked at."""
+_EVALUATED = "eval_"
+"""What columns of an evaluation begin with."""
+_END_OF_EVALUATIONS = 10_000
+"""Rows of the end in which the last value of an evaluation is looked for: many rows of training come between two of them."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class TrainerLog:
 
     def latest(self, column: str) -> float | None:
         """The value logged last."""
-        return next((row.logs[column] for row in reversed(self.rows[-_END:]) if column in row.logs), None)
+        row = self._last_row(column)
+        return None if row is None else row.logs[column]
 
     def last(self, column: str, count: int) -> list[float]:
         """The values logged last, oldest first; fewer where there are not so many."""
@@ -69,6 +74,11 @@ class TrainerLog:
         within = sum(step > last - steps for step, _ in rows)
         return rows[-max(within, least) :]
 
+    def _last_row(self, column: str) -> LogRow | None:
+        """That a column was logged in last, as far as that is looked for."""
+        back = _END_OF_EVALUATIONS if column.startswith(_EVALUATED) else _END
+        return next((row for row in islice(reversed(self.rows), back) if column in row.logs), None)
+
     def _first_step(self, column: str) -> int | None:
         """At which a column was logged first, as far as that is looked for."""
         return next((row.step for row in islice(self.rows, _START) if column in row.logs), None)
@@ -99,13 +109,12 @@ class TrainerLog:
 
         Of an evaluation's column (``eval_…``) the last value and the first, which are means over many pairs already.
         """
-        if column.startswith("eval_"):
-            values = [
-                (row.step, row.logs[column])
-                for row in (*islice(self.rows, _START), *self.rows[-_END:])
-                if column in row.logs
-            ]
-            return (values[-1][1], values[0][1]) if values and values[-1][0] > values[0][0] else None
+        if column.startswith(_EVALUATED):
+            last = self._last_row(column)
+            begin = next((row for row in islice(self.rows, _START) if column in row.logs), None)
+            if last is None or begin is None or last.step <= begin.step:
+                return None
+            return last.logs[column], begin.logs[column]
         first, rows = self._first_step(column), self.window_rows(column, steps)
         if rows is None or first is None or rows[-1][0] - first < 2 * steps - 1:
             return None

@@ -17,10 +17,10 @@ from types import ModuleType
 from typing import Any, Self
 
 from align_audit.alerts import behaviour, inside, integrity, preference, text, trainer_log
-from align_audit.alerts.added import detector_of, log_detector_of, rule_of
+from align_audit.alerts.added import answers, detector_of, log_detector_of, rule_of
 from align_audit.alerts.agreement import alert_of, by_severity
 from align_audit.alerts.curves import TrainerLog
-from align_audit.alerts.history import Detector, History, LogDetector, Sign, View, measured
+from align_audit.alerts.history import FURTHEST, Detector, History, LogDetector, Sign, View, knows, measured
 from align_audit.alerts.lifecycle import step
 from align_audit.config import AlertConfig
 from align_audit.options.rules import BY_NAME, RULES, Rule, Source
@@ -259,21 +259,32 @@ def _raised(signs: Sequence[Sign], view: View, still_open: Sequence[Alert], head
 
 
 def _unmeasured(still_open: Sequence[Alert], looks: Sequence[_Look], view: View) -> set[str]:
-    """Causes of open alerts whose rule reads what was measured before this step, and not at it, on the probe set it leads on.
+    """Causes of open alerts whose rule reads what was known before this step, and is not at it, on the probe set it leads on:
+    it was not measured, it came out as NaN, or the user's function broke.
 
-    A set that has no say any more holds nothing, and neither does a part that no audit of late has.
+    A set that has no say any more holds nothing, and neither does a rule that is switched off, or what no audit of late knows.
     """
     by_name = {look.probe_name: look for look in looks}
-    rules = {**BY_NAME, **{name: rule_of(name, added) for name, added in view.config.added.items()}}
+    rules = {rule.name: rule for rule, _ in _rules(view.config)}
     causes = set()
     for alert in still_open:
         rule, look = rules.get(alert.rule), by_name.get(alert.probe_name)
-        if rule is None or rule.source == "log" or look is None:
+        if rule is None or look is None:
             continue
-        base = look.base(rule.source)
-        if base is not None and base.step < view.step:
+        known = _last_known(look.base(rule.source), rule, view.config)
+        if known is not None and known.step < view.step:
             causes.add(cause_of(alert))
     return causes
+
+
+def _last_known(history: History | None, rule: Rule, config: AlertConfig) -> History | None:
+    """The newest look, from this one back, at which a rule could be judged; None: at none of the last few."""
+    added = config.added.get(rule.name)
+    for _ in range(FURTHEST):
+        if history is None or (answers(added, history) if added is not None and added.check else knows(history, rule)):
+            return history
+        history = history.last(rule.source)
+    return None
 
 
 def _alert(
@@ -281,16 +292,24 @@ def _alert(
 ) -> Alert | None:
     """The alert that the signs of a cause make together."""
     is_open = any(cause_of(alert) == cause for alert in still_open)
-    steps = sorted({head.step for head in heads})[-view.config.cooldown :] if view.config.cooldown else []
-    resolved = any(
-        alert.event == "resolved" and cause_of(alert) == cause
-        for head in heads
-        if head.step in steps
-        for alert in head.alerts
-    )
-    extra = int(resolved and not is_open)
+    extra = int(not is_open and _cools_down(cause, view, heads))
     same = [sign for sign in signs if sign.rule.cause == cause]
     return alert_of(same, view.config, is_open=is_open, extra_looks=extra)
+
+
+def _cools_down(cause: str, view: View, heads: Sequence[Head]) -> bool:
+    """Was an alert of this cause resolved at one of the last ``cooldown`` looks, or at another look of this very step?"""
+    if not view.config.cooldown:
+        return False
+    # Looks at one step count once, so that the second of two probe sets is no later look than the first.
+    before = sorted({head.step for head in heads if head.step < view.step})[-view.config.cooldown :]
+    since = min([*before, view.step])
+    return any(
+        alert.event == "resolved" and cause_of(alert) == cause
+        for head in heads
+        if head.step >= since
+        for alert in head.alerts
+    )
 
 
 def _eased(still_open: Sequence[Alert]) -> frozenset[str]:

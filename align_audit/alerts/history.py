@@ -15,10 +15,11 @@ from align_audit.config import AlertConfig
 from align_audit.options.rules import LIMITS, Level, Limit, Rule, Source
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.estimate import Estimate
+from align_audit.record.numbers import by_path
 from align_audit.record.open_alerts import is_serious
 from align_audit.record.stored_records import Head, chosen, heads_of
 
-_FURTHEST = 8
+FURTHEST = 8
 """Audits that are looked back over for one with a certain part: each that is looked at has to be parsed."""
 _IN_FULL: tuple[Source, ...] = ("patching", "localization", "low_rank", "spinal")
 """Parts that full audits have and others do not."""
@@ -86,7 +87,7 @@ class History(View):
         if source in _IN_FULL:
             healthy = chosen(healthy, lambda head: head.kind == "full")
         # No more than these: each record that is looked at has to be parsed.
-        finite = (number for record in healthy[:_FURTHEST] if math.isfinite(number := value(record)))
+        finite = (number for record in healthy[:FURTHEST] if math.isfinite(number := value(record)))
         first = list(islice(finite, needed))
         return median(first) if len(first) == needed else None
 
@@ -105,7 +106,7 @@ class History(View):
     def last(self, source: Source) -> History | None:
         """The look before this one that has a part; None: there is none, or none of the last few has it."""
         earlier = chosen(self.earlier, lambda head: head.kind == "full") if source in _IN_FULL else self.earlier
-        for record in reversed(earlier[-_FURTHEST:]):
+        for record in reversed(earlier[-FURTHEST:]):
             if record.step < self.step and measured(record, source):
                 return self.at(record)
         return None
@@ -123,6 +124,18 @@ def measured(record: AuditRecord, source: Source) -> bool:
         return bool(record.low_rank.get("shift"))
     if source == "spinal":
         return record.spinal is not None
+    return True
+
+
+def knows(history: History, rule: Rule) -> bool:
+    """Is every number that a rule reads known at a look? Of several under one name (of layers, say) one has to be."""
+    numbers = by_path(history.record)
+    for read in rule.reads:
+        # One number, or all of a sequence.
+        path = re.compile(re.escape(read).replace(r"\*", "[^.]+") + r"(\.\d+)*")
+        values = [number.value for name, number in numbers.items() if path.fullmatch(name)]
+        if values and all(value is None or math.isnan(value) for value in values):
+            return False
     return True
 
 

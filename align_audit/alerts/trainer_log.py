@@ -62,7 +62,7 @@ def _against_start(
         if apart is None:
             continue
         now, start = apart
-        limit = beyond(view, now / start, *options) if start and math.isfinite(now) else None
+        limit = beyond(view, now / start, *options) if start and math.isfinite(now) and math.isfinite(start) else None
         if limit is not None:
             at = view.limit(limit.option) * start
             return Sign(rule, "warning", now, words(now, start), suggestion, limit=at, baseline=start)
@@ -130,7 +130,9 @@ def log_accuracy(view: View) -> Sign | None:
     accuracy = mean(ranked)
     if not beyond(view, accuracy, "log_accuracy_low"):
         return None
-    message = f"In the trainer's log {accuracy:.0%} of the pairs of the last {steps} steps are ranked right: less than chance."
+    message = f"In the trainer's log {accuracy:.0%} of the pairs of the last {steps} steps are ranked right"
+    # The limit may be another one, or eased.
+    message += ": less than chance." if accuracy < 0.5 else ", by a margin below 0."
     suggestion = "Look at the training pairs of these steps: are chosen and rejected the right way round?"
     at = view.limit("log_accuracy_low")
     return Sign(BY_NAME["log_accuracy"], "warning", accuracy, message, suggestion, limit=at)

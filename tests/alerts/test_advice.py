@@ -134,3 +134,11 @@ def test_a_step_is_clean_where_all_its_audits_are() -> None:
 )
 def test_checkpoints_are_told_by_their_names(names: list[str], newest: str | None) -> None:
     assert newest_checkpoint(by_step(names), 50) == newest
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_rate_that_is_none_is_no_knob(rate: float) -> None:
+    before = run()
+    (alert,) = advise(alerts(ruined(), before), before, learning_rate=rate, beta=0.1)
+    assert alert.knob is None
+    assert "Learning rate" not in alert.suggestion
