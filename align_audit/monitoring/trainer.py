@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class TrainerFacts:
         reference: the reference that the trainer holds.
         beta: of a loss whose rewards are β times log-probability ratios to the reference, as DPO's; None: of any other loss,
             where an option of that name is something else.
-        learning_rate: at its highest.
+        learning_rate: at its highest; None: nothing in reach says it as a number.
         eval_sets: held-out pairs, or several such sets by name; None: there are none in reach.
         train_set: the pairs trained on.
         max_length: tokens that a sequence is cut to.
@@ -117,7 +118,7 @@ def read_trainer(trainer: Any, args: Any, train_dataloader: Any = None, state: A
         output_dir=args.output_dir,
         reference=getattr(trainer, "ref_model", None),
         beta=_beta(args),
-        learning_rate=getattr(args, "learning_rate", None),
+        learning_rate=_learning_rate(trainer, args),
         eval_sets=getattr(trainer, "eval_dataset", None),
         train_set=trainer.train_dataset if attached else getattr(train_dataloader, "dataset", None),
         max_length=getattr(args, "max_length", 1024),
@@ -147,6 +148,21 @@ def _beta(args: Any) -> float | None:
     beta = getattr(args, "beta", None)
     # OnlineDPO takes one for each epoch, too.
     return float(beta) if isinstance(beta, int | float) else None
+
+
+def _learning_rate(trainer: Any, args: Any) -> float | None:
+    """Of the optimizer, before a schedule lowers it, where there is one in reach: a trainer that was given its own takes no
+    notice of that of its arguments. Of groups with several rates the highest."""
+    groups = getattr(getattr(trainer, "optimizer", None), "param_groups", None) or []
+    rates: list[float] = []
+    for said in [group.get("initial_lr", group.get("lr")) for group in groups] or [
+        getattr(args, "learning_rate", None)
+    ]:
+        with contextlib.suppress(
+            TypeError, ValueError
+        ):  # one that was given as text is none to an optimizer of its own
+            rates.append(float(said))
+    return max(filter(math.isfinite, rates), default=None)
 
 
 def _pairs_per_step(trainer: Any, args: Any, state: Any) -> int | None:

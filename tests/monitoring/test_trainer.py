@@ -130,3 +130,30 @@ def test_processes_that_share_a_pair_count_once(sharing: int, expected: int) -> 
     trainer.callback_handler = SimpleNamespace(callbacks=[])
     args = arguments(train_batch_size=8, gradient_accumulation_steps=3, world_size=2)
     assert read_trainer(trainer, args).pairs_per_step == expected
+
+
+@pytest.mark.parametrize(
+    ("groups", "given", "expected"),
+    [
+        (None, 1e-5, 1e-5),
+        (None, "1e-5", 1e-5),
+        (None, "much", None),
+        (None, None, None),
+        (None, float("nan"), None),
+        ([], 1e-5, 1e-5),
+        ([{"lr": 1e-3}], 5e-5, 1e-3),
+        ([{"lr": 0.0, "initial_lr": 1e-3}], 5e-5, 1e-3),
+        ([{"lr": 1e-4}, {"lr": torch.tensor(0.5)}], 5e-5, 0.5),
+    ],
+)
+def test_the_learning_rate_is_the_optimizers(groups: Any, given: Any, expected: float | None) -> None:
+    """A trainer that was given its own takes no notice of the arguments', whose default would be advised against."""
+    trainer = SimpleNamespace(
+        train_dataset=None,
+        accelerator=SimpleNamespace(autocast=contextlib.nullcontext),
+        callback_handler=SimpleNamespace(callbacks=[]),
+        optimizer=None if groups is None else SimpleNamespace(param_groups=groups),
+    )
+    assert read_trainer(trainer, arguments(learning_rate=given)).learning_rate == expected
+    if groups is None:
+        assert read_trainer(None, arguments(learning_rate=given)).learning_rate == expected
