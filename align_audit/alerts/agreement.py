@@ -82,7 +82,8 @@ def _level(
         for sign in strong
     ):
         looks = max(sign.error_looks for sign in strong)
-        return "error", f" Seen at {looks} looks in a row." if looks > 1 else ""
+        # It is looked back only as far as is needed: it may have been so for longer.
+        return "error", f" It was so at the last {looks} looks." if looks > 1 else ""
     if may_be_error and len(families) >= config.agreeing_families:
         return "error", ""
     alone = [sign for sign in signs if sign.rule.weight != "witness"]

@@ -271,8 +271,8 @@ def _unmeasured(still_open: Sequence[Alert], looks: Sequence[_Look], view: View)
         rule, look = rules.get(alert.rule), by_name.get(alert.probe_name)
         if rule is None or look is None:
             continue
-        known = _last_known(look.base(rule.source), rule, view.config)
-        if known is not None and known.step < view.step:
+        base = _last_known(look.base(rule.source), rule, view.config)
+        if base is not None and base.step < view.step:
             causes.add(cause_of(alert))
     return causes
 
@@ -302,8 +302,8 @@ def _cools_down(cause: str, view: View, heads: Sequence[Head]) -> bool:
     if not view.config.cooldown:
         return False
     # Looks at one step count once, so that the second of two probe sets is no later look than the first.
-    before = sorted({head.step for head in heads if head.step < view.step})[-view.config.cooldown :]
-    since = min([*before, view.step])
+    steps = sorted({head.step for head in heads if head.step < view.step})[-view.config.cooldown :]
+    since = min([*steps, view.step])
     return any(
         alert.event == "resolved" and cause_of(alert) == cause
         for head in heads

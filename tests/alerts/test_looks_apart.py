@@ -243,3 +243,15 @@ def test_less_than_chance_is_said_of_less_than_chance(accuracy: float) -> None:
     assert seen is not None
     assert ("less than chance" in seen.message) == (accuracy < 0.5)
     assert re.search(rf"{accuracy:.0%}", seen.message)
+
+
+@pytest.mark.parametrize("needed", [2, 3])
+def test_how_often_it_was_so_is_told_as_far_as_it_was_looked_back(needed: int) -> None:
+    """It may have been so for longer, and the message denies that at no look."""
+    records = [with_margins(healthy(10 * (place + 4)), kl=about(0.8)) for place in range(6)]
+    made = judged(in_order([*run(), *records]), AlertConfig(error_looks=needed, rules={"sudden": "off"}))[4:]
+    for looks, record in enumerate(made, start=1):
+        (alert,) = record.alerts
+        assert alert.looks == looks
+        said = f"It was so at the last {needed} looks."
+        assert (said in alert.message) == (alert.level == "error") == (looks >= needed)
