@@ -58,6 +58,12 @@ def clean_step(heads: Sequence[Head], since: int) -> int | None:
     return max((step for step, still in clean.items() if still), default=None)
 
 
+def _begin_of(alert: Alert) -> int:
+    """The first step that is not clean of it: where it opened, or where what opened it was seen first."""
+    since = since_of(alert)
+    return since if alert.seen_since is None else min(since, alert.seen_since)
+
+
 def newest_checkpoint(checkpoints: Mapping[int, str], step: int) -> str | None:
     """The newest of these folders that was saved at a step or before it; None: there is none."""
     newest = max((at for at in checkpoints if at <= step), default=None)
@@ -72,7 +78,7 @@ def _advised(
     output_dir: str | None,
     beta: float | None,
 ) -> Alert:
-    clean = None if cause_of(alert) in NO_WAY_BACK else clean_step(heads, since_of(alert))
+    clean = None if cause_of(alert) in NO_WAY_BACK else clean_step(heads, _begin_of(alert))
     checkpoint = None if clean is None else newest_checkpoint(checkpoints, clean)
     command = None
     if checkpoint is not None:
@@ -99,7 +105,7 @@ def _back(alert: Alert, heads: Sequence[Head], clean: int | None, checkpoints: M
         return NO_WAY_BACK[cause_of(alert)]
     is_error = alert.level == "error"
     if clean is None:
-        any_came = any(head.step < since_of(alert) for head in heads)
+        any_came = any(head.step < _begin_of(alert) for head in heads)
         why = "No audit before it was clean" if any_came else "No audit came before it that could be clean"
         return f"{why}: start again" if is_error else f"{why}: should it become an error, start again"
     checkpoint = newest_checkpoint(checkpoints, clean)

@@ -45,6 +45,7 @@ def alert_of(
         cause=lead.rule.cause,
         level=level,
         step=newest,
+        seen_since=min(sign.since for sign in signs if sign is lead or sign.rule.weight != "witness"),
         looks=1,
         signals=further,
         probe_name=lead.probe_name,

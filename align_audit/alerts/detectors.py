@@ -215,14 +215,14 @@ def _signs(look: _Look) -> Iterator[Sign]:
     for rule, detector in _rules(config):
         base = look.base(rule.source)
         if base is not None and (sign := detector(base)) is not None:
-            counted = _counted(sign, _looks_before(base, rule, detector), config)
-            yield replace(counted, step=base.step, probe_name=look.probe_name)
+            now = replace(sign, step=base.step, probe_name=look.probe_name)
+            yield _counted(now, _looks_before(base, rule, detector), config)
 
 
-def _looks_before(history: History, rule: Rule, detector: Detector) -> Iterator[Sign | None]:
+def _looks_before(history: History, rule: Rule, detector: Detector) -> Iterator[tuple[int, Sign | None]]:
     look = history.last(rule.source)
     while look is not None:
-        yield detector(look)
+        yield look.step, detector(look)
         look = look.last(rule.source)
 
 
@@ -232,20 +232,21 @@ def _log_signs(view: View, heads: Sequence[Head]) -> Iterator[Sign]:
     for _, detector in _log_rules(view.config):
         if (sign := detector(view)) is not None:
             views = (replace(view, step=at, log=view.log.until(at), eased=frozenset()) for at in steps)
-            looks = (detector(look) for look in views)
-            yield replace(_counted(sign, looks, view.config), step=view.step)
+            looks = ((look.step, detector(look)) for look in views)
+            yield _counted(replace(sign, step=view.step), looks, view.config)
 
 
-def _counted(sign: Sign, earlier: Iterable[Sign | None], config: AlertConfig) -> Sign:
-    """With how many looks in a row it was seen at, as far as its patience asks for; ``earlier`` goes back in time."""
-    held, errors = 1, int(sign.level == "error")
-    for previous in islice(earlier, max(config.patience(sign.rule), config.error_looks - 1)):
+def _counted(sign: Sign, earlier: Iterable[tuple[int, Sign | None]], config: AlertConfig) -> Sign:
+    """With how many looks in a row it was seen at, and since which step, as far as its patience asks for; ``earlier`` goes back
+    in time, step by step."""
+    held, errors, since = 1, int(sign.level == "error"), sign.step
+    for at, previous in islice(earlier, max(config.patience(sign.rule), config.error_looks - 1)):
         if previous is None:
             break
         if previous.level == "error" and errors == held:
             errors += 1
-        held += 1
-    return replace(sign, held=held, error_looks=errors)
+        held, since = held + 1, at
+    return replace(sign, held=held, error_looks=errors, since=since)
 
 
 # --- alerts -------------------------------------------------------------------------------------------------------------

@@ -148,6 +148,7 @@ class Sign:
         limit, baseline: in the unit of the value, so that they can be drawn together.
         step: of the look it was seen at; earlier than the one to judge where that has not measured it.
         held: looks in a row, up to this one, at which it was seen, as far as was looked back.
+        since: the step of the first of these.
         error_looks: of them, the last ones in a row at which it lay beyond the limit of an error.
         few: it goes by a mean without an interval, which is of so many: "6 pairs", "4 prompts".
     """
@@ -162,6 +163,7 @@ class Sign:
     layers: Sequence[int] = ()
     step: int = -1
     held: int = 1
+    since: int = -1
     error_looks: int = 0
     probe_name: str | None = None
     few: str | None = None

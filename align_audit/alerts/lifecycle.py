@@ -62,6 +62,7 @@ def _seen_again(previous: Alert, now: Alert, at: int) -> Alert:
             "level": now.level if worse else previous.level,
             "step": at,
             "since": since_of(previous),
+            "seen_since": previous.seen_since,
             "looks": looks,
             "clean_step": previous.clean_step,
             "checkpoint": previous.checkpoint,

@@ -28,6 +28,9 @@ class Alert(Part):
     step: int
     since: int | None = None
     """The step at which it was opened; None in records of versions before it."""
+    seen_since: int | None = None
+    """The step from which on what opened it was seen at each look: a rule that is patient, or cools down, has seen it before it
+    opens. None in records of versions before it."""
     looks: int = 1
     """Audits in a row, up to this one, at which it was seen."""
     signals: list[str] = Field(default_factory=list)
@@ -46,7 +49,7 @@ class Alert(Part):
     observed_at: int | None = None
     """The step of that audit; None: this one saw it, or it is not known."""
     clean_step: int | None = None
-    """The last audit before it opened at which no warning and no error was open."""
+    """The last audit before it was seen at which no warning and no error was open."""
     checkpoint: str | None = None
     """The newest checkpoint from no later than that which still existed, as a folder's name."""
     command: str | None = None

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from align_audit.alerts.advice import advise
+from align_audit.config import AlertConfig
 from align_audit.options.rules import BY_NAME, NO_WAY_BACK, RULES, Rule
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord
@@ -141,6 +142,20 @@ def test_its_message_has_the_value_and_the_limit_in_plain_sentences(rule: Rule) 
         assert all(limit.level is None for limit in rule.limits) or rule.error_without_limit, (
             "it has a limit, and gives none"
         )
+
+
+@EVERY
+def test_a_step_at_which_it_was_seen_is_not_clean(rule: Rule) -> None:
+    """A rule that is patient has seen it before it opens: that checkpoint is none to go back to."""
+    config = AlertConfig(rules={rule.name: {"patience": 2}})
+    log = log_for(rule) if rule.source == "log" else []
+    before = [*run_before(rule), *(bad(rule, step) for step in BAD)]
+    made = judged(before, config, log)
+    (alert,) = [alert for alert in made[-1].alerts if alert.cause == rule.cause]
+    (alert,) = advise([alert], made[:-1], log, checkpoints=by_step(["checkpoint-40", "checkpoint-60"]))
+    assert alert.seen_since == 60
+    if rule.cause not in NO_WAY_BACK:
+        assert (alert.clean_step, alert.checkpoint) == (40, "checkpoint-40")
 
 
 @EVERY
