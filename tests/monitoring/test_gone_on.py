@@ -22,12 +22,10 @@ from tests.helpers.alert_cases import healthy, with_part
 from tests.helpers.callback_runs import quick
 from tests.helpers.monitor_bench import AT_ONCE
 
-NOW = time.time()
-
 
 def made(step: int, ago: float = 0.0, weights: str = "", trained: bool = True) -> AuditRecord:
     """An audit of a step, so many seconds ago; ``trained``: of a training, not of a saved checkpoint."""
-    created = datetime.fromtimestamp(NOW - ago, UTC).isoformat(timespec="seconds")
+    created = datetime.fromtimestamp(time.time() - ago, UTC).isoformat(timespec="seconds")
     record = with_part(healthy(step), "provenance", created=created, policy_hash=weights or f"weights of {step}")
     return record.model_copy(update={"occasion": Occasion(reason="a look") if trained else None})
 
@@ -39,7 +37,8 @@ def saved(folder: Path, step: int, ago: float, state: bool = True) -> None:
     if state:
         written = checkpoint / "trainer_state.json"
         written.touch()
-    os.utime(written, (NOW - ago, NOW - ago))
+    at = time.time() - ago
+    os.utime(written, (at, at))
 
 
 # -- audits ----------------------------------------------------------------------------------------------------------------
