@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,6 +27,7 @@ from align_audit.cli.options import (
     ReportMayBeBare,
     ResumeOption,
     RunReportOption,
+    StepOption,
     TrustOption,
     announce,
     bases_option,
@@ -36,6 +39,8 @@ from align_audit.cli.options import (
     dtype_option,
     find_checkpoints,
     layers_option,
+    left_out,
+    note_reference,
     read_arguments,
     refuse,
     settings,
@@ -46,6 +51,7 @@ from align_audit.cli.report import report
 from align_audit.cli.watch import watch
 from align_audit.errors import AlignAuditError, ConfigurationError, counted, first_line, listed, named, plain
 from align_audit.models.pickles import refuse_pickles
+from align_audit.record.checkpoint_names import LAST_STEP, as_called
 
 if TYPE_CHECKING:
     from align_audit.cli.gates import Demands
@@ -58,6 +64,10 @@ _UNFORESEEN = 70
 """Exit status after an error that is none of ours (``EX_SOFTWARE`` of sysexits.h); 1 and 2 are said in each command's help."""
 _INTERRUPTED = 130
 """After Ctrl+C, as of shells: 128 + SIGINT."""
+
+_HERE = Path(__file__).parents[1]
+"""Where this package lies."""
+_SHOWN_BY_PYTHON = warnings.showwarning
 
 app = typer.Typer(
     name="align-audit",
@@ -117,7 +127,7 @@ def run(
     config: ConfigOption = None,
     max_pairs: Annotated[int | None, typer.Option(help="Probe pairs to draw.")] = None,
     max_length: MaxLengthOption = None,
-    step: Annotated[int | None, typer.Option(help="The step to record; by default N of checkpoint-N, else 0.")] = None,
+    step: StepOption = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = None,
     trust_remote_code: TrustOption = False,
@@ -143,7 +153,7 @@ def run(
     if report:
         check_page("--report", Path(report))
     options = settings(config, max_pairs, max_length, verbose=verbose)
-    _refuse_pickles(allow_pickle, [*steps], reference)
+    _check_models([*steps], reference, allow_pickle=allow_pickle)
     from align_audit.monitoring.checkpoints import audit_saved  # loads torch: after what can be refused without it
 
     began = time.perf_counter()
@@ -172,11 +182,18 @@ def _steps(checkpoint: Path, step: int | None) -> dict[Path, int]:
         raise ConfigurationError(
             f"--step names one step, and {plain(checkpoint)} holds {len(folders)} checkpoints; leave it out"
         )
+    if step is not None and step > LAST_STEP:
+        raise ConfigurationError(f"--step: expected at most {LAST_STEP}; found {step}")
+    if folders != [checkpoint]:
+        for name in left_out(checkpoint, folders):
+            complain(f"{name} is left out, since its name says no step; to audit it, name it, with --step")
     return {folder: step if step is not None else step_of(folder) for folder in folders}
 
 
-def _refuse_pickles(allowed: bool, folders: list[Path], reference: str | None) -> None:
-    if not allowed:
+def _check_models(folders: list[Path], reference: str | None, *, allow_pickle: bool) -> None:
+    """Say, or refuse, what their folders tell of the models before any is loaded."""
+    note_reference(reference, as_called(folders[0]).parent)
+    if not allow_pickle:
         refuse_pickles([*folders, *([reference] if reference is not None else [])])
 
 
@@ -221,7 +238,7 @@ def transfer(
     folder = _one_policy(policy)
     sets = _several_sets(probes)
     check_files(sets, config, reference)
-    _refuse_pickles(allow_pickle, [folder], reference)
+    _check_models([folder], reference, allow_pickle=allow_pickle)
     low_rank = {"layers": layers_option(layer), "bases": bases_option(basis)}
     options = settings(config, max_pairs, max_length, {name: value for name, value in low_rank.items() if value})
     _make_folder(output)
@@ -243,7 +260,7 @@ def transfer(
     )
     record.save(output / "transfer.json")
     print_transfer(record)
-    pictures = save_transfer(record, output / "pictures")
+    pictures = _drawn(lambda: save_transfer(record, output / "pictures"))
     typer.echo(f"transfer in {time.perf_counter() - began:.0f} s; the record is {output / 'transfer.json'}")
     for path in pictures.values():
         typer.echo(f"  {path}")
@@ -289,7 +306,7 @@ def _conclude(audits: SavedAudits, checkpoints: int, output: Path, seconds: floa
     """Say what was audited, what an earlier start had audited already, and where all of it is."""
     from align_audit.writers.plots.gallery import save_all
 
-    pictures = save_all(audits.records, output / "pictures")
+    pictures = _drawn(lambda: save_all(audits.records, output / "pictures"))
     count = counted(len(audits.records), "audit")
     typer.echo(f"{count} in {seconds:.0f} s; the log is {output / 'align_audit' / 'records.jsonl'}")
     if audits.in_log:
@@ -298,6 +315,15 @@ def _conclude(audits: SavedAudits, checkpoints: int, output: Path, seconds: floa
         typer.echo(f"{count} {verb} in the log already; --fresh audits {them} again")
     for path in pictures.values():
         typer.echo(f"  {path}")
+
+
+def _drawn(draw: Callable[[], dict[str, Path]]) -> dict[str, Path]:
+    """What was drawn, by name. A disk that takes no pictures takes nothing from what was measured, and it is said."""
+    try:
+        return draw()
+    except OSError as error:
+        complain(f"the pictures could not be written ({first_line(error)}); what they show is in the record")
+        return {}
 
 
 def _say_report(output: Path, page: str | None, checkpoints: Mapping[int, str]) -> None:
@@ -314,21 +340,43 @@ def _say_report(output: Path, page: str | None, checkpoints: Mapping[int, str]) 
 
 def main() -> None:
     """Entry point: our own errors, and wrong arguments, are messages of a line, not tracebacks; other errors are both."""
+    _print_what_there_is()
     try:
-        status = app(prog_name="align-audit", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("default", category=UserWarning, module=r"align_audit\b")
+            warnings.showwarning = _warn
+            status = app(prog_name="align-audit", standalone_mode=False)
     except AlignAuditError as error:
         refuse(str(error))
         status = 2
     except _UsageError as error:
         status = _told(error)
     except typer.Abort:
-        complain("interrupted")
         status = _INTERRUPTED
     except Exception as error:
         complain("".join(traceback.format_exception(error)).rstrip())
         refuse(f"{named(error)}. This was not foreseen: free what it names, or report it with the lines above")
         status = _UNFORESEEN
+    if status == _INTERRUPTED:  # typer makes a status of Ctrl+C, and says nothing
+        complain("interrupted")
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _print_what_there_is() -> None:
+    """A character that a terminal's or a file's encoding does not have ends no command: a question mark stands for it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def _warn(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any, **kwargs: Any
+) -> None:
+    """Say our own warnings as all else is said, without the line of our code that gave them; others as Python does."""
+    if category is UserWarning and Path(filename).is_relative_to(_HERE):
+        complain(str(message))
+    else:
+        _SHOWN_BY_PYTHON(message, category, filename, lineno, *more, **kwargs)
 
 
 def _told(error: Any) -> int:

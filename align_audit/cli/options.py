@@ -14,8 +14,9 @@ from typer.core import TyperCommand
 
 from align_audit.errors import SHOWN, ConfigurationError, first_line, listed, plain, quoted
 from align_audit.files import try_to_write
+from align_audit.models.folders import holds_model, is_folder, lack_of_model, models_in
 from align_audit.probes.names import check_names
-from align_audit.record.checkpoint_names import checkpoint_step
+from align_audit.record.checkpoint_names import as_called, checkpoint_step
 
 if TYPE_CHECKING:
     from align_audit.cli.gates import Demands
@@ -28,6 +29,9 @@ ReferenceOption = Annotated[
 ]
 ConfigOption = Annotated[Path | None, typer.Option(help="A YAML file of audit options.")]
 MaxLengthOption = Annotated[int | None, typer.Option(help="Tokens per sequence, as in training (DPOConfig).")]
+StepOption = Annotated[
+    int | None, typer.Option(min=0, help="The step to record; by default N of checkpoint-N, else 0.")
+]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 DtypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16, float16 or float64; left out: what the policy is saved in.")
@@ -136,29 +140,57 @@ def bases_option(name: str | None) -> tuple[str, ...] | None:
     return (name,)
 
 
+_EXPECTED = "expected what the trainer or save_pretrained writes"
+
+
 def find_checkpoints(path: Path) -> list[Path]:
     """The saved models at ``path``: itself, or the ``checkpoint-N`` folders in it, by N.
 
     Raises:
-        ConfigurationError: neither is there.
+        ConfigurationError: neither is there, or two of the folders say the same step.
     """
-    try:
-        is_folder = path.is_dir()
-    except OSError:  # a name that is too long
-        is_folder = False
-    if not is_folder:
+    if not is_folder(path):
         raise ConfigurationError(
             f"no checkpoint at {plain(path)}{near_path(path)}: expected a folder with a saved model, or of checkpoint-N folders"
         )
-    if any((path / name).is_file() for name in ("config.json", "adapter_config.json")) and not _numbered(path):
-        return [path]
-    inside = _numbered(path)
-    if inside:
-        return inside
-    raise ConfigurationError(
-        f"{plain(path)} holds no config.json, no adapter_config.json and no checkpoint-N folder; expected what the trainer or "
-        "save_pretrained writes"
-    )
+    numbered = _numbered(path)
+    if not numbered:
+        if holds_model(path):
+            return [path]
+        inside = models_in(path)
+        todo = f"the models in it are called {listed(inside)}: name one" if inside else _EXPECTED
+        raise ConfigurationError(
+            f"{plain(path)} holds no config.json, no adapter_config.json and no checkpoint-N folder; {todo}"
+        )
+    for first, second in itertools.pairwise(numbered):
+        if step_of(first) == step_of(second):
+            raise ConfigurationError(
+                f"{plain(path)} holds {plain(first.name)} and {plain(second.name)}, both of step {step_of(first)}; expected "
+                "one checkpoint of a step: rename one, or name the one that is meant"
+            )
+    return numbered
+
+
+def left_out(path: Path, checkpoints: Sequence[Path]) -> list[str]:
+    """Names of what lies beside the checkpoints of a folder, is called much as they are, and has no N: ``checkpoint-best``.
+
+    One that is a link to a checkpoint of them is none.
+    """
+    meant = {folder.resolve() for folder in checkpoints}
+    return [
+        name
+        for name in models_in(path)
+        if name.startswith("checkpoint") and checkpoint_step(name) is None and (path / name).resolve() not in meant
+    ]
+
+
+def note_reference(reference: str | None, run: Path) -> None:
+    """Say it where a reference is the folder of a run itself: a trainer saves its last model there."""
+    if reference is not None and is_folder(Path(reference)) and Path(reference).resolve() == run.resolve():
+        complain(
+            f"--reference {plain(reference)} is the folder that the checkpoints lie in; where training saved its last model "
+            "there, they are compared with that one. Expected the model that training started from"
+        )
 
 
 def near_path(path: Path) -> str:
@@ -195,6 +227,8 @@ def check_files(sets: Mapping[str, Path] | Path, config: Path | None, reference:
             raise ConfigurationError(
                 f"--reference: {plain(folder)}: no such folder{near_path(folder)}; expected a saved model, or a hub name"
             )
+    if reference is not None and is_folder(Path(reference)) and (lack := lack_of_model(Path(reference))) is not None:
+        raise ConfigurationError(f"--reference: {lack}. Expected the model that training started from")
 
 
 def check_page(option: str, page: Path) -> None:
@@ -232,12 +266,14 @@ def refuse(words: str) -> None:
 
 
 def _numbered(path: Path) -> list[Path]:
-    return sorted((folder for folder in path.glob("checkpoint-*") if step_of(folder)), key=step_of)
+    # By what they are called here: one that is a link to a store has another name there.
+    numbered = [folder for folder in path.glob("checkpoint-*") if checkpoint_step(folder.name) is not None]
+    return sorted(numbered, key=lambda folder: (step_of(folder), folder.name))
 
 
 def step_of(folder: Path) -> int:
-    """N of ``checkpoint-N``, else 0."""
-    return checkpoint_step(folder.resolve().name) or 0
+    """N of ``checkpoint-N``, else 0: as the folder is called, or else what a link or ``.`` leads to."""
+    return checkpoint_step(as_called(folder).name) or 0
 
 
 def settings(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import stat
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,16 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from align_audit.cli.console import standard_output
 from align_audit.cli.options import check_page, complain, near_path, step_of
 from align_audit.errors import ConfigurationError, RecordError, first_line, listed, plain
 from align_audit.files import write_atomically
 
 if TYPE_CHECKING:
     from align_audit.record.run import AuditRun
-
-
-_UNBROKEN = 500
-"""Characters that a line may have where no terminal breaks it."""
 
 
 def compare(
@@ -104,7 +100,7 @@ def card(
 
     Example: align-audit card runs/dpo --write runs/dpo/checkpoint-500/README.md
     """
-    from align_audit.record.checkpoint_names import checkpoints_in
+    from align_audit.record.checkpoint_names import as_called, checkpoints_in
     from align_audit.writers.model_card import model_card, with_section
 
     stored = load_run(run, "card")
@@ -116,7 +112,7 @@ def card(
     numbered = step_of(page.parent)
     if step is None and numbered:
         step = numbered
-        checkpoints[step] = page.parent.resolve().name
+        checkpoints[step] = as_called(page.parent).name
     section = model_card(stored, step, checkpoints)
     _write_page(page, lambda text: with_section(text, section))
     typer.echo(f"the section is in {plain(page)}")
@@ -193,9 +189,6 @@ def _called(run: AuditRun) -> Path:
 
 
 def _print(renderables: Any) -> None:
-    from rich.console import Console
-
-    # Off a terminal, nothing is cut or wrapped.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else _UNBROKEN)
+    console = standard_output()
     for renderable in renderables:
         console.print(renderable, soft_wrap=not console.is_terminal)

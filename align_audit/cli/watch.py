@@ -20,6 +20,7 @@ from align_audit.cli.options import (
     complain,
     device_option,
     dtype_option,
+    note_reference,
     read_arguments,
     settings,
 )
@@ -138,6 +139,7 @@ def _audit_as_they_appear(folders: list[Path], probes: Any, options: dict[str, A
             f"found {len(folders)} folders; with --probes expected one, the output directory of a training: start one for each"
         )
     config = settings(**options)
+    note_reference(given["reference"], folders[0])
     with _termination_interrupts():
         try:
             from align_audit.monitoring.watch import (

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from align_audit.cli.console import standard_output
 from align_audit.errors import ConfigurationError, named, plain
 from align_audit.record.followed import FollowedRun, log_folders
 from align_audit.record.log import output_dir_of
@@ -135,7 +136,7 @@ def look_at_runs(
         if as_json:
             _print_json(board)
         else:
-            _console().print(_table(board, notes))
+            standard_output().print(_table(board, notes))
         return int(any(row.status.word == "ERROR" for row in board.rows.values()))
     try:
         if as_json:
@@ -175,7 +176,7 @@ def _live(board: Board, every: float, notes: Sequence[str], wait: Callable[[floa
     """Redrawn in place on a terminal; off one, printed whenever something has changed."""
     from rich.live import Live
 
-    console = _console()
+    console = standard_output()
     if not console.is_terminal:
         changed = True
         while True:
@@ -199,9 +200,3 @@ def _table(board: Board, notes: Sequence[str], console: Console | None = None) -
         lines.append("no run yet: waiting for align_audit logs")
     most = None if console is None else max(console.height - _AROUND - len(lines), 3)
     return RunsTable(list(board.rows.values()), datetime.now(UTC), most, tuple(lines))
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False)

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import nn
 
 from align_audit.errors import AlignAuditError, ConfigurationError, ReferenceUnavailableError
+from align_audit.models.folders import lack_of_model
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,10 @@ def load_model(
         )
     if folder.exists() and not folder.is_dir():
         raise ReferenceUnavailableError(f"{path} is a file; expected a directory with a saved model, or a hub name")
+    if folder.is_dir() and (lack := lack_of_model(folder)) is not None:
+        raise ReferenceUnavailableError(
+            f"{lack}. Expected a directory saved with `save_pretrained` (or a checkpoint of the trainer)"
+        )
     with loader_errors(path):
         if (folder / "adapter_config.json").is_file():
             model: nn.Module = _load_adapted(folder, base, options)
@@ -163,11 +168,7 @@ def _load_adapted(folder: Path, base: str | Path | None, options: dict[str, Any]
 
     adapter = folder / "adapter_config.json"
     named = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not named:
-        raise ReferenceUnavailableError(
-            f"{adapter} names no base model; load the adapter yourself and pass the model instead of the path"
-        )
-    place = _base_place(folder, named, base)
+    place = _base_place(folder, named or None, base)
     with loader_errors(place):
         inner = _load_whole(place, {**options, "dtype": _base_dtype(folder, place, options["dtype"])})
     resized = _resize(inner, folder)
@@ -201,18 +202,22 @@ def _base_dtype(folder: Path, place: str, dtype: Any) -> Any:
     return torch.float32 if "F32" in stored else dtype
 
 
-def _base_place(folder: Path, named: str, instead: str | Path | None) -> str:
+def _base_place(folder: Path, named: str | None, instead: str | Path | None) -> str:
     """Where an adapter's base is: where its folder says, else at ``instead``."""
-    if _holds_model(named):
+    if named is not None and _holds_model(named):
         return named
+    if named is None:
+        fault = "which its adapter_config.json does not name"
+        lack = f"{folder / 'adapter_config.json'} names no base model"
+    else:
+        fault = f"{named}, which its adapter_config.json names, is not there"
+        lack = f"the base model of {folder}, {named}, is not there"
     if instead is not None and not (Path(instead) / "adapter_config.json").is_file() and _holds_model(instead):
-        logger.warning(
-            "align_audit reads the base of %s from %s: %s, which its adapter_config.json names, is not there",
-            folder.name, instead, named,
-        )  # fmt: skip
+        between = ", " if named is None else ": "
+        logger.warning("align_audit reads the base of %s from %s%s%s", folder.name, instead, between, fault)
         return str(instead)
     raise ReferenceUnavailableError(
-        f"the base model of {folder}, {named}, is not there"
+        lack
         + (f", and {instead} holds no whole model" if instead is not None else "")
         + ". Pass its folder as --reference (in Python: `reference`), or correct base_model_name_or_path in "
         "adapter_config.json"
@@ -296,8 +301,8 @@ def load_tokenizer(places: Iterable[Any], *, trust_remote_code: bool = False, re
             tokenizer = _open_tokenizer(place, trust_remote_code, None if number else revision)
             lack = _lack(tokenizer, Path(place))
         except Exception as error:  # as in loader_errors
-            lack = "its code is not trusted (--trust-remote-code)" if "trust_remote_code" in str(error) else ""
-            lack = lack or _first_words(error)
+            lack = "its code is not trusted (--trust-remote-code)" if "trust_remote_code" in str(error) else None
+            lack = lack or _lack_of_files(Path(place), ("tokenizer_config.json",)) or _first_words(error)
         if lack is None:
             if reasons:
                 logger.warning("align_audit takes the tokenizer of %s; none in %s", name, "; ".join(reasons))
@@ -328,11 +333,13 @@ def _lack(tokenizer: Any, folder: Path) -> str | None:
     special = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     if len(tokenizer) <= len(special):
         return f"a tokenizer of {len(tokenizer)} tokens, all of them special"
-    if not folder.is_dir():
-        return None
     by_class = tuple((getattr(tokenizer, "vocab_files_names", None) or {}).values())
     # A tokenizer of bytes has no vocabulary to save.
-    expected = (*_VOCABULARY_FILES, *by_class) if by_class else (*_VOCABULARY_FILES, "tokenizer_config.json")
-    if any(any(folder.glob(name)) for name in expected):
+    return _lack_of_files(folder, by_class or ("tokenizer_config.json",))
+
+
+def _lack_of_files(folder: Path, names: Iterable[str]) -> str | None:
+    """That a folder holds none of the files that tokenizers keep their tokens in, by their usual names and these."""
+    if not folder.is_dir() or any(any(folder.glob(name)) for name in (*_VOCABULARY_FILES, *names)):
         return None
     return "no tokenizer files"

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from align_audit.errors import counted
-from align_audit.record.checkpoint_names import checkpoint_step
+from align_audit.record.checkpoint_names import by_step, checkpoint_step
 
 STATE = "trainer_state.json"
 """What the trainer writes last."""
@@ -96,7 +96,7 @@ class Arrivals:
         """By folder."""
 
     def look(self) -> list[Checkpoint]:
-        """Those that are there now, by step.
+        """Those that are there now, by step; of two that say the same step, the one that a trainer calls so.
 
         Raises:
             OSError: the folder cannot be read.
@@ -104,7 +104,9 @@ class Arrivals:
         names = {entry.name for entry in os.scandir(self.run) if checkpoint_step(entry.name)}
         self._seen = {name: seen for name, seen in self._seen.items() if name in names}
         seen = [look for name in names if (look := self._look_at(self.run / name)) is not None]
-        return sorted(seen, key=lambda checkpoint: (checkpoint.step, checkpoint.folder.name))
+        called = by_step(each.folder.name for each in seen)
+        meant = [each for each in seen if each.folder.name == called[each.step]]
+        return sorted(meant, key=lambda checkpoint: checkpoint.step)
 
     def _look_at(self, folder: Path) -> Checkpoint | None:
         step, files = checkpoint_step(folder.name), _files(folder)

@@ -27,6 +27,7 @@ from align_audit.monitoring.resumed_writers import start_writers
 from align_audit.monitoring.shared_reference import SharedReference
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
+from align_audit.record.checkpoint_names import as_called
 from align_audit.record.log import RunLog
 from align_audit.record.training_log import TrainingLog
 from align_audit.record.transfer_record import TransferRecord
@@ -329,7 +330,7 @@ class CheckpointAuditor:
         stored = _stored(
             step, hashes, sets, config, self._log, one_reference=not reference.shares_weights, rewritten=rewritten
         )
-        moment = Moment(step, origin=origin, saved_in=folder.resolve().parent, kept=kept)
+        moment = Moment(step, origin=origin, saved_in=as_called(folder).parent, kept=kept)
         return PreparedAudit(OpenModels(policy, reference, hashes=hashes), moment, stored)
 
     def audit(self, prepared: PreparedAudit) -> list[AuditRecord]:
@@ -410,7 +411,7 @@ def _stored(
         if name in sets and head.probe_hash != sets[name].content_hash:
             odd = "on other probe pairs" + (f" called {name!r}" if name is not None else "")
         elif head.reference_hash != reference and (one_reference or head.step == step):
-            odd = "against another reference"
+            odd = "against another reference, or the same in another dtype"
         elif head.step == step and head.policy_hash != policy:
             odd, kind = None if rewritten else "of another model", ConfigurationError
         elif head.step == step and not config.measures_as(records[place].provenance.config):
@@ -419,6 +420,7 @@ def _stored(
             stored[name] = records[place]
         if odd is not None:
             raise kind(
-                f"{log.directory} holds an audit of step {head.step} {odd}; one log is one run: choose another --output"
+                f"{log.directory} holds an audit of step {head.step} {odd}; one log is one run: choose another --output "
+                "(align-audit run --fresh sets that log aside)"
             )
     return stored

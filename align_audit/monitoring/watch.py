@@ -21,11 +21,13 @@ from align_audit.auditing.probe_files import read_probes
 from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError, ReferenceUnavailableError, first_line, named, plain
 from align_audit.models.anatomy import is_peft
+from align_audit.models.folders import holds_model
 from align_audit.monitoring.arrivals import SETTLED, Arrivals, Checkpoint
 from align_audit.monitoring.checkpoints import CheckpointAuditor, OtherAuditsError
 from align_audit.monitoring.outcome import BREAKS, AuditFailure, without_frames
 from align_audit.monitoring.watched_log import WatchedLog, kept_of
 from align_audit.probes.sources import open_source
+from align_audit.record.checkpoint_names import checkpoint_step
 from align_audit.record.log import RunLog
 from align_audit.record.training_log import TrainingLog
 from align_audit.writers.words import duration
@@ -118,6 +120,11 @@ def _check(run: Path, probes: str | Path | Mapping[str, str | Path], config: Aud
     if not run.is_dir():
         raise ConfigurationError(
             f"no folder at {plain(run)}: expected the output directory of a training; make it, or start the training first"
+        )
+    if checkpoint_step(run.resolve().name) is not None and holds_model(run):
+        raise ConfigurationError(
+            f"{plain(run)} is a checkpoint itself; expected the output directory of a training, such as "
+            f"{plain(run.resolve().parent)}. One checkpoint is audited by align-audit run"
         )
     for path in probes.values() if isinstance(probes, Mapping) else [probes]:
         open_source(path, config.max_pairs, config.seed)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 _NAME = re.compile(r"checkpoint-([0-9]{1,18})")
 """Of so many digits at most: a step is a number of 64 bits."""
+LAST_STEP = 10**18 - 1
+"""The last step that a name can say."""
 
 
 def checkpoint_step(name: str) -> int | None:
@@ -21,6 +23,11 @@ def checkpoint_step(name: str) -> int | None:
     return None if match is None else int(match[1])
 
 
+def as_called(folder: Path) -> Path:
+    """A checkpoint by the name that says its step: its own, also of a link to a store, or else that of what it leads to."""
+    return folder.absolute() if checkpoint_step(folder.name) is not None else folder.resolve()
+
+
 def checkpoints_in(folder: Path) -> dict[int, str]:
     """Step → name of the checkpoints that exist in a folder now: the trainer deletes old ones (``save_total_limit``).
 
@@ -31,5 +38,11 @@ def checkpoints_in(folder: Path) -> dict[int, str]:
 
 
 def by_step(names: Iterable[str]) -> dict[int, str]:
-    """Step → name, of those that are names of checkpoints."""
-    return {step: name for name in names if (step := checkpoint_step(name)) is not None}
+    """Step → name, of those that are names of checkpoints; of two of one step, the shorter, which a trainer writes.
+
+    Example:
+        >>> by_step(["checkpoint-0020", "checkpoint-20", "runs"])
+        {20: 'checkpoint-20'}
+    """
+    longest_first = sorted(names, key=len, reverse=True)
+    return {step: name for name in longest_first if (step := checkpoint_step(name)) is not None}

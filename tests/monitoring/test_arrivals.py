@@ -79,6 +79,15 @@ def test_by_step_and_nothing_else(run: Folder) -> None:
     assert [checkpoint.step for checkpoint in run.look()] == [3, 20, 100]
 
 
+def test_of_two_of_one_step_the_one_that_a_trainer_calls_so(run: Folder) -> None:
+    saved(run)
+    for name in ("checkpoint-0020", "checkpoint-020"):
+        shutil.copytree(run.path / "checkpoint-20", run.path / name)
+    assert [checkpoint.folder.name for checkpoint in run.look()] == ["checkpoint-20"]
+    shutil.rmtree(run.path / "checkpoint-20")
+    assert [checkpoint.folder.name for checkpoint in run.look()] == ["checkpoint-020"]
+
+
 @pytest.mark.parametrize("cut", [0, 4, 30, -1])
 def test_a_weights_file_that_is_not_as_long_as_its_header_says(run: Folder, cut: int) -> None:
     folder = saved(run)

@@ -336,8 +336,13 @@ input()
         (lambda place: place.run.rmdir(), ConfigurationError, "no folder at"),
         (lambda place: setattr(place, "probes", place.run / "lost.jsonl"), ProbeError, "lost.jsonl: no such file"),
         (lambda place: setattr(place, "base", place.run / "lost"), ReferenceUnavailableError, "cannot load"),
+        (
+            lambda place: setattr(place, "run", place.run / "checkpoint-1"),
+            ConfigurationError,
+            "is a checkpoint itself; expected the output directory",
+        ),
     ],
-    ids=["no run", "no probes", "no reference"],
+    ids=["no run", "no probes", "no reference", "a checkpoint"],
 )
 def test_what_no_checkpoint_can_be_audited_with(
     place: Place, change: Callable[[Place], None], error: type[Exception], words: str
