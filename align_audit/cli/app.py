@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import sys
 import time
 import traceback
@@ -49,7 +51,7 @@ from align_audit.cli.options import (
 from align_audit.cli.reading import card, compare
 from align_audit.cli.report import report
 from align_audit.cli.watch import watch
-from align_audit.errors import AlignAuditError, ConfigurationError, counted, first_line, listed, named, plain
+from align_audit.errors import SHOWN, AlignAuditError, ConfigurationError, counted, first_line, listed, named, plain
 from align_audit.models.pickles import refuse_pickles
 from align_audit.record.checkpoint_names import LAST_STEP, as_called
 
@@ -65,6 +67,8 @@ _UNFORESEEN = 70
 _INTERRUPTED = 130
 """After Ctrl+C, as of shells: 128 + SIGINT."""
 
+_NO_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP)
+"""What the system says of a path that nothing can be made of: it is too long, or forbidden, or links lead in a circle."""
 _HERE = Path(__file__).parents[1]
 """Where this package lies."""
 _SHOWN_BY_PYTHON = warnings.showwarning
@@ -353,13 +357,26 @@ def main() -> None:
         status = _told(error)
     except typer.Abort:
         status = _INTERRUPTED
+    except OSError as error:
+        status = _no_path(error) if error.errno in _NO_PATH and error.filename is not None else _unforeseen(error)
     except Exception as error:
-        complain("".join(traceback.format_exception(error)).rstrip())
-        refuse(f"{named(error)}. This was not foreseen: free what it names, or report it with the lines above")
-        status = _UNFORESEEN
+        status = _unforeseen(error)
     if status == _INTERRUPTED:  # typer makes a status of Ctrl+C, and says nothing
         complain("interrupted")
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _no_path(error: OSError) -> int:
+    """Whatever wanted to read or write there, what is wrong is the path."""
+    path = plain(os.fsdecode(error.filename), SHOWN)
+    refuse(f"{path}: {error.strerror}; expected a path that this process can use: choose another, or free this one")
+    return 2
+
+
+def _unforeseen(error: Exception) -> int:
+    complain("".join(traceback.format_exception(error)).rstrip())
+    refuse(f"{named(error)}. This was not foreseen: free what it names, or report it with the lines above")
+    return _UNFORESEEN
 
 
 def _print_what_there_is() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -176,11 +177,13 @@ def left_out(path: Path, checkpoints: Sequence[Path]) -> list[str]:
 
     One that is a link to a checkpoint of them is none.
     """
-    meant = {folder.resolve() for folder in checkpoints}
+    meant = set(map(os.path.realpath, checkpoints))
     return [
         name
         for name in models_in(path)
-        if name.startswith("checkpoint") and checkpoint_step(name) is None and (path / name).resolve() not in meant
+        if name.startswith("checkpoint")
+        and checkpoint_step(name) is None
+        and os.path.realpath(path / name) not in meant
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,7 +26,8 @@ def checkpoint_step(name: str) -> int | None:
 
 def as_called(folder: Path) -> Path:
     """A checkpoint by the name that says its step: its own, also of a link to a store, or else that of what it leads to."""
-    return folder.absolute() if checkpoint_step(folder.name) is not None else folder.resolve()
+    # Not Path.resolve, which raises where links lead in a circle.
+    return folder.absolute() if checkpoint_step(folder.name) is not None else Path(os.path.realpath(folder))
 
 
 def checkpoints_in(folder: Path) -> dict[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import errno
 import io
 import json
 import shutil
@@ -57,6 +58,8 @@ ARRANGED: dict[str, tuple[Callable[[Path], Any], list[tuple[str, int]], list[str
     "a link to the last": (lambda run: (run / "checkpoint-last").symlink_to(model_at(run / "checkpoint-3")),
         [("checkpoint-3", 3)], []),
     "a link to nothing": (lambda run: [model_at(run / "checkpoint-1"), (run / "checkpoint-3").symlink_to(run / "gone")],
+        [("checkpoint-1", 1), ("checkpoint-3", 3)], []),
+    "links in a circle": (lambda run: [model_at(run / "checkpoint-1"), (run / "checkpoint-3").symlink_to(run / "checkpoint-3")],
         [("checkpoint-1", 1), ("checkpoint-3", 3)], []),
 }  # fmt: skip
 
@@ -285,3 +288,41 @@ def test_without_a_reference_it_says_which_option_names_the_base(tmp_path: Path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": null}')
     with pytest.raises(ReferenceUnavailableError, match=r"names no base model\. Pass its folder as --reference"):
         load_policy(tmp_path)
+
+
+# -- paths that are none -----------------------------------------------------------------------------------------------
+
+LONG = "a" * 5000
+RUN = ("run", "{model}", "--probes", "{probes}", "--reference", "{base}")
+TOO_LONG = {
+    "run": ("run", LONG, *RUN[2:]),
+    "run --reference": (*RUN[:5], LONG),
+    "run --output": (*RUN, "--output", LONG),
+    "run --report": (*RUN, "--report", LONG),
+    "run --config": (*RUN, "--config", LONG),
+    "card": ("card", LONG),
+    "report": ("report", LONG),
+    "compare": ("compare", LONG, LONG),
+    "watch": ("watch", LONG, "--once"),
+    "watch --probes": ("watch", LONG, "--probes", "{probes}"),
+    "doctor": ("doctor", LONG, "--probes", "{probes}"),
+    "demo": ("demo", "--output", LONG),
+}
+
+
+@pytest.mark.parametrize("kind", TOO_LONG)
+def test_a_path_that_is_too_long_is_refused_in_a_line(kind: str, command: Any, place: SimpleNamespace) -> None:
+    there = {"model": place.full / "checkpoint-1", "probes": place.probes, "base": place.base}
+    refused(command(*(word.format(**there) for word in TOO_LONG[kind])))
+
+
+@pytest.mark.parametrize("name", ["card", "report", "compare"])
+def test_a_path_that_is_forbidden_too(name: str, command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("align_audit.record.run.AuditRun.load", forbidden)
+    refused(
+        command(name, "theirs", *(["theirs"] if name == "compare" else [])),
+        "theirs: Permission denied; expected a path",
+    )
