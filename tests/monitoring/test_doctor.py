@@ -381,7 +381,7 @@ def test_a_schedule_that_looks_at_nothing_names_the_switch_that_is_off(schedule:
 
 
 @pytest.mark.parametrize(
-    ("look", "words"), [(0.1, None), (5.0, "; 42 checkpoints without an audit, for lack of budget")]
+    ("look", "words"), [(0.1, None), (5.0, "; 43 checkpoints without an audit, for lack of budget")]
 )
 def test_checkpoints_that_will_get_no_audit_are_foreseen(look: float, words: str | None) -> None:
     config, steps = AuditConfig(), PlannedSteps(1000, save_steps=20)
