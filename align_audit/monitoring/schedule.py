@@ -278,9 +278,9 @@ def look_after(
     """The step of the next health audit after this one; None: there will be none.
 
     The next of ``first_health`` and its doublings, or earlier, as soon as the budget has room for it beside the audit at the
-    end; but no more than ``most_looks`` in a run, and none that is nearer to the last step, which is audited itself. A
-    checkpoint that is saved shortly before has it sooner. A run that is resumed has its first one after ``first_health`` steps
-    of its own, whatever that costs.
+    end; but no more than ``most_looks`` in a run, and none beside a doubling shortly before the last step, which is audited
+    itself: less than half as far from it as from this one. A checkpoint that is saved shortly before has it sooner. A run that
+    is resumed has its first one after ``first_health`` steps of its own, whatever that costs.
 
     Args:
         budget: share of wall-clock time; None: no limit.
@@ -304,7 +304,7 @@ def look_after(
     # Before its first step nobody knows what this process can afford: the next doubling may be days away.
     soonest = max(step + gap, _affordable(spent, training, schedule, budget)) if spent.steps else step + first
     if spent.steps and schedule.on_last_step and training.max_steps - soonest < (soonest - step) / 2:
-        soonest = doubling  # The audit of the last step is nearer than this one.
+        soonest = doubling  # The audit of the last step comes soon after.
     at = min(doubling, soonest)
     return at if at < training.max_steps or (at == training.max_steps and not schedule.on_last_step) else None
 
