@@ -154,14 +154,11 @@ def _learning_rate(trainer: Any, args: Any) -> float | None:
     """Of the optimizer, before a schedule lowers it, where there is one in reach: a trainer that was given its own takes no
     notice of that of its arguments. Of groups with several rates the highest."""
     groups = getattr(getattr(trainer, "optimizer", None), "param_groups", None) or []
+    said = [group.get("initial_lr", group.get("lr")) for group in groups] or [getattr(args, "learning_rate", None)]
     rates: list[float] = []
-    for said in [group.get("initial_lr", group.get("lr")) for group in groups] or [
-        getattr(args, "learning_rate", None)
-    ]:
-        with contextlib.suppress(
-            TypeError, ValueError
-        ):  # one that was given as text is none to an optimizer of its own
-            rates.append(float(said))
+    for rate in said:
+        with contextlib.suppress(TypeError, ValueError):  # None, and text that is no number
+            rates.append(float(rate))
     return max(filter(math.isfinite, rates), default=None)
 
 
