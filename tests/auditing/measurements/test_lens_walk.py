@@ -163,7 +163,9 @@ def test_a_policy_that_is_its_reference_walks_one_block(
         traced((policy, given), cache=cache, transport_rows=asked)
     with monkeypatch.context() as patched:
         patched.setattr(Behaviour, "identical", property(lambda _: False, lambda *_: None), raising=False)
+        apart = walked_rows(patched)
         both = traced((policy, given), transport_rows=asked)
+    assert in_all(apart, policy=True) == in_all(apart, policy=False) == both.transport_rows
     walked = walked_rows(monkeypatch)
     once = traced((policy, given), cache=cache, transport_rows=asked)
     assert once == both
