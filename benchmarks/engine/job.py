@@ -57,11 +57,19 @@ class JobSpec:
 
     @classmethod
     def of_model(cls, folder: Path, **options: Any) -> JobSpec:
-        """On the pretrained model in a folder."""
+        """On the pretrained model in a folder.
+
+        Raises:
+            SystemExit: there is none, or one that is built in another way.
+        """
         config = _config(folder)
-        sizes = {name: config[key] for name, key in (
-            ("layers", "num_hidden_layers"), ("width", "hidden_size"), ("vocab", "vocab_size"),
-        )}  # fmt: skip
+        names = {"layers": "num_hidden_layers", "width": "hidden_size", "vocab": "vocab_size"}
+        missing = [key for key in names.values() if key not in config]
+        if missing:
+            raise SystemExit(
+                f"{folder}: expected a model built as Llama is, found no {', '.join(missing)} in its config.json"
+            )
+        sizes = {name: config[key] for name, key in names.items()}
         return cls(**{**options, **sizes, "model": str(folder.resolve())})
 
     @property

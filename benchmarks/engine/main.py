@@ -49,6 +49,9 @@ from engine.job import RANKS, JobSpec, make_job
 from engine.scaling import scaling
 from engine.worker import SWEEPS
 
+SIZES = ("layers", "width", "vocab")
+"""Of a randomly initialized model."""
+
 
 def main() -> None:
     options = _options()
@@ -71,7 +74,8 @@ def main() -> None:
         if options.model is not None:
             spec = JobSpec.of_model(options.model, **job)
         else:
-            spec = JobSpec(options.layers, options.width, options.vocab, **job)
+            sizes = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
+            spec = JobSpec(**sizes, **job)
         report = _profile(bench, spec, options) if options.profile else _compare(bench, spec, options)
     report = {"machine": machine(options.threads, options.device), **report}
     if options.json:
@@ -80,10 +84,12 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--vocab", type=int, default=32_000)
-    parser.add_argument("--model", type=Path, help="folder of a pretrained model instead, with its tokenizer")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--vocab", type=int)
+    parser.add_argument(
+        "--model", type=Path, help="folder of a pretrained model and its tokenizer, instead of these three"
+    )
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
@@ -102,7 +108,11 @@ def _options() -> argparse.Namespace:
         "--profile", action="store_true", help="where align_audit's time goes, at the first of --sweeps"
     )
     parser.add_argument("--json", metavar="FILE")
-    return parser.parse_args()
+    options = parser.parse_args()
+    odd = [f"--{name}" for name in (*SIZES, "scaling") if getattr(options, name)]
+    if options.model is not None and odd:
+        parser.error(f"--model says the sizes itself; leave out {', '.join(odd)}")
+    return options
 
 
 # -- comparison ------------------------------------------------------------------------------------------------------

@@ -82,9 +82,22 @@ def test_a_job_on_a_pretrained_model(tmp_path: Path) -> None:
     assert flops.hooks_sweep(flops.Shape.of(spec), job.pairs).total == counter.get_total_flops()
 
 
-def test_a_folder_without_a_model_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_such_a_model_is_said(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"found no config\.json"):
         JobSpec.of_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"n_layer": 2, "vocab_size": 10}', encoding="utf-8")
+    with pytest.raises(SystemExit, match="found no num_hidden_layers, hidden_size in"):
+        JobSpec.of_model(tmp_path)
+
+
+@pytest.mark.parametrize("more", [["--scaling"], ["--layers", "2"], ["--vocab", "97"]])
+def test_what_a_pretrained_model_says_itself_is_not_asked_for(
+    more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["engine", "--model", str(MODEL_DIR), *more])
+    with pytest.raises(SystemExit):
+        main()
+    assert f"leave out {more[0]}" in capsys.readouterr().err
 
 
 def test_flops_of_hooks_are_those_counted_while_they_run(job: Job) -> None:
