@@ -287,6 +287,23 @@ def test_runs_with_other_options_are_refused(stored_dir: Path, tiny_dir: Path) -
         run.main(asked(tiny_dir, stored_dir.parent, "--rate", "0.5"))
 
 
+@pytest.mark.parametrize("option", ["--looked-at", "--transport-rows"])
+def test_too_few_of_something_are_refused_before_anything_is_trained(
+    option: str, stored_dir: Path, tiny_dir: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit, match=f"expected {option} of at least [12]; found 0"):
+        run.main(asked(tiny_dir, tmp_path, option, "0"))
+
+
+def test_how_many_rows_travel_and_how_many_pairs_are_looked_at_reaches_the_audits() -> None:
+    setup = dataclasses.replace(SETUP, spinal_rows=64, transport_rows=32, looked_at=3)
+    case = plan.Case(setup, "healthy", 0)
+    for options in (auditing.audit_options(setup), training.look_options(case)):
+        assert (options.spinal.max_rows, options.spinal.transport_rows) == (64, 32)
+    assert training.look_options(case).max_pairs == 3
+    assert plan.Setup.from_dict(json.loads(json.dumps(setup.to_dict()))) == setup
+
+
 def test_where_no_model_lies_it_says_what_to_install_and_takes_the_shipped_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

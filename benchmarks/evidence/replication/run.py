@@ -131,6 +131,10 @@ def setup_of(options: argparse.Namespace, model: Path) -> Setup:
             f"expected --batch as a multiple of --micro-batch and audited steps from 0 to {options.steps}; found batches of "
             f"{options.batch} and {micro}, steps {', '.join(map(str, steps))}"
         )
+    least = {"--looked-at": (options.looked_at, 1), "--transport-rows": (options.transport_rows, 2)}
+    for option, (number, fewest) in least.items():
+        if number is not None and number < fewest:
+            sys.exit(f"expected {option} of at least {fewest}; found {number}")
     if options.probes == "trained" and 2 * options.pairs > options.steps * options.batch:
         sys.exit(
             f"expected two slices of {options.pairs} pairs among the {options.steps * options.batch} trained on; "
@@ -153,7 +157,7 @@ def setup_of(options: argparse.Namespace, model: Path) -> Setup:
         dtype=options.dtype,
         exact_pairs=exact if exact in (None, "auto") else int(exact),
         spinal_rows=options.spinal_rows,
-        transport_rows=options.transport_rows or "auto",
+        transport_rows="auto" if options.transport_rows is None else options.transport_rows,
         looked_at=options.looked_at,
         probed=options.probes,
     )
