@@ -17,7 +17,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from align_audit.record.training_log import LogRow
-from destabilization.rules import Level, LogRules, RuleSet, of_log
+from destabilization.rules import Alarms, Level, Raised, RuleSet, of_log
+from destabilization.stored import StoredRun
 
 
 def _trainpulse(log: Sequence[LogRow]) -> list[tuple[str, Level]]:
@@ -80,26 +81,26 @@ _ALONE = SimpleNamespace(
 """A Fabric as far as Lightning's detection asks it."""
 
 
-def _lightning(log: Sequence[LogRow]) -> list[tuple[str, Level]]:
-    """Its ``SpikeDetection`` gets the loss of every batch, here of every step, and ends the training at a spike."""
+def _lightning(run: StoredRun) -> list[Raised]:
+    """Its ``SpikeDetection`` gets the loss of every batch, here of every step. It ends the training at a spike, which its user
+    resumes without that batch."""
     import torch
     from lightning.fabric.utilities.spike import SpikeDetection, TrainingSpikeException
 
-    detection = SpikeDetection()
-    losses = [row.logs["loss"] for row in log if "loss" in row.logs]
-    for batch, loss in enumerate(losses):
+    detection, spikes = SpikeDetection(), []
+    for batch, row in enumerate(row for row in run.log if "loss" in row.logs):
         try:
-            detection.on_train_batch_end(_ALONE, torch.tensor(loss), None, batch)
+            detection.on_train_batch_end(_ALONE, torch.tensor(row.logs["loss"]), None, batch)
         except TrainingSpikeException:
-            return [("loss spike", "error")]
-    return []
+            spikes.append(Raised(row.step, "loss spike", "error"))
+    return spikes
 
 
-PACKAGES: dict[str, LogRules] = {
-    "trainpulse": _trainpulse,
-    "losslint": _losslint,
-    "training_doctor": _training_doctor,
-    "trainscope": _trainscope,
+PACKAGES: dict[str, Alarms] = {
+    "trainpulse": of_log(_trainpulse),
+    "losslint": of_log(_losslint),
+    "training_doctor": of_log(_training_doctor),
+    "trainscope": of_log(_trainscope),
     "lightning": _lightning,
 }
 
@@ -108,7 +109,7 @@ def package_rules() -> tuple[list[RuleSet], list[str]]:
     """The packages that are installed, and the names of those that are not. They have no dial: laxness changes nothing."""
     installed = {name: importlib.util.find_spec(name) is not None for name in PACKAGES}
     rules = [
-        RuleSet(f"package {name}", lambda laxness, judge=PACKAGES[name]: of_log(judge))
+        RuleSet(f"package {name}", lambda laxness, alarms=PACKAGES[name]: alarms)
         for name, there in installed.items()
         if there
     ]
