@@ -36,7 +36,7 @@ from align_audit.config import AuditConfig
 from align_audit.errors import ConfigurationError, ProbeError
 from align_audit.measures.resampling import LEAST_GROUPS
 from align_audit.models.anatomy import Anatomy
-from align_audit.models.reference import Reference, load_policy, policy_fingerprint, refuse_itself, resolve_reference
+from align_audit.models.reference import Reference, fingerprints, load_policy, refuse_itself, resolve_reference
 from align_audit.probes.names import check_names
 from align_audit.record.audit_record import Cost
 from align_audit.record.transfer_record import RandomSubspaces, SubspaceAngles, TransferCell, TransferRecord
@@ -94,14 +94,16 @@ def transfer(
     check_names(probes)
     config = config or AuditConfig()
     sets = opened(probes, policy, reference, config)
+    _check_sets(sets)
     folder = None if isinstance(policy, nn.Module) else Path(policy)
     if not isinstance(policy, nn.Module):
         policy = load_policy(policy, reference=reference)
     resolved = resolve_reference(policy, reference)
-    refuse_itself(policy_fingerprint(policy), resolved, resolved.fingerprint() if resolved.own_source else "")
+    hashes = fingerprints(policy, resolved)
+    refuse_itself(hashes[0], resolved, hashes[1])
     if folder is not None:
-        check_before_transfer(folder, step or None, policy, resolved, named=reference is not None)
-    return run_transfer(policy, resolved, sets, config, step, anatomy=anatomy)
+        check_before_transfer(folder, step or None, policy, resolved, hashes, named=reference is not None)
+    return run_transfer(policy, resolved, sets, config, step, anatomy=anatomy, hashes=hashes)
 
 
 def check_before_transfer(
@@ -109,6 +111,7 @@ def check_before_transfer(
     step: int | None,
     policy: nn.Module,
     reference: Reference,
+    hashes: tuple[str, str],
     *,
     named: bool,
     tell: Callable[[str], None] = logger.warning,
@@ -117,7 +120,6 @@ def check_before_transfer(
 
     Its pairs may be any. Another reference that was named is said here, and in the record's ``reference_source``.
     """
-    hashes = policy_fingerprint(policy), reference.fingerprint()
     origin = check_origin(folder, step, policy, reference, hashes, {}, named=named, tell=tell)
     if origin is not None and origin.reference.verdict == "failed":
         reference.source += " (not the one that the run of this checkpoint was audited against)"
@@ -131,16 +133,18 @@ def run_transfer(
     step: int = 0,
     *,
     anatomy: Anatomy | None = None,
+    hashes: tuple[str, str] | None = None,
     progress: Callable[[int, str], Any] | None = None,
 ) -> TransferRecord:
     """:func:`transfer`, with the reference found already.
 
     Args:
+        hashes: of the weights of policy and reference, where they have just been read.
         progress: makes a progress bar of so many batches.
     """
     _check_sets(probes)
     began = time.perf_counter()
-    with memory_explained(), OpenModels(policy, reference, anatomy=anatomy) as models:
+    with memory_explained(), OpenModels(policy, reference, anatomy=anatomy, hashes=hashes) as models:
         sides, tick = _gather(models, probes, _settings(config), step, progress)
         chosen, layers = _layers(sides)
         reasons: dict[str, str] = {}

@@ -18,6 +18,7 @@ from torch import nn
 
 from align_audit.errors import AlignAuditError, ConfigurationError, ReferenceUnavailableError
 from align_audit.models.folders import lack_of_model
+from align_audit.models.guard import untouched
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ def load_model(
     revision: str | None = None,
 ) -> nn.Module:
     """A causal LM in eval mode from a directory or hub name; one with ``adapter_config.json`` becomes a PEFT model.
+
+    No random state is changed.
 
     Args:
         dtype: of the weights; None: as they are stored, and of an adapter's base at least the adapter's.
@@ -65,7 +68,7 @@ def load_model(
         raise ReferenceUnavailableError(
             f"{lack}. Expected a directory saved with `save_pretrained` (or a checkpoint of the trainer)"
         )
-    with loader_errors(path):
+    with untouched(), loader_errors(path):  # a new adapter's weights are drawn before those that were saved are read
         if (folder / "adapter_config.json").is_file():
             model: nn.Module = _load_adapted(folder, base, options)
         else:

@@ -15,8 +15,9 @@ from torch import nn
 from align_audit.errors import ReferenceUnavailableError
 from align_audit.models.adapters import AdapterSwitch, adapters_kept, is_merged
 from align_audit.models.anatomy import is_peft, out_of_engine, unwrap_only
+from align_audit.models.guard import untouched
 from align_audit.models.loading import load_model, loader_errors
-from align_audit.models.weights.fingerprint import belongs_to, fingerprint
+from align_audit.models.weights.fingerprint import WeightSums, belongs_to
 from align_audit.models.weights.from_disk import open_streamed
 from align_audit.models.weights.sharded import is_spread
 from align_audit.models.weights.streaming import NotStreamable, close, files_of
@@ -82,7 +83,7 @@ class Reference:
 
     def _open(self) -> nn.Module:
         assert self._load is not None
-        with loading_whole():
+        with untouched(), loading_whole():
             if self._stream is None:
                 return self._load()
             try:
@@ -131,18 +132,19 @@ class Reference:
             with policy.disable_adapter():
                 yield
 
-    def fingerprint(self, ranks: Ranks | None = None) -> str:
+    def fingerprint(self, ranks: Ranks | None = None, read: WeightSums | None = None) -> str:
         """Hash of the weights the reference computes with: inactive adapters do not count.
 
         Args:
             ranks: the processes that weights are spread over.
+            read: what was just read of the policy's weights for its own hash; those that both models have are not read again.
         """
         model = self.model()
-        merged = self._policy is not None and is_merged(model)
-        with (
-            adapters_kept(model) if merged else contextlib.nullcontext()
-        ):  # the weights without what is merged into them
-            return fingerprint(model, without_adapters=self._inactive(), ranks=ranks)
+        if self._policy is not None and is_merged(model):
+            with adapters_kept(model):  # the weights without what is merged into them
+                return WeightSums(model, ranks).hash(self._inactive())
+        sums = read if read is not None and read.model is model else WeightSums(model, ranks)
+        return sums.hash(self._inactive())
 
     def _inactive(self) -> tuple[str, ...]:
         """The adapters that the reference does not compute with."""
@@ -194,16 +196,23 @@ class Reference:
                 torch.cuda.empty_cache()
 
 
-def policy_fingerprint(policy: nn.Module, ranks: Ranks | None = None) -> str:
+def policy_fingerprint(policy: nn.Module, ranks: Ranks | None = None, read: WeightSums | None = None) -> str:
     """Hash of the weights the policy computes with; a frozen reference adapter beside it does not count.
 
     Args:
         ranks: the processes that weights are spread over.
+        read: keeps what is read of the policy, for the hash of a reference that has weights in common with it.
     """
+    inactive: set[str] = set()
     if is_peft(policy):
         inactive = set(policy.peft_config) - set(policy.active_adapters)  # type: ignore[arg-type]
-        return fingerprint(policy, without_adapters=tuple(sorted(inactive)), ranks=ranks)
-    return fingerprint(policy, ranks=ranks)
+    return (read or WeightSums(policy, ranks)).hash(tuple(sorted(inactive)))
+
+
+def fingerprints(policy: nn.Module, reference: Reference) -> tuple[str, str]:
+    """The hashes of policy and reference. What they have in common, as an adapter's base, is read once."""
+    read = WeightSums(policy)
+    return policy_fingerprint(policy, read=read), reference.fingerprint(read=read)
 
 
 def load_policy(
@@ -227,7 +236,7 @@ def load_policy(
     policy = load_model(path, dtype=dtype, device=device, trust_remote_code=trust_remote_code, base=base)
     frozen = Path(path) / REFERENCE_ADAPTER
     if is_peft(policy) and (frozen / "adapter_config.json").is_file():
-        with loader_errors(frozen):
+        with untouched(), loader_errors(frozen):
             cast(Any, policy).load_adapter(frozen, adapter_name=REFERENCE_ADAPTER)
         policy.eval()
     return policy

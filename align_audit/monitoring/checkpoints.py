@@ -20,7 +20,7 @@ from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.transfer import check_before_transfer, run_transfer
 from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError, counted, named, plain
-from align_audit.models.reference import Reference, load_policy, policy_fingerprint
+from align_audit.models.reference import Reference, fingerprints, load_policy
 from align_audit.monitoring.monitor import Monitor
 from align_audit.monitoring.outcome import BREAKS, AuditFailure, Moment, without_frames
 from align_audit.monitoring.resumed_writers import start_writers
@@ -315,7 +315,7 @@ class CheckpointAuditor:
             ConfigurationError: the log holds audits that these cannot stand beside.
         """
         reference = self.reference_of(policy, folder)
-        hashes = policy_fingerprint(policy), reference.fingerprint()
+        hashes = fingerprints(policy, reference)
         sets, config = self.monitor.probe_sets, self.monitor.config
         origin = check_origin(
             folder,
@@ -378,8 +378,9 @@ def transfer_saved(
     resolved = SharedReference(reference, trust_remote_code).of(model, policy)
     progress = progress_bar if config.progress else None
     named = {name: pairs for name, pairs in sets.items() if name is not None}
-    check_before_transfer(policy, step or None, model, resolved, named=reference is not None, tell=tell)
-    return run_transfer(model, resolved, named, config, step, progress=progress)
+    hashes = fingerprints(model, resolved)
+    check_before_transfer(policy, step or None, model, resolved, hashes, named=reference is not None, tell=tell)
+    return run_transfer(model, resolved, named, config, step, hashes=hashes, progress=progress)
 
 
 def _stored(

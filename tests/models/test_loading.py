@@ -3,8 +3,10 @@ their own, adapters whose base moved, and adapters with added tokens."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +37,7 @@ from transformers import (
 from align_audit import audit
 from align_audit.errors import ReferenceUnavailableError
 from align_audit.models.loading import load_model
-from align_audit.models.reference import load_policy
+from align_audit.models.reference import load_policy, resolve_reference
 from tests.helpers.callback_runs import quick
 from tests.helpers.tiny import VOCABULARY, perturbed, random_pairs, tiny_model
 
@@ -426,3 +428,41 @@ def test_added_tokens_that_the_adapter_does_not_hold_are_refused(kind: str, drop
     ) as refusal:
         load_policy(tmp_path / "adapter")
     one_sentence(refusal, "base_model_name_or_path", "resized embeddings")
+
+
+# -- what loading leaves -----------------------------------------------------------------------------------------------
+
+
+def with_frozen(folder: Path) -> Path:
+    shutil.copytree(adapter(folder), folder / "ref")
+    return folder
+
+
+def of_another_rank(folder: Path) -> Path:
+    of_other_rank(adapter(folder))
+    return folder
+
+
+LOADED: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Any]]] = {
+    "a policy": (full, load_policy),
+    "an adapter": (adapter, load_policy),
+    "an adapter with a copy of its head": (lambda folder: adapter(folder, modules_to_save=["lm_head"]), load_policy),
+    "an adapter and the frozen one beside it": (with_frozen, load_policy),
+    "an adapter that is refused": (of_another_rank, load_policy),
+    "a reference": (full, lambda folder: resolve_reference(tiny_model(), folder).model()),
+    "a reference that is an adapter": (adapter, lambda folder: resolve_reference(tiny_model(), folder).model()),
+}
+
+
+@pytest.mark.parametrize("kind", LOADED)
+def test_loading_draws_no_random_number_of_the_callers(kind: str, tmp_path: Path) -> None:
+    """peft draws the weights of an adapter before it reads those that were saved."""
+    make, load = LOADED[kind]
+    folder = make(tmp_path / "saved")
+    torch.manual_seed(7)
+    random.seed(7)
+    expected = torch.get_rng_state(), random.getstate()
+    with contextlib.suppress(ReferenceUnavailableError):
+        load(folder)
+    assert torch.equal(torch.get_rng_state(), expected[0])
+    assert random.getstate() == expected[1]

@@ -21,6 +21,7 @@ from align_audit.models.positions import learned_positions
 from align_audit.models.reference import Reference, check_fit, policy_fingerprint
 from align_audit.models.replay import Replay
 from align_audit.models.verify import open_replay, rounding
+from align_audit.models.weights.fingerprint import WeightSums
 from align_audit.models.weights.from_host import placed
 from align_audit.models.weights.gathered import GatheredLayers, gathered_by_layer
 from align_audit.models.weights.sharded import has_engine, plain_class, reshard
@@ -82,6 +83,7 @@ class OpenModels:
         self._keep_loaded = keep_loaded
         self._rehash = rehash
         self._hashes = hashes
+        self._read = WeightSums(policy, self.ranks)
         self._stamp: Hashable | None = None
         """What tells that the reference's weights are those of an earlier hash."""
         self._stack = contextlib.ExitStack()
@@ -112,9 +114,8 @@ class OpenModels:
         if not self._keep_loaded:
             stack.callback(self.source.release)
         models = [self.policy_model]
-        with untouched():  # loading a reference draws random numbers, and leaves the policy alone
-            reference = self.source.model()
-            self._stamp = self.source.stamp()  # now: below, weights may be copied to where they compute
+        reference = self.source.model()
+        self._stamp = self.source.stamp()  # now: below, weights may be copied to where they compute
         if reference is not self.policy_model:
             check_in_memory(reference, "reference")
             stack.enter_context(placed(reference, next(self.policy_model.parameters()).device))
@@ -167,7 +168,7 @@ class OpenModels:
     @functools.cached_property
     def policy_hash(self) -> str:
         """Of the policy's weights; also before the models are open."""
-        return policy_fingerprint(self.policy_model, self.ranks) if self._hashes is None else self._hashes[0]
+        return policy_fingerprint(self.policy_model, read=self._read) if self._hashes is None else self._hashes[0]
 
     def _reference_hash(self) -> str:
         # Weights that are spread are hashed by all processes or by none, and are in memory.
@@ -175,7 +176,7 @@ class OpenModels:
             hashed = self.source.hash_at(self._stamp)
             if hashed is not None:
                 return hashed
-        hashed = self.source.fingerprint(self.ranks)
+        hashed = self.source.fingerprint(self.ranks, self._read)
         self.source.remember_hash(self._stamp, hashed)
         return hashed
 

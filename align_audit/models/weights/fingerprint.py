@@ -42,11 +42,33 @@ def fingerprint(model: nn.Module, *, without_adapters: tuple[str, ...] = (), ran
     Raises:
         Agreed: another process cannot go on.
     """
-    reshard(model)
-    weights = tensors(model, without_adapters=without_adapters)
-    if has_engine(model):
-        return hash_of(_summed_together(weights, ranks if ranks is not None else Ranks()).items())
-    return hash_of((name, summed(weight())) for name, weight in weights.items())
+    return WeightSums(model, ranks).hash(without_adapters)
+
+
+class WeightSums:
+    """What hashes take of a model's weights. A weight is read for the first hash that counts it, and for no other.
+
+    It is for hashes that are taken one after the other, while nothing writes to the weights.
+
+    Args:
+        ranks: as of :func:`fingerprint`.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks | None = None) -> None:
+        self.model = model
+        self._ranks = ranks if ranks is not None else Ranks()
+        self._read: dict[str, Sums] = {}
+
+    def hash(self, without_adapters: tuple[str, ...] = ()) -> str:
+        """The :func:`fingerprint` (arguments and errors as there)."""
+        reshard(self.model)
+        weights = tensors(self.model, without_adapters=without_adapters)
+        unread = {name: weight for name, weight in weights.items() if name not in self._read}
+        if has_engine(self.model):
+            self._read |= _summed_together(unread, self._ranks)
+        else:
+            self._read |= {name: summed(weight()) for name, weight in unread.items()}
+        return hash_of((name, self._read[name]) for name in weights)
 
 
 def _summed_together(weights: dict[str, Callable[[], torch.Tensor]], ranks: Ranks) -> dict[str, Sums]:
