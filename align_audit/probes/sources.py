@@ -89,8 +89,7 @@ def open_source(dataset: Any, max_pairs: int, seed: int) -> Source:
     if isinstance(dataset, Dataset):
         return _map_style(_plain_rows(dataset), f"dataset of {counted(len(dataset), 'row')}", seed)
     if isinstance(dataset, IterableDataset):
-        # The new object also keeps the caller's own free of the iteration state that datasets stores in it.
-        return _stream(dataset.with_format(None), "stream", STREAM_BUFFER_FACTOR * max_pairs, seed)
+        return _stream(_plain_rows(dataset), "stream", STREAM_BUFFER_FACTOR * max_pairs, seed)
     raise ProbeError(
         f"cannot draw probe pairs from {type(dataset).__name__}; expected a datasets.Dataset or IterableDataset, "
         f"a list of dicts, or the path of a file ({_FILE_KINDS})"
@@ -109,7 +108,7 @@ def _map_style(rows: Sequence[Any], description: str, seed: int) -> Source:
 
 
 def _stream(rows: Iterable[Any], description: str, buffer_size: int, seed: int) -> Source:
-    iterator = iter(rows)
+    iterator = _read(rows)
     try:
         first = _as_record(next(iterator), 0)
     except StopIteration:
@@ -127,6 +126,21 @@ def _stream(rows: Iterable[Any], description: str, buffer_size: int, seed: int) 
                 return
 
     return Source(description, first, walk())
+
+
+def _read(rows: Iterable[Any]) -> Iterator[Any]:
+    """What a stream yields, one after the other.
+
+    Raises:
+        ProbeError: it breaks: a file that is damaged further on, a network, a user's generator or transform.
+    """
+    count = 0
+    try:
+        for row in rows:
+            yield row
+            count += 1
+    except Exception as error:
+        raise ProbeError(f"the stream breaks after {counted(count, 'record')}: {first_line(error)}") from error
 
 
 def _as_record(value: Any, index: int) -> Mapping[str, Any]:
@@ -149,10 +163,33 @@ def shown(value: Any) -> str:
 
 
 def _plain_rows(dataset: Any) -> Any:
-    """The same rows as Python values, without columns that are never read (decoding audio, say, is slow)."""
-    if dataset.format["type"] == "custom":  # a user's transform: its output is what the trainer sees
-        return dataset
-    return dataset.with_format(None).select_columns([name for name in _USED_COLUMNS if name in dataset.column_names])
+    """The same rows as Python values, without columns that are never read (to decode audio, say, is slow, or fails).
+
+    Raises:
+        ProbeError: there are rows, and not the columns of pairs.
+    """
+    if (getattr(dataset, "format", None) or {}).get("type") == "custom":
+        return dataset  # a user's transform: its output is what the trainer sees
+    # The new object also keeps the caller's own free of the iteration state that datasets stores in a stream.
+    plain_rows, names = dataset.with_format(None), dataset.column_names
+    if not names:  # of an empty data set, or of a stream that does not know them yet
+        return plain_rows
+    check_columns(names)
+    return plain_rows.select_columns([name for name in _USED_COLUMNS if name in names])
+
+
+def check_columns(found: Iterable[str]) -> None:
+    """Refuse data without the columns of preference pairs.
+
+    Raises:
+        ProbeError: one is not there; the message names those that are.
+    """
+    names = set(found)
+    if not ({"chosen", "rejected"} <= names or names.issuperset(PREPARED_COLUMNS)):
+        raise ProbeError(
+            f"found the columns {listed(found) or '(none)'}; expected one of these sets: "
+            f"{ACCEPTED_COLUMNS}. Rename the columns, or choose another data set"
+        )
 
 
 def _explain_mapping(dataset: Mapping[Any, Any]) -> str:
@@ -222,7 +259,10 @@ def _read_parquet(path: Path) -> Any:
     try:
         with ParquetFile(path) as file:
             # Not Dataset.from_parquet, which would write a copy into the user's cache directory.
-            return _plain_rows(Dataset(file.read()))
+            rows = Dataset(file.read())
+        return _plain_rows(rows)
+    except ProbeError as error:
+        raise ProbeError(f"{plain(path)}: {error}") from None
     except Exception as error:  # pyarrow and datasets raise many kinds on damaged files
         raise ProbeError(f"{plain(path)}: cannot be read as Parquet: {first_line(error)}") from error
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from align_audit.errors import ProbeError, listed, quoted
-from align_audit.probes.sources import ACCEPTED_COLUMNS, PREPARED_COLUMNS, REFERENCE_COLUMNS, VISION_COLUMNS, shown
+from align_audit.probes.sources import PREPARED_COLUMNS, REFERENCE_COLUMNS, VISION_COLUMNS, check_columns, shown
 
 Format = Literal["text", "conversation"]
 
@@ -114,11 +114,7 @@ class PairTokenizer:
         self._prepared = all(name in first for name in PREPARED_COLUMNS)
         if self._prepared:
             return
-        if "chosen" not in first or "rejected" not in first:
-            raise ProbeError(
-                f"found the columns {listed(first) or '(none)'}; expected one of these sets: "
-                f"{ACCEPTED_COLUMNS}. Rename the columns, or choose another data set"
-            )
+        check_columns(first)
         self._check_tokenizer()
         self._implicit_prompt = "prompt" not in first
         self._eos: str | None = None

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
 
 from align_audit.errors import ProbeError
 from align_audit.probes.pairs import ProbeSet
@@ -151,6 +152,62 @@ def changed(row: dict[str, Any], **values: Any) -> list[dict[str, Any]]:
 def test_unusable_data(tokenizer: Any, rows: Any, message: str) -> None:
     with pytest.raises(ProbeError, match=message):
         ProbeSet.from_dataset(rows, tokenizer)
+
+
+def as_stream(data: Dataset, folder: Path) -> Any:
+    return data.to_iterable_dataset()
+
+
+def as_parquet(data: Dataset, folder: Path) -> Any:
+    data.to_parquet(folder / "rows.parquet")
+    return folder / "rows.parquet"
+
+
+def as_folder(data: Dataset, folder: Path) -> Any:
+    data.save_to_disk(folder / "rows")
+    return folder / "rows"
+
+
+def as_lines(data: Dataset, folder: Path) -> Any:
+    data.to_json(folder / "rows.jsonl")
+    return folder / "rows.jsonl"
+
+
+def as_stream_of_unknown_columns(data: Dataset, folder: Path) -> Any:
+    return IterableDataset.from_generator(lambda: iter(data.to_list()))
+
+
+FORMS = [lambda data, folder: data, as_stream, as_parquet, as_folder, as_lines, as_stream_of_unknown_columns]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("columns", [("question", "answer"), ("prompt", "chosen", "reject")])
+def test_columns_that_are_not_those_of_pairs_are_named(
+    columns: tuple[str, ...], form: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """All that are there: one may be a wrong name of what is not."""
+    data = Dataset.from_list([dict.fromkeys(columns, "a")] * 3)
+    with pytest.raises(ProbeError, match=f"found the columns {', '.join(columns)}; expected one of these sets"):
+        ProbeSet.from_dataset(form(data, tmp_path), tokenizer)
+
+
+@pytest.mark.parametrize("form", FORMS[:4])
+def test_columns_that_no_pair_needs_are_not_decoded(form: Any, tokenizer: Any, tmp_path: Path) -> None:
+    picture = {"bytes": b"no picture", "path": None}
+    rows = [{**TEXT, "picture": picture}, {**TEXT, "chosen": "Another.", "picture": picture}]
+    data = Dataset.from_list(rows).cast_column("picture", Image())
+    assert len(ProbeSet.from_dataset(form(data, tmp_path), tokenizer)) == 2
+
+
+@pytest.mark.parametrize("count", [0, 1, 30])
+def test_a_stream_that_breaks_is_refused_in_one_line(count: int, tokenizer: Any) -> None:
+    def rows() -> Iterator[Any]:
+        yield from [TEXT] * count
+        raise OSError("the disk\nis gone")
+
+    said = f"the stream breaks after {count} records?: the disk$"
+    with pytest.raises(ProbeError, match=said):
+        ProbeSet.from_dataset(IterableDataset.from_generator(rows), tokenizer, 10)
 
 
 def test_a_bad_record_that_is_not_drawn_is_not_an_error(tokenizer: Any) -> None:
