@@ -24,6 +24,7 @@ from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import load_policy, refuse_itself, resolve_reference
+from align_audit.models.saved_pair import check_saved
 from align_audit.probes.names import check_names
 from align_audit.record.audit_record import AuditRecord
 
@@ -84,6 +85,8 @@ def audit(
     sets = opened(given, policy, reference, config)
     folder = None if isinstance(policy, nn.Module) else Path(policy)
     if not isinstance(policy, nn.Module):
+        if not isinstance(reference, nn.Module):
+            check_saved(policy, reference)
         policy = load_policy(policy, reference=reference)
     resolved = resolve_reference(policy, reference)
     with memory_explained(), OpenModels(policy, resolved, anatomy=anatomy) as models:

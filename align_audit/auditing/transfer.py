@@ -37,6 +37,7 @@ from align_audit.errors import ConfigurationError, ProbeError
 from align_audit.measures.resampling import LEAST_GROUPS
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import Reference, fingerprints, load_policy, refuse_itself, resolve_reference
+from align_audit.models.saved_pair import check_saved
 from align_audit.probes.names import check_names
 from align_audit.record.audit_record import Cost
 from align_audit.record.transfer_record import RandomSubspaces, SubspaceAngles, TransferCell, TransferRecord
@@ -97,6 +98,8 @@ def transfer(
     _check_sets(sets)
     folder = None if isinstance(policy, nn.Module) else Path(policy)
     if not isinstance(policy, nn.Module):
+        if not isinstance(reference, nn.Module):
+            check_saved(policy, reference)
         policy = load_policy(policy, reference=reference)
     resolved = resolve_reference(policy, reference)
     hashes = fingerprints(policy, resolved)

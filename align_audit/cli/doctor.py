@@ -94,7 +94,7 @@ def doctor(
     }  # fmt: skip
     named = _named_model(list(model or []))
     sets = read_arguments(probes)
-    check_files(sets, config)
+    check_files(sets, config, reference)
     options = settings(config, max_pairs, max_length)
     _examine(_plan(named, {"probes": sets, **given}, device), options, as_json)
 

@@ -6,7 +6,6 @@ import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +14,7 @@ from typer.core import TyperCommand
 
 from align_audit.errors import SHOWN, ConfigurationError, first_line, listed, plain, quoted
 from align_audit.files import try_to_write
-from align_audit.models.folders import holds_model, is_folder, lack_of_model, models_in
+from align_audit.models.folders import can_be_hub_name, holds_model, is_folder, lack_of_model, models_in, near_path
 from align_audit.probes.names import check_names
 from align_audit.record.checkpoint_names import as_called, checkpoint_step
 
@@ -196,18 +195,6 @@ def note_reference(reference: str | None, run: Path) -> None:
         )
 
 
-def near_path(path: Path) -> str:
-    """``" (did you mean runs/dpo?)"`` of a path that is not there; empty where nothing in its folder is called alike."""
-    try:
-        if path.exists():
-            return ""
-        names = [entry.name for entry in itertools.islice(path.parent.iterdir(), 1000)]
-    except (OSError, ValueError):  # no such folder either, or no path at all
-        return ""
-    near = get_close_matches(path.name, names, n=1, cutoff=0.7)
-    return f" (did you mean {plain(path.parent / near[0])}?)" if near else ""
-
-
 def check_files(sets: Mapping[str, Path] | Path, config: Path | None, reference: str | None = None) -> None:
     """Refuse files, and a reference's folder, that are not there before anything heavy loads.
 
@@ -224,7 +211,7 @@ def check_files(sets: Mapping[str, Path] | Path, config: Path | None, reference:
             if near:
                 raise ConfigurationError(f"{option}: {plain(path)}: no such file{near}")
     # What may be a hub name is for the loader to look for.
-    if reference is not None and (Path(reference).is_absolute() or reference.startswith((".", "~"))):
+    if reference is not None and not can_be_hub_name(reference):
         folder = Path(reference)
         if not folder.exists():
             raise ConfigurationError(

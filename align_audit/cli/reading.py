@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from align_audit.cli.console import standard_output
-from align_audit.cli.options import check_page, complain, near_path, step_of
+from align_audit.cli.options import check_page, complain, step_of
 from align_audit.errors import ConfigurationError, RecordError, first_line, listed, plain
 from align_audit.files import write_atomically
+from align_audit.models.folders import near_path
 
 if TYPE_CHECKING:
     from align_audit.record.run import AuditRun

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from align_audit.errors import listed, plain
@@ -10,7 +12,9 @@ from align_audit.errors import listed, plain
 CONFIGURATIONS = ("config.json", "adapter_config.json")
 """Of a saved model, and of an adapter."""
 _LOOKED_AT = 1000
-"""Entries of a folder that are looked at for models."""
+"""Entries of a folder that are looked at for models, or for names."""
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+_WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def is_folder(path: Path) -> bool:
@@ -48,3 +52,30 @@ def lack_of_model(folder: Path) -> str | None:
     words = f"{plain(folder)} holds no config.json and no adapter_config.json"
     inside = models_in(folder)
     return f"{words}; the models in it are {listed(inside)}: name one of them" if inside else words
+
+
+def can_be_hub_name(text: str) -> bool:
+    """Whether a text can be the name of a model on the hub: a word, or two with a slash between. Else it is a path.
+
+    Example:
+        >>> can_be_hub_name("gpt2"), can_be_hub_name("someone/model"), can_be_hub_name("runs/dpo/base")
+        (True, True, False)
+    """
+    return _HUB_NAME.fullmatch(text) is not None
+
+
+def holds_weights(folder: Path) -> bool:
+    """Are there files that the weights of a model, or of an adapter, could be in?"""
+    return any(any(folder.glob(pattern)) for pattern in _WEIGHTS)
+
+
+def near_path(path: Path) -> str:
+    """``" (did you mean runs/dpo?)"`` of a path that is not there; empty where nothing in its folder is called alike."""
+    try:
+        if path.exists():
+            return ""
+        names = [entry.name for entry in itertools.islice(path.parent.iterdir(), _LOOKED_AT)]
+    except (OSError, ValueError):  # no such folder either, or no path at all
+        return ""
+    near = get_close_matches(path.name, names, n=1, cutoff=0.7)
+    return f" (did you mean {plain(path.parent / near[0])}?)" if near else ""

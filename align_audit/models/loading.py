@@ -16,11 +16,16 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from align_audit.errors import AlignAuditError, ConfigurationError, ReferenceUnavailableError
-from align_audit.models.folders import lack_of_model
+from align_audit.errors import AlignAuditError, ConfigurationError, ReferenceUnavailableError, plain
+from align_audit.models.folders import can_be_hub_name, holds_weights, lack_of_model, near_path
 from align_audit.models.guard import untouched
 
 logger = logging.getLogger(__name__)
+
+_EXPECTED = (
+    "Expected a directory saved with `save_pretrained` (or a checkpoint of the trainer), or the name of a model that is in "
+    "reach"
+)
 
 _VOCABULARY_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
@@ -57,17 +62,7 @@ def load_model(
     if attention is not None:
         options["attn_implementation"] = attention
     folder = Path(path)
-    if not folder.exists() and (folder.is_absolute() or str(path).startswith((".", "~"))):
-        raise ReferenceUnavailableError(
-            f"cannot load a causal language model from {path}: there is no such folder. Expected a directory saved with "
-            "`save_pretrained` (or a checkpoint of the trainer), or the name of a model that is in reach"
-        )
-    if folder.exists() and not folder.is_dir():
-        raise ReferenceUnavailableError(f"{path} is a file; expected a directory with a saved model, or a hub name")
-    if folder.is_dir() and (lack := lack_of_model(folder)) is not None:
-        raise ReferenceUnavailableError(
-            f"{lack}. Expected a directory saved with `save_pretrained` (or a checkpoint of the trainer)"
-        )
+    _check_names(path)
     with untouched(), loader_errors(path):  # a new adapter's weights are drawn before those that were saved are read
         if (folder / "adapter_config.json").is_file():
             model: nn.Module = _load_adapted(folder, base, options)
@@ -76,6 +71,44 @@ def load_model(
         if device is not None:
             model = model.to(device)
     return model.eval()
+
+
+def check_place(path: str | Path) -> None:
+    """Refuse a path from which no model can be loaded, as names and configurations tell it; no weight is read.
+
+    Raises:
+        ReferenceUnavailableError: as :func:`load_model`.
+    """
+    _check_names(path)
+    folder = Path(path)
+    if (folder / "adapter_config.json").is_file():
+        with loader_errors(path):
+            _find_base(folder, _named_base(folder), None)
+        return
+    if not folder.is_dir() and not _holds_model(path):
+        raise ReferenceUnavailableError(
+            f"cannot load a causal language model from {plain(path)}{near_path(folder)}: there is no such folder, and no model "
+            f"of that name is in reach. {_EXPECTED}"
+        )
+    if folder.is_dir() and not holds_weights(folder):
+        raise ReferenceUnavailableError(
+            f"cannot load a causal language model from {plain(path)}: it holds a configuration, and no weights. {_EXPECTED}"
+        )
+
+
+def _check_names(path: str | Path) -> None:
+    """Refuse what the names of files and folders tell to be no model."""
+    folder = Path(path)
+    if not folder.exists() and not can_be_hub_name(str(path)):
+        raise ReferenceUnavailableError(
+            f"cannot load a causal language model from {plain(path)}{near_path(folder)}: there is no such folder. {_EXPECTED}"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ReferenceUnavailableError(f"{path} is a file; expected a directory with a saved model, or a hub name")
+    if folder.is_dir() and (lack := lack_of_model(folder)) is not None:
+        raise ReferenceUnavailableError(
+            f"{lack}. Expected a directory saved with `save_pretrained` (or a checkpoint of the trainer)"
+        )
 
 
 @contextlib.contextmanager
@@ -97,8 +130,7 @@ def loader_errors(path: str | Path) -> Iterator[None]:
                 "the command, or load the model yourself with trust_remote_code=True and pass the model"
             ) from error
         raise ReferenceUnavailableError(
-            f"cannot load a causal language model from {path}: {words}. Expected a directory saved with "
-            "`save_pretrained` (or a checkpoint of the trainer), or the name of a model that is in reach"
+            f"cannot load a causal language model from {path}: {words}. {_EXPECTED}"
         ) from error
 
 
@@ -169,9 +201,9 @@ def _load_adapted(folder: Path, base: str | Path | None, options: dict[str, Any]
     """
     from peft import PeftModel
 
-    adapter = folder / "adapter_config.json"
-    named = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    place = _base_place(folder, named or None, base)
+    place, fault = _find_base(folder, _named_base(folder), base)
+    if fault:
+        logger.warning("align_audit reads the base of %s from %s%s", folder.name, place, fault)
     with loader_errors(place):
         inner = _load_whole(place, {**options, "dtype": _base_dtype(folder, place, options["dtype"])})
     resized = _resize(inner, folder)
@@ -180,7 +212,7 @@ def _load_adapted(folder: Path, base: str | Path | None, options: dict[str, Any]
         raise ReferenceUnavailableError(
             f"{folder} was trained on a base with {resized[1]} embeddings, {place} has {resized[0]}, and the adapter does "
             "not hold those that were added. Save the base with its resized embeddings, and name its folder as "
-            f"base_model_name_or_path in {adapter.name}"
+            "base_model_name_or_path in adapter_config.json"
         )
     return model
 
@@ -205,20 +237,28 @@ def _base_dtype(folder: Path, place: str, dtype: Any) -> Any:
     return torch.float32 if "F32" in stored else dtype
 
 
-def _base_place(folder: Path, named: str | None, instead: str | Path | None) -> str:
-    """Where an adapter's base is: where its folder says, else at ``instead``."""
+def _named_base(folder: Path) -> str | None:
+    """What an adapter's configuration names as its base model. One that is damaged raises what its parser does."""
+    named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return named or None
+
+
+def _find_base(folder: Path, named: str | None, instead: str | Path | None) -> tuple[str, str]:
+    """Where an adapter's base is: where its folder says, else at ``instead``.
+
+    Returns:
+        The place; and what is wrong with that which the folder says, to be put behind it: empty where nothing is.
+    """
     if named is not None and _holds_model(named):
-        return named
+        return named, ""
     if named is None:
-        fault = "which its adapter_config.json does not name"
+        fault = ", which its adapter_config.json does not name"
         lack = f"{folder / 'adapter_config.json'} names no base model"
     else:
-        fault = f"{named}, which its adapter_config.json names, is not there"
+        fault = f": {named}, which its adapter_config.json names, is not there"
         lack = f"the base model of {folder}, {named}, is not there"
     if instead is not None and not (Path(instead) / "adapter_config.json").is_file() and _holds_model(instead):
-        between = ", " if named is None else ": "
-        logger.warning("align_audit reads the base of %s from %s%s%s", folder.name, instead, between, fault)
-        return str(instead)
+        return str(instead), fault
     raise ReferenceUnavailableError(
         lack
         + (f", and {instead} holds no whole model" if instead is not None else "")

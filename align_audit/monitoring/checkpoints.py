@@ -20,7 +20,9 @@ from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.transfer import check_before_transfer, run_transfer
 from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError, counted, named, plain
+from align_audit.models.loading import check_place
 from align_audit.models.reference import Reference, fingerprints, load_policy
+from align_audit.models.saved_pair import check_saved
 from align_audit.monitoring.monitor import Monitor
 from align_audit.monitoring.outcome import BREAKS, AuditFailure, Moment, without_frames
 from align_audit.monitoring.resumed_writers import start_writers
@@ -107,6 +109,8 @@ def audit_saved(
             only checkpoint, or of all together.
         Exception: what broke the audit of the only checkpoint.
     """
+    if reference is not None:
+        check_place(reference)
     with contextlib.closing(RunLog(output)) as log:
         sets = read_probes(probes, checkpoints, reference, config, trust_remote_code=trust_remote_code)
         names = {step: folder.name for folder, step in checkpoints.items()}
@@ -157,8 +161,9 @@ def _can_be_audited(
     """Whether one of the checkpoints, the first that does, opens and has what every audit needs."""
     for folder in checkpoints:
         with contextlib.suppress(*BREAKS):  # the audit that follows meets it again, and says so
+            check_saved(folder, reference)
             policy = load_policy(folder, reference=reference, **opening)
-            resolved = SharedReference(reference, opening["trust_remote_code"]).of(policy, folder)
+            resolved = SharedReference(reference, opening["trust_remote_code"]).of(policy)
             check_audit(policy, resolved, sets.values(), config, autocast=contextlib.nullcontext)
             return True
     return False
@@ -263,6 +268,14 @@ class CheckpointAuditor:
             training_log=training_log,
         )
 
+    def check(self, folder: Path) -> None:
+        """Refuse a folder that cannot be compared with the reference, before anything of it is loaded.
+
+        Raises:
+            ReferenceUnavailableError: as :func:`~align_audit.models.saved_pair.check_saved`.
+        """
+        check_saved(folder, self._path)
+
     def load(self, folder: Path) -> nn.Module:
         """The policy that was saved in a folder.
 
@@ -279,6 +292,7 @@ class CheckpointAuditor:
             OtherAuditsError: the log is of other audits, whatever the checkpoint.
             Exception: what else there is about this checkpoint.
         """
+        self.check(folder)
         try:
             prepared = self.prepare(self.load(folder), folder, step)
         except AlignAuditError:
@@ -295,9 +309,9 @@ class CheckpointAuditor:
             self._differences.add(difference)
             self._tell(words)
 
-    def reference_of(self, policy: nn.Module, folder: Path) -> Reference:
+    def reference_of(self, policy: nn.Module) -> Reference:
         """The reference of a policy (see :meth:`SharedReference.of`)."""
-        return self._reference.of(policy, folder)
+        return self._reference.of(policy)
 
     def prepare(
         self, policy: nn.Module, folder: Path, step: int, *, rewritten: bool = False, **kept: Any
@@ -314,7 +328,7 @@ class CheckpointAuditor:
             ReferenceUnavailableError: there is none, or it is not the run's.
             ConfigurationError: the log holds audits that these cannot stand beside.
         """
-        reference = self.reference_of(policy, folder)
+        reference = self.reference_of(policy)
         hashes = fingerprints(policy, reference)
         sets, config = self.monitor.probe_sets, self.monitor.config
         origin = check_origin(
@@ -373,9 +387,10 @@ def transfer_saved(
     Raises:
         ConfigurationError, ProbeError, ReferenceUnavailableError, AnatomyError: as :func:`align_audit.transfer`.
     """
+    check_saved(policy, reference)
     sets = read_probes(probes, [policy], reference, config, trust_remote_code=trust_remote_code)
     model = load_policy(policy, dtype=dtype, device=device, trust_remote_code=trust_remote_code, reference=reference)
-    resolved = SharedReference(reference, trust_remote_code).of(model, policy)
+    resolved = SharedReference(reference, trust_remote_code).of(model)
     progress = progress_bar if config.progress else None
     named = {name: pairs for name, pairs in sets.items() if name is not None}
     hashes = fingerprints(model, resolved)

@@ -19,7 +19,7 @@ from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError, ReferenceUnavailableError, SiteError, named
 from align_audit.measures.resampling import LEAST_GROUPS
 from align_audit.models.find_sites import find_sites
-from align_audit.models.loading import base_of, load_model
+from align_audit.models.loading import base_of, check_place, load_model
 from align_audit.models.pickles import refuse_pickles
 from align_audit.models.reference import Reference, resolve_reference
 from align_audit.monitoring.doctor_costs import TIMED_PAIRS, cost_checks, numerics, training_seconds
@@ -51,6 +51,12 @@ def examine(plan: Plan, config: AuditConfig, tell: Callable[[str], None] = lambd
             refuse_pickles([plan.model, *([plan.reference] if plan.reference is not None else [])])
         except AlignAuditError as error:
             yield Check("model", "red", str(error), "save it again with save_pretrained, or pass --allow-pickle")
+            return
+    if plan.reference is not None:
+        try:
+            check_place(plan.reference)
+        except AlignAuditError as error:
+            yield _refusal(error)
             return
     tell("opening the model")
     try:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import nn
 
-from align_audit.errors import ReferenceUnavailableError
-from align_audit.models.anatomy import is_peft
 from align_audit.models.reference import Reference, resolve_reference
 
 
@@ -27,26 +23,14 @@ class SharedReference:
         self._trust_remote_code = trust_remote_code
         self._held: tuple[torch.dtype, Reference] | None = None
 
-    def of(self, policy: nn.Module, folder: Path) -> Reference:
-        """The reference of ``policy``, which came from ``folder``.
+    def of(self, policy: nn.Module) -> Reference:
+        """The reference of ``policy``, whose folder :func:`~align_audit.models.saved_pair.check_saved` has let pass.
 
         Raises:
-            ReferenceUnavailableError: it cannot be loaded, it is the policy's own folder, or a full model was given without
-                any.
+            ReferenceUnavailableError: it cannot be loaded.
         """
         if self._path is None:
-            if not is_peft(policy):
-                # A saved full model names its own folder as its source: that is the policy again, not its reference.
-                raise ReferenceUnavailableError(
-                    f"{folder.name} is a full model and does not say what it was trained from; pass --reference with "
-                    "the model that training started from"
-                )
             return resolve_reference(policy)
-        if Path(self._path).is_dir() and Path(self._path).resolve() == folder.resolve():
-            raise ReferenceUnavailableError(
-                f"--reference is {folder.name} itself, the checkpoint to be audited; expected the model that its training "
-                "started from"
-            )
         dtype = next(weight.dtype for weight in policy.parameters() if weight.is_floating_point())
         if self._held is None or self._held[0] != dtype:
             self._held = None  # lets go of it first

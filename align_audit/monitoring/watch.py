@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError, ReferenceUnavailableError, first_line, named, plain
 from align_audit.models.anatomy import is_peft
 from align_audit.models.folders import holds_model
+from align_audit.models.loading import check_place
 from align_audit.monitoring.arrivals import SETTLED, Arrivals, Checkpoint
 from align_audit.monitoring.checkpoints import CheckpointAuditor, OtherAuditsError
 from align_audit.monitoring.outcome import BREAKS, AuditFailure, without_frames
@@ -97,6 +98,8 @@ def watch_checkpoints(
         ProbeError, ReferenceUnavailableError: no checkpoint could be audited so.
     """
     _check(run, probes, config)
+    if reference is not None:
+        check_place(reference)
     log, end = RunLog(run if output is None else output), WatchEnd()
     training_log = TrainingLog(log.directory.parent)
     opening: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
@@ -289,11 +292,15 @@ class _Watch:
         self._at_work = checkpoint
         prepared = None
         try:
+            with self._of_each():
+                self._auditor.check(checkpoint.folder)
             policy = self._auditor.load(checkpoint.folder)
             _take_into_memory(policy)
             if checkpoint.changed():
                 raise FileNotFoundError(checkpoint.folder)
-            self._check_reference(policy, checkpoint.folder)
+            with self._of_each():
+                self._auditor.reference_of(policy)
+            self._has_reference = True
             self._keep_training_log(checkpoint)
             prepared = self._auditor.prepare(
                 policy,
@@ -318,15 +325,15 @@ class _Watch:
                 self._give_up(checkpoint, error, recorded=prepared is not None)
         self._at_work = None
 
-    def _check_reference(self, policy: nn.Module, folder: Path) -> None:
-        """Find out with the first checkpoint what would break the audit of each."""
-        assert self._auditor is not None
-        if not self._has_reference:
-            try:
-                self._auditor.reference_of(policy, folder)
-            except ReferenceUnavailableError as error:
-                raise _Unreferenced(str(error)) from error
-        self._has_reference = True
+    @contextlib.contextmanager
+    def _of_each(self) -> Iterator[None]:
+        """What is wrong inside with the reference of the first checkpoint would break the audit of each."""
+        try:
+            yield
+        except ReferenceUnavailableError as error:
+            if self._has_reference:
+                raise
+            raise _Unreferenced(str(error)) from error
 
     def _keep_training_log(self, checkpoint: Checkpoint) -> None:
         try:
