@@ -50,7 +50,7 @@ class ProbePair:
 
     Raises:
         ProbeError: a side has no *scoreable* token, that is, no completion token at a position above 0 (the token at
-            position 0 is predicted by nothing).
+            position 0 is predicted by nothing), or a number below 0 among its tokens.
     """
 
     index: int
@@ -67,6 +67,11 @@ class ProbePair:
                 raise ProbeError(
                     f"pair {self.index}: {side} has {length} tokens with its completion starting at {start}; expected "
                     "a completion token at a position of at least 1"
+                )
+            if (lowest := min(getattr(self, f"{side}_ids"))) < 0:
+                raise ProbeError(
+                    f"pair {self.index}: {side} holds {lowest}, which is no token's id; expected ids of tokens, without those "
+                    "that mask a label (-100)"
                 )
 
     @cached_property

@@ -126,6 +126,14 @@ def test_a_pair_with_nothing_to_score_cannot_be_made() -> None:
         ProbePair(3, (1, 2), (1,), 1, 0)
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_a_label_that_is_masked_is_no_token(side: str) -> None:
+    """An embedding has no such row: on a CUDA device to look for it ends the process, and training with it."""
+    ids = {"chosen_ids": (1, 2, 3), "rejected_ids": (1, 2, 4), f"{side}_ids": (-100, 2, 3)}
+    with pytest.raises(ProbeError, match=f"pair 3: {side} holds -100, which is no token's id"):
+        ProbePair(3, chosen_start=1, rejected_start=1, **ids)
+
+
 # --- drawing ----------------------------------------------------------------------------------------------------------
 
 
