@@ -126,6 +126,8 @@ def closing(run: AuditRun, checkpoints: Mapping[int, str]) -> list[_Table | _Lin
     for name in run.probe_names:
         of_set = run.select(name)
         rows = _by_step(of_set)
+        if not rows:  # the run went back to before the first of them
+            continue
         shown = thinned(rows, checkpoints)
         title = f"align_audit{on_probes(rows[-1].record)}: {counted(rows[-1].record.provenance.pairs, 'pair')}, {_steps(rows)}"
         said.append(_Table(title, tuple(shown), len(rows) - len(shown), of_set.status))
