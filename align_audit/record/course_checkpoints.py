@@ -23,6 +23,8 @@ def checkpoints_of_course(folder: Path, course: Sequence[AuditRecord]) -> dict[i
     """Step → name of the checkpoints in a folder that are of a course: those that exist now, as the trainer deletes old ones
     (``save_total_limit``), and were not left there by a course of before. None where the folder cannot be read.
 
+    One that is deleted while this looks at it is none.
+
     Args:
         course: its records; stored ones say where the run went back.
     """
@@ -30,20 +32,21 @@ def checkpoints_of_course(folder: Path, course: Sequence[AuditRecord]) -> dict[i
     # An audit in training of an earlier step that was made later: training has come there again since.
     back += [(head.step, _seconds(head.created)) for head in heads_of(course) if head.occasion is not None]
 
-    def is_left(step: int, name: str) -> bool:
-        written = _written(folder / name) + _CLOCKS_APART
-        return any(at < step and written < when for at, when in back)
+    kept: dict[int, str] = {}
+    with contextlib.suppress(OSError):
+        for step, name in checkpoints_in(folder).items():
+            written = _written(folder / name)
+            if written is not None and not any(at < step and written + _CLOCKS_APART < when for at, when in back):
+                kept[step] = name
+    return kept
 
-    try:
-        return {step: name for step, name in checkpoints_in(folder).items() if not is_left(step, name)}
-    except OSError:
-        return {}
 
-
-def _written(checkpoint: Path) -> float:
-    """When it was written, in seconds since 1970."""
-    state = checkpoint / _STATE
-    return (state if state.exists() else checkpoint).stat().st_mtime
+def _written(checkpoint: Path) -> float | None:
+    """When it was written, in seconds since 1970; None: it is not there (any more)."""
+    for place in (checkpoint / _STATE, checkpoint):
+        with contextlib.suppress(OSError):
+            return place.stat().st_mtime
+    return None
 
 
 def _seconds(created: str) -> float:
@@ -64,10 +67,11 @@ def saved_before_the_next(aside: Path, folder: Path, checkpoints: dict[int, str]
     number = aside.name.removeprefix("previous-")
     later = aside.with_name(f"previous-{int(number) + 1}") if number.isdecimal() else aside
     following = (later if later.is_dir() else aside.parent) / RECORDS
-    with contextlib.suppress(OSError):
-        began = _began(following)
-        return {step: name for step, name in checkpoints.items() if began is None or _written(folder / name) < began}
-    return {}
+    began = _began(following)
+    if began is None:
+        return checkpoints
+    times = {step: _written(folder / name) for step, name in checkpoints.items()}
+    return {step: checkpoints[step] for step, written in times.items() if written is not None and written < began}
 
 
 def _began(records: Path) -> float | None:
@@ -75,6 +79,6 @@ def _began(records: Path) -> float | None:
     try:
         with records.open("rb") as file:
             record = parse_line(file.readline())
-    except FileNotFoundError:
+    except OSError:
         return None
     return None if record is None else _seconds(Head.of(record).created)

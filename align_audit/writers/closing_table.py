@@ -185,7 +185,7 @@ def _broken(run: AuditRun) -> str:
 
 def _unaffordable(run: AuditRun, checkpoints: Mapping[int, str]) -> str:
     """Full audits that the budget had no room for, of steps that have none by now: what one takes, and how to get it."""
-    heads = heads_of(run.records)
+    heads = heads_of(present_course(run.records))
     full = {head.step for head in heads if head.kind == "full"}
     asked: dict[int, float] = {}
     for head in heads:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from align_audit.record import course_checkpoints
 from align_audit.record import log as module
 from align_audit.record.audit_record import AuditRecord, Occasion
 from align_audit.record.course import course_of, present_course
@@ -264,6 +265,16 @@ def test_clocks_that_are_a_little_apart_cost_no_checkpoint(tmp_path: Path) -> No
 
 def test_a_folder_that_is_not_there_has_none(tmp_path: Path) -> None:
     assert gone_on(tmp_path / "gone", 0) == {}
+
+
+def test_one_that_is_deleted_meanwhile_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (10, 20):
+        saved(tmp_path, step, 100)
+    listed = course_checkpoints.checkpoints_in(tmp_path)
+    (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-10").rmdir()
+    monkeypatch.setattr(course_checkpoints, "checkpoints_in", lambda folder: listed)
+    assert checkpoints_of_course(tmp_path, []) == {20: "checkpoint-20"}
 
 
 def test_no_checkpoint_is_healthy_for_an_audit_of_another_course(tmp_path: Path) -> None:
