@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from align_audit.errors import counted, plain, plural
 from align_audit.record.course import present_course
@@ -17,7 +17,7 @@ from align_audit.record.status import Status
 from align_audit.record.stored_records import heads_of
 from align_audit.writers.latest_healthy import latest_healthy
 from align_audit.writers.standing import Standing, figure, percent, standings_over, where_in_short
-from align_audit.writers.styled import STATUS_STYLES, text_of
+from align_audit.writers.styled import STATUS_STYLES, overflow_of, text_of
 from align_audit.writers.words import cost_in_words, on_probes
 
 if TYPE_CHECKING:
@@ -77,8 +77,9 @@ class _Table:
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
         *columns, where = self._columns()
         for name in columns:
-            table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True)
-        table.add_column(where)
+            justify: Literal["left", "right"] = "left" if name == "status" else "right"
+            table.add_column(name, justify=justify, no_wrap=True, overflow=overflow_of(options))
+        table.add_column(where, overflow=overflow_of(options))
         for cells in self._cells():
             styles = ("", STATUS_STYLES[cells[1]], *[""] * (len(cells) - 2))
             table.add_row(*map(text, cells, styles))
