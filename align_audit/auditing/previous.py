@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from align_audit.errors import AlignAuditError
-from align_audit.record.log import arrays_name
+from align_audit.record.step_files import arrays_name
 
 if TYPE_CHECKING:
     from align_audit.record.audit_record import Attribution, AuditRecord

@@ -101,11 +101,11 @@ def card(
 
     Example: align-audit card runs/dpo --write runs/dpo/checkpoint-500/README.md
     """
-    from align_audit.record.checkpoint_names import as_called, checkpoints_in
+    from align_audit.record.checkpoint_names import as_called
     from align_audit.writers.model_card import model_card, with_section
 
     stored = load_run(run, "card")
-    checkpoints = checkpoints_in(stored.output_dir)
+    checkpoints = stored.checkpoints
     if write is None:
         typer.echo(model_card(stored, step, checkpoints))
         return

@@ -22,7 +22,6 @@ from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, named, plain
 from align_audit.monitoring.failures import Failures
-from align_audit.monitoring.gone_on import GoneOn
 from align_audit.monitoring.outcome import BREAKS, Findings, Moment, Outcome
 from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.trainer_log import TrainerLog
@@ -31,9 +30,11 @@ from align_audit.ranks import Agreed, Ranks
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditKind, AuditRecord
 from align_audit.record.course import course_of
-from align_audit.record.log import RunLog, arrays_name
+from align_audit.record.course_checkpoints import checkpoints_of_course
+from align_audit.record.log import RunLog
 from align_audit.record.pair_texts import PairTexts
-from align_audit.record.stored_records import Head, chosen, heads_of
+from align_audit.record.step_files import arrays_name
+from align_audit.record.stored_records import Head, chosen
 from align_audit.record.training_log import TrainingLog
 from align_audit.writers.writer import Writers
 
@@ -86,7 +87,6 @@ class Monitor:
         self._previous: dict[str | None, PreviousAudit] = {}
         self._per_look: dict[bool, float | None] = {}
         """How many times a look's work that of a full audit is, by whether the look is the first."""
-        self._gone_on = GoneOn()
         self._stored: set[Key] = set() if log is None else set(map(_key_of, log.records.heads))
         """What an earlier process has audited, until this one comes by it."""
         self._audited: set[Key] = set(self._stored)
@@ -98,7 +98,6 @@ class Monitor:
     def resume(self, step: int) -> None:
         """Go on from what the log holds of steps before ``step``, instead of the audit made last."""
         self._previous = {}
-        self._gone_on = GoneOn(step - 1, [] if self.log is None else [head.key for head in self.log.records.heads])
         if self.log is not None:
             for name, probes in self.probe_sets.items():
                 earlier = comparable(self.log.records, name, probes.content_hash, step, kind="full")
@@ -168,7 +167,8 @@ class Monitor:
     def _audit_sets(self, models: OpenModels, moment: Moment, findings: Findings) -> None:
         with self._ranks.together():
             policy_hash = models.policy_hash
-            self._gone_on.meet(moment.step, policy_hash)
+            if self.log is not None:
+                self.log.come_by(moment.step, policy_hash)
             # The first process's word: an audit that all of them make together is due for all of them.
             due = self._ranks.share(self.due(moment.step, policy_hash, moment.kind))
             for name in self.probe_sets:
@@ -271,15 +271,14 @@ class Monitor:
     def _judged(self, record: AuditRecord, moment: Moment) -> list[Alert]:
         """What is open at an audit, and what to do about it."""
         assert self.log is not None
-        earlier = course_of(record, self._gone_on.course(self.log.records))
+        earlier = course_of(record, self.log.records)
         rows = self.trainer_log.judged
         max_steps = None if moment.training is None else moment.training.max_steps
         alerts = judge(record, earlier, rows, self.config.alerts, max_steps=max_steps)
         knobs = {"beta": moment.beta, "learning_rate": moment.learning_rate}
         folder = moment.saved_in or self.log.directory.parent
         # Saved checkpoints are audited when all of them are there.
-        going_on = GoneOn() if moment.training is None else self._gone_on
-        there = going_on.checkpoints(folder, [] if moment.training is None else heads_of(earlier)) if alerts else {}
+        there = checkpoints_of_course(folder, [] if moment.training is None else earlier) if alerts else {}
         return advise(alerts, earlier, rows, checkpoints=there, output_dir=str(folder), **knobs)
 
 

@@ -178,6 +178,8 @@ def begin_run(
         policy_hash = policy_fingerprint(policy, ranks)
         if log is not None:
             set_aside_another(log, policy_hash, probe_sets, config, facts.output_dir)
+    if log is not None:
+        log.go_on(step)
     training_log = TrainingLog(facts.output_dir, implicit_rewards=facts.beta is not None) if writes else None
     if training_log is not None:
         training_log.go_on(step)  # else the first looks are judged by what a course had logged that is trained anew

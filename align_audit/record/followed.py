@@ -17,6 +17,7 @@ from align_audit.record.run import AuditRun
 from align_audit.record.status import unread_end, unread_log
 from align_audit.record.stored_records import StoredRecords, events_of, head_of_line
 from align_audit.record.training_log import TRAINING, LogRow, course_of, rows_of
+from align_audit.record.turns import COURSE, Turn
 
 DEPTH = 4
 """How many folders deep runs are looked for."""
@@ -63,7 +64,7 @@ class FollowedRun:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.trouble: str | None = None
-        self._files = {name: _Tail(directory / name) for name in (RECORDS, FAILURES, TRAINING)}
+        self._files = {name: _Tail(directory / name) for name in (RECORDS, COURSE, FAILURES, TRAINING)}
         self._records = StoredRecords()
         self._failures: list[Failure] = []
         self._rows: list[LogRow] = []
@@ -120,7 +121,9 @@ class FollowedRun:
     def _forget(self, name: str) -> None:
         self._damaged[name] = 0
         if name == RECORDS:
-            self._records, self._reason, self._at_end = StoredRecords(), None, 0
+            self._records, self._reason, self._at_end = StoredRecords(turns=self._records.turns), None, 0
+        elif name == COURSE:
+            self._records.turns.clear()
         elif name == FAILURES:
             self._failures = []
         else:
@@ -129,6 +132,10 @@ class FollowedRun:
     def _take(self, name: str, lines: list[bytes]) -> list[Alert]:
         if name == TRAINING:
             self._rows = course_of([*self._rows, *rows_of(lines)]) if lines else self._rows
+            return []
+        if name == COURSE:
+            for turn in parsed(lines, Turn):
+                self._records.turns.add(turn)
             return []
         if name == FAILURES:
             failures = parsed(lines, Failure)

@@ -7,6 +7,7 @@
   records are the source, and have those that only stay open too);
 - ``training.jsonl``: what the trainer logged (:mod:`align_audit.record.training_log`);
 - ``failures.jsonl``: audits that broke, with their traceback;
+- ``course.jsonl``: where training went back to (:mod:`align_audit.record.turns`);
 - ``told.jsonl``: of which records the writers were told what happened to alerts at them, one a line;
 - ``step-<N>/*.safetensors``: what is too large for a line (per-pair values, subspace bases), of a named probe set in
   ``arrays-<name>``; and ``texts.json`` or ``texts-<name>.json``: the pairs that moved most, as text
@@ -32,14 +33,16 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from align_audit.errors import ConfigurationError, RecordError, counted, first_line, plain, quoted
+from align_audit.errors import ConfigurationError, RecordError, counted, first_line, plain
 from align_audit.files import append_whole, is_folder_here, remove_abandoned, try_to_write, write_atomically
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord, RecordKey
 from align_audit.record.lines import read_lines, read_records, repair
 from align_audit.record.lock import FileLock, identity_of, is_held_elsewhere, lock
-from align_audit.record.pair_texts import PairTexts, read_pair_texts
-from align_audit.record.stored_records import Head, StoredRecords, events_of
+from align_audit.record.pair_texts import PairTexts
+from align_audit.record.step_files import arrays_path, load_arrays, step_path, texts_path
+from align_audit.record.stored_records import StoredRecords, events_of
+from align_audit.record.turns import COURSE, Turn, Turns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,16 +73,6 @@ def output_dir_of(directory: Path) -> Path:
     # As it was given, where that names the folder.
     shown = directory if len(directory.parts) > up and ".." not in directory.parts else place
     return shown.parents[up - 1] if up else shown
-
-
-def arrays_name(probe_name: str | None, name: str = "arrays") -> str:
-    """What a set's arrays are called in a step's folder.
-
-    Example:
-        >>> arrays_name(None), arrays_name("helpful")
-        ('arrays', 'arrays-helpful')
-    """
-    return name if probe_name is None else f"{name}-{probe_name}"
 
 
 class Failure(BaseModel):
@@ -134,10 +127,11 @@ class RunLog:
             try_to_write(self.directory)
             self._hold()
             self._remove_leftovers()
-            for name in (RECORDS, ALERTS, FAILURES, TOLD):
+            for name in (RECORDS, ALERTS, FAILURES, TOLD, COURSE):
                 repair(self.directory / name)
             _sync_directory(self.directory)
         self._records = read_records(self.directory / RECORDS)
+        self._records.turns = Turns(read_lines(self.directory / COURSE, Turn))
         self._keys = {head.key for head in self._records.heads}
         self._told = {line.record for line in read_lines(self.directory / TOLD, _Told)}
         self._add_missing_alerts()
@@ -199,18 +193,31 @@ class RunLog:
         if record.key in self._told or not events_of(record.alerts):
             return
         self._told.add(record.key)
-        try:
-            self._append(TOLD, [_Told(record=record.key).model_dump_json()])
-        except OSError as error:  # the worst that follows is that somebody is told twice
-            path = plain(self.directory / TOLD)
-            warnings.warn(f"that alerts were told could not be noted in {path}: {first_line(error)}", stacklevel=3)
+        self._note(TOLD, _Told(record=record.key), "that alerts were told")
+
+    def go_on(self, step: int) -> None:
+        """Training goes on from a step: audits of later ones are of a course that it leaves, until it comes by them again."""
+        turns = self._records.turns
+        left = tuple(head.key for head in self._records.heads if head.step > step and not turns.is_left(head.key))
+        self._turn(Turn(time=_now(), step=step, left=left))
+
+    def come_by(self, step: int, policy_hash: str) -> None:
+        """Training is at a step, with these weights: audits of them are of its course, whatever was left before."""
+        of_these = [head.key for head in self._records.heads if (head.step, head.policy_hash) == (step, policy_hash)]
+        again = tuple(filter(self._records.turns.is_left, of_these))
+        if again:
+            self._turn(Turn(time=_now(), step=step, again=again))
+
+    def _turn(self, turn: Turn) -> None:
+        self._records.turns.add(turn)
+        if self._records:
+            self._note(COURSE, turn, "where training went back to")
 
     def append_failure(self, step: int, error_text: str, probe_name: str | None = None) -> None:
         """Note that the audit of this step broke, on which probe set, and how."""
-        time = datetime.now(UTC).isoformat(timespec="seconds")
         # A traceback may hold undecodable bytes of file names, which are no valid UTF-8.
         error_text = error_text.encode(errors="backslashreplace").decode()
-        failure = Failure(step=step, time=time, error=error_text, probe_name=probe_name)
+        failure = Failure(step=step, time=_now(), error=error_text, probe_name=probe_name)
         self._restore()
         self._append(FAILURES, [failure.model_dump_json()])
 
@@ -235,7 +242,7 @@ class RunLog:
 
     def step_dir(self, step: int) -> Path:
         """The folder for what is large of one step, made when absent."""
-        path = _step_path(self.directory, step)
+        path = step_path(self.directory, step)
         path.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -244,7 +251,7 @@ class RunLog:
         import numpy
         from safetensors.numpy import save
 
-        path = _arrays_path(self.step_dir(step), name)
+        path = arrays_path(self.step_dir(step), name)
         # order="C" and not ascontiguousarray, which makes 0-d arrays 1-d.
         data = save({key: numpy.asarray(value, order="C") for key, value in arrays.items()})
         write_atomically(path, data)
@@ -257,7 +264,7 @@ class RunLog:
     def save_texts(self, record: AuditRecord, texts: PairTexts) -> Path:
         """Write what changed in text at an audit to ``step-<N>/texts.json``, or ``texts-<probe name>.json``, as
         :meth:`save_arrays` writes."""
-        path = _texts_path(self.step_dir(record.step), record.provenance.probe_name)
+        path = texts_path(self.step_dir(record.step), record.provenance.probe_name)
         write_atomically(path, texts.beside(record).to_json().encode())
         return path
 
@@ -265,6 +272,14 @@ class RunLog:
         if not lines:
             return
         append_whole(self.directory / name, "".join(line + "\n" for line in lines).encode())
+
+    def _note(self, name: str, line: BaseModel, what: str) -> None:
+        """Append what no audit is lost without: the worst that follows is that somebody is told twice, or shown too much."""
+        try:
+            self._append(name, [line.model_dump_json()])
+        except OSError as error:
+            path = plain(self.directory / name)
+            warnings.warn(f"{what} could not be noted in {path}: {first_line(error)}", stacklevel=4)
 
     def _append_alerts(self, lines: Sequence[str]) -> None:
         try:
@@ -295,6 +310,8 @@ class RunLog:
         self._append_alerts([alert.model_dump_json() for alert in missing.alerts])
         told = [head.key for head in missing.heads if head.key in self._told]
         self._append(TOLD, [_Told(record=key).model_dump_json() for key in told])
+        if not (self.directory / COURSE).exists():
+            self._append(COURSE, [turn.model_dump_json() for turn in self._records.turns])
         _sync_directory(self.directory)
         self._identity = identity_of(path)
         if missing:
@@ -343,6 +360,10 @@ def look_into_log(output_dir: str | Path) -> StoredRecords:
     return read_records(directory / RECORDS)
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def by_step(record: AuditRecord) -> tuple[int, str]:
     """The order of a run's records: by step, then by creation."""
     return record.step, record.provenance.created
@@ -381,55 +402,3 @@ def _sync_directory(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _step_path(directory: Path, step: int) -> Path:
-    return directory / f"step-{step}"
-
-
-def _arrays_path(folder: Path, name: str) -> Path:
-    return folder / f"{_plain_name(name)}.safetensors"
-
-
-def _texts_path(folder: Path, probe_name: str | None) -> Path:
-    return folder / f"{_plain_name(arrays_name(probe_name, 'texts'))}.json"
-
-
-def _plain_name(name: str) -> str:
-    if not name or Path(name).name != name or name == "..":
-        raise ValueError(f"expected a plain name such as 'pairs' for a file of a step, found {quoted(name)}")
-    return name
-
-
-def load_arrays(directory: Path, step: int, name: str) -> dict[str, np.ndarray]:
-    """What :meth:`RunLog.save_arrays` wrote into a log's folder.
-
-    Raises:
-        RecordError: there is no such file, or it is damaged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    path = _arrays_path(_step_path(directory, step), name)
-    try:
-        return load(path.read_bytes())
-    except (OSError, SafetensorError) as error:
-        raise RecordError(f"cannot read the arrays {plain(path)}: {first_line(error)}") from None
-
-
-def texts_exist(directory: Path, head: Head) -> bool:
-    """Does the file of :meth:`RunLog.save_texts` lie in a log's folder, of an audit of this step and probe set?"""
-    try:
-        return _texts_path(_step_path(directory, head.step), head.probe_name).is_file()
-    except (ValueError, OSError):
-        return False
-
-
-def load_texts(directory: Path, record: AuditRecord) -> PairTexts | None:
-    """What :meth:`RunLog.save_texts` wrote into a log's folder: see :func:`read_pair_texts`."""
-    try:
-        path = _texts_path(_step_path(directory, record.step), record.provenance.probe_name)
-    except ValueError as error:  # a record that was made elsewhere
-        warnings.warn(f"what changed in text is left out: {error}", stacklevel=3)
-        return None
-    return read_pair_texts(path, record)

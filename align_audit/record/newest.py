@@ -9,8 +9,10 @@ from pathlib import Path
 
 from align_audit.errors import RecordError, first_line, plain
 from align_audit.record.audit_record import AuditRecord
+from align_audit.record.lines import parsed
 from align_audit.record.status import unread_end
-from align_audit.record.stored_records import head_of_line, parse_line
+from align_audit.record.stored_records import StoredRecords, head_of_line, parse_line
+from align_audit.record.turns import COURSE, Turn, Turns
 
 _BLOCK = 1 << 20
 """Bytes that are read at a time."""
@@ -25,12 +27,12 @@ class Newest:
     """What the end of a log says.
 
     Attributes:
-        records: by the order of their lines.
+        records: by the order of their lines, without those of a course that the run has left.
         unread: what of the lines after the last of them cannot be read, in a sentence (see
             :func:`~align_audit.record.status.unread_end`); None: nothing.
     """
 
-    records: tuple[AuditRecord, ...] = ()
+    records: Sequence[AuditRecord] = ()
     unread: str | None = None
 
 
@@ -45,18 +47,29 @@ def read_newest(path: Path, names: Collection[str | None] = ()) -> Newest:
     Raises:
         OSError: it is there and cannot be read.
     """
+    turns = Turns(parsed(lines_from_end(path.with_name(COURSE)), Turn)[::-1])
     records: list[AuditRecord] = []
-    at_end, reason = 0, None
-    for place, line in enumerate(lines_from_end(path)):
-        if place == _MOST or _enough(records, names):
+    lines: list[bytes] = []
+    at_end, reason, looked, left = 0, None, 0, False
+    for line in lines_from_end(path):
+        if looked == _MOST or _enough(records, names):
             break
         try:
-            where = f"a line of {plain(path)}"
-            records.append(parse_line(line) or AuditRecord.from_json(line, where))
+            record = parse_line(line) or AuditRecord.from_json(line, f"a line of {plain(path)}")
         except RecordError as error:
-            at_end += not records
+            at_end += not (records or left)
             reason = reason or first_line(error)
-    return Newest(tuple(reversed(records)), unread_end(at_end, reason))
+        else:
+            if turns.is_left(record.key):
+                left = True
+                continue
+            records.append(record)
+            lines.append(line)
+        looked += 1
+    stored = StoredRecords(turns=turns)
+    for record, line in zip(reversed(records), reversed(lines), strict=True):
+        stored.append(record, line)
+    return Newest(stored, unread_end(at_end, reason))
 
 
 def unread_after(path: Path) -> str | None:

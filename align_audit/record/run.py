@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Self
 from align_audit.errors import RecordError, counted, listed, plain
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord, DepthTrace
+from align_audit.record.course import present_course
+from align_audit.record.course_checkpoints import checkpoints_of_course, saved_before_the_next
 from align_audit.record.lines import read_lines, read_records
 from align_audit.record.log import (
     ALERTS,
@@ -20,19 +23,18 @@ from align_audit.record.log import (
     RECORDS,
     Failure,
     RunLog,
-    arrays_name,
     by_step,
     is_set_aside,
-    load_arrays,
-    load_texts,
     output_dir_of,
 )
 from align_audit.record.newest import unread_after
 from align_audit.record.numbers import Word, by_series, walk
 from align_audit.record.pair_texts import PairTexts
 from align_audit.record.status import Status, status_of
+from align_audit.record.step_files import arrays_name, load_arrays, load_texts
 from align_audit.record.stored_records import StoredRecords, chosen, events_of, heads_of
 from align_audit.record.training_log import TRAINING, LogRow, read_training_log
+from align_audit.record.turns import COURSE, Turn, Turns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,6 +89,17 @@ class AuditRun:
         return output_dir_of(self.directory)
 
     @property
+    def checkpoints(self) -> dict[int, str]:
+        """Step → name of the checkpoints in its folder that exist now, and are of the course that it is on."""
+        folder = self.output_dir
+        of_course = checkpoints_of_course(folder, present_course(self.records))
+        return (
+            saved_before_the_next(Path(os.path.abspath(self.directory)), folder, of_course)
+            if self.is_set_aside
+            else of_course
+        )
+
+    @property
     def status(self) -> Status:
         """How the run stands, of the probe set that it was narrowed to where it was."""
         return status_of(self.records, self.failures, self.training_log, self.unread)
@@ -131,6 +144,8 @@ class AuditRun:
         """
         path = find_records(Path(output_dir))
         records = read_records(path).by_step()
+        if path.name == RECORDS:
+            records.turns = Turns(read_lines(path.with_name(COURSE), Turn))
         alerts = records.alerts
         failures: list[Failure] = []
         training_log: list[LogRow] = []

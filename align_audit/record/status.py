@@ -14,7 +14,7 @@ from align_audit.record.audit_record import AuditRecord, Occasion
 from align_audit.record.course import present_course
 from align_audit.record.log import Failure
 from align_audit.record.open_alerts import is_serious, open_alerts, since_of
-from align_audit.record.stored_records import Head, chosen, heads_of
+from align_audit.record.stored_records import Head, heads_of
 from align_audit.record.training_log import LogRow
 
 StatusWord = Literal["HEALTHY", "WATCH", "ERROR", "BLIND"]
@@ -71,11 +71,24 @@ def status_of_course(
     so_far = AuditsSoFar()
     for head in heads_of(course):
         so_far.add(head)
-    full = chosen(course, lambda head: head.kind == "full")
-    status = so_far.status(full[-1] if full else None, failures, log[-1].step if log else None)
+    status = so_far.status(_last_full(course), failures, log[-1].step if log else None)
     if unread is not None and (not course or status.word in ("WATCH", "HEALTHY")):
         return Status("BLIND", status.since, unread)
     return status
+
+
+def _last_full(course: Sequence[AuditRecord]) -> AuditRecord | None:
+    """The last full audit; of several probe sets one whose identity control failed at the last of its set. None: there is none.
+
+    What broke in the measurement of one set is not mended by another's.
+    """
+    heads = heads_of(course)
+    last = {head.probe_name: place for place, head in enumerate(heads) if head.kind == "full"}
+    places = sorted(last.values(), reverse=True)
+    if len(places) < 2:
+        return course[places[0]] if places else None
+    full = [course[place] for place in places]
+    return next((record for record in full if record.controls.identity.verdict == "failed"), full[0])
 
 
 def unread_end(lines: int, reason: str | None) -> str | None:

@@ -31,6 +31,7 @@ from align_audit.record.audit_record import (
 )
 from align_audit.record.estimate import Estimate
 from align_audit.record.plain_schema import plain_validator
+from align_audit.record.turns import Turns
 
 UNPACKED = 64
 """Records of a run, its first, whose lines stay as they are: most runs have no more, and need no library to pack them."""
@@ -210,8 +211,12 @@ class StoredRecords(Sequence[AuditRecord]):
         True
     """
 
-    def __init__(self, kept: Iterable[_Kept] = (), recent: deque[AuditRecord] | None = None) -> None:
+    def __init__(
+        self, kept: Iterable[_Kept] = (), recent: deque[AuditRecord] | None = None, turns: Turns | None = None
+    ) -> None:
         self._kept = list(kept)
+        self.turns = Turns() if turns is None else turns
+        """Where the run went back; shared with whatever was chosen from these."""
         self._recent: deque[AuditRecord] = deque(maxlen=KEPT_PARSED) if recent is None else recent
         """Holds the records looked at last; shared with whatever was chosen from these."""
 
@@ -248,17 +253,20 @@ class StoredRecords(Sequence[AuditRecord]):
 
     def where(self, test: Callable[[Head], bool]) -> StoredRecords:
         """Those whose head passes a test, in the same order."""
-        return StoredRecords([kept for kept in self._kept if test(kept.head)], self._recent)
+        return self._of([kept for kept in self._kept if test(kept.head)])
 
     def by_step(self) -> StoredRecords:
         """By step, then by creation."""
-        return StoredRecords(sorted(self._kept, key=lambda kept: (kept.head.step, kept.head.created)), self._recent)
+        return self._of(sorted(self._kept, key=lambda kept: (kept.head.step, kept.head.created)))
 
     def followed_by(self, record: AuditRecord) -> StoredRecords:
         """These and one more, with none of them parsed for it."""
-        longer = StoredRecords(self._kept, self._recent)
+        longer = self._of(self._kept)
         longer.append(record, record.to_json().encode())
         return longer
+
+    def _of(self, kept: Iterable[_Kept]) -> StoredRecords:
+        return StoredRecords(kept, self._recent, self.turns)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -270,7 +278,7 @@ class StoredRecords(Sequence[AuditRecord]):
     def __getitem__(self, place: int | slice) -> AuditRecord | StoredRecords:
         """A record, or for a slice a sequence like this one."""
         if isinstance(place, slice):
-            return StoredRecords(self._kept[place], self._recent)
+            return self._of(self._kept[place])
         record = self._kept[place].record()
         self._recent.append(record)
         return record
@@ -304,10 +312,10 @@ class StoredRecords(Sequence[AuditRecord]):
         return f"<{counted(len(self), 'record')}{between}>"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"kept": self._kept}
+        return {"kept": self._kept, "turns": self.turns}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._kept, self._recent = state["kept"], deque(maxlen=KEPT_PARSED)
+        self._kept, self._recent, self.turns = state["kept"], deque(maxlen=KEPT_PARSED), state["turns"]
 
 
 def events_of(alerts: Iterable[Alert]) -> list[Alert]:
@@ -325,3 +333,8 @@ def chosen(records: Sequence[AuditRecord], test: Callable[[Head], bool]) -> Sequ
 def heads_of(records: Iterable[AuditRecord]) -> list[Head]:
     """The head of each record, in their order."""
     return records.heads if isinstance(records, StoredRecords) else [Head.of(record) for record in records]
+
+
+def turns_of(records: Sequence[AuditRecord]) -> Turns:
+    """Where the run of these records went back; of records that were not stored nothing is known."""
+    return records.turns if isinstance(records, StoredRecords) else Turns()

@@ -6,6 +6,7 @@ that JSON does not know are words, as in records. What is no number (the trainer
 
 from __future__ import annotations
 
+import contextlib
 import json
 import numbers
 import os
@@ -86,9 +87,16 @@ class TrainingLog:
         return self._judged
 
     def go_on(self, step: int) -> None:
-        """Training goes on from a step: rows of later ones are of a course that it has left. The file keeps them."""
+        """Training goes on from a step: rows of later ones are of a course that it has left. The file keeps them, and says so.
+
+        A disk that refuses that is borne: the next row says it, too.
+        """
+        if not self._rows or self._rows[-1].step <= step:
+            return
         for rows in (self._rows, self._judged):
             del rows[len(up_to(rows, step)) :]
+        with contextlib.suppress(OSError):
+            self._write(LogRow(step, {}))
 
     def append(self, step: int, logs: Mapping[str, object]) -> LogRow | None:
         """Add what was logged at a step. The operating system has it then; :meth:`sync` waits for the disk.
@@ -108,10 +116,13 @@ class TrainingLog:
         _follow(self._rows, row)
         if self._judged is not self._rows:
             _follow(self._judged, _without_rewards(row))
-        line = json.dumps({"step": step, "logs": {name: json_number(number) for name, number in kept.items()}})
+        self._write(row)
+        return row
+
+    def _write(self, row: LogRow) -> None:
+        line = json.dumps({"step": row.step, "logs": {name: json_number(number) for name, number in row.logs.items()}})
         append_whole(self.path, f"{line}\n".encode(), wait=False)
         self._on_disk = False
-        return row
 
     def sync(self) -> None:
         """Wait until all rows are on disk, those of an audit with its record.
@@ -167,9 +178,12 @@ def last_until(rows: Sequence[LogRow], step: int) -> LogRow | None:
 
 
 def _follow(course: list[LogRow], row: LogRow) -> None:
-    """Add a row; what it was made again of goes, and so does all of later steps."""
+    """Add a row; what it was made again of goes, and so does all of later steps. One without logs only says where training went
+    on from."""
     while course and course[-1].step > row.step:
         course.pop()
+    if not row.logs:
+        return
     begin = len(course)
     while begin and course[begin - 1].step == row.step:
         begin -= 1

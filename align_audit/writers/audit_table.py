@@ -11,7 +11,7 @@ from align_audit.record.audit_record import GUARDED, AuditRecord, control_items
 from align_audit.record.numbers import NO_REASON, Number, by_path, is_unknown, why_unknown
 from align_audit.record.site_names import site_name
 from align_audit.record.status import Status
-from align_audit.writers.styled import RED, STATUS_STYLES, VERDICT_STYLES, Part, text_of
+from align_audit.writers.styled import RED, STATUS_STYLES, VERDICT_STYLES, Part, overflow_of, text_of
 from align_audit.writers.words import on_probes, overshoot
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class _Summary:
             pad_edge=False,
             padding=(0, 2, 0, 0),
         )
-        table.add_column(no_wrap=True)
-        table.add_column(ratio=1)
+        table.add_column(no_wrap=True, overflow=overflow_of(options))
+        table.add_column(ratio=1, overflow=overflow_of(options))
         for row in self.rows:
             table.add_row(row.label, text_of(row.parts, options))
         yield table

@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from align_audit.errors import counted, plain, plural
 from align_audit.record.course import present_course
@@ -17,7 +17,7 @@ from align_audit.record.status import Status
 from align_audit.record.stored_records import heads_of
 from align_audit.writers.latest_healthy import latest_healthy
 from align_audit.writers.standing import Standing, figure, percent, standings_over, where_in_short
-from align_audit.writers.styled import STATUS_STYLES, text_of
+from align_audit.writers.styled import STATUS_STYLES, overflow_of, text_of
 from align_audit.writers.words import cost_in_words, on_probes
 
 if TYPE_CHECKING:
@@ -77,8 +77,9 @@ class _Table:
         table = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
         *columns, where = self._columns()
         for name in columns:
-            table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True)
-        table.add_column(where)
+            justify: Literal["left", "right"] = "left" if name == "status" else "right"
+            table.add_column(name, justify=justify, no_wrap=True, overflow=overflow_of(options))
+        table.add_column(where, overflow=overflow_of(options))
         for cells in self._cells():
             styles = ("", STATUS_STYLES[cells[1]], *[""] * (len(cells) - 2))
             table.add_row(*map(text, cells, styles))
@@ -126,6 +127,8 @@ def closing(run: AuditRun, checkpoints: Mapping[int, str]) -> list[_Table | _Lin
     for name in run.probe_names:
         of_set = run.select(name)
         rows = _by_step(of_set)
+        if not rows:  # the run went back to before the first of them
+            continue
         shown = thinned(rows, checkpoints)
         title = f"align_audit{on_probes(rows[-1].record)}: {counted(rows[-1].record.provenance.pairs, 'pair')}, {_steps(rows)}"
         said.append(_Table(title, tuple(shown), len(rows) - len(shown), of_set.status))
@@ -183,7 +186,7 @@ def _broken(run: AuditRun) -> str:
 
 def _unaffordable(run: AuditRun, checkpoints: Mapping[int, str]) -> str:
     """Full audits that the budget had no room for, of steps that have none by now: what one takes, and how to get it."""
-    heads = heads_of(run.records)
+    heads = heads_of(present_course(run.records))
     full = {head.step for head in heads if head.kind == "full"}
     asked: dict[int, float] = {}
     for head in heads:

@@ -14,7 +14,7 @@ from align_audit.record.run_sums import Between
 from align_audit.writers.latest_healthy import latest_healthy
 from align_audit.writers.standing import figure as number
 from align_audit.writers.standing import percent, standing_at
-from align_audit.writers.styled import STATUS_STYLES, text_of
+from align_audit.writers.styled import STATUS_STYLES, overflow_of, text_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -115,21 +115,21 @@ class ComparisonTable:
             yield text("")
             yield text(table.heading, "bold")
             if table.rows:
-                yield self._table(table, text)
+                yield self._table(table, text, options)
             for words in table.notes:
                 yield text(f"  {words}", "dim")
         yield text("")
         for words in closing_notes(self._comparison):
             yield text(words)
 
-    def _table(self, said: MeetingTable, text: Any) -> Any:
+    def _table(self, said: MeetingTable, text: Any, options: ConsoleOptions) -> Any:
         from rich.table import Table
 
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         first, *columns = said.head
-        table.add_column(first)
+        table.add_column(first, overflow=overflow_of(options))
         for name in columns:
-            table.add_column(text(name), justify="right")
+            table.add_column(text(name), justify="right", overflow=overflow_of(options))
         for name, *cells in said.rows:
             styles = [STATUS_STYLES[cell] if name == _STATUS else "" for cell in cells]
             table.add_row(text(name), *map(text, cells, styles))

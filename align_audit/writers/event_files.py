@@ -6,6 +6,7 @@ before its last record does.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import struct
@@ -60,12 +61,19 @@ class TagsWritten:
 
 
 def event_files(output_dir: Path) -> list[Path]:
-    """Every event file below ``output_dir`` and below the logging directory that the environment names, the oldest first."""
+    """Every event file below ``output_dir`` and below the logging directory that the environment names, the oldest first.
+
+    What is there no more is none: a link that leads nowhere, as a client leaves them, or a file that is deleted meanwhile.
+    """
     roots = [output_dir]
     if logging_dir := os.environ.get("TENSORBOARD_LOGGING_DIR"):
         roots.append(Path(logging_dir).expanduser())
-    paths = {path for root in roots if root.is_dir() for path in root.rglob("events.out.tfevents.*")}
-    return sorted(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))
+    written: dict[Path, int] = {}
+    for root in filter(Path.is_dir, roots):
+        for path in root.rglob("events.out.tfevents.*"):
+            with contextlib.suppress(OSError):
+                written[path] = path.stat().st_mtime_ns
+    return sorted(written, key=lambda path: (written[path], path.name))
 
 
 def find_event_folder(output_dir: Path) -> Path | None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from align_audit.errors import plain
-from align_audit.record.checkpoint_names import checkpoints_in
 from align_audit.record.course import present_course
 from align_audit.record.run import AuditRun
 from align_audit.record.status import AuditsSoFar
@@ -48,10 +47,10 @@ def latest_healthy(run: AuditRun, checkpoints: Mapping[int, str] | None = None) 
     """The latest healthy audit of a run; of several probe sets, one at which all were healthy.
 
     Args:
-        checkpoints: step → name, of those that exist; None: those in the run's folder, and where there are none it is not
-            known whether there are any elsewhere.
+        checkpoints: step → name, of those that exist; None: those in the run's folder that are of its course, and where there
+            are none it is not known whether there are any elsewhere.
     """
-    existing = checkpoints_in(run.output_dir) if checkpoints is None else checkpoints
+    existing = run.checkpoints if checkpoints is None else checkpoints
     listed = checkpoints is not None or bool(existing)
     courses = [_Course(run.select(name)) for name in run.probe_names]
     steps = sorted(set.intersection(*(course.clean for course in courses)) if courses else set(), reverse=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from align_audit.errors import ConfigurationError, RecordError, listed, plain
 from align_audit.record.audit_record import AuditRecord, control_items
@@ -65,6 +66,7 @@ def _section(run: AuditRun, record: AuditRecord, checkpoint: str | None) -> Iter
     standing = standing_at(record, run.records, run.training_log)
     newest = record.step == max(each.step for each in present_course(run.records))
     status = run.status if newest else standing.status
+    standing = replace(standing, status=status)  # failures since that audit are what is to be done about
     yield _verdict(standing, status)
     yield ""
     yield "| | |"

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from align_audit.errors import listed, plain, quoted
 from align_audit.options.rules import did_you_mean
-from align_audit.record.checkpoint_names import checkpoints_in
 from align_audit.record.course import present_course
 from align_audit.record.run import AuditRun as StoredRun
 from align_audit.writers.closing_table import closing
@@ -51,7 +50,7 @@ class AuditRun(StoredRun):
         """
         from rich.console import Console
 
-        said = closing(self, checkpoints_in(self.output_dir))
+        said = closing(self, self.checkpoints)
         if not said:
             return plain(f"{self.status}: {self.status.reason}")
         file = io.StringIO()
@@ -61,7 +60,7 @@ class AuditRun(StoredRun):
         return "\n".join(line.rstrip() for line in file.getvalue().splitlines())
 
     def _repr_html_(self) -> str:
-        said = closing(self, checkpoints_in(self.output_dir))
+        said = closing(self, self.checkpoints)
         title = f"<p><b>{html.escape(repr(self))}</b><br>{html.escape(plain(self.status.reason))}</p>"
         return title + "".join(part.html() for part in said)
 

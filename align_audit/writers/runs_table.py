@@ -30,7 +30,7 @@ from align_audit.record.stored_records import Head, heads_of
 from align_audit.writers.brief import what_to_do
 from align_audit.writers.latest_healthy import LatestHealthy, latest_healthy
 from align_audit.writers.standing import Standing, figure, limit_of, standing_at
-from align_audit.writers.styled import STATUS_STYLES, Part, text_of
+from align_audit.writers.styled import STATUS_STYLES, Part, overflow_of, text_of
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -204,7 +204,7 @@ class RunsTable:
         yield text_of(self._summary(), options)
         table = Table(box=None, pad_edge=False, padding=(0, _APART, 0, 0), header_style="dim")
         for name, justify in _COLUMNS:
-            table.add_column(name, justify=justify, no_wrap=True)
+            table.add_column(name, justify=justify, no_wrap=True, overflow=overflow_of(options))
         for row, cells in zip(shown, self._cells(shown, options), strict=True):
             first, *rest = cells
             table.add_row(text(first, STATUS_STYLES[row.status.word]), *map(text, rest))
@@ -233,7 +233,7 @@ class RunsTable:
         cells = [_cells(row, self.now, length, options.ascii_only) for row in rows]
         *columns, names = widths(cells)
         room = max(options.max_width - sum(columns) - _APART * len(columns), 4)
-        return [[*rest, name if cell_len(name) <= room else "…" + name[1 - room :]] for *rest, name in cells]
+        return [[*rest, _end_of(name, room, "..." if options.ascii_only else "…")] for *rest, name in cells]
 
     def _summary(self) -> list[Part]:
         rows = by_weight(self.rows)
@@ -257,6 +257,18 @@ class RunsTable:
         if row.latest_healthy is not None:
             healthy = text_of([("latest healthy  ", "bold"), (str(row.latest_healthy), "")], options)
             yield Padding(healthy, (0, 0, 0, 2), expand=False)
+
+
+def _end_of(name: str, room: int, mark: str) -> str:
+    """The end of a name, in so many columns of a terminal, of which a character may take two; behind a mark where it is cut."""
+    from rich.cells import cell_len
+
+    if cell_len(name) <= room:
+        return name
+    end = name[-room:]
+    while end and cell_len(mark + end) > room:
+        end = end[1:]
+    return mark + end
 
 
 def newest_of_worst(rows: Sequence[RunRow]) -> RunRow | None:

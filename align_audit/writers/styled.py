@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from align_audit.errors import plain
 
@@ -22,6 +22,11 @@ VERDICT_STYLES = {"passed": "green", "failed": "dim", "not_run": "dim"}
 _PLAIN = str.maketrans(
     {"≤": "<=", "–": "-", "—": "-", "−": "-", "…": "...", "’": "'", "‖": "||", "²": "2", "→": "->", "∞": "inf"}
 )
+
+
+def overflow_of(options: ConsoleOptions) -> Literal["crop", "ellipsis"]:
+    """What becomes of a cell that has no room: rich's own mark for it is a character that not every output can encode."""
+    return "crop" if options.ascii_only else "ellipsis"
 
 
 def text_of(parts: Sequence[Part], options: ConsoleOptions) -> Any:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Self
 from align_audit.errors import named, without_secrets
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord
-from align_audit.record.checkpoint_names import checkpoints_in
 from align_audit.record.log import FOLDER
 from align_audit.record.run import AuditRun, run_so_far, with_this
 from align_audit.record.training_log import LogRow
@@ -122,9 +121,8 @@ class Terminal:
         if self._output_dir is None or not self._shown:
             return
         self._shown = {}
-        checkpoints = checkpoints_in(self._output_dir) if self._checkpoints is None else self._checkpoints
         run = run_so_far(self._output_dir / FOLDER, self._history, self._training_log())
-        for part in closing(run, checkpoints):
+        for part in closing(run, run.checkpoints if self._checkpoints is None else self._checkpoints):
             self._print(part, whole_lines=True)
 
     def _print(self, renderable: Any, whole_lines: bool = False) -> None:

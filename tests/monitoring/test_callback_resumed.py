@@ -11,6 +11,7 @@ import pytest
 import align_audit.monitoring.monitor
 from align_audit import AuditRecord, AuditRun
 from align_audit.alerts import detectors
+from align_audit.record.course import present_course
 from align_audit.record.training_log import TrainingLog
 from tests.helpers.callback_runs import (
     At,
@@ -106,6 +107,8 @@ def test_an_audit_is_not_judged_by_later_steps(resumed: Any, monkeypatch: pytest
     run(resumed.output, resumed.config, max_steps=3, resume=checkpoint, lr_scheduler_type="constant", beta=1.0)
     assert seen == {3: [0, 1, 2]}
     assert steps(resumed.output) == [0, 1, 2, 3, 3, 4], "other weights at step 3 are another record"
+    course = present_course(AuditRun.load(resumed.output).records)
+    assert [record.step for record in course] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("begins", [0, 2])

@@ -156,6 +156,19 @@ def test_a_set_that_breaks_is_not_hidden_by_one_that_does_not() -> None:
     assert status_of([bad, *good], [failed_at(10, 1)], []).word == "BLIND"
 
 
+@pytest.mark.parametrize("order", [("harmless", "helpful"), ("helpful", "harmless")])
+@pytest.mark.parametrize("followed_by", [(), (health,)], ids=["at the last step", "and a look after it"])
+def test_an_identity_control_that_failed_on_one_set_is_not_hidden_by_another(
+    order: tuple[str, str], followed_by: tuple[Any, ...]
+) -> None:
+    failed = with_part(at(20), "controls", identity=Control(verdict="failed", reason="it moved"))
+    records = [on_set(failed if name == "harmless" else at(20), name) for name in order]
+    records += [on_set(look(at(30)), name) for look in followed_by for name in order]
+    assert status_of(records, [], []).word == "BLIND"
+    mended = [*records, *(on_set(at(40), name) for name in order)]
+    assert status_of(mended, [], []).word == "HEALTHY"
+
+
 def test_silence_after_the_last_look_that_was_planned_is_none() -> None:
     """The budget allows none before the end."""
     records = [of_course(step, minute) for minute, step in enumerate((0, 5, 10, 20))]

@@ -185,13 +185,14 @@ def test_rewards_that_are_no_log_ratios_are_kept_and_judged_by_no_rule(tmp_path:
 def test_training_that_goes_on_leaves_the_rows_of_later_steps(
     step: int, left: list[int], implicit_rewards: bool, tmp_path: Path
 ) -> None:
-    """Before it has logged anything itself; the file keeps them, and is read as the course that the run is on."""
+    """Before it has logged anything itself, for whoever reads the file as well, which keeps them."""
     log = TrainingLog(tmp_path, implicit_rewards=implicit_rewards)
     for each in (0, 2, 4):
         log.append(each, {"loss": 0.6, "rewards/margins": 1.0})
     log.go_on(step)
     assert [row.step for row in log.rows] == [row.step for row in log.judged] == left
-    assert [row.step for row in read_training_log(log.path)] == [0, 2, 4]
+    assert [row.step for row in read_training_log(log.path)] == left
+    assert log.path.read_text().count("loss") == 3
     log.append(3, {"loss": 0.5})
     there = [row.step for row in TrainingLog(tmp_path).rows]
-    assert there == [0, 2, 3]
+    assert there == [each for each in left if each < 3] + [3]

@@ -194,6 +194,18 @@ def test_a_damaged_event_file_stops_nothing(tmp_path: Path) -> None:
     assert all(tags.complete("align_audit", step, 0.0) for step in (0, 50, 100))
 
 
+def test_a_link_that_leads_nowhere_is_no_event_file(tmp_path: Path) -> None:
+    """Trackers' clients leave such links in the output folder; no training is refused for them."""
+    log = RunLog(tmp_path / "out")
+    (tmp_path / "out" / "wandb").mkdir()
+    (tmp_path / "out" / "wandb" / "events.out.tfevents.1.host.1.0").symlink_to(tmp_path / "nowhere")
+    assert event_files(tmp_path / "out") == []
+    board = TensorBoard(tmp_path / "out", lambda: None)
+    board.start(AuditRun.of(log))
+    board.close()
+    assert len(event_files(tmp_path / "out")) == 1
+
+
 def test_only_the_last_audit_is_drawn_again(tmp_path: Path) -> None:
     log = written(tmp_path)
     begin(tmp_path, log, images=True)

@@ -12,13 +12,15 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from align_audit.errors import ConfigurationError, RecordError
+from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord
+from align_audit.record.log import Failure
 from align_audit.record.run import AuditRun
 from align_audit.writers import markdown
 from align_audit.writers import model_card as module
 from align_audit.writers.markdown import escaped
 from align_audit.writers.model_card import BEGIN, END, model_card, with_section
-from tests.helpers.alert_cases import on_set, with_part
+from tests.helpers.alert_cases import healthy, on_set, with_part
 from tests.helpers.screens import LOG, a_run, calm, quick_look, ruined
 
 HOSTILE = (
@@ -79,6 +81,18 @@ def test_of_a_healthy_run_there_is_nothing_to_do() -> None:
     assert "**HEALTHY** at step 40, since step 0. No alert is open at step 40." in section
     assert "**Do:**" not in section
     assert "| checkpoint | step 40 |" in section
+
+
+def test_where_audits_break_since_that_is_what_to_do_about() -> None:
+    """And not what a warning at the last audit that came through asks for."""
+    words = {"message": "KL is 1.", "suggestion": "Lower the learning rate."}
+    warning = Alert(rule="kl_out_of_bounds", cause="drift", level="warning", step=20, since=20, value=1.0, **words)
+    record = healthy(20).model_copy(update={"alerts": [warning]})
+    assert "Lower the learning rate" in model_card(run_of([record]))
+    failure = Failure(step=30, time="2099-01-01T00:00:00+00:00", error="ValueError: bad batch")
+    section = model_card(AuditRun(Path("runs/dpo/align_audit"), [record], [], [failure]))
+    assert "**BLIND** at step 20" in section and "ValueError: bad batch" in section
+    assert "Lower the learning rate" not in section and "find out why audits do not come through" in section
 
 
 def test_a_full_audit_counts_for_its_step_and_one_of_before_is_said_to_be() -> None:

@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
+from align_audit.cli.intervals import interval
 from align_audit.record.audit_record import AuditRecord
+from align_audit.record.compare import Side, compare
 from align_audit.record.log import Failure
 from align_audit.record.run import AuditRun
+from align_audit.writers.audit_table import summary_table
+from align_audit.writers.closing_table import closing
+from align_audit.writers.comparison import ComparisonTable
 from align_audit.writers.runs_table import RunRow, RunsTable, row_of_run, sparkline
 from tests.helpers.alert_cases import about, on_set, with_margins
 from tests.helpers.screens import LOG, a_run, calm
@@ -126,6 +132,39 @@ def test_names_are_text_and_all_can_be_encoded() -> None:
     assert "\x1b[31m" not in "".join(shown)
     assert "[bold]x[/bold]" in shown[2]
     assert "?" not in shown[2], "bars that this output has"
+
+
+LONG = [
+    "a-long-name-of-a-run-with-learning-rate-0.001-and-beta-0.1",
+    "偏好训练实验第三组学习率一二三四五六七八九十" * 2,
+]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("name", LONG, ids=["latin", "of two columns a character"])
+def test_a_long_name_takes_no_room_from_what_is_to_be_read(name: str, encoding: str) -> None:
+    shown = lines(row(a_run("ruined"), name), WELL, width=80, encoding=encoding)
+    assert max(map(cell_len, shown)) <= 80
+    assert all(word in shown[2] for word in ("ERROR", "5.40", "9.40", "3 min", "..." if encoding == "ascii" else "…"))
+    assert "HEALTHY" in shown[3]
+    assert encoding == "ascii" or shown[2].endswith(name[-3:])
+
+
+STORED = AuditRun(Path("runs/dpo/align_audit"), a_run("ruined"), [], [])
+TABLES = {
+    "runs": RunsTable([RUINED, WELL], NOW),
+    "end of a run": closing(STORED, {})[0],
+    "audit": summary_table(a_run("ruined")[-1]),
+    "comparison": ComparisonTable(compare([Side(name, STORED) for name in LONG], interval)),
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("width", [12, 30, 60])
+def test_no_table_is_too_narrow_for_an_output_of_few_characters(table: str, width: int) -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    Console(file=file, width=width, color_system=None).print(TABLES[table])
+    file.flush()
 
 
 def test_bars_reach_from_the_lowest_to_the_highest() -> None:

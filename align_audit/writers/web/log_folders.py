@@ -12,6 +12,7 @@ from pathlib import Path
 from align_audit.record.followed import log_folders
 from align_audit.record.log import FAILURES, FOLDER, RECORDS, output_dir_of
 from align_audit.record.training_log import TRAINING
+from align_audit.record.turns import COURSE
 
 _ADDRESS = re.compile("[a-zA-Z][0-9a-zA-Z.]*://")
 """Of another machine's folder, as TensorBoard knows it."""
@@ -81,7 +82,7 @@ def logs_in(folders: Sequence[LogFolder]) -> list[AuditLog]:
 
 def _logs_of(folder: LogFolder) -> Iterator[AuditLog]:
     for directory in log_folders(folder.path):
-        if not all(_inside(directory / name, folder.path) for name in (RECORDS, FAILURES, TRAINING)):
+        if not all(_inside(directory / name, folder.path) for name in (RECORDS, COURSE, FAILURES, TRAINING)):
             continue
         run = output_dir_of(directory)
         # A log folder may be a run, or the log in it.

@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from align_audit import __version__
+from align_audit.record.course import present_course
 from align_audit.record.followed import FollowedRun
 from align_audit.record.lines import parsed
 from align_audit.record.log import FAILURES, RECORDS, Failure
 from align_audit.record.newest import Newest, lines_from_end, read_newest
 from align_audit.record.run_sums import Intervals
-from align_audit.record.status import WORST_FIRST, Status, status_of, unread_log
+from align_audit.record.status import WORST_FIRST, Status, status_of, status_of_course, unread_log
 from align_audit.record.training_log import TRAINING, rows_of
+from align_audit.record.turns import COURSE
 from align_audit.writers.web.comparison_data import comparison_data
 from align_audit.writers.web.json_values import text
 from align_audit.writers.web.log_folders import AuditLog, LogFolder, log_beside, logs_in
@@ -196,7 +198,7 @@ class ShownRuns:
     def _row(self, log: AuditLog) -> ListedRun:
         kept = self._logs.get(log.key) or _Log()
         with kept.lock:
-            signature = _signature(log.directory, RECORDS, FAILURES, TRAINING)
+            signature = _signature(log.directory, RECORDS, COURSE, FAILURES, TRAINING)
             if kept.row is None or kept.row_signature != signature:
                 try:
                     kept.row = _row_of(log.directory, kept)
@@ -208,15 +210,15 @@ class ShownRuns:
 
 
 def _row_of(directory: Path, kept: _Log) -> ListedRun:
-    signature = _signature(directory, RECORDS, FAILURES)
+    signature = _signature(directory, RECORDS, COURSE, FAILURES)
     if kept.newest_signature != signature:
         kept.failures = parsed(lines_from_end(directory / FAILURES), Failure)[::-1]
         kept.newest = read_newest(directory / RECORDS, {failure.probe_name for failure in kept.failures})
         kept.newest_signature = signature
     newest = kept.newest
     training = rows_of(reversed(list(islice(lines_from_end(directory / TRAINING), _LAST_ROWS))))
-    records = sorted(newest.records, key=lambda record: (record.step, record.provenance.created))
-    status = status_of(records, kept.failures, training, newest.unread)
+    records = present_course(newest.records)
+    status = status_of_course(records, kept.failures, training, newest.unread)
     # Of the training log only what changes the status counts: it grows all the time.
     step = records[-1].step if records else None
     return ListedRun(status, step, newest.unread, _version(signature, f"{status} {status.reason}"))

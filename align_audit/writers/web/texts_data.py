@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from align_audit.record.audit_record import AuditRecord
-from align_audit.record.log import texts_exist
 from align_audit.record.pair_texts import PairText, PairTexts, TokenChange
 from align_audit.record.run import AuditRun
+from align_audit.record.step_files import texts_exist
 from align_audit.record.stored_records import chosen
 from align_audit.writers.web.json_values import in_words, lines, number, text
 

@@ -49,11 +49,12 @@ def test_keys_say_nothing_of_where_a_log_is_and_stay(tmp_path: Path) -> None:
     assert keys == [log.key for log in logs_in([LogFolder(root)])]
 
 
-@pytest.mark.parametrize("link", ["run", "align_audit", "records.jsonl", "training.jsonl"])
+@pytest.mark.parametrize("link", ["run", "align_audit", "records.jsonl", "training.jsonl", "course.jsonl"])
 def test_links_lead_nowhere_outside(tmp_path: Path, link: str) -> None:
     root = tmp_path.resolve() / "logs"
     outside = a_log(tmp_path.resolve() / "secret")
-    (outside / "training.jsonl").write_text("")
+    for name in ("training.jsonl", "course.jsonl"):
+        (outside / name).write_text("")
     root.mkdir()
     if link == "run":
         (root / "run").symlink_to(outside.parent)
