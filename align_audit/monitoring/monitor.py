@@ -183,8 +183,8 @@ class Monitor:
                     break  # else the other probe sets are audited all the same
 
     def _tried(self, models: OpenModels, moment: Moment, name: str | None, findings: Findings) -> bool:
-        """Audit one probe set, and where a full audit of a training breaks, look at it: what broke may be no part of a look, and
-        a run whose full audits all break is not to go unseen at the steps for which they were planned.
+        """Audit one probe set, and where a full audit of a training breaks, look at it: what broke may be no part of a look,
+        and a run whose full audits all break is not to go unseen at the steps for which they were planned.
 
         Returns:
             Whether the audit that was asked for was made.
