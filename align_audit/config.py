@@ -12,8 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from align_audit.errors import ConfigurationError, plain, quoted
 from align_audit.options.examples import ExamplesConfig
-from align_audit.options.rule_settings import AddedRule, Limits, RuleOptions, RuleSetting, read_rules
-from align_audit.options.rules import Rule, did_you_mean
+from align_audit.options.rule_settings import AddedRule, Limits, RuleOptions, RuleSetting, check_order, read_rules
+from align_audit.options.rules import RULES, Rule, did_you_mean
 from align_audit.options.schedule import ScheduleConfig
 from align_audit.options.trackers import TrackerChoice
 from align_audit.options.webhook import WebhookConfig, quotation
@@ -222,6 +222,7 @@ class AlertConfig(Limits):
     """
 
     enabled: bool = True
+    """False: no rule is asked. The status of such a run is BLIND, since nothing says whether all is well."""
     action: Literal["log", "save", "stop"] = "log"
     """Done when an alert of level ``action_level`` or above fires. ``save`` writes a checkpoint, ``stop`` ends training."""
     action_level: Literal["warning", "error"] = "error"
@@ -250,6 +251,13 @@ class AlertConfig(Limits):
         if twice := sorted(set(limits) & set(values)):
             raise ValueError(f"expected {twice[0]} once; found it under alerts and under rules")
         return values | limits | {"rules": rules}
+
+    @model_validator(mode="after")
+    def _warns_before_an_error(self) -> Self:
+        for rule in RULES:
+            if self.uses(rule.name) and self.may_be_error(rule.name):
+                check_order(rule, self)
+        return self
 
     def uses(self, rule: str) -> bool:
         """Is this rule of the table switched on?"""

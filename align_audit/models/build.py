@@ -16,8 +16,9 @@ from align_audit.models.weights.fingerprint import belongs_to, summed
 from align_audit.models.weights.streaming import stored_tensors
 from align_audit.models.weights.zero3 import is_deepspeeds
 
-_ELSEWHERE = ("_name_or_path", "transformers_version", "use_cache")
-"""Of a configuration: where it is from, and what an audit passes by itself."""
+_ELSEWHERE = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+"""Of a configuration: where it is from, what saving a model writes into it (classes and dtypes of tensors are hashed by
+themselves), and what an audit passes by itself."""
 
 _WORDS_OF_TRAINING = ("checkpointing", "dropout")
 _WORDS_OF_FORWARDS = (

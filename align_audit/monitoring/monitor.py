@@ -179,15 +179,31 @@ class Monitor:
         with models:
             self._foresee(models, moment)
             for name in due:
-                # An audit that breaks would break again on the same weights.
-                self._audited.add((moment.step, policy_hash, name, moment.kind))
-                try:
-                    with self._ranks.together():
-                        self._audit_set(models, moment, name, findings)
-                except (*BREAKS, Agreed) as error:
-                    findings.fail(error, name)
-                    if self.strict:
-                        break  # else the other probe sets are audited all the same
+                if not self._tried(models, moment, name, findings) and self.strict:
+                    break  # else the other probe sets are audited all the same
+
+    def _tried(self, models: OpenModels, moment: Moment, name: str | None, findings: Findings) -> bool:
+        """Audit one probe set, and where a full audit of a training breaks, look at it: what broke may be no part of a look,
+        and a run whose full audits all break is not to go unseen at the steps for which they were planned.
+
+        Returns:
+            Whether the audit that was asked for was made.
+        """
+        look: Key = (moment.step, models.policy_hash, name, "health")
+        # An audit that breaks would break again on the same weights.
+        self._audited.add((*look[:3], moment.kind))
+        try:
+            with self._ranks.together():
+                self._audit_set(models, moment, name, findings)
+            return True
+        except (*BREAKS, Agreed) as error:
+            findings.fail(error, name)
+        if moment.kind == "full" and moment.training is not None and not self.strict:
+            reason = f"{moment.reason}; the full audit broke".removeprefix("; ")
+            # The first process's word, as of what is due.
+            if self._ranks.share(look not in self._audited):
+                self._tried(models, replace(moment, kind="health", reason=reason), name, findings)
+        return False
 
     def _foresee(self, models: OpenModels, moment: Moment) -> None:
         """Before a look: how much more work a full audit would be, by which the first one is judged."""

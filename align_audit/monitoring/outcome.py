@@ -141,7 +141,10 @@ class Findings:
         if isinstance(error, Agreed):
             return  # that process says what it was
         self.error = self.error or error
-        self.failures.append(AuditFailure.of(error, probe_name))
+        failure = AuditFailure.of(error, probe_name)
+        # A look that breaks as the full audit before it did is no second failure.
+        if (failure.kind, probe_name) not in ((each.kind, each.probe_name) for each in self.failures):
+            self.failures.append(failure)
 
 
 def without_frames(error: BaseException) -> BaseException:

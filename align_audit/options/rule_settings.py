@@ -150,6 +150,24 @@ def wrong(words: str, *place: str | int) -> PydanticCustomError:
     return PydanticCustomError("alert_rule", "{words}", {"words": words, "place": place})
 
 
+def check_order(rule: Rule, limits: Limits) -> None:
+    """Warnings come before errors: a warning's limit beyond the error's would never be met.
+
+    Raises:
+        PydanticCustomError: one lies beyond. Infinity, which switches warnings off, does not count.
+    """
+    for warning, error in rule.levels:
+        warns, errs = getattr(limits, warning.option), getattr(limits, error.option)
+        beyond = warns > errs if warning.direction == "above" else warns < errs
+        if beyond and not math.isinf(warns):
+            side = "at most" if warning.direction == "above" else "at least"
+            raise wrong(
+                f"expected {warning.option} of {side} {error.option}, since a warning comes before an error; found {warns:g} "
+                f"and {errs:g}. Move both, or give the rule {rule.name} the level warning",
+                warning.option if warning.option in limits.model_fields_set else error.option,
+            )
+
+
 def _tuned(rule: Rule, name: str, said: Any) -> tuple[RuleOptions, dict[str, Any]]:
     """What is said of a rule of the table, and which of its limits."""
     if isinstance(said, RuleOptions):

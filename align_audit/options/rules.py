@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Literal
 
 from align_audit.errors import quoted
@@ -85,6 +86,13 @@ class Rule:
     patience: int = 1
     lone_error: bool = True
     error_without_limit: bool = False
+
+    @property
+    def levels(self) -> list[tuple[Limit, Limit]]:
+        """Of each number that has both, the limit of a warning and that of an error, which stands behind it."""
+        return [
+            (one, other) for one, other in pairwise(self.limits) if (one.level, other.level) == ("warning", "error")
+        ]
 
     @property
     def highest(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from statistics import median
 from typing import Literal
 
@@ -32,7 +32,8 @@ class Status:
 
     Attributes:
         word: ``ERROR``: an error is open. ``BLIND``: audits fail, the measurement's own identity control failed, or no audit
-            came for three intervals; silence is not health. ``WATCH``: a warning is open. ``HEALTHY``: none of these.
+            came for three intervals, or alerts are switched off; silence is not health. ``WATCH``: a warning is open.
+            ``HEALTHY``: none of these.
         since: the step since which it stands so; None: not known, or nothing was audited yet.
         reason: why, in a sentence.
     """
@@ -169,7 +170,7 @@ class AuditsSoFar:
             return Status("BLIND", since[0].step, f"Audits break since step {since[0].step}: {_last_line(since[-1])}.")
         if full is not None and full.controls.identity.verdict == "failed":
             return Status("BLIND", full.step, f"The identity control failed: {full.controls.identity.reason}.")
-        return _silent(self._steps, self._heads[-1].occasion, now)
+        return _silent(self._steps, self._heads[-1].occasion, now) or _unjudged(self._heads)
 
 
 def _by(alerts: Sequence[Alert], word: StatusWord) -> Status:
@@ -223,6 +224,16 @@ def _silent(steps: Sequence[int], occasion: Occasion | None, now: int | None) ->
     return Status(
         "BLIND", last, f"Training is at step {now}, and the last audit is of step {last}: one was due every {interval}."
     )
+
+
+def _unjudged(heads: Sequence[Head]) -> Status | None:
+    """Do the last audits go by no rule? Then that none is open says nothing, nor does it end what was open before."""
+    since = None
+    for head in takewhile(lambda head: not head.judged, reversed(heads)):
+        since = head.step
+    if since is None:
+        return None
+    return Status("BLIND", since, "Alerts are switched off (alerts.enabled), so that nothing says whether all is well.")
 
 
 def _last_line(failure: Failure) -> str:

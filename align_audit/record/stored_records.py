@@ -51,6 +51,7 @@ class Head:
         accuracy, shift, kl, chosen_logp_change_per_token, token_accuracy, reference_token_accuracy: of the ``margins``.
         same_weights: of the ``reference_check``.
         seconds, peak_memory: of the ``cost``.
+        judged: whether alert rules were asked: False where ``alerts.enabled`` was.
     """
 
     step: int
@@ -68,6 +69,7 @@ class Head:
     peak_memory: int
     occasion: Occasion | None
     alerts: tuple[Alert, ...]
+    judged: bool
 
     @classmethod
     def of(cls, record: AuditRecord) -> Self:
@@ -89,6 +91,7 @@ class Head:
             record.cost.peak_memory,
             record.occasion,
             tuple(record.alerts),
+            _judged(there.config),
         )
 
     @property
@@ -115,6 +118,12 @@ class Head:
     def reward_accuracy(self) -> Estimate:
         """``accuracy`` as it is shown. Of equal models no margin has grown, which is no accuracy of 0: it is not known."""
         return Estimate.unknown(EQUAL_MODELS) if self.same_weights else self.accuracy
+
+
+def _judged(config: dict[str, Any]) -> bool:
+    """Stored options are whatever the version that wrote them had."""
+    alerts = config.get("alerts")
+    return not (isinstance(alerts, dict) and alerts.get("enabled") is False)
 
 
 def parse_line(line: bytes) -> AuditRecord | None:

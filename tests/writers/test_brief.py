@@ -207,7 +207,7 @@ def test_what_cannot_be_known_is_said_to_be_so() -> None:
     ("alerts", "option", "limit"),
     [
         ({}, "kl_warning", 0.35),
-        ({"kl_warning": 1.0}, "kl_warning", 1.0),
+        ({"kl_warning": 0.5}, "kl_warning", 0.5),
         ({"kl_warning": 0.3, "kl_error": ".inf"}, "kl_error", None),
         ({"rules": {"kl": "off"}}, "kl_warning", None),
         ({"rules": {"kl": "off"}}, "chosen_drop_error", 0.6),

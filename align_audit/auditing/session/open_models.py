@@ -331,7 +331,8 @@ def _built_alike(policy: nn.Module, reference: nn.Module) -> bool:
 def _form(model: Any) -> tuple[Any, ...]:
     """How an unwrapped model is built, whatever its weights are."""
     config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
-    elsewhere = ("_name_or_path", "dtype", "transformers_version", "use_cache")
+    # Saving a model writes its class and the version into its configuration; classes are compared by themselves.
+    elsewhere = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
     return (
         [(name, plain_class(module)) for name, module in model.named_modules()],
         {name: value for name, value in config.items() if name not in elsewhere},

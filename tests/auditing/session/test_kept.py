@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,17 @@ def test_a_look_lets_go_of_batches_that_are_none_any_more(monkeypatch: pytest.Mo
     assert kept[0] is kept[1]
     assert not layouts >= set(kept[-1]._rows), "in smaller batches"
     assert kept[-1].kept_bytes == size > 0, "each pair once"
+
+
+def test_what_is_kept_is_found_again_after_the_policy_was_saved(tmp_path: Path) -> None:
+    """Saving writes the class of a model that was made from a configuration into it: that is no other way of building it."""
+    reference = tiny_model("llama", dtype=torch.float32)
+    policy, cache = perturbed(reference), ReferenceCache()
+    policy.config.architectures = None
+    first, second = (look(policy, reference, cache, 400).cost.forward_equivalents for _ in range(2))
+    policy.save_pretrained(tmp_path)
+    assert policy.config.architectures, "or this shows nothing"
+    assert look(policy, reference, cache, 400).cost.forward_equivalents == second < first
 
 
 def test_what_is_kept_depends_on_how_the_policy_is_built() -> None:
