@@ -50,10 +50,10 @@ def _configuration(place: str | Path) -> Mapping[str, Any]:
     from transformers import PretrainedConfig
 
     try:
-        found: Mapping[str, Any] = PretrainedConfig.get_config_dict(base_of(Path(place)) or str(place))[0]
+        values = PretrainedConfig.get_config_dict(base_of(Path(place)) or str(place))[0]
     except Exception:  # each library's own kind; loading says what is wrong
         return {}
-    return found
+    return values if isinstance(values, Mapping) else {}
 
 
 def _check_sizes(policy: Mapping[str, Any], reference: Mapping[str, Any]) -> None:

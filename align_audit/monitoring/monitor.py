@@ -262,27 +262,12 @@ class Monitor:
         # Acted on whatever follows: neither a full disk nor a closed terminal makes them untrue.
         findings.alerts += record.alerts
         self.log.save_arrays(record.step, arrays_name(name), result.arrays)
-        self._keep_texts(self.log, record, result.texts)
+        _keep_texts(self.log, record, result.texts, self.failures)
         news = self.log.append(record)
         self.trainer_log.sync()
         # Writers come after the log: what breaks in one of them costs no record. What the log holds already is no news.
         if news:
             self.tell(record)
-
-    def _keep_texts(self, log: RunLog, record: AuditRecord, texts: Callable[[], PairTexts] | None) -> None:
-        """Keep what changed in text. An audit without it is still one: what breaks is said once, and nothing else."""
-        if texts is None:
-            return
-        try:
-            log.save_texts(record, texts())
-        except BREAKS as error:
-            kind = f"texts: {type(error).__name__}"
-            if self.failures.is_first(kind):
-                logger.warning(
-                    "what changed in text at step %d could not be kept: %s. The audit was made all the same, and reports show "
-                    "it without texts (shown once)",
-                    record.step, plain(named(error), 300),
-                )  # fmt: skip
 
     def _judged(self, record: AuditRecord, moment: Moment) -> list[Alert]:
         """What is open at an audit, and what to do about it."""
@@ -296,6 +281,22 @@ class Monitor:
         # Saved checkpoints are audited when all of them are there.
         there = checkpoints_of_course(folder, [] if moment.training is None else earlier) if alerts else {}
         return advise(alerts, earlier, rows, checkpoints=there, output_dir=str(folder), **knobs)
+
+
+def _keep_texts(log: RunLog, record: AuditRecord, texts: Callable[[], PairTexts] | None, failures: Failures) -> None:
+    """Keep what changed in text. An audit without it is still one: what breaks is said once, and nothing else."""
+    if texts is None:
+        return
+    try:
+        log.save_texts(record, texts())
+    except BREAKS as error:
+        kind = f"texts: {type(error).__name__}"
+        if failures.is_first(kind):
+            logger.warning(
+                "what changed in text at step %d could not be kept: %s. The audit was made all the same, and reports show "
+                "it without texts (shown once)",
+                record.step, plain(named(error), 300),
+            )  # fmt: skip
 
 
 def _key_of(head: Head) -> Key:

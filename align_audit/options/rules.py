@@ -91,7 +91,9 @@ class Rule:
     def levels(self) -> list[tuple[Limit, Limit]]:
         """Of each number that has both, the limit of a warning and that of an error, which stands behind it."""
         return [
-            (one, other) for one, other in pairwise(self.limits) if (one.level, other.level) == ("warning", "error")
+            (limit, behind)
+            for limit, behind in pairwise(self.limits)
+            if (limit.level, behind.level) == ("warning", "error")
         ]
 
     @property

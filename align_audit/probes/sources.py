@@ -178,16 +178,16 @@ def _plain_rows(dataset: Any) -> Any:
     return plain_rows.select_columns([name for name in _USED_COLUMNS if name in names])
 
 
-def check_columns(found: Iterable[str]) -> None:
+def check_columns(columns: Iterable[str]) -> None:
     """Refuse data without the columns of preference pairs.
 
     Raises:
         ProbeError: one is not there; the message names those that are.
     """
-    names = set(found)
+    names = set(columns)
     if not ({"chosen", "rejected"} <= names or names.issuperset(PREPARED_COLUMNS)):
         raise ProbeError(
-            f"found the columns {listed(found) or '(none)'}; expected one of these sets: "
+            f"found the columns {listed(columns) or '(none)'}; expected one of these sets: "
             f"{ACCEPTED_COLUMNS}. Rename the columns, or choose another data set"
         )
 

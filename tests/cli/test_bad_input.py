@@ -81,7 +81,7 @@ KINDS: dict[str, tuple[str, Callable[[Path], None], tuple[str, ...], tuple[str, 
     ),
     "a checkpoint against itself": (
         "base", unchanged, ("run", "runs/checkpoint-5", "--reference", "runs/checkpoint-5", *RUN[4:]),
-        ("--reference is checkpoint-5 itself", "expected the model that its training started from"),
+        ("the reference is checkpoint-5 itself", "expected the model that its training started from"),
     ),
     "a pickle": (
         "runs/checkpoint-5", as_pickle, RUN,

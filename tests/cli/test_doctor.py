@@ -274,7 +274,7 @@ def test_names_from_outside_leave_as_escapes(command: Any, start: SimpleNamespac
     done = command(*asked(start, "--json", model=tmp_path / "red\x9b31m\u202e"))
     assert done.code == 1
     assert done.out.isascii()
-    assert "\x9b31m" in json.loads(done.out.splitlines()[-1])["observation"]
+    assert r"red\x9b31m" in json.loads(done.out.splitlines()[-1])["observation"]
 
 
 def test_no_model_and_two_models_are_refused(command: Any, start: SimpleNamespace) -> None:

@@ -282,7 +282,8 @@ def test_code_of_its_own_runs_only_where_it_is_trusted(
         with_code(tmp_path / "policy-base")
     else:
         folder = with_code(full(tmp_path / "policy"))
-    models = (tiny_model(dtype=torch.float32), folder) if kind == "reference" else (folder, None)
+    whole = tiny_model(dtype=torch.float32)
+    models = {"full": (folder, whole), "adapter": (folder, None), "reference": (whole, folder)}[kind]
     with pytest.raises(ReferenceUnavailableError, match="--trust-remote-code") as refusal:
         audit(*models, random_pairs(2), quick())
     one_sentence(refusal, "trust_remote_code=True")

@@ -66,7 +66,7 @@ def test_what_is_due_is_the_first_processs_word(
     monkeypatch.setattr(module, "run_audit", watched)
     sets = {"a": random_pairs(4), "b": random_pairs(4, seed=1)}
     audited(Monitor(sets, quick(), RunLog(tmp_path), ranks=Told(due=due)), models)
-    assert asked == due
+    assert list(dict.fromkeys(asked)) == due, "where its full audit broke, a set is looked at"
 
 
 @dataclass

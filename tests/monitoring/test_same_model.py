@@ -130,11 +130,11 @@ def same_path_audit(folder: str, pairs: Path) -> None:
 
 
 def same_path_transfer(folder: str, pairs: Path) -> None:
-    transfer(folder, folder, {"a": random_pairs(4), "b": random_pairs(4, seed=2)}, quick())
+    transfer(folder, folder, {"a": random_pairs(8), "b": random_pairs(8, seed=2)}, quick())
 
 
 def own_source_transfer(folder: str, pairs: Path) -> None:
-    transfer(loaded(folder), None, {"a": random_pairs(4), "b": random_pairs(4, seed=2)}, quick())
+    transfer(loaded(folder), None, {"a": random_pairs(8), "b": random_pairs(8, seed=2)}, quick())
 
 
 def same_path_saved(folder: str, pairs: Path) -> None:
