@@ -200,8 +200,8 @@ class Monitor:
             findings.fail(error, name)
         if moment.kind == "full" and moment.training is not None and not self.strict:
             reason = f"{moment.reason}; the full audit broke".removeprefix("; ")
-            # The first process's word, as of what is due.
-            if self._ranks.share(look not in self._audited):
+            # The first process's word, as of what is due. Where a writer broke, the audit itself is in the log.
+            if self._ranks.share(look not in self._audited and name not in findings.records):
                 self._tried(models, replace(moment, kind="health", reason=reason), name, findings)
         return False
 

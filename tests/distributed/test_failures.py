@@ -98,8 +98,12 @@ def test_it_is_recorded_once_and_the_next_audit_works(ran: Any, engine: str, nam
     assert "planted" in failure["error"]
     assert failure["error"].startswith("On rank 1:") == (rank == 1)
     every = EVERY[rank]
-    steps = [line["step"] for line in lines(ran[0], case, "records.jsonl") if abs(line["step"] - step) <= every]
-    assert steps == ([step - every, step, step + every] if where == "writer" else [step - every, step + every])
+    near = {
+        line["step"]: line["kind"] for line in lines(ran[0], case, "records.jsonl") if abs(line["step"] - step) <= every
+    }
+    # Where an audit broke there is a look; not where it was made, and the disk refused it or a writer broke.
+    there = {"writer": {step: "full"}, "log": {}}.get(where, {step: "health"})
+    assert near == {step - every: "full", **there, step + every: "full"}
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
