@@ -4,9 +4,10 @@
     python benchmarks/cost/overhead.py --layers 12 --width 512 --steps 300                    # two hours on a core
     python benchmarks/cost/overhead.py --layers 12 --width 512 --steps 300 --plain-steps 60   # a bit more than one
 
-Printed: seconds and CPU seconds of both trainings, how many looks and full audits there were, and the share of the time that
-went into them: by the difference of the two runs, step for step, and as the records themselves say it. Where both train as
-long, the weights are compared too: they have to be the same, bit by bit.
+Printed: seconds and CPU seconds of both trainings, the median of their steps between audits (which audits are not to slow
+down), how many looks and full audits there were, and the share of the time that went into them: by the difference of the two
+runs, step for step, and as the records themselves say it. Where both train as long, the weights are compared too: they have to
+be the same, bit by bit.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from datasets import Dataset, disable_progress_bars
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
 from align_audit import AlignmentAuditCallback, AuditRun
@@ -43,6 +45,22 @@ class Timed:
     cpu: float
     steps: int
     weights: str
+    step: float
+    """Seconds of a step between audits: the median of all but the first."""
+
+
+class Clock(TrainerCallback):
+    """Seconds of each step, without what other callbacks do at its end."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._began)
 
 
 def model_of(layers: int | None, width: int) -> Any:
@@ -63,7 +81,7 @@ def train(output: Path, options: argparse.Namespace, steps: int, audited: bool) 
     """One training as a user's script makes it; three lines of it are ours."""
     pairs = preference_pairs(480 + options.probes, seed=0)
     torch.manual_seed(0)
-    callbacks = [AlignmentAuditCallback()] if audited else []
+    clock, callbacks = Clock(), [AlignmentAuditCallback()] if audited else []
     trainer = DPOTrainer(
         model=model_of(options.layers, options.width),
         # A model that was never saved has no path that the trainer could make its reference from.
@@ -76,14 +94,15 @@ def train(output: Path, options: argparse.Namespace, steps: int, audited: bool) 
         train_dataset=Dataset.from_list(pairs[:480]),
         eval_dataset=Dataset.from_list(pairs[480:]),
         processing_class=AutoTokenizer.from_pretrained(MODEL_DIR),
-        callbacks=callbacks,
+        callbacks=[clock, *callbacks],
     )  # fmt: skip
     for callback in callbacks:
         callback.attach(trainer)
     began, cpu = time.perf_counter(), time.process_time()
     with contextlib.redirect_stdout(None):
         trainer.train()
-    return Timed(time.perf_counter() - began, time.process_time() - cpu, steps, fingerprint(trainer.model))
+    took, spent = time.perf_counter() - began, time.process_time() - cpu
+    return Timed(took, spent, steps, fingerprint(trainer.model), median(clock.seconds[1:] or clock.seconds))
 
 
 def main() -> None:
@@ -108,7 +127,10 @@ def main() -> None:
     kinds = Counter(record.kind for record in run.records)
     last = run.records[-1].occasion
     for name, run_of in (("without", plain), ("with", audited)):
-        print(f"{name:>10} {run_of.steps:5} steps {run_of.seconds:8.1f} s  {run_of.cpu:8.1f} CPU s")
+        print(
+            f"{name:>10} {run_of.steps:5} steps {run_of.seconds:8.1f} s  {run_of.cpu:8.1f} CPU s, a step between audits "
+            f"{run_of.step:.3f} s (median)"
+        )
     seconds, cpu = (plain.seconds / plain.steps, plain.cpu / plain.steps)
     print(f"looks {kinds['health']}, full audits {kinds['full']}, at steps {[record.step for record in run.records]}")
     print(f"seconds each {[round(record.cost.seconds, 2) for record in run.records]}")
