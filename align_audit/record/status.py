@@ -22,6 +22,16 @@ StatusWord = Literal["HEALTHY", "WATCH", "ERROR", "BLIND"]
 WORST_FIRST: tuple[StatusWord, ...] = ("ERROR", "BLIND", "WATCH", "HEALTHY")
 """Silence must not look like health."""
 
+_READ_FAILURES = (
+    "find out why audits do not come through: align_audit/failures.jsonl, beside the records, has the tracebacks"
+)
+_NOT_BY_LAYER = "trust nothing that is said by layer; margins, KL and tokens are measured without patching, and stand"
+_LOOK_AFTER = (
+    "see whether this training still has the callback, and what its terminal says: it goes on, and nothing watches it"
+)
+_READ_LINES = "look at what is written there: it may be torn, or of a newer version, which that one can read"
+_SWITCH_ON = "leave out alerts.enabled to have the rules asked, or judge by the numbers yourself"
+
 _INTERVALS = 3
 """So many intervals without an audit are silence."""
 
@@ -36,11 +46,13 @@ class Status:
             ``HEALTHY``: none of these.
         since: the step since which it stands so; None: not known, or nothing was audited yet.
         reason: why, in a sentence.
+        advice: of ``BLIND``, what to do to see again, as a clause; empty: an alert says what to do, or nothing is known yet.
     """
 
     word: StatusWord
     since: int | None
     reason: str
+    advice: str = ""
 
     def __str__(self) -> str:
         return self.word if self.since is None else f"{self.word} since step {self.since}"
@@ -74,7 +86,7 @@ def status_of_course(
         so_far.add(head)
     status = so_far.status(_last_full(course), failures, log[-1].step if log else None)
     if unread is not None and (not course or status.word in ("WATCH", "HEALTHY")):
-        return Status("BLIND", status.since, unread)
+        return Status("BLIND", status.since, unread, _READ_LINES)
     return status
 
 
@@ -164,12 +176,14 @@ class AuditsSoFar:
 
     def _blind(self, full: AuditRecord | None, failures: Sequence[Failure], now: int | None) -> Status | None:
         if not self._heads:
-            return Status("BLIND", None, _nothing_audited(failures))
+            return Status("BLIND", None, _nothing_audited(failures), _READ_FAILURES if failures else "")
         since = _broken_since(self._heads, failures) if failures else []
         if since:
-            return Status("BLIND", since[0].step, f"Audits break since step {since[0].step}: {_last_line(since[-1])}.")
+            words = f"Audits break since step {since[0].step}: {_last_line(since[-1])}."
+            return Status("BLIND", since[0].step, words, _READ_FAILURES)
         if full is not None and full.controls.identity.verdict == "failed":
-            return Status("BLIND", full.step, f"The identity control failed: {full.controls.identity.reason}.")
+            words = f"The identity control failed: {full.controls.identity.reason}."
+            return Status("BLIND", full.step, words, _NOT_BY_LAYER)
         return _silent(self._steps, self._heads[-1].occasion, now) or _unjudged(self._heads)
 
 
@@ -221,9 +235,8 @@ def _silent(steps: Sequence[int], occasion: Occasion | None, now: int | None) ->
         interval = round(median(after - step for step, after in pairwise(steps)))
     if now - last <= _INTERVALS * max(interval, 1):
         return None
-    return Status(
-        "BLIND", last, f"Training is at step {now}, and the last audit is of step {last}: one was due every {interval}."
-    )
+    words = f"Training is at step {now}, and the last audit is of step {last}: one was due every {interval}."
+    return Status("BLIND", last, words, _LOOK_AFTER)
 
 
 def _unjudged(heads: Sequence[Head]) -> Status | None:
@@ -233,7 +246,8 @@ def _unjudged(heads: Sequence[Head]) -> Status | None:
         since = head.step
     if since is None:
         return None
-    return Status("BLIND", since, "Alerts are switched off (alerts.enabled), so that nothing says whether all is well.")
+    words = "Alerts are switched off (alerts.enabled), so that nothing says whether all is well."
+    return Status("BLIND", since, words, _SWITCH_ON)
 
 
 def _last_line(failure: Failure) -> str:

@@ -220,15 +220,9 @@ def what_to_do(standing: Standing, command: bool = True) -> str:
         command: with that which goes back; False: it is shown beside.
     """
     if standing.status.word == "BLIND" or (alert := standing.worst) is None:
-        return _unblinded(standing)
+        return standing.status.advice or "nothing to do"
     knob = alert.knob or (alert.remedy or alert.suggestion).split(". ")[0]
     return ". ".join(words for words in (_back(alert, command), knob.rstrip(".")) if words)
-
-
-def _unblinded(standing: Standing) -> str:
-    if standing.broken:
-        return "trust nothing that is said by layer; margins, KL and tokens are measured without patching, and stand"
-    return "find out why audits do not come through: align_audit/failures.jsonl, beside the records, has the tracebacks"
 
 
 def _back(alert: Alert, command: bool) -> str:

@@ -94,11 +94,9 @@ class RunRow:
 
     def what_to_do(self) -> str:
         """The next step, in a line; empty where nothing is to be done, or nothing is known yet."""
-        if self.status.word == "HEALTHY" or (self.standing is None and not self.failures):
+        if self.status.word == "HEALTHY":
             return ""
-        if self.standing is None:
-            return "read align_audit/failures.jsonl in its folder: it has the tracebacks"
-        return what_to_do(self.standing)
+        return self.status.advice if self.standing is None else what_to_do(self.standing)
 
     def as_json(self, now: datetime) -> dict[str, Any]:
         """Plain JSON values; None: not known. Figures are of the last audit, in nats per token and as shares."""

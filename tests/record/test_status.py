@@ -11,7 +11,7 @@ from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord, Control, Occasion
 from align_audit.record.log import Failure, RunLog
 from align_audit.record.run import AuditRun
-from align_audit.record.status import status_of
+from align_audit.record.status import Status, status_of
 from align_audit.record.training_log import LogRow
 from tests.helpers.alert_cases import health, healthy, on_set, with_part
 from tests.helpers.make_record import make_record
@@ -110,6 +110,34 @@ def test_silence_is_blind() -> None:
     assert status_of(usual, [], [LogRow(60, {})]).word == "HEALTHY"
     assert status_of(usual, [], [LogRow(61, {})]).word == "BLIND"
     assert status_of(usual[:2], [], [LogRow(900, {})]).word == "HEALTHY", "two audits are no interval"
+
+
+SILENT = at(40).model_copy(update={"occasion": Occasion(reason="at step 40", next_step=50)})
+UNTRUE = with_part(at(10), "controls", identity=Control(verdict="failed", reason="3 of 64 moved"))
+
+
+@pytest.mark.parametrize(
+    ("status", "advised"),
+    [
+        (status_of([], [broken(5)], []), "failures.jsonl"),
+        (status_of([at(10)], [broken(20)], []), "failures.jsonl"),
+        (status_of([UNTRUE], [], []), "by layer"),
+        (status_of([SILENT], [], [LogRow(71, {})]), "the callback"),
+        (status_of([at(10)], [], [], "2 lines at the end cannot be read."), "a newer version"),
+        (status_of([unjudged(at(10))], [], []), "alerts.enabled"),
+    ],
+)
+def test_each_blindness_has_its_own_advice(status: Status, advised: str) -> None:
+    """A file of tracebacks is there only where something broke."""
+    assert status.word == "BLIND"
+    assert advised in status.advice
+    assert ("failures.jsonl" in status.advice) == ("broke" in status.reason or "break" in status.reason)
+
+
+def test_where_an_alert_is_open_it_says_what_to_do() -> None:
+    assert status_of([at(10, alert("error", 10, 10, "opened"))], [], []).advice == ""
+    assert status_of([at(0)], [], []).advice == ""
+    assert status_of([], [], []).advice == "", "nothing is known yet"
 
 
 def test_status_is_of_all_probe_sets_or_of_one(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.open_alerts import SEVERITY, cause_of, since_of
 from align_audit.record.run import AuditRun
+from align_audit.record.status import Status
 from align_audit.record.stored_records import Head, heads_of
 from align_audit.record.training_log import LogRow, up_to
 from align_audit.writers.brief import what_to_do
@@ -44,7 +45,7 @@ def status_data(run: AuditRun, standing: Standing | None) -> dict[str, Any]:
         "word": status.word,
         "since": status.since,
         "sentences": [text(words) for words in _sentences(run, standing)],
-        "do": _do(status.word, standing),
+        "do": _do(status, standing),
         "log": _log(standing, run.training_log),
         "facts": _facts(run, standing),
     }
@@ -95,18 +96,15 @@ def _figures(standing: Standing) -> str:
     return f"{chosen}, {kl}, {tokens}"
 
 
-def _do(word: str, standing: Standing | None) -> dict[str, Any]:
+def _do(status: Status, standing: Standing | None) -> dict[str, Any]:
     """The next step. The command of an alert goes back to a checkpoint that still existed when it was raised."""
     nothing = {"checkpoint": None, "command": None}
-    if word == "HEALTHY":
+    if status.word == "HEALTHY":
         return {"words": "Nothing to do.", **nothing}
     if standing is None:
-        return {
-            "words": "Find out why audits do not come through: failures.jsonl, beside the records, has the tracebacks.",
-            **nothing,
-        }
+        return {"words": f"{_capital(status.advice or 'wait for the first audit')}.", **nothing}
     words, alert = text(f"{_capital(what_to_do(standing, command=False))}."), standing.worst
-    if word == "BLIND" or alert is None:
+    if status.word == "BLIND" or alert is None:
         return {"words": words, **nothing}
     return {
         "words": words,
