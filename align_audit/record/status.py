@@ -29,7 +29,7 @@ _NOT_BY_LAYER = "trust nothing that is said by layer; margins, KL and tokens are
 _LOOK_AFTER = (
     "see whether this training still has the callback, and what its terminal says: it goes on, and nothing watches it"
 )
-_READ_LINES = "look at what is written there: it may be torn, or of a newer version, which that one can read"
+_READ_LINES = "look at these lines: they may be torn, or written by a newer version, which can read them"
 _SWITCH_ON = "leave out alerts.enabled to have the rules asked, or judge by the numbers yourself"
 
 _INTERVALS = 3

@@ -67,7 +67,7 @@ def rows_of(tokenizer: Any, options: argparse.Namespace) -> list[dict[str, str]]
     if path is None:
         from align_audit.lab.corpus import preference_pairs
 
-        return preference_pairs(6 * options.pairs + options.steps, seed=5)
+        return preference_pairs(6 * options.pairs + TRAINED * options.steps, seed=5)
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     if not options.fitting:
@@ -81,9 +81,11 @@ def rows_of(tokenizer: Any, options: argparse.Namespace) -> list[dict[str, str]]
 
 
 def probes_of(rows: list[dict[str, str]], tokenizer: Any, options: argparse.Namespace) -> ProbeSet:
-    """The first pairs, as many as there are to audit."""
+    """As many as there are to audit, of the first pairs: none of those that were trained on."""
     pairs = options.pairs
-    return ProbeSet.from_dataset(rows[: 4 * pairs], tokenizer, max_pairs=pairs, max_length=options.max_length)
+    return ProbeSet.from_dataset(
+        rows[: -TRAINED * options.steps][: 4 * pairs], tokenizer, max_pairs=pairs, max_length=options.max_length
+    )
 
 
 def trained(
@@ -311,9 +313,14 @@ def main() -> None:
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=options.dtype).eval()
     rows = rows_of(tokenizer, options)
     if len(rows) < options.pairs + TRAINED * options.steps:
+        there = (
+            f"{len(rows)} fit in {options.max_length} tokens: raise --max-length"
+            if options.fitting
+            else f"there are {len(rows)}"
+        )
         raise SystemExit(
-            f"expected {options.pairs} pairs to audit and {TRAINED * options.steps} to train on; {len(rows)} fit in "
-            f"{options.max_length} tokens: raise --max-length"
+            f"expected {options.pairs} pairs to audit and {TRAINED * options.steps} to train on; {there}, or lower --pairs or "
+            "--steps"
         )
     kept = Path(options.policy) if options.policy else None
     if kept is not None and (kept / KEPT).exists():

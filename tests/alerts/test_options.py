@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from align_audit.alerts.history import History
 from align_audit.config import AlertConfig, AuditConfig
 from align_audit.errors import ConfigurationError
 from align_audit.options.rule_settings import RESERVED, AddedRule, RuleOptions
+from align_audit.options.rules import RULES, Limit
 from tests.helpers.alert_cases import about, alerts, health, healthy, judged, log_of, run, with_margins, with_part
 
 
@@ -92,6 +94,31 @@ def test_what_is_wrong_is_refused_with_its_line(text: str, words: list[str], tmp
     with pytest.raises(ConfigurationError) as refused:
         from_yaml(tmp_path, f"alerts:\n  {text}\n")
     assert all(word in str(refused.value) for word in words), refused.value
+
+
+@pytest.mark.parametrize(
+    ("warning", "error"), [pair for rule in RULES for pair in rule.levels], ids=lambda limit: limit.option
+)
+def test_no_warning_lies_beyond_its_error(warning: Limit, error: Limit) -> None:
+    """It would never be met before the error. Where the rule gives no error, or infinity switches the warning off, it may."""
+    (rule,) = (rule for rule in RULES if error in rule.limits)
+    beyond = error.default * (1.1 if warning.direction == "above" else 0.9)
+    for moved in (
+        {warning.option: beyond},
+        {error.option: warning.default * (0.9 if warning.direction == "above" else 1.1)},
+    ):
+        with pytest.raises(ConfigurationError, match=rf"expected {warning.option} of at (most|least) {error.option}"):
+            AuditConfig(alerts=moved)
+    assert AlertConfig(**{warning.option: error.default}).uses(rule.name), "at the same place both are met"
+    for said in ("off", {"level": "warning"}):
+        AlertConfig(**{warning.option: beyond}, rules={rule.name: said})
+    if math.isinf(warning.below):
+        AlertConfig(**{warning.option: math.inf})
+
+
+def test_every_limit_of_an_error_stands_behind_one_of_a_warning() -> None:
+    behind = {error.option for rule in RULES for _, error in rule.levels}
+    assert behind == {limit.option for rule in RULES for limit in rule.limits if limit.level == "error"}
 
 
 def test_secrets_beside_a_wrong_rule_are_not_quoted() -> None:
