@@ -12,7 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from align_audit.errors import ConfigurationError, plain, quoted
 from align_audit.options.examples import ExamplesConfig
-from align_audit.options.rule_settings import AddedRule, Limits, RuleOptions, RuleSetting, check_order, read_rules
+from align_audit.options.rule_settings import (
+    AddedRule,
+    Limits,
+    RuleOptions,
+    RuleSetting,
+    check_order,
+    none_is_asked,
+    read_rules,
+)
 from align_audit.options.rules import RULES, Rule, did_you_mean
 from align_audit.options.schedule import ScheduleConfig
 from align_audit.options.trackers import TrackerChoice
@@ -222,7 +230,8 @@ class AlertConfig(Limits):
     """
 
     enabled: bool = True
-    """False: no rule is asked. The status of such a run is BLIND, since nothing says whether all is well."""
+    """False: no rule is asked. The status of such a run is BLIND, since nothing says whether all is well. So it is where
+    ``rules`` switch all of the table off and add none."""
     action: Literal["log", "save", "stop"] = "log"
     """Done when an alert of level ``action_level`` or above fires. ``save`` writes a checkpoint, ``stop`` ends training."""
     action_level: Literal["warning", "error"] = "error"
@@ -250,7 +259,7 @@ class AlertConfig(Limits):
         rules, limits = read_rules(values["rules"])
         if twice := sorted(set(limits) & set(values)):
             raise ValueError(f"expected {twice[0]} once; found it under alerts and under rules")
-        return values | limits | {"rules": rules}
+        return values | limits | {"rules": rules} | ({"enabled": False} if none_is_asked(rules) else {})
 
     @model_validator(mode="after")
     def _warns_before_an_error(self) -> Self:

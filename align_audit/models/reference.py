@@ -14,7 +14,7 @@ from torch import nn
 
 from align_audit.errors import ReferenceUnavailableError
 from align_audit.models.adapters import AdapterSwitch, adapters_kept, is_merged
-from align_audit.models.anatomy import is_peft, out_of_engine, unwrap_only
+from align_audit.models.anatomy import is_peft, unwrap_only
 from align_audit.models.guard import untouched
 from align_audit.models.loading import load_model, loader_errors
 from align_audit.models.weights.fingerprint import WeightSums, belongs_to
@@ -203,6 +203,7 @@ def policy_fingerprint(policy: nn.Module, ranks: Ranks | None = None, read: Weig
         ranks: the processes that weights are spread over.
         read: keeps what is read of the policy, for the hash of a reference that has weights in common with it.
     """
+    policy = unwrap_only(policy)
     inactive: set[str] = set()
     if is_peft(policy):
         inactive = set(policy.peft_config) - set(policy.active_adapters)  # type: ignore[arg-type]
@@ -211,6 +212,7 @@ def policy_fingerprint(policy: nn.Module, ranks: Ranks | None = None, read: Weig
 
 def fingerprints(policy: nn.Module, reference: Reference) -> tuple[str, str]:
     """The hashes of policy and reference. What they have in common, as an adapter's base, is read once."""
+    policy = unwrap_only(policy)
     read = WeightSums(policy)
     return policy_fingerprint(policy, read=read), reference.fingerprint(read=read)
 
@@ -264,6 +266,7 @@ def resolve_reference(
     Raises:
         ReferenceUnavailableError: none of these can be had.
     """
+    policy = unwrap_only(policy)  # adapters are found inside a compiled or data-parallel model, too
     if isinstance(given, nn.Module):
         return _passed(policy, given, "a model that was passed")
     if given is not None:
@@ -298,8 +301,8 @@ def _passed(policy: nn.Module, model: nn.Module, source: str) -> Reference:
     Raises:
         ReferenceUnavailableError: it is the policy itself, or holds parameters of the policy that train.
     """
-    model = out_of_engine(model)
-    if model is policy or unwrap_only(model) is unwrap_only(policy):
+    model = unwrap_only(model)
+    if model is policy:
         raise ReferenceUnavailableError(
             f"the reference ({source}) is the policy itself; expected another model, a path, or None to let it be found"
         )

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from align_audit.errors import quoted
-from align_audit.options.rules import CAUSES, LIMITS, RETIRED, Rule, did_you_mean, rule_named, rule_names
+from align_audit.options.rules import CAUSES, LIMITS, RETIRED, RULES, Rule, did_you_mean, rule_named, rule_names
 from align_audit.options.signals import SIGNALS, is_signal
 
 
@@ -143,6 +143,13 @@ def read_rules(values: Mapping[Any, Any]) -> tuple[dict[str, RuleSetting], dict[
         rules[rule.name], its_limits = _tuned(rule, name, said)
         limits |= its_limits
     return rules, limits
+
+
+def none_is_asked(rules: Mapping[str, RuleSetting]) -> bool:
+    """Is every rule of the table switched off, and none added?"""
+    return all(
+        isinstance(said := rules.get(rule.name), RuleOptions) and not said.enabled for rule in RULES
+    ) and not any(isinstance(said, AddedRule) for said in rules.values())
 
 
 def wrong(words: str, *place: str | int) -> PydanticCustomError:

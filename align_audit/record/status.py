@@ -30,7 +30,7 @@ _LOOK_AFTER = (
     "see whether this training still has the callback, and what its terminal says: it goes on, and nothing watches it"
 )
 _READ_LINES = "look at these lines: they may be torn, or written by a newer version, which can read them"
-_SWITCH_ON = "leave out alerts.enabled to have the rules asked, or judge by the numbers yourself"
+_SWITCH_ON = "switch rules on (alerts.enabled, alerts.rules), or judge by the numbers yourself"
 
 _INTERVALS = 3
 """So many intervals without an audit are silence."""
@@ -246,7 +246,9 @@ def _unjudged(heads: Sequence[Head]) -> Status | None:
         since = head.step
     if since is None:
         return None
-    words = "Alerts are switched off (alerts.enabled), so that nothing says whether all is well."
+    words = (
+        "Alerts are switched off (alerts.enabled, or every rule by itself), so that nothing says whether all is well."
+    )
     return Status("BLIND", since, words, _SWITCH_ON)
 
 

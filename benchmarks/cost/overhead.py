@@ -3,11 +3,13 @@
     python benchmarks/cost/overhead.py                                      # the demo's healthy run, a minute or two
     python benchmarks/cost/overhead.py --layers 12 --width 512 --steps 300                    # two hours on a core
     python benchmarks/cost/overhead.py --layers 12 --width 512 --steps 300 --plain-steps 60   # a bit more than one
+    python benchmarks/cost/overhead.py --layers 12 --width 512 --steps 300 --plain-steps 40 --plain-after --threads 2
 
-Printed: seconds and CPU seconds of both trainings, the median of their steps between audits (which audits are not to slow
-down), how many looks and full audits there were, and the share of the time that went into them: by the difference of the two
-runs, step for step, and as the records themselves say it. Where both train as long, the weights are compared too: they have to
-be the same, bit by bit.
+Printed: seconds and CPU seconds of all trainings, the median of their steps between audits (which audits are not to slow
+down), how many looks and full audits there were, and the share of the time that went into them: by the difference of the
+runs, step for step, and as the records themselves say it. Where all train as long, the weights are compared too: they have to
+be the same, bit by bit. A machine that others share is not as fast all the time: with ``--plain-after`` the run without the
+callback is made once more behind the one with it, and the difference is taken from both.
 """
 
 from __future__ import annotations
@@ -111,6 +113,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--steps", type=int, default=HEALTHY.steps)
     parser.add_argument("--plain-steps", type=int, help="of the run without the callback; default: as many")
+    parser.add_argument("--plain-after", action="store_true", help="make the run without the callback again at the end")
     parser.add_argument("--batch", type=int, default=BATCH_SIZE)
     parser.add_argument("--probes", type=int, default=64)
     parser.add_argument(
@@ -121,24 +124,30 @@ def main() -> None:
     disable_progress_bars()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
-        plain = train(Path(folder) / "plain", options, options.plain_steps or options.steps, audited=False)
+        plain_steps = options.plain_steps or options.steps
+        plain = [train(Path(folder) / "plain", options, plain_steps, audited=False)]
         audited = train(Path(folder) / "audited", options, options.steps, audited=True)
+        if options.plain_after:
+            plain.append(train(Path(folder) / "plain_after", options, plain_steps, audited=False))
         run = AuditRun.load(Path(folder) / "audited")
     kinds = Counter(record.kind for record in run.records)
     last = run.records[-1].occasion
-    for name, run_of in (("without", plain), ("with", audited)):
+    for name, run_of in [*(("without", run_of) for run_of in plain), ("with", audited)]:
         print(
             f"{name:>10} {run_of.steps:5} steps {run_of.seconds:8.1f} s  {run_of.cpu:8.1f} CPU s, a step between audits "
             f"{run_of.step:.3f} s (median)"
         )
-    seconds, cpu = (plain.seconds / plain.steps, plain.cpu / plain.steps)
+    trained = sum(run_of.steps for run_of in plain)
+    seconds, cpu = sum(run_of.seconds for run_of in plain) / trained, sum(run_of.cpu for run_of in plain) / trained
     print(f"looks {kinds['health']}, full audits {kinds['full']}, at steps {[record.step for record in run.records]}")
     print(f"seconds each {[round(record.cost.seconds, 2) for record in run.records]}")
     print(f"share of the time, by the difference: {1 - seconds * audited.steps / audited.seconds:.1%} ", end="")
     print(
         f"(CPU {1 - cpu * audited.steps / audited.cpu:.1%}), by the records: {last.share_spent if last else None:.1%}"
     )
-    same = plain.weights == audited.weights if plain.steps == audited.steps else "not compared"
+    same = (
+        all(run_of.weights == audited.weights for run_of in plain) if plain_steps == audited.steps else "not compared"
+    )
     print(f"same weights: {same}; status {run.status}")
 
 

@@ -224,3 +224,13 @@ def test_a_rule_that_says_nothing_is_no_alert(said: Any, caplog: pytest.LogCaptu
     config = AlertConfig(rules={"mine": lambda history: said})
     assert names(healthy(), config) == []
     assert "the alert rule mine: expected a message or None, found" in caplog.text
+
+
+def test_every_rule_switched_off_is_as_alerts_switched_off() -> None:
+    """Nothing is asked then either, and a status of HEALTHY would be made of nothing."""
+    off: dict[str, Any] = {rule.name: "off" for rule in RULES}
+    assert not AlertConfig(rules=off).enabled
+    again = AlertConfig.model_validate(AlertConfig(rules=off).model_dump(mode="json"))
+    assert not again.enabled, "as it was stored"
+    assert AlertConfig(rules=off | {RULES[0].name: "on"}).enabled
+    assert AlertConfig(rules=off | {"mine": {"signal": "grad_norm", "above": 50.0}}).enabled

@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer
 from align_audit import AlignmentAuditCallback, AuditRun, audit, transfer
 from align_audit.errors import ReferenceUnavailableError
 from align_audit.measures.margin import compare_readouts
-from align_audit.models.reference import resolve_reference
+from align_audit.models.reference import fingerprints, policy_fingerprint, resolve_reference
 from align_audit.monitoring.checkpoints import audit_saved, transfer_saved
 from align_audit.monitoring.trainer import read_trainer
 from tests.helpers.callback_runs import quick
@@ -97,6 +97,33 @@ def test_the_policy_in_a_wrapper_is_refused() -> None:
         resolve_reference(torch.nn.DataParallel(policy), policy)
     with pytest.raises(ReferenceUnavailableError, match="is the policy itself"):
         resolve_reference(policy, torch.compile(policy))
+
+
+@pytest.mark.filterwarnings("ignore:.*base_model_name_or_path. was renamed")  # of a model that was never saved
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+@pytest.mark.parametrize("beside", [(), ("ref",)], ids=["adapters off", "ref adapter"])
+def test_adapters_are_found_inside_a_wrapper(wrap: Any, beside: tuple[str, ...]) -> None:
+    """Not found there, the reference would be taken for missing, or read from where the base was loaded from."""
+    policy: Any = get_peft_model(tiny_model("llama"), LORA)
+    for name in beside:
+        policy.add_adapter(name, LORA)
+    wrapped = wrap(policy)
+    inside, plain = resolve_reference(wrapped), resolve_reference(policy)
+    assert inside.source == plain.source
+    assert inside.model() is policy
+    assert fingerprints(wrapped, inside) == fingerprints(policy, plain)
+    assert policy_fingerprint(wrapped) == policy_fingerprint(policy)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_a_model_in_a_wrapper_is_the_same_model(wrap: Any) -> None:
+    """Weights in a wrapper have other names; a policy that has not moved would be taken for one that has."""
+    policy = tiny_model("llama")
+    reference = copy.deepcopy(policy)
+    both = (policy, reference), (wrap(policy), wrap(reference))
+    records = [audit(one, other, random_pairs(4), quick()) for one, other in both]
+    assert [record.reference_check.same_weights for record in records] == [True, True]
+    assert records[0].provenance.policy_hash == records[1].provenance.policy_hash
 
 
 def test_a_model_that_shares_what_trains_is_refused_and_one_that_shares_what_is_frozen_is_not() -> None:

@@ -73,7 +73,7 @@ class OpenModels:
         hashes: tuple[str, str] | None = None,
     ) -> None:
         self.ranks = ranks if ranks is not None else Ranks()
-        self.policy_model = policy
+        self.policy_model = policy = unwrap_only(policy)  # a wrapper's weights have other names, and so another hash
         self.source = reference
         self.bounds = MemoryBounds()
         self.spread = False
