@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from align_audit.errors import plain
@@ -12,6 +13,9 @@ from align_audit.record.run import AuditRun
 from align_audit.record.status import AuditsSoFar
 from align_audit.record.stored_records import heads_of
 from align_audit.record.training_log import last_until
+
+_GONE = 2
+"""Steps that other probe sets were audited at since: a run that is killed between two sets of a look leaves one such step."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,10 @@ class LatestHealthy:
 
 
 def latest_healthy(run: AuditRun, checkpoints: Mapping[int, str] | None = None) -> LatestHealthy:
-    """The latest healthy audit of a run; of several probe sets, one at which all were healthy.
+    """The latest healthy audit of a run; of several probe sets, one at which all that were in use then were healthy.
+
+    A set is in use from its first audit on, and for good, but where the run was resumed without it: then others have come
+    at :data:`_GONE` steps or more since its last one, and nothing broke.
 
     Args:
         checkpoints: step → name, of those that exist; None: those in the run's folder that are of its course, and where there
@@ -52,10 +59,10 @@ def latest_healthy(run: AuditRun, checkpoints: Mapping[int, str] | None = None) 
     """
     existing = run.checkpoints if checkpoints is None else checkpoints
     listed = checkpoints is not None or bool(existing)
-    courses = [_Course(run.select(name)) for name in run.probe_names]
-    steps = sorted(set.intersection(*(course.clean for course in courses)) if courses else set(), reverse=True)
-    for step in sorted(steps, key=lambda step: step not in existing):
-        if all(course.intact(step) for course in courses):
+    audited = sorted({head.step for head in heads_of(present_course(run.records))})
+    courses = [_Course(run.select(name), audited) for name in run.probe_names]
+    for step in sorted(audited, key=lambda step: (step not in existing, -step)):
+        if all(step in course.clean and course.intact(step) for course in courses if course.in_use(step)):
             return LatestHealthy(step, existing.get(step), listed)
     return LatestHealthy(None, None, listed)
 
@@ -63,13 +70,18 @@ def latest_healthy(run: AuditRun, checkpoints: Mapping[int, str] | None = None) 
 class _Course:
     """The audits of one probe set on the course that its run is on. Stored records are parsed one by one, as they are needed.
 
+    Args:
+        run: with the audits of this set alone, and what broke of it.
+        audited: the steps of all sets.
+
     Attributes:
         clean: steps that were healthy, whatever the identity control of the last full audit said.
     """
 
-    def __init__(self, run: AuditRun) -> None:
+    def __init__(self, run: AuditRun, audited: Sequence[int]) -> None:
         self._records = present_course(run.records)
         self._heads = heads_of(self._records)
+        self._end = self._last_in_use(run, audited)
         self.clean: set[int] = set()
         so_far = AuditsSoFar()
         for place, head in enumerate(self._heads):
@@ -79,8 +91,21 @@ class _Course:
             row = last_until(run.training_log, head.step)
             if so_far.status(None, [], None if row is None else row.step).word == "HEALTHY":
                 self.clean.add(head.step)
-        if self._heads and run.status.word != "HEALTHY":  # failures, and silence, since the last audit
+        # Failures, and silence, since the last audit; but a set that is used no more is silent as it should be.
+        if self._heads and math.isinf(self._end) and run.status.word != "HEALTHY":
             self.clean.discard(self._heads[-1].step)
+
+    def _last_in_use(self, run: AuditRun, audited: Sequence[int]) -> float:
+        if not self._heads:
+            return math.inf
+        last = self._heads[-1].step
+        since = len(audited) - bisect_right(audited, last)
+        broke = any(failure.step > last for failure in run.failures)
+        return last if since >= _GONE and not broke else math.inf
+
+    def in_use(self, step: int) -> bool:
+        """Whether this set was audited around a step, or should have been."""
+        return bool(self._heads) and self._heads[0].step <= step <= self._end
 
     def intact(self, step: int) -> bool:
         """Whether the measurement itself was in order: the identity control of the last full audit by then had not failed."""
