@@ -28,6 +28,7 @@ from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.course import course_of
 from align_audit.record.open_alerts import cause_of, open_alerts
+from align_audit.record.probe_sets_in_use import STEPS_APART
 from align_audit.record.stored_records import Head, chosen, heads_of
 from align_audit.record.training_log import LogRow
 
@@ -43,9 +44,6 @@ LOG_DETECTORS: dict[str, LogDetector] = _by_name(trainer_log)
 
 _SILENCING = ("reference", "numbers")
 """Causes after whose error, where a record shows it, nothing that is measured against the reference means anything."""
-
-_STEPS_APART = 3
-"""A probe set has a say as long as it was audited at one of so many steps of audits before."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ def suspect(log: Sequence[LogRow], config: AlertConfig, *, max_steps: int | None
 
 def _histories(view: View, record: AuditRecord, course: Sequence[AuditRecord]) -> list[History]:
     """What is known of each probe set at this step: of this one its new record, of the others their last."""
-    steps = sorted({head.step for head in heads_of(course)} | {record.step})[-_STEPS_APART:]
+    steps = sorted({head.step for head in heads_of(course)} | {record.step})[-STEPS_APART:]
     latest = {head.probe_name: head for head in heads_of(course) if head.step >= steps[0]}
     name = record.provenance.probe_name
     last_records = [_record_of(course, head) for set_name, head in latest.items() if set_name != name]

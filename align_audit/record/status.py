@@ -14,6 +14,7 @@ from align_audit.record.audit_record import AuditRecord, Occasion
 from align_audit.record.course import present_course
 from align_audit.record.log import Failure
 from align_audit.record.open_alerts import is_serious, open_alerts, since_of
+from align_audit.record.probe_sets_in_use import sets_in_use
 from align_audit.record.stored_records import Head, heads_of
 from align_audit.record.training_log import LogRow
 
@@ -93,10 +94,13 @@ def status_of_course(
 def _last_full(course: Sequence[AuditRecord]) -> AuditRecord | None:
     """The last full audit; of several probe sets one whose identity control failed at the last of its set. None: there is none.
 
-    What broke in the measurement of one set is not mended by another's.
+    What broke in the measurement of one set is not mended by another's, as long as that set is in use.
     """
     heads = heads_of(course)
-    last = {head.probe_name: place for place, head in enumerate(heads) if head.kind == "full"}
+    used = sets_in_use(heads)
+    last = {
+        head.probe_name: place for place, head in enumerate(heads) if head.kind == "full" and head.probe_name in used
+    }
     places = sorted(last.values(), reverse=True)
     if len(places) < 2:
         return course[places[0]] if places else None
@@ -200,17 +204,27 @@ def _nothing_audited(failures: Sequence[Failure]) -> str:
 
 
 def _broken_since(heads: Sequence[Head], failures: Sequence[Failure]) -> list[Failure]:
-    """The failures, by time, that no later audit of their probe set has made good; one without a name is of all sets.
+    """The failures, by time, that no later audit of their probe set has made good; one without a name is of all sets. Those of
+    a set that is no longer in use mean nothing any more.
 
     Those of a course that was left when the run was resumed are older than its audits.
     """
+    used = sets_in_use(heads, failures)
     last: dict[str | None, tuple[str, int]] = {}
     for head in heads:
+        if head.probe_name not in used:
+            continue
         last[head.probe_name] = max(last.get(head.probe_name, ("", -1)), (head.created, head.step))
-    ages = {each.probe_name: last.get(each.probe_name, ("", -1)) for each in failures}
-    ages[None] = last.get(None, min(last.values()))
+    ages = {each.probe_name: last.get(each.probe_name, ("", -1)) for each in failures if each.probe_name in used}
+    ages[None] = last.get(None, min(last.values(), default=("", -1)))
     return sorted(
-        (each for each in failures if each.step > ages[each.probe_name][1] and each.time >= ages[each.probe_name][0]),
+        (
+            each
+            for each in failures
+            if each.probe_name in ages
+            and each.step > ages[each.probe_name][1]
+            and each.time >= ages[each.probe_name][0]
+        ),
         key=lambda each: (each.time, each.step),
     )
 

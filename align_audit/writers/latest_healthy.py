@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from align_audit.errors import plain
 from align_audit.record.course import present_course
+from align_audit.record.probe_sets_in_use import sets_in_use
 from align_audit.record.run import AuditRun
 from align_audit.record.status import AuditsSoFar
 from align_audit.record.stored_records import heads_of
 from align_audit.record.training_log import last_until
-
-_GONE = 2
-"""Steps that other probe sets were audited at since: a run that is killed between two sets of a look leaves one such step."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,8 @@ class LatestHealthy:
 def latest_healthy(run: AuditRun, checkpoints: Mapping[int, str] | None = None) -> LatestHealthy:
     """The latest healthy audit of a run; of several probe sets, one at which all that were in use then were healthy.
 
-    A set is in use from its first audit on, and for good, but where the run was resumed without it: then others have come
-    at :data:`_GONE` steps or more since its last one, and nothing broke.
+    A set is in use from its first audit on, and for good, but where the run was resumed without it
+    (:func:`~align_audit.record.probe_sets_in_use.sets_in_use`).
 
     Args:
         checkpoints: step → name, of those that exist; None: those in the run's folder that are of its course, and where there
@@ -59,8 +56,9 @@ def latest_healthy(run: AuditRun, checkpoints: Mapping[int, str] | None = None) 
     """
     existing = run.checkpoints if checkpoints is None else checkpoints
     listed = checkpoints is not None or bool(existing)
-    audited = sorted({head.step for head in heads_of(present_course(run.records))})
-    courses = [_Course(run.select(name), audited) for name in run.probe_names]
+    heads = heads_of(present_course(run.records))
+    used, audited = sets_in_use(heads, run.failures), {head.step for head in heads}
+    courses = [_Course(run.select(name), is_used=name in used) for name in run.probe_names]
     for step in sorted(audited, key=lambda step: (step not in existing, -step)):
         if all(step in course.clean and course.intact(step) for course in courses if course.in_use(step)):
             return LatestHealthy(step, existing.get(step), listed)
@@ -72,16 +70,16 @@ class _Course:
 
     Args:
         run: with the audits of this set alone, and what broke of it.
-        audited: the steps of all sets.
+        is_used: whether the run is audited on it to this day.
 
     Attributes:
         clean: steps that were healthy, whatever the identity control of the last full audit said.
     """
 
-    def __init__(self, run: AuditRun, audited: Sequence[int]) -> None:
+    def __init__(self, run: AuditRun, *, is_used: bool) -> None:
         self._records = present_course(run.records)
         self._heads = heads_of(self._records)
-        self._end = self._last_in_use(run, audited)
+        self._is_used = is_used
         self.clean: set[int] = set()
         so_far = AuditsSoFar()
         for place, head in enumerate(self._heads):
@@ -92,20 +90,12 @@ class _Course:
             if so_far.status(None, [], None if row is None else row.step).word == "HEALTHY":
                 self.clean.add(head.step)
         # Failures, and silence, since the last audit; but a set that is used no more is silent as it should be.
-        if self._heads and math.isinf(self._end) and run.status.word != "HEALTHY":
+        if self._heads and is_used and run.status.word != "HEALTHY":
             self.clean.discard(self._heads[-1].step)
-
-    def _last_in_use(self, run: AuditRun, audited: Sequence[int]) -> float:
-        if not self._heads:
-            return math.inf
-        last = self._heads[-1].step
-        since = len(audited) - bisect_right(audited, last)
-        broke = any(failure.step > last for failure in run.failures)
-        return last if since >= _GONE and not broke else math.inf
 
     def in_use(self, step: int) -> bool:
         """Whether this set was audited around a step, or should have been."""
-        return bool(self._heads) and self._heads[0].step <= step <= self._end
+        return bool(self._heads) and self._heads[0].step <= step and (self._is_used or step <= self._heads[-1].step)
 
     def intact(self, step: int) -> bool:
         """Whether the measurement itself was in order: the identity control of the last full audit by then had not failed."""

@@ -83,6 +83,26 @@ def test_audits_that_break_are_blind_until_one_comes_through() -> None:
     assert status_of([at(10), at(40)], [broken(20), broken(30)], []).word == "HEALTHY"
 
 
+def test_what_broke_of_a_set_that_is_left_out_is_over() -> None:
+    """Training goes on without a probe set on which audits break; nothing would ever make that good."""
+
+    def on(name: str, *steps: int) -> list[AuditRecord]:
+        return [on_set(at(step), name) for step in steps]
+
+    def status(*records: AuditRecord, broke_at: int = 20, name: str | None = "b") -> str:
+        failure = broken(broke_at).model_copy(update={"probe_name": name})
+        return status_of(sorted(records, key=lambda record: record.step), [failure], []).word
+
+    before, after = [*on("a", 0, 10), *on("b", 0, 10)], on("a", 20, 30, 40)
+    assert status(*before, *after) == "BLIND", "it was in use at step 20"
+    assert status(*before, *after, *on("a", 50)) == "HEALTHY"
+    assert status(*before, *after, *on("a", 50), broke_at=50) == "BLIND"
+    assert status(*before, *after, *on("a", 50), name=None) == "HEALTHY", "of all sets, and those in use came through"
+    failed = with_part(on("b", 10)[0], "controls", identity=Control(verdict="failed", reason="3 of 64 moved"))
+    assert status_of([*on("a", 10), failed, *on("a", 20, 30)], [], []).word == "BLIND"
+    assert status_of([*on("a", 10), failed, *on("a", 20, 30, 40)], [], []).word == "HEALTHY"
+
+
 def test_an_open_error_is_not_hidden_by_blindness() -> None:
     ruined = at(10, alert("error", 10, 10, "opened"))
     assert status_of([ruined], [broken(20)], []).word == "ERROR"
