@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
+from scipy.special import stdtrit
+
 from align_audit.record.training_log import LogRow, up_to
 
 _START = 2000
@@ -46,9 +48,9 @@ class TrainerLog:
         """The values logged last, oldest first; fewer where there are not so many."""
         return [row.logs[column] for row in self.rows[-_END:] if column in row.logs][-count:]
 
-    def window(self, column: str, steps: int) -> list[float] | None:
+    def window(self, column: str, steps: int, least: int = 1) -> list[float] | None:
         """What was logged over the last ``steps`` steps: the values of :meth:`window_rows`."""
-        rows = self.window_rows(column, steps)
+        rows = self.window_rows(column, steps, least)
         return None if rows is None else [value for _, value in rows]
 
     def window_rows(self, column: str, steps: int, least: int = 1) -> list[tuple[int, float]] | None:
@@ -124,3 +126,17 @@ class TrainerLog:
 def mean(values: Sequence[float]) -> float:
     """Their mean; NaN of none, and where one of them is not finite."""
     return sum(values) / len(values) if values and all(map(math.isfinite, values)) else math.nan
+
+
+def upper_bound(values: Sequence[float], confidence: float = 0.95) -> float:
+    """The upper end of Student's interval of their mean, two-sided; NaN of fewer than two, and where one is not finite.
+
+    Example:
+        >>> round(upper_bound([-0.3, -0.1, -0.2]), 3)
+        0.048
+    """
+    middle, count = mean(values), len(values)
+    if count < 2 or not math.isfinite(middle):
+        return math.nan
+    spread = math.sqrt(sum((value - middle) ** 2 for value in values) / (count - 1) / count)
+    return middle + float(stdtrit(count - 1, (1 + confidence) / 2)) * spread

@@ -48,11 +48,16 @@ class View:
         return LIMITS[option].eased(value, self.config.hysteresis) if option in self.eased else value
 
     @property
+    def begun_at(self) -> float:
+        """The step from which on something should have been learned."""
+        if self.max_steps is None:
+            return self.config.never_started_steps
+        return self.config.never_started_share * self.max_steps
+
+    @property
     def begun(self) -> bool:
         """Has the run gone far enough for something to have been learned?"""
-        if self.max_steps is None:
-            return self.step >= self.config.never_started_steps
-        return self.step >= self.config.never_started_share * self.max_steps
+        return self.step >= self.begun_at
 
 
 @dataclass(frozen=True, kw_only=True)

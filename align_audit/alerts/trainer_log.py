@@ -10,7 +10,7 @@ from collections.abc import Callable
 from statistics import median
 
 from align_audit.alerts.behaviour import SLOW_DOWN
-from align_audit.alerts.curves import mean
+from align_audit.alerts.curves import mean, upper_bound
 from align_audit.alerts.history import Sign, View, beyond
 from align_audit.options.rules import BY_NAME
 
@@ -19,6 +19,8 @@ _SPIKES = 2
 """Rows of the window that have to spike: a single one is what gradient clipping is for."""
 _OVERFLOWS = 3
 """Gradient norms in a row that have to overflow: with fp16 single ones do, and their step is left out."""
+_ROWS = 3
+"""Rows that an interval over the window takes at least."""
 _USUAL = 32
 """Rows before the window that say which gradient norm is usual, and of how many at least there have to be half."""
 
@@ -122,19 +124,28 @@ def log_gradient_spike(view: View) -> Sign | None:
 
 
 def log_accuracy(view: View) -> Sign | None:
-    """The training pairs are ranked worse than by chance over the window, and by a margin below 0."""
-    steps = _steps(view)
-    ranked, margins = view.log.window("rewards/accuracies", steps), view.log.window("rewards/margins", steps)
-    if ranked is None or (margins is not None and not mean(margins) < 0):
+    """The training pairs are ranked worse than by chance over the window (of three rows at least).
+
+    A run that has learned nothing yet ranks them as by chance, and so below it half of the time. Before something should have
+    been learned all of the interval of the reward margins has to lie below 0 (where none are logged, accuracy's below its
+    limit); means do for a window that lies behind that, and while the alert is open.
+    """
+    steps, option = _steps(view), "log_accuracy_low"
+    rows = view.log.window_rows("rewards/accuracies", steps, least=_ROWS)
+    margins = view.log.window("rewards/margins", steps, least=_ROWS)
+    if rows is None or (margins is not None and not mean(margins) < 0):
         return None
-    accuracy = mean(ranked)
-    if not beyond(view, accuracy, "log_accuracy_low"):
+    ranked, span = [value for _, value in rows], max(steps, rows[-1][0] - rows[0][0] + 1)
+    accuracy, at = mean(ranked), view.limit(option)
+    if not beyond(view, accuracy, option):
         return None
-    message = f"In the trainer's log {accuracy:.0%} of the pairs of the last {steps} steps are ranked right"
+    reliable = upper_bound(ranked) < at if margins is None else upper_bound(margins) < 0
+    if not reliable and rows[0][0] < view.begun_at and option not in view.eased:
+        return None
+    message = f"In the trainer's log {accuracy:.0%} of the pairs of the last {span} steps are ranked right"
     # The limit may be another one, or eased.
     message += ": less than chance." if accuracy < 0.5 else ", by a margin below 0."
     suggestion = "Look at the training pairs of these steps: are chosen and rejected the right way round?"
-    at = view.limit("log_accuracy_low")
     return Sign(BY_NAME["log_accuracy"], "warning", accuracy, message, suggestion, limit=at)
 
 

@@ -348,7 +348,7 @@ _LOG_RULES = (
     ),
     Rule(
         "log_accuracy", "preference", "log", "log", "alone", ("rewards/accuracies", "rewards/margins"),
-        "the training pairs are ranked worse than by chance over the window",
+        "the training pairs are ranked worse than by chance over the window; early in a run reliably so",
         (_warning("log_accuracy_low", 0.5, "share", "below", "reward accuracy over the window", below=1.0),),
         patience=2,
     ),

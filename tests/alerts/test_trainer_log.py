@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from statistics import fmean
 from typing import Any
 
 import pytest
 
+from align_audit.alerts.curves import TrainerLog
 from align_audit.alerts.detectors import LOG_DETECTORS, suspect
+from align_audit.alerts.history import View
 from align_audit.config import AlertConfig
 from align_audit.record.training_log import LogRow
 from tests.helpers.alert_cases import (
@@ -124,6 +128,75 @@ def test_ranked_worse_than_by_chance(accuracy: float, margin: float, fires: bool
     assert log_sign("log_accuracy", calm(15, rewards__accuracies=accuracy, rewards__margins=margin)) is None, (
         "too early"
     )
+
+
+# A healthy run on a language model of 270M parameters, slow at first: step by step, of eight pairs each.
+SLOW_START = {
+    "rewards/accuracies": [
+        0.0, 0.25, 0.75, 0.5, 0.625, 0.5, 0.5, 0.625, 0.375, 0.25, 0.625, 0.5, 0.625, 0.5, 0.75, 0.375, 0.75, 0.75, 0.625, 0.75,
+        0.75, 0.625, 0.75, 0.5, 0.5, 0.625,
+    ],
+    "rewards/margins": [
+        0.0, -0.018, 0.049, 0.028, 0.012, 0.049, -0.052, 0.024, -0.111, -0.049, -0.069, 0.017, 0.047, -0.009, 0.079, -0.052,
+        0.092, 0.111, 0.103, 0.168, 0.063, 0.09, 0.264, -0.022, 0.028, 0.222,
+    ],
+}  # fmt: skip
+
+
+def slow_start(steps: int, **without: None) -> list[LogRow]:
+    columns = {name: values for name, values in SLOW_START.items() if name not in without}
+    return [LogRow(step, {name: values[step - 1] for name, values in columns.items()}) for step in range(1, steps + 1)]
+
+
+@pytest.mark.parametrize("without", [{}, {"rewards/margins": None}], ids=["margins", "accuracy alone"])
+@pytest.mark.parametrize("max_steps", [26, 500, None])
+def test_a_run_that_has_learned_nothing_yet_ranks_as_by_chance(max_steps: int | None, without: dict[str, None]) -> None:
+    log = slow_start(26, **without)
+    means = [fmean(row.logs["rewards/accuracies"] for row in log[end - 16 : end]) for end in range(16, 27)]
+    assert min(means) < 0.5, "below the limit, by chance"
+    for end in range(1, 27):
+        assert log_sign("log_accuracy", log[:end], max_steps=max_steps) is None, end
+
+
+def waver(last: int, every: int = 1, margin: float = -0.01, spread: float = 0.1) -> list[LogRow]:
+    """Pairs ranked a bit worse than by chance, by margins that lie around a mean."""
+    sides = {0: -1, 1: 1}
+    return [
+        LogRow(step, {"rewards/accuracies": 0.45, "rewards/margins": margin + spread * sides[step // every % 2]})
+        for step in range(every, last + 1, every)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("log", "max_steps", "fires"),
+    [
+        (waver(40), 400, False),
+        (waver(40, margin=-0.2), 400, True),
+        (waver(40, spread=0.0), 400, True),
+        (waver(114), 400, False),
+        (waver(115), 400, True),
+        (waver(64), None, False),
+        (waver(65), None, True),
+        (waver(20, every=10, margin=-0.2), 400, False),
+        (waver(40, every=10, margin=-0.2), 400, False),
+        (waver(40, every=10, margin=-1.0), 400, True),
+    ],
+    ids=[
+        "by chance", "reliably", "all alike", "begins before a quarter of the run", "lies behind it", "behind 50 steps not yet",
+        "behind 50 steps", "two rows", "three rows that waver", "three rows",
+    ],
+)  # fmt: skip
+def test_worse_than_by_chance_has_to_be_reliable_until_something_should_be_learned(
+    log: list[LogRow], max_steps: int | None, fires: bool
+) -> None:
+    assert (log_sign("log_accuracy", log, max_steps=max_steps) is not None) == fires
+
+
+def test_an_open_alert_of_accuracy_holds_by_the_means() -> None:
+    curve = TrainerLog(waver(40))
+    view = View(step=40, config=CONFIG, log=curve, max_steps=400, eased=frozenset({"log_accuracy_low"}))
+    assert LOG_DETECTORS["log_accuracy"](view) is not None
+    assert LOG_DETECTORS["log_accuracy"](replace(view, log=TrainerLog(waver(40, margin=0.01)))) is None
 
 
 @pytest.mark.parametrize(
