@@ -94,33 +94,32 @@ class TrainerLog:
             if row.step <= last and math.isfinite(value := row.logs.get(column, math.nan))
         ]
 
-    def start(self, column: str, steps: int) -> float:
-        """The mean over the first ``steps`` steps of a column, NaN where it has none or it is no number."""
-        first: int | None = None
-        values: list[float] = []
+    def first_rows(self, column: str, steps: int, least: int = 1) -> list[tuple[int, float]]:
+        """Step and value of what was logged over the first ``steps`` steps of a column, and of ``least`` rows at least."""
+        rows: list[tuple[int, float]] = []
         for row in islice(self.rows, _START):
             if column in row.logs:
-                first = row.step if first is None else first
-                if row.step >= first + steps:
+                if len(rows) >= least and row.step >= rows[0][0] + steps:
                     break
-                values.append(row.logs[column])
-        return mean(values)
+                rows.append((row.step, row.logs[column]))
+        return rows
 
-    def against_start(self, column: str, steps: int) -> tuple[float, float] | None:
-        """A column's mean over the last ``steps`` steps and over its first; None before the two are apart.
+    def against_start(self, column: str, steps: int, least: int = 1) -> tuple[list[float], list[float]] | None:
+        """The values of a column over its last ``steps`` steps and over its first (``least`` rows at least); None before the
+        two are apart.
 
-        Of an evaluation's column (``eval_…``) the last value and the first, which are means over many pairs already.
+        Of an evaluation's column (``eval_…``) the last one and the first, which are means over many pairs already.
         """
         if column.startswith(_EVALUATED):
             last = self._last_row(column)
             begin = next((row for row in islice(self.rows, _START) if column in row.logs), None)
             if last is None or begin is None or last.step <= begin.step:
                 return None
-            return last.logs[column], begin.logs[column]
-        first, rows = self._first_step(column), self.window_rows(column, steps)
-        if rows is None or first is None or rows[-1][0] - first < 2 * steps - 1:
+            return [last.logs[column]], [begin.logs[column]]
+        rows, first = self.window_rows(column, steps, least), self.first_rows(column, steps, least)
+        if rows is None or not first or rows[-1][0] - first[0][0] < 2 * steps - 1 or rows[0][0] <= first[-1][0]:
             return None
-        return mean([value for _, value in rows]), self.start(column, steps)
+        return [value for _, value in rows], [value for _, value in first]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -128,15 +127,43 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values and all(map(math.isfinite, values)) else math.nan
 
 
-def upper_bound(values: Sequence[float], confidence: float = 0.95) -> float:
-    """The upper end of Student's interval of their mean, two-sided; NaN of fewer than two, and where one is not finite.
+def upper_bound(values: Sequence[float]) -> float:
+    """The upper end of Student's 95 % interval of their mean, two-sided; NaN of fewer than two, and where one is not finite.
 
     Example:
         >>> round(upper_bound([-0.3, -0.1, -0.2]), 3)
         0.048
     """
+    return mean(values) + _student(len(values) - 1) * math.sqrt(_squared_error(values))
+
+
+def are_apart(values: Sequence[float], others: Sequence[float], ratio: float) -> bool:
+    """Whether the mean of values differs from that of others, times ``ratio``, by more than their rows waver: Welch's test at
+    95 %, two-sided. Of single values, nothing is known of that, and any difference counts.
+
+    Example:
+        >>> are_apart([-131.0, -133.0, -132.0], [-100.0, -101.0, -99.0], 1.3)
+        False
+        >>> are_apart([-151.0, -153.0, -152.0], [-100.0, -101.0, -99.0], 1.3)
+        True
+    """
+    apart = abs(mean(values) - ratio * mean(others))
+    if len(values) < 2 or len(others) < 2:
+        return apart > 0
+    errors = _squared_error(values), ratio**2 * _squared_error(others)
+    squared = sum(errors)
+    if squared == 0:
+        return apart > 0
+    degrees = squared**2 / (errors[0] ** 2 / (len(values) - 1) + errors[1] ** 2 / (len(others) - 1))
+    return apart > _student(degrees) * math.sqrt(squared)
+
+
+def _squared_error(values: Sequence[float]) -> float:
+    """The square of the standard error of their mean; NaN of fewer than two."""
     middle, count = mean(values), len(values)
-    if count < 2 or not math.isfinite(middle):
-        return math.nan
-    spread = math.sqrt(sum((value - middle) ** 2 for value in values) / (count - 1) / count)
-    return middle + float(stdtrit(count - 1, (1 + confidence) / 2)) * spread
+    return sum((value - middle) ** 2 for value in values) / (count - 1) / count if count > 1 else math.nan
+
+
+def _student(degrees: float) -> float:
+    """Standard errors from a mean to the end of its 95 % interval."""
+    return float(stdtrit(degrees, 0.975))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from statistics import median
 
 from align_audit.alerts.behaviour import SLOW_DOWN
-from align_audit.alerts.curves import mean, upper_bound
+from align_audit.alerts.curves import are_apart, mean, upper_bound
 from align_audit.alerts.history import Sign, View, beyond
 from align_audit.options.rules import BY_NAME
 
@@ -57,15 +57,19 @@ def log_not_finite(view: View) -> Sign | None:
 def _against_start(
     view: View, name: str, options: tuple[str, ...], words: Callable[[float, float], str], suggestion: str
 ) -> Sign | None:
-    """A column against its start, by the ratio of the two; of an evaluation where there is one."""
+    """A column against its start, by the ratio of the two; of an evaluation where there is one.
+
+    Where few pairs make a step, rows of training waver (log-probabilities by half and more, as answers differ in length), and
+    so do means of a window of them: the ratio lies beyond its limit by more than that, or an alert that went by it is open.
+    """
     rule = BY_NAME[name]
     for column in rule.reads:
-        apart = view.log.against_start(column, _steps(view))
+        apart = view.log.against_start(column, _steps(view), least=_ROWS)
         if apart is None:
             continue
-        now, start = apart
+        now, start = map(mean, apart)
         limit = beyond(view, now / start, *options) if start and math.isfinite(now) and math.isfinite(start) else None
-        if limit is not None:
+        if limit is not None and (limit.option in view.eased or are_apart(*apart, view.limit(limit.option))):
             at = view.limit(limit.option) * start
             return Sign(rule, "warning", now, words(now, start), suggestion, limit=at, baseline=start)
     return None

@@ -216,7 +216,7 @@ def _broken_since(heads: Sequence[Head], failures: Sequence[Failure]) -> list[Fa
             continue
         last[head.probe_name] = max(last.get(head.probe_name, ("", -1)), (head.created, head.step))
     ages = {each.probe_name: last.get(each.probe_name, ("", -1)) for each in failures if each.probe_name in used}
-    ages[None] = last.get(None, min(last.values(), default=("", -1)))
+    ages[None] = last.get(None, min(last.values()))
     return sorted(
         (
             each
