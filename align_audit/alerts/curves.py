@@ -137,8 +137,8 @@ def upper_bound(values: Sequence[float]) -> float:
     return mean(values) + _student(len(values) - 1) * math.sqrt(_squared_error(values))
 
 
-def are_apart(values: Sequence[float], others: Sequence[float], ratio: float) -> bool:
-    """Whether the mean of values differs from that of others, times ``ratio``, by more than their rows waver: Welch's test at
+def are_apart(late: Sequence[float], early: Sequence[float], ratio: float) -> bool:
+    """Whether the mean of late rows differs from that of early ones, times ``ratio``, by more than rows waver: Welch's test at
     95 %, two-sided. Of single values, nothing is known of that, and any difference counts.
 
     Example:
@@ -147,14 +147,14 @@ def are_apart(values: Sequence[float], others: Sequence[float], ratio: float) ->
         >>> are_apart([-151.0, -153.0, -152.0], [-100.0, -101.0, -99.0], 1.3)
         True
     """
-    apart = abs(mean(values) - ratio * mean(others))
-    if len(values) < 2 or len(others) < 2:
+    apart = abs(mean(late) - ratio * mean(early))
+    if len(late) < 2 or len(early) < 2:
         return apart > 0
-    errors = _squared_error(values), ratio**2 * _squared_error(others)
+    errors = _squared_error(late), ratio**2 * _squared_error(early)
     squared = sum(errors)
     if squared == 0:
         return apart > 0
-    degrees = squared**2 / (errors[0] ** 2 / (len(values) - 1) + errors[1] ** 2 / (len(others) - 1))
+    degrees = squared**2 / (errors[0] ** 2 / (len(late) - 1) + errors[1] ** 2 / (len(early) - 1))
     return apart > _student(degrees) * math.sqrt(squared)
 
 

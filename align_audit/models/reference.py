@@ -212,7 +212,6 @@ def policy_fingerprint(policy: nn.Module, ranks: Ranks | None = None, read: Weig
 
 def fingerprints(policy: nn.Module, reference: Reference) -> tuple[str, str]:
     """The hashes of policy and reference. What they have in common, as an adapter's base, is read once."""
-    policy = unwrap_only(policy)
     read = WeightSums(policy)
     return policy_fingerprint(policy, read=read), reference.fingerprint(read=read)
 

@@ -19,6 +19,7 @@ from align_audit import AlignmentAuditCallback, AuditRun, audit, transfer
 from align_audit.errors import ReferenceUnavailableError
 from align_audit.measures.margin import compare_readouts
 from align_audit.models.reference import fingerprints, policy_fingerprint, resolve_reference
+from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.monitoring.checkpoints import audit_saved, transfer_saved
 from align_audit.monitoring.trainer import read_trainer
 from tests.helpers.callback_runs import quick
@@ -113,6 +114,7 @@ def test_adapters_are_found_inside_a_wrapper(wrap: Any, beside: tuple[str, ...])
     assert inside.model() is policy
     assert fingerprints(wrapped, inside) == fingerprints(policy, plain)
     assert policy_fingerprint(wrapped) == policy_fingerprint(policy)
+    assert fingerprint(wrapped) == fingerprint(policy)
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])

@@ -73,7 +73,7 @@ class OpenModels:
         hashes: tuple[str, str] | None = None,
     ) -> None:
         self.ranks = ranks if ranks is not None else Ranks()
-        self.policy_model = policy = unwrap_only(policy)  # a wrapper's weights have other names, and so another hash
+        self.policy_model = policy = unwrap_only(policy)
         self.source = reference
         self.bounds = MemoryBounds()
         self.spread = False
@@ -317,7 +317,7 @@ def check_wrappers(pairs: Sequence[ProbePair], models: OpenModels) -> None:
     row = make_batch([pairs[index]], [index], 0).only_row(0).to(models.device)
     with models.as_policy() as replay:
         tolerance = rounding(64, replay.compute_dtype)
-        check_wrapper(unwrap_only(models.policy_model), replay, row.model_inputs(), tolerance)
+        check_wrapper(models.policy_model, replay, row.model_inputs(), tolerance)
     if not models.source.shares_weights:
         with models.as_reference() as replay:
             check_wrapper(unwrap_only(models.source.model()), replay, row.model_inputs(), tolerance)

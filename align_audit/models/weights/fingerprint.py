@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from align_audit.models.anatomy import unwrap_only
 from align_audit.models.weights.sharded import has_engine, is_spread, part_of, reshard, whole_shape, whole_tensors
 from align_audit.models.weights.streaming import stored_tensors
 from align_audit.ranks import Ranks
@@ -48,14 +49,15 @@ def fingerprint(model: nn.Module, *, without_adapters: tuple[str, ...] = (), ran
 class WeightSums:
     """What hashes take of a model's weights. A weight is read for the first hash that counts it, and for no other.
 
-    It is for hashes that are taken one after the other, while nothing writes to the weights.
+    It is for hashes that are taken one after the other, while nothing writes to the weights. They are those of the model inside
+    of compile and data-parallel wrappers, whose weights have other names.
 
     Args:
         ranks: as of :func:`fingerprint`.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks | None = None) -> None:
-        self.model = model
+        self.model = unwrap_only(model)
         self._ranks = ranks if ranks is not None else Ranks()
         self._read: dict[str, Sums] = {}
 
