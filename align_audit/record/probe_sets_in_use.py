@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import takewhile
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 STEPS_APART = 3
@@ -27,7 +26,7 @@ def sets_in_use(audits: Sequence[OfSet], failures: Iterable[OfSet] = ()) -> set[
     """The names of the sets in use after the last of these audits.
 
     Args:
-        audits: of one course, by step.
+        audits: of one course.
         failures: what broke.
 
     Example:
@@ -36,17 +35,5 @@ def sets_in_use(audits: Sequence[OfSet], failures: Iterable[OfSet] = ()) -> set[
         >>> sorted(sets_in_use([Audit(step=5, probe_name="b"), *audits]))
         ['a']
     """
-    recent = list(_recent(audits))
-    first = recent[-1].step if recent else 0
-    return {each.probe_name for each in (*recent, *failures) if each.step >= first}
-
-
-def _recent(audits: Sequence[OfSet]) -> Iterator[OfSet]:
-    """Those of the last steps, the newest first."""
-    steps: set[int] = set()
-
-    def is_recent(audit: OfSet) -> bool:
-        steps.add(audit.step)
-        return len(steps) <= STEPS_APART
-
-    return takewhile(is_recent, reversed(audits))
+    first = min(sorted({audit.step for audit in audits})[-STEPS_APART:], default=0)
+    return {each.probe_name for each in (*audits, *failures) if each.step >= first}

@@ -160,9 +160,8 @@ def test_a_run_that_has_learned_nothing_yet_ranks_as_by_chance(max_steps: int | 
 
 def waver(last: int, every: int = 1, margin: float = -0.01, spread: float = 0.1) -> list[LogRow]:
     """Pairs ranked a bit worse than by chance, by margins that lie around a mean."""
-    sides = {0: -1, 1: 1}
     return [
-        LogRow(step, {"rewards/accuracies": 0.45, "rewards/margins": margin + spread * sides[step // every % 2]})
+        LogRow(step, {"rewards/accuracies": 0.45, "rewards/margins": margin - spread * (-1) ** (step // every)})
         for step in range(every, last + 1, every)
     ]
 
