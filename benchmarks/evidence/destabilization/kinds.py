@@ -126,6 +126,8 @@ TUNING_BASES = (
     Base("adapter-gentle", "healthy", learning_rate=3e-4, lora_rank=8, lora_targets=PROJECTIONS),
     Base("brisk", "bait", learning_rate=2.5e-4, beta=0.1),
     Base("bump", "bait", learning_rate=3e-4, schedule="cosine", warmup_steps=24),
+    Base("raising", "bait", learning_rate=2e-4, loss_type=("apo_zero",)),
+    Base("raising-brisk", "bait", learning_rate=4e-4, loss_type=("apo_zero",)),
 )
 TUNING_FAULTS = {
     "steady": (
