@@ -45,7 +45,7 @@ def alert_of(
         cause=lead.rule.cause,
         level=level,
         step=newest,
-        seen_since=min(sign.since for sign in signs if sign is lead or sign.rule.weight != "witness"),
+        seen_since=min(sign.since for sign in signs if sign is lead or sign.weight != "witness"),
         looks=1,
         signals=further,
         probe_name=lead.probe_name,
@@ -60,9 +60,9 @@ def alert_of(
 
 def _order(sign: Sign) -> tuple[int, int, int, int, str]:
     """The strongest sign first; the same whatever the order of the probe sets."""
-    weight = {"certain": 0, "alone": 1, "witness": 2}[sign.rule.weight]
+    weight = {"certain": 0, "alone": 1, "witness": 2}[sign.weight]
     # The trainer's log is of other pairs than the rest: it leads only where nothing was measured.
-    logged = sign.rule.source == "log" and sign.rule.weight != "certain"
+    logged = sign.rule.source == "log" and sign.weight != "certain"
     place = _PLACES.get(sign.rule.name, len(_PLACES))
     return weight + 3 * logged, sign.level != "error", place, -sign.step, sign.probe_name or ""
 
@@ -74,7 +74,7 @@ def _level(
     families = {sign.rule.family for sign in signs}
     strong = [sign for sign in signs if sign.level == "error" and config.may_be_error(sign.rule.name)]
     may_be_error = any(config.may_be_error(sign.rule.name) for sign in signs)
-    if any(sign.rule.weight == "certain" and sign.held >= config.patience(sign.rule) for sign in strong):
+    if any(sign.weight == "certain" and sign.held >= config.patience(sign.rule) for sign in strong):
         return "error", ""
     if strong and len(families) >= 2:
         return "error", ""
@@ -87,7 +87,7 @@ def _level(
         return "error", f" It was so at the last {looks} looks." if looks > 1 else ""
     if may_be_error and len(families) >= config.agreeing_families:
         return "error", ""
-    alone = [sign for sign in signs if sign.rule.weight != "witness"]
+    alone = [sign for sign in signs if sign.weight != "witness"]
     confirmed = [sign for sign in alone if sign.held >= config.patience(sign.rule) + extra_looks]
     agreeing = len(families) >= 2 and alone and not extra_looks
     return ("warning" if confirmed or agreeing or (alone and is_open) else None), ""

@@ -58,18 +58,24 @@ def chosen_logp_falling(history: History) -> Sign | None:
 
 
 def kl_out_of_bounds(history: History) -> Sign | None:
-    """The policy's next-token distribution has moved too far from the reference's."""
+    """The policy's next-token distribution has moved too far from the reference's.
+
+    What is learned moves it too. A policy that keeps the likelihood of the chosen completions, as one that is trained with an
+    SFT term does, may have learned that much; beyond the limit of a warning it is then no more than a witness.
+    """
     kl = history.record.margins.kl
     limit = beyond(history, least(kl), "kl_warning", "kl_error")
     if limit is None:
         return None
     at = history.limit(limit.option)
+    kept = -history.record.margins.chosen_logp_change_per_token.mean < history.config.kl_chosen_drop
+    witness = limit.level == "warning" and kept and "kl_warning" not in history.eased
     message = (
         f"KL(policy ‖ reference) is {kl.mean:.2f} nats per token, above {at:g}. Preference training that works moves far "
         "less; this much means the policy is becoming another model."
     )
     rule, pairs = BY_NAME["kl_out_of_bounds"], few(history, kl)
-    return Sign(rule, level_of(limit), kl.mean, message, SLOW_DOWN, limit=at, few=pairs)
+    return Sign(rule, level_of(limit), kl.mean, message, SLOW_DOWN, limit=at, few=pairs, witness=witness)
 
 
 def entropy_out_of_bounds(history: History) -> Sign | None:

@@ -12,7 +12,7 @@ from statistics import median
 
 from align_audit.alerts.curves import TrainerLog
 from align_audit.config import AlertConfig
-from align_audit.options.rules import LIMITS, Level, Limit, Rule, Source
+from align_audit.options.rules import LIMITS, Level, Limit, Rule, Source, Weight
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.estimate import Estimate
 from align_audit.record.numbers import by_path
@@ -156,6 +156,7 @@ class Sign:
         since: the step of the first of these.
         error_looks: of them, the last ones in a row at which it lay beyond the limit of an error.
         few: it goes by a mean without an interval, which is of so many: "6 pairs", "4 prompts".
+        witness: this time it opens nothing alone, though its rule may.
     """
 
     rule: Rule
@@ -172,6 +173,12 @@ class Sign:
     error_looks: int = 0
     probe_name: str | None = None
     few: str | None = None
+    witness: bool = False
+
+    @property
+    def weight(self) -> Weight:
+        """What it counts for: what its rule does, unless it is a witness this time."""
+        return "witness" if self.witness else self.rule.weight
 
     @property
     def words(self) -> str:

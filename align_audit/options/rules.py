@@ -136,8 +136,8 @@ def _error(
     return Limit(option, default, unit, direction, "error", says, above, below)
 
 
-def _setting(option: str, default: float, unit: str, says: str, below: float = 1e9) -> Limit:
-    return Limit(option, default, unit, "above", None, says, below=below, relative=False)
+def _setting(option: str, default: float, unit: str, says: str, below: float = 1e9, *, above: float = 0.0) -> Limit:
+    return Limit(option, default, unit, "above", None, says, above=above, below=below, relative=False)
 
 
 _OF_REFERENCE = "share of the reference's"
@@ -167,11 +167,16 @@ _RECORD_RULES = (
         lone_error=False,
     ),
     Rule(
-        "kl_out_of_bounds", "drift", "likelihood", "margins", "alone", ("margins.kl",),
-        "KL to the reference is large",
+        "kl_out_of_bounds", "drift", "likelihood", "margins", "alone",
+        ("margins.kl", "margins.chosen_logp_change_per_token"),
+        "KL to the reference is large; up to its second limit a witness while chosen completions keep their likelihood",
         (
             _warning("kl_warning", 0.35, _TOKEN, "above", "KL(policy ‖ reference)"),
             _error("kl_error", 0.7, _TOKEN, "above", "the same"),
+            _setting(
+                "kl_chosen_drop", 0.03, _TOKEN, "a smaller fall of the chosen log-probability than this keeps it",
+                below=1e3, above=-1e3,
+            ),
         ),
     ),
     Rule(

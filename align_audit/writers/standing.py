@@ -93,7 +93,7 @@ class Standing:
             (each for each in self.alerts if rule in (each.rule, *each.signals) and each.level != "info"), None
         )
         if alert is None or alert.probe_name not in (None, at):
-            return limit_of(self.record, f"{option}_{self.level}")
+            return limit_of(self.record, f"{option}_{self._level_of(option)}")
         if alert.rule == rule and not is_unknown(alert.threshold):
             assert alert.threshold is not None
             return abs(alert.threshold)
@@ -105,6 +105,18 @@ class Standing:
         if warning is None or since_of(alert) == self.record.step:
             return warning
         return LIMITS[f"{option}_warning"].eased(warning, _hysteresis(self.record))
+
+    def _level_of(self, option: str) -> str:
+        """That of the limit which holds where no alert goes by the figure.
+
+        KL beyond its first limit opens nothing while the chosen completions keep their likelihood: then the second one holds.
+        """
+        if option != "kl":
+            return self.level
+        margins, limit = self.record.margins, limit_of(self.record, "kl_warning")
+        drop = limit_of(self.record, "kl_chosen_drop")
+        kept = drop is not None and -margins.chosen_logp_change_per_token.mean < drop
+        return "error" if kept and limit is not None and margins.kl.mean > limit else self.level
 
     @cached_property
     def entropy_ratio(self) -> float:

@@ -14,11 +14,14 @@ from tests.helpers.alert_cases import (
     FIRST_LIMITS,
     NAN,
     about,
+    alerts,
     healthy,
+    judged,
     run,
     sign,
     signs,
     with_margins,
+    with_texts,
     without_interval,
 )
 from tests.helpers.make_record import make_record
@@ -119,6 +122,51 @@ def test_token_accuracy(high: float, level: str | None) -> None:
 def test_token_accuracy_of_a_reference_without_any_says_nothing() -> None:
     record = with_margins(healthy(), token_accuracy=about(0.0, 0.0), reference_token_accuracy=about(0.0, 0.0))
     assert sign("token_accuracy_collapsed", record) is None
+
+
+# -- what is learned moves KL as well ----------------------------------------------------------------------------------------
+
+
+def moved(kl: float, chosen: float, step: int = 40, **margins: Estimate) -> AuditRecord:
+    return with_margins(healthy(step), kl=about(kl), chosen_logp_change_per_token=about(chosen), **margins)
+
+
+@pytest.mark.parametrize(
+    ("kl", "chosen", "level"),
+    [
+        (0.5, 0.2, None),  # chosen completions have gained: what an SFT term does
+        (0.5, -0.02, None),
+        (0.5, -0.04, "warning"),
+        (0.9, 0.2, "warning"),  # the second limit asks for nothing beside it
+    ],
+)
+def test_kl_up_to_its_second_limit_opens_nothing_where_the_chosen_completions_are_kept(
+    kl: float, chosen: float, level: str | None
+) -> None:
+    found = alerts(moved(kl, chosen), run())
+    assert [(alert.rule, alert.level) for alert in found] == ([] if level is None else [("kl_out_of_bounds", level)])
+
+
+def test_kl_beside_kept_completions_is_a_witness_still() -> None:
+    """Repetition beyond its second limit and KL are two families, and an error; by itself it is a warning."""
+    repeats = {"repetition": about(0.7)}
+    (alone,) = alerts(with_texts(moved(0.1, 0.1), **repeats), run())
+    (both,) = alerts(with_texts(moved(0.5, 0.1), **repeats), run())
+    assert (alone.level, both.level, both.signals) == ("warning", "error", ["kl_out_of_bounds"])
+
+
+def test_an_open_alert_of_kl_is_held_by_kl_though_the_completions_come_back() -> None:
+    before = judged([*run(), moved(0.5, -0.1, 40)])
+    assert [alert.event for alert in alerts(moved(0.5, 0.1, 50), before)] == ["open"]
+    assert [alert.event for alert in judged([*before, moved(0.1, 0.1, 50), moved(0.1, 0.1, 60)])[-1].alerts] == [
+        "resolved"
+    ]
+
+
+def test_the_fall_that_kl_asks_for_is_an_option() -> None:
+    at_any = AlertConfig(rules={"kl": {"kl_chosen_drop": -100}})
+    assert [alert.rule for alert in alerts(moved(0.5, 0.2), run(), config=at_any)] == ["kl_out_of_bounds"]
+    assert alerts(moved(0.5, -0.1), run(), config=AlertConfig(kl_chosen_drop=0.2)) == []
 
 
 @pytest.mark.parametrize(

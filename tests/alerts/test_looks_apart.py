@@ -60,7 +60,7 @@ def test_a_cause_cools_down_for_so_many_steps_however_many_looks_each_has(looks:
     for after in range(1, 6):
         kl = [0.5, 0.1, 0.1, *[0.1] * (after - 1), 0.5]
         at = [
-            with_margins(healthy(10 * (place + 1)), kl=about(value), chosen_logp_change_per_token=about(0.0))
+            with_margins(healthy(10 * (place + 1)), kl=about(value), chosen_logp_change_per_token=about(-0.05))
             for place, value in enumerate(kl)
         ]
         made = judged(in_order([each for record in at for each in AT_ONE_STEP[looks](record)]), config)

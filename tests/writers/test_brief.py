@@ -12,7 +12,7 @@ from align_audit.config import AlertConfig, AuditConfig
 from align_audit.record.audit_record import AuditRecord, Control
 from align_audit.record.estimate import Estimate
 from align_audit.writers.standing import limit_of, standing_at, where_in_short, where_in_words
-from tests.helpers.alert_cases import health, judged, on_set, with_margins, with_part
+from tests.helpers.alert_cases import about, health, judged, on_set, with_margins, with_part
 from tests.helpers.make_record import make_record
 from tests.helpers.screens import LOG, a_run, calm, quick_look, screen
 
@@ -89,7 +89,7 @@ def test_an_alert_is_told_in_whole_when_something_happens_to_it_and_not_at_each_
 
 
 def test_a_warning_shows_the_limits_of_a_warning() -> None:
-    record = with_margins(calm(20), kl=Estimate(mean=0.5, low=0.45, high=0.55))
+    record = with_margins(calm(20), kl=about(0.5, 0.05), chosen_logp_change_per_token=about(-0.1))
     text = screen(judged([calm(0), calm(5), calm(10), record]), tty=True, width=200)
     assert "KL to reference  " in plain(text)
     assert "0.50 nats/token (limit 0.35)" in plain(text)
@@ -219,6 +219,18 @@ def test_limits_are_those_of_the_stored_configuration(alerts: dict[str, Any], op
     config = AuditConfig(alerts=AlertConfig(**values)).to_dict()
     assert limit_of(with_part(calm(20), "provenance", config=config), option) == limit
     assert limit_of(with_part(calm(20), "provenance", config={}), "kl_warning") == 0.35, "an older record's default"
+
+
+@pytest.mark.parametrize(
+    ("kl", "chosen", "shown"),
+    [(0.2, 0.1, "0.35"), (0.5, 0.1, "0.7"), (0.5, -0.02, "0.7"), (0.5, -0.1, "0.35"), (0.5, math.nan, "0.35")],
+)
+def test_the_limit_of_kl_is_the_one_that_holds(kl: float, chosen: float, shown: str) -> None:
+    """Up to its second limit KL opens nothing while the chosen completions are kept: HEALTHY beside a limit that is passed
+    would be a riddle."""
+    change = Estimate.unknown("too few") if math.isnan(chosen) else about(chosen)
+    record = with_margins(calm(20), kl=about(kl), chosen_logp_change_per_token=change)
+    assert f"KL {kl:.2f} (limit {shown})" in screen([record])
 
 
 def test_where_is_of_the_last_full_audit() -> None:

@@ -41,15 +41,16 @@ class _Panel:
     share: bool = False
     signed: bool = False
     moves: Callable[[_Base], str] = lambda base: ""
-    """What its limits move with, in a sentence; empty: they stay."""
+    """What its limits move with or need, in a sentence; empty: they stay, and need nothing."""
 
 
 @dataclass(frozen=True)
 class _Base:
-    """What relative limits are relative to."""
+    """What relative limits are relative to, and what that of KL needs beside it."""
 
     reference_tokens: float
     best_accuracy: float
+    chosen_drop: float
 
 
 _PANELS = (
@@ -57,7 +58,10 @@ _PANELS = (
         "chosen", "Chosen log-prob. change", "nats/token", "chosen_logp_change_per_token",
         "chosen_drop_{}", lambda limit, base: -limit, "below", signed=True,
     ),
-    _Panel("kl", "KL to the reference", "nats/token", "kl", "kl_{}", lambda limit, base: limit, "above"),
+    _Panel(
+        "kl", "KL to the reference", "nats/token", "kl", "kl_{}", lambda limit, base: limit, "above",
+        moves=lambda base: f"Below the second limit it warns where chosen answers lose {base.chosen_drop:.3g} nats per token.",
+    ),
     _Panel(
         "tokens", "Next-token accuracy", "share", "token_accuracy", "token_accuracy_ratio_{}",
         lambda limit, base: limit * base.reference_tokens, "below", reference="reference_token_accuracy", share=True,
@@ -84,7 +88,10 @@ def health_panels(heads: Sequence[Head], newest: AuditRecord) -> list[dict[str, 
         words; ``note``, what the limits move with (empty: they stay), and ``says``, the panel as a sentence.
     """
     seen = [head.accuracy.mean for head in heads if math.isfinite(head.accuracy.mean)]
-    base = _Base(heads[-1].reference_token_accuracy.mean, max(seen, default=math.nan))
+    drop = limit_of(newest, "kl_chosen_drop")
+    base = _Base(
+        heads[-1].reference_token_accuracy.mean, max(seen, default=math.nan), math.nan if drop is None else drop
+    )
     return [_panel(panel, heads, newest, base) for panel in _PANELS]
 
 
