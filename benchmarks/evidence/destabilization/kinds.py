@@ -152,6 +152,8 @@ SCORING_BASES = (
     Base("stories-cosine", "healthy", model="stories260k", learning_rate=2e-4, schedule="cosine", warmup_steps=6),
     Base("large-beta", "bait", beta=1.0),
     Base("anchored", "bait", learning_rate=2e-4, loss_type=("sigmoid", "sft")),
+    Base("gpt2-anchored", "bait", model="gpt2", learning_rate=2e-4, loss_type=("sigmoid", "sft")),
+    Base("stories-anchored", "bait", model="stories260k", learning_rate=2e-4, loss_type=("sigmoid", "sft")),
     Base("wrong-labels", "bait", wrong_labels=0.15),
     Base("smoothed", "bait", label_smoothing=0.1),
     Base("late-peak", "bait", learning_rate=2.5e-4, schedule="linear", warmup_steps=20),
