@@ -13,6 +13,7 @@ first are the unit. Each part is the difference of two audits, with and without 
 gradients cost: their own seconds, and those of one forward and backward of the policy on the same pairs (both sequences of a
 pair in one batch, activations only, head at completion positions only). Another checkout is measured by this same file, run
 with that checkout as the current directory and on ``PYTHONPATH``; what an old one cannot say is left out.
+``--exact-pairs auto`` patches as many of the pairs as intervals need, and ``--beside FILE`` compares with what another run wrote by ``--json``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -199,12 +201,13 @@ def measure(policy: Any, reference: Any, probes: ProbeSet, options: argparse.Nam
 
     audited(config(True), probes.subsample(1, 0))  # what libraries load once is no audit's
     figures: dict[str, Any] = {}
+    patching = {} if options.exact_pairs is None else {"exact_pairs": options.exact_pairs}
     settings = {
         "margins": config(True),
         "trace": config(True, spinal={"gradient_concentration": False}),
         "gradients": config(True, spinal={}),
-        "patching": config(True, patching={}),
-        "default": config(False),
+        "patching": config(True, patching=patching),
+        "default": config(False, patching=patching),
     }
     for part in [part for part in PARTS if part in options.parts]:
         if part in settings:
@@ -214,6 +217,10 @@ def measure(policy: Any, reference: Any, probes: ProbeSet, options: argparse.Nam
                 spinal = record.spinal
                 figures["rows"] = spinal.rows
                 figures["transport rows"] = getattr(spinal, "transport_rows", None) or spinal.rows
+            if part in ("patching", "default"):
+                figures["widths"] = [effect.high - effect.low for effect in record.patching.effect]
+                if record.patching.attribution is not None:
+                    figures["patched"] = record.patching.attribution.patched_pairs
         else:
             with contextlib.suppress(ImportError):  # a checkout from before health audits, or with modules elsewhere
                 figures |= {"health": health, "again": again}[part](policy, reference, probes, config(True, spinal={}))
@@ -285,6 +292,18 @@ def report(figures: dict[str, Any], of_training: dict[str, float], pairs: int) -
     print(f"MiB above the models: audits {audits or 'not measured'}; a step of {TRAINED} pairs {step}")
 
 
+def compare(figures: dict[str, Any], beside: dict[str, Any]) -> None:
+    """A default audit's CPU time, and the intervals of the layers' effects, over those of another run."""
+    if "default" in figures and "default" in beside:
+        print(f"of the other run: {figures['default'] / beside['default']:.2f} of the CPU time")
+    if "widths" in figures and "widths" in beside:
+        ratios = sorted(now / then for now, then in zip(figures["widths"], beside["widths"], strict=True))
+        print(
+            f"intervals of the layers' effects: {ratios[0]:.2f} to {ratios[-1]:.2f} times as wide, {median(ratios):.2f} in the "
+            f"median; patched {figures.get('patched', 'all')}"
+        )
+
+
 def _less(figures: dict[str, Any], part: str, margins: float | None) -> float | None:
     """What a part takes beside the margins; None where either was not measured."""
     return figures[part] - margins if part in figures and margins is not None else None
@@ -300,7 +319,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="of training, of 2 pairs each")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--policy", help="folder to keep the policy in, or to take it and what its training took from")
+    parser.add_argument("--exact-pairs", type=lambda text: text if text == "auto" else int(text), help="default: all")
     parser.add_argument("--json")
+    parser.add_argument("--beside", type=Path, help="what another run wrote, to compare a default audit with")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.model is None:
@@ -338,6 +359,8 @@ def main() -> None:
     )
     figures = measure(policy, reference, probes, options)
     report(figures, of_training, len(probes))
+    if options.beside is not None:
+        compare(figures, json.loads(options.beside.read_text(encoding="utf-8")))
     if options.json:
         Path(options.json).write_text(json.dumps({**of_training, **figures}, indent=1), encoding="utf-8")
 
