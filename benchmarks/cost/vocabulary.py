@@ -13,7 +13,8 @@ first are the unit. Each part is the difference of two audits, with and without 
 gradients cost: their own seconds, and those of one forward and backward of the policy on the same pairs (both sequences of a
 pair in one batch, activations only, head at completion positions only). Another checkout is measured by this same file, run
 with that checkout as the current directory and on ``PYTHONPATH``; what an old one cannot say is left out.
-``--exact-pairs auto`` patches as many of the pairs as intervals need, and ``--beside FILE`` compares with what another run wrote by ``--json``.
+``--exact-pairs auto`` patches as many of the pairs as intervals need, and ``--beside FILE`` compares with
+what another run wrote by ``--json``.
 """
 
 from __future__ import annotations
