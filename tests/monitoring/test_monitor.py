@@ -180,8 +180,8 @@ def test_comparable_audits(bench: Any) -> None:
         ("log", "error", AT_ONCE, False, False),
         ("save", "error", AT_ONCE, True, False),
         ("stop", "error", AT_ONCE, True, True),
-        ("stop", "error", {"kl_warning": 1e-9, "kl_error": 1e9}, False, False),
-        ("stop", "warning", {"kl_warning": 1e-9, "kl_error": 1e9}, True, True),
+        ("stop", "error", {"kl_warning": 1e-9, "kl_error": 1e9, "kl_chosen_drop": -1e2}, False, False),
+        ("stop", "warning", {"kl_warning": 1e-9, "kl_error": 1e9, "kl_chosen_drop": -1e2}, True, True),
         ("stop", "warning", {"kl_warning": 1e9, "kl_error": 1e9}, False, False),
     ],
 )
