@@ -68,7 +68,7 @@ def kl_out_of_bounds(history: History) -> Sign | None:
     if limit is None:
         return None
     at = history.limit(limit.option)
-    kept = -history.record.margins.chosen_logp_change_per_token.mean < history.config.kl_chosen_drop
+    kept = history.record.margins.keeps_chosen(history.config.kl_chosen_drop)
     witness = limit.level == "warning" and kept and "kl_warning" not in history.eased
     message = (
         f"KL(policy ‖ reference) is {kl.mean:.2f} nats per token, above {at:g}. Preference training that works moves far "

@@ -74,6 +74,10 @@ class Margins(Part):
     """Share of chosen completion tokens that are the policy's most likely next token."""
     reference_token_accuracy: Share
 
+    def keeps_chosen(self, drop: float) -> bool:
+        """Do chosen completions lose less than ``drop`` nats per token against the reference? Not where it is not known."""
+        return -self.chosen_logp_change_per_token.mean < drop
+
 
 class Generations(Part):
     """Greedy continuations of some probe prompts, by policy and reference (METHODS §6). Means are over prompts."""

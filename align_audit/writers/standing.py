@@ -115,7 +115,7 @@ class Standing:
             return self.level
         margins, limit = self.record.margins, limit_of(self.record, "kl_warning")
         drop = limit_of(self.record, "kl_chosen_drop")
-        kept = drop is not None and -margins.chosen_logp_change_per_token.mean < drop
+        kept = drop is not None and margins.keeps_chosen(drop)
         return "error" if kept and limit is not None and margins.kl.mean > limit else self.level
 
     @cached_property

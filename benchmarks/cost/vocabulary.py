@@ -310,6 +310,17 @@ def _less(figures: dict[str, Any], part: str, margins: float | None) -> float | 
     return figures[part] - margins if part in figures and margins is not None else None
 
 
+def number_or_auto(text: str) -> int | str:
+    """Of an option that takes both.
+
+    Raises:
+        argparse.ArgumentTypeError: it is neither.
+    """
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of pairs or auto, found {text!r}")
+    return text if text == "auto" else int(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a causal LM; default: the shipped model")
@@ -320,10 +331,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="of training, of 2 pairs each")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--policy", help="folder to keep the policy in, or to take it and what its training took from")
-    parser.add_argument("--exact-pairs", type=lambda text: text if text == "auto" else int(text), help="default: all")
+    parser.add_argument("--exact-pairs", type=number_or_auto, help="patch so many, or `auto`; default: all")
     parser.add_argument("--json")
     parser.add_argument("--beside", type=Path, help="what another run wrote, to compare a default audit with")
     options = parser.parse_args()
+    # Before minutes of measuring: a file that is not there is refused at once.
+    if options.beside is not None and not options.beside.is_file():
+        parser.error(f"--beside {options.beside}: no such file; another run writes it with --json")
+    beside = None if options.beside is None else json.loads(options.beside.read_text(encoding="utf-8"))
     torch.set_num_threads(1)
     if options.model is None:
         print(f"no --model: the shipped model, of a small vocabulary. For one of 262,144: pip install {PACKAGES}")
@@ -360,8 +375,8 @@ def main() -> None:
     )
     figures = measure(policy, reference, probes, options)
     report(figures, of_training, len(probes))
-    if options.beside is not None:
-        compare(figures, json.loads(options.beside.read_text(encoding="utf-8")))
+    if beside is not None:
+        compare(figures, beside)
     if options.json:
         Path(options.json).write_text(json.dumps({**of_training, **figures}, indent=1), encoding="utf-8")
 

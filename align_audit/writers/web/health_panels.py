@@ -53,6 +53,13 @@ class _Base:
     chosen_drop: float
 
 
+def _needed_by_kl(base: _Base) -> str:
+    """What KL up to its second limit needs to warn alone; the option may be below 0."""
+    drop = base.chosen_drop
+    needs = f"where chosen answers lose {drop:.3g}" if drop > 0 else f"unless chosen answers gain {-drop:.3g}"
+    return f"Up to an error's limit it warns {needs} nats per token."
+
+
 _PANELS = (
     _Panel(
         "chosen", "Chosen log-prob. change", "nats/token", "chosen_logp_change_per_token",
@@ -60,7 +67,7 @@ _PANELS = (
     ),
     _Panel(
         "kl", "KL to the reference", "nats/token", "kl", "kl_{}", lambda limit, base: limit, "above",
-        moves=lambda base: f"Below the second limit it warns where chosen answers lose {base.chosen_drop:.3g} nats per token.",
+        moves=_needed_by_kl,
     ),
     _Panel(
         "tokens", "Next-token accuracy", "share", "token_accuracy", "token_accuracy_ratio_{}",

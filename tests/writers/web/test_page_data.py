@@ -254,7 +254,12 @@ def test_limits_are_those_of_the_configuration_and_gone_with_their_rule() -> Non
 
     assert panel(with_alerts(kl_warning=3.0), "kl")["limits"][0] == {"level": "warning", "value": 3.0, "says": "3.00"}
     assert panel(with_alerts(kl_warning=3.0), "kl")["reach"][1] > 3.0
-    assert panel(with_alerts(rules={"kl_out_of_bounds": {"enabled": False}}), "kl")["limits"] == []
+    off = panel(with_alerts(rules={"kl_out_of_bounds": {"enabled": False}}), "kl")
+    assert (off["limits"], off["note"]) == ([], "")
+    for drop, needs in ((0.2, "where chosen answers lose 0.2"), (-100.0, "unless chosen answers gain 100")):
+        assert panel(with_alerts(kl_chosen_drop=drop), "kl")["note"] == (
+            f"Up to an error's limit it warns {needs} nats per token."
+        )
 
 
 @pytest.mark.parametrize("make", [healthy_run, ruined_run, health_run, unknown_run])
