@@ -233,6 +233,17 @@ def test_the_limit_of_kl_is_the_one_that_holds(kl: float, chosen: float, shown: 
     assert f"KL {kl:.2f} (limit {shown})" in screen([record])
 
 
+@pytest.mark.parametrize(("chosen", "opens"), [(0.1, False), (-0.1, True)])
+def test_where_the_second_limit_of_kl_is_off_screen_and_rule_agree(chosen: float, opens: bool) -> None:
+    alerts = AlertConfig(kl_error=math.inf)
+    config = AuditConfig(alerts=alerts).to_dict()
+    moved = with_margins(calm(20), kl=about(5.0), chosen_logp_change_per_token=about(chosen))
+    (record,) = judged([with_part(moved, "provenance", config=config)], alerts)
+    assert [alert.rule for alert in record.alerts] == (["kl_out_of_bounds"] if opens else [])
+    assert ("(limit 0.35)" in screen([record])) == opens
+    assert opens or "KL 5.00, tokens" in screen([record])
+
+
 def test_where_is_of_the_last_full_audit() -> None:
     full = make_record(100, layers=6)
     words = where_in_words(full, 100)
