@@ -91,12 +91,16 @@ class WandbStore:
 
         wandb.finish()
 
+    def logs(self) -> list[Path]:
+        """Of all runs so far."""
+        return list(self._folder.glob("wandb/offline-run-*/*.wandb"))
+
     def read(self, name: str) -> Stored:
         # Another process writes the log, and goes on for a moment after the run was finished.
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            for path in self._folder.glob("wandb/offline-run-*/*.wandb"):
-                records = list(_wandb_records(path))
+            for path in self.logs():
+                records = list(wandb_records(path.read_bytes()))
                 named = any(record.HasField("run") and record.run.display_name == name for record in records)
                 if named and any(record.HasField("exit") for record in records):
                     return self._stored(records, path.parent / "files")
@@ -146,17 +150,22 @@ def _items(items: Any) -> dict[str, Any]:
     return row
 
 
-def _wandb_records(path: Path) -> Iterator[Any]:
-    """The records of a log in LevelDB's format: blocks of 32 KiB, of chunks with a checksum, a length and a kind each."""
+def wandb_records(data: bytes) -> Iterator[Any]:
+    """The records of a log in LevelDB's format: blocks of 32 KiB, of chunks with a checksum, a length and a kind each.
+
+    Ends before a chunk that is not whole: the log of a run that another process still writes is cut anywhere.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, place, whole = path.read_bytes(), 7, b""
+    place, whole = 7, b""
     while place + 7 <= len(data):
         left = 2**15 - place % 2**15
         if left < 7:
             place += left
             continue
         _, length, kind = struct.unpack("<IHB", data[place : place + 7])
+        if place + 7 + length > len(data):
+            return
         whole += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last chunk of a record
