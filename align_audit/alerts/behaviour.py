@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from statistics import median
 
@@ -146,7 +146,14 @@ def sudden_change(history: History) -> Sign | None:
 
     The rates of change of the healthy looks before (per step: looks are not equally far apart) are the run's own baseline, by
     median and median absolute deviation. The jump may lie at the look before: the measure still stands far from where it was.
+    What KL alone shows counts no more than KL itself.
     """
+    seen = list(_jumps(history))
+    return next((sign for sign in seen if not sign.witness), seen[0] if seen else None)
+
+
+def _jumps(history: History) -> Iterator[Sign]:
+    """One sign of each measure that has jumped; of KL a witness, where :func:`kl_out_of_bounds` would be one."""
     config, record = history.config, history.record
     # A step at which everything was measured after a look is one look.
     last_of_step = {look.step: look for look in history.healthy[-2 * (2 * config.baseline_audits + 4) :]}
@@ -170,7 +177,8 @@ def sudden_change(history: History) -> Sign | None:
             at = max(floor, (usually + history.limit("jump_deviations") * spread) * gap)
             start, here = number(last.margins), number(record.margins)
             if direction * (here - start) > at:
-                return Sign(
+                kept = option == "kl_warning" and not least(record.margins.kl) > config.kl_error
+                yield Sign(
                     BY_NAME["sudden_change"],
                     "warning",
                     here,
@@ -179,5 +187,5 @@ def sudden_change(history: History) -> Sign | None:
                     f"Look at what came into training after step {last.step}: data, learning rate, a resumed optimizer",
                     limit=start + direction * at,
                     baseline=start,
+                    witness=kept and record.margins.keeps_chosen(config.kl_chosen_drop),
                 )
-    return None

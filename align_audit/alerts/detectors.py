@@ -91,7 +91,7 @@ def judge(
         eased=_eased(still_open),
     )
     looks = [_Look.of(history, course) for history in _histories(view, record, course)]
-    signs = [sign for look in looks for sign in _signs(look)]
+    signs = _on_every_set([sign for look in looks for sign in _signs(look)], looks)
     # What the log alone shows is silent with the rest, or seen with it, but silences nothing.
     silent = any(
         alert.level == "error" and alert.step == record.step
@@ -215,6 +215,19 @@ def _signs(look: _Look) -> Iterator[Sign]:
         if base is not None and (sign := detector(base)) is not None:
             now = replace(sign, step=base.step, probe_name=look.probe_name)
             yield _counted(now, _looks_before(base, rule, detector), config)
+
+
+def _on_every_set(signs: Sequence[Sign], looks: Sequence[_Look]) -> list[Sign]:
+    """The signs; of rules that every probe set has to show, where all do, and as long as all have."""
+    kept = list(signs)
+    for rule in {sign.rule for sign in signs if sign.rule.on_every_set}:
+        held = {sign.probe_name: sign.held for sign in signs if sign.rule is rule}
+        kept = [
+            replace(sign, held=min(held.values())) if sign.rule is rule else sign
+            for sign in kept
+            if sign.rule is not rule or len(held) == len(looks)
+        ]
+    return kept
 
 
 def _looks_before(history: History, rule: Rule, detector: Detector) -> Iterator[tuple[int, Sign | None]]:

@@ -55,6 +55,12 @@ class View:
         return self.config.never_started_share * self.max_steps
 
     @property
+    def half_way(self) -> bool:
+        """Has the run gone so far that what it learns should be seen on the probes?"""
+        share, steps = self.config.nothing_learned_share, self.config.nothing_learned_steps
+        return self.step >= (steps if self.max_steps is None else share * self.max_steps)
+
+    @property
     def begun(self) -> bool:
         """Has the run gone far enough for something to have been learned?"""
         return self.step >= self.begun_at

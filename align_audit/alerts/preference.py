@@ -8,6 +8,8 @@ from align_audit.alerts.behaviour import few
 from align_audit.alerts.history import History, Sign, beyond, level_of
 from align_audit.options.rules import BY_NAME
 
+_INSIDE = 0.25
+"""Share of a shift's interval that lies below 0 at least where 0 is not merely its end: learning is slow there, no more."""
 _LABELS = (
     "Look at the training pairs: are chosen and rejected the right way round, and of the kind that the probes are?"
 )
@@ -84,3 +86,29 @@ def never_started(history: History) -> Sign | None:
         f"and the margin shift of {shift.mean:.2g} nats is none."
     )
     return Sign(rule, "warning", kl.mean, message, suggestion, limit=at, few=few(history, shift))
+
+
+def nothing_learned(history: History) -> Sign | None:
+    """Half-way through the run the policy has moved, and the probes do not show what it learns.
+
+    Two things say that: the margin shift cannot be told from 0, which lies well inside of its interval, and preference accuracy
+    is beyond doubt no better than ``nothing_learned_accuracy``. The first alone says as much of few pairs that waver.
+    """
+    record, option = history.record, "nothing_learned_accuracy"
+    kl, shift, accuracy = record.margins.kl, record.margins.shift, record.margins.accuracy
+    moved = kl.mean >= history.config.never_started_kl and not record.reference_check.same_weights
+    inside = _INSIDE * (shift.high - shift.low)
+    if not (history.half_way and moved and shift.low + inside < 0 < shift.high):
+        return None
+    if not beyond(history, accuracy.high, option):
+        return None
+    message = (
+        f"After {record.step} steps the policy has moved, by a KL of {kl.mean:.2g} nats per token, but the margin shift on "
+        f"the probe pairs is {shift.mean:.2g} nats, in an interval from {shift.low:.2g} to {shift.high:.2g}, and "
+        f"{accuracy.mean:.0%} of them moved the right way: nothing of the preference carries over to these pairs."
+    )
+    suggestion = (
+        "Look at the training pairs: are labels more than noise, and is what they prefer what the probes prefer? If they are "
+        "right, train longer or at a higher learning rate"
+    )
+    return Sign(BY_NAME["nothing_learned"], "warning", accuracy.mean, message, suggestion, limit=history.limit(option))

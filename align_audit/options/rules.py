@@ -71,6 +71,7 @@ class Rule:
         patience: looks in a row after which it counts by itself.
         lone_error: seen beyond its limit of an error at two looks in a row, it is an error by itself.
         error_without_limit: it has an error that no limit stands for: a sign turned round, weights that are equal.
+        on_every_set: it counts where all probe sets show it: of one that is of something else it says nothing.
         reads: dotted paths in a record, or columns of the log.
         says: what it fires on, as a clause.
     """
@@ -86,6 +87,7 @@ class Rule:
     patience: int = 1
     lone_error: bool = True
     error_without_limit: bool = False
+    on_every_set: bool = False
 
     @property
     def levels(self) -> list[tuple[Limit, Limit]]:
@@ -317,6 +319,17 @@ _RECORD_RULES = (
         ),
         patience=2,
         error_without_limit=True,
+    ),
+    Rule(
+        "nothing_learned", "learning", "margin", "margins", "alone", ("margins.shift", "margins.accuracy", "margins.kl"),
+        "the policy has moved, but half-way through the run no probe set shows a shift of the margin",
+        (
+            _warning("nothing_learned_accuracy", 0.75, "share", "below", "accuracy, with no shift of the margin", below=1.0),
+            _setting("nothing_learned_share", 0.5, "share of the run", "when to look, where its length is known", below=1.0),
+            _setting("nothing_learned_steps", 100, "steps", "when to look, where it is not"),
+        ),
+        patience=2,
+        on_every_set=True,
     ),
 )  # fmt: skip
 

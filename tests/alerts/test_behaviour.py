@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from align_audit.alerts.history import Sign
 from align_audit.config import AlertConfig
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord
@@ -300,3 +301,21 @@ def test_nothing_is_sudden_where_numbers_are_not_known() -> None:
     for place in range(3):
         partly = [at_kl(step, NAN if at == place else 0.001 * step) for at, step in enumerate((10, 20, 40, 80))]
         assert "nan" not in sign("sudden_change", at_kl(90, 0.3), partly).message
+
+
+def test_a_jump_of_kl_beside_kept_completions_is_a_witness() -> None:
+    """It says no more than KL itself does; one of the chosen log-probability says what it said."""
+    steady = [at_kl(step, 0.001 * step) for step in (10, 20, 40, 80)]
+
+    def jumped(kl: float, fall: float, before: list[AuditRecord] = steady) -> Sign:
+        record = with_margins(at_kl(90, kl), chosen_logp_change_per_token=about(-fall, 0.001))
+        return sign("sudden_change", record, before)
+
+    assert (jumped(0.3, 0.029).weight, jumped(0.3, 0.031).weight) == ("witness", "alone")
+    assert (jumped(0.69, -0.5).weight, jumped(0.71, -0.5).weight) == ("witness", "alone"), "up to its second limit"
+    fallen = [with_margins(record, chosen_logp_change_per_token=about(0.5, 0.001)) for record in steady]
+    both = jumped(0.3, 0.0, fallen)
+    assert (both.weight, both.baseline) == ("alone", 0.5), "the chosen log-probability jumped too"
+    kept = with_margins(at_kl(90, 0.3), chosen_logp_change_per_token=about(0.0, 0.001))
+    stays = [kept, kept.model_copy(update={"step": 100})]
+    assert [record.alerts for record in judged([*steady, *stays])] == [[]] * 6

@@ -21,7 +21,7 @@ from tests.alerts.test_log_windows import CALM, LATE
 from tests.helpers.alert_cases import NAN, about, healthy, judged, log_sign, sign, with_margins, with_part
 from tests.helpers.make_record import make_record
 
-BEFORE, BAD, OVER = (10, 20, 30, 40), (60, 70), (100, 110, 120)
+BEFORE, BAD, OVER, MAX_STEPS = (10, 20, 30, 40), (60, 70), (100, 110, 120), 120
 
 
 def calm(step: int, kl: float = 0.05) -> AuditRecord:
@@ -30,12 +30,19 @@ def calm(step: int, kl: float = 0.05) -> AuditRecord:
 
 
 def run_before(rule: Rule) -> list[AuditRecord]:
-    return [make_record(0, progress=0.0, alerts=[]), *(calm(step, usual_kl(rule)) for step in BEFORE)]
+    usual = [calm(step, usual_kl(rule)) for step in BEFORE]
+    # What was never learned has not fallen, which would be another rule's.
+    usual = [unlearned(record) for record in usual] if rule.name == "nothing_learned" else usual
+    return [make_record(0, progress=0.0, alerts=[]), *usual]
 
 
 def usual_kl(rule: Rule) -> float:
     """Near its limit beside a witness, so that beyond it is no jump, which would be a third sign."""
     return 0.25 if rule.weight == "witness" else 0.05
+
+
+def unlearned(record: AuditRecord) -> AuditRecord:
+    return with_margins(record, shift=about(0.1, 0.5), accuracy=about(0.55, 0.1))
 
 
 def moved_terminal(record: AuditRecord) -> AuditRecord:
@@ -57,6 +64,7 @@ MADE: dict[str, Callable[[AuditRecord], AuditRecord]] = {
     "rank_inflated": lambda record: curves(record, rank_95=40.0),
     "subspace_rotated": lambda record: curves(record, principal_angles=[1.4, 1.5, 1.5]),
     "terminal_jump": moved_terminal,
+    "nothing_learned": unlearned,
 }
 """What makes a rule fire where that is not in ``FIRES``, or would make others fire too."""
 
@@ -88,7 +96,12 @@ def life_of(rule: Rule) -> list[Alert]:
         *run_before(rule), *(bad(rule, step) for step in BAD), *(calm(step, usual_kl(rule)) for step in OVER),
     ]  # fmt: skip
     log = log_for(rule) if rule.source == "log" else []
-    return [alert for record in judged(records, log=log) for alert in record.alerts if alert.cause == rule.cause]
+    return [
+        alert
+        for record in judged(records, log=log, max_steps=MAX_STEPS)
+        for alert in record.alerts
+        if alert.cause == rule.cause
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +143,7 @@ def test_its_message_has_the_value_and_the_limit_in_plain_sentences(rule: Rule) 
     if rule.source == "log":
         seen = log_sign(rule.name, [row for row in log_for(rule) if row.step <= 70])
     else:
-        seen = sign(rule.name, bad(rule, 60), judged(run_before(rule)))
+        seen = sign(rule.name, bad(rule, 60), judged(run_before(rule)), max_steps=MAX_STEPS)
     assert seen is not None
     said = seen.words
     assert said[0].isupper() and said.endswith(".") and "\n" not in said and "  " not in said and ".." not in said
@@ -150,7 +163,7 @@ def test_a_step_at_which_it_was_seen_is_not_clean(rule: Rule) -> None:
     config = AlertConfig(rules={rule.name: {"patience": 2}})
     log = log_for(rule) if rule.source == "log" else []
     before = [*run_before(rule), *(bad(rule, step) for step in BAD)]
-    made = judged(before, config, log)
+    made = judged(before, config, log, max_steps=MAX_STEPS)
     (alert,) = [alert for alert in made[-1].alerts if alert.cause == rule.cause]
     (alert,) = advise([alert], made[:-1], log, checkpoints=by_step(["checkpoint-40", "checkpoint-60"]))
     assert alert.seen_since == 60

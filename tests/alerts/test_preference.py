@@ -7,7 +7,18 @@ import pytest
 from align_audit.config import AlertConfig
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.estimate import Estimate
-from tests.helpers.alert_cases import NAN, about, healthy, run, sign, with_margins, with_part, without_interval
+from tests.helpers.alert_cases import (
+    NAN,
+    about,
+    healthy,
+    judged,
+    on_set,
+    run,
+    sign,
+    with_margins,
+    with_part,
+    without_interval,
+)
 from tests.helpers.make_record import make_record
 
 
@@ -103,3 +114,61 @@ def test_when_to_look_is_a_share_of_the_run_where_its_length_is_known() -> None:
     assert sign("never_started", still(15), [], max_steps=64) is None
     assert sign("never_started", still(60), [], max_steps=1000) is None
     assert sign("never_started", still(60), [], AlertConfig(never_started_steps=61)) is None
+
+
+def unlearned(
+    step: int, shift: Estimate | None = None, accuracy: Estimate | None = None, kl: float = 0.01
+) -> AuditRecord:
+    return with_margins(
+        healthy(step),
+        kl=about(kl, 0.001),
+        shift=about(0.1, 0.5) if shift is None else shift,
+        accuracy=about(0.55, 0.1) if accuracy is None else accuracy,
+    )
+
+
+@pytest.mark.parametrize(
+    ("record", "fires"),
+    [
+        (unlearned(100), True),
+        (unlearned(99), False),  # too early
+        (unlearned(100, shift=about(0.24, 0.5)), True),
+        (unlearned(100, shift=about(0.26, 0.5)), False),  # learning is slow
+        (unlearned(100, shift=about(-0.4, 0.5)), True),
+        (unlearned(100, shift=about(-0.6, 0.5)), False),  # reversed: another rule's
+        (unlearned(100, accuracy=about(0.64, 0.1)), True),
+        (unlearned(100, accuracy=about(0.55, 0.21)), False),  # few pairs say nothing of what is not there
+        (unlearned(100, shift=without_interval(0.0)), False),
+        (unlearned(100, accuracy=without_interval(0.5)), False),
+        (unlearned(100, shift=about(0.0, 0.0)), False),
+        (unlearned(100, kl=0.9e-4), False),  # never started
+        (unlearned(100, kl=NAN), False),
+        (with_part(unlearned(100), "reference_check", same_weights=True), False),
+    ],
+)
+def test_a_policy_that_moves_and_learns_nothing_of_the_preference(record: AuditRecord, fires: bool) -> None:
+    seen = sign("nothing_learned", record, [])
+    assert (seen is not None) == fires
+    if seen:
+        assert (seen.level, seen.value, seen.limit) == ("warning", record.margins.accuracy.mean, 0.75)
+        assert "After 100 steps the policy has moved" in seen.message
+
+
+def test_half_of_the_run_is_when_something_should_be_seen() -> None:
+    assert sign("nothing_learned", unlearned(32), [], max_steps=64) is not None
+    assert sign("nothing_learned", unlearned(31), [], max_steps=64) is None
+    assert sign("nothing_learned", unlearned(100), [], max_steps=1000) is None
+    assert sign("nothing_learned", unlearned(60), [], AlertConfig(nothing_learned_steps=60)) is not None
+
+
+def test_nothing_is_learned_where_every_probe_set_says_so_twice() -> None:
+    """Preferences of something else need not move: a set of them alone says nothing."""
+
+    def rules(*other: AuditRecord) -> list[list[str]]:
+        both = [(unlearned(step), on_set(record, "other")) for step, record in zip((40, 50), other, strict=True)]
+        done = judged([record for pair in both for record in pair], max_steps=64)
+        return [[alert.rule for alert in record.alerts] for record in done]
+
+    assert rules(unlearned(40), unlearned(50)) == [[], [], [], ["nothing_learned"]]
+    assert rules(healthy(40), healthy(50)) == [[], [], [], []]
+    assert rules(unlearned(40), healthy(50)) == [[], [], [], []]
