@@ -57,7 +57,7 @@ def health_pass(task: AuditTask, tick: Callable[[], None] = lambda: None) -> Non
         policy, reference = session.record_policy(batch).after(top)[at], task.kept.rows(batch, reference_rows)
         if not torch.equal(policy, reference):
             behaviour.identical = False
-        behaviour.compare(batch, policy, reference)
+        behaviour.compare(batch, policy, reference, task.kept)
         return lambda: compared.add(rows_key(batch))
 
     session.each_batch(update, tick=tick)

@@ -16,6 +16,7 @@ from scipy.stats import entropy
 
 from align_audit.measures import margin
 from align_audit.measures.margin import (
+    compare_readouts,
     kl_divergence,
     preference_margin,
     sum_by_pair,
@@ -62,6 +63,46 @@ def test_the_gradient_of_log_probabilities_is_that_of_autograd_to_the_bit(dtype:
     (expected,) = torch.autograd.grad(token_logp(leaf, target).sum(), leaf)
     assert torch.equal(token_logp_gradient(wide, target), expected)
     assert expected.abs().max() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_rows_taken_in_chunks_are_the_formulas_written_out(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit, also where one row of a chunk is masked, is no distribution, or has several largest logits."""
+    generator = torch.Generator().manual_seed(1)
+    policy, reference = (4 * torch.randn(40, 300, generator=generator, dtype=torch.float64) for _ in range(2))
+    policy[7, :100], policy[12, 3], policy[20], policy[33, 5] = -INF, NAN, 0.0, INF
+    policy[25, 100:], reference[26, 50:90] = -2000.0, -INF
+    policy, reference = policy.to(dtype), reference.to(dtype)
+    target = torch.where(torch.arange(40) % 2 == 0, policy.argmax(-1), torch.arange(40))
+    target[20:22] = 0
+    wide, other = (each if dtype == torch.float64 else each.float() for each in (policy, reference))
+    logp, logq = (each - torch.logsumexp(each, -1, keepdim=True) for each in (wide, other))
+    known = ~torch.logsumexp(wide, -1).isnan() & ~torch.logsumexp(wide, -1).isinf()
+    p = logp.exp()
+    expected = {
+        "logp": logp.gather(-1, target[:, None])[:, 0].double(),
+        "entropy": torch.where(known, -(p * logp).masked_fill(p == 0, 0.0).sum(-1).double(), NAN),
+        "correct": torch.where(known, (wide.argmax(-1) == target).double(), NAN),
+    }
+    kl = (p * (logp - logq)).masked_fill((p == 0) & ~logq.isnan(), 0.0).double().sum(-1).clamp_min(0.0)
+    for size in (1, 300 * 8, 300 * 8 * 7, 2**21):
+        monkeypatch.setattr(margin, "_CHUNK_BYTES", size)
+        compared, _, found = compare_readouts(policy, reference, target)
+        for readout in (compared, token_readout(policy, target)):
+            for name, values in expected.items():
+                torch.testing.assert_close(getattr(readout, name), values, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(found, kl, rtol=0, atol=0, equal_nan=True)
+        known = token_readout(reference, target)
+        assert compare_readouts(policy, reference, target, known)[2].allclose(found, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(token_logp(policy, target), expected["logp"], rtol=0, atol=0, equal_nan=True)
+    assert expected["correct"][[20, 21]].tolist() == [1.0, 0.0]
+
+
+def test_no_rows_at_all() -> None:
+    nothing, target = torch.zeros(0, 5), torch.zeros(0, dtype=torch.long)
+    policy, reference, kl = compare_readouts(nothing, nothing, target)
+    for found in (policy.logp, reference.entropy, policy.correct, kl, token_logp(nothing, target)):
+        assert found.shape == (0,)
 
 
 @settings(max_examples=100, deadline=None)

@@ -10,7 +10,8 @@ import torch
 
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement, Reasons, RecordedBatch
 from align_audit.auditing.session.accumulators import PerPair, PerToken, State
-from align_audit.measures.margin import compare_readouts, sum_by_pair
+from align_audit.auditing.session.kept import KeptReference
+from align_audit.measures.margin import TokenReadout, compare_readouts, sum_by_pair
 from align_audit.models.replay import equal_streams
 from align_audit.probes.batches import PairBatch
 from align_audit.ranks import Ranks
@@ -68,11 +69,19 @@ class Behaviour(Measurement):
         self._reference_margins[tuple(batch.pair_index.tolist())] = recorded.reference_margins
 
     def compare(
-        self, batch: PairBatch, policy_rows: torch.Tensor, reference_rows: torch.Tensor
+        self,
+        batch: PairBatch,
+        policy_rows: torch.Tensor,
+        reference_rows: torch.Tensor,
+        kept: KeptReference | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read both models' last streams [P, d] at a batch's prediction entries: their margins [B], float64 on the CPU."""
+        """Read both models' last streams [P, d] at a batch's prediction entries: their margins [B], float64 on the CPU.
+
+        Args:
+            kept: where the reference's rows come from: what is read from them is kept there too.
+        """
         state = self.state
-        values = self._readouts(batch, policy_rows, reference_rows)
+        values = self._readouts(batch, policy_rows, reference_rows, kept)
 
         def sums(name: str) -> torch.Tensor:
             return sum_by_pair(values[name], batch.pair, batch.side, batch.num_pairs)
@@ -100,24 +109,33 @@ class Behaviour(Measurement):
         return margins[0], margins[1]
 
     def _readouts(
-        self, batch: PairBatch, policy_rows: torch.Tensor, reference_rows: torch.Tensor
+        self,
+        batch: PairBatch,
+        policy_rows: torch.Tensor,
+        reference_rows: torch.Tensor,
+        kept: KeptReference | None,
     ) -> dict[str, torch.Tensor]:
         """What each prediction entry [P] says, by name; the reference's names begin with ``reference_``."""
         session = self.session
-        parts: dict[str, list[torch.Tensor]] = {}
+        known = None if kept is None else kept.readout(batch)
+        parts: list[tuple[TokenReadout, TokenReadout, torch.Tensor]] = []
         for block in session.models.policy.head_blocks(batch.row.numel()):
             with session.as_policy() as replay:
                 policy_logits = replay.head(policy_rows[block])
             with session.as_reference() as replay:
                 reference_logits = replay.head(reference_rows[block])
             session.meter.sample()
-            policy, reference, kl = compare_readouts(policy_logits, reference_logits, batch.target[block])
-            for prefix, readout in (("", policy), ("reference_", reference)):
-                parts.setdefault(prefix + "logp", []).append(readout.logp)
-                parts.setdefault(prefix + "entropy", []).append(readout.entropy)
-                parts.setdefault(prefix + "token_accuracy", []).append(readout.correct)
-            parts.setdefault("kl", []).append(kl)
-        return {name: torch.cat(pieces) for name, pieces in parts.items()}
+            known_here = None if known is None else known.at(block)
+            parts.append(compare_readouts(policy_logits, reference_logits, batch.target[block], known_here))
+        policy, reference = (TokenReadout.joined(each) for each in list(zip(*parts, strict=True))[:2])
+        if kept is not None and known is None:
+            kept.keep_readout(batch, reference)
+        values = {"kl": torch.cat([kl for *_, kl in parts])}
+        for prefix, readout in (("", policy), ("reference_", reference)):
+            values[prefix + "logp"] = readout.logp
+            values[prefix + "entropy"] = readout.entropy
+            values[prefix + "token_accuracy"] = readout.correct
+        return values
 
     def merge(self, ranks: Ranks, places: np.ndarray) -> None:
         """Equal on every probe token is what is so on every process."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from align_audit.measures.margin import TokenReadout
 from align_audit.probes.batches import PairBatch
 
 KEPT_BYTES = 2**30
@@ -48,6 +49,7 @@ class KeptReference:
     why_not_continued: str | None = None
     _layout: list[str | None] = field(default_factory=list)
     _rows: dict[RowsKey, torch.Tensor] = field(default_factory=dict)
+    _readouts: dict[RowsKey, TokenReadout] = field(default_factory=dict)
 
     @property
     def has_layout(self) -> bool:
@@ -76,6 +78,16 @@ class KeptReference:
             self._rows[key] = made.cpu()
         return self._rows[key].to(batch.row.device)
 
+    def readout(self, batch: PairBatch) -> TokenReadout | None:
+        """What the reference says at the prediction entries [P] of a batch whose rows are kept; None: not read yet."""
+        known = self._readouts.get(rows_key(batch))
+        return None if known is None else known.to(batch.row.device)
+
+    def keep_readout(self, batch: PairBatch, readout: TokenReadout) -> None:
+        """What was read from the rows of a batch, where they are kept."""
+        if self.has_rows(batch):
+            self._readouts[rows_key(batch)] = readout.to("cpu")
+
     @property
     def kept_bytes(self) -> int:
         """Of all :meth:`rows` that are kept."""
@@ -88,10 +100,12 @@ class KeptReference:
     def forget_rows(self, batch: PairBatch) -> None:
         """They are made again: another process does not have those of its own batch."""
         self._rows.pop(rows_key(batch), None)
+        self._readouts.pop(rows_key(batch), None)
 
     def forget_rows_but(self, keys: Collection[RowsKey]) -> None:
         """Let go of the rows of all other batches: pairs go together otherwise by now, and nobody asks for them again."""
         self._rows = {key: rows for key, rows in self._rows.items() if key in keys}
+        self._readouts = {key: readout for key, readout in self._readouts.items() if key in keys}
 
 
 def rows_key(batch: PairBatch) -> RowsKey:

@@ -16,6 +16,8 @@ from align_audit.auditing.session.kept import KeptReference, rows_key
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.config import AuditConfig
+from align_audit.measures import margin
+from align_audit.measures.margin import token_readout
 from align_audit.models.reference import resolve_reference
 from align_audit.probes.batches import PairBatch, make_batch
 from align_audit.record.audit_record import AuditRecord
@@ -39,14 +41,39 @@ def test_rows_beyond_the_bound_are_made_every_time(monkeypatch: pytest.MonkeyPat
             assert torch.equal(rows, rows_of(batch))
         assert kept.kept_bytes <= module.KEPT_BYTES
     assert made == [*map(rows_key, BATCHES), rows_key(BATCHES[2])]
+    for batch in BATCHES:
+        kept.keep_readout(
+            batch, token_readout(torch.zeros(len(batch.row), 4), torch.zeros(len(batch.row), dtype=torch.long))
+        )
+    assert [kept.readout(batch) is None for batch in BATCHES] == [False, False, True], "as long as its rows"
     kept.forget_rows_but({rows_key(BATCHES[1])})
     assert [kept.has_rows(batch) for batch in BATCHES] == [False, True, False]
+    assert [kept.readout(batch) is None for batch in BATCHES] == [True, False, True]
+    kept.forget_rows(BATCHES[1])
+    assert kept.readout(BATCHES[1]) is None
 
 
 def look(policy: torch.nn.Module, reference: torch.nn.Module, cache: ReferenceCache, tokens: int) -> AuditRecord:
     config = AuditConfig.from_dict({**QUICK, "batch_tokens": tokens})
     with OpenModels(policy, resolve_reference(policy, reference)) as models:
         return run_audit(models, AuditRequest(random_pairs(6), config, kind="health"), cache).record
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_reference_says_is_read_once_and_is_the_same_to_the_bit(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = tiny_model("llama", dtype=dtype)
+    policy, cache, read = perturbed(reference), ReferenceCache(), []
+    real = margin._read
+    monkeypatch.setattr(margin, "_read", lambda *asked: read.append(1) or real(*asked))
+    first = look(policy, reference, cache, 400)
+    both = len(read)
+    again = look(policy, reference, cache, 400)
+    assert 0 < 2 * (len(read) - both) == both
+    assert again.margins == first.margins
+    other = perturbed(reference, 0.3)
+    assert look(other, reference, cache, 400).margins == look(other, reference, ReferenceCache(), 400).margins
 
 
 def test_a_look_lets_go_of_batches_that_are_none_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
