@@ -177,6 +177,7 @@ def _jumps(history: History) -> Iterator[Sign]:
             at = max(floor, (usually + history.limit("jump_deviations") * spread) * gap)
             start, here = number(last.margins), number(record.margins)
             if direction * (here - start) > at:
+                eased = {"kl_warning", "jump_deviations"} & history.eased
                 kept = option == "kl_warning" and not least(record.margins.kl) > config.kl_error
                 yield Sign(
                     BY_NAME["sudden_change"],
@@ -187,5 +188,5 @@ def _jumps(history: History) -> Iterator[Sign]:
                     f"Look at what came into training after step {last.step}: data, learning rate, a resumed optimizer",
                     limit=start + direction * at,
                     baseline=start,
-                    witness=kept and record.margins.keeps_chosen(config.kl_chosen_drop),
+                    witness=kept and not eased and record.margins.keeps_chosen(config.kl_chosen_drop),
                 )

@@ -10,6 +10,7 @@ beyond a limit as a whole: a wide interval on few probes raises nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -91,7 +92,7 @@ def judge(
         eased=_eased(still_open),
     )
     looks = [_Look.of(history, course) for history in _histories(view, record, course)]
-    signs = _on_every_set([sign for look in looks for sign in _signs(look)], looks)
+    signs = _on_every_set([sign for look in looks for sign in _signs(look)], looks, heads, record.step)
     # What the log alone shows is silent with the rest, or seen with it, but silences nothing.
     silent = any(
         alert.level == "error" and alert.step == record.step
@@ -192,6 +193,12 @@ class _Look:
         """Of the set."""
         return self.history.record.provenance.probe_name
 
+    @property
+    def tells(self) -> bool:
+        """Are there pairs enough to say that something is not there?"""
+        margins = self.history.record.margins
+        return math.isfinite(margins.shift.low) and math.isfinite(margins.accuracy.high)
+
     def base(self, source: Source) -> History | None:
         """The newest look that has a part: the audit itself, another one of the same weights and step, or one before."""
         if source not in self.bases:
@@ -217,15 +224,24 @@ def _signs(look: _Look) -> Iterator[Sign]:
             yield _counted(now, _looks_before(base, rule, detector), config)
 
 
-def _on_every_set(signs: Sequence[Sign], looks: Sequence[_Look]) -> list[Sign]:
-    """The signs; of rules that every probe set has to show, where all do, and as long as all have."""
+def _on_every_set(signs: Sequence[Sign], looks: Sequence[_Look], heads: Sequence[Head], at: int) -> list[Sign]:
+    """The signs; of rules that every probe set has to show, where all do at this step, and as long as all have.
+
+    A set of too few pairs for an interval cannot show that something is missing, and is not asked. One that is not audited any
+    more has its say where its last audit saw a shift.
+    """
+    telling = [look for look in looks if look.tells]
+    gone = {head.probe_name: head for head in heads if head.probe_name not in {look.probe_name for look in looks}}
+    if any(head.shift.low > 0 for head in gone.values()):
+        telling = []
     kept = list(signs)
     for rule in {sign.rule for sign in signs if sign.rule.on_every_set}:
         held = {sign.probe_name: sign.held for sign in signs if sign.rule is rule}
+        shown = bool(telling) and all(look.probe_name in held and look.history.step == at for look in telling)
         kept = [
             replace(sign, held=min(held.values())) if sign.rule is rule else sign
             for sign in kept
-            if sign.rule is not rule or len(held) == len(looks)
+            if sign.rule is not rule or shown
         ]
     return kept
 
@@ -252,7 +268,7 @@ def _counted(sign: Sign, earlier: Iterable[tuple[int, Sign | None]], config: Ale
     in time, step by step."""
     held, errors, since = 1, int(sign.level == "error"), sign.step
     for at, previous in islice(earlier, max(config.patience(sign.rule), config.error_looks - 1)):
-        if previous is None:
+        if previous is None or (previous.witness and not sign.witness):
             break
         if previous.level == "error" and errors == held:
             errors += 1
@@ -272,7 +288,7 @@ def _raised(signs: Sequence[Sign], view: View, still_open: Sequence[Alert], head
 
 def _unmeasured(still_open: Sequence[Alert], looks: Sequence[_Look], view: View) -> set[str]:
     """Causes of open alerts whose rule reads what was known before this step, and is not at it, on the probe set it leads on:
-    it was not measured, it came out as NaN, or the user's function broke.
+    it was not measured, it came out as NaN, or the user's function broke. Of a rule that every set has to show: on any of them.
 
     A set that has no say any more holds nothing, and neither does a rule that is switched off, or what no audit of late knows.
     """
@@ -284,7 +300,8 @@ def _unmeasured(still_open: Sequence[Alert], looks: Sequence[_Look], view: View)
         if rule is None or look is None:
             continue
         base = _last_known(look.base(rule.source), rule, view.config)
-        if base is not None and base.step < view.step:
+        waits = rule.on_every_set and any(other.tells and other.history.step < view.step for other in looks)
+        if waits or (base is not None and base.step < view.step):
             causes.add(cause_of(alert))
     return causes
 

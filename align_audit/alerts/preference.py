@@ -92,15 +92,20 @@ def nothing_learned(history: History) -> Sign | None:
     """Half-way through the run the policy has moved, and the probes do not show what it learns.
 
     Two things say that: the margin shift cannot be told from 0, which lies well inside of its interval, and preference accuracy
-    is beyond doubt no better than ``nothing_learned_accuracy``. The first alone says as much of few pairs that waver.
+    is beyond doubt no better than ``nothing_learned_accuracy``. The first alone says as much of few pairs that waver. A policy
+    that leaves its language, or has lost what it had learned, is for other rules; and what is measured against a reference that
+    is synchronized is what was learned since.
     """
-    record, option = history.record, "nothing_learned_accuracy"
+    record, config, option = history.record, history.config, "nothing_learned_accuracy"
     kl, shift, accuracy = record.margins.kl, record.margins.shift, record.margins.accuracy
-    moved = kl.mean >= history.config.never_started_kl and not record.reference_check.same_weights
-    inside = _INSIDE * (shift.high - shift.low)
-    if not (history.half_way and moved and shift.low + inside < 0 < shift.high):
+    moved = kl.mean >= history.limit("never_started_kl") and not record.reference_check.same_weights
+    fall = -record.margins.chosen_logp_change_per_token.mean
+    leaving = kl.mean > config.kl_warning or fall > config.chosen_drop_warning
+    was_better = any(head.shift.low > shift.high or head.accuracy.low > accuracy.high for head in history.heads)
+    if not (history.half_way and moved) or leaving or was_better or record.reference_check.last_sync_step is not None:
         return None
-    if not beyond(history, accuracy.high, option):
+    inside = _INSIDE * (config.hysteresis if option in history.eased else 1.0) * (shift.high - shift.low)
+    if not (shift.low + inside < 0 < shift.high and beyond(history, accuracy.high, option)):
         return None
     message = (
         f"After {record.step} steps the policy has moved, by a KL of {kl.mean:.2g} nats per token, but the margin shift on "

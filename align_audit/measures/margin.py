@@ -168,6 +168,7 @@ def _read(logits: torch.Tensor, target: torch.Tensor) -> tuple[TokenReadout, tor
         # A token of probability 0 adds nothing to the entropy; 0·(−inf) would make it NaN.
         plogp.masked_fill_(p == 0, 0.0)
     entropy = -plogp.sum(-1).double()
+    del plogp
     said = _at(wide, target)
     readout = TokenReadout(
         # As token_logp, to the bit: margins of patched runs are compared with it.
@@ -182,9 +183,11 @@ def _read(logits: torch.Tensor, target: torch.Tensor) -> tuple[TokenReadout, tor
 def _is_argmax(wide: torch.Tensor, said: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Whether the targets, of values ``said``, are the argmax: bool [n].
 
-    It is looked for only where the value is the largest one, since looking takes several times longer than that; other tokens
-    may have the same.
+    On a CPU it is looked for only where the value is the largest one, since looking takes several times longer than that; other
+    tokens may have the same.
     """
+    if wide.device.type != "cpu":
+        return wide.argmax(-1) == target
     largest = said == wide.amax(-1)
     rows = largest.nonzero()[:, 0]
     largest[rows] = wide[rows].argmax(-1) == target[rows]

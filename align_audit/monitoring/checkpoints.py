@@ -31,6 +31,7 @@ from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.checkpoint_names import as_called
 from align_audit.record.log import RunLog
+from align_audit.record.recorded import steps_planned
 from align_audit.record.training_log import TrainingLog
 from align_audit.record.transfer_record import TransferRecord
 from align_audit.writers.messages import OnAlert, checked
@@ -344,7 +345,8 @@ class CheckpointAuditor:
         stored = _stored(
             step, hashes, sets, config, self._log, one_reference=not reference.shares_weights, rewritten=rewritten
         )
-        moment = Moment(step, origin=origin, saved_in=as_called(folder).parent, kept=kept)
+        saved_in = as_called(folder).parent
+        moment = Moment(step, origin=origin, planned=steps_planned(folder), saved_in=saved_in, kept=kept)
         return PreparedAudit(OpenModels(policy, reference, hashes=hashes), moment, stored)
 
     def audit(self, prepared: PreparedAudit) -> list[AuditRecord]:

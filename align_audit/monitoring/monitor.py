@@ -274,8 +274,7 @@ class Monitor:
         assert self.log is not None
         earlier = course_of(record, self.log.records)
         rows = self.trainer_log.judged
-        max_steps = None if moment.training is None else moment.training.max_steps
-        alerts = judge(record, earlier, rows, self.config.alerts, max_steps=max_steps)
+        alerts = judge(record, earlier, rows, self.config.alerts, max_steps=moment.max_steps)
         knobs = {"beta": moment.beta, "learning_rate": moment.learning_rate}
         folder = moment.saved_in or self.log.directory.parent
         # Saved checkpoints are audited when all of them are there.

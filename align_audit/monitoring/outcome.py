@@ -32,6 +32,7 @@ class Moment:
         training: what stands of training; None for a saved checkpoint.
         unaffordable: see :class:`~align_audit.monitoring.schedule.Due`.
         origin: of a saved checkpoint: what the log of its run says of it.
+        planned: steps of the training that saved a checkpoint, where that is known.
         saved_in: the folder that the run's checkpoints lie in; None: the one that the log's folder lies in.
         kept: what else the record keeps, under ``extra``.
     """
@@ -47,8 +48,14 @@ class Moment:
     last_sync_step: int | None = None
     compare_precomputed: bool = True
     origin: Origin | None = None
+    planned: int | None = None
     saved_in: Path | None = None
     kept: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def max_steps(self) -> int | None:
+        """Of the run; None: not known."""
+        return self.planned if self.training is None else self.training.max_steps
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,8 @@ _RECORD_RULES = (
     Rule(
         "sudden_change", "drift", "jump", "margins", "alone",
         ("margins.kl", "margins.chosen_logp_change_per_token"),
-        "KL or the chosen log-probability moves far faster than at the looks before, and stays there",
+        "KL or the chosen log-probability moves far faster than at the looks before, and stays there; KL alone is a witness where "
+        "it is one by itself",
         (
             _warning("jump_deviations", 8.0, "median absolute deviations", "above", "change since the look before"),
             _setting("jump_share", 0.5, "share of a warning limit", "the least change that counts", below=10.0),
@@ -322,7 +323,7 @@ _RECORD_RULES = (
     ),
     Rule(
         "nothing_learned", "learning", "margin", "margins", "alone", ("margins.shift", "margins.accuracy", "margins.kl"),
-        "the policy has moved, but half-way through the run no probe set shows a shift of the margin",
+        "the policy has moved, but half-way through the run no probe set shows a shift of the margin, now or before",
         (
             _warning("nothing_learned_accuracy", 0.75, "share", "below", "accuracy, with no shift of the margin", below=1.0),
             _setting("nothing_learned_share", 0.5, "share of the run", "when to look, where its length is known", below=1.0),

@@ -76,11 +76,22 @@ def step_saved(checkpoint: Path) -> int | None:
     saved = checkpoint_step(checkpoint.resolve().name)
     if saved is not None:
         return saved
+    return _in_state(checkpoint, "global_step")
+
+
+def steps_planned(checkpoint: Path) -> int | None:
+    """How many steps the training has that a checkpoint was saved by; None: its folder does not say."""
+    steps = _in_state(checkpoint, "max_steps")
+    return steps if steps is not None and steps > 0 else None
+
+
+def _in_state(checkpoint: Path, name: str) -> int | None:
+    """A whole number of what its trainer wrote of training."""
     try:
-        step = json.loads((checkpoint / "trainer_state.json").read_bytes()).get("global_step")
+        value = json.loads((checkpoint / "trainer_state.json").read_bytes()).get(name)
     except (OSError, ValueError, RecursionError, AttributeError):
         return None
-    return step if isinstance(step, int) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _audits(path: Path) -> tuple[RecordedAudit, ...]:

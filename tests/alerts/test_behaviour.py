@@ -316,6 +316,17 @@ def test_a_jump_of_kl_beside_kept_completions_is_a_witness() -> None:
     fallen = [with_margins(record, chosen_logp_change_per_token=about(0.5, 0.001)) for record in steady]
     both = jumped(0.3, 0.0, fallen)
     assert (both.weight, both.baseline) == ("alone", 0.5), "the chosen log-probability jumped too"
+    record = with_margins(at_kl(90, 0.3), chosen_logp_change_per_token=about(0.0, 0.001))
+    assert sign("sudden_change", record, steady, eased=frozenset({"jump_deviations"})).weight == "alone", (
+        "while it is open"
+    )
+    falls = [
+        with_margins(at_kl(step, 0.3), chosen_logp_change_per_token=about(-fall, 0.001))
+        for step, fall in ((90, 0.029), (100, 0.031))
+    ]
+    assert [record.alerts for record in judged([*steady, *falls])] == [[]] * 6, "a witness is no look in a row"
+    falls[0] = with_margins(falls[0], chosen_logp_change_per_token=about(-0.031, 0.001))
+    assert [alert.rule for alert in judged([*steady, *falls])[-1].alerts] == ["sudden_change"]
     kept = with_margins(at_kl(90, 0.3), chosen_logp_change_per_token=about(0.0, 0.001))
     stays = [kept, kept.model_copy(update={"step": 100})]
     assert [record.alerts for record in judged([*steady, *stays])] == [[]] * 6

@@ -144,6 +144,9 @@ def unlearned(
         (unlearned(100, kl=0.9e-4), False),  # never started
         (unlearned(100, kl=NAN), False),
         (with_part(unlearned(100), "reference_check", same_weights=True), False),
+        (with_part(unlearned(100), "reference_check", last_sync_step=60), False),  # of what was learned since
+        (unlearned(100, kl=0.36), False),  # it leaves its language: drift
+        (with_margins(unlearned(100), chosen_logp_change_per_token=about(-0.26)), False),
     ],
 )
 def test_a_policy_that_moves_and_learns_nothing_of_the_preference(record: AuditRecord, fires: bool) -> None:
@@ -172,3 +175,73 @@ def test_nothing_is_learned_where_every_probe_set_says_so_twice() -> None:
     assert rules(unlearned(40), unlearned(50)) == [[], [], [], ["nothing_learned"]]
     assert rules(healthy(40), healthy(50)) == [[], [], [], []]
     assert rules(unlearned(40), healthy(50)) == [[], [], [], []]
+
+
+def test_what_was_learned_and_lost_is_no_nothing() -> None:
+    """Whose advice is another: there is a checkpoint to go back to."""
+    better = [with_margins(healthy(step), shift=about(4.0, 0.5), accuracy=about(0.95, 0.04)) for step in (10, 20, 30)]
+    done = judged([*better, unlearned(40), unlearned(50)], max_steps=64)
+    assert {alert.cause for alert in done[-1].alerts} == {"preference"}
+    assert sign("nothing_learned", unlearned(40), [unlearned(10, accuracy=about(0.8, 0.1))], max_steps=64) is None
+    by_chance = [unlearned(10, shift=about(0.05, 0.04), accuracy=about(0.6, 0.1))]
+    assert sign("nothing_learned", unlearned(40), by_chance, max_steps=64) is not None
+
+
+def both_sets(*looks: tuple[AuditRecord, AuditRecord]) -> list[list[str]]:
+    """What is open after each look of the two sets, one after the other."""
+    records = [record for one, other in looks for record in (on_set(one, "one"), on_set(other, "other"))]
+    # At one step the later audit has the last word.
+    records = [
+        with_part(record, "provenance", created=f"2026-01-01T00:00:{second:02d}+00:00")
+        for second, record in enumerate(records)
+    ]
+    done = judged(records, max_steps=64)
+    return [[alert.rule for alert in record.alerts if alert.event != "resolved"] for record in done]
+
+
+def test_a_set_that_cannot_tell_is_not_asked() -> None:
+    few = {step: unlearned(step, without_interval(3.0), without_interval(0.75)) for step in (40, 50)}
+    assert both_sets((unlearned(40), few[40]), (unlearned(50), few[50])) == [
+        [],
+        [],
+        ["nothing_learned"],
+        ["nothing_learned"],
+    ]
+
+
+def test_a_set_that_is_not_audited_any_more_has_its_say_where_it_saw_a_shift() -> None:
+    far = (40, 50, 60, 70, 80)
+    for last, told in ((healthy(10), False), (unlearned(10), True)):
+        records = [on_set(last, "other"), *(on_set(unlearned(step), "one") for step in far)]
+        open_at_end = [alert.rule for alert in judged(records, max_steps=64)[-1].alerts]
+        assert (open_at_end == ["nothing_learned"]) == told
+
+
+def test_one_look_of_one_set_resolves_nothing() -> None:
+    """What the other sets have not been asked again is not over; and a shift at the edge is one alert."""
+    still, edge, well = unlearned, about(0.28, 0.5), healthy
+    opened = [(still(step), still(step)) for step in (40, 50)]
+    slow = still(60, shift=about(0.45, 0.5))
+    wavers = [*opened, (still(60), slow), (still(70), still(70))]
+    assert both_sets(*wavers)[3:] == [["nothing_learned"]] * 5
+    over = [*opened, (well(60), well(60)), (well(70), well(70))]
+    assert both_sets(*over)[3:] == [
+        ["nothing_learned"],
+        ["nothing_learned"],
+        ["nothing_learned"],
+        ["nothing_learned"],
+        [],
+    ]
+    assert sign("nothing_learned", still(100, shift=edge), []) is None
+    eased = frozenset({"nothing_learned_accuracy"})
+    assert sign("nothing_learned", still(100, shift=edge), [], eased=eased) is not None
+
+
+def test_never_started_and_nothing_learned_are_never_seen_at_once() -> None:
+    """One says that it has not moved, the other one that it has: together they would be an error."""
+    for kl in (0.5e-4, 0.9e-4, 1.1e-4, 1.3e-4):
+        for eased in (frozenset(), frozenset({"never_started_kl"})):
+            record = unlearned(100, kl=kl)
+            record = with_margins(record, kl=about(kl, 0.0))
+            seen = [rule for rule in ("never_started", "nothing_learned") if sign(rule, record, [], eased=eased)]
+            assert len(seen) == 1

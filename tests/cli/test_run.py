@@ -17,6 +17,7 @@ from align_audit.models.loading import load_model, load_tokenizer
 from align_audit.models.weights.fingerprint import fingerprint
 from tests.cli.commands import arguments, refused
 from tests.helpers.callback_runs import quick
+from tests.helpers.checkpoints import write_state
 from tests.helpers.dpo import build, train
 from tests.helpers.pages import data_in
 from tests.helpers.tiny import tiny_model
@@ -351,3 +352,20 @@ def test_the_probes_are_checked_before_training_by_the_callback_too(place: Simpl
         stored = begin(build(tmp_path / "out", "precompute", [callback]), callback)
     ours = AuditRun.load(place.full).records[0]
     assert stored.records[0].provenance.probe_hash == ours.provenance.probe_hash
+
+
+@pytest.mark.parametrize(("max_steps", "level"), [(None, "error"), (200, "error"), (1000, "warning")])
+def test_rules_that_speak_of_a_share_of_the_run_know_its_length(
+    max_steps: int | None, level: str, command: Any, place: SimpleNamespace, tmp_path: Path
+) -> None:
+    """From what the trainer left in the checkpoint; where it left nothing they go by steps."""
+    for step in (60, 70):
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        shutil.copytree(place.base, folder)
+        if max_steps is not None:
+            write_state(folder, step, max_steps)
+    out = tmp_path / "out"
+    done = command(*arguments(place, tmp_path / "run", out, "--reference", place.base))
+    assert done.code == 0
+    (alert,) = AuditRun.load(out).records[-1].alerts
+    assert (alert.rule, alert.level) == ("never_started", level)
