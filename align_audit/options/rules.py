@@ -203,8 +203,8 @@ _RECORD_RULES = (
     Rule(
         "sudden_change", "drift", "jump", "margins", "alone",
         ("margins.kl", "margins.chosen_logp_change_per_token"),
-        "KL or the chosen log-probability moves far faster than at the looks before, and stays there; KL alone is a witness where "
-        "it is one by itself",
+        "KL or the chosen log-probability moves far faster than at the looks before, and stays there; KL alone is a witness "
+        "where it is one by itself",
         (
             _warning("jump_deviations", 8.0, "median absolute deviations", "above", "change since the look before"),
             _setting("jump_share", 0.5, "share of a warning limit", "the least change that counts", below=10.0),
