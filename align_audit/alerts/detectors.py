@@ -300,7 +300,7 @@ def _unmeasured(still_open: Sequence[Alert], looks: Sequence[_Look], view: View)
         if rule is None or look is None:
             continue
         base = _last_known(look.base(rule.source), rule, view.config)
-        waits = rule.on_every_set and any(other.tells and other.history.step < view.step for other in looks)
+        waits = rule.on_every_set and any(each.tells and each.history.step < view.step for each in looks)
         if waits or (base is not None and base.step < view.step):
             causes.add(cause_of(alert))
     return causes

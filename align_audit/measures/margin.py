@@ -93,14 +93,14 @@ def compare_readouts(
     policy_logits: torch.Tensor,
     reference_logits: torch.Tensor,
     target: torch.Tensor,
-    known: TokenReadout | None = None,
+    read_before: TokenReadout | None = None,
 ) -> tuple[TokenReadout, TokenReadout, torch.Tensor]:
     """:func:`token_readout` of both models and :func:`kl_divergence`, with each softmax computed once.
 
     Where one vocabulary is longer, the divergence is that of both distributions over the tokens they have in common.
 
     Args:
-        known: the reference's readout, from when these logits and targets were read before.
+        read_before: the reference's readout, from when these logits and targets were read before.
 
     Example:
         >>> policy, reference, kl = compare_readouts(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor([1]))
@@ -108,7 +108,12 @@ def compare_readouts(
         (0.693147, 0.0)
     """
     parts = [
-        _compare(policy_logits[rows], reference_logits[rows], target[rows], None if known is None else known.at(rows))
+        _compare(
+            policy_logits[rows],
+            reference_logits[rows],
+            target[rows],
+            None if read_before is None else read_before.at(rows),
+        )
         for rows in _chunks(policy_logits, reference_logits)
     ]
     policy, reference, kl = zip(*parts, strict=True)
@@ -116,13 +121,13 @@ def compare_readouts(
 
 
 def _compare(
-    policy_logits: torch.Tensor, reference_logits: torch.Tensor, target: torch.Tensor, known: TokenReadout | None
+    policy_logits: torch.Tensor, reference_logits: torch.Tensor, target: torch.Tensor, read_before: TokenReadout | None
 ) -> tuple[TokenReadout, TokenReadout, torch.Tensor]:
     policy, logp, p = _read(policy_logits, target)
-    if known is None:
+    if read_before is None:
         reference, logq, _ = _read(reference_logits, target)
     else:
-        reference, logq = known, _wide(reference_logits) - known.normalizer[:, None]
+        reference, logq = read_before, _wide(reference_logits) - read_before.normalizer[:, None]
     if logp.shape[-1] != logq.shape[-1]:
         # Embeddings are padded for speed: what only one of them has is no token of anything, and both go without.
         width = min(logp.shape[-1], logq.shape[-1])

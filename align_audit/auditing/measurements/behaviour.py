@@ -117,7 +117,7 @@ class Behaviour(Measurement):
     ) -> dict[str, torch.Tensor]:
         """What each prediction entry [P] says, by name; the reference's names begin with ``reference_``."""
         session = self.session
-        known = None if kept is None else kept.readout(batch)
+        read_before = None if kept is None else kept.readout(batch)
         parts: list[tuple[TokenReadout, TokenReadout, torch.Tensor]] = []
         for block in session.models.policy.head_blocks(batch.row.numel()):
             with session.as_policy() as replay:
@@ -125,10 +125,10 @@ class Behaviour(Measurement):
             with session.as_reference() as replay:
                 reference_logits = replay.head(reference_rows[block])
             session.meter.sample()
-            known_here = None if known is None else known.at(block)
-            parts.append(compare_readouts(policy_logits, reference_logits, batch.target[block], known_here))
+            of_block = None if read_before is None else read_before.at(block)
+            parts.append(compare_readouts(policy_logits, reference_logits, batch.target[block], of_block))
         policy, reference = (TokenReadout.joined(each) for each in list(zip(*parts, strict=True))[:2])
-        if kept is not None and known is None:
+        if kept is not None and read_before is None:
             kept.keep_readout(batch, reference)
         values = {"kl": torch.cat([kl for *_, kl in parts])}
         for prefix, readout in (("", policy), ("reference_", reference)):

@@ -80,8 +80,8 @@ class KeptReference:
 
     def readout(self, batch: PairBatch) -> TokenReadout | None:
         """What the reference says at the prediction entries [P] of a batch whose rows are kept; None: not read yet."""
-        known = self._readouts.get(rows_key(batch))
-        return None if known is None else known.to(batch.row.device)
+        readout = self._readouts.get(rows_key(batch))
+        return None if readout is None else readout.to(batch.row.device)
 
     def keep_readout(self, batch: PairBatch, readout: TokenReadout) -> None:
         """What was read from the rows of a batch, where they are kept."""
