@@ -10,6 +10,8 @@ from align_audit.options.rules import BY_NAME
 
 _INSIDE = 0.25
 """Share of a shift's interval that lies below 0 at least where 0 is not merely its end: learning is slow there, no more."""
+_OF_PREFERENCE = ("rewards/margins", "rewards/accuracies")
+"""Columns that trainers of a preference log, one of them at least."""
 _LABELS = (
     "Look at the training pairs: are chosen and rejected the right way round, and of the kind that the probes are?"
 )
@@ -93,8 +95,8 @@ def nothing_learned(history: History) -> Sign | None:
 
     Two things say that: the margin shift cannot be told from 0, which lies well inside of its interval, and preference accuracy
     is beyond doubt no better than ``nothing_learned_accuracy``. The first alone says as much of few pairs that waver. A policy
-    that leaves its language, or has lost what it had learned, is for other rules; and what is measured against a reference that
-    is synchronized is what was learned since.
+    that leaves its language, or has lost what it had learned, is for other rules; what is measured against a reference that is
+    synchronized is what was learned since; and a trainer that logs no rewards of pairs (SFT, say) teaches no preference.
     """
     record, config, option = history.record, history.config, "nothing_learned_accuracy"
     kl, shift, accuracy = record.margins.kl, record.margins.shift, record.margins.accuracy
@@ -103,6 +105,8 @@ def nothing_learned(history: History) -> Sign | None:
     leaving = kl.mean > config.kl_warning or fall > config.chosen_drop_warning
     was_better = any(head.shift.low > shift.high or head.accuracy.low > accuracy.high for head in history.heads)
     if not (history.half_way and moved) or leaving or was_better or record.reference_check.last_sync_step is not None:
+        return None
+    if history.log.rows and all(history.log.latest(column) is None for column in _OF_PREFERENCE):
         return None
     inside = _INSIDE * (config.hysteresis if option in history.eased else 1.0) * (shift.high - shift.low)
     if not (shift.low + inside < 0 < shift.high and beyond(history, accuracy.high, option)):

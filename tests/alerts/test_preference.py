@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from align_audit.alerts.curves import TrainerLog
 from align_audit.config import AlertConfig
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.estimate import Estimate
@@ -12,6 +13,7 @@ from tests.helpers.alert_cases import (
     about,
     healthy,
     judged,
+    log_of,
     on_set,
     run,
     sign,
@@ -175,6 +177,15 @@ def test_nothing_is_learned_where_every_probe_set_says_so_twice() -> None:
     assert rules(unlearned(40), unlearned(50)) == [[], [], [], ["nothing_learned"]]
     assert rules(healthy(40), healthy(50)) == [[], [], [], []]
     assert rules(unlearned(40), healthy(50)) == [[], [], [], []]
+
+
+@pytest.mark.parametrize(
+    ("columns", "fires"),
+    [({"loss": 0.7}, False), ({"loss": 0.7, "rewards__margins": 0.1}, True), ({"rewards__accuracies": 0.5}, True)],
+)
+def test_a_trainer_of_something_else_teaches_no_preference(columns: dict[str, float], fires: bool) -> None:
+    log = TrainerLog(log_of(range(1, 101), **columns))
+    assert (sign("nothing_learned", unlearned(100), [], log=log) is not None) == fires
 
 
 def test_what_was_learned_and_lost_is_no_nothing() -> None:
