@@ -190,11 +190,20 @@ class Sign:
     def words(self) -> str:
         """The message, with what has to be known beside it."""
         words = self.message
-        if self.limit is not None and not re.search(rf"(?<![\d.]){re.escape(f'{self.limit:.3g}')}(?!\.?\d)", words):
-            words += f" The limit is {self.limit:.3g}."
+        if self.limit is not None:
+            # As the value is told: a share of a few per cent beside a limit of 0.65 is read twice.
+            in_per_cent = any(_has(words, f"{self.value:{form}}") for form in (".0%", ".1%"))
+            limit = f"{100 * self.limit:.3g}%" if in_per_cent else f"{self.limit:.3g}"
+            if not _has(words, limit):
+                words += f" The limit is {limit}."
         if self.few is not None:
             words += f" (Of {self.few}, too few for an interval: this goes by the mean alone.)"
         return words if self.probe_name is None else f"On the probes {self.probe_name!r}: {words}"
+
+
+def _has(words: str, number: str) -> bool:
+    """Does a number stand in words, and not as a part of another one?"""
+    return re.search(rf"(?<![\d.]){re.escape(number)}(?!\.?\d)", words) is not None
 
 
 Detector = Callable[[History], Sign | None]

@@ -149,6 +149,11 @@ def test_its_message_has_the_value_and_the_limit_in_plain_sentences(rule: Rule) 
     assert said[0].isupper() and said.endswith(".") and "\n" not in said and "  " not in said and ".." not in said
     if math.isfinite(seen.value):
         assert any(number in said for number in numbers_said(seen.value)), (said, seen.value)
+    told = [re.search(rf"(?<![\d.]){seen.value:{form}}", seen.message) for form in (".0%", ".1%")]
+    if seen.limit is not None and any(told):
+        assert f"{100 * seen.limit:.3g}%" in said, "value and limit are told alike"
+    elif seen.limit is not None:
+        assert not re.search(r"The limit is [\d.]+%", said), "100% of something else is no unit of the value"
     if seen.limit is not None:
         assert any(re.search(rf"(?<![\d.]){re.escape(number)}", said) for number in numbers_said(seen.limit)), said
     else:

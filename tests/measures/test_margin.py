@@ -92,8 +92,8 @@ def test_rows_taken_in_chunks_are_the_formulas_written_out(dtype: torch.dtype, m
             for name, values in expected.items():
                 torch.testing.assert_close(getattr(readout, name), values, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(found, kl, rtol=0, atol=0, equal_nan=True)
-        known = token_readout(reference, target)
-        assert compare_readouts(policy, reference, target, known)[2].allclose(found, rtol=0, atol=0, equal_nan=True)
+        before = token_readout(reference, target)
+        assert compare_readouts(policy, reference, target, before)[2].allclose(found, rtol=0, atol=0, equal_nan=True)
         torch.testing.assert_close(token_logp(policy, target), expected["logp"], rtol=0, atol=0, equal_nan=True)
     assert expected["correct"][[20, 21]].tolist() == [1.0, 0.0]
 
