@@ -18,7 +18,7 @@ from align_audit.options.rule_settings import (
     RuleOptions,
     RuleSetting,
     check_order,
-    none_is_asked,
+    none_can_open,
     read_rules,
 )
 from align_audit.options.rules import RULES, Rule, did_you_mean
@@ -231,7 +231,7 @@ class AlertConfig(Limits):
 
     enabled: bool = True
     """False: no rule is asked. The status of such a run is BLIND, since nothing says whether all is well. So it is where
-    ``rules`` switch all of the table off and add none."""
+    ``rules`` add none, and leave none of the table on that could open an alert."""
     action: Literal["log", "save", "stop"] = "log"
     """Done when an alert of level ``action_level`` or above fires. ``save`` writes a checkpoint, ``stop`` ends training."""
     action_level: Literal["warning", "error"] = "error"
@@ -259,7 +259,13 @@ class AlertConfig(Limits):
         rules, limits = read_rules(values["rules"])
         if twice := sorted(set(limits) & set(values)):
             raise ValueError(f"expected {twice[0]} once; found it under alerts and under rules")
-        return values | limits | {"rules": rules} | ({"enabled": False} if none_is_asked(rules) else {})
+        return values | limits | {"rules": rules}
+
+    @model_validator(mode="after")
+    def _is_off_where_nothing_can_open(self) -> Self:
+        if self.enabled and none_can_open(self.rules, self.agreeing_families):
+            object.__setattr__(self, "enabled", False)
+        return self
 
     @model_validator(mode="after")
     def _warns_before_an_error(self) -> Self:

@@ -32,10 +32,9 @@ Pairs that share a prompt do not vary independently of each other: each of the t
 the sums over groups vary than independent pairs' would (at least 1), n in the degrees of freedom is the number of groups
 with an exact pair, and a pair is corrected with the slope of the other groups.
 
-A percentile bootstrap of 8 normal values covers 88 % where it says 95 %. This covers 92–98 % in the benchmark's grid (n =
-8 … 32, N = 64 … 128, ρ = 0.5 … 0.999; normal, t₅ and lognormal effects of skewness 1.75), except 90–92 % where such a
-skewed proxy also bends and ρ ≤ 0.9, and 83–94 % at skewness 6: few very skewed values show too little of their tail, and
-the bootstrap of as many equivalent exact pairs does no better (76–92 %).
+A percentile bootstrap of 8 normal values covers 88 % where it says 95 %. What this covers, over sizes, correlations and
+shapes of effects, says docs/evidence.md (``benchmarks/evidence/control_variate.py``): less where effects are very skewed, since
+few values show too little of their tail.
 
 Sources: regression estimators, Cochran, *Sampling Techniques* (1977), ch. 7; unbiased ones by leaving out, Mickey (1959),
 doi:10.1080/01621459.1959.10501497; effective degrees of freedom, Satterthwaite (1946), doi:10.2307/3002019.

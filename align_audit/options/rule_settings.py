@@ -145,11 +145,14 @@ def read_rules(values: Mapping[Any, Any]) -> tuple[dict[str, RuleSetting], dict[
     return rules, limits
 
 
-def none_is_asked(rules: Mapping[str, RuleSetting]) -> bool:
-    """Is every rule of the table switched off, and none added?"""
-    return all(
-        isinstance(said := rules.get(rule.name), RuleOptions) and not said.enabled for rule in RULES
-    ) and not any(isinstance(said, AddedRule) for said in rules.values())
+def none_can_open(rules: Mapping[str, RuleSetting], agreeing_families: int) -> bool:
+    """Is there no rule left that could open an alert: none added, of the table none but witnesses, and these of fewer families
+    than have to agree?"""
+    if any(isinstance(said, AddedRule) for said in rules.values()):
+        return False
+    left = [rule for rule in RULES if not isinstance(said := rules.get(rule.name), RuleOptions) or said.enabled]
+    families = {rule.family for rule in left}
+    return all(rule.weight == "witness" for rule in left) and len(families) < agreeing_families
 
 
 def wrong(words: str, *place: str | int) -> PydanticCustomError:

@@ -234,3 +234,16 @@ def test_every_rule_switched_off_is_as_alerts_switched_off() -> None:
     assert not again.enabled, "as it was stored"
     assert AlertConfig(rules=off | {RULES[0].name: "on"}).enabled
     assert AlertConfig(rules=off | {"mine": {"signal": "grad_norm", "above": 50.0}}).enabled
+
+
+def test_witnesses_too_few_to_agree_are_as_alerts_switched_off() -> None:
+    """A witness opens nothing but with signs of as many families as have to agree."""
+    off: dict[str, Any] = {rule.name: "off" for rule in RULES}
+    witnesses = {rule.name: rule.family for rule in RULES if rule.weight == "witness"}
+    assert len(set(witnesses.values())) == AlertConfig().agreeing_families == 3
+    assert AlertConfig(rules=off | dict.fromkeys(witnesses, "on")).enabled
+    assert not AlertConfig(rules=off | dict.fromkeys(witnesses, "on"), agreeing_families=4).enabled
+    for family in set(witnesses.values()):
+        fewer = {name: "on" for name, its in witnesses.items() if its != family}
+        assert not AlertConfig(rules=off | fewer).enabled
+        assert AlertConfig(rules=off | fewer, agreeing_families=2).enabled

@@ -55,6 +55,9 @@ def at(step: int, **changes: float) -> Truth:
 # -- the split -------------------------------------------------------------------------------------------------------------
 
 
+FAULTS = (*kinds.SCORING_FAULTS, *kinds.LONG_FAULTS)
+
+
 def test_tuning_and_scoring_share_no_seed_no_base_and_no_fault() -> None:
     tuning = [case for seed in range(kinds.SEEDS) for case in kinds.cases("tuning", seed)]
     scoring = [case for seed in range(kinds.SEEDS) for case in kinds.cases("scoring", seed)]
@@ -80,17 +83,17 @@ def test_twins_come_first_and_are_the_same_seed_without_the_fault() -> None:
 
 def test_each_fault_of_the_scoring_split_meets_each_model_in_three_seeds() -> None:
     met = {(case.kind, case.base.model) for seed in range(3) for case in kinds.cases("scoring", seed) if case.fault}
-    assert len(met) == 3 * len(kinds.SCORING_FAULTS)
+    assert len(met) == 3 * len(FAULTS)
 
 
 def test_in_nine_seeds_a_fault_meets_each_model_on_each_number_of_pairs() -> None:
     every = [case for seed in range(9) for case in kinds.cases("scoring", seed) if case.fault]
     met = {(case.kind, case.base.model, looks.looks(case).pairs) for case in every}
-    assert len(met) == 9 * len(kinds.SCORING_FAULTS)
+    assert len(met) == 9 * len(FAULTS)
 
 
 def test_faults_name_what_there_is() -> None:
-    every = [*kinds.SCORING_FAULTS, *(fault for faults_ in kinds.TUNING_FAULTS.values() for fault in faults_)]
+    every = [*FAULTS, *(fault for faults_ in kinds.TUNING_FAULTS.values() for fault in faults_)]
     assert {fault.rows for fault in every} - {None} <= set(corruptions.CORRUPTIONS)
     assert {fault.event for fault in every} - {None} == set(faults.EVENTS)
 
@@ -101,7 +104,21 @@ def test_truth_is_as_dense_as_audits_or_denser() -> None:
             steps = looks.looks(case).scheduled
             gaps = [b - a for a, b in itertools.pairwise(steps) if a >= 24]
             assert max(gaps) >= looks.TRUTH_EVERY
-            assert set(steps) | set(looks.truth_steps()) <= looks.kept_steps(case)
+            assert set(steps) | set(looks.truth_steps(case)) <= looks.kept_steps(case)
+
+
+def test_a_long_run_is_looked_at_to_its_end() -> None:
+    case = next(case for case in kinds.cases("scoring", 0) if case.steps == kinds.LONG)
+    assert looks.looks(case).scheduled[-1] == looks.truth_steps(case)[-1] == kinds.LONG
+    assert [step / kinds.LONG for step in looks.looks(case).full] == [0.1, 0.25, 0.5, 0.75]
+    assert {5, 10, 20, 40, 80, 160} <= set(looks.looks(case).scheduled)
+
+
+def test_the_looks_of_a_short_run_are_those_it_was_stored_with() -> None:
+    with gzip.open(packed("scoring"), "rt", encoding="utf-8") as file:
+        about = json.loads(next(file))["about"]
+    case = next(case for case in kinds.cases("scoring", about["seed"] - 100) if case.name == about["name"])
+    assert list(looks.looks(case).scheduled) == about["looks"]
 
 
 # -- the lines -------------------------------------------------------------------------------------------------------------
@@ -257,9 +274,8 @@ def test_distinct_grams_are_counted() -> None:
 # -- runs and their twins --------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_its_twin_until_its_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "STEPS", 4)
-    base = kinds.Base("test", "healthy", pairs=32, learning_rate=5e-4)
+def test_a_run_is_its_twin_until_its_fault(tmp_path: Path) -> None:
+    base = kinds.Base("test", "healthy", steps=4, pairs=32, learning_rate=5e-4)
     case = Case("tuning", base, kinds.Fault("flip", "known step", step=2, rows="flipped"), 5)
     kept = []
     for run in (case, case.twin):
@@ -277,8 +293,7 @@ def test_a_run_is_its_twin_until_its_fault(tmp_path: Path, monkeypatch: pytest.M
 def test_audits_of_stored_weights_are_those_of_the_callback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from destabilization import auditing
 
-    monkeypatch.setattr(training, "STEPS", 2)
-    case = Case("tuning", kinds.Base("test", "healthy", pairs=16, learning_rate=1e-3), None, 3)
+    case = Case("tuning", kinds.Base("test", "healthy", steps=2, pairs=16, learning_rate=1e-3), None, 3)
     monkeypatch.setattr(auditing, "looks", lambda case: SimpleNamespace(full=(2,)))
     monkeypatch.setattr(auditing, "kept_steps", lambda case: {0, 2})
     monkeypatch.setattr(looks, "looks", lambda case: looks.Looks(every=2, pairs=6))
@@ -423,7 +438,27 @@ def test_recall_false_alarms_and_lead_are_counted() -> None:
     assert (figures["caught"], figures["harmed"], figures["missed"]) == (1, 2, ["missed"])
     assert (figures["false_errors"], figures["healthy"]) == (1, 2)
     assert list(figures["disturbed"]) == ["disturbed"]
-    assert figures["median_lead"] == 2
+    assert (figures["median_lead"], figures["median_lead_share"]) == (2, 2 / 64)
+
+
+def test_a_lead_is_a_share_of_its_own_run() -> None:
+    """Runs of two lengths: the median of the shares, not a share of the median."""
+    log = loss_log([0.7] * 20 + [1.5, 1.5])
+    runs = [stored_run([START, *(at(step, text=3.0) for step in (step, step + 4))], log) for step in (24, 42, 62)]
+    runs[2].about["settings"]["steps"] = 160
+    spike = rules.RuleSet("spike", rivals.union({"loss spike": 1.0}))
+    said = score.verdicts(runs, spike)
+    assert [verdict.lead for verdict in said] == [2, 20, 40]
+    assert score.median_leads(said) == {"median_lead": 20, "median_lead_share": 40 / 160}
+    assert score.lead_words(score.median_leads(said)) == "+20 (+25%)"
+    assert score.median_leads([]) == {"median_lead": None, "median_lead_share": None}
+
+
+def test_of_two_points_that_catch_as_many_the_one_that_leads_is_taken() -> None:
+    """A lead of nothing is more than one that comes late, and than none."""
+    point = {"false_warnings": 0, "healthy": 9, "in_time": 3, "caught": 4}
+    points = [{**point, "laxness": at, "median_lead_share": lead} for at, lead in enumerate((None, -0.1, 0.0))]
+    assert score.best_at(points, 0.0)["laxness"] == 2
 
 
 def test_another_value_of_an_option_is_tried_on_the_tuning_split(
@@ -525,7 +560,7 @@ def test_a_suspicion_of_the_log_calls_for_one_look_at_the_next_step_kept() -> No
     log = [LogRow(step, {"loss": 0.7, "grad_norm": 1.0}) for step in range(1, 5)] + [
         LogRow(step, {"loss": math.nan, "grad_norm": 1.0}) for step in range(5, 9)
     ]
-    run = StoredRun({}, [], log, [SimpleNamespace(step=step) for step in (0, 4, 6, 8)], [], None)  # type: ignore[list-item]
+    run = StoredRun({"settings": {}}, [], log, [SimpleNamespace(step=step) for step in (0, 4, 6, 8)], [], None)  # type: ignore[list-item]
     assert rules.called_for(run, AuditConfig().alerts) == {6}
 
 

@@ -16,7 +16,7 @@ from align_audit.config import AuditConfig
 from align_audit.models.reference import Reference
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditKind, AuditRecord, Occasion
-from destabilization.kinds import STEPS, Case
+from destabilization.kinds import Case
 from destabilization.looks import audit_options, kept_steps, looks
 from destabilization.models import MAX_LENGTH, load, texts
 from destabilization.training import WEIGHTS, load_weights
@@ -66,13 +66,13 @@ def _audits(case: Case, folder: Path, kind: AuditKind, steps: Sequence[int]) -> 
         with OpenModels(policy, Reference(SOURCE, model=model)) as models:
             result = run_audit(models, request, cache)
         previous = result.left
-        yield result.record.model_copy(update={"occasion": Occasion(reason=_reason(step, kind))})
+        yield result.record.model_copy(update={"occasion": Occasion(reason=_reason(step, kind, case.steps))})
 
 
-def _reason(step: int, kind: AuditKind) -> str:
+def _reason(step: int, kind: AuditKind, steps: int) -> str:
     if step == 0:
         return "before training"
-    if step == STEPS:
+    if step == steps:
         return "the last step"
     return "a look" if kind == "health" else "asked for"
 

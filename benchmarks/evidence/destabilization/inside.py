@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from destabilization.kinds import STEPS
 from destabilization.score import Groups, print_and_write, share, table
 from destabilization.signals import FAMILIES, LOGGED, OF_FULL_AUDITS, Signal, logged
 from destabilization.stored import DATA, StoredRun, load
@@ -86,9 +85,15 @@ def auroc(bad: Values, good: Values) -> float:
     return larger / pairs if pairs else math.nan
 
 
-def finite(read: Reading, sign: float, runs: Sequence[StoredRun], step: int) -> Values:
-    """The values that are known, the bad side up."""
-    return [(run.model, sign * value) for run in runs if math.isfinite(value := read(run, step))]
+def finite(read: Reading, sign: float, runs: Sequence[StoredRun], part: float) -> Values:
+    """The values that are known when that part of each run is done, the bad side up."""
+    return [(run.model, sign * value) for run in runs if math.isfinite(value := read(run, round(part * run.steps)))]
+
+
+def highest(read: Reading, sign: float, run: StoredRun) -> float:
+    """The worst value of all looks of a run, the bad side up; minus infinity where none is known."""
+    values = (sign * read(run, step) for step in run.looks)
+    return max(filter(math.isfinite, values), default=-math.inf)
 
 
 def interval(bad: Values, good: Values) -> tuple[float, float]:
@@ -106,7 +111,7 @@ def interval(bad: Values, good: Values) -> tuple[float, float]:
 
 def sign_of(read: Reading, bad: Sequence[StoredRun], good: Sequence[StoredRun]) -> float:
     """1 where bad runs end with the larger value, −1 where with the smaller one."""
-    value = auroc(finite(read, 1.0, bad, STEPS), finite(read, 1.0, good, STEPS))
+    value = auroc(finite(read, 1.0, bad, 1.0), finite(read, 1.0, good, 1.0))
     return -1.0 if value < 0.5 else 1.0
 
 
@@ -135,24 +140,18 @@ def report(options: argparse.Namespace) -> list[dict[str, Any]]:
     for (family, name), read in readings().items():
         learned, judged = by_audits if family in OF_FULL_AUDITS else by_looks
         sign = sign_of(read, learned.harmed, learned.healthy)
-        limit = max(
-            (value for run in learned.healthy for step in run.looks for _, value in finite(read, sign, [run], step)),
-            default=math.inf,
-        )
+        known = [highest(read, sign, run) for run in learned.healthy]
+        limit = max(filter(math.isfinite, known), default=math.inf)
         row: list[Any] = [family, name]
         figures: dict[str, Any] = {"family": family, "signal": name, "sign": sign, "limit": limit}
         for part in PARTS:
-            step = round(part * STEPS)
-            bad, good = finite(read, sign, judged.harmed, step), finite(read, sign, judged.healthy, step)
+            bad, good = finite(read, sign, judged.harmed, part), finite(read, sign, judged.healthy, part)
             value, (low, high) = auroc(bad, good), interval(bad, good)
-            known = f"{len(bad)}, {len(good)}"
-            row.append("" if math.isnan(value) else f"{value:.2f} ({low:.2f} to {high:.2f}; {known})")
+            counted = f"{len(bad)}, {len(good)}"
+            row.append("" if math.isnan(value) else f"{value:.2f} ({low:.2f} to {high:.2f}; {counted})")
             figures[f"auroc_{part:.0%}"] = [value, low, high]
         leads = [steps for run in judged.harmed if (steps := lead(read, sign, limit, run)) is not None]
-        false = sum(
-            any(value > limit for step in run.looks for _, value in finite(read, sign, [run], step))
-            for run in judged.healthy
-        )
+        false = sum(highest(read, sign, run) > limit for run in judged.healthy)
         row += [
             f"{len(leads)} of {len(judged.harmed)}",
             f"{median(leads):+.0f}" if leads else "",

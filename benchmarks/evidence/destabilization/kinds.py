@@ -15,6 +15,8 @@ Group = Literal["healthy", "bait", "at once", "slowly", "known step", "silently"
 """What a kind was meant to be: rows of the tables, never a label."""
 
 STEPS = 64
+LONG = 160
+"""Steps of the runs in which something goes wrong slowly."""
 BATCH = 8
 EVALUATE_EVERY = 8
 
@@ -24,7 +26,8 @@ class Base:
     """A run without fault: the model and what its ``DPOConfig`` and LoRA configuration say.
 
     Attributes:
-        pairs: different training pairs; the ``STEPS * BATCH`` rows repeat them.
+        steps: of the optimizer.
+        pairs: different training pairs; the ``steps * BATCH`` rows repeat them.
         wrong_labels: share of the training pairs whose sides are swapped, from the first row.
     """
 
@@ -39,6 +42,7 @@ class Base:
     lora_targets: tuple[str, ...] = ()
     loss_type: tuple[str, ...] = ("sigmoid",)
     label_smoothing: float = 0.0
+    steps: int = STEPS
     pairs: int = STEPS * BATCH
     wrong_labels: float = 0.0
     sync_every: int | None = None
@@ -103,6 +107,11 @@ class Case:
     def settings(self) -> Base:
         """What the trainer is given."""
         return self.base if self.fault is None else self.fault.applied(self.base)
+
+    @property
+    def steps(self) -> int:
+        """How long it is."""
+        return self.base.steps
 
     @property
     def name(self) -> str:
@@ -178,6 +187,18 @@ SCORING_FAULTS = (
 SCORING_FAULTED = ("declining", "gpt2-plain", "stories-plain")
 """The bases that faults are put into, one after the other from seed to seed."""
 
+LONG_BASES = (
+    Base("long-declining", "healthy", learning_rate=6e-5, schedule="linear", steps=LONG),
+    Base("long-gpt2", "healthy", model="gpt2", learning_rate=2e-5, steps=LONG),
+    Base("long-stories", "healthy", model="stories260k", learning_rate=4e-5, steps=LONG),
+)
+LONG_FAULTS = (
+    Fault("rate-creeping", "slowly", rate=2.5, beta=0.3),
+    Fault("beta-low-long", "slowly", rate=2, beta=0.05),
+    Fault("epochs-over", "slowly", rate=2, beta=0.1, pairs=32),
+)
+"""Ruin that takes its time, in runs long enough for it: of the scoring split too, and scored with it."""
+
 FIRST_SEED = {"tuning": 0, "scoring": 100}
 SEEDS = 100
 
@@ -191,11 +212,16 @@ def cases(split: Split, seed: int) -> Iterator[Case]:
     if not 0 <= seed < SEEDS:
         raise ValueError(f"expected a seed of 0 to {SEEDS - 1}, found {seed}")
     number = FIRST_SEED[split] + seed
-    bases = {base.name: base for base in (TUNING_BASES if split == "tuning" else SCORING_BASES)}
+    bases = {base.name: base for base in (TUNING_BASES if split == "tuning" else SCORING_BASES + LONG_BASES)}
     yield from (Case(split, base, None, number) for base in bases.values())
     if split == "tuning":
         faulted = [(name, fault) for name, faults in TUNING_FAULTS.items() for fault in faults]
     else:
         # Each fault meets each model, in three seeds; a seed has faults in all of them.
-        faulted = [(SCORING_FAULTED[(seed + place) % 3], fault) for place, fault in enumerate(SCORING_FAULTS)]
+        long = tuple(base.name for base in LONG_BASES)
+        faulted = [
+            (names[(seed + place) % 3], fault)
+            for names, faults in ((SCORING_FAULTED, SCORING_FAULTS), (long, LONG_FAULTS))
+            for place, fault in enumerate(faults)
+        ]
     yield from (Case(split, bases[name], fault, number) for name, fault in faulted)

@@ -9,10 +9,12 @@ from destabilization.kinds import FIRST_SEED, STEPS, Case
 
 TRUTH_EVERY = 4
 """Steps between two measurements of the ground truth: twice as dense as audits."""
-FIRST_LOOKS = (5, 10, 20, 40)
-"""Where the schedule of health audits looks first, whatever the budget."""
+FIRST_LOOKS = (5, 10, 20, 40, 80, 160)
+"""Where the schedule of health audits looks, whatever the budget."""
 FULL = (5, 16, 32, 48)
 """Steps of full audits: the last looks before 10, 25, 50 and 75 % of the run, from which is told what the inside adds."""
+FULL_OF_LONG = (16, 40, 80, 120)
+"""The same of the longer runs."""
 
 
 @dataclass(frozen=True)
@@ -22,25 +24,28 @@ class Looks:
     Attributes:
         every: steps between two health audits, beside the first looks.
         pairs: probe pairs.
+        steps: of the run.
     """
 
     every: int
     pairs: int
+    steps: int = STEPS
 
     @property
     def scheduled(self) -> tuple[int, ...]:
         """Steps of health audits that the schedule asks for, with the one before the first step."""
-        return tuple(sorted({0, *FIRST_LOOKS, *range(self.every, STEPS + 1, self.every), STEPS}))
+        first = {step for step in FIRST_LOOKS if step <= self.steps}
+        return tuple(sorted({0, *first, *range(self.every, self.steps + 1, self.every), self.steps}))
 
     @property
     def full(self) -> tuple[int, ...]:
         """Steps of full audits."""
-        return FULL
+        return FULL if self.steps == STEPS else FULL_OF_LONG
 
 
-def truth_steps() -> tuple[int, ...]:
+def truth_steps(case: Case) -> tuple[int, ...]:
     """Steps at which the ground truth is measured, from 0 on."""
-    return tuple(range(0, STEPS + 1, TRUTH_EVERY))
+    return tuple(range(0, case.steps + 1, TRUTH_EVERY))
 
 
 PAIRS = (24, 64, 8)
@@ -54,9 +59,9 @@ def looks(case: Case) -> Looks:
     seed too, so that in nine seeds it meets each model on each number of pairs.
     """
     if case.split == "tuning":
-        return Looks(every=8, pairs=24)
+        return Looks(every=8, pairs=24, steps=case.steps)
     seed = case.seed - FIRST_SEED["scoring"]
-    return Looks(every=6, pairs=PAIRS[(seed + seed // 3) % 3])
+    return Looks(every=6, pairs=PAIRS[(seed + seed // 3) % 3], steps=case.steps)
 
 
 def kept_steps(case: Case) -> frozenset[int]:
@@ -65,7 +70,7 @@ def kept_steps(case: Case) -> frozenset[int]:
     What is no look of the schedule is there for looks that the trainer's log calls for: in a run they come at once, here at
     the next step that was kept.
     """
-    return frozenset({*truth_steps(), *looks(case).scheduled, *looks(case).full})
+    return frozenset({*truth_steps(case), *looks(case).scheduled, *looks(case).full})
 
 
 def audit_options(case: Case, *, full: bool) -> dict[str, Any]:

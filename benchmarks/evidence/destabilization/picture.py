@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from destabilization.kinds import STEPS
-
 COLOURS = ("#0b6e4f", "#5aa469", "#9ccc65", "#b23a48", "#e07a5f")
 DASHES = ("-", "-", (0, (2, 2)))
 GREY = "#b0b0b0"
@@ -53,9 +51,9 @@ def draw(curves: Mapping[str, Sequence[dict[str, Any]]], told: Sequence[str], pa
         harmed = max(points[0]["harmed"], 1)
         x, y = frontier(points, "in_time")
         recall.step([*x, 1.0], [value / harmed for value in [*y, y[-1]]], where="post", linewidth=width, **style)
-        x, y = frontier(points, "median_lead")
+        x, y = frontier(points, "median_lead_share")
         if y:
-            lead.step([*x, 1.0], [value / STEPS for value in [*y, y[-1]]], where="post", linewidth=width, **style)
+            lead.step([*x, 1.0], [*y, y[-1]], where="post", linewidth=width, **style)
     recall.set(
         xlabel="share of healthy runs with an alarm", ylabel="share of harmed runs caught in time", ylim=(-0.02, 1.02)
     )

@@ -12,7 +12,6 @@ from align_audit.config import AlertConfig
 from align_audit.options.rules import LIMITS, Limit
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.training_log import LogRow
-from destabilization.kinds import STEPS
 from destabilization.stored import StoredRun
 
 Level = Literal["warning", "error"]
@@ -114,7 +113,9 @@ def called_for(run: StoredRun, config: AlertConfig) -> set[int]:
     suspected: set[str] = set()
     steps: set[int] = set()
     for step in sorted({row.step for row in run.log}):
-        rules = {each.rule for each in suspect([row for row in run.log if row.step <= step], config, max_steps=STEPS)}
+        rules = {
+            each.rule for each in suspect([row for row in run.log if row.step <= step], config, max_steps=run.steps)
+        }
         if rules - suspected:
             steps |= set(audited[bisect_left(audited, step) :][:1])
         suspected |= rules
@@ -140,7 +141,7 @@ def align_audit_rules(*, log: bool, full: bool, config: AlertConfig | None = Non
             earlier: list[AuditRecord] = []
             for record in sorted(records, key=lambda record: (record.step, record.kind == "full")):
                 rows = [row for row in run.log if row.step <= record.step] if log else []
-                alerts = judge(record, earlier, rows, options, max_steps=STEPS)
+                alerts = judge(record, earlier, rows, options, max_steps=run.steps)
                 earlier.append(record.model_copy(update={"alerts": alerts}))
                 raised += [
                     Raised(record.step, alert.rule, alert.level)

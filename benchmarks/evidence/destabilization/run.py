@@ -148,7 +148,7 @@ def measure(case: Case, folder: Path, truths: dict[str, Truth]) -> None:
     policy, tokenizer = load(case.settings.model)
     meter = TruthMeter(case.settings.model, tokenizer, texts(case.settings.model, case.seed, 1))
     lines = []
-    for step in truth_steps():
+    for step in truth_steps(case):
         weights = kept[str(step)]["policy"]
         if weights not in truths:
             truths[weights] = meter.measure(load_weights(policy, folder, weights), step, weights)

@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import io
 import json
+import math
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,6 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-from destabilization.kinds import STEPS
 from destabilization.packages import package_rules
 from destabilization.picture import draw
 from destabilization.rivals import LAXNESS, rival_rules
@@ -101,12 +101,17 @@ class Verdict:
         return None if since is None or warned is None else since - warned
 
     @property
+    def lead_share(self) -> float | None:
+        """The lead as a share of the run."""
+        return None if self.lead is None else self.lead / self.run.steps
+
+    @property
     def in_time(self) -> bool:
         since, warned = self.run.outcome.since, self.warned
         if since is None or warned is None:
             return False
         later = [step for step in self.run.looks if step > since]
-        return warned <= (later[: IN_TIME + 1] or [STEPS])[-1]
+        return warned <= (later[: IN_TIME + 1] or [self.run.steps])[-1]
 
 
 def verdicts(runs: Sequence[StoredRun], rules: RuleSet, laxness: float = 1.0) -> list[Verdict]:
@@ -130,7 +135,6 @@ def share(count: int, of: int) -> str:
 def summary(groups: Groups, rules: RuleSet, laxness: float = 1.0) -> dict[str, Any]:
     """The figures of one rule set."""
     healthy, harmed = verdicts(groups.healthy, rules, laxness), verdicts(groups.harmed, rules, laxness)
-    leads = [verdict.lead for verdict in harmed if verdict.lead is not None]
     return {
         "rules": rules.name,
         "false_warnings": sum(verdict.warned is not None for verdict in healthy),
@@ -140,13 +144,23 @@ def summary(groups: Groups, rules: RuleSet, laxness: float = 1.0) -> dict[str, A
         "caught_by_error": sum(verdict.failed is not None for verdict in harmed),
         "in_time": sum(verdict.in_time for verdict in harmed),
         "harmed": len(harmed),
-        "median_lead": median(leads) if leads else None,
+        **median_leads(harmed),
         "missed": [verdict.run.name for verdict in harmed if verdict.warned is None],
         "disturbed": {
             verdict.run.name: sorted({raised.rule for raised in verdict.raised})
             for verdict in healthy
             if verdict.raised
         },
+    }
+
+
+def median_leads(said: Sequence[Verdict]) -> dict[str, float | None]:
+    """The median lead in steps and as a share of the run, of the runs that were told of; None where none was."""
+    leads = [verdict.lead for verdict in said if verdict.lead is not None]
+    shares = [verdict.lead_share for verdict in said if verdict.lead_share is not None]
+    return {
+        "median_lead": median(leads) if leads else None,
+        "median_lead_share": median(shares) if shares else None,
     }
 
 
@@ -227,7 +241,7 @@ def print_setting(split: str, groups: Groups, absent: Sequence[str]) -> None:
 
 def curve(groups: Groups, rules: RuleSet) -> list[dict[str, Any]]:
     """The figures at each laxness, strictest first."""
-    kept = ("false_warnings", "healthy", "caught", "in_time", "harmed", "median_lead")
+    kept = ("false_warnings", "healthy", "caught", "in_time", "harmed", "median_lead", "median_lead_share")
     return [
         {"laxness": laxness} | {name: figures[name] for name in kept}
         for laxness in LAXNESS
@@ -239,7 +253,13 @@ def best_at(points: Sequence[dict[str, Any]], rate: float) -> dict[str, Any] | N
     """The point that catches most in time among those with at most that share of false alarms."""
     allowed = [point for point in points if point["false_warnings"] <= rate * point["healthy"]]
     return max(
-        allowed, key=lambda point: (point["in_time"], point["caught"], point["median_lead"] or -STEPS), default=None
+        allowed,
+        key=lambda point: (
+            point["in_time"],
+            point["caught"],
+            -math.inf if point["median_lead_share"] is None else point["median_lead_share"],
+        ),
+        default=None,
     )
 
 
@@ -283,7 +303,7 @@ def print_summaries(summaries: Sequence[dict[str, Any]]) -> None:
             share(figures["caught"], figures["harmed"]),
             share(figures["in_time"], figures["harmed"]),
             figures["caught_by_error"],
-            lead_words(figures["median_lead"]),
+            lead_words(figures),
         ]
         for figures in summaries
     ]
@@ -291,9 +311,10 @@ def print_summaries(summaries: Sequence[dict[str, Any]]) -> None:
     table(head, rows)
 
 
-def lead_words(steps: float | None) -> str:
-    """A lead in steps and as a share of the run."""
-    return "" if steps is None else f"{steps:+.0f} ({steps / STEPS:+.0%})"
+def lead_words(figures: dict[str, Any]) -> str:
+    """A median lead in steps and as a share of the run."""
+    steps, share_of_run = figures["median_lead"], figures["median_lead_share"]
+    return "" if steps is None else f"{steps:+.0f} ({share_of_run:+.0%})"
 
 
 def print_kinds(groups: Groups, sets: Sequence[RuleSet]) -> None:
@@ -304,11 +325,12 @@ def print_kinds(groups: Groups, sets: Sequence[RuleSet]) -> None:
         kinds.setdefault((run.group, run.kind), []).append(run)
     rows = []
     for (group, kind), runs in sorted(kinds.items()):
-        row: list[Any] = [group, kind, len(runs), f"{median(run.outcome.since or 0 for run in runs):.0f}"]
+        line = median(run.outcome.since or 0 for run in runs)
+        row: list[Any] = [group, kind, len(runs), f"{line:.0f} of {runs[0].steps}"]
         for rules in sets:
             said = verdicts(runs, rules)
-            leads = [verdict.lead for verdict in said if verdict.lead is not None]
-            row.append(f"{len(leads)}, {median(leads):+.0f}" if leads else "0")
+            caught = sum(verdict.lead is not None for verdict in said)
+            row.append(f"{caught}, {lead_words(median_leads(said))}" if caught else "0")
         rows.append(row)
     table(["group", "kind", "runs", "line at", *(rules.name for rules in sets)], rows)
 
@@ -327,7 +349,7 @@ def print_curves(curves: dict[str, list[dict[str, Any]]], healthy: int) -> None:
     """Recall in time and lead at equal shares of false alarms."""
     print(f"### At equal shares of false alarms, of {healthy} healthy runs: caught in time, caught, median lead\n")
     words: Callable[[dict[str, Any] | None], str] = lambda point: (  # noqa: E731
-        "" if point is None else f"{point['in_time']}, {point['caught']}, {lead_words(point['median_lead'])}"
+        "" if point is None else f"{point['in_time']}, {point['caught']}, {lead_words(point)}"
     )
     rows = [[name, *(words(best_at(points, rate)) for rate in RATES)] for name, points in curves.items()]
     table(["rules", *(f"at most {rate:.0%}" for rate in RATES)], rows)

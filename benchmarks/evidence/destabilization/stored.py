@@ -12,7 +12,7 @@ from typing import Any
 
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.training_log import LogRow
-from destabilization.kinds import Split
+from destabilization.kinds import STEPS, Split
 from destabilization.lines import Outcome, Truth, outcome
 
 DATA = Path(__file__).parent / "data"
@@ -53,6 +53,11 @@ class StoredRun:
     @property
     def model(self) -> str:
         return str(self.about["settings"]["model"])
+
+    @property
+    def steps(self) -> int:
+        """How long it is; the older ones, which do not say it, are all of one length."""
+        return int(self.about["settings"].get("steps", STEPS))
 
     @property
     def faulty(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from destabilization.corruptions import training_rows
 from destabilization.faults import EVENTS, AtStep
-from destabilization.kinds import BATCH, EVALUATE_EVERY, STEPS, Case
+from destabilization.kinds import BATCH, EVALUATE_EVERY, Case
 from destabilization.models import MAX_LENGTH, load, texts
 
 LOG = "training.jsonl"
@@ -76,7 +76,7 @@ def _trainer(case: Case, folder: Path) -> Any:
     data = texts(settings.model, case.seed, settings.pairs)
     fault = case.fault
     rows = training_rows(
-        data.training, STEPS * BATCH, case.seed,
+        data.training, settings.steps * BATCH, case.seed,
         corruption=None if fault is None else fault.rows,
         begin=0 if fault is None else fault.step * BATCH,
         wrong_labels=settings.wrong_labels,
@@ -89,7 +89,7 @@ def _trainer(case: Case, folder: Path) -> Any:
             r=settings.lora_rank, target_modules=list(settings.lora_targets), task_type="CAUSAL_LM"
         )
     options = DPOConfig(
-        str(folder / "trainer"), learning_rate=settings.learning_rate, beta=settings.beta, max_steps=STEPS,
+        str(folder / "trainer"), learning_rate=settings.learning_rate, beta=settings.beta, max_steps=settings.steps,
         lr_scheduler_type=settings.schedule, warmup_steps=settings.warmup_steps, loss_type=list(settings.loss_type),
         label_smoothing=settings.label_smoothing, per_device_train_batch_size=BATCH, per_device_eval_batch_size=16,
         train_sampling_strategy="sequential",  # the rows stand in the order of the run
