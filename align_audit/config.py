@@ -242,8 +242,7 @@ class AlertConfig(Limits):
     error_looks: int = Field(default=2, ge=1)
     """Looks in a row beyond the limit of an error that make one by themselves, where nothing else agrees."""
     agreeing_families: int = Field(default=3, ge=2)
-    """So many independent signs at one look make an error, however weak each is; two do where one is beyond its own limit of
-    an error."""
+    """So many independent signs at one look make an error, however weak; two, where one is beyond its own limit of an error."""
     hysteresis: float = Field(default=0.8, gt=0, le=1)
     """An open alert clears only beyond this share of its limit (1: at the limit itself), at two looks in a row."""
     cooldown: int = Field(default=3, ge=0)
@@ -262,16 +261,11 @@ class AlertConfig(Limits):
         return values | limits | {"rules": rules}
 
     @model_validator(mode="after")
-    def _is_off_where_nothing_can_open(self) -> Self:
-        if self.enabled and none_can_open(self.rules, self.agreeing_families):
-            object.__setattr__(self, "enabled", False)
-        return self
-
-    @model_validator(mode="after")
-    def _warns_before_an_error(self) -> Self:
+    def _fit_together(self) -> Self:
         for rule in RULES:
             if self.uses(rule.name) and self.may_be_error(rule.name):
                 check_order(rule, self)
+        self.__dict__["enabled"] &= not none_can_open(self.rules, self.agreeing_families)
         return self
 
     def uses(self, rule: str) -> bool:

@@ -260,7 +260,9 @@ def _unjudged(heads: Sequence[Head]) -> Status | None:
         since = head.step
     if since is None:
         return None
-    words = "Alerts are switched off (alerts.enabled, or every rule that could open one): nothing says whether all is well."
+    words = (
+        "Alerts are switched off (alerts.enabled, or every rule that could open one): nothing says whether all is well."
+    )
     return Status("BLIND", since, words, _SWITCH_ON)
 
 

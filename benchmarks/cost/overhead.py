@@ -4,22 +4,26 @@
     python benchmarks/cost/overhead.py --layers 12 --width 512 --steps 300                    # two hours on a core
     python benchmarks/cost/overhead.py --layers 12 --width 512 --steps 300 --plain-steps 60   # a bit more than one
     python benchmarks/cost/overhead.py --layers 12 --width 512 --steps 300 --plain-steps 40 --plain-after --threads 2
+    python benchmarks/cost/overhead.py --layers 12 --width 512 --steps 300 --side-by-side
 
 Printed: seconds and CPU seconds of all trainings, the median of their steps between audits (which audits are not to slow
 down), how many looks and full audits there were, and the share of the time that went into them: by the difference of the
 runs, step for step, and as the records themselves say it. Where all train as long, the weights are compared too: they have to
 be the same, bit by bit. A machine that others share is not as fast all the time: with ``--plain-after`` the run without the
-callback is made once more behind the one with it, and the difference is taken from both.
+callback is made once more behind the one with it, and the difference is taken from both; with ``--side-by-side`` both are made
+at once, each on cores of its own, so that what slows the machine down slows both.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import multiprocessing
 import os
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -107,6 +111,34 @@ def train(output: Path, options: argparse.Namespace, steps: int, audited: bool) 
     return Timed(took, spent, steps, fingerprint(trainer.model), median(clock.seconds[1:] or clock.seconds))
 
 
+def side_by_side(folder: Path, options: argparse.Namespace) -> list[Timed]:
+    """The run without the callback and the one with it, at once, in a process each with a half of the cores.
+
+    Raises:
+        SystemExit: there are fewer cores than threads of both.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2 * options.threads:
+        raise SystemExit(
+            f"--side-by-side needs {2 * options.threads} cores for {options.threads} threads each; found {len(cores)}"
+        )
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        half = len(cores) // 2
+        made = [
+            pool.submit(train_on, cores[:half], folder / "plain", options, audited=False),
+            pool.submit(train_on, cores[half : 2 * half], folder / "audited", options, audited=True),
+        ]
+        return [future.result() for future in made]
+
+
+def train_on(cores: list[int], output: Path, options: argparse.Namespace, *, audited: bool) -> Timed:
+    """One training in a process of its own, on these cores."""
+    os.sched_setaffinity(0, cores)
+    disable_progress_bars()
+    torch.set_num_threads(options.threads)
+    return train(output, options, options.steps, audited=audited)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, help="of an untrained Llama; default: the shipped model")
@@ -114,6 +146,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=HEALTHY.steps)
     parser.add_argument("--plain-steps", type=int, help="of the run without the callback; default: as many")
     parser.add_argument("--plain-after", action="store_true", help="make the run without the callback again at the end")
+    parser.add_argument(
+        "--side-by-side", action="store_true", help="make both at once, each on a half of the cores (Linux)"
+    )
     parser.add_argument("--batch", type=int, default=BATCH_SIZE)
     parser.add_argument("--probes", type=int, default=64)
     parser.add_argument(
@@ -121,12 +156,17 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if options.side_by_side and (options.plain_steps or options.plain_after):
+        parser.error("--side-by-side makes both runs as long and at once; leave out --plain-steps and --plain-after")
     disable_progress_bars()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         plain_steps = options.plain_steps or options.steps
-        plain = [train(Path(folder) / "plain", options, plain_steps, audited=False)]
-        audited = train(Path(folder) / "audited", options, options.steps, audited=True)
+        if options.side_by_side:
+            *plain, audited = side_by_side(Path(folder), options)
+        else:
+            plain = [train(Path(folder) / "plain", options, plain_steps, audited=False)]
+            audited = train(Path(folder) / "audited", options, options.steps, audited=True)
         if options.plain_after:
             plain.append(train(Path(folder) / "plain_after", options, plain_steps, audited=False))
         run = AuditRun.load(Path(folder) / "audited")
