@@ -28,6 +28,7 @@ def advise(
     output_dir: str | None = None,
     beta: float | None = None,
     learning_rate: float | None = None,
+    in_training: bool = True,
 ) -> list[Alert]:
     """The alerts with what goes back to a clean state, and with the knob as it is and as it should be.
 
@@ -40,11 +41,15 @@ def advise(
         beta: of the trainer; None: not known.
         learning_rate: that the trainer was given, at its highest; None: the highest of those that it has logged, which a
             schedule lowers.
+        in_training: whether these are audits of a training, whose reference it may have been given wrong; that of saved
+            checkpoints was given to the audit alone.
     """
     heads, curves = heads_of(earlier), TrainerLog(log)
     rate = learning_rate or max(curves.recent("learning_rate"), default=0.0)
     return [
-        alert if alert.event == "resolved" else _advised(alert, heads, rate, checkpoints, output_dir, beta)
+        alert
+        if alert.event == "resolved" or (cause_of(alert) == "reference" and not in_training)
+        else _advised(alert, heads, rate, checkpoints, output_dir, beta)
         for alert in alerts
     ]
 
@@ -113,6 +118,12 @@ def _back(alert: Alert, heads: Sequence[Head], clean: int | None, checkpoints: M
         if is_error:
             return f"The last clean audit was at step {clean}: go back to {checkpoint}"
         return f"Should it become an error, go back to {checkpoint}: the last clean audit was at step {clean}"
+    if clean == 0:
+        return (
+            "The last clean audit was before training: start again from the model that it started from"
+            if is_error
+            else "Should it become an error, start again from the model that training started from, as only that was clean"
+        )
     none_kept = f"the last clean audit was at step {clean}, and no checkpoint from then or before was kept"
     none_kept += f"; the oldest that exists is of step {min(checkpoints)}" if checkpoints else ""
     more = "save more often (save_steps, save_total_limit)"

@@ -33,6 +33,13 @@ def non_finite(history: History) -> Sign | None:
     )
 
 
+_IN_TRAINING = (
+    "Pass the model that training starts from as ref_model (or as reference=), or initialize the adapter with "
+    "init_lora_weights=True and bias='none'"
+)
+_OF_SAVED = "Name the model that training started from as the reference: --reference, or reference= in Python"
+
+
 def reference_mismatch(history: History) -> Sign | None:
     """The reference is not the policy's starting point, or not the one the trainer uses.
 
@@ -50,8 +57,7 @@ def reference_mismatch(history: History) -> Sign | None:
         "error",
         math.nan if value is None else value,
         f"Wrong reference ({check.source}): {check.reason}.",
-        "Pass the model that training starts from as ref_model (or as reference=), or initialize the adapter with "
-        "init_lora_weights=True and bias='none'",
+        _IN_TRAINING if history.record.occasion is not None else _OF_SAVED,
     )
 
 

@@ -14,6 +14,7 @@ from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import Reference
+from align_audit.options.rule_settings import check_layers
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Ranks
 
@@ -36,8 +37,8 @@ def check_audit(
     Raises:
         AnatomyError: a model cannot be opened between its layers.
         ReferenceUnavailableError: the reference cannot be had, or does not fit the policy.
-        ConfigurationError: probes of another vocabulary, or longer than a model has positions, or a site that the model
-            does not have.
+        ConfigurationError: probes of another vocabulary, or longer than a model has positions, or a site, or a layer
+            that an alert rule reads, which the model does not have.
     """
     sets = list(probe_sets)
     with OpenModels(policy, reference, autocast=autocast, anatomy=anatomy, keep_loaded=True, ranks=ranks) as models:
@@ -46,3 +47,4 @@ def check_audit(
             check_vocabulary(probes.pairs, models)
             check_positions(probes.pairs, models)
         SiteCollector(session)
+        check_layers(config.alerts.rules, models.num_layers)

@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 
+from align_audit.measures.interval import Interval
 from align_audit.measures.resampling import Groups
-from align_audit.measures.statistics import Interval, share_interval
+from align_audit.measures.statistics import share_interval
 
 Array = np.ndarray
 

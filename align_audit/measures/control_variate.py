@@ -49,9 +49,10 @@ import numpy as np
 from scipy.special import stdtr, stdtrit
 
 from align_audit.measures.exact_sample import MINIMUM_EXACT, ROUNDING, ExactSample, working_units
+from align_audit.measures.interval import Interval
 from align_audit.measures.resampling import LEAST_GROUPS, Groups
 from align_audit.measures.significance import mean_p_values
-from align_audit.measures.statistics import Interval, check_options, mean_intervals
+from align_audit.measures.statistics import check_options, mean_intervals
 
 Array = np.ndarray
 
@@ -87,6 +88,7 @@ def control_variate_means(
     confidence: float = 0.95,
     seed: int = 0,
     groups: Array | None = None,
+    patched: Array | None = None,
 ) -> list[ControlVariate]:
     """Mean exact effect per layer from n exact pairs and N ≥ n proxies, with an interval.
 
@@ -103,10 +105,11 @@ def control_variate_means(
         resamples, seed: of the bootstrap, where all pairs are exact.
         confidence: of the interval, in (0, 1).
         groups: ``[N]``, which pairs belong together; None: none do.
+        patched: bool ``[N, L]``, what was measured, also where that gave NaN; None: what is not NaN.
 
     Returns:
         L results in the unit of ``exact``. An interval is NaN, with a reason, where no pair is exact or a measured value
-        is infinite; with exact pairs in fewer than 8 groups the mean is kept and the bounds are NaN. Equal exact values have
+        is not finite; with exact pairs in fewer than 8 groups the mean is kept and the bounds are NaN. Equal exact values have
         low = high = mean, exactly.
 
     Raises:
@@ -122,6 +125,8 @@ def control_variate_means(
         [3.25, 0.5, 12.0]
     """
     check_options(resamples, confidence)
+    if patched is not None:
+        exact = np.where(patched & np.isnan(exact), np.inf, exact)  # NaN stands for what was not measured
     sample = working_units(exact, proxy)
     together = Groups.of(groups, sample.pairs)
     slopes = _slopes(sample, together)
@@ -292,7 +297,7 @@ def _interval(sample: ExactSample, layer: int, estimate: float, reach: float, in
     """Of a layer at which not all pairs are exact: ``estimate`` ± ``reach``, where there are ``independent`` pairs enough."""
     exact_pairs = int(sample.count[layer])
     if sample.infinite[layer]:
-        return Interval.unknown(f"{sample.infinite[layer]} of {exact_pairs} exact values are infinite")
+        return Interval.unknown(f"{sample.infinite[layer]} of {exact_pairs} exact values are not finite")
     mean, half = float(estimate), float(reach)
     if independent < LEAST_GROUPS:
         few = f"an interval needs at least {LEAST_GROUPS} exact independent pairs, found {independent:.0f}"

@@ -18,16 +18,13 @@ Array = np.ndarray
 _GOLDEN, _WORD = 0x9E3779B97F4A7C15, 2**64 - 1
 
 
-def subset_order(pair_ids: Sequence[int] | Sequence[str], seed: int = 0, groups: Sequence[int] | None = None) -> Array:
+def subset_order(pair_ids: Sequence[int] | Sequence[str], seed: int = 0) -> Array:
     """A random order of the pairs; the first n are the exact ones, at every layer and for every n.
 
     Pairs are sorted by the BLAKE2b hash of (seed, identity): no measured value, no position and no other pair enters, so
     a prefix is a simple random subset, a longer prefix contains the shorter, and a pair keeps its rank against another
-    when pairs are added, dropped or reordered. Where pairs share a prompt, one of each group comes before a second of any:
-    pairs of different groups say more.
-
-    Args:
-        groups: of each pair; None: every pair is a group of its own.
+    when pairs are added, dropped or reordered. Which pairs share a prompt does not matter either: a subset in which each
+    prompt came first with one pair would be of prompts more than of pairs, and its mean another than that of all pairs.
 
     Returns:
         int64 ``[N]``, a permutation of 0 … N − 1: positions in ``pair_ids``.
@@ -37,19 +34,9 @@ def subset_order(pair_ids: Sequence[int] | Sequence[str], seed: int = 0, groups:
         [1, 3, 2, 4, 0]
         >>> subset_order([14, 12, 10], seed=0).tolist()
         [1, 0, 2]
-        >>> subset_order([10, 11, 12, 13, 14], seed=0, groups=[0, 1, 1, 1, 0]).tolist()
-        [1, 4, 3, 0, 2]
     """
     keys = [hashlib.blake2b(f"{seed}:{identity}".encode(), digest_size=16).digest() for identity in pair_ids]
-    order = sorted(range(len(keys)), key=keys.__getitem__)
-    if groups is not None:
-        seen: Counter[int] = Counter()
-        turn = {}
-        for place in order:
-            turn[place] = seen[groups[place]]
-            seen[groups[place]] += 1
-        order.sort(key=turn.__getitem__)
-    return np.array(order, dtype=np.int64)
+    return np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
 
 
 def halves(groups: Sequence[int], seed: int = 0) -> Array:

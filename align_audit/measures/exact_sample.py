@@ -28,7 +28,7 @@ class ExactSample:
     count: Array
     """``[L]``: how many they are, n."""
     infinite: Array
-    """``[L]``: exact values that are infinite."""
+    """``[L]``: exact values that are infinite, or stand for one that is not finite."""
     not_finite: Array
     """``[L]``: pairs with a proxy that is not finite."""
     width: Array

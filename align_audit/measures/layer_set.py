@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from align_audit.measures.interval import Interval
 from align_audit.measures.resampling import Groups, resampled_means, standard_errors, widened_tail
-from align_audit.measures.statistics import Interval, mean_intervals
+from align_audit.measures.statistics import mean_intervals
 
 Array = np.ndarray
 
@@ -151,9 +152,14 @@ def layer_set(
         return _none_clear(layers, few)
     contributes = _above_zero(alone, resamples, confidence, seed, groups)
     contributes &= _above_zero(added, resamples, confidence, seed, groups)
-    height, resampled = _heights(alone, added, resamples, seed, groups)
+    t, g = alone.mean(axis=0), added.mean(axis=0)
+    drawn = resampled_means(np.hstack([alone, added]), np.hstack([t, g]), resamples, seed, groups)
+    drawn_t, drawn_g = drawn[:, :layers], drawn[:, layers:]
+    least, nothing = (least_means(alone, groups), least_means(added, groups)), (np.zeros(layers), np.zeros(layers))
+    height, resampled = contributions(t, g, least), contributions(drawn_t, drawn_g, least)
     tail = widened_tail(together.count, confidence)
-    contribution = _contribution_intervals(height, resampled, contributes, tail)
+    own, own_resampled = contributions(t, g, nothing), contributions(drawn_t, drawn_g, nothing)
+    contribution = _contribution_intervals(own, own_resampled, resampled, contributes, tail)
     chosen = standing_clear(height, contributes)
     if not chosen:
         return _none_clear(layers, _why_none(contributes), contribution)
@@ -175,14 +181,18 @@ def _why_none(contributes: Array) -> str:
     return f"no layer stands out by contributing at least {CLEAR:.1f} times what any other could"
 
 
-def _contribution_intervals(height: Array, resampled: Array, contributes: Array, tail: float) -> list[Interval]:
-    """L of :attr:`LayerSet.contribution`."""
-    low, high = np.quantile(resampled, [tail, 1 - tail], axis=0)
+def _contribution_intervals(
+    own: Array, own_resampled: Array, resampled: Array, contributes: Array, tail: float
+) -> list[Interval]:
+    """L of :attr:`LayerSet.contribution`: what a layer's own means give; where it does not contribute, at most what it is
+    compared as."""
+    low, high = np.quantile(own_resampled, [tail, 1 - tail], axis=0)
+    could_be = np.quantile(resampled, 1 - tail, axis=0)
     return [
-        Interval(float(height[layer]), float(low[layer]), float(high[layer]))
+        Interval(float(own[layer]), float(low[layer]), float(high[layer]))
         if contributes[layer]
-        else Interval(0.0, 0.0, float(high[layer]))
-        for layer in range(len(height))
+        else Interval(0.0, 0.0, float(could_be[layer]))
+        for layer in range(len(own))
     ]
 
 
@@ -216,16 +226,3 @@ def _above_zero(values: Array, resamples: int, confidence: float, seed: int, gro
     """bool ``[L]``: the mean's whole interval lies above 0."""
     intervals = mean_intervals(values, resamples, confidence, seed=seed, groups=groups)
     return np.array([interval.low > 0.0 for interval in intervals])
-
-
-def _heights(alone: Array, added: Array, resamples: int, seed: int, groups: Array | None) -> tuple[Array, Array]:
-    """What the layers are compared as, ``[L]``, and over resamples of the groups, ``[resamples, L]``."""
-    layers = alone.shape[1]
-    least = (least_means(alone, groups), least_means(added, groups))
-    both = np.concatenate([alone, added], axis=1)
-    means = both.mean(axis=0)
-    drawn = resampled_means(both, means, resamples, seed, groups)
-    return (
-        contributions(means[:layers], means[layers:], least),
-        contributions(drawn[:, :layers], drawn[:, layers:], least),
-    )

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from align_audit.measures.interval import Value
 from align_audit.measures.resampling import Groups
-from align_audit.measures.statistics import Value
 
 Array = np.ndarray
 Folds = list[tuple[Array, Array]]

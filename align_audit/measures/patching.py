@@ -7,20 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import numpy as np
 import torch
 
+from align_audit.measures.interval import Interval
 from align_audit.measures.significance import benjamini_hochberg, mean_p_values
-from align_audit.measures.statistics import (
-    Interval,
-    Method,
-    mean_interval,
-    mean_intervals,
-    ratio_interval,
-    statistic_intervals,
-)
+from align_audit.measures.statistics import Method, mean_interval, mean_intervals, ratio_interval, statistic_intervals
 
 
 def patched(base: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -155,26 +149,37 @@ def gain_of(effects: np.ndarray, shift: np.ndarray, layers: Sequence[int], optio
     return ratio_interval(gained, shift, **options, denominator_name="margin shift")
 
 
-def peak_layer(block_transplants: np.ndarray, shift: float) -> tuple[int | None, str | None]:
+_SPOKEN_OF = {
+    "layer": ("block transplant", "block", "block transplants"),
+    "unit": ("mean sufficiency of a unit", "unit", "units"),
+}
+"""What a peak's reason calls one mean, what it is of, and several of them."""
+
+
+def peak_layer(
+    block_transplants: np.ndarray, shift: float, part: Literal["layer", "unit"] = "layer"
+) -> tuple[int | None, str | None]:
     """The layer whose block alone moves the margin furthest in the direction of the mean shift; None and the reason if none.
 
     Args:
-        block_transplants: [L], means over pairs, nats.
+        block_transplants: [L], means over pairs, nats; of units of a site what their patch does.
         shift: the mean margin shift, nats.
+        part: what the reason speaks of.
 
     Example:
         >>> peak_layer(np.array([0.0, -2.0, 0.5]), shift=-1.0)
         (1, None)
     """
+    what, alone, several = _SPOKEN_OF[part]
     if not np.isfinite(block_transplants).all() or not np.isfinite(shift):
-        return None, "a block transplant or the mean margin shift is not finite"
+        return None, f"a {what} or the mean margin shift is not finite"
     along = np.sign(shift) * block_transplants
     if shift == 0.0 and block_transplants.any():
         return None, "the mean margin shift is 0: it has no direction"
     if not along.any() or (len(along) > 1 and np.all(along == along[0])):
-        return None, f"every block transplant is {block_transplants[0]:.3g}: no layer stands out"
+        return None, f"every {what} is {block_transplants[0]:.3g}: no {part} stands out"
     if not along.max() > 0.0:
-        return None, f"no block alone moves the margin in the direction of the mean shift, {shift:.3g} nats"
+        return None, f"no {alone} alone moves the margin in the direction of the mean shift, {shift:.3g} nats"
     if (along == along.max()).sum() > 1:
-        return None, "several block transplants share the largest value"
+        return None, f"several {several} share the largest value"
     return int(np.argmax(along)), None

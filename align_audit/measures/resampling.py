@@ -199,7 +199,8 @@ def studentized(influence: Array, resamples: int, seed: int) -> Array:
     Args:
         influence: ``[G, K]``, of :func:`influences`.
 
-    A resample of one group alone, G times, has no spread: its t is infinite, with the sign of that group's influence.
+    A resample of equal groups has no spread (none above a millionth of the largest influence, which rounding gives as well):
+    its t is infinite, with the sign of their influence.
     """
     groups = len(influence)
     counts = resample_counts(groups, resamples, seed)
@@ -208,7 +209,7 @@ def studentized(influence: Array, resamples: int, seed: int) -> Array:
     means = counts @ unit / groups
     spread = np.maximum(counts @ unit**2 / groups - means**2, 0.0) / (groups - 1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(means == 0.0, 0.0, means / np.sqrt(np.where(spread > 1e-24, spread, 0.0)))
+        return np.where(means == 0.0, 0.0, means / np.sqrt(np.where(spread > 1e-12, spread, 0.0)))
 
 
 def widened_tail(groups: int, confidence: float) -> float:

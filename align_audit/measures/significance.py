@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.special import stdtr
 
+from align_audit.measures.interval import Value
 from align_audit.measures.resampling import (
     BOOTSTRAP_FROM,
     Groups,
@@ -18,7 +19,7 @@ from align_audit.measures.resampling import (
     standard_errors,
     studentized,
 )
-from align_audit.measures.statistics import Value, check_options, per_pair_values
+from align_audit.measures.statistics import check_options, per_pair_values
 
 Array = np.ndarray
 

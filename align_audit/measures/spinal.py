@@ -13,7 +13,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from align_audit.measures.statistics import Value
+from align_audit.measures.interval import Value
 
 Array = np.ndarray
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, Self
+from typing import Literal
 
 import numpy as np
 from scipy.special import gammaincinv, ndtr, ndtri, stdtrit
 
+from align_audit.measures.interval import Interval
 from align_audit.measures.resampling import (
     BOOTSTRAP_FROM,
     Groups,
@@ -36,33 +36,6 @@ from align_audit.measures.resampling import (
 
 Array = np.ndarray
 Method = Literal["percentile", "bca"]
-
-
-class Value(NamedTuple):
-    """A number without an interval; NaN with a ``reason`` when it cannot be known."""
-
-    value: float
-    reason: str | None = None
-
-    @classmethod
-    def unknown(cls, reason: str) -> Self:
-        """NaN, for that reason."""
-        return cls(math.nan, reason)
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate over pairs with its confidence interval; what is NaN in it is explained by ``reason``."""
-
-    mean: float
-    low: float
-    high: float
-    reason: str | None = None
-
-    @classmethod
-    def unknown(cls, reason: str) -> Self:
-        """NaN, for that reason."""
-        return cls(math.nan, math.nan, math.nan, reason)
 
 
 def mean_interval(
@@ -400,7 +373,12 @@ def _no_denominator(mean: Interval, confidence: float, name: str) -> str | None:
 
 
 def _student(estimate: float, jackknife: Array, distances: Array, confidence: float, bad: int) -> Interval:
-    """The hull of estimate ± t · s and of estimate − t* · s, s² = (G − 1)/G · Σ (θ₋g − θ₋)², t* quantiles of ``distances``."""
+    """The hull of estimate ± t · s and of estimate − t* · s, s² = (G − 1)/G · Σ (θ₋g − θ₋)², t* quantiles of ``distances``.
+
+    Where a few groups differ and all others are equal, or nearly so, many resamples miss the few and have no spread, or next
+    to none, and what they say is of the others alone. Infinite distances are left out, and t* counts as at most Student's t
+    with one degree of freedom, the widest there is.
+    """
     groups = len(jackknife)
     if not math.isfinite(estimate):
         return _not_finite(bad)
@@ -413,8 +391,10 @@ def _student(estimate: float, jackknife: Array, distances: Array, confidence: fl
     error = math.sqrt((groups - 1) / groups * float(np.square(jackknife - jackknife.mean()).sum()))
     tail = (1 - confidence) / 2
     reach = float(stdtrit(groups - 1, 1 - tail))
-    lower, upper = np.quantile(distances, [1 - tail, tail], method="inverted_cdf")
-    return Interval(estimate, estimate - max(reach, float(lower)) * error, estimate + max(reach, -float(upper)) * error)
+    told = distances[np.isfinite(distances)]
+    quantiles = np.quantile(told, [1 - tail, tail], method="inverted_cdf") if len(told) else np.zeros(2)
+    below, above = np.clip(quantiles * [1, -1], reach, float(stdtrit(1, 1 - tail)))
+    return Interval(estimate, estimate - float(below) * error, estimate + float(above) * error)
 
 
 def _bootstrapped(

@@ -18,8 +18,8 @@ import torch
 from scipy.linalg import subspace_angles
 from torch import Tensor
 
+from align_audit.measures.interval import Value
 from align_audit.measures.resampling import Groups, column_means, resampled_means, widened_tail
-from align_audit.measures.statistics import Value
 
 
 @dataclass(frozen=True, eq=False)

@@ -342,6 +342,7 @@ class CheckpointAuditor:
             named=self._path is not None,
             tell=functools.partial(self._tell_difference, folder),
         )
+        self._log.note_checkpoint(step, as_called(folder))
         stored = _stored(
             step, hashes, sets, config, self._log, one_reference=not reference.shares_weights, rewritten=rewritten
         )

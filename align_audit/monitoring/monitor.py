@@ -279,7 +279,15 @@ class Monitor:
         folder = moment.saved_in or self.log.directory.parent
         # Saved checkpoints are audited when all of them are there.
         there = checkpoints_of_course(folder, [] if moment.training is None else earlier) if alerts else {}
-        return advise(alerts, earlier, rows, checkpoints=there, output_dir=str(folder), **knobs)
+        return advise(
+            alerts,
+            earlier,
+            rows,
+            checkpoints=there,
+            output_dir=str(folder),
+            in_training=moment.training is not None,
+            **knobs,
+        )
 
 
 def _keep_texts(log: RunLog, record: AuditRecord, texts: Callable[[], PairTexts] | None, failures: Failures) -> None:

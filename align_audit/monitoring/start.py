@@ -104,8 +104,8 @@ class Run:
         logger.warning(
             "align_audit leaves out the audit of the checkpoint of step %d: a look%s does not fit the budget of %s of the run "
             "yet, and training goes on. Others may follow without a word (said once). To have more checkpoints audited, raise "
-            "AuditConfig(budget=...) or save less often; `align-audit run %s --probes PAIRS --reference MODEL` audits those "
-            "that were saved, afterwards",
+            "AuditConfig(budget=...) or save less often; `align-audit run %s --probes PAIRS` (and --reference MODEL, if not "
+            "an adapter) audits those that were saved, afterwards",
             training.step, takes, f"{budget:.1%}", plain(log.directory.parent),
         )  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from align_audit.errors import quoted
+from align_audit.errors import ConfigurationError, plain, quoted
 from align_audit.options.rules import CAUSES, LIMITS, RETIRED, RULES, Rule, did_you_mean, rule_named, rule_names
 from align_audit.options.signals import SIGNALS, is_signal
 
@@ -220,3 +220,34 @@ def _validated(kind: type[_Setting], name: str, said: Mapping[Any, Any]) -> _Set
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         raise wrong(problem["msg"], "rules", name, *problem["loc"]) from None
+
+
+_BY_LAYER = frozenset({"patching", "localization", "spinal"})
+"""Parts of a record whose first number in a path is a layer."""
+
+
+def layer_of(signal: str) -> int | None:
+    """The layer that a signal is of; None: of none, or of a place that is no layer.
+
+    Example:
+        >>> layer_of("patching.layer_gain.3"), layer_of("margins.kl"), layer_of("sites.0.sufficiency.3")
+        (3, None, None)
+    """
+    part, *path = signal.split(".")
+    return next((int(step) for step in path if step.isdecimal()), None) if part in _BY_LAYER else None
+
+
+def check_layers(rules: Mapping[str, RuleSetting], layers: int) -> None:
+    """Refuse added rules of layers that a model does not have: they would never fire, and nobody would know.
+
+    Raises:
+        ConfigurationError: there is one.
+    """
+    for name, rule in rules.items():
+        signal = rule.signal if isinstance(rule, AddedRule) else None
+        layer = None if signal is None else layer_of(signal)
+        if layer is not None and layer >= layers:
+            raise ConfigurationError(
+                f"alerts.rules.{plain(name)}: expected a signal of one of the model's layers, 0 to {layers - 1}; "
+                f"found {quoted(signal)}"
+            )

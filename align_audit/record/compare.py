@@ -30,6 +30,9 @@ from align_audit.record.run import AuditRun
 from align_audit.record.run_sums import AtCommonMargin, Between, Intervals, held_sum
 from align_audit.record.status import Status
 
+_ROUNDING = 1e-4
+"""Relative: by so much at most do numbers of one reference differ that is run on its own, or under adapters that are off."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -238,8 +241,22 @@ def _notes(sides: Sequence[Side]) -> Iterator[str]:
     ):
         if len(set(kinds)) > 1:
             yield f"Other {words}: {_series(kinds)}."
-    if len({record.provenance.reference_hash for record in records}) > 1:
+    if not _one_reference(records):
         yield "Each was compared with a reference of its own: KL and margins are distances from other points."
+
+
+def _one_reference(records: Sequence[AuditRecord]) -> bool:
+    """Is it one reference? The same one has another hash under adapters than by itself; on the same pairs it has one margin."""
+    if len({record.provenance.reference_hash for record in records}) == 1:
+        return True
+    if len({record.provenance.probe_hash for record in records}) > 1:
+        return False
+    read = [(record.margins.reference.mean, record.margins.reference_entropy.mean) for record in records]
+    return all(
+        math.isclose(value, first, rel_tol=_ROUNDING)
+        for each in read[1:]
+        for value, first in zip(each, read[0], strict=True)
+    )
 
 
 def _series(words: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.numbers import Number, walk, why_unknown
+from align_audit.record.stored_records import EQUAL_MODELS
 from align_audit.record.units import Unit
 
 Array = np.ndarray
@@ -132,6 +133,13 @@ def _entropy_ratio(record: AuditRecord) -> Number:
     return Number("entropy_ratio", "", policy.value / reference.value)
 
 
+def _reward_accuracy(record: AuditRecord) -> Number:
+    """Of equal models no margin has grown, which is no accuracy of 0."""
+    if record.reference_check.same_weights:
+        return Number("margins.accuracy", "share", None, reason=EQUAL_MODELS)
+    return _number(record, "margins.accuracy")
+
+
 def _peak_share(record: AuditRecord) -> Number:
     peak = None if record.patching is None else record.patching.peak_layer
     if peak is None:
@@ -213,7 +221,7 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure("kl", "health", "nats per token", _at("margins.kl"), partial(_column, "kl")),
     Figure("next_token_accuracy", "health", "share", _at("margins.token_accuracy"), partial(_column, "token_accuracy")),
-    Figure("reward_accuracy", "health", "share", _at("margins.accuracy"), _accuracy_sample),
+    Figure("reward_accuracy", "health", "share", _reward_accuracy, _accuracy_sample),
     Figure("entropy_ratio", "health", "", _entropy_ratio, _entropy_sample, estimated=False),
     Figure("peak_layer", "where", "layer", _at("patching.peak_layer"), continuous=False, estimated=False),
     Figure("peak_share", "where", "share", _peak_share, _share_sample),

@@ -8,6 +8,7 @@
 - ``training.jsonl``: what the trainer logged (:mod:`align_audit.record.training_log`);
 - ``failures.jsonl``: audits that broke, with their traceback;
 - ``course.jsonl``: where training went back to (:mod:`align_audit.record.turns`);
+- ``checkpoints.jsonl``: which saved checkpoints were audited (:mod:`align_audit.record.audited_checkpoints`);
 - ``told.jsonl``: of which records the writers were told what happened to alerts at them, one a line;
 - ``step-<N>/*.safetensors``: what is too large for a line (per-pair values, subspace bases), of a named probe set in
   ``arrays-<name>``; and ``texts.json`` or ``texts-<name>.json``: the pairs that moved most, as text
@@ -37,6 +38,7 @@ from align_audit.errors import ConfigurationError, RecordError, counted, first_l
 from align_audit.files import append_whole, is_folder_here, remove_abandoned, try_to_write, write_atomically
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord, RecordKey
+from align_audit.record.audited_checkpoints import CHECKPOINTS, AuditedCheckpoint
 from align_audit.record.lines import read_lines, read_records, repair
 from align_audit.record.lock import FileLock, identity_of, is_held_elsewhere, lock
 from align_audit.record.pair_texts import PairTexts
@@ -127,7 +129,7 @@ class RunLog:
             try_to_write(self.directory)
             self._hold()
             self._remove_leftovers()
-            for name in (RECORDS, ALERTS, FAILURES, TOLD, COURSE):
+            for name in (RECORDS, ALERTS, FAILURES, TOLD, COURSE, CHECKPOINTS):
                 repair(self.directory / name)
             _sync_directory(self.directory)
         self._records = read_records(self.directory / RECORDS)
@@ -207,6 +209,13 @@ class RunLog:
         again = tuple(filter(self._records.turns.is_left, of_these))
         if again:
             self._turn(Turn(time=_now(), step=step, again=again))
+
+    def note_checkpoint(self, step: int, folder: Path) -> None:
+        """A saved checkpoint is audited into this log, which lies wherever its user wanted it."""
+        line = AuditedCheckpoint(step=step, folder=os.path.abspath(folder))
+        noted = {each.step: each for each in read_lines(self.directory / CHECKPOINTS, AuditedCheckpoint)}
+        if noted.get(step) != line:
+            self._note(CHECKPOINTS, line, "where the checkpoint lies")
 
     def _turn(self, turn: Turn) -> None:
         self._records.turns.add(turn)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from align_audit.errors import RecordError, counted, listed, plain
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord, DepthTrace
+from align_audit.record.audited_checkpoints import audited_checkpoints
 from align_audit.record.course import present_course
 from align_audit.record.course_checkpoints import checkpoints_of_course, saved_before_the_next
 from align_audit.record.lines import read_lines, read_records
@@ -90,14 +91,13 @@ class AuditRun:
 
     @property
     def checkpoints(self) -> dict[int, str]:
-        """Step → name of the checkpoints in its folder that exist now, and are of the course that it is on."""
+        """Step → name of the checkpoints that exist now: those in its folder that are of the course that it is on, and saved
+        ones elsewhere that were audited into its log."""
         folder = self.output_dir
         of_course = checkpoints_of_course(folder, present_course(self.records))
-        return (
-            saved_before_the_next(Path(os.path.abspath(self.directory)), folder, of_course)
-            if self.is_set_aside
-            else of_course
-        )
+        if self.is_set_aside:
+            of_course = saved_before_the_next(Path(os.path.abspath(self.directory)), folder, of_course)
+        return audited_checkpoints(self.directory) | of_course
 
     @property
     def status(self) -> Status:

@@ -40,4 +40,5 @@ class SiteCurve(Labelled):
     """Between attribution and exact sufficiency of a pair, over the patched pairs; None where all is exact."""
     necessity_correlation: Annotated[list[float] | None, In("", along="unit")] = None
     peak: Annotated[int | None, In("unit")] = None
-    """Index of the unit with the largest mean sufficiency; None, with a reason, where one is not known."""
+    """Index of the unit whose mean sufficiency reaches furthest in the direction of the mean margin shift; None, with a reason,
+    where there is none, or several."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from align_audit.errors import counted, plain, plural
+from align_audit.errors import counted, listed, plain, plural
 from align_audit.record.course import present_course
 from align_audit.record.log import FAILURES, REPORT
 from align_audit.record.numbers import span
@@ -132,6 +132,8 @@ def closing(run: AuditRun, checkpoints: Mapping[int, str]) -> list[_Table | _Lin
         shown = thinned(rows, checkpoints)
         title = f"align_audit{on_probes(rows[-1].record)}: {counted(rows[-1].record.provenance.pairs, 'pair')}, {_steps(rows)}"
         said.append(_Table(title, tuple(shown), len(rows) - len(shown), of_set.status))
+        if others := _on_other_pairs(rows):
+            said.append(_Line(others))
     if not said:
         return []
     said += [_Line(words) for words in (_trained_on(run), _broken(run), _unaffordable(run, checkpoints)) if words]
@@ -153,6 +155,18 @@ def _trained_on(run: AuditRun) -> str:
 def _by_step(run: AuditRun) -> list[Standing]:
     """How the run stood at each of its steps; a full audit counts for its step, where there was one."""
     return standings_over(present_course(run.records), run.training_log)
+
+
+def _on_other_pairs(rows: Sequence[Standing]) -> str:
+    """Which audits were made on other pairs than the last, as of a run that went on with other options."""
+    last = rows[-1].record.provenance
+    others = [row.record for row in rows if row.record.provenance.probe_hash != last.probe_hash]
+    if not others:
+        return ""
+    pairs = sorted({record.provenance.pairs for record in others})
+    counts = "" if pairs == [last.pairs] else f" ({listed(map(str, pairs))}, not {last.pairs})"
+    steps = f"{plural('step', len(others))} {span([record.step for record in others])}"
+    return f"{steps}: audited on other pairs{counts} than the last, so that numbers differ by the pairs as well"
 
 
 def _steps(rows: Sequence[Standing]) -> str:
@@ -202,7 +216,9 @@ def _unaffordable(run: AuditRun, checkpoints: Mapping[int, str]) -> str:
     afterwards = ""
     if last in checkpoints:
         folder = plain(run.output_dir / checkpoints[last])
-        afterwards = f", or afterwards: align-audit run {folder} --probes PAIRS --reference MODEL"
+        afterwards = (
+            f", or afterwards: align-audit run {folder} --probes PAIRS (and --reference MODEL, if not an adapter)"
+        )
     return (
         f"{audits} did not fit the budget{takes}: where the preference sits was not measured at {steps}. "
         f"To get it: AuditConfig(budget=None), or a larger budget{afterwards}"

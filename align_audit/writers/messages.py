@@ -90,7 +90,7 @@ def as_json(alert: Alert, record: AuditRecord, directory: Path) -> dict[str, Any
     """
     values = alert.model_dump()
     message = {
-        "align_audit": record.provenance.versions.get("align_audit"),
+        "align_audit": record.provenance.versions.get("align-audit"),
         **{name: values[name] for name in ("event", "rule", "cause", "level", "step", "since", "looks", "value")},
         "limit": values["threshold"],
         **{name: values[name] for name in ("baseline", "layers", "signals", "message", "suggestion")},

@@ -63,7 +63,8 @@ def cost_in_words(heads: Sequence[Head]) -> str:
     """What audits took, and what the trainer would have done in that time; of the run's share what its last audit knows.
 
     Example:
-        ``12 audits took 41 s, as long as training on 310 pairs; all audits took 4.2 % of the run``; without a trainer
+        ``12 audits took 41 s, as long as training on 310 pairs; all audits, with what is written of them, took 4.2 % of
+        the run``; without a trainer
         ``12 audits took 41 s``.
     """
     total = sum(head.seconds for head in heads)
@@ -73,7 +74,11 @@ def cost_in_words(heads: Sequence[Head]) -> str:
     share = next((each.share_spent for each in occasions if each.share_spent is not None), None)
     if pair is not None:
         words += f", as long as training on {counted(round(total / pair), 'pair')}"
-    return words if share is None else f"{words}; all audits took {share * 100:.1f} % of the run"
+    return (
+        words
+        if share is None
+        else f"{words}; all audits, with what is written of them, took {share * 100:.1f} % of the run"
+    )
 
 
 def overshoot(curve: LowRankCurve) -> float | None:

@@ -7,10 +7,10 @@ import pytest
 from align_audit.alerts.advice import advise, clean_step, newest_checkpoint
 from align_audit.options.rules import CAUSES
 from align_audit.record.alert import Alert
-from align_audit.record.audit_record import AuditRecord
+from align_audit.record.audit_record import AuditRecord, Occasion
 from align_audit.record.checkpoint_names import by_step
 from align_audit.record.stored_records import heads_of
-from tests.helpers.alert_cases import about, alerts, healthy, judged, log_of, run, with_margins
+from tests.helpers.alert_cases import about, alerts, healthy, judged, log_of, run, with_margins, with_part
 
 
 def ruined(step: int = 40) -> AuditRecord:
@@ -47,6 +47,30 @@ def test_at_a_first_audit_nothing_is_clean() -> None:
     assert (alert.clean_step, alert.checkpoint) == (None, None)
     assert "No audit came before it that could be clean: start again" in alert.suggestion
     assert "No audit before it was clean" not in alert.suggestion, "there was none"
+
+
+@pytest.mark.parametrize("checkpoints", [[], ["checkpoint-5"]])
+def test_where_only_the_model_that_training_started_from_was_clean_saving_more_often_is_no_advice(
+    checkpoints: list[str],
+) -> None:
+    """No trainer saves a checkpoint of step 0."""
+    before = judged([healthy(0)])
+    (alert,) = advise(alerts(ruined(5), before), before, LOG, checkpoints=by_step(checkpoints))
+    assert (alert.clean_step, alert.checkpoint) == (0, None)
+    assert "save" not in alert.suggestion and "kept" not in alert.suggestion
+    assert "start again from the model" in alert.suggestion
+
+
+def test_a_wrong_reference_of_an_audit_is_no_fault_of_the_training() -> None:
+    """What was given to an audit of saved checkpoints is mended there: nothing is to be trained again."""
+    wrong = with_part(healthy(8), "reference_check", verdict="failed", reason="other streams")
+    raised = alerts(wrong, [])
+    (of_saved,) = advise(raised, [], in_training=False)
+    assert of_saved.suggestion == raised[0].suggestion
+    assert "--reference" in of_saved.suggestion and "ref_model" not in of_saved.suggestion
+    at_work = wrong.model_copy(update={"occasion": Occasion(reason="before training")})
+    (in_training,) = advise(alerts(at_work, []), [])
+    assert "ref_model" in in_training.suggestion and "start again" in in_training.suggestion
 
 
 @pytest.mark.parametrize("cause", CAUSES)

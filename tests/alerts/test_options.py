@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,14 @@ import pytest
 
 from align_audit.alerts.detectors import suspect
 from align_audit.alerts.history import History
+from align_audit.auditing.check import check_audit
 from align_audit.config import AlertConfig, AuditConfig
 from align_audit.errors import ConfigurationError
+from align_audit.models.reference import resolve_reference
 from align_audit.options.rule_settings import RESERVED, AddedRule, RuleOptions
 from align_audit.options.rules import RULES, Limit
 from tests.helpers.alert_cases import about, alerts, health, healthy, judged, log_of, run, with_margins, with_part
+from tests.helpers.tiny import random_pairs, tiny_model
 
 
 def from_yaml(path: Path, text: str) -> AuditConfig:
@@ -247,3 +252,21 @@ def test_witnesses_too_few_to_agree_are_as_alerts_switched_off() -> None:
         fewer = {name: "on" for name, its in witnesses.items() if its != family}
         assert not AlertConfig(rules=off | fewer).enabled
         assert AlertConfig(rules=off | fewer, agreeing_families=2).enabled
+
+
+@pytest.mark.parametrize("signal", ["patching.layer_gain.4", "spinal.policy.contraction.99"])
+def test_a_rule_of_a_layer_that_the_model_lacks_is_refused_before_training(signal: str) -> None:
+    """It would never fire, and nobody would know."""
+    reference = tiny_model("llama")  # of 4 layers
+    policy = copy.deepcopy(reference)
+    config = AuditConfig(alerts=added(signal=signal, above=0.5))
+
+    def check(config: AuditConfig) -> None:
+        check_audit(
+            policy, resolve_reference(policy, reference), [random_pairs(2)], config, autocast=contextlib.nullcontext
+        )
+
+    with pytest.raises(ConfigurationError, match=r"mine: expected a signal of one of the model.s layers, 0 to 3"):
+        check(config)
+    check(AuditConfig(alerts=added(signal="patching.layer_gain.3", above=0.5)))
+    check(AuditConfig(alerts=added(signal="grad_norm", above=0.5)))

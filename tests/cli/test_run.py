@@ -15,6 +15,8 @@ import pytest
 from align_audit import AlignmentAuditCallback, AuditRun
 from align_audit.models.loading import load_model, load_tokenizer
 from align_audit.models.weights.fingerprint import fingerprint
+from align_audit.record.audited_checkpoints import CHECKPOINTS
+from align_audit.writers.latest_healthy import latest_healthy
 from tests.cli.commands import arguments, refused
 from tests.helpers.callback_runs import quick
 from tests.helpers.checkpoints import write_state
@@ -108,6 +110,27 @@ def test_a_folder_of_checkpoints_is_one_run_and_a_second_time_changes_nothing(
     assert "in the log already" not in first.out
     assert log.read_bytes() == before
     assert {path.name for path in (tmp_path / "out" / "pictures").iterdir()} == PICTURES
+
+
+def test_the_log_knows_where_the_checkpoints_lie_that_were_audited(
+    command: Any, place: SimpleNamespace, tmp_path: Path
+) -> None:
+    """The log lies elsewhere: every screen names the checkpoint to go back to, as long as it is there."""
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    for step in (1, 2):
+        shutil.copytree(place.full / f"checkpoint-{step}", saved / f"checkpoint-{step}")
+    done = command(*arguments(place, saved, tmp_path / "out", "--reference", place.base))
+    assert done.code == 0, done.err
+    run = AuditRun.load(tmp_path / "out")
+    assert run.checkpoints == {1: "checkpoint-1", 2: "checkpoint-2"}
+    assert str(latest_healthy(run)) == "checkpoint-2"
+    before = (run.directory / CHECKPOINTS).read_bytes()
+    assert command(*arguments(place, saved, tmp_path / "out", "--reference", place.base)).code == 0
+    assert (run.directory / CHECKPOINTS).read_bytes() == before
+    shutil.rmtree(saved / "checkpoint-2")
+    assert AuditRun.load(tmp_path / "out").checkpoints == {1: "checkpoint-1"}
+    assert str(latest_healthy(AuditRun.load(tmp_path / "out"))) == "checkpoint-1"
 
 
 @pytest.mark.parametrize("wrong", ["reference", "probes"])

@@ -408,7 +408,7 @@ class Maker:
         reference_hash = f"{self.seed:04x}" * 16
         return Provenance(
             created=f"2025-11-23T{self.step // 3600 % 24:02d}:{self.step // 60 % 60:02d}:{self.step % 60:02d}+00:00",
-            versions={"align_audit": "0.1.0", "torch": "2.9.0", "transformers": "5.0.0", "trl": "1.0.0"},
+            versions={"align-audit": "0.1.0", "torch": "2.9.0", "transformers": "5.0.0", "trl": "1.0.0"},
             model_type="llama",
             num_layers=self.layers,
             hidden_size=512,

@@ -33,13 +33,13 @@ def studentized_draws(without: Sequence[float], resamples: int, seed: int) -> li
 
 
 def hull(estimate: float, without: Sequence[float], confidence: float, resamples: int, seed: int) -> list[float]:
-    """Lower and upper bound."""
+    """Lower and upper bound; no t counts as more than Student's with one degree of freedom."""
     tail, error = (1 - confidence) / 2, jackknife_error(without)
-    drawn = studentized_draws(without, resamples, seed)
-    t = stats.t.ppf(1 - tail, len(without) - 1)
-    upper_t = drawn[math.ceil(round((1 - tail) * resamples, 6)) - 1]
-    lower_t = drawn[math.ceil(round(tail * resamples, 6)) - 1]
-    return [estimate - max(t, upper_t) * error, estimate + max(t, -lower_t) * error]
+    drawn = [t for t in studentized_draws(without, resamples, seed) if math.isfinite(t)]
+    t, most = stats.t.ppf(1 - tail, len(without) - 1), stats.t.ppf(1 - tail, 1)
+    upper_t = drawn[math.ceil(round((1 - tail) * len(drawn), 6)) - 1]
+    lower_t = drawn[math.ceil(round(tail * len(drawn), 6)) - 1]
+    return [estimate - min(max(t, upper_t), most) * error, estimate + min(max(t, -lower_t), most) * error]
 
 
 def p_value(mean: float, without: Sequence[float], resamples: int, seed: int) -> float:

@@ -305,6 +305,24 @@ def test_pairs_that_repeat_themselves_do_not_narrow_the_interval() -> None:
     assert cv.control_variate_means(measured, proxy, groups=alone) == once
 
 
+@pytest.mark.parametrize("n", [10, 20])
+def test_a_patched_pair_without_a_number_is_not_left_out(n: int) -> None:
+    """NaN stands for what was not patched, and may also be what came out; ``patched`` tells them apart."""
+    exact, proxy = population(20, 3)
+    exact, patched = first(exact, n), np.zeros(exact.shape, dtype=bool)
+    patched[:n] = True
+    whole = cv.control_variate_means(exact, proxy)
+    assert cv.control_variate_means(exact, proxy, patched=patched) == whole
+    exact[4, 1] = np.nan
+    left, broken, right = cv.control_variate_means(exact, proxy, patched=patched)
+    assert math.isnan(broken.interval.mean) and math.isnan(broken.p) and broken.explained == 0.0
+    assert broken.interval.reason is not None and "not finite" in broken.interval.reason.replace(
+        "are not", "not finite"
+    )
+    assert (left, right) == (whole[0], whole[2])
+    assert (broken.exact_pairs, cv.control_variate_means(exact, proxy)[1].exact_pairs) == (n, n - 1)
+
+
 def test_values_that_are_not_finite() -> None:
     exact, proxy = population(20, 4)
     exact = first(exact, 10)
@@ -315,7 +333,7 @@ def test_values_that_are_not_finite() -> None:
         np.testing.assert_allclose(numbers(result), plain_t(exact[:10, column]), rtol=1e-12)
         assert result.reason == "proxy not used: 1 of 20 proxies are not finite"
     assert math.isnan(infinite.interval.mean)
-    assert infinite.interval.reason == "1 of 10 exact values are infinite"
+    assert infinite.interval.reason == "1 of 10 exact values are not finite"
     assert fine == cv.control_variate_means(exact[:, 3:], proxy[:, 3:])[0]
 
 

@@ -13,7 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from align_audit.auditing.session.subsets import choose_pairs
+from align_audit.config import AuditConfig, PatchingConfig
 from align_audit.measures.draws import halves, keep_rows, noise_directions, prefix_keys, subset_order
+from align_audit.probes.pairs import ProbePair
 
 # -- pairs -------------------------------------------------------------------------------------------------------------
 
@@ -44,21 +47,21 @@ def test_every_pair_is_as_likely_to_be_exact() -> None:
     assert together / 4000 == pytest.approx(5 * 4 / (20 * 19), abs=0.015)
 
 
-def test_one_of_each_group_comes_before_a_second_of_any() -> None:
-    ids, groups = list(range(200, 230)), [place % 7 if place < 21 else 100 + place for place in range(30)]
-    order = subset_order(ids, seed=4, groups=groups).tolist()
-    assert sorted(order) == list(range(30))
-    turns = []
-    for place, pair in enumerate(order):
-        turns.append(sum(groups[earlier] == groups[pair] for earlier in order[:place]))
-    assert turns == [0] * 16 + [1] * 7 + [2] * 7
-    plain = subset_order(ids, seed=4).tolist()
-    for turn in range(3):  # within a turn the hashes decide, as without groups
-        of_turn = [pair for pair, at in zip(order, turns, strict=True) if at == turn]
-        assert of_turn == sorted(of_turn, key=plain.index)
-    assert subset_order(ids, seed=4, groups=list(range(30))).tolist() == plain
-    backwards = subset_order(ids[::-1], seed=4, groups=groups[::-1])
-    assert [29 - place for place in backwards.tolist()] == order
+def test_patched_pairs_are_a_sample_of_pairs_however_many_share_a_prompt() -> None:
+    """24 of 64 pairs have one prompt: in the patched ones it stands for as much as in all, on average over seeds."""
+    pairs = [
+        ProbePair(place, (1, 2, 9, place), (1, 2, 8, place), 2, 2)
+        if place < 24
+        else ProbePair(place, (1, place, 9), (1, place, 8), 2, 2)
+        for place in range(64)
+    ]
+    assert len({pair.group for pair in pairs}) == 41
+    shares = []
+    for seed in range(300):
+        config = AuditConfig(seed=seed, patching=PatchingConfig(exact_pairs=24))
+        shares.append(np.mean(choose_pairs(pairs, 2, config).everywhere < 24))
+    assert np.mean(shares) == pytest.approx(24 / 64, abs=4 * np.std(shares) / np.sqrt(len(shares)))
+    assert np.std(shares) > 0.0
 
 
 @settings(max_examples=80, deadline=None)

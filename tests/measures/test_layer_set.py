@@ -54,6 +54,16 @@ def test_contributions_are_geometric_means_above_a_floor() -> None:
     np.testing.assert_array_equal(many, np.full((7, 4), 2.0))
 
 
+def test_a_contribution_is_the_layers_own_and_not_what_it_is_compared_as() -> None:
+    """The second layer does a thousandth of the first: compared as a hundredth, and said to be what it is."""
+    values = np.hstack([pairs_around([10.0], 0.1, 20), pairs_around([0.01], 0.001, 20)])
+    found = layer_set(values, values, resamples=200)
+    assert found.layers == (0,)
+    small = found.contribution[1]
+    assert small.mean == pytest.approx(values[:, 1].mean())
+    assert small.low < small.mean < small.high < 0.02
+
+
 def test_a_mean_counts_as_its_margin_of_error_or_a_share_of_the_largest() -> None:
     values = pairs_around([8.0, 0.0, 0.0], 1.0, 9)
     values[:, 2] = 0.0

@@ -230,6 +230,9 @@ def test_the_peak_is_the_largest_block_transplant_in_the_direction_of_the_shift(
     assert peak_layer(np.array([0.1, -3.0, 0.4, 0.2]), -1.5) == (1, None)
     assert peak_layer(np.array([-0.3, -0.1]), -1.0) == (0, None)
     assert peak_layer(np.array([0.5]), 1.0) == (0, None)
+    assert peak_layer(np.array([0.0, 0.0]), 1.0, "unit") == (
+        None, "every mean sufficiency of a unit is 0: no unit stands out",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

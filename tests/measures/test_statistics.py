@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from align_audit.measures import statistics as s
+from align_audit.measures.interval import Interval
 from align_audit.measures.resampling import resample_indices
 from tests.helpers.small_samples import hull, without_each
 
@@ -436,3 +437,41 @@ def test_share_interval_of_what_is_not_known() -> None:
     assert "found 7 in 14 pairs" in (seven.reason or "")
     with pytest.raises(ValueError, match="expected 0, 1 or NaN"):
         s.share_interval(np.array([0.5]))
+
+
+FEW_DIFFER = {
+    "one of eight": [32.0] * 7 + [10.0],
+    "one above nothing": [0.0] * 7 + [0.3],
+    "one of sixteen": [0.0] * 15 + [0.3],
+    "two of eight": [0.0] * 6 + [0.25, 0.25],
+    "rounding beside one": [1e-9 * place for place in range(9)] + [0.3],
+    "rounding far from 0": [1000.0 + 1e-7 * place for place in range(9)] + [1003.0],
+}
+
+
+@pytest.mark.parametrize("method", ["percentile", "bca"])
+@pytest.mark.parametrize("values", FEW_DIFFER.values(), ids=FEW_DIFFER)
+def test_where_few_pairs_differ_bounds_are_finite(values: list[float], method: s.Method) -> None:
+    """A resample of the others alone has no spread: what is unlikely by it is not unlikely by the pairs."""
+    interval = s.mean_interval(np.array(values), method=method)
+    student = stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    widest = stats.t.ppf(0.975, 1) * stats.sem(values)
+    assert interval.reason is None
+    assert interval.mean - 1.001 * widest <= interval.low <= student.low + 1e-12
+    assert student.high - 1e-12 <= interval.high <= interval.mean + 1.001 * widest
+
+
+@pytest.mark.parametrize("groups", range(8, 32))
+def test_bounds_of_shares_that_repeat_are_finite(groups: int) -> None:
+    rng = np.random.default_rng(groups)
+    for _ in range(20):
+        values = np.where(rng.random(groups) < 0.2, rng.integers(1, 4, groups) / 10, 0.0)
+        interval = s.mean_interval(values, resamples=200).within(0.0, 1.0)
+        assert 0.0 <= interval.low <= interval.mean <= interval.high <= 1.0
+        assert interval.reason is None
+
+
+def test_a_range_ends_an_interval_and_leaves_what_is_not_known() -> None:
+    assert Interval(0.1, -0.2, 1.3).within(0.0, 1.0) == Interval(0.1, 0.0, 1.0)
+    unknown = Interval.unknown("too few").within(0.0, 1.0)
+    assert math.isnan(unknown.low) and math.isnan(unknown.high) and unknown.reason == "too few"

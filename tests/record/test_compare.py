@@ -245,7 +245,6 @@ def changed(folder: Path, part: str | None = None, **changes: Any) -> Path:
         ("provenance", {"beta": None}, "β is not known of every run, so that margins are margin shifts in nats"),
         ("provenance", {"num_layers": 6}, "Other models: llama with 12 layers and llama with 6 layers"),
         ("provenance", {"compute_dtype": "bfloat16"}, "Other compute dtypes: float32 and bfloat16"),
-        ("provenance", {"reference_hash": "1" * 16}, "Each was compared with a reference of its own"),
     ],
 )
 def test_what_is_not_the_same_is_said(part: str | None, changes: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -261,6 +260,39 @@ def test_what_is_not_the_same_is_said(part: str | None, changes: dict[str, Any],
             difference(comparison.at_step, "peak_layer").reason
             == "layers of models of other depths are not the same layers"
         )
+
+
+@pytest.mark.parametrize(("moved", "told"), [(0.0, False), (1e-6, False), (0.1, True)])
+def test_one_reference_has_one_margin_whatever_its_hash(moved: float, told: bool, tmp_path: Path) -> None:
+    """Under adapters that are off a reference has other names of weights, and so another hash."""
+    plain = changed(tmp_path / "a")
+    margin = AuditRun.load(plain).records[-1].margins.reference
+    other = tmp_path / "b"
+    changed(other, "provenance", reference_hash="1" * 16)
+    if moved:
+        run = AuditRun.load(other)
+        mean = margin.model_copy(update={"mean": margin.mean * (1 + moved)})
+        arrays = [values_of_pairs(0.0, 0.0), values_of_pairs(10.0, 0.2, seed=1)]
+        other = store(tmp_path / "c", [with_part(record, "margins", reference=mean) for record in run.records], arrays)
+    notes = compared(plain, other).notes
+    assert any("a reference of its own" in note for note in notes) is told
+
+
+def test_of_equal_models_there_is_no_reward_accuracy(tmp_path: Path) -> None:
+    """Before the first step no margin has grown: that is no accuracy of 0, at a step or on a line that begins there."""
+    paths = []
+    for name in "ab":
+        arrays = [values_of_pairs(0.0, 0.0), values_of_pairs(10.0, 0.2, seed=1)]
+        first, last = (record_of(10 * place, values) for place, values in enumerate(arrays))
+        paths.append(store(tmp_path / name, [with_part(first, "reference_check", same_weights=True), last], arrays))
+    paths.append(on_the_way := tmp_path / "c")
+    arrays = [values_of_pairs(0.0, 0.0), values_of_pairs(5.0, 0.1, seed=1)]
+    first, last = (record_of(10 * place, values) for place, values in enumerate(arrays))
+    store(on_the_way, [with_part(first, "reference_check", same_weights=True), last], arrays)
+    row = compared(*paths).at_margin.row("reward_accuracy")
+    assert row is not None
+    assert [math.isnan(reading.value) for reading in row.readings] == [True, True, False]
+    assert row.readings[0].reason == "policy and reference are equal"
 
 
 def on_pairs(steps: dict[int, str], methods: dict[int, int] | None = None) -> tuple[list[Any], list[Any]]:

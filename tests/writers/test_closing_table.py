@@ -46,11 +46,30 @@ def test_a_row_for_each_step_and_the_latest_healthy_checkpoint() -> None:
     assert lines[7:] == ["latest healthy: checkpoint-5"]
 
 
+@pytest.mark.parametrize(
+    ("pairs", "words"),
+    [
+        (
+            24,
+            "steps 0, 5: audited on other pairs (24, not 64) than the last, so that numbers differ by the pairs as well",
+        ),
+        (64, "steps 0, 5: audited on other pairs than the last, so that numbers differ by the pairs as well"),
+    ],
+)
+def test_audits_on_other_pairs_than_the_last_are_said_to_be(pairs: int, words: str) -> None:
+    """A run that went on with other options goes on in the same table."""
+    records = a_run("well")
+    before = [with_part(record, "provenance", probe_hash="0" * 16, pairs=pairs) for record in records[:2]]
+    assert words in shown([*before, *records[2:]])
+    assert not any("other pairs" in line for line in shown(records))
+
+
 def test_what_audits_took_is_said_in_the_trainers_unit_where_one_trained() -> None:
     records = a_run("well")
     known = {"reason": "the last step", "share_spent": 0.0413, "training_pair_seconds": 0.5}
     told = [*records[:-1], records[-1].model_copy(update={"occasion": Occasion(**known)})]
-    line = "5 audits took 78 s, as long as training on 156 pairs; all audits took 4.1 % of the run"
+    took = "all audits, with what is written of them, took 4.1 % of the run"
+    line = f"5 audits took 78 s, as long as training on 156 pairs; {took}"
     assert shown(told)[7] == line
     assert line.replace(", as long as training on 156 pairs", "") in shown(
         [
@@ -145,7 +164,9 @@ def test_full_audits_that_did_not_fit_are_told_once_with_what_they_take() -> Non
     (line,) = [line for line in lines if "budget" in line]
     assert line.startswith("2 full audits did not fit the budget (about ")
     assert "was not measured at steps 20, 40. To get it: AuditConfig(budget=None)" in line
-    assert line.endswith("or afterwards: align-audit run runs/dpo/checkpoint-40 --probes PAIRS --reference MODEL")
+    assert line.endswith(
+        "or afterwards: align-audit run runs/dpo/checkpoint-40 --probes PAIRS (and --reference MODEL, if not an adapter)"
+    )
     assert lines[0] == "align_audit: 64 pairs, 3 steps audited, 1 in full"
     # One that followed at the same step after all is not missed.
     assert not [line for line in shown([calm(0), out_of_budget(20), calm(20)]) if "budget" in line]

@@ -44,7 +44,7 @@ def changed(**fields: Any) -> Alert:
 
 def test_the_json_form_holds_everything() -> None:
     assert as_json(WHOLE, RECORD, FOLDER) == {
-        "align_audit": RECORD.provenance.versions["align_audit"], "event": "worse", "rule": "kl_out_of_bounds",
+        "align_audit": "0.1.0", "event": "worse", "rule": "kl_out_of_bounds",
         "cause": "drift", "level": "error", "step": 40, "since": 20, "looks": 3, "value": 9.4, "limit": 2.0,
         "baseline": 0.1, "layers": [3, 4, 5], "signals": ["chosen_logp_falling"], "message": "The policy is far away.",
         "suggestion": "Lower the learning rate", "clean_step": 10, "checkpoint": "checkpoint-10",

@@ -17,9 +17,9 @@ from align_audit.auditing.session.accumulators import PerPair, State
 from align_audit.auditing.session.estimates import floats
 from align_audit.auditing.session.reference_cache import ReferenceStreams
 from align_audit.measures.control_variate import ControlVariate, beside_attribution, control_variate_means
+from align_audit.measures.interval import Interval
 from align_audit.measures.patching import patched
 from align_audit.measures.significance import benjamini_hochberg
-from align_audit.measures.statistics import Interval
 from align_audit.measures.sums import sum_into
 from align_audit.models.gradients import stream_gradients
 from align_audit.models.replay import Recording, Replay
@@ -155,7 +155,11 @@ class Attribution(Measurement):
         options = (estimates.resamples, estimates.confidence, estimates.seed, estimates.groups)
         attributed = self.state.attribution.values[:, 1:]
         beside = beside_attribution(attributed, self.task[Behaviour].shift, len(self.session.exact_pairs))
-        return control_variate_means(effects, beside, *options), control_variate_means(effects, attributed, *options)
+        patched = self.session.choice.patched
+        return (
+            control_variate_means(effects, beside, *options, patched),
+            control_variate_means(effects, attributed, *options, patched),
+        )
 
     def correct(
         self, effects: np.ndarray

@@ -185,21 +185,21 @@ class Behaviour(Measurement):
             reference=mean(self.reference_margin),
             policy=mean(self.policy_margin),
             shift=mean(self.shift),
-            accuracy=self._share(np.where(finite, self.shift > 0, np.nan)),
-            ranking_accuracy=self._share(np.where(finite, self.policy_margin > 0, np.nan)),
+            accuracy=self._accuracy(np.where(finite, self.shift > 0, np.nan)),
+            ranking_accuracy=self.estimates.share(np.where(finite, self.policy_margin > 0, np.nan)),
             chosen_logp_change=mean(chosen),
             rejected_logp_change=mean(rejected),
             chosen_logp_change_per_token=mean(chosen / state.chosen_tokens.values),
             rejected_logp_change_per_token=mean(rejected / state.rejected_tokens.values),
-            kl=mean(state.kl.values),
-            entropy=mean(state.entropy.values),
-            reference_entropy=mean(state.reference_entropy.values),
-            token_accuracy=mean(state.token_accuracy.values),
-            reference_token_accuracy=mean(state.reference_token_accuracy.values),
+            kl=mean(state.kl.values, 0.0),
+            entropy=mean(state.entropy.values, 0.0),
+            reference_entropy=mean(state.reference_entropy.values, 0.0),
+            token_accuracy=mean(state.token_accuracy.values, 0.0, 1.0),
+            reference_token_accuracy=mean(state.reference_token_accuracy.values, 0.0, 1.0),
         ), {}
 
-    def _share(self, hits: np.ndarray) -> Estimate:
-        """Share of pairs [N] for which something holds, with its interval."""
+    def _accuracy(self, hits: np.ndarray) -> Estimate:
+        """Share of pairs [N] whose margin grew, with its interval."""
         if self.identical and not hits.any():
             return self.estimates.mean(hits)  # equal models: exactly 0, and no sample of anything
         return self.estimates.share(hits)

@@ -227,11 +227,18 @@ class Controls(Measurement):
             reason = f"at layer {peak} a half of the pairs spans {dimensions} dimensions, fewer than each of {findings.ranks}"
             return Control(verdict="not_run", reason=reason, effect=effect)
         more = beyond(fitted, effect, math.copysign(1.0, summary.effect[peak].mean))
-        losing = [rank for rank, does in zip(spanned, more, strict=False) if not does]
+        # The whole space is no subspace: what random directions of it do is all there is to do.
+        tested = [rank for rank in spanned if rank < self.session.width]
+        if not tested:
+            reason = (
+                f"at layer {peak} the one rank of {spanned} is the model's whole width, which has no other subspace"
+            )
+            return Control(verdict="not_run", reason=reason, effect=effect)
+        losing = [rank for rank, does in zip(tested, more, strict=False) if not does]
         if losing:
             reason = f"at layer {peak} random subspaces of rank {losing} do as well as the fitted one"
             return Control(verdict="failed", reason=reason, effect=effect)
-        reason = f"at layer {peak} the fitted subspace beats random ones at every rank of {spanned}"
+        reason = f"at layer {peak} the fitted subspace beats random ones at every rank of {tested}"
         return Control(verdict="passed", reason=reason, effect=effect)
 
     def _split_half(self) -> Control:

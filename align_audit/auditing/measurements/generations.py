@@ -211,14 +211,14 @@ class Generations(Measurement):
         return GenerationsPart(
             prompts=len(self.prompts),
             max_new_tokens=self.settings.max_new_tokens,
-            repetition=mean(np.array([repeated_share(text) for text in policy.tokens])),
-            reference_repetition=mean(np.array([repeated_share(text) for text in reference.tokens])),
-            length=mean(np.array([float(len(text)) for text in policy.tokens])),
-            reference_length=mean(np.array([float(len(text)) for text in reference.tokens])),
+            repetition=mean(np.array([repeated_share(text) for text in policy.tokens]), 0.0, 1.0),
+            reference_repetition=mean(np.array([repeated_share(text) for text in reference.tokens]), 0.0, 1.0),
+            length=mean(np.array([float(len(text)) for text in policy.tokens]), 0.0),
+            reference_length=mean(np.array([float(len(text)) for text in reference.tokens]), 0.0),
             ended=share(np.array(policy.ended, dtype=float)),
             reference_ended=share(np.array(reference.ended, dtype=float)),
-            surprise=mean(np.array(policy.surprise)),
-            reference_surprise=mean(np.array(reference.surprise)),
+            surprise=mean(np.array(policy.surprise), 0.0),
+            reference_surprise=mean(np.array(reference.surprise), 0.0),
         ), {}
 
     @property

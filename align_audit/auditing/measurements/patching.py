@@ -18,9 +18,9 @@ from align_audit.auditing.measurements.measurement import AuditTask, Measurement
 from align_audit.auditing.session.accumulators import PerPair, State
 from align_audit.auditing.session.estimates import estimate, floats
 from align_audit.auditing.session.subsets import more_pairs
+from align_audit.measures.interval import Interval
 from align_audit.measures.layer_set import layer_set
 from align_audit.measures.patching import PatchSummary, gain_of, patched, summarize_patching
-from align_audit.measures.statistics import Interval
 from align_audit.models.replay import Recording, Stream
 from align_audit.probes.batches import PairBatch
 from align_audit.record import audit_record

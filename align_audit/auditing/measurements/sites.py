@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement, Reasons
 from align_audit.auditing.measurements.site_units import ModelSites, Unit, units_of
 from align_audit.auditing.session.accumulators import merge_by_place
@@ -25,7 +26,7 @@ from align_audit.auditing.session.walk import Session
 from align_audit.config import SiteConfig
 from align_audit.measures.control_variate import ControlVariate, control_variate_means
 from align_audit.measures.draws import subset_order
-from align_audit.measures.patching import patched
+from align_audit.measures.patching import patched, peak_layer
 from align_audit.measures.significance import benjamini_hochberg, mean_p_values
 from align_audit.measures.sums import sum_into
 from align_audit.models.gradients import inner_gradients
@@ -80,7 +81,7 @@ class SiteCollector:
         configs = session.config.sites
         self._sites = ModelSites.of(session) if any(config.site != "block" for config in configs) else None
         count = len(session.pairs)
-        self._order = subset_order([pair.identity for pair in session.pairs], session.config.seed, list(session.groups))
+        self._order = subset_order([pair.identity for pair in session.pairs], session.config.seed)
         self._sizes = [min(count, self._exact_pairs(config)) for config in configs]
         self.measured: list[SiteFindings] = []
         for number, (config, size) in enumerate(zip(configs, self._sizes, strict=True)):
@@ -339,7 +340,7 @@ class FinerSites(Measurement):
         curves: list[SiteCurve] = []
         reasons: Reasons = {}
         for number, findings in enumerate(self.measured):
-            curve, why = _curve(self.estimates, findings, len(self.session.pairs))
+            curve, why = _curve(self.estimates, findings, self.task[Behaviour].shift)
             curves.append(curve)
             reasons |= {f"{number}.{path}": reason for path, reason in why.items()}
         return curves, reasons
@@ -355,7 +356,7 @@ class FinerSites(Measurement):
         return arrays
 
 
-def _curve(estimates: Estimates, findings: SiteFindings, pairs: int) -> tuple[SiteCurve, Reasons]:
+def _curve(estimates: Estimates, findings: SiteFindings, shift: np.ndarray) -> tuple[SiteCurve, Reasons]:
     config, exact_pairs = findings.config, findings.exact_pairs
     reasons = {} if findings.absent is None else {"units": findings.absent}
     effects: dict[str, list[Estimate]] = {}
@@ -372,7 +373,9 @@ def _curve(estimates: Estimates, findings: SiteFindings, pairs: int) -> tuple[Si
     p_values = floats(benjamini_hochberg(_p_values(estimates, findings, sufficiency)))
     if any(np.isnan(p_values)):
         reasons["sufficiency_p_adjusted"] = "an effect is not finite, or there are too few pairs for a test"
-    peak, why = _peak(np.array([effect.mean for effect in effects["sufficiency"]]))
+    of_pairs = exact_pairs if config.estimator == "exact" else np.arange(len(shift))
+    means = np.array([effect.mean for effect in effects["sufficiency"]])
+    peak, why = peak_layer(means, float(shift[of_pairs].mean()), "unit")
     if why is not None:
         reasons["peak"] = why
     return SiteCurve(
@@ -380,7 +383,7 @@ def _curve(estimates: Estimates, findings: SiteFindings, pairs: int) -> tuple[Si
         positions=config.positions,
         width=config.width,
         estimator=config.estimator,
-        pairs=len(exact_pairs) if config.estimator == "exact" else pairs,
+        pairs=len(of_pairs),
         exact_pairs=len(exact_pairs),
         units=[SiteUnit(layer=unit.layer, last_layer=unit.last, head=unit.head) for unit in findings.units],
         sufficiency=effects["sufficiency"],
@@ -401,7 +404,9 @@ def _estimated(
         return estimates.over(findings.exact_pairs).means(exact[findings.exact_pairs]), None
     attribution = findings.attribution[direction]
     options = (estimates.resamples, estimates.confidence, estimates.seed, estimates.groups)
-    variates = control_variate_means(exact, attribution, *options)
+    patched = np.zeros(exact.shape, dtype=bool)
+    patched[findings.exact_pairs] = True
+    variates = control_variate_means(exact, attribution, *options, patched)
     if estimator == "attribution":
         return estimates.means(attribution), variates
     return [estimate(variate.interval) for variate in variates], variates
@@ -416,15 +421,6 @@ def _p_values(estimates: Estimates, findings: SiteFindings, variates: list[Contr
     else:
         tested, over = findings.exact["sufficiency"][findings.exact_pairs], estimates.over(findings.exact_pairs)
     return mean_p_values(tested, over.resamples, over.seed, over.groups)
-
-
-def _peak(means: np.ndarray) -> tuple[int | None, str | None]:
-    """The unit with the largest mean, or why there is none."""
-    if not np.isfinite(means).all():
-        return None, "a unit's mean sufficiency is not finite"
-    if len(means) > 1 and means.max() == means.min():
-        return None, "every unit has the same mean sufficiency"
-    return int(means.argmax()), None
 
 
 def _why_uncorrelated(variate: ControlVariate) -> str:

@@ -69,6 +69,7 @@ class TokenGrams:
     def __init__(self, session: Session, layers: Sequence[int]) -> None:
         self.session, self.layers = session, list(layers)
         self.halves = halves(session.groups.tolist(), session.config.seed)
+        self.distinct = _distinct_rows(session, self.halves)
         width = session.width
         self._sums = {
             (basis, layer): (GramAccumulator(width), GramAccumulator(width))
@@ -131,6 +132,14 @@ class TokenGrams:
         return grams
 
 
+def _distinct_rows(session: Session, second: np.ndarray) -> tuple[int, int]:
+    """How many rows of either half differ at most: the last tokens of equal prompts are one row, whatever batches round."""
+    if session.config.patching.positions != "last_prompt_token":
+        return session.width, session.width  # more than that says nothing of a rank
+    groups = session.groups
+    return len(np.unique(groups[~second])), len(np.unique(groups[second]))
+
+
 def _summed(sums: GramAccumulator, ranks: Ranks) -> GramAccumulator:
     gram = sums.freeze()
     return GramAccumulator.of(Gram(ranks.sum(gram.matrix), sum(ranks.gather(gram.rows))))
@@ -156,6 +165,7 @@ class Fit:
         width = session.width
         self.ranks = [rank for rank in session.config.low_rank.ranks if rank <= width] or [width]
         self.halves = grams.halves
+        self._distinct = grams.distinct
         self.spans: dict[Key, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.explained: dict[Key, list[float]] = {}
         self.dimensions: dict[Key, int] = {}
@@ -182,10 +192,20 @@ class Fit:
                     for held, basis in zip((first, second), spans, strict=False)
                 ]
                 explained = np.sum(captured, axis=0) / float((first + second).matrix.trace())
-                dimensions = self.dimensions[key] = min(gram_rank(first), gram_rank(second))
+                dimensions = self.dimensions[key] = min(self.rank(key, 0), self.rank(key, 1))
                 spanned = self.spanned[key] = sum(rank <= dimensions for rank in self.ranks)
                 explained[spanned:] = np.nan
                 self.explained[key] = list(explained)
+
+    def rank(self, key: Key, span: int) -> int:
+        """How many dimensions the rows span that one of the three ``spans`` was fitted on."""
+        first, second = self.grams[key]
+        gram, distinct = (
+            (second, self._distinct[1]),
+            (first, self._distinct[0]),
+            (first + second, sum(self._distinct)),
+        )[span]
+        return min(gram_rank(gram), distinct)
 
     @property
     def spans_of_pairs(self) -> np.ndarray:
@@ -195,10 +215,7 @@ class Fit:
     @property
     def bases(self) -> dict[Key, np.ndarray]:
         """Per (basis, layer): [d, K_max] fitted on all pairs, without directions that their rows do not span."""
-        return {
-            key: spans[2][:, : gram_rank(self.grams[key][0] + self.grams[key][1])].cpu().numpy()
-            for key, spans in self.spans.items()
-        }
+        return {key: spans[2][:, : self.rank(key, 2)].cpu().numpy() for key, spans in self.spans.items()}
 
 
 class Reconstruction:

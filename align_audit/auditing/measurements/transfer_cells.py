@@ -15,7 +15,7 @@ from align_audit.auditing.measurements.patching import Patching
 from align_audit.auditing.measurements.subspaces import NO_HALVES, Fit, Key, Reconstruction, beyond_the_rows
 from align_audit.auditing.session.estimates import Estimates, beyond, estimate, floats
 from align_audit.auditing.session.walk import Session
-from align_audit.measures.subspace import explained_variance_ratio, gram_rank, principal_angles, rank_95
+from align_audit.measures.subspace import explained_variance_ratio, principal_angles, rank_95
 from align_audit.probes.pairs import ProbePair
 from align_audit.record.audit_record import Control
 from align_audit.record.estimate import Estimate
@@ -95,9 +95,7 @@ def held_out_spans(pairs: Sequence[ProbePair], fitted_on: Sequence[ProbePair], h
 
 def _dimensions(fitted: ProbeSide, spans: np.ndarray, key: Key) -> int:
     """How many dimensions the rows span, at least, that the ``spans`` in use were fitted on."""
-    first, second = fitted.fitted.grams[key]
-    fitted_on = {0: second, 1: first, HELD_OUT: first + second}
-    return min(gram_rank(fitted_on[span]) for span in np.unique(spans).tolist())
+    return min(fitted.fitted.rank(key, span) for span in np.unique(spans).tolist())
 
 
 class Cells:
@@ -245,23 +243,26 @@ class Cells:
             reason = f"the interval of the full patch's effect on {patched.name!r}: {why}"
             return unknown, Control(verdict="not_run", reason=reason)
         sign = math.copysign(1.0, full.mean)
-        beats = beyond(effects, random.effect[: len(ranks)], sign)
-        losing = [rank for rank, more in zip(ranks, beats, strict=True) if not more]
+        does_more = beyond(effects, random.effect[: len(ranks)], sign)
+        # The whole space is no subspace: what random directions of it do is all there is to do.
+        tested = [rank for rank in ranks if rank < fitted.session.width]
+        losing = [rank for rank, more in zip(tested, does_more, strict=False) if not more]
         what = f"the subspace of {fitted.name!r}"
+        beats: list[bool | None] = [*does_more[: len(tested)], *unknown[len(tested) :]]
         if losing:
             reason = f"on {patched.name!r} random subspaces of rank {losing} do as well as {what}"
-            return list(beats), Control(verdict="failed", reason=reason)
-        reason = f"on {patched.name!r} {what} does more than random ones at every rank of {list(ranks)}"
-        return list(beats), Control(verdict="passed" if beats else "not_run", reason=reason)
+            return beats, Control(verdict="failed", reason=reason)
+        reason = f"on {patched.name!r} {what} does more than random ones at every rank of {tested}"
+        if not tested:
+            reason = f"none of the ranks {list(ranks)} is less than the model's width, {fitted.session.width}"
+        return beats, Control(verdict="passed" if tested else "not_run", reason=reason)
 
     def angles(self, left: ProbeSide, right: ProbeSide, key: Key, place: int) -> SubspaceAngles:
         """Between the subspaces that each set's pairs, all of them, give; the ``place``-th two sets."""
         path = f"angles.{key[0]}.{key[1]}.{place}"
         ranks = left.fitted.ranks
         angles = []
-        spanned = {
-            side.name: gram_rank(side.fitted.grams[key][0] + side.fitted.grams[key][1]) for side in (left, right)
-        }
+        spanned = {side.name: side.fitted.rank(key, HELD_OUT) for side in (left, right)}
         for rank in ranks:
             short = [name for name, dimensions in spanned.items() if dimensions < rank]
             skipped = [side.fitted.skipped[key] for side in (left, right) if key in side.fitted.skipped]

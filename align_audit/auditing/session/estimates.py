@@ -10,8 +10,9 @@ from typing import Self
 import numpy as np
 
 from align_audit.config import AuditConfig
+from align_audit.measures.interval import Interval
 from align_audit.measures.patching import Options
-from align_audit.measures.statistics import Interval, mean_interval, mean_intervals, ratio_intervals, share_interval
+from align_audit.measures.statistics import mean_interval, mean_intervals, ratio_intervals, share_interval
 from align_audit.record.estimate import Estimate
 
 
@@ -51,9 +52,9 @@ class Estimates:
             "groups": self.groups,
         }  # fmt: skip
 
-    def mean(self, values: np.ndarray) -> Estimate:
-        """Mean of per-pair values [N] with its interval."""
-        return estimate(mean_interval(values, **self.options))
+    def mean(self, values: np.ndarray, low: float = -math.inf, high: float = math.inf) -> Estimate:
+        """Mean of per-pair values [N], which lie in [low, high], with its interval."""
+        return estimate(mean_interval(values, **self.options).within(low, high))
 
     def means(self, values: np.ndarray) -> list[Estimate]:
         """Means of the columns of [N, K], all from the same resampled groups."""

@@ -54,6 +54,14 @@ class PairChoice:
         """Places of the pairs that controls are measured on, ascending."""
         return np.sort(self.order[: self.controls])
 
+    @property
+    def patched(self) -> np.ndarray:
+        """bool [N, L]: which pairs each layer patches."""
+        ranks = np.empty(len(self.order), dtype=int)
+        ranks[self.order] = np.arange(len(self.order))
+        patched: np.ndarray = ranks[:, None] < self.by_layer[None, 1:]
+        return patched
+
     def raised(self, needed: Sequence[int]) -> PairChoice:
         """With ``needed`` pairs or more at each of L layers, up to the next step; nowhere fewer than now."""
         counts = [next(step for step in self.steps if step >= count) for count in needed]
@@ -88,7 +96,7 @@ def choose_pairs(
         previous: what the audit before said of attribution on these pairs.
     """
     patching, count = config.patching, len(pairs)
-    order = subset_order([pair.identity for pair in pairs], config.seed, [pair.group for pair in pairs])
+    order = subset_order([pair.identity for pair in pairs], config.seed)
     if patching.exact_pairs != "auto":
         exact = min(patching.exact_pairs or count, count)
         return PairChoice(order, np.full(layers + 1, exact), min(exact, patching.control_pairs), (exact,))
@@ -131,8 +139,8 @@ def more_pairs(
     """
     pairs = len(effects)
     needed = []
-    for column, estimate in zip(effects.T, estimates, strict=True):
-        measured = column[~np.isnan(column)]
+    for column, patched, estimate in zip(effects.T, choice.patched.T, estimates, strict=True):
+        measured = column[patched]
         if not len(measured) or (measured == measured[0]).all():
             needed.append(0)  # nothing varies: the interval has no width
         elif estimate.reason is not None:

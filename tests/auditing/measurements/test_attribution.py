@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def run(policy: Any, reference: Any, pairs: int, **changes: Any) -> tuple[AuditR
 def drawn(count: int) -> list[int]:
     """Places of ``random_pairs(count)`` in the order that they are patched in."""
     pairs = random_pairs(count).pairs
-    return subset_order([pair.identity for pair in pairs], 0, [pair.group for pair in pairs]).tolist()
+    return subset_order([pair.identity for pair in pairs], 0).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -406,3 +407,33 @@ def test_a_training_chooses_by_its_last_audit_and_a_resumed_one_does_too(tmp_pat
     saved = audit_saved(folders, str(tmp_path / "straight" / "base"), probes, config, tmp_path / "again").records
     for one, other in zip(saved, straight[1:], strict=True):
         assert one.patching.attribution.patched_pairs == other.patching.attribution.patched_pairs
+
+
+@pytest.mark.parametrize("exact_pairs", [None, 12, 20])
+def test_a_patched_pair_without_a_number_makes_the_mean_unknown(exact_pairs: int | None) -> None:
+    """Whether attribution helps or not: one pair whose effect is no number is not left out of a mean that counts it."""
+    reference = tiny_model("llama")
+    policy, probes = perturbed(reference), random_pairs(12)
+    broken = probes.pairs[drawn(12)[0]]
+    elsewhere = {
+        token for pair in probes.pairs if pair is not broken for token in (*pair.chosen_ids, *pair.rejected_ids)
+    }
+    # A token of its own: what it reads there is no number, in the policy alone.
+    spare = next(
+        token for token in range(3, policy.config.vocab_size) if token not in {*elsewhere, *broken.rejected_ids}
+    )
+    start = broken.chosen_start
+    own = replace(broken, chosen_ids=(*broken.chosen_ids[:start], spare, *broken.chosen_ids[start + 1 :]))
+    probes = replace(probes, pairs=tuple(own if pair is broken else pair for pair in probes.pairs))
+    with torch.no_grad():
+        policy.get_input_embeddings().weight[spare] = math.nan
+    config = AuditConfig.from_dict(
+        {
+            "patching": {"exact_pairs": exact_pairs}, "low_rank": {"enabled": False}, "localization": {"enabled": False},
+            "spinal": {"enabled": False}, "generations": {"enabled": False}, "statistics": {"bootstrap_resamples": 100},
+        }
+    )  # fmt: skip
+    record, _ = audited(policy, reference, probes, config)
+    last = record.patching.effect[-1]
+    assert math.isnan(last.mean) and last.reason is not None and "not finite" in last.reason
+    assert all(math.isnan(p) for p in record.patching.effect_p_adjusted)
