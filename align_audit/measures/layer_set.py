@@ -158,8 +158,8 @@ def layer_set(
     least, nothing = (least_means(alone, groups), least_means(added, groups)), (np.zeros(layers), np.zeros(layers))
     height, resampled = contributions(t, g, least), contributions(drawn_t, drawn_g, least)
     tail = widened_tail(together.count, confidence)
-    own, own_resampled = contributions(t, g, nothing), contributions(drawn_t, drawn_g, nothing)
-    contribution = _contribution_intervals(own, own_resampled, resampled, contributes, tail)
+    product, resampled_product = contributions(t, g, nothing), contributions(drawn_t, drawn_g, nothing)
+    contribution = _contribution_intervals(product, resampled_product, resampled, contributes, tail)
     chosen = standing_clear(height, contributes)
     if not chosen:
         return _none_clear(layers, _why_none(contributes), contribution)
@@ -182,17 +182,17 @@ def _why_none(contributes: Array) -> str:
 
 
 def _contribution_intervals(
-    own: Array, own_resampled: Array, resampled: Array, contributes: Array, tail: float
+    product: Array, resampled_product: Array, resampled: Array, contributes: Array, tail: float
 ) -> list[Interval]:
     """L of :attr:`LayerSet.contribution`: what a layer's own means give; where it does not contribute, at most what it is
     compared as."""
-    low, high = np.quantile(own_resampled, [tail, 1 - tail], axis=0)
+    low, high = np.quantile(resampled_product, [tail, 1 - tail], axis=0)
     could_be = np.quantile(resampled, 1 - tail, axis=0)
     return [
-        Interval(float(own[layer]), float(low[layer]), float(high[layer]))
+        Interval(float(product[layer]), float(low[layer]), float(high[layer]))
         if contributes[layer]
         else Interval(0.0, 0.0, float(could_be[layer]))
-        for layer in range(len(own))
+        for layer in range(len(product))
     ]
 
 

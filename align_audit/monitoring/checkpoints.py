@@ -29,6 +29,7 @@ from align_audit.monitoring.resumed_writers import start_writers
 from align_audit.monitoring.shared_reference import SharedReference
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
+from align_audit.record.audited_checkpoints import note_checkpoint
 from align_audit.record.checkpoint_names import as_called
 from align_audit.record.log import RunLog
 from align_audit.record.recorded import steps_planned
@@ -342,7 +343,7 @@ class CheckpointAuditor:
             named=self._path is not None,
             tell=functools.partial(self._tell_difference, folder),
         )
-        self._log.note_checkpoint(step, as_called(folder))
+        note_checkpoint(self._log.directory, step, as_called(folder))
         stored = _stored(
             step, hashes, sets, config, self._log, one_reference=not reference.shares_weights, rewritten=rewritten
         )

@@ -6,10 +6,14 @@ checkpoints lie beside its log.
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from align_audit.errors import first_line, plain
+from align_audit.files import append_whole
 from align_audit.record.lines import read_lines
 
 CHECKPOINTS = "checkpoints.jsonl"
@@ -23,6 +27,18 @@ class AuditedCheckpoint(BaseModel):
     step: int
     folder: str
     """Its absolute path."""
+
+
+def note_checkpoint(directory: Path, step: int, folder: Path) -> None:
+    """A saved checkpoint is audited into the log in ``directory``. What cannot be noted is said, and costs no audit."""
+    line, path = AuditedCheckpoint(step=step, folder=os.path.abspath(folder)), directory / CHECKPOINTS
+    noted = {each.step: each for each in read_lines(path, AuditedCheckpoint)}
+    if noted.get(step) == line:
+        return
+    try:
+        append_whole(path, (line.model_dump_json() + "\n").encode(errors="backslashreplace"))
+    except OSError as error:
+        warnings.warn(f"where a checkpoint lies could not be noted in {plain(path)}: {first_line(error)}", stacklevel=2)
 
 
 def audited_checkpoints(directory: Path) -> dict[int, str]:

@@ -38,7 +38,7 @@ from align_audit.errors import ConfigurationError, RecordError, counted, first_l
 from align_audit.files import append_whole, is_folder_here, remove_abandoned, try_to_write, write_atomically
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord, RecordKey
-from align_audit.record.audited_checkpoints import CHECKPOINTS, AuditedCheckpoint
+from align_audit.record.audited_checkpoints import CHECKPOINTS
 from align_audit.record.lines import read_lines, read_records, repair
 from align_audit.record.lock import FileLock, identity_of, is_held_elsewhere, lock
 from align_audit.record.pair_texts import PairTexts
@@ -209,13 +209,6 @@ class RunLog:
         again = tuple(filter(self._records.turns.is_left, of_these))
         if again:
             self._turn(Turn(time=_now(), step=step, again=again))
-
-    def note_checkpoint(self, step: int, folder: Path) -> None:
-        """A saved checkpoint is audited into this log, which lies wherever its user wanted it."""
-        line = AuditedCheckpoint(step=step, folder=os.path.abspath(folder))
-        noted = {each.step: each for each in read_lines(self.directory / CHECKPOINTS, AuditedCheckpoint)}
-        if noted.get(step) != line:
-            self._note(CHECKPOINTS, line, "where the checkpoint lies")
 
     def _turn(self, turn: Turn) -> None:
         self._records.turns.add(turn)

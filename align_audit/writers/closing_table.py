@@ -132,8 +132,8 @@ def closing(run: AuditRun, checkpoints: Mapping[int, str]) -> list[_Table | _Lin
         shown = thinned(rows, checkpoints)
         title = f"align_audit{on_probes(rows[-1].record)}: {counted(rows[-1].record.provenance.pairs, 'pair')}, {_steps(rows)}"
         said.append(_Table(title, tuple(shown), len(rows) - len(shown), of_set.status))
-        if others := _on_other_pairs(rows):
-            said.append(_Line(others))
+        if words := _on_other_pairs(rows):
+            said.append(_Line(words))
     if not said:
         return []
     said += [_Line(words) for words in (_trained_on(run), _broken(run), _unaffordable(run, checkpoints)) if words]
@@ -160,12 +160,12 @@ def _by_step(run: AuditRun) -> list[Standing]:
 def _on_other_pairs(rows: Sequence[Standing]) -> str:
     """Which audits were made on other pairs than the last, as of a run that went on with other options."""
     last = rows[-1].record.provenance
-    others = [row.record for row in rows if row.record.provenance.probe_hash != last.probe_hash]
-    if not others:
+    apart = [row.record for row in rows if row.record.provenance.probe_hash != last.probe_hash]
+    if not apart:
         return ""
-    pairs = sorted({record.provenance.pairs for record in others})
+    pairs = sorted({record.provenance.pairs for record in apart})
     counts = "" if pairs == [last.pairs] else f" ({listed(map(str, pairs))}, not {last.pairs})"
-    steps = f"{plural('step', len(others))} {span([record.step for record in others])}"
+    steps = f"{plural('step', len(apart))} {span([record.step for record in apart])}"
     return f"{steps}: audited on other pairs{counts} than the last, so that numbers differ by the pairs as well"
 
 
