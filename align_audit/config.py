@@ -25,7 +25,7 @@ from align_audit.options.rules import RULES, Rule, did_you_mean
 from align_audit.options.schedule import ScheduleConfig
 from align_audit.options.trackers import TrackerChoice
 from align_audit.options.webhook import WebhookConfig, quotation
-from align_audit.options.yaml_lines import Place, in_a_line, line_at, lines_of
+from align_audit.options.yaml_lines import Place, in_a_line, line_at, lines_of, loaded
 
 Positions = Literal["all", "prompt", "completion", "last_prompt_token"]
 Basis = Literal["activation", "shift"]
@@ -387,7 +387,7 @@ class AuditConfig(_Part):
         """Read a YAML file of options; those left out keep their defaults. What is wrong is said with its line."""
         try:
             text = Path(path).read_text(encoding="utf-8")
-            values = yaml.safe_load(text)
+            values = loaded(text)
         except Exception as error:  # PyYAML raises many kinds on what is no YAML, or YAML that is too deep
             raise ConfigurationError(
                 f"cannot read the audit configuration {plain(path)}: {in_a_line(error)}"

@@ -270,3 +270,30 @@ def test_a_rule_of_a_layer_that_the_model_lacks_is_refused_before_training(signa
         check(config)
     check(AuditConfig(alerts=added(signal="patching.layer_gain.3", above=0.5)))
     check(AuditConfig(alerts=added(signal="grad_norm", above=0.5)))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("alerts:\n  rules:\n    entropy: {entropy_ratio_high: 3}\n", r"alerts\.entropy_ratio_high \(line 3\)"),
+        ("alerts:\n  rules: {}\n  kl_warning: 2\n", r"alerts\.kl_warning \(line 3\)"),
+        (
+            "alerts:\n  kl_warning: 0.5\n  kl_error: 1\n  kl_warning: 0.6\n",
+            r"'kl_warning' stands a second time, after line 2; .*\(line 4",
+        ),
+        (
+            "budget: 0.1\nalerts: {}\nbudget: 0.2\n",
+            r"'budget' stands a second time, after line 1; expected it once \(line 3",
+        ),
+        ("alerts:\n  rules:\n    kl: off\n    kl: on\n", r"'kl' stands a second time, after line 3"),
+    ],
+)
+def test_what_is_wrong_is_said_with_the_line_it_stands_in(text: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=words):
+        from_yaml(tmp_path, text)
+
+
+def test_a_key_may_stand_in_two_mappings_and_an_anchor_be_used_twice(tmp_path: Path) -> None:
+    rules = "{a: {signal: grad_norm, above: 1}, b: {signal: loss, above: 1}}"
+    text = f"patching: &off {{enabled: false}}\nlow_rank: *off\nalerts:\n  rules: {rules}\n"
+    assert not from_yaml(tmp_path, text).low_rank.enabled
