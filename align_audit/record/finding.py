@@ -168,7 +168,8 @@ def _rank(record: AuditRecord, layers: Sequence[int]) -> str:
         return "rank not measured there"
     if record.controls.random_subspace.verdict == "failed":
         return "rank not claimed (random subspaces do as well)"
-    high = max(curve.rank_95 if math.isnan(curve.rank_95_high) else curve.rank_95_high for curve in curves)
+    highs = [curve.rank_95 if math.isnan(curve.rank_95_high) else curve.rank_95_high for curve in curves]
+    high = math.nan if any(map(math.isnan, highs)) else max(highs)  # of what is not known there is no largest
     where = "" if len(curves) == len(layers) else f" at {_layers(measured_at)}, the others not measured"
     if math.isfinite(high):
         return f"rank ≤ {high:.0f}{where}"

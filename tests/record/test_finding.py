@@ -166,6 +166,13 @@ def test_rank_is_claimed_only_where_it_was_shown(record: AuditRecord) -> None:
     assert "rank not shown to be ≤ 16" in find(changed(record, "low_rank", {"shift": {3: wide}})).words
     one = {"shift": {3: curve}}
     assert "rank ≤ 4 at layer 3, the others not measured;" in find(changed(record, "low_rank", one)).words
+    fitted = record.low_rank["shift"][3]
+    unknown = fitted.model_copy(update={
+        "rank_95": math.nan, "rank_95_low": math.nan, "rank_95_high": math.nan,
+        "effect_fraction": [Estimate.unknown("no rows")] * len(fitted.ranks),
+    })  # fmt: skip
+    for curves in ({3: fitted, 4: unknown}, {3: unknown, 4: fitted}):
+        assert "rank not known" in find(changed(record, "low_rank", {"shift": curves})).words, "whichever comes first"
     failed = Control(verdict="failed", reason="as well")
     assert (
         "rank not claimed (random subspaces do as well)"
