@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
-import numpy as np
-
 
 class Value(NamedTuple):
     """A number without an interval; NaN with a ``reason`` when it cannot be known."""
@@ -42,4 +40,5 @@ class Interval:
             >>> Interval(0.04, -0.05, 0.13).within(0.0, 1.0)
             Interval(mean=0.04, low=0.0, high=0.13, reason=None)
         """
-        return replace(self, low=float(np.clip(self.low, low, high)), high=float(np.clip(self.high, low, high)))
+        lower, upper = (end if math.isnan(end) else min(max(end, low), high) for end in (self.low, self.high))
+        return replace(self, low=lower, high=upper)

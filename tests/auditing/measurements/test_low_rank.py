@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,43 @@ def test_where_they_would_take_much_memory_they_are_gathered_apart(
         runs.append(audited(models[0], resolved, PAIRS, config((0, 2)))[0])
         assert len(passes) == (0 if room else 1)
     assert runs[0].low_rank == runs[1].low_rank
+
+
+@pytest.mark.parametrize("others", [(2,), ()], ids=["beside a rank", "alone"])
+def test_the_whole_width_is_no_subspace_that_could_beat_another(others: tuple[int, ...]) -> None:
+    """Random directions of the whole space do all there is to do: that is no failure of the fitted ones."""
+    reference = tiny_model("llama")
+    width = reference.config.hidden_size
+    options = {
+        "low_rank": {"ranks": (*others, width), "bases": ["shift"]}, "generations": {"enabled": False},
+        "spinal": {"enabled": False}, "localization": {"enabled": False}, "statistics": {"bootstrap_resamples": 100},
+    }  # fmt: skip
+    policy, probes = copy.deepcopy(reference), random_pairs(24)
+    for _ in range(5):
+        policy.zero_grad()
+        margin(policy, probes).backward()
+        with torch.no_grad():
+            for name, weight in policy.named_parameters():
+                if "layers.1." in name and weight.grad is not None:
+                    weight += 0.1 * weight.grad / weight.grad.norm()
+    policy.zero_grad()
+    record, _ = audited(policy, reference, probes, AuditConfig.from_dict(options))
+    control = record.controls.random_subspace
+    assert record.patching.peak_layer == 1
+    if others:
+        assert control.verdict in ("passed", "failed"), control.reason
+        assert "[2]" in control.reason and str(width) not in control.reason
+    else:
+        assert control.verdict == "not_run"
+        assert f"the one rank of [{width}] is the model's whole width" in control.reason
+
+
+def margin(model: Any, probes: Any) -> torch.Tensor:
+    """The mean margin of the pairs, nats."""
+    total = torch.zeros(())
+    for pair in probes.pairs:
+        for sign, ids, start in ((1, pair.chosen_ids, pair.chosen_start), (-1, pair.rejected_ids, pair.rejected_start)):
+            tokens = torch.tensor([ids], device=next(model.parameters()).device)
+            logp = model(tokens).logits.log_softmax(-1)[0, start - 1 : -1]
+            total = total + sign * logp.gather(-1, tokens[0, start:, None]).sum()
+    return total / len(probes.pairs)

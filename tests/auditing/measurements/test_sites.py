@@ -204,6 +204,23 @@ def test_a_window_of_one_layer_at_all_positions_is_the_block_transplant() -> Non
     assert np.array_equal(arrays["per_pair.sites.0.sufficiency"], arrays["per_pair.transplant"][:, 1:-1])
 
 
+def test_the_peak_is_in_the_direction_of_the_shift() -> None:
+    """As ``peak_layer`` is: of two models, whichever is the policy, and of equal ones there is none."""
+    one = build("llama")
+    other = perturbed(one)
+    peaks = set()
+    for policy, reference in ((one, other), (other, one)):
+        record, _ = audit(policy, reference, random_pairs(7), config({"site": "block"}))
+        (curve,) = record.sites
+        sign = np.sign(record.margins.shift.mean)
+        assert curve.peak == int(np.argmax([sign * effect.mean for effect in curve.sufficiency]))
+        peaks.add(sign)
+    assert peaks == {-1.0, 1.0}
+    record, _ = audit(one, build("llama"), random_pairs(7), config({"site": "block"}))
+    assert record.sites[0].peak is None
+    assert record.reasons["sites.0.peak"] == "every mean sufficiency of a unit is 0: no unit stands out"
+
+
 def test_lora_with_its_adapters_off() -> None:
     """Policy and reference are one module; a head's part holds the adapter inside its projection."""
     base = build("llama")
