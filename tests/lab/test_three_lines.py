@@ -60,6 +60,6 @@ def test_the_demos_ruined_run_is_reported_by_step_20(tmp_path: Path) -> None:
     assert events in (["opened"], ["opened", "worse"])
     assert errors[0].clean_step == 0
     assert errors[0].checkpoint is None
-    assert "no checkpoint from then or before was kept" in errors[0].suggestion
+    assert "The last clean audit was before training: start again from the model" in errors[0].suggestion
     assert "Learning rate 0.003 → 0.0006 or lower, or beta 0.02 → 0.04 or higher" in errors[0].suggestion
     assert pytest.approx(RUINED.learning_rate) == max(row.logs.get("learning_rate", 0.0) for row in run.training_log)
