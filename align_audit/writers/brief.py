@@ -229,8 +229,11 @@ def _back(alert: Alert, command: bool) -> str:
     if alert.cause == "" or alert.cause in NO_WAY_BACK:
         return ""
     if alert.clean_step is None:
-        return "no clean audit before it"
+        # What nothing was advised of is no fault of the training: an audit of saved checkpoints was given a wrong reference.
+        return "" if alert.cause == "reference" and alert.remedy is None else "no clean audit before it"
     clean = f"last clean audit: step {alert.clean_step}"
+    if alert.checkpoint is None and alert.clean_step == 0:
+        return f"{clean}, before training; start again from that model"
     if alert.checkpoint is None:
         return f"{clean}; no checkpoint from then or before was kept (save_steps, save_total_limit)"
     go = (alert.command if command else None) or alert.checkpoint

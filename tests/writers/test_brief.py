@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from align_audit.config import AlertConfig, AuditConfig
+from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord, Control
 from align_audit.record.estimate import Estimate
+from align_audit.writers.brief import what_to_do
 from align_audit.writers.standing import limit_of, standing_at, where_in_short, where_in_words
 from tests.helpers.alert_cases import about, health, judged, on_set, with_margins, with_part
 from tests.helpers.make_record import make_record
-from tests.helpers.screens import LOG, a_run, calm, quick_look, screen
+from tests.helpers.screens import LOG, a_run, calm, quick_look, ruined, screen
 
 RED_INK = "\x1b[1;31m"
 
@@ -47,6 +49,27 @@ def test_a_healthy_run_is_a_line_an_audit() -> None:
             for step in (5, 10, 20, 40)
         ),
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"clean_step": 0}, "last clean audit: step 0, before training; start again from that model"),
+        ({"clean_step": 0, "checkpoint": "checkpoint-0"}, "last clean audit: step 0; go back to checkpoint-0"),
+        ({"clean_step": 10}, "last clean audit: step 10; no checkpoint from then or before was kept"),
+        ({"clean_step": None}, "no clean audit before it"),
+        ({"clean_step": None, "cause": "reference"}, "no clean audit before it"),
+        ({"clean_step": None, "cause": "reference", "remedy": None}, "Mend it"),
+    ],
+)
+def test_what_to_do_names_what_there_is_to_go_back_to(changes: dict[str, Any], words: str) -> None:
+    told = Alert(
+        rule="r", cause="drift", level="error", step=20, since=20, value=1.0, message="M.", suggestion="Mend it"
+    )
+    told = told.model_copy(update={"remedy": "Mend it", **changes})
+    record = ruined(20).model_copy(update={"alerts": [told]})
+    standing = standing_at(record, [record])
+    assert what_to_do(standing, command=False).startswith(words)
 
 
 def test_a_ruined_run_is_five_lines_and_its_alert() -> None:
