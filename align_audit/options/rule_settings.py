@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from align_audit.errors import ConfigurationError, plain, quoted
 from align_audit.options.rules import CAUSES, LIMITS, RETIRED, RULES, Rule, did_you_mean, rule_named, rule_names
-from align_audit.options.signals import SIGNALS, is_signal
+from align_audit.options.signals import SIGNALS, TO_THE_NEXT_LAYER, is_signal, layer_of
 
 
 def _name_of(check: Callable[..., Any] | None) -> str | None:
@@ -222,21 +222,6 @@ def _validated(kind: type[_Setting], name: str, said: Mapping[Any, Any]) -> _Set
         raise wrong(problem["msg"], "rules", name, *problem["loc"]) from None
 
 
-_BY_LAYER = frozenset({"patching", "localization", "spinal"})
-"""Parts of a record whose first number in a path is a layer."""
-
-
-def layer_of(signal: str) -> int | None:
-    """The layer that a signal is of; None: of none, or of a place that is no layer.
-
-    Example:
-        >>> layer_of("patching.layer_gain.3"), layer_of("margins.kl"), layer_of("sites.0.sufficiency.3")
-        (3, None, None)
-    """
-    part, *path = signal.split(".")
-    return next((int(step) for step in path if step.isdecimal()), None) if part in _BY_LAYER else None
-
-
 def check_layers(rules: Mapping[str, RuleSetting], layers: int) -> None:
     """Refuse added rules of layers that a model does not have: they would never fire, and nobody would know.
 
@@ -245,9 +230,12 @@ def check_layers(rules: Mapping[str, RuleSetting], layers: int) -> None:
     """
     for name, rule in rules.items():
         signal = rule.signal if isinstance(rule, AddedRule) else None
-        layer = None if signal is None else layer_of(signal)
-        if layer is not None and layer >= layers:
+        place = None if signal is None else layer_of(signal)
+        if place is None:
+            continue
+        last = layers - 1 if place.sequence != TO_THE_NEXT_LAYER else layers - 2  # the last layer has none to go to
+        if place.layer > last:
             raise ConfigurationError(
-                f"alerts.rules.{plain(name)}: expected a signal of one of the model's layers, 0 to {layers - 1}; "
+                f"alerts.rules.{plain(name)}: expected a signal of one of the model's layers, 0 to {last}; "
                 f"found {quoted(signal)}"
             )

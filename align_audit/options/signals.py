@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import NamedTuple
 
 RECORD_SIGNALS: tuple[str, ...] = (
     *(
@@ -40,6 +41,9 @@ LAYER_SIGNALS: tuple[str, ...] = (
 )  # fmt: skip
 """Sequences over layers, of which a rule names one place: ``patching.layer_gain.3``."""
 
+TO_THE_NEXT_LAYER = "spinal.policy.transport"
+"""The one of them that the last layer has no place in."""
+
 LOG_SIGNALS: tuple[str, ...] = (
     "loss", "grad_norm", "learning_rate", "entropy", "mean_token_accuracy", "num_tokens", "rewards/chosen", "rewards/rejected",
     "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected", "logits/chosen", "logits/rejected",
@@ -48,7 +52,7 @@ LOG_SIGNALS: tuple[str, ...] = (
 
 SIGNALS: tuple[str, ...] = (*RECORD_SIGNALS, *LOG_SIGNALS, *(f"eval_{name}" for name in LOG_SIGNALS))
 
-_LAYER = re.compile(rf"({'|'.join(map(re.escape, LAYER_SIGNALS))})\.\d+")
+_LAYER = re.compile(rf"({'|'.join(map(re.escape, LAYER_SIGNALS))})\.(\d+)")
 _LOG = re.compile(rf"(eval_(\w+_)?)?({'|'.join(map(re.escape, LOG_SIGNALS))})")
 
 
@@ -60,3 +64,21 @@ def is_log_signal(signal: str) -> bool:
 def is_signal(signal: str) -> bool:
     """Is there such a number in a record, or such a column in the trainer's log?"""
     return signal in RECORD_SIGNALS or _LAYER.fullmatch(signal) is not None or is_log_signal(signal)
+
+
+class OfLayer(NamedTuple):
+    """A place in a sequence over layers."""
+
+    sequence: str
+    layer: int
+
+
+def layer_of(signal: str) -> OfLayer | None:
+    """The layer that a signal is of; None: it is of none.
+
+    Example:
+        >>> layer_of("patching.layer_gain.3"), layer_of("margins.kl")
+        (OfLayer(sequence='patching.layer_gain', layer=3), None)
+    """
+    match = _LAYER.fullmatch(signal)
+    return None if match is None else OfLayer(match[1], int(match[2]))

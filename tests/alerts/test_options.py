@@ -18,6 +18,7 @@ from align_audit.errors import ConfigurationError
 from align_audit.models.reference import resolve_reference
 from align_audit.options.rule_settings import RESERVED, AddedRule, RuleOptions
 from align_audit.options.rules import RULES, Limit
+from align_audit.options.signals import LAYER_SIGNALS
 from tests.helpers.alert_cases import about, alerts, health, healthy, judged, log_of, run, with_margins, with_part
 from tests.helpers.tiny import random_pairs, tiny_model
 
@@ -254,22 +255,25 @@ def test_witnesses_too_few_to_agree_are_as_alerts_switched_off() -> None:
         assert AlertConfig(rules=off | fewer, agreeing_families=2).enabled
 
 
-@pytest.mark.parametrize("signal", ["patching.layer_gain.4", "spinal.policy.contraction.99"])
-def test_a_rule_of_a_layer_that_the_model_lacks_is_refused_before_training(signal: str) -> None:
+@pytest.mark.parametrize("sequence", LAYER_SIGNALS)
+def test_a_rule_of_a_layer_that_the_model_lacks_is_refused_before_training(sequence: str) -> None:
     """It would never fire, and nobody would know."""
     reference = tiny_model("llama")  # of 4 layers
     policy = copy.deepcopy(reference)
-    config = AuditConfig(alerts=added(signal=signal, above=0.5))
+    last = 2 if sequence == "spinal.policy.transport" else 3
 
-    def check(config: AuditConfig) -> None:
-        check_audit(
-            policy, resolve_reference(policy, reference), [random_pairs(2)], config, autocast=contextlib.nullcontext
-        )
+    def check(signal: str) -> None:
+        config = AuditConfig(alerts=added(signal=signal, above=0.5))
+        resolved = resolve_reference(policy, reference)
+        check_audit(policy, resolved, [random_pairs(2)], config, autocast=contextlib.nullcontext)
 
-    with pytest.raises(ConfigurationError, match=r"mine: expected a signal of one of the model.s layers, 0 to 3"):
-        check(config)
-    check(AuditConfig(alerts=added(signal="patching.layer_gain.3", above=0.5)))
-    check(AuditConfig(alerts=added(signal="grad_norm", above=0.5)))
+    for layer in (last + 1, 99):
+        with pytest.raises(
+            ConfigurationError, match=f"mine: expected a signal of one of the model.s layers, 0 to {last};"
+        ):
+            check(f"{sequence}.{layer}")
+    check(f"{sequence}.{last}")
+    check("grad_norm")
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,9 @@ def test_of_runs_that_show_no_shift_at_their_end_nearly_all_are_told_of_and_of_t
     for kind, run in runs:
         step, learned = first_told(run), run.looks[-1].margins.shift.low > 0.0
         assert kind == "null" or learned or run.setup.data == "hh-harmless"
-        assert step is None or run.setup.steps / 2 <= step <= run.setup.steps * 0.8
+        # Of the runs that came later some showed a shift for a while.
+        late = 0.8 if run.setup.name in ("stories260k-hh-harmless-lora", "stories260k-stories-pairs-full") else 0.65
+        assert step is None or run.setup.steps / 2 <= step <= run.setup.steps * late
         told[learned].append(step)
     assert len(told[True]) >= 13
     assert not any(told[True])
