@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import reprlib
+import signal
+import traceback
 from collections.abc import Iterable
 
 
@@ -159,6 +161,17 @@ def without_secrets(words: str, limit: int = 400) -> str:
     for pattern, shown in _SECRETS:
         words = pattern.sub(shown, words)
     return plain(words, limit)
+
+
+def pass_exit_on(error: BaseException) -> None:
+    """Raise an exit that a program's own handler of a signal asks for, as one does that a cluster is about to stop: it is no
+    fault of what it interrupts. An exit that a library asks for is one."""
+    if not isinstance(error, SystemExit):
+        return
+    handlers = (signal.getsignal(number) for number in signal.valid_signals())
+    codes = {getattr(handler, "__code__", None) for handler in handlers} - {None}
+    if any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__)):
+        raise error
 
 
 def _start(text: str, limit: int | None) -> str:

@@ -6,10 +6,11 @@ import contextlib
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from align_audit.errors import AlignAuditError
+from align_audit.errors import AlignAuditError, pass_exit_on
 
 if TYPE_CHECKING:
     import torch
@@ -69,17 +70,20 @@ class Ranks:
     _group: Any = None
 
     @classmethod
-    def of_this_run(cls) -> Self:
+    def of_this_run(cls, timeout: timedelta | None = None) -> Self:
         """The processes that ``torch.distributed`` knows of; this one alone where it is not in use.
 
         Made by all of them together. They talk over a gloo group of their own: what they say are small Python values,
         for which no accelerator has to wait, and which never mix with training's messages.
+
+        Args:
+            timeout: how long they wait for each other: the training's own; None: torch's.
         """
         import torch.distributed as dist
 
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=timeout, backend="gloo"))
 
     def gather(self, value: _Value) -> list[_Value]:
         """What every process says, in the order of their ranks; the same list everywhere.
@@ -204,6 +208,7 @@ class Ranks:
         try:
             yield
         except (Exception, SystemExit) as error:
+            pass_exit_on(error)  # the others would be waited for, who may be ending too
             if not _is_told(error):
                 self._tell(error, Status.MEMORY if out_of_memory(error) else Status.ERROR)
             raise

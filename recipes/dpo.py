@@ -72,13 +72,14 @@ def load_pairs(arguments: ScriptArguments) -> DatasetDict:
 
 def audit_config(arguments: AuditArguments) -> AuditConfig:
     """The audit's configuration: the file, then what the command line says."""
-    values = AuditConfig.from_yaml(arguments.audit_config).to_dict() if arguments.audit_config else {}
+    # As objects: a dictionary of a configuration has no secrets, such as the URL of a webhook.
+    values = dict(AuditConfig.from_yaml(arguments.audit_config)) if arguments.audit_config else {}
     if arguments.audit_pairs is not None:
         values["max_pairs"] = arguments.audit_pairs
     if arguments.audit_every_n_steps is not None:
-        values.setdefault("schedule", {})["every_n_steps"] = arguments.audit_every_n_steps
+        values["schedule"] = {**dict(values.get("schedule", {})), "every_n_steps": arguments.audit_every_n_steps}
     if arguments.audit_action is not None:
-        values.setdefault("alerts", {})["action"] = arguments.audit_action
+        values["alerts"] = {**dict(values.get("alerts", {})), "action": arguments.audit_action}
     return AuditConfig.from_dict(values)
 
 

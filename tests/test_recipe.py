@@ -64,6 +64,26 @@ def test_it_trains_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     check(tmp_path, capsys.readouterr().out, "adapters off")
 
 
+def test_options_of_the_command_line_leave_those_of_the_file_whole(tmp_path: Path) -> None:
+    """Secrets too, which a configuration leaves out of what it writes of itself."""
+    secret = "https://hooks.slack.com/services/T0/B0/secret"
+    rules = {"norms": {"signal": "grad_norm", "above": 50}}
+    webhook = {"url": secret, "headers": {"Authorization": "Bearer abc"}}
+    file = tmp_path / "audit.yaml"
+    values = {"schedule": {"on_evaluate": True}, "alerts": {"webhook": webhook, "rules": rules, "kl_warning": 0.2}}
+    file.write_text(json.dumps(values), encoding="utf-8")
+    recipe = runpy.run_path(str(RECIPE), run_name="recipe")
+    arguments = recipe["AuditArguments"](
+        audit_config=str(file), audit_pairs=7, audit_action="stop", audit_every_n_steps=3
+    )
+    merged = recipe["audit_config"](arguments)
+    assert (merged.max_pairs, merged.schedule.on_evaluate, merged.schedule.every_n_steps) == (7, True, 3)
+    alerts = merged.alerts
+    assert (alerts.action, alerts.kl_warning, alerts.rules["norms"].above) == ("stop", 0.2, 50)
+    assert alerts.webhook.url.get_secret_value() == secret
+    assert alerts.webhook.headers["Authorization"].get_secret_value() == "Bearer abc"
+
+
 def test_a_wrong_file_is_refused_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = tmp_path / "pairs.txt"
     wrong.write_text("nothing", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -55,12 +56,20 @@ def advise(
 
 
 def clean_step(heads: Sequence[Head], since: int) -> int | None:
-    """The last step before ``since`` at which every audit was clean: no warning and no error was open. None: there is none."""
+    """The last step before ``since`` at which every audit was clean: it was judged, and no warning and no error was open. None:
+    there is none."""
+    return max((step for step, clean in _clean_by_step(heads, since).items() if clean), default=None)
+
+
+def _clean_by_step(heads: Sequence[Head], since: int) -> dict[int, bool]:
+    """Of each step before ``since``: was every audit clean?"""
     clean: dict[int, bool] = {}
     for head in heads:
         if head.step < since:
-            clean[head.step] = clean.get(head.step, True) and not any(map(is_serious, head.alerts))
-    return max((step for step, still in clean.items() if still), default=None)
+            # What no rule was asked about may be anything.
+            alone = head.judged and not any(map(is_serious, head.alerts))
+            clean[head.step] = clean.get(head.step, True) and alone
+    return clean
 
 
 def _begin_of(alert: Alert) -> int:
@@ -69,9 +78,17 @@ def _begin_of(alert: Alert) -> int:
     return since if alert.seen_since is None else min(since, alert.seen_since)
 
 
-def newest_checkpoint(checkpoints: Mapping[int, str], step: int) -> str | None:
-    """The newest of these folders that was saved at a step or before it; None: there is none."""
-    newest = max((at for at in checkpoints if at <= step), default=None)
+def newest_checkpoint(checkpoints: Mapping[int, str], heads: Sequence[Head], step: int) -> str | None:
+    """The newest of these folders that was saved at a step or before it, and not while anything was open: the last audit up to
+    it was clean, or there was none by then. None: there is none."""
+    clean = _clean_by_step(heads, step + 1)
+    audited = sorted(clean)
+
+    def is_clean(at: int) -> bool:
+        audits = bisect_right(audited, at)
+        return audits == 0 or clean[audited[audits - 1]]
+
+    newest = max((at for at in checkpoints if at <= step and is_clean(at)), default=None)
     return None if newest is None else checkpoints[newest]
 
 
@@ -84,7 +101,7 @@ def _advised(
     beta: float | None,
 ) -> Alert:
     clean = None if cause_of(alert) in NO_WAY_BACK else clean_step(heads, _begin_of(alert))
-    checkpoint = None if clean is None else newest_checkpoint(checkpoints, clean)
+    checkpoint = None if clean is None else newest_checkpoint(checkpoints, heads, clean)
     command = None
     if checkpoint is not None:
         path = checkpoint if output_dir is None else f"{output_dir}/{checkpoint}"
@@ -110,10 +127,10 @@ def _back(alert: Alert, heads: Sequence[Head], clean: int | None, checkpoints: M
         return NO_WAY_BACK[cause_of(alert)]
     is_error = alert.level == "error"
     if clean is None:
-        any_came = any(head.step < _begin_of(alert) for head in heads)
+        any_came = any(head.step < _begin_of(alert) and head.judged for head in heads)
         why = "No audit before it was clean" if any_came else "No audit came before it that could be clean"
         return f"{why}: start again" if is_error else f"{why}: should it become an error, start again"
-    checkpoint = newest_checkpoint(checkpoints, clean)
+    checkpoint = newest_checkpoint(checkpoints, heads, clean)
     if checkpoint is not None:
         if is_error:
             return f"The last clean audit was at step {clean}: go back to {checkpoint}"
@@ -125,7 +142,11 @@ def _back(alert: Alert, heads: Sequence[Head], clean: int | None, checkpoints: M
             else "Should it become an error, start again from the model that training started from, as only that was clean"
         )
     none_kept = f"the last clean audit was at step {clean}, and no checkpoint from then or before was kept"
-    none_kept += f"; the oldest that exists is of step {min(checkpoints)}" if checkpoints else ""
+    if checkpoints:
+        oldest = min(checkpoints)
+        none_kept += (
+            f"; the oldest that exists is of step {oldest}" if oldest > clean else " but such as were not clean"
+        )
     more = "save more often (save_steps, save_total_limit)"
     if is_error:
         return f"T{none_kept[1:]}: start again, and {more}"

@@ -12,6 +12,7 @@ from align_audit.errors import counted
 from align_audit.options.rules import BY_NAME
 from align_audit.record.audit_record import Margins
 from align_audit.record.estimate import Estimate
+from align_audit.record.numbers import decimals
 
 SLOW_DOWN = (
     "Lower the learning rate (a factor of 3 to 10), raise beta, or add an SFT term on the chosen completions "
@@ -71,7 +72,7 @@ def kl_out_of_bounds(history: History) -> Sign | None:
     kept = history.record.margins.keeps_chosen(history.config.kl_chosen_drop)
     witness = limit.level == "warning" and kept and "kl_warning" not in history.eased
     message = (
-        f"KL(policy ‖ reference) is {kl.mean:.2f} nats per token, above {at:g}. Preference training that works moves far "
+        f"KL(policy ‖ reference) is {decimals(kl.mean)} nats per token, above {at:g}. Preference training that works moves far "
         "less; this much means the policy is becoming another model."
     )
     rule, pairs = BY_NAME["kl_out_of_bounds"], few(history, kl)

@@ -44,6 +44,11 @@ class TrainerLog:
         row = self._last_row(column)
         return None if row is None else row.logs[column]
 
+    def beside(self, column: str, wanted: str) -> float | None:
+        """The value of another column in the row in which this one was logged last."""
+        row = self._last_row(column)
+        return None if row is None else row.logs.get(wanted)
+
     def last(self, column: str, count: int) -> list[float]:
         """The values logged last, oldest first; fewer where there are not so many."""
         return [row.logs[column] for row in self.rows[-_END:] if column in row.logs][-count:]

@@ -12,7 +12,7 @@ from statistics import median
 
 from align_audit.alerts.curves import TrainerLog
 from align_audit.config import AlertConfig
-from align_audit.options.rules import LIMITS, Level, Limit, Rule, Source, Weight
+from align_audit.options.rules import LIMITS, RULE_OF, Level, Limit, Rule, Source, Weight
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.estimate import Estimate
 from align_audit.record.numbers import by_path
@@ -84,7 +84,12 @@ class History(View):
         reference = self.record.provenance.reference_hash
         return chosen(
             self.earlier,
-            lambda head: head.step > 0 and head.reference_hash == reference and not any(map(is_serious, head.alerts)),
+            lambda head: (
+                head.step > 0
+                and head.judged
+                and head.reference_hash == reference
+                and not any(map(is_serious, head.alerts))
+            ),
         )
 
     def baseline(self, value: Callable[[AuditRecord], float], source: Source = "margins") -> float | None:
@@ -223,9 +228,14 @@ def most(value: Estimate) -> float:
 
 
 def beyond(view: View, value: float, *options: str) -> Limit | None:
-    """The limit of the highest level among these options that a value lies beyond; None where it is beyond none, or NaN."""
+    """The limit of the highest level among these options that a value lies beyond; None where it is beyond none, or NaN.
+
+    A rule that may give a warning at most has no limit of an error.
+    """
     for option in sorted(options, key=lambda option: LIMITS[option].level != "error"):
         limit, at = LIMITS[option], view.limit(option)
+        if limit.level == "error" and not view.config.may_be_error(RULE_OF[option]):
+            continue
         if value > at if limit.direction == "above" else value < at:
             return limit
     return None

@@ -7,6 +7,8 @@ import math
 from align_audit.alerts.behaviour import few
 from align_audit.alerts.history import History, Sign, beyond, level_of
 from align_audit.options.rules import BY_NAME
+from align_audit.record.numbers import decimals
+from align_audit.record.stored_records import heads_of
 
 _INSIDE = 0.25
 """Share of a shift's interval that lies below 0 at least where 0 is not merely its end: learning is slow there, no more."""
@@ -22,8 +24,8 @@ def margin_reversed(history: History) -> Sign | None:
     shift, rule = history.record.margins.shift, BY_NAME["margin_reversed"]
     if shift.high < 0:
         message = (
-            f"The margin shift on the probe pairs is {shift.mean:.2f} nats, with its whole interval below 0: training teaches "
-            "the policy to prefer what was rejected."
+            f"The margin shift on the probe pairs is {decimals(shift.mean)} nats, with its whole interval below 0: training "
+            "teaches the policy to prefer what was rejected."
         )
         return Sign(rule, "error", shift.mean, message, _LABELS, limit=0.0)
     gains = [head for head in history.heads if head.shift.low > 0]
@@ -34,7 +36,8 @@ def margin_reversed(history: History) -> Sign | None:
     if not (shift.mean < at and shift.high < best.shift.low):
         return None
     message = (
-        f"The margin shift on the probe pairs is {shift.mean:.2f} nats, down from {best.shift.mean:.2f} at step {best.step}: "
+        f"The margin shift on the probe pairs is {decimals(shift.mean)} nats, down from {decimals(best.shift.mean)} at step "
+        f"{best.step}: "
         "what is being learned now works against what was."
     )
     return Sign(rule, "warning", shift.mean, message, _LABELS, limit=at, baseline=best.shift.mean)
@@ -60,7 +63,7 @@ def accuracy_falling(history: History) -> Sign | None:
         level_of(limit),
         accuracy.mean,
         message,
-        f"Prefer the checkpoint at step {best.step}; stop earlier, or look at what the latest training pairs teach",
+        f"Stop earlier (accuracy was best at step {best.step}), or look at what the latest training pairs teach",
         baseline=best.accuracy.mean,
         limit=best.accuracy.mean - history.limit(limit.option),
     )
@@ -69,6 +72,8 @@ def accuracy_falling(history: History) -> Sign | None:
 def never_started(history: History) -> Sign | None:
     """After a share of the run the policy is still its reference."""
     record, rule = history.record, BY_NAME["never_started"]
+    if record.reference_check.last_sync_step is not None and _has_trained(history):
+        return None  # what is compared is the policy with itself of a few steps ago
     suggestion = (
         "Check that something trains: requires_grad of the adapter, the learning rate after warm-up, and that policy and "
         "reference are not one object"
@@ -88,6 +93,12 @@ def never_started(history: History) -> Sign | None:
         f"and the margin shift of {shift.mean:.2g} nats is none."
     )
     return Sign(rule, "warning", kl.mean, message, suggestion, limit=at, few=few(history, shift))
+
+
+def _has_trained(history: History) -> bool:
+    """Are the policy's weights others than at an audit before?"""
+    now = history.record.provenance.policy_hash
+    return any(head.policy_hash != now for head in heads_of(history.earlier))
 
 
 def nothing_learned(history: History) -> Sign | None:

@@ -30,7 +30,8 @@ def _steps(view: View) -> int:
 
 
 def log_not_finite(view: View) -> Sign | None:
-    """The loss, or three gradient norms in a row, are NaN or infinite; or the loss is exactly 0 with a gradient of 0 or NaN.
+    """The loss, or three gradient norms in a row, are NaN or infinite; or the loss is exactly 0 with a gradient
+    of NaN, or of 0 where no margin was learned.
 
     transformers' ``logging_nan_inf_filter`` writes a NaN loss as the mean of the others, 0 where there are none: the gradient
     norm tells.
@@ -46,7 +47,10 @@ def log_not_finite(view: View) -> Sign | None:
     if len(norms) == _OVERFLOWS and not any(map(math.isfinite, norms)):
         message = f"In the trainer's log the last {_OVERFLOWS} gradient norms are {', '.join(map(str, norms))}."
         return Sign(rule, "error", norms[-1], message, suggestion)
-    if loss == 0.0 and norm is not None and (norm == 0.0 or math.isnan(norm)):
+    # A loss that is used up is 0 too (hinge: exactly), with a margin that says so. One that was filtered has no such margin.
+    margin = view.log.beside("loss", "rewards/margins")
+    used_up = margin is not None and math.isfinite(margin) and margin > 0
+    if loss == 0.0 and norm is not None and ((norm == 0.0 and not used_up) or math.isnan(norm)):
         message = (
             f"The trainer's log has a loss of exactly 0 and a gradient norm of {norm}: nothing is computed any more."
         )

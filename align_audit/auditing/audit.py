@@ -27,6 +27,7 @@ from align_audit.models.reference import load_policy, refuse_itself, resolve_ref
 from align_audit.models.saved_pair import check_saved
 from align_audit.probes.names import check_names
 from align_audit.record.audit_record import AuditRecord
+from align_audit.record.checkpoint_names import step_to_record
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +37,18 @@ Model = nn.Module | str | Path
 
 # fmt: off
 @overload
-def audit(policy: Model, reference: Model | None, probes: Probes, config: AuditConfig | None = ..., step: int = ..., *,
-          anatomy: Anatomy | None = ...) -> AuditRecord: ...
+def audit(policy: Model, reference: Model | None, probes: Probes, config: AuditConfig | None = ...,
+          step: int | None = ..., *, anatomy: Anatomy | None = ...) -> AuditRecord: ...
 @overload
 def audit(policy: Model, reference: Model | None, probes: Mapping[str, Probes], config: AuditConfig | None = ...,
-          step: int = ..., *, anatomy: Anatomy | None = ...) -> dict[str, AuditRecord]: ...
+          step: int | None = ..., *, anatomy: Anatomy | None = ...) -> dict[str, AuditRecord]: ...
 # fmt: on
 def audit(
     policy: Model,
     reference: Model | None,
     probes: Probes | Mapping[str, Probes],
     config: AuditConfig | None = None,
-    step: int = 0,
+    step: int | None = None,
     *,
     anatomy: Anatomy | None = None,
 ) -> AuditRecord | dict[str, AuditRecord]:
@@ -60,7 +61,7 @@ def audit(
             data set folder), for which the tokenizer is that of the policy's folder; or several of either by name, all
             audited with the models opened once.
         config: what to measure; defaults to all of it.
-        step: the training step the record names.
+        step: the training step the record names; None: N of a policy's path ``checkpoint-N``, else 0.
         anatomy: where the decoder layers are, for a model in which they cannot be found.
 
     Returns:
@@ -84,6 +85,7 @@ def audit(
         check_names(given)
     sets = opened(given, policy, reference, config)
     folder = None if isinstance(policy, nn.Module) else Path(policy)
+    step = step_to_record(step, folder)
     if not isinstance(policy, nn.Module):
         if not isinstance(reference, nn.Module):
             check_saved(policy, reference)

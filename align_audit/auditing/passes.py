@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -108,10 +109,11 @@ def _walk(
     )
     same_as = recording if unpatched.strays is None else None
     walked = session.effects(active, recorded.batch, recording, streams, unpatched.margins, same_as=same_as)
-    for key, effect in walked:
-        assert isinstance(key, tuple)
-        measurement, within = key
-        measurement.store(within, recorded, effect)
+    with contextlib.closing(walked):  # now, and not when somebody collects it: it has switched adapters
+        for key, effect in walked:
+            assert isinstance(key, tuple)
+            measurement, within = key
+            measurement.store(within, recorded, effect)
 
 
 def second_pass(session: Session, behaviour: Behaviour, looks: Sequence[SecondLook], tick: Callable[[], None]) -> None:
@@ -148,10 +150,11 @@ def second_pass(session: Session, behaviour: Behaviour, looks: Sequence[SecondLo
                 for stream in look.streams(batch, policy, reference):
                     yield Stream((number, stream.key), stream.start, stream.make)
 
-        for key, effect in session.effects(session.as_reference, batch, reference, streams(), margins):
-            assert isinstance(key, tuple)
-            number, within = key
-            looks[number].store(within, places, effect.numpy())
+        with contextlib.closing(session.effects(session.as_reference, batch, reference, streams(), margins)) as walked:
+            for key, effect in walked:
+                assert isinstance(key, tuple)
+                number, within = key
+                looks[number].store(within, places, effect.numpy())
 
     session.each_batch(update, tick=tick)
     session.bring_together(*(look.merge for look in looks))

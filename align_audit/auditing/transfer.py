@@ -40,6 +40,7 @@ from align_audit.models.reference import Reference, fingerprints, load_policy, r
 from align_audit.models.saved_pair import check_saved
 from align_audit.probes.names import check_names
 from align_audit.record.audit_record import Cost
+from align_audit.record.checkpoint_names import step_to_record
 from align_audit.record.transfer_record import RandomSubspaces, SubspaceAngles, TransferCell, TransferRecord
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def transfer(
     reference: nn.Module | str | Path | None,
     probes: Mapping[str, Probes],
     config: AuditConfig | None = None,
-    step: int = 0,
+    step: int | None = None,
     *,
     anatomy: Anatomy | None = None,
 ) -> TransferRecord:
@@ -74,7 +75,7 @@ def transfer(
         config: its ``low_rank`` says bases, ranks, layers and random draws (``layers="auto"``: what each set would choose
             by itself, together), ``patching`` the positions, ``statistics`` the intervals. What else it switches on or off
             is not looked at.
-        step: the training step the record names.
+        step: as :func:`align_audit.audit`.
         anatomy: where the decoder layers are, for a model in which they cannot be found.
 
     Returns:
@@ -97,6 +98,7 @@ def transfer(
     sets = opened(probes, policy, reference, config)
     _check_sets(sets)
     folder = None if isinstance(policy, nn.Module) else Path(policy)
+    step = step_to_record(step, folder)
     if not isinstance(policy, nn.Module):
         if not isinstance(reference, nn.Module):
             check_saved(policy, reference)

@@ -46,14 +46,13 @@ from align_audit.cli.options import (
     read_arguments,
     refuse,
     settings,
-    step_of,
 )
 from align_audit.cli.reading import card, compare
 from align_audit.cli.report import report
 from align_audit.cli.watch import watch
 from align_audit.errors import SHOWN, AlignAuditError, ConfigurationError, counted, first_line, listed, named, plain
 from align_audit.models.pickles import refuse_pickles
-from align_audit.record.checkpoint_names import LAST_STEP, as_called
+from align_audit.record.checkpoint_names import LAST_STEP, as_called, step_of
 
 if TYPE_CHECKING:
     from align_audit.cli.gates import Demands
@@ -311,7 +310,7 @@ def _conclude(audits: SavedAudits, checkpoints: int, output: Path, seconds: floa
     from align_audit.writers.plots.gallery import save_all
 
     pictures = _drawn(lambda: save_all(audits.records, output / "pictures"))
-    count = counted(len(audits.records), "audit")
+    count = counted(audits.made, "audit")
     typer.echo(f"{count} in {seconds:.0f} s; the log is {output / 'align_audit' / 'records.jsonl'}")
     if audits.in_log:
         verb, them = ("is", "it") if len(audits.in_log) == 1 else ("are", "them")

@@ -16,7 +16,7 @@ from align_audit.errors import SHOWN, ConfigurationError, first_line, listed, pl
 from align_audit.files import try_to_write
 from align_audit.models.folders import can_be_hub_name, holds_model, is_folder, lack_of_model, models_in, near_path
 from align_audit.probes.names import check_names
-from align_audit.record.checkpoint_names import as_called, checkpoint_step
+from align_audit.record.checkpoint_names import checkpoint_step, step_of
 
 if TYPE_CHECKING:
     from align_audit.cli.gates import Demands
@@ -259,11 +259,6 @@ def _numbered(path: Path) -> list[Path]:
     # By what they are called here: one that is a link to a store has another name there.
     numbered = [folder for folder in path.glob("checkpoint-*") if checkpoint_step(folder.name) is not None]
     return sorted(numbered, key=lambda folder: (step_of(folder), folder.name))
-
-
-def step_of(folder: Path) -> int:
-    """N of ``checkpoint-N``, else 0: as the folder is called, or else what a link or ``.`` leads to."""
-    return checkpoint_step(as_called(folder).name) or 0
 
 
 def settings(

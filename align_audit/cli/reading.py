@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from align_audit.cli.console import standard_output
-from align_audit.cli.options import check_page, complain, step_of
+from align_audit.cli.options import check_page, complain
 from align_audit.errors import ConfigurationError, RecordError, first_line, listed, plain
 from align_audit.files import write_atomically
 from align_audit.models.folders import near_path
+from align_audit.record.checkpoint_names import step_of
 
 if TYPE_CHECKING:
     from align_audit.record.run import AuditRun

@@ -16,7 +16,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import TrainingArguments
 
 from align_audit.config import AuditConfig
-from align_audit.errors import AlignAuditError, ConfigurationError
+from align_audit.errors import AlignAuditError, ConfigurationError, pass_exit_on
 from align_audit.models.anatomy import Anatomy
 from align_audit.monitoring.outcome import BREAKS, Outcome
 from align_audit.monitoring.probe_sets import TrainingProbes
@@ -137,7 +137,7 @@ class AlignmentAuditCallback(TrainerCallback):
         """Refuse what cannot work, open the log, and audit the start."""
         self._pending, self._next_look, self._training = None, None, False
         self._wishes, self._log_meetings = Wishes(args.save_strategy == SaveStrategy.BEST), LogMeetings()
-        self._ranks = Ranks.of_this_run()
+        self._ranks = Ranks.of_this_run(args.ddp_timeout_delta)
         error: BaseException | None = None
         try:
             refuse_other_options(self._ranks, self.config)
@@ -159,14 +159,15 @@ class AlignmentAuditCallback(TrainerCallback):
     @contextlib.contextmanager
     def _unbroken(self, step: int) -> Iterator[None]:
         """Nothing leaves this but with ``strict``: what goes wrong inside is recorded as a failed audit is."""
-        assert self._run is not None
+        assert (run := self._run) is not None
         try:
             yield
         except BREAKS as error:
+            pass_exit_on(error)
             if self.config.strict:
                 self._end()
                 raise
-            self._run.monitor.failures.fail(step, error)
+            run.monitor.failures.fail(step, error)
         except Agreed as agreed:  # that process says what it was
             if self.config.strict:
                 self._end()
@@ -258,9 +259,9 @@ class AlignmentAuditCallback(TrainerCallback):
 
     def _end(self) -> None:
         """Let go of what a training holds: its writers, its log and its word with the other processes."""
-        self._training = False
-        if self._run is not None:
-            self._run.monitor.close()
+        run, self._run, self._training = self._run, None, False  # a callback that lives on holds no model
+        if run is not None:
+            run.monitor.close()
 
     def _at(self, event: Event, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         """Do what the schedule decides at an event."""

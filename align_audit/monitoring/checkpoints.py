@@ -43,17 +43,19 @@ from align_audit.writers.writer import Surroundings
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class SavedAudits:
     """What came of a folder of checkpoints.
 
     Attributes:
         records: in the order of the checkpoints and, for each, of the probe sets.
+        made: audits that were added to the log; of a checkpoint that broke on its second probe set, the first.
         in_log: checkpoints that an earlier start had audited.
         broken: why a checkpoint could not be audited, by its folder.
     """
 
     records: list[AuditRecord] = field(default_factory=list)
+    made: int = 0
     in_log: list[Path] = field(default_factory=list)
     broken: dict[Path, BaseException] = field(default_factory=dict)
 
@@ -134,7 +136,7 @@ def _audit_each(
     on_turn: Callable[[Turn], object] | None,
 ) -> SavedAudits:
     """Audit one after the other; of several, one that breaks is passed over."""
-    audits = SavedAudits()
+    audits, held = SavedAudits(), len(log.records)
     for folder, step in _in_turn(checkpoints, log, on_turn):
         stored = len(log.records)
         try:
@@ -150,6 +152,7 @@ def _audit_each(
         else:
             if len(log.records) == stored:
                 audits.in_log.append(folder)
+    audits.made = len(log.records) - held
     return audits
 
 

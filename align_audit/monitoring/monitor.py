@@ -16,11 +16,11 @@ from align_audit.alerts.detectors import judge
 from align_audit.auditing.audit import run_audit
 from align_audit.auditing.costs.foresight import full_per_look
 from align_audit.auditing.previous import PreviousAudit, left_by
-from align_audit.auditing.request import AuditRequest
+from align_audit.auditing.request import AuditRequest, AuditResult
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.config import AuditConfig
-from align_audit.errors import AlignAuditError, named, plain
+from align_audit.errors import AlignAuditError, named, pass_exit_on, plain
 from align_audit.monitoring.failures import Failures
 from align_audit.monitoring.outcome import BREAKS, Findings, Moment, Outcome
 from align_audit.monitoring.pace import Pace
@@ -118,7 +118,7 @@ class Monitor:
         Raises:
             AlignAuditError: an audit broke on another process, with ``strict``; on this one its own error is raised.
         """
-        findings = Findings()
+        findings = Findings(strict=self.strict)
         next_look = self._audit_due(models, moment, findings)
         # The one place where processes wait for each other: whatever happened before, each of them comes here. What
         # follows is made of what all of them said, so that they save together and stop together.
@@ -214,7 +214,9 @@ class Monitor:
             self._per_look[first] = None
             try:
                 self._per_look[first] = full_per_look(models, self.probe_sets.values(), self.config, first=first)
-            except BREAKS:  # a look is not lost, nor are other processes left waiting, for what it only helps to plan
+            except BREAKS as error:
+                # A look is not lost, nor are other processes left waiting, for what it only helps to plan.
+                pass_exit_on(error)
                 logger.warning(
                     "what a full audit costs could not be counted; it is judged by its layers", exc_info=True
                 )
@@ -261,13 +263,13 @@ class Monitor:
         findings.records[name] = record
         # Acted on whatever follows: neither a full disk nor a closed terminal makes them untrue.
         findings.alerts += record.alerts
-        self.log.save_arrays(record.step, arrays_name(name), result.arrays)
-        _keep_texts(self.log, record, result.texts, self.failures)
-        news = self.log.append(record)
+        news, refused = _stored(self.log, record, result, self.failures)
         self.trainer_log.sync()
         # Writers come after the log: what breaks in one of them costs no record. What the log holds already is no news.
         if news:
             self.tell(record)
+        if refused is not None:
+            raise refused
 
     def _judged(self, record: AuditRecord, moment: Moment) -> list[Alert]:
         """What is open at an audit, and what to do about it."""
@@ -290,6 +292,25 @@ class Monitor:
         )
 
 
+def _stored(log: RunLog, record: AuditRecord, result: AuditResult, failures: Failures) -> tuple[bool, OSError | None]:
+    """Write an audit to its log, what is large first: whether it is news, and what the disk has refused of it.
+
+    A full disk takes neither the record from those who are told of it (a webhook, a tracker, a function of the user's), nor a
+    line of it from the log that there may be room for.
+    """
+    news, refused = True, None
+    try:
+        log.save_arrays(record.step, arrays_name(record.provenance.probe_name), result.arrays)
+    except OSError as error:
+        refused = error
+    _keep_texts(log, record, result.texts, failures)
+    try:
+        news = log.append(record)
+    except OSError as error:
+        refused = error
+    return news, refused
+
+
 def _keep_texts(log: RunLog, record: AuditRecord, texts: Callable[[], PairTexts] | None, failures: Failures) -> None:
     """Keep what changed in text. An audit without it is still one: what breaks is said once, and nothing else."""
     if texts is None:
@@ -297,6 +318,7 @@ def _keep_texts(log: RunLog, record: AuditRecord, texts: Callable[[], PairTexts]
     try:
         log.save_texts(record, texts())
     except BREAKS as error:
+        pass_exit_on(error)
         kind = f"texts: {type(error).__name__}"
         if failures.is_first(kind):
             logger.warning(

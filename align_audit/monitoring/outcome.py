@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from align_audit.auditing.origin import Origin
 from align_audit.config import AlertConfig
-from align_audit.errors import named
+from align_audit.errors import named, pass_exit_on
 from align_audit.monitoring.schedule import Training
 from align_audit.ranks import Agreed
 from align_audit.record.alert import Alert
@@ -19,7 +19,8 @@ from align_audit.record.audit_record import AuditKind, AuditRecord
 
 BREAKS = (Exception, SystemExit)
 """What must not leave an audit: a library that asks the process to end (rich does, when nobody reads its output any more)
-ends an audit and no training. A keyboard interrupt is the user's, and passes."""
+ends an audit and no training. A keyboard interrupt is the user's, and passes, and so does what a handler of theirs asks for
+(:func:`~align_audit.errors.pass_exit_on`)."""
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,9 @@ class Findings:
     records: dict[str | None, AuditRecord] = field(default_factory=dict)
     alerts: list[Alert] = field(default_factory=list)
     failures: list[AuditFailure] = field(default_factory=list)
+    strict: bool = False
     error: BaseException | None = None
-    """The first."""
+    """The first, where it is to be raised (``strict``); else none, as it would hold the models and all that was measured."""
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
@@ -147,8 +149,12 @@ class Findings:
     def fail(self, error: BaseException, probe_name: str | None = None) -> None:
         if isinstance(error, Agreed):
             return  # that process says what it was
-        self.error = self.error or error
+        pass_exit_on(error)
         failure = AuditFailure.of(error, probe_name)
+        if self.strict:
+            self.error = self.error or error
+        else:
+            without_frames(error)
         # A look that breaks as the full audit before it did is no second failure.
         if (failure.kind, probe_name) not in ((each.kind, each.probe_name) for each in self.failures):
             self.failures.append(failure)

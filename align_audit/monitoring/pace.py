@@ -41,8 +41,8 @@ class Pace:
         self._spent = Spent()
         self._moment: float | None = None
         """When the audits began that are being made; None: none are."""
-        self._counted = 0.0
-        """Seconds of the audits of this moment that are in ``_spent`` already."""
+        self._counted: dict[AuditKind, float] = {}
+        """Seconds of the audits of this moment that are in ``_spent`` already, by the kind of each."""
         self._heard = 0.0
         """Seconds without audits up to the trainer's last event."""
         self._aside = 0.0
@@ -84,7 +84,7 @@ class Pace:
         """Seconds since training began, up to the audits that are being made, where some are, and without any."""
         if self._moment is None:
             return max(0.0, self._clock() - self._began - self._spent.audits)
-        return max(0.0, self._moment - self._began - (self._spent.audits - self._counted))
+        return max(0.0, self._moment - self._began - (self._spent.audits - sum(self._counted.values())))
 
     @property
     def guesses(self) -> bool:
@@ -125,8 +125,8 @@ class Pace:
         """What the record of an audit that was just made says of it. The next look is planned as far as it can be told by
         then: once the moment's time is booked (:meth:`timed`), whoever audits plans it again."""
         self.see(training.step)
-        self._counted += record.cost.seconds
-        self._spend(record.kind, record.cost.seconds, self._counted, record.provenance.num_layers)
+        self._counted[record.kind] = self._counted.get(record.kind, 0.0) + record.cost.seconds
+        self._spend(record.kind, record.cost.seconds, self._counted[record.kind], record.provenance.num_layers)
         spent = self.spent(training)
         pairs = None if self._pairs_per_step is None else spent.steps * self._pairs_per_step
         stepping = max(0.0, spent.training - self._aside)
@@ -159,12 +159,13 @@ class Pace:
     def timed(self, kind: AuditKind) -> Iterator[None]:
         """Around all that is done at one moment, on all probe sets: also what their records cannot know, as writing them."""
         began = self._moment = self._clock()
-        self._counted = 0.0
+        self._counted = {}
         try:
             yield
         finally:
             elapsed, self._moment = self._clock() - began, None
-            self._spend(kind, elapsed - self._counted, elapsed if self._counted else None)
+            # A full audit that broke, and the look in its place, say nothing of what a full one takes.
+            self._spend(kind, elapsed - sum(self._counted.values()), elapsed if set(self._counted) == {kind} else None)
 
     def _spend(self, kind: AuditKind, more: float, in_all: float | None, layers: int | None = None) -> None:
         looks = self._spent.looks + (more if kind == "health" else 0.0)

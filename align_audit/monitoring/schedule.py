@@ -148,7 +148,10 @@ def _asked(event: Event, training: Training, schedule: ScheduleConfig, next_look
     if event is Event.TRAIN_END:
         return last if schedule.on_last_step and not training.best_loaded else None
     if event is Event.EVALUATE:
-        return Due("full", "the trainer evaluated") if schedule.on_evaluate else None
+        if schedule.on_evaluate:
+            return Due("full", "the trainer evaluated")
+        # Early stopping stops here, after the epoch's end, and the best checkpoint may be loaded before the training's.
+        return last if schedule.on_last_step and training.stopping and training.step < training.max_steps else None
     if event is Event.SAVE:
         return Due("full", "a checkpoint was saved", budgeted=True, optional=True) if schedule.on_save else None
     if event is Event.EPOCH_END:
@@ -266,8 +269,10 @@ def affords_escalation(spent: Spent, training: Training, schedule: ScheduleConfi
     """Whether a warning is worth a full audit now: one that is short (``escalate_seconds``), or for which the budget of the
     whole run has room."""
     cost = spent.expected_full
-    if budget is None or cost is None or not spent.steps or cost <= schedule.escalate_seconds:
+    if budget is None or cost is None or cost <= schedule.escalate_seconds:
         return True
+    if not spent.steps:
+        return False  # a run that was resumed: nobody knows yet what it has room for
     in_all = _allowance(spent.training / spent.steps * _steps_in_all(spent, training), budget)
     return spent.audits + cost <= in_all
 

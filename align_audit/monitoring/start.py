@@ -15,7 +15,7 @@ from torch import nn
 from align_audit.auditing.check import check_audit
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.config import AuditConfig
-from align_audit.errors import AlignAuditError, ConfigurationError, named, plain
+from align_audit.errors import AlignAuditError, ConfigurationError, listed, named, pass_exit_on, plain
 from align_audit.models.anatomy import Anatomy
 from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
 from align_audit.models.weights.sharded import refuse_sharded
@@ -160,6 +160,7 @@ def begin_run(
     Raises:
         ConfigurationError, ReferenceUnavailableError, AnatomyError: audits could not work.
     """
+    refuse_other_pairs(ranks, probe_sets)
     refuse_sharded_models(policy, given_reference, facts)
     reference = find_reference(policy, given_reference, facts)
     check(policy, reference, probe_sets, config, facts.numerics(policy), anatomy, ranks)
@@ -211,6 +212,23 @@ def refuse_other_options(ranks: Ranks, config: AuditConfig) -> None:
             odd = ", ".join(sorted(name for name, value in options.items() if value != said[0].get(name)))
             raise ConfigurationError(
                 f"rank {rank} audits with other options than rank 0 ({odd}); expected the same AuditConfig on all ranks"
+            )
+
+
+def refuse_other_pairs(ranks: Ranks, probe_sets: Mapping[str | None, ProbeSet]) -> None:
+    """All processes audit the same pairs, which they share among them, or none does.
+
+    Raises:
+        ConfigurationError: one has others.
+    """
+    said = ranks.gather({name: probes.content_hash for name, probes in probe_sets.items()})
+    for rank, hashes in enumerate(said):
+        if hashes != said[0]:
+            names = {name for name in (*hashes, *said[0]) if hashes.get(name) != said[0].get(name)}
+            called = "" if None in names else f" ({listed([repr(name) for name in sorted(filter(None, names))])})"
+            raise ConfigurationError(
+                f"rank {rank} audits other probe pairs{called} than rank 0; expected the same pairs on all ranks. Split the "
+                "data with a seed (train_test_split(..., seed=0)), or pass pairs of one file (probes=...)"
             )
 
 
@@ -281,6 +299,7 @@ def check(
     except AlignAuditError as error:
         refusal = error
     except BREAKS as error:
+        pass_exit_on(error)
         # Not a finding of ours: let the first audit meet it, where it is recorded and training goes on.
         logger.warning("align_audit could not check its set-up: %s", named(error))
     ranks.check(_REFUSED)

@@ -9,7 +9,7 @@ from transformers.trainer_callback import TrainerControl
 
 from align_audit.alerts.detectors import Suspicion, suspect
 from align_audit.config import AlertConfig
-from align_audit.errors import named
+from align_audit.errors import named, pass_exit_on
 from align_audit.monitoring.failures import Failures
 from align_audit.monitoring.outcome import BREAKS
 from align_audit.monitoring.schedule import Due, Event
@@ -94,6 +94,7 @@ class TrainerLog:
         try:
             news = self.add(step, logs, max_steps)
         except BREAKS as error:
+            pass_exit_on(error)
             self._error = self._error or error
             return
         if not news:

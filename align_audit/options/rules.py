@@ -395,6 +395,8 @@ RETIRED: frozenset[str] = frozenset({"control_failed"})
 """Rules of earlier versions that are none any more: controls are notes beside the numbers. Their alerts say nothing."""
 
 BY_NAME: dict[str, Rule] = {rule.name: rule for rule in RULES}
+RULE_OF: dict[str, str] = {limit.option: rule.name for rule in reversed(RULES) for limit in rule.limits}
+"""Option of a limit → name of its rule."""
 LIMITS: dict[str, Limit] = {limit.option: limit for rule in RULES for limit in rule.limits}
 
 

@@ -68,10 +68,10 @@ def loaded(text: str) -> Any:
                 waiting.append(value)
                 if not isinstance(key, yaml.ScalarNode) or key.value == "<<":
                     continue
-                line = key.start_mark.line + 1
-                if (first := seen.setdefault(key.value, line)) != line:
+                if (first := seen.get(key.value)) is not None:
                     problem = f"{quoted(key.value)} stands a second time, after line {first}; expected it once"
                     raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+                seen[key.value] = key.start_mark.line + 1
     return values
 
 

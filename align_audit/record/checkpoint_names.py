@@ -30,6 +30,18 @@ def as_called(folder: Path) -> Path:
     return folder.absolute() if checkpoint_step(folder.name) is not None else Path(os.path.realpath(folder))
 
 
+def step_of(folder: Path) -> int:
+    """N of ``checkpoint-N``, else 0: as the folder is called, or else what a link or ``.`` leads to."""
+    return checkpoint_step(as_called(folder).name) or 0
+
+
+def step_to_record(step: int | None, folder: Path | None) -> int:
+    """The step of an audit: as somebody says, else as the folder that its policy is read from is called, else 0."""
+    if step is not None:
+        return step
+    return 0 if folder is None else step_of(folder)
+
+
 def checkpoints_in(folder: Path) -> dict[int, str]:
     """Step → name of the checkpoints that exist in a folder now: the trainer deletes old ones (``save_total_limit``).
 

@@ -16,7 +16,7 @@ from align_audit.record.log import ALERTS, FAILURES, FOLDER, RECORDS, Failure
 from align_audit.record.run import AuditRun
 from align_audit.record.status import unread_end, unread_log
 from align_audit.record.stored_records import StoredRecords, events_of, head_of_line
-from align_audit.record.training_log import TRAINING, LogRow, course_of, rows_of
+from align_audit.record.training_log import TRAINING, LogRow, follow, rows_of
 from align_audit.record.turns import COURSE, Turn
 
 DEPTH = 4
@@ -131,7 +131,8 @@ class FollowedRun:
 
     def _take(self, name: str, lines: list[bytes]) -> list[Alert]:
         if name == TRAINING:
-            self._rows = course_of([*self._rows, *rows_of(lines)]) if lines else self._rows
+            for row in rows_of(lines):
+                follow(self._rows, row)
             return []
         if name == COURSE:
             for turn in parsed(lines, Turn):

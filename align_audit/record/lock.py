@@ -20,13 +20,14 @@ class FileLock:
         path: the path it was locked by, absolute.
     """
 
-    def __init__(self, descriptor: int, identity: tuple[int, int], path: Path) -> None:
+    def __init__(self, descriptor: int | None, identity: tuple[int, int], path: Path) -> None:
         self.identity, self.path = identity, path
-        self._close = weakref.finalize(self, os.close, descriptor)
+        self._close = None if descriptor is None else weakref.finalize(self, os.close, descriptor)
 
     def forget(self) -> None:
         """Close this process's handle; another process that shares it keeps the lock."""
-        self._close()
+        if self._close is not None:
+            self._close()
 
 
 _held: weakref.WeakValueDictionary[tuple[int, int], FileLock] = weakref.WeakValueDictionary()
@@ -69,10 +70,12 @@ def lock(path: Path) -> FileLock:
     except BaseException:
         os.close(descriptor)
         raise
-    if held is not None:
+    if held is not None or fcntl is None:
         os.close(descriptor)
+    if held is not None:
         return held
-    taken = _held[identity] = FileLock(descriptor, identity, path)
+    # Without locks nothing is held open: Windows would neither move the log aside then, nor remove it.
+    taken = _held[identity] = FileLock(None if fcntl is None else descriptor, identity, path)
     return taken
 
 

@@ -128,7 +128,7 @@ class RunLog:
             self.directory.mkdir(parents=True, exist_ok=True)
             try_to_write(self.directory)
             self._hold()
-            self._remove_leftovers()
+            _remove_leftovers(self.directory)
             for name in (RECORDS, ALERTS, FAILURES, TOLD, COURSE, CHECKPOINTS):
                 repair(self.directory / name)
             _sync_directory(self.directory)
@@ -136,14 +136,23 @@ class RunLog:
         self._records.turns = Turns(read_lines(self.directory / COURSE, Turn))
         self._keys = {head.key for head in self._records.heads}
         self._told = {line.record for line in read_lines(self.directory / TOLD, _Told)}
-        self._add_missing_alerts()
+        self._behind = False
+        """Whether there are records that the disk has refused so far."""
+        # Alerts follow their record, so a kill in between leaves them out of their own file.
+        self._append_alerts(_missing_alerts(self.directory, self._records))
 
     def close(self) -> None:
-        """Let other processes write this log; it is taken again where this one writes after all.
+        """Let other processes write this log; it is taken again where this one writes after all. What the disk has refused so
+        far is tried once more.
 
         Where nothing was stored, what opening has made is removed: a log without audits looks like a run that nobody watches.
         """
         path = self.directory / RECORDS
+        if self._behind and self._identity is not None:
+            try:
+                self._restore()
+            except OSError as error:
+                warnings.warn(f"audits are missing in the log {plain(path)}: {first_line(error)}", stacklevel=3)
         if path in self._made and self._identity is not None and identity_of(path) == self._identity:
             with contextlib.suppress(OSError):  # a folder that is not empty stays
                 if not path.stat().st_size and list(self.directory.iterdir()) == [path]:
@@ -166,14 +175,23 @@ class RunLog:
 
         Returns:
             False when the log already holds an audit with the same key; nothing is written then.
+
+        Raises:
+            OSError: the disk refuses. The record is of this log all the same, and written with the next one, or when the log is
+                closed, if there is room by then.
         """
         if self.contains(record.key):
             return False
-        self._restore()
         line = record.to_json()
-        self._append(RECORDS, [line])
-        self._records.append(record, line.encode(), f"the record of step {record.step}")
-        self._keys.add(record.key)
+        try:
+            self._restore()
+            self._append(RECORDS, [line])
+        except BaseException:
+            self._behind = True
+            raise
+        finally:
+            self._records.append(record, line.encode(), f"the record of step {record.step}")
+            self._keys.add(record.key)
         self._append_alerts([alert.model_dump_json() for alert in events_of(record.alerts)])
         return True
 
@@ -297,9 +315,10 @@ class RunLog:
 
     def _restore(self) -> None:
         """Where the log is no longer the file that this run wrote (its folder was deleted, or a link in its path now leads
-        elsewhere), write the records so far to the one that is there now."""
+        elsewhere), or the disk has refused records before, write those that are missing to the one that is there now."""
         path = self.directory / RECORDS
-        if identity_of(path) == self._identity:
+        same_file = identity_of(path) == self._identity
+        if same_file and not self._behind:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(BlockingIOError):  # a run that is under way loses no audit to a lock
@@ -315,37 +334,20 @@ class RunLog:
         if not (self.directory / COURSE).exists():
             self._append(COURSE, [turn.model_dump_json() for turn in self._records.turns])
         _sync_directory(self.directory)
-        self._identity = identity_of(path)
-        if missing:
+        self._identity, self._behind = identity_of(path), False
+        if missing and same_file:
+            warnings.warn(
+                f"{counted(len(missing), 'audit')} that the disk had refused {'is' if len(missing) == 1 else 'are'} in "
+                f"{plain(path)} now",
+                stacklevel=4,
+            )
+        elif missing:
             warnings.warn(
                 f"the audit log {plain(path)} was deleted or replaced while the run went on, and has got back its "
                 f"{counted(len(missing), 'record')} (failures and arrays of earlier audits were not written again: they are "
                 "where the log was, if anywhere)",
                 stacklevel=4,
             )
-
-    def _remove_leftovers(self) -> None:
-        """Clear what killed processes left: files never finished, and a move to ``previous-<n>`` that broke off."""
-        for folder in (self.directory, *self.directory.glob("step-*")):
-            remove_abandoned(folder)
-        for aside in self.directory.glob("previous-*"):
-            # The records are moved last: without them the move broke off, and its arrays belong to the records here.
-            if is_folder_here(aside) and not (aside / RECORDS).exists():
-                for path in list(aside.iterdir()):
-                    if not (self.directory / path.name).exists():
-                        path.rename(self.directory / path.name)
-
-    def _add_missing_alerts(self) -> None:
-        """Alerts follow their record, so a kill in between leaves them out of their own file."""
-        logged = Counter(alert.model_dump_json() for alert in read_lines(self.directory / ALERTS, Alert))
-        expected = [alert.model_dump_json() for alert in self._records.alerts]
-        missing = []
-        for line in expected:
-            if logged[line]:
-                logged[line] -= 1
-            else:
-                missing.append(line)
-        self._append_alerts(missing)
 
 
 def look_into_log(output_dir: str | Path) -> StoredRecords:
@@ -360,6 +362,30 @@ def look_into_log(output_dir: str | Path) -> StoredRecords:
         if is_held_elsewhere(directory / RECORDS):
             raise BlockingIOError
     return read_records(directory / RECORDS)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Clear what killed processes left: files never finished, and a move to ``previous-<n>`` that broke off."""
+    for folder in (directory, *directory.glob("step-*")):
+        remove_abandoned(folder)
+    for aside in directory.glob("previous-*"):
+        # The records are moved last: without them the move broke off, and its arrays belong to the records here.
+        if is_folder_here(aside) and not (aside / RECORDS).exists():
+            for path in list(aside.iterdir()):
+                if not (directory / path.name).exists():
+                    path.rename(directory / path.name)
+
+
+def _missing_alerts(directory: Path, records: StoredRecords) -> list[str]:
+    """Lines of the alerts that records hold and their own file does not."""
+    logged = Counter(alert.model_dump_json() for alert in read_lines(directory / ALERTS, Alert))
+    missing = []
+    for line in (alert.model_dump_json() for alert in records.alerts):
+        if logged[line]:
+            logged[line] -= 1
+        else:
+            missing.append(line)
+    return missing
 
 
 def _now() -> str:

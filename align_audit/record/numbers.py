@@ -67,6 +67,16 @@ class Word:
     value: str | None
 
 
+def decimals(value: float) -> str:
+    """A number in a sentence: with two decimals, or of so small a one two digits, so that it does not read as nothing.
+
+    Example:
+        >>> decimals(1.234), decimals(-0.0041), decimals(0.0)
+        ('1.23', '-0.0041', '0.00')
+    """
+    return f"{value:.2g}" if 0 < abs(value) < 0.01 else f"{value:.2f}"
+
+
 def numbers(record: AuditRecord) -> Iterator[Number]:
     """Every number of the record, in the order of its fields.
 

@@ -31,7 +31,8 @@ from align_audit.record.log import (
 from align_audit.record.newest import unread_after
 from align_audit.record.numbers import Word, by_series, walk
 from align_audit.record.pair_texts import PairTexts
-from align_audit.record.status import Status, status_of
+from align_audit.record.probe_sets_in_use import sets_in_use
+from align_audit.record.status import Status, status_of, status_when_left
 from align_audit.record.step_files import arrays_name, load_arrays, load_texts
 from align_audit.record.stored_records import StoredRecords, chosen, events_of, heads_of
 from align_audit.record.training_log import TRAINING, LogRow, read_training_log
@@ -66,6 +67,8 @@ class AuditRun:
     """Audits that broke."""
     probe_name: str | None = None
     """The probe set that :meth:`select` has narrowed this to, where it has a name."""
+    in_use: bool = True
+    """Whether the run is audited on that set to this day: it may have been left out when training was resumed."""
     training_log: Sequence[LogRow] = ()
     """What the trainer logged, by step; empty where none was kept."""
     untold: Sequence[AuditRecord] = ()
@@ -102,6 +105,8 @@ class AuditRun:
     @property
     def status(self) -> Status:
         """How the run stands, of the probe set that it was narrowed to where it was."""
+        if not self.in_use:
+            return status_when_left(self.records)
         return status_of(self.records, self.failures, self.training_log, self.unread)
 
     @property
@@ -120,6 +125,7 @@ class AuditRun:
                 f"no audit on the probe set {name!r} in {self.directory}; there are {', '.join(map(repr, self.probe_names))}"
             )
         records = chosen(self.records, lambda head: head.probe_name == name)
+        used = sets_in_use(heads_of(present_course(self.records)), self.failures)
         # An alert of one cause may have been seen on another set, and is open at this one's records all the same.
         stored = {alert.model_dump_json() for head in heads_of(self.records) for alert in head.alerts}
         rest = [alert for alert in self.alerts if alert.probe_name == name and alert.model_dump_json() not in stored]
@@ -131,6 +137,7 @@ class AuditRun:
             # One without a name broke before any set was come to.
             failures=[failure for failure in self.failures if failure.probe_name in (name, None)],
             probe_name=name,
+            in_use=self.in_use and name in used,
         )
 
     @classmethod
@@ -300,7 +307,7 @@ def row_of(record: AuditRecord) -> dict[str, Any]:
             row[item.path] = item.value
         elif item.index is None:
             row |= {f"{item.path}.mean": item.value, f"{item.path}.low": item.low, f"{item.path}.high": item.high}
-    row["alerts"] = len(record.alerts)
+    row["alerts"] = sum(alert.event != "resolved" for alert in record.alerts)
     # What the column names say twice.
     del row["provenance.created"], row["provenance.probe_name"]
     return row

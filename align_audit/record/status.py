@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, takewhile
 from statistics import median
 from typing import Literal
@@ -89,6 +89,17 @@ def status_of_course(
     if unread is not None and (not course or status.word in ("WATCH", "HEALTHY")):
         return Status("BLIND", status.since, unread, _READ_LINES)
     return status
+
+
+def status_when_left(records: Sequence[AuditRecord]) -> Status:
+    """How a run stood by a probe set at its last audit on it: it goes on without that set, so that silence since means nothing.
+
+    Args:
+        records: of that set.
+    """
+    status = status_of(records, [], [])
+    last = max((head.step for head in heads_of(present_course(records))), default=0)
+    return replace(status, reason=f"The run goes on without these pairs since step {last}. {status.reason}")
 
 
 def _last_full(course: Sequence[AuditRecord]) -> AuditRecord | None:

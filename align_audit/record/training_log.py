@@ -113,9 +113,9 @@ class TrainingLog:
         if not kept:
             return None
         row = LogRow(step, kept)
-        _follow(self._rows, row)
+        follow(self._rows, row)
         if self._judged is not self._rows:
-            _follow(self._judged, _without_rewards(row))
+            follow(self._judged, _without_rewards(row))
         self._write(row)
         return row
 
@@ -161,7 +161,7 @@ def course_of(rows: Iterable[LogRow]) -> list[LogRow]:
     """
     course: list[LogRow] = []
     for row in rows:
-        _follow(course, row)
+        follow(course, row)
     return course
 
 
@@ -177,7 +177,7 @@ def last_until(rows: Sequence[LogRow], step: int) -> LogRow | None:
     return rows[end - 1] if end else None
 
 
-def _follow(course: list[LogRow], row: LogRow) -> None:
+def follow(course: list[LogRow], row: LogRow) -> None:
     """Add a row; what it was made again of goes, and so does all of later steps. One without logs only says where training went
     on from."""
     while course and course[-1].step > row.step:

@@ -230,7 +230,7 @@ def _back(alert: Alert, command: bool) -> str:
         return ""
     if alert.clean_step is None:
         # What nothing was advised of is no fault of the training: an audit of saved checkpoints was given a wrong reference.
-        return "" if alert.cause == "reference" and alert.remedy is None else "no clean audit before it"
+        return "" if alert.cause == "reference" and not alert.remedy else "no clean audit before it"
     clean = f"last clean audit: step {alert.clean_step}"
     if alert.checkpoint is None and alert.clean_step == 0:
         return f"{clean}, before training; start again from that model"

@@ -131,6 +131,8 @@ def closing(run: AuditRun, checkpoints: Mapping[int, str]) -> list[_Table | _Lin
             continue
         shown = thinned(rows, checkpoints)
         title = f"align_audit{on_probes(rows[-1].record)}: {counted(rows[-1].record.provenance.pairs, 'pair')}, {_steps(rows)}"
+        if not of_set.in_use:
+            title += f"; the run goes on without this set since step {rows[-1].record.step}"
         said.append(_Table(title, tuple(shown), len(rows) - len(shown), of_set.status))
         if words := _on_other_pairs(rows):
             said.append(_Line(words))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import socket
 import struct
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -81,7 +82,8 @@ def find_event_folder(output_dir: Path) -> Path | None:
 
     The writer names its files ``events.out.tfevents.<time>.<host>.<process id>.<counter>``.
     """
-    of_this_process = f".{os.getpid()}."
+    # In containers every run may have the same process id, and each has a host name of its own.
+    of_this_process = f".{socket.gethostname()}.{os.getpid()}."
     files = [
         path for path in event_files(output_dir) if of_this_process in path.name and not path.name.endswith(SUFFIX)
     ]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from align_audit.errors import ConfigurationError, named, plain
+from align_audit.errors import ConfigurationError, named, pass_exit_on, plain
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord, RecordKey
 from align_audit.record.numbers import is_unknown, json_number, span
@@ -233,6 +233,7 @@ class Told(Channel):
         try:
             self._function(alert, record)
         except (Exception, SystemExit) as error:
+            pass_exit_on(error)
             if type(error) not in self._raised:
                 self._raised.add(type(error))
                 logger.error(

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from align_audit.errors import counted
 from align_audit.record.alert import Alert
 from align_audit.record.course import present_course
+from align_audit.record.open_alerts import open_alerts
+from align_audit.record.probe_sets_in_use import sets_in_use
 from align_audit.record.run import AuditRun
 from align_audit.record.status import WORST_FIRST, Status
 from align_audit.record.stored_records import Head, heads_of
@@ -150,12 +152,13 @@ def row_of_run(run: AuditRun, name: str, trouble: str | None = None) -> RunRow:
     heads = heads_of(course)
     if not heads:
         return RunRow(name, folder, status, failures=len(run.failures), trouble=trouble)
-    last = {head.probe_name: place for place, head in enumerate(heads)}
+    used = sets_in_use(heads, run.failures)
+    last = {head.probe_name: place for place, head in enumerate(heads) if head.probe_name in used}
     standings = [standing_at(course[place], run.records, run.training_log) for place in last.values()]
     standings.sort(key=lambda standing: WORST_FIRST.index(standing.status.word))
     worst = standings[0]
     curve = {head.step: head for head in heads if head.probe_name == worst.record.provenance.probe_name}
-    alerts = [alert for standing in standings for alert in standing.alerts if alert.level != "info"]
+    alerts = [alert for alert in open_alerts(heads) if alert.level != "info"]
     return RunRow(
         name,
         folder,

@@ -112,7 +112,7 @@ class _Points:
         yield from self._part("spinal.policy", *_TRACE)
         yield from self._part("spinal.reference", *_TRACE)
         for level in ("info", "warning", "error"):
-            count = sum(alert.level == level for alert in self.record.alerts)
+            count = sum(alert.level == level and alert.event != "resolved" for alert in self.record.alerts)
             yield _Point(f"alerts/{level}", float(count), "alerts")
         yield from self._part("cost", *_COST)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from align_audit.config import AlertConfig
 from align_audit.errors import counted, plural
-from align_audit.options.rules import BY_NAME, CAUSES, LIMITS
+from align_audit.options.rules import CAUSES, LIMITS, RULE_OF
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord, control_items
 from align_audit.record.course import course_of
@@ -88,7 +88,7 @@ class Standing:
         Returns:
             Above 0, in the option's unit. None: the rule is switched off.
         """
-        rule, at = _rule_of(f"{option}_warning"), self.record.provenance.probe_name
+        rule, at = RULE_OF[f"{option}_warning"], self.record.provenance.probe_name
         alert = next(
             (each for each in self.alerts if rule in (each.rule, *each.signals) and each.level != "info"), None
         )
@@ -234,26 +234,24 @@ def _by_weight(alerts: Sequence[Alert]) -> list[Alert]:
 
 
 def limit_of(record: AuditRecord, option: str) -> float | None:
-    """A limit of the rules as it stood in the configuration of an audit; None: that rule or level was switched off.
+    """A limit of the rules as it stood in the configuration of an audit; None: that rule or level was switched off, or the rule
+    may give a warning at most.
 
     Example:
         >>> limit_of(record, "kl_warning")                                                    # doctest: +SKIP
         0.35
     """
-    options, rule = _alert_options(record), _rule_of(option)
+    options, rule = _alert_options(record), RULE_OF[option]
     said = options["rules"].get(rule) if isinstance(options.get("rules"), dict) else None
     if options.get("enabled") is False or (isinstance(said, dict) and said.get("enabled") is False):
+        return None
+    if LIMITS[option].level == "error" and isinstance(said, dict) and said.get("level") == "warning":
         return None
     try:
         value = float(options.get(option, LIMITS[option].default))
     except (TypeError, ValueError):
         return None
     return value if math.isfinite(value) else None
-
-
-def _rule_of(option: str) -> str:
-    """The rule that a limit is of."""
-    return next(rule.name for rule in BY_NAME.values() if any(limit.option == option for limit in rule.limits))
 
 
 def _alert_options(record: AuditRecord) -> dict[str, Any]:
@@ -365,8 +363,13 @@ def logged_figure(value: float | None, signed: bool = False) -> str:
 def percent(value: float | None) -> str:
     """A share.
 
+    One that is nearly all or nearly nothing has a decimal, so that it does not read as all or nothing.
+
     Example:
-        >>> percent(0.824), percent(None)
-        ('82 %', 'not known')
+        >>> percent(0.824), percent(0.9996), percent(1.0), percent(None)
+        ('82 %', '99.9 %', '100 %', 'not known')
     """
-    return "not known" if is_unknown(value) or value is None else f"{value * 100:.0f} %"
+    if is_unknown(value) or value is None:
+        return "not known"
+    near_an_end = 0.0 < value < 0.005 or 0.995 <= value < 1.0
+    return f"{min(max(value * 100, 0.1), 99.9):.1f} %" if near_an_end else f"{value * 100:.0f} %"

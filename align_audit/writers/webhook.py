@@ -111,7 +111,9 @@ class Address:
             if isinstance(cause, TimeoutError):
                 return Refusal("there was no answer in time", again=False)
             what = first_line(cause) if isinstance(cause, OSError) else type(cause).__name__
-            return Refusal(f"the connection failed: {what}", again=not isinstance(cause, ssl.SSLError))
+            broke_off = isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError))
+            again = broke_off or not isinstance(cause, ssl.SSLError)
+            return Refusal(f"the connection failed: {what}", again=again)
         return None
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from align_audit.errors import named
+from align_audit.errors import named, pass_exit_on
 from align_audit.options.trackers import TrackerName
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord
@@ -151,6 +151,7 @@ class Writers:
             try:
                 tell(writer)
             except _ANYTHING as error:
+                pass_exit_on(error)
                 self._say(f"align_audit could not {what} {writer.name}: {named(error)}", writer, error)
 
     def _say(self, words: str, writer: Writer, error: BaseException) -> None:

@@ -187,5 +187,5 @@ In this order, by the prediction:
    {alone.host:.1f} GiB for 8B on one GPU, {eight["8B"].host:.1f} on eight ({eight["70B"].host:.1f} for 70B).
 
 Not in these counts: finer sites, pairs that `exact_pairs: auto` adds, what `keep_reference` saves, models with
-experts (refused), and time in which processes wait for each other.
+experts (which are audited, and not foreseen), and time in which processes wait for each other.
 """

@@ -157,7 +157,31 @@ def test_a_step_is_clean_where_all_its_audits_are() -> None:
     ],
 )
 def test_checkpoints_are_told_by_their_names(names: list[str], newest: str | None) -> None:
-    assert newest_checkpoint(by_step(names), 50) == newest
+    assert newest_checkpoint(by_step(names), [], 50) == newest
+
+
+def test_a_checkpoint_that_was_saved_while_an_alert_was_open_is_none_to_go_back_to() -> None:
+    """Ruined at 40 and 50, over at 70, ruined again at 90: checkpoint-50 is of the first time."""
+    before = judged([*run(), *(ruined(step) for step in (40, 50)), *(healthy(step) for step in (60, 70, 80))])
+    assert clean_step(heads_of(before), 90) == 80
+
+    def said(*names: str) -> Alert:
+        (alert,) = advise(alerts(ruined(90), before), before, LOG, checkpoints=by_step(names))
+        return alert
+
+    assert said("checkpoint-25", "checkpoint-50").checkpoint == "checkpoint-25"
+    assert said("checkpoint-50", "checkpoint-75").checkpoint == "checkpoint-75"
+    alone = said("checkpoint-50", "checkpoint-65")
+    assert (alone.clean_step, alone.checkpoint, alone.command) == (80, None, None)
+    assert "no checkpoint from then or before was kept but such as were not clean: start again" in alone.suggestion
+
+
+def test_an_audit_that_no_rule_was_asked_about_is_not_clean() -> None:
+    """Alerts were switched off at 10 to 30, and on when the run was resumed."""
+    off = {"alerts": {"enabled": False}}
+    before = [with_part(record, "provenance", config=off) if record.step else record for record in run()]
+    (alert,) = advise(alerts(ruined(), before), before, LOG, checkpoints=by_step(["checkpoint-20"]))
+    assert (alert.clean_step, alert.checkpoint) == (0, None)
 
 
 @pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])

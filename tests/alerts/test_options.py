@@ -290,6 +290,7 @@ def test_a_rule_of_a_layer_that_the_model_lacks_is_refused_before_training(seque
             r"'budget' stands a second time, after line 1; expected it once \(line 3",
         ),
         ("alerts:\n  rules:\n    kl: off\n    kl: on\n", r"'kl' stands a second time, after line 3"),
+        ("alerts: {kl_warning: 0.5, kl_warning: 0.1}\n", r"'kl_warning' stands a second time, after line 1"),
     ],
 )
 def test_what_is_wrong_is_said_with_the_line_it_stands_in(text: str, words: str, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_accuracy_against_its_best(now: float, level: str | None, threshold: flo
         assert (seen.value, seen.baseline) == (now, 0.9)
         assert seen.limit == pytest.approx(threshold)
         assert f"{now:.0%}, down from 90% at step 20" in seen.message
-        assert "checkpoint at step 20" in seen.suggestion
+        assert "accuracy was best at step 20" in seen.suggestion
 
 
 def test_accuracy_before_training_is_no_best() -> None:
@@ -88,6 +88,15 @@ def test_weights_that_have_not_moved() -> None:
     assert sign("never_started", same, []).level == "error"
     assert sign("never_started", with_part(healthy(10), "reference_check", same_weights=True), []).level == "warning"
     assert sign("never_started", make_record(0, progress=0.0), []) is None, "before training they are equal"
+
+
+def test_a_reference_that_was_just_synchronized_is_the_policy_and_no_sign_of_standing_still() -> None:
+    """With a mixup of 1 it is so at every synchronization, as long as training moves the policy in between."""
+    synchronized = with_part(healthy(60), "reference_check", same_weights=True, last_sync_step=60)
+    moved = with_part(healthy(40), "provenance", policy_hash="another")
+    assert sign("never_started", synchronized, [moved]) is None
+    stood = with_part(healthy(40), "provenance", policy_hash=synchronized.provenance.policy_hash)
+    assert sign("never_started", synchronized, [stood]).level == "error"
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,10 @@ def test_a_calm_log_raises_nothing(rule: str, every: int) -> None:
         ({"loss": 0.0, "grad_norm": NAN}, True),
         ({"loss": 0.0, "grad_norm": 1e-9}, False),
         ({"loss": 0.0}, False),
+        ({"loss": 0.0, "grad_norm": 0.0, "rewards/margins": 0.0}, True),
+        ({"loss": 0.0, "grad_norm": 0.0, "rewards/margins": NAN}, True),
+        ({"loss": 0.0, "grad_norm": 0.0, "rewards/margins": 1.2}, False),  # hinge: every pair is beyond its margin
+        ({"loss": 0.0, "grad_norm": NAN, "rewards/margins": 1.2}, True),
         ({"loss": 1e-9, "grad_norm": 0.0}, False),
         ({"loss": 0.5, "grad_norm": NAN}, False),
     ],
@@ -231,7 +235,9 @@ def test_a_loss_that_is_used_up(loss: float, accuracy: float, fires: bool) -> No
 
 
 def test_a_loss_of_0_without_gradients_is_not_called_used_up() -> None:
-    assert log_sign("log_saturated", calm(100, loss=0.0, grad_norm=0.0, rewards__accuracies=1.0)) is None
+    nothing = {"loss": 0.0, "grad_norm": 0.0, "rewards__accuracies": 1.0}
+    assert log_sign("log_saturated", calm(100, **nothing, rewards__margins=0.0)) is None
+    assert log_sign("log_saturated", calm(100, **nothing, rewards__margins=1.2)) is not None
 
 
 # -- what becomes of them --------------------------------------------------------------------------------------------------

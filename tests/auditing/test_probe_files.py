@@ -41,6 +41,19 @@ def test_three_paths_are_an_audit(folders: tuple[Path, Path, Path]) -> None:
     assert by_name["file"].margins == record.margins
 
 
+def test_the_step_is_that_of_the_checkpoints_name(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    """As ``align-audit run`` records it; a step that is given holds, and a model has none."""
+    policy, reference, _ = folders
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    saved = shutil.copytree(policy, tmp_path / "checkpoint-40")
+    assert audit(saved, reference, pairs, CONFIG).step == 40
+    assert audit(str(saved), reference, pairs, CONFIG, step=0).step == 0
+    assert audit(policy, reference, pairs, CONFIG).step == 0
+    more = AuditConfig.from_dict({**QUICK, "max_pairs": 24})
+    assert transfer(saved, reference, {"a": pairs, "b": pairs}, more).step == 40
+
+
 def test_the_references_tokenizer_does_where_the_policy_has_none(
     folders: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:

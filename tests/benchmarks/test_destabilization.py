@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ import pytest
 import torch
 from destabilization import (
     corruptions,
+    curves,
     faults,
     kinds,
     lines,
@@ -30,6 +32,7 @@ from destabilization import (
     training,
     truth,
     tune,
+    verdicts,
 )
 from destabilization.inside import auroc
 from destabilization.kinds import Case
@@ -434,7 +437,7 @@ def test_recall_false_alarms_and_lead_are_counted() -> None:
         stored_run(healthy, loss_log([0.7] * 28), name="quiet"),
         stored_run(healthy, loss_log([0.7] * 20 + [1.5, 1.5]), name="disturbed"),
     ]
-    figures = score.summary(score.Groups.of(runs), spike)
+    figures = verdicts.summary(verdicts.Groups.of(runs), spike)
     assert (figures["caught"], figures["harmed"], figures["missed"]) == (1, 2, ["missed"])
     assert (figures["false_errors"], figures["healthy"]) == (1, 2)
     assert list(figures["disturbed"]) == ["disturbed"]
@@ -447,29 +450,46 @@ def test_a_lead_is_a_share_of_its_own_run() -> None:
     runs = [stored_run([START, *(at(step, text=3.0) for step in (step, step + 4))], log) for step in (24, 42, 62)]
     runs[2].about["settings"]["steps"] = 160
     spike = rules.RuleSet("spike", rivals.union({"loss spike": 1.0}))
-    said = score.verdicts(runs, spike)
+    said = verdicts.verdicts(runs, spike)
     assert [verdict.lead for verdict in said] == [2, 20, 40]
-    assert score.median_leads(said) == {"median_lead": 20, "median_lead_share": 40 / 160}
-    assert score.lead_words(score.median_leads(said)) == "+20 (+25%)"
-    assert score.median_leads([]) == {"median_lead": None, "median_lead_share": None}
+    assert verdicts.median_leads(said) == {"median_lead": 20, "median_lead_share": 40 / 160}
+    assert score.lead_words(verdicts.median_leads(said)) == "+20 (+25%)"
+    assert verdicts.median_leads([]) == {"median_lead": None, "median_lead_share": None}
 
 
 def test_of_two_points_that_catch_as_many_the_one_that_leads_is_taken() -> None:
     """A lead of nothing is more than one that comes late, and than none."""
     point = {"false_warnings": 0, "healthy": 9, "in_time": 3, "caught": 4}
     points = [{**point, "laxness": at, "median_lead_share": lead} for at, lead in enumerate((None, -0.1, 0.0))]
-    assert score.best_at(points, 0.0)["laxness"] == 2
+    assert curves.best_at(points, 0.0)["laxness"] == 2
+
+
+def keep(split: kinds.Split, names: Sequence[str], folder: Path) -> None:
+    """Put some of a split's stored runs there."""
+    with gzip.open(packed(split), "rt", encoding="utf-8") as file:
+        chosen = [line for line in file if json.loads(line)["about"]["name"] in names]
+    with gzip.open(packed(split, folder), "wt", encoding="utf-8") as file:
+        file.writelines(chosen)
+
+
+def test_curves_are_the_same_on_one_process_and_on_two(tmp_path: Path) -> None:
+    keep("tuning", ["steady+000"], tmp_path)
+    keep("scoring", ["plain+100", "plain+wrong-labels+100"], tmp_path)
+    dials = curves.Dials("scoring", tmp_path)
+    alone = curves.curves(dials, laxness=(0.5, 1.0))
+    assert list(alone) == list(dials.sets)
+    for name, points in alone.items():
+        usual = verdicts.summary(dials.groups, dials.sets[name])
+        assert [point["laxness"] for point in points] == [0.5, 1.0]
+        assert points[1].items() - {("laxness", 1.0)} <= usual.items()
+    assert curves.curves(dials, jobs=2, laxness=(0.5, 1.0)) == alone
 
 
 def test_another_value_of_an_option_is_tried_on_the_tuning_split(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two runs of those that are kept: a healthy one, and one whose loss is used up while it learns nothing."""
-    with gzip.open(packed("tuning"), "rt", encoding="utf-8") as file:
-        names = ("steady+000", "steady+long-answers+000")
-        chosen = [line for line in file if json.loads(line)["about"]["name"] in names]
-    with gzip.open(packed("tuning", tmp_path), "wt", encoding="utf-8") as file:
-        file.writelines(chosen)
+    keep("tuning", ["steady+000", "steady+long-answers+000"], tmp_path)
     tune.main(argparse.Namespace(option="log_saturated_loss", values=[0.05], data=tmp_path, level="warning"))
     usual, early, moved = capsys.readouterr().out.splitlines()
     assert usual.startswith("log_saturated_loss default: false 0 of 1, caught 1 and in time 0 of 1")
@@ -503,8 +523,8 @@ def test_moved_limits_are_allowed_and_on_the_lax_side(laxness: float) -> None:
 
 
 def test_wilson_bounds_are_printed_also_of_none() -> None:
-    assert score.share(0, 60) == "0 of 60 (0 to 6 %)"
-    assert score.share(0, 0) == "none"
+    assert verdicts.share(0, 60) == "0 of 60 (0 to 6 %)"
+    assert verdicts.share(0, 0) == "none"
 
 
 def test_tables_are_written_between_the_marks_of_a_document(tmp_path: Path) -> None:

@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from align_audit import AuditRun
 from align_audit.cli import app as cli
-from align_audit.cli.options import find_checkpoints, left_out, step_of
+from align_audit.cli.options import find_checkpoints, left_out
 from align_audit.errors import ConfigurationError, ReferenceUnavailableError
 from align_audit.models import folders
 from align_audit.models.reference import load_policy
+from align_audit.record.checkpoint_names import step_of
 from tests.cli.commands import arguments, refused
 from tests.helpers.screens import a_run
 from tests.helpers.stored_runs import store
@@ -163,7 +164,7 @@ def test_a_disk_that_takes_no_pictures_takes_no_gate_away(command: Any, place: S
         assert done.code == code, done.err
         assert "Traceback" not in done.err
         assert "align-audit: the pictures could not be written (" in done.err
-        assert "1 audit in " in done.out
+        assert "the log is " in done.out
 
 
 def test_pictures_of_a_transfer_too(command: Any, place: SimpleNamespace, tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
         ``shape``: of the base model, what is other than usual.
         ``probes``: how many pairs, or slices of them by name; else the eval set's.
         ``break_on``, ``refuse_on``: a rank whose audits fail, whose set-up refuses.
-        ``config_on``: a rank with other options.
+        ``config_on``, ``pairs_on``: a rank with other options, with other pairs.
         ``log_on``: a rank on which another callback logs before the first step, as no other rank does.
         ``plants``: a list of faults, each with its rank; see :mod:`tests.distributed.plants`.
         ``dawdle``: a seed; ranks sleep at moments of their own.
@@ -101,6 +101,8 @@ def run(folder: Path, rank: int, case: dict[str, Any]) -> dict[str, Any]:
         probes: Any = None if counts is None else ROWS[-counts:] if isinstance(counts, int) else {
             name: ROWS[first:end] for name, (first, end) in counts.items()
         }  # fmt: skip
+        if case.get("pairs_on") == rank:
+            probes = ROWS[: len(probes)]
         if case.get("refuse_on") == rank:
             probes = "no-such-file.jsonl"
         reference = folder / f"base-{rank}" if case.get("reference") == "path" else None

@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "broken on 1, strict": {"audit": {"strict": True}, "break_on": 1},
     "refused on 1": {"audit": {}, "refuse_on": 1},
     "other options on 1": {"audit": {}, "config_on": 1},
+    "other pairs on 1": {"audit": {}, "probes": 6, "pairs_on": 1},
 }
 
 
@@ -138,6 +139,14 @@ def test_a_refusal_on_one_rank_is_one_on_all(ran: Any) -> None:
     assert "no-such-file.jsonl" in second["words"]
     assert first["kind"] == "ConfigurationError"
     assert "on rank 1 ProbeError" in first["words"]
+
+
+def test_ranks_with_different_pairs_are_refused(ran: Any) -> None:
+    """They share the pairs among them: numbers of different ones would be put together in silence."""
+    for said in ran[1]["other pairs on 1"]:
+        assert said["kind"] == "ConfigurationError"
+        assert "rank 1 audits other probe pairs than rank 0" in said["words"]
+        assert "seed" in said["words"]
 
 
 def test_ranks_with_different_options_are_refused(ran: Any) -> None:

@@ -70,6 +70,16 @@ def a_run(ends: str = "ruined", checkpoints: Sequence[str] = ()) -> list[AuditRe
     ]
 
 
+def later_on(records: Sequence[AuditRecord], steps: int = 100) -> list[AuditRecord]:
+    """The same audits so many steps and an hour later."""
+    return [
+        with_part(record, "provenance", created=record.provenance.created.replace("T00:", "T01:")).model_copy(
+            update={"step": record.step + steps}
+        )
+        for record in records
+    ]
+
+
 def quick_look(record: AuditRecord) -> AuditRecord:
     """The health audit that comes before a full one at the same step: a little earlier."""
     return with_part(health(record), "provenance", created=record.provenance.created.replace(":00+", ":00.5+"))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import time
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import align_audit.monitoring.monitor
-from align_audit import AuditRun
+from align_audit import AlignmentAuditCallback, AuditRun
 from align_audit.models.weights.fingerprint import fingerprint
 from tests.helpers.callback_runs import (
     At,
@@ -26,6 +29,7 @@ from tests.helpers.callback_runs import (
     steps,
     stop,
 )
+from tests.helpers.dpo import build
 
 pytestmark = pytest.mark.device
 
@@ -194,6 +198,30 @@ def test_a_stop_by_an_earlier_callback_audits_once_and_tensorboard_off_writes_no
     assert trained.trainer.state.global_step == 2
     assert steps(tmp_path / "out") == [2]
     assert event_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_callback_that_lives_on_holds_no_model_and_no_optimizer(
+    strict: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a notebook it does, and what it holds stays on the accelerator. Also where it has ended the training itself."""
+    if strict:
+        monkeypatch.setattr(align_audit.monitoring.monitor, "run_audit", poison_all)
+    callback = AlignmentAuditCallback(config=quick(strict=strict))
+    trained = build(tmp_path / "out", "ref_model made", [callback], max_steps=1)
+    callback.attach(trained.trainer)
+    with contextlib.suppress(ZeroDivisionError):
+        trained.trainer.train()
+    trainer = trained.trainer
+    held = [weakref.ref(each) for each in (trainer.model, trainer.ref_model, trainer.optimizer) if each is not None]
+    trainer.accelerator.free_memory()
+    del trained, trainer
+    gc.collect()
+    assert [each() for each in held] == [None] * len(held)
+
+
+def poison_all(*_: Any) -> None:
+    raise ZeroDivisionError("planted")
 
 
 def test_only_what_the_schedule_names(tmp_path: Path) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
+import os
+import signal
+import sys
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +25,8 @@ from align_audit.monitoring import monitor as module
 from align_audit.monitoring.monitor import Monitor
 from align_audit.monitoring.outcome import AuditFailure, Moment
 from align_audit.ranks import Ranks
+from align_audit.record import log as log_module
+from align_audit.record.log import RunLog
 from align_audit.record.training_log import TrainingLog
 from align_audit.writers.terminal import Terminal
 from align_audit.writers.web.report_writer import Report
@@ -95,6 +103,78 @@ def test_an_alert_is_acted_on_although_the_log_cannot_be_written(
     assert failure.kind == "OSError: no space left on device"
     assert [stored.step for stored in first.run.failures] == [1]
     assert "in fail" in failure.traceback
+
+
+class Large:
+    """Stands for the recordings of both models."""
+
+
+def test_an_audit_that_broke_keeps_nothing_of_what_it_measured(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody collects garbage for it: memory of an accelerator that is held so is training's."""
+    held = []
+
+    def breaks(*_: Any) -> None:
+        large = Large()
+        held.append(weakref.ref(large))
+        raise ValueError("planted")
+
+    monkeypatch.setattr(module, "run_audit", breaks)
+    first = bench()
+    gc.collect()
+    gc.disable()
+    try:
+        outcome = first.audit(1)
+        assert [each() for each in held] == [None]
+    finally:
+        gc.enable()
+    assert "large = Large()" not in outcome.failures[0].traceback
+    assert 'raise ValueError("planted")' in outcome.failures[0].traceback
+
+
+def test_an_exit_that_a_handler_of_the_users_asks_for_is_no_audit_that_breaks(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster is about to stop the program, whose handler ends it."""
+    monkeypatch.setattr(module, "run_audit", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    before = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))
+    first = bench()
+    try:
+        with pytest.raises(SystemExit):
+            first.audit(1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert first.run.failures == []
+
+    def asks_for_it(*_: Any) -> None:
+        raise SystemExit("a library")
+
+    monkeypatch.setattr(module, "run_audit", asks_for_it)
+    assert [failure.kind for failure in first.audit(2).failures] == ["SystemExit: a library"]
+
+
+@pytest.mark.parametrize("method", ["append", "save_arrays"])
+def test_what_the_disk_refuses_is_told_all_the_same_and_once(
+    method: str, bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A webhook or a tracker is told of an alert on a full disk, and the log has the audit when there is room again."""
+    curves = Curves()
+    first = bench(writers=Writers([curves]), config=quick(alerts=AT_ONCE))
+    with monkeypatch.context() as full:
+        if method == "append":
+            full.setattr(log_module, "append_whole", no_room)
+        else:
+            full.setattr(RunLog, "save_arrays", no_room)
+        outcome = first.audit(1)
+        assert first.audit(2).failures
+    assert outcome.failures and [alert.rule for alert in outcome.alerts] == ["at_once"]
+    assert curves.alerts == [("at_once", 1)], "told when it opened, and not again"
+    with contextlib.nullcontext() if method == "save_arrays" else pytest.warns(UserWarning, match="had refused are in"):
+        assert first.audit(3).failures == []
+    assert [record.step for record in first.run.records] == [1, 2, 3]
+
+
+def no_room(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
 
 
 def test_a_failure_that_cannot_be_recorded_is_said(

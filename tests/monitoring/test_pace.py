@@ -241,6 +241,22 @@ def test_an_audit_that_breaks_has_cost_time_all_the_same() -> None:
     assert (spent.audits, spent.training, spent.full) == (7.0, 10.0, None)
 
 
+def test_a_look_in_the_place_of_a_full_audit_that_broke_says_nothing_of_what_a_full_one_takes() -> None:
+    pace, clock = begun()
+    clock.now += 10.0
+    with pace.timed("full"):
+        clock.now += 0.2  # it broke
+        clock.now += 3.0
+        record = make_record(10, layers=4)
+        cost = record.cost.model_copy(update={"seconds": 3.0})
+        look = record.model_copy(update={"kind": "health", "cost": cost})
+        pace.occasion(look, "the full audit broke", Training(10, 1000))
+    spent = pace.spent(Training(10, 1000))
+    assert (spent.health, spent.full) == (3.0, None)
+    assert (spent.audits, spent.looks, spent.training) == pytest.approx((3.2, 3.0, 10.0))
+    assert pace.guesses
+
+
 def test_a_look_that_may_be_left_out_is_made_where_it_fits() -> None:
     pace, clock = begun()
     again = Due("health", "the training log: again", optional=True)

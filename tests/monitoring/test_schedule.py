@@ -155,6 +155,8 @@ def test_every_third_step(step: int, expected: bool | None) -> None:
         (Event.EPOCH_END, {"step": 10, "stopping": True, "best_loaded": True}, True),
         (Event.SAVE, {"step": 10, "stopping": True}, None),
         (Event.EVALUATE, {"step": 10, "stopping": True}, None),
+        # Early stopping: of an evaluation after the epoch's end, say, nothing else follows where the best checkpoint is loaded.
+        (Event.EVALUATE, {"step": 9, "stopping": True}, True),
     ],
 )
 def test_the_last_step_is_whichever_event_can_tell(
@@ -469,6 +471,13 @@ def test_a_warning_is_worth_a_full_audit_that_is_short_or_fits_the_budget_of_the
 ) -> None:
     spent = Spent(100, training=100.0, audits=audits, health=1.0, full=full)
     assert affords_escalation(spent, Training(100, 1000), ScheduleConfig(), budget) is expected
+
+
+@pytest.mark.parametrize(("full", "expected"), [(60.0, True), (61.0, False)])
+def test_a_warning_before_the_first_own_step_is_worth_a_short_full_audit_only(full: float, expected: bool) -> None:
+    """Of a run that was resumed nobody knows yet what it has room for."""
+    spent = Spent(health=1.0, full=full)
+    assert affords_escalation(spent, Training(500, 1000), ScheduleConfig(), 0.05) is expected
 
 
 def test_the_share_is_of_all_the_time() -> None:

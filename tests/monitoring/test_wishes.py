@@ -16,6 +16,7 @@ from align_audit.monitoring.outcome import Outcome
 from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.schedule import Event
 from align_audit.ranks import Ranks
+from align_audit.record.log import RunLog
 from tests.helpers.callback_runs import quick, run
 from tests.helpers.dpo import build
 from tests.monitoring.test_reference_modes import begin
@@ -182,11 +183,12 @@ def test_a_training_that_we_end_ourselves_is_over(tmp_path: Path, monkeypatch: p
 
     callback = AlignmentAuditCallback(config=quick(strict=True, schedule={"on_evaluate": True}))
     trained = build(tmp_path / "out", "ref_model made", [callback], max_steps=1)
+    closed: list[RunLog] = []
     monkeypatch.setattr(monitor, "run_audit", breaks)
+    monkeypatch.setattr(RunLog, "close", lambda self: closed.append(self))
     with pytest.raises(ZeroDivisionError):
         begin(trained, callback)
-    assert callback._run is not None and callback._run.monitor.log is not None
-    assert callback._run.monitor.log._lock is None
+    assert callback._run is None and len(closed) == 1
     trainer = trained.trainer
     callback.on_evaluate(trainer.args, trainer.state, trainer.control, model=trainer.model)
     assert len(AuditRun.load(tmp_path / "out").failures) == 1

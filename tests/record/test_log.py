@@ -286,9 +286,34 @@ def test_a_disk_that_fills_up_leaves_no_half_line(tmp_path: Path, monkeypatch: p
         with pytest.raises(OSError, match="No space left"):
             log.append(small(2))
     assert (log.directory / RECORDS).read_bytes() == before
-    assert not log.contains(small(2).key)
-    assert log.append(small(2))
-    assert len(AuditRun.load(tmp_path).records) == 2
+    assert log.contains(small(2).key), "it is of this log all the same"
+    with pytest.warns(UserWarning, match=r"1 audit that the disk had refused is in .*records\.jsonl now"):
+        assert log.append(small(3))
+    run = AuditRun.load(tmp_path)
+    assert [record.step for record in run.records] == [1, 2, 3]
+    assert [alert.step for alert in run.alerts] == [1, 2, 3]
+
+
+def test_what_the_disk_refused_to_the_end_is_tried_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    log = RunLog(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        for step in (1, 2):
+            with pytest.raises(OSError, match="No space left"):
+                log.append(small(step))
+        with pytest.warns(UserWarning, match="audits are missing in the log .*No space left"):
+            log.close()
+    log = RunLog(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            log.append(small(1))
+    with pytest.warns(UserWarning, match="1 audit that the disk had refused"):
+        log.close()
+    assert [record.step for record in AuditRun.load(tmp_path).records] == [1]
 
 
 def test_alerts_cut_off_from_their_record_are_restored_once(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_healthy_run_is_a_line_an_audit() -> None:
         ({"clean_step": 10}, "last clean audit: step 10; no checkpoint from then or before was kept"),
         ({"clean_step": None}, "no clean audit before it"),
         ({"clean_step": None, "cause": "reference"}, "no clean audit before it"),
-        ({"clean_step": None, "cause": "reference", "remedy": None}, "Mend it"),
+        ({"clean_step": None, "cause": "reference", "remedy": ""}, "Mend it"),
     ],
 )
 def test_what_to_do_names_what_there_is_to_go_back_to(changes: dict[str, Any], words: str) -> None:

@@ -24,7 +24,7 @@ from align_audit.writers.closing_table import closing
 from align_audit.writers.comparison import ComparisonTable
 from align_audit.writers.runs_table import RunRow, RunsTable, row_of_run, sparkline
 from tests.helpers.alert_cases import about, on_set, with_margins
-from tests.helpers.screens import LOG, a_run, calm
+from tests.helpers.screens import LOG, a_run, calm, later_on
 
 NOW = datetime(2026, 1, 1, 0, 43, tzinfo=UTC)
 ESCAPE = "\x1b[31m[bold]x[/bold]"
@@ -110,6 +110,21 @@ def test_the_worst_of_several_probe_sets_is_shown() -> None:
     assert both.status.word == "ERROR"
     assert lines(both)[2].endswith("run (helpful)")
     assert both.as_json(NOW)["probes"] == "helpful"
+
+
+def test_a_probe_set_that_the_run_goes_on_without_says_nothing_of_it() -> None:
+    """Ruined by one set, and resumed without it."""
+    left = [on_set(record, "helpful") for record in a_run() if record.step <= 20]
+    assert left[-1].alerts
+    both = row([*left, *(on_set(record, "harmless") for record in later_on(a_run("well")))])
+    assert (both.status.word, both.alerts) == ("HEALTHY", ())
+    assert both.as_json(NOW)["probes"] == "harmless"
+
+
+def test_an_alert_of_two_probe_sets_is_one() -> None:
+    both = row([on_set(record, name) for name in ("harmless", "helpful") for record in a_run()])
+    causes = [alert["cause"] for alert in both.as_json(NOW)["alerts"]]
+    assert causes and len(causes) == len(set(causes))
 
 
 def test_a_log_that_cannot_be_read_is_not_healthy() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import ssl
 import subprocess
 import sys
 import time
+import urllib.error
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import RunLog
 from align_audit.writers.messages import as_json
-from align_audit.writers.webhook import MOST_WAITING, VARIABLE, Webhook
+from align_audit.writers.webhook import MOST_WAITING, VARIABLE, Address, Webhook
 from align_audit.writers.writer import Surroundings
 from tests.helpers import web
 from tests.helpers.make_record import make_record
@@ -229,6 +231,26 @@ def test_a_server_that_cannot_be_trusted_is_not_asked_again(tmp_path: Path) -> N
         assert server.bodies == []
     (kept,) = unsent(tmp_path)
     assert kept["reason"].startswith("the connection failed: [SSL")
+
+
+@pytest.mark.parametrize(
+    ("error", "again"),
+    [
+        (ssl.SSLEOFError(8, "EOF occurred in violation of protocol"), True),  # the server broke off
+        (ssl.SSLZeroReturnError(6, "TLS/SSL connection has been closed"), True),
+        (ssl.SSLCertVerificationError(1, "certificate verify failed"), False),
+        (ssl.SSLError(1, "wrong version number"), False),
+    ],
+)
+def test_a_tls_connection_that_breaks_off_is_tried_again(error: ssl.SSLError, again: bool) -> None:
+    address = Address("https://example.invalid", {})
+
+    def breaks(*_: Any, **__: Any) -> None:
+        raise urllib.error.URLError(error)
+
+    address._opener.open = breaks  # type: ignore[method-assign]
+    refusal = address._try(b"{}", 1.0)
+    assert refusal is not None and refusal.again is again
 
 
 def test_a_message_takes_one_time_out_and_the_next_one_goes_on(tmp_path: Path) -> None:

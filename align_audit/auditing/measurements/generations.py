@@ -13,7 +13,7 @@ from align_audit.auditing.measurements.measurement import AuditTask, Measurement
 from align_audit.auditing.session.estimates import Estimates
 from align_audit.auditing.session.kept import Continued
 from align_audit.auditing.session.memory import out_of_memory
-from align_audit.errors import first_line
+from align_audit.errors import first_line, pass_exit_on
 from align_audit.measures.continuations import repeated_share, until_end
 from align_audit.measures.margin import token_logp
 from align_audit.models.generation import can_generate, continue_greedily, end_tokens
@@ -127,6 +127,7 @@ class Generations(Measurement):
             self._why_not = "generate() failed on another process"
         # A model whose forward is sound may still have no sound way to go on from its own cache, and say so in any way.
         except (Exception, SystemExit) as error:
+            pass_exit_on(error)
             self._why_not = f"generate() failed: {first_line(error)}"
         if remember:
             self.task.kept.why_not_continued = self._why_not

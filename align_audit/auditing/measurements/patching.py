@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import warnings
@@ -158,10 +159,11 @@ class Patching(Measurement):
         recorded = RecordedBatch(batch, policy, reference)
         same_as = reference if unpatched.strays is None else None
         streams = self.effect_streams(recorded, layers)
-        for key, effect in session.effects(
-            session.as_reference, batch, reference, streams, unpatched.margins, same_as=same_as
-        ):
-            self.store(key, recorded, effect)
+        with contextlib.closing(
+            session.effects(session.as_reference, batch, reference, streams, unpatched.margins, same_as=same_as)
+        ) as walked:
+            for key, effect in walked:
+                self.store(key, recorded, effect)
 
     # -- what is said --------------------------------------------------------------------------------------------------
 

@@ -168,12 +168,13 @@ class SiteCollector:
                 config = self.measured[number].config
                 make = _received(config, unit, receiver, given[_source(config, unit)], batch)
                 streams.append(Stream((number, column), unit.last, make))
-            for key, effect in session.effects(
-                receiver.active, batch, recording, streams, base, same_as=same_as, limit=limit
-            ):
-                assert isinstance(key, tuple)
-                number, column = key
-                _store(self.measured[number].exact[direction], batch, column, effect)
+            with contextlib.closing(
+                session.effects(receiver.active, batch, recording, streams, base, same_as=same_as, limit=limit)
+            ) as walked:
+                for key, effect in walked:
+                    assert isinstance(key, tuple)
+                    number, column = key
+                    _store(self.measured[number].exact[direction], batch, column, effect)
 
     def _given(self, asked: Sequence[tuple[SiteConfig, Unit]], receiver: _Run, donor: _Run) -> dict[Any, torch.Tensor]:
         """What the donor puts in, [R, T, d] each: its own blocks on the receiver's stream, or its own run's tensors."""

@@ -68,7 +68,8 @@ class ReferenceTrace(BaseModel):
 class ReferenceCache:
     """Depth traces of references by what they depend on: weights, probes, settings, dtype. In memory, and on disk.
 
-    A reference that moves (``sync_ref_model``) has another weight hash, so its old trace is never found again.
+    A reference that moves (``sync_ref_model``) has another weight hash, so its old trace would never be found again, and is
+    forgotten.
 
     Args:
         directory: where traces are also kept as files; None: in memory only.
@@ -107,8 +108,14 @@ class ReferenceCache:
         return self._traces.get(key)
 
     def put(self, kept: ReferenceTrace) -> None:
-        """Keep a trace under its key. A disk that refuses it costs the next process some time, and nothing else."""
+        """Keep a trace under its key, whose first word is the hash of the weights: that of other weights, the same else, is
+        forgotten. A disk that refuses it costs the next process some time, and nothing else."""
         key = tuple(kept.key)
+        for outdated in [each for each in self._traces if each != key and each[1:] == key[1:]]:
+            del self._traces[outdated]
+            if self.directory is not None:
+                with contextlib.suppress(OSError):
+                    self._path(self.directory, outdated).unlink(missing_ok=True)
         self._traces[key] = kept
         if self.directory is not None:
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -258,7 +258,7 @@ class Session(Batching):
         *,
         same_as: Recording | None = None,
         limit: int | None = None,
-    ) -> Iterator[tuple[Hashable, torch.Tensor]]:
+    ) -> Generator[tuple[Hashable, torch.Tensor], None, None]:
         """Walk streams through the receiving model: by key, by how much each moves the margins [B], float64 on the CPU.
 
         Args:

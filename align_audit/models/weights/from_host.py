@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from align_audit.errors import ConfigurationError, listed
 from align_audit.models.weights.streaming import (
     Copy,
     Fill,
@@ -34,12 +35,15 @@ def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
 
     From the CPU its layers are copied over one at a time. Where that cannot be (and between other devices) the whole
     model moves.
+
+    Raises:
+        ConfigurationError: it is spread over several accelerators, between which its own hooks carry what it computes.
     """
     devices = {tensor.device for tensor in model.parameters()}
     if stream_of(model) is not None or devices <= {device}:
         yield
         return
-    here = next(model.parameters()).device
+    refuse_scattered(devices, "the reference")
     with contextlib.ExitStack() as stack:
         try:
             if devices != {torch.device("cpu")}:
@@ -47,9 +51,40 @@ def placed(model: nn.Module, device: torch.device) -> Iterator[None]:
             stack.enter_context(copied_by_layer(model, device))
         except NotStreamable as reason:
             logger.info("the reference moves to %s whole, not layer by layer: %s", device, reason)
-            stack.callback(model.to, here)
-            model.to(device)
+            stack.enter_context(_moved(model, device))
         yield
+
+
+@contextlib.contextmanager
+def _moved(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """The whole model is on ``device`` inside. After it, and where it has no room there, it has the tensors that it had."""
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    buffers = [
+        (module._buffers, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()
+    ]
+    try:
+        model.to(device)
+        yield
+    finally:
+        for parameter, values in parameters:
+            parameter.data = values
+        for place, name, buffer in buffers:
+            place[name] = buffer
+
+
+def refuse_scattered(devices: Iterable[torch.device], what: str) -> None:
+    """Refuse a model that lies on several accelerators.
+
+    Raises:
+        ConfigurationError: it does.
+    """
+    accelerators = sorted({str(device) for device in devices if device.type not in ("cpu", "meta")})
+    if len(accelerators) > 1:
+        raise ConfigurationError(
+            f"the weights of {what} are spread over {listed(accelerators)}, as device_map='auto' spreads them where a script "
+            "is started without a launcher. Expected a model on one device: start one process for each GPU (accelerate launch, "
+            "torchrun), or load policy and reference with device_map={'': 0}"
+        )
 
 
 @contextlib.contextmanager

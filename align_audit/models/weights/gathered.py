@@ -113,12 +113,11 @@ class GatheredLayers:
 
     def _bring(self, weights: list[_Weight], place: int) -> None:
         size = sum(weight.bytes for weight in weights)
-        for device in {weight.resting.device for weight in weights}:
-            torch.empty(
-                size, dtype=torch.uint8, device=device
-            )  # memory that runs out inside of a gather leaves others in it
-        self._ranks.check(place)
-        values = whole_tensors([weight.resting for weight in weights], [weight.dtype for weight in weights])
+        values = whole_tensors(
+            [weight.resting for weight in weights],
+            [weight.dtype for weight in weights],
+            ready=lambda: self._ranks.check(place),
+        )
         for weight, each in zip(weights, values, strict=True):
             weight.put(nn.Parameter(each, weight.resting.requires_grad))
         self.most = max(self.most, size + (0 if weights is self._outside else self.outside))

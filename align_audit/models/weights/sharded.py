@@ -173,33 +173,50 @@ def part_of(parameter: Any) -> Part | None:
     return Part(parameter.detach().to_local(), first * width, most * width, mesh.get_group(axis))
 
 
-def whole_tensors(parameters: Sequence[Any], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
+def whole_tensors(
+    parameters: Sequence[Any], dtypes: Sequence[torch.dtype], ready: Callable[[], None] = lambda: None
+) -> list[torch.Tensor]:
     """All values of spread parameters, each in memory of its own, in the dtype that is asked for.
 
     All processes that hold a part call this together; what each holds is cast first, and goes to the others in one piece.
+
+    Args:
+        ready: is called when this process has made room for all of it, and before it waits for another one: memory that runs
+            out in between would leave the others waiting.
     """
     gathered: list[torch.Tensor | None] = [None] * len(parameters)
     pieces: dict[Any, list[tuple[int, torch.Tensor]]] = {}
+    not_consecutive: list[tuple[int, Any]] = []
     for place, (parameter, dtype) in enumerate(zip(parameters, dtypes, strict=True)):
         part = part_of(parameter)
         if part is None:
-            with torch.no_grad():
-                gathered[place] = parameter.detach().full_tensor().to(dtype)
+            not_consecutive.append((place, parameter))
             continue
         values = part.values.reshape(-1).to(dtype)
         # The last parts may be shorter, which all of them have to be as long as: what is appended lies at the very end.
         values = torch.cat([values, values.new_zeros(part.length - len(values))])
         pieces.setdefault((part.group, dtype), []).append((place, values))
+    gathers = []
     for (group, _), parts in pieces.items():
         here = torch.cat([values for _, values in parts])
-        everywhere = here.new_empty(group.size() * len(here))
-        torch.distributed.all_gather(list(everywhere.chunk(group.size())), here, group=group)
-        by_process, first = everywhere.view(group.size(), len(here)), 0
         for place, values in parts:
-            parameter = parameters[place]
-            column = by_process[:, first : first + len(values)].reshape(-1)[: whole_size(parameter)]
-            gathered[place] = column.clone().view(whole_shape(parameter))
-            first += len(values)
+            gathered[place] = values.new_empty(whole_shape(parameters[place]))
+        lengths = [(place, len(values)) for place, values in parts]
+        gathers.append((group, here, here.new_empty(group.size(), len(here)), lengths))
+    pieces.clear()
+    ready()
+    for place, parameter in not_consecutive:
+        with torch.no_grad():
+            gathered[place] = parameter.detach().full_tensor().to(dtypes[place])
+    for group, here, everywhere, lengths in gathers:
+        torch.distributed.all_gather(list(everywhere.unbind()), here, group=group)
+        first = 0
+        for place, length in lengths:
+            room = gathered[place]
+            assert room is not None
+            for process, values in enumerate(room.view(-1).split(length)):
+                values.copy_(everywhere[process, first : first + len(values)])
+            first += length
     return [values for values in gathered if values is not None]
 
 

@@ -69,7 +69,7 @@ def margins_over_steps(records: Sequence[AuditRecord]) -> Figure:
     if len(records) == 1:
         return _margins_once(records[0])
     steps = [record.step for record in records]
-    alerts = [alert for record in records for alert in record.alerts]
+    alerts = [alert for record in records for alert in record.alerts if alert.event != "resolved"]
     first: dict[str, int] = {}
     for alert in alerts:
         first.setdefault(alert.rule, alert.step)
@@ -161,7 +161,9 @@ def _margins_once(record: AuditRecord) -> Figure:
             if is_unknown(getattr(record.margins, name)):
                 notes.unknown(label, None, why_unknown(record, f"margins.{name}", getattr(record.margins, name)))
     warnings = [
-        f"Alert ({alert.level}) {alert.rule}: {alert.message}" for alert in record.alerts if alert.level != "info"
+        f"Alert ({alert.level}) {alert.rule}: {alert.message}"
+        for alert in record.alerts
+        if alert.level != "info" and alert.event != "resolved"
     ]
     body, figure = frame(
         9.0,

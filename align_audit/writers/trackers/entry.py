@@ -42,8 +42,8 @@ class Notice:
     """An alert that opened, got worse or is over, in texts of printable characters.
 
     Attributes:
-        key: what every notice of this alert has in common: its cause, of a named probe set with the name and a dot before. The
-            rule, of those that see the same, may be another at each audit.
+        key: what every notice of this alert has in common: its cause. The rule, and the probe set that it is seen on, may be
+            others at each audit.
         event: what happened.
         level: ``info`` where it is over.
         title: a line of less than 64 characters.
@@ -66,7 +66,7 @@ class Notice:
         """
         event = "opened" if alert.event == "open" else alert.event
         begin = "RESOLVED" if event == "resolved" else f"{alert.level.upper()} {event}"
-        key = _beside(alert.probe_name, alert.cause or alert.rule)
+        key = alert.cause or alert.rule
         return cls(
             key,
             event,

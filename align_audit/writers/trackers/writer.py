@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align_audit.errors import ConfigurationError, named, plain, without_secrets
+from align_audit.errors import ConfigurationError, named, pass_exit_on, plain, without_secrets
 from align_audit.options.trackers import TrackerName
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord, RecordKey
@@ -191,6 +191,7 @@ class TrackerWriter:
         try:
             entry = self._entry(chosen(self._history, lambda head: head.key == key)[-1])
         except (Exception, SystemExit) as error:
+            pass_exit_on(error)
             self._lost.append(key[0])
             self._say(type(error).__name__, f"could not write step {key[0]} to {self.name}: {named(error)}")
             return None
@@ -214,6 +215,7 @@ class TrackerWriter:
             drawn = few_pictures(standing, drawn_records(record, self._history))
             images = {tag: pixels(figure) for tag, figure in drawn.items()}
         except (Exception, SystemExit) as error:
+            pass_exit_on(error)
             self._say(_PICTURES, f"could not draw step {record.step} for {self.name}: {named(error)}")
             return {}
         self._said.discard(_PICTURES)
@@ -272,6 +274,7 @@ class TrackerWriter:
         try:
             send()
         except (Exception, SystemExit) as error:
+            pass_exit_on(error)
             self._say(type(error).__name__, f"could not {what} {self.name}: {named(error)}")
 
     def _say(self, kind: str, words: str) -> None:

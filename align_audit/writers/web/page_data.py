@@ -52,7 +52,8 @@ def page_data(
     Returns:
         ``format``; ``run`` (``name``, ``written``, ``status``, that of all sets together, ``latest_healthy``
         in words, empty where there is no audit, and ``failures``); ``sets``, one for
-        each probe set, the worst first, with ``name``, ``confidence`` (of intervals, in words), ``status``, ``panels``,
+        each probe set, the worst first, and last those that the run goes on without, with
+        ``name``, ``confidence`` (of intervals, in words), ``status``, ``panels``,
         ``training``, ``first_error``, ``alerts``, ``texts``, ``where``, ``evidence`` and ``more``. A run without any audit has
         one set, whose status says so.
 
@@ -61,8 +62,10 @@ def page_data(
         'HEALTHY'
     """
     names = [run.probe_name] if run.probe_name is not None or not run.records else run.probe_names
-    sets = [_set_data(run.select(name) if run.records else run, name, texts) for name in names]
-    sets.sort(key=lambda each: WORST_FIRST.index(each["status"]["word"]))
+    runs = {name: run.select(name) if run.records else run for name in names}
+    # What the run goes on without says least of it, however it stood.
+    names.sort(key=lambda name: (not runs[name].in_use, WORST_FIRST.index(runs[name].status.word)))
+    sets = [_set_data(runs[name], name, texts) for name in names]
     return {
         "format": FORMAT,
         "run": {

@@ -52,6 +52,9 @@ def status_data(run: AuditRun, standing: Standing | None) -> dict[str, Any]:
 
 
 def _sentences(run: AuditRun, standing: Standing | None) -> list[str]:
+    if not run.in_use and standing is not None:
+        left = f"The run goes on without these pairs: this is of step {standing.record.step}."
+        return [left, *_sentences(replace(run, in_use=True, training_log=(), failures=[]), standing)]
     if standing is None:
         return [run.status.reason]
     if run.status.word == "BLIND":

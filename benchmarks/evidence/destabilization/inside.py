@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from destabilization.score import Groups, print_and_write, share, table
+from destabilization.score import print_and_write, table
 from destabilization.signals import FAMILIES, LOGGED, OF_FULL_AUDITS, Signal, logged
 from destabilization.stored import DATA, StoredRun, load
+from destabilization.verdicts import Groups, share
 
 BEGIN, END = "<!-- inside: the command inside writes what stands here -->", "<!-- end of inside -->"
 PARTS = (0.1, 0.25, 0.5, 0.75)

@@ -30,7 +30,7 @@ def draw(curves: Mapping[str, Sequence[dict[str, Any]]], told: Sequence[str], pa
     """Save the picture.
 
     Args:
-        curves: points of each rule set, as ``score.curve`` makes them.
+        curves: points of each rule set, as ``curves.curves`` makes them.
         told: the sets that get a colour and a name; the others are grey.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -7,24 +7,21 @@ import contextlib
 import datetime
 import io
 import json
-import math
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from scipy.stats import binomtest
 
+from destabilization.curves import Dials, Point, best_at, curves
 from destabilization.packages import package_rules
 from destabilization.picture import draw
-from destabilization.rivals import LAXNESS, rival_rules
-from destabilization.rules import AUDIT_RULES, Raised, RuleSet, alarms
-from destabilization.stored import DATA, StoredRun, load
+from destabilization.rules import AUDIT_RULES, RuleSet
+from destabilization.stored import DATA, StoredRun
+from destabilization.verdicts import Groups, median_leads, share, summary, verdicts
 
-IN_TIME = 2
-"""Looks after the line within which an alarm of it counts as in time."""
 BEGIN, END = "<!-- measured: the command score writes what stands here -->", "<!-- end of measured -->"
 RATES = (0.0, 0.02, 0.05, 0.1)
 """Shares of healthy runs with an alarm, at which rule sets are compared."""
@@ -37,131 +34,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--curves", action="store_true", help="also at other limits: recall and lead at equal false alarms"
     )
+    parser.add_argument("--jobs", type=int, default=1, help="processes that make the curves")
     parser.add_argument("--picture", type=Path, help="with --curves: also draw them there (PNG)")
     parser.add_argument("--write", type=Path, help="also put the tables into this document, between its marks")
     parser.add_argument("--json", type=Path, help="also write all of it there")
-
-
-@dataclass(frozen=True)
-class Groups:
-    """Runs by what became of them.
-
-    Attributes:
-        healthy: without a fault, and fine: an alarm is false.
-        harmed: ruined or wasted, with a fault or without: an alarm is due.
-        worn: a warning may be, and is not counted.
-        unharmed: with a fault that did nothing: an alarm is neither false nor due.
-    """
-
-    healthy: list[StoredRun]
-    harmed: list[StoredRun]
-    worn: list[StoredRun]
-    unharmed: list[StoredRun]
-
-    @classmethod
-    def of(cls, runs: Sequence[StoredRun]) -> Groups:
-        """By measurement: a kind's name plays no part."""
-
-        def of_fate(*fates: str) -> list[StoredRun]:
-            return [run for run in runs if run.outcome.fate in fates]
-
-        fine = of_fate("healthy")
-        return cls(
-            [run for run in fine if not run.faulty],
-            of_fate("ruined", "wasted"),
-            of_fate("worn"),
-            [run for run in fine if run.faulty],
-        )
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a rule set says of one run.
-
-    Attributes:
-        warned, failed: step of the first alarm of any level, and of the first error; None where there is none.
-        lead: steps from the first alarm to the line; negative where it came later. None without either.
-        in_time: the alarm came before the line or within two looks after it.
-    """
-
-    run: StoredRun
-    raised: list[Raised]
-
-    @property
-    def warned(self) -> int | None:
-        return min((raised.step for raised in self.raised), default=None)
-
-    @property
-    def failed(self) -> int | None:
-        return min((raised.step for raised in self.raised if raised.level == "error"), default=None)
-
-    @property
-    def lead(self) -> int | None:
-        since, warned = self.run.outcome.since, self.warned
-        return None if since is None or warned is None else since - warned
-
-    @property
-    def lead_share(self) -> float | None:
-        """The lead as a share of the run."""
-        return None if self.lead is None else self.lead / self.run.steps
-
-    @property
-    def in_time(self) -> bool:
-        since, warned = self.run.outcome.since, self.warned
-        if since is None or warned is None:
-            return False
-        later = [step for step in self.run.looks if step > since]
-        return warned <= (later[: IN_TIME + 1] or [self.run.steps])[-1]
-
-
-def verdicts(runs: Sequence[StoredRun], rules: RuleSet, laxness: float = 1.0) -> list[Verdict]:
-    """What a rule set says of each run."""
-    return [Verdict(run, alarms(run, rules, laxness)) for run in runs]
-
-
-def share(count: int, of: int) -> str:
-    """Count, number and Wilson's 95 % interval; "none" of none.
-
-    Example:
-        >>> share(0, 60)
-        '0 of 60 (0 to 6 %)'
-    """
-    if of == 0:
-        return "none"
-    interval = binomtest(count, of).proportion_ci(method="wilson")
-    return f"{count} of {of} ({100 * interval.low:.0f} to {100 * interval.high:.0f} %)"
-
-
-def summary(groups: Groups, rules: RuleSet, laxness: float = 1.0) -> dict[str, Any]:
-    """The figures of one rule set."""
-    healthy, harmed = verdicts(groups.healthy, rules, laxness), verdicts(groups.harmed, rules, laxness)
-    return {
-        "rules": rules.name,
-        "false_warnings": sum(verdict.warned is not None for verdict in healthy),
-        "false_errors": sum(verdict.failed is not None for verdict in healthy),
-        "healthy": len(healthy),
-        "caught": sum(verdict.warned is not None for verdict in harmed),
-        "caught_by_error": sum(verdict.failed is not None for verdict in harmed),
-        "in_time": sum(verdict.in_time for verdict in harmed),
-        "harmed": len(harmed),
-        **median_leads(harmed),
-        "missed": [verdict.run.name for verdict in harmed if verdict.warned is None],
-        "disturbed": {
-            verdict.run.name: sorted({raised.rule for raised in verdict.raised})
-            for verdict in healthy
-            if verdict.raised
-        },
-    }
-
-
-def median_leads(said: Sequence[Verdict]) -> dict[str, float | None]:
-    """The median lead in steps and as a share of the run, of the runs that were told of; None where none was."""
-    leads = [verdict.lead for verdict in said if verdict.lead is not None]
-    shares = [verdict.lead_share for verdict in said if verdict.lead_share is not None]
-    return {
-        "median_lead": median(leads) if leads else None,
-        "median_lead_share": median(shares) if shares else None,
-    }
 
 
 def main(options: argparse.Namespace) -> None:
@@ -185,10 +61,9 @@ def print_and_write(
 
 def report(options: argparse.Namespace) -> dict[str, Any]:
     """Score the split, print every table, and draw; the figures."""
-    runs = load(options.split, options.data)
-    groups = Groups.of(runs)
+    dials = Dials(options.split, options.data)
+    groups, rivals = dials.groups, dials.rivals
     packages, absent = package_rules()
-    rivals = rival_rules(Groups.of(load("tuning", options.data)).healthy)
     sets = [*AUDIT_RULES, *rivals, *packages]
     summaries = [summary(groups, rules) for rules in sets]
     print_setting(options.split, groups, absent)
@@ -197,12 +72,11 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
     print_names(summaries)
     result: dict[str, Any] = {"split": options.split, "summaries": summaries}
     if options.curves:
-        dialled = [*AUDIT_RULES, *rivals]
-        result["curves"] = {rules.name: curve(groups, rules) for rules in dialled}
+        result["curves"] = curves(dials, options.jobs)
         print_curves(result["curves"], len(groups.healthy))
         if options.picture is not None:
             draw(result["curves"], [rules.name for rules in [*AUDIT_RULES, *rivals[-2:]]], options.picture)
-    print_fates(runs)
+    print_fates(dials.runs)
     return result
 
 
@@ -237,30 +111,6 @@ def print_setting(split: str, groups: Groups, absent: Sequence[str]) -> None:
     if absent:
         print(f"Not installed, and so in no table: {', '.join(absent)}.")
     print()
-
-
-def curve(groups: Groups, rules: RuleSet) -> list[dict[str, Any]]:
-    """The figures at each laxness, strictest first."""
-    kept = ("false_warnings", "healthy", "caught", "in_time", "harmed", "median_lead", "median_lead_share")
-    return [
-        {"laxness": laxness} | {name: figures[name] for name in kept}
-        for laxness in LAXNESS
-        for figures in [summary(groups, rules, laxness)]
-    ]
-
-
-def best_at(points: Sequence[dict[str, Any]], rate: float) -> dict[str, Any] | None:
-    """The point that catches most in time among those with at most that share of false alarms."""
-    allowed = [point for point in points if point["false_warnings"] <= rate * point["healthy"]]
-    return max(
-        allowed,
-        key=lambda point: (
-            point["in_time"],
-            point["caught"],
-            -math.inf if point["median_lead_share"] is None else point["median_lead_share"],
-        ),
-        default=None,
-    )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
@@ -345,11 +195,11 @@ def print_names(summaries: Sequence[dict[str, Any]]) -> None:
         print()
 
 
-def print_curves(curves: dict[str, list[dict[str, Any]]], healthy: int) -> None:
+def print_curves(drawn: dict[str, list[Point]], healthy: int) -> None:
     """Recall in time and lead at equal shares of false alarms."""
     print(f"### At equal shares of false alarms, of {healthy} healthy runs: caught in time, caught, median lead\n")
-    words: Callable[[dict[str, Any] | None], str] = lambda point: (  # noqa: E731
+    words: Callable[[Point | None], str] = lambda point: (  # noqa: E731
         "" if point is None else f"{point['in_time']}, {point['caught']}, {lead_words(point)}"
     )
-    rows = [[name, *(words(best_at(points, rate)) for rate in RATES)] for name, points in curves.items()]
+    rows = [[name, *(words(best_at(points, rate)) for rate in RATES)] for name, points in drawn.items()]
     table(["rules", *(f"at most {rate:.0%}" for rate in RATES)], rows)

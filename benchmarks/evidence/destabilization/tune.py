@@ -12,8 +12,8 @@ from statistics import median
 from align_audit.config import AlertConfig
 from align_audit.errors import ConfigurationError
 from destabilization.rules import RuleSet, align_audit_rules
-from destabilization.score import Groups, Verdict, verdicts
 from destabilization.stored import DATA, load
+from destabilization.verdicts import Groups, Verdict, verdicts
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -66,8 +66,18 @@ def test_what_it_depends_on_is_measured_anew(tmp_path: Path, monkeypatch: pytest
     run(tiny_model("llama"), cache, config=AuditConfig.from_dict({**CONFIG.to_dict(), "seed": 4}))
     assert len(calls) == 8, "another seed"
     run(tiny_model("llama"), cache)
-    assert len(calls) == 9
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(calls) == 10, "of these pairs the trace of the other reference had taken its place"
+    run(tiny_model("llama"), cache)
+    assert len(calls) == 11
+
+
+def test_a_reference_that_moves_leaves_one_trace(tmp_path: Path) -> None:
+    cache = ReferenceCache(tmp_path)
+    for seed in range(3):
+        run(tiny_model("llama", seed=seed), cache)
+    assert len(list(tmp_path.iterdir())) == len(cache._traces) == 1
+    run(tiny_model("llama", seed=2), cache, pairs=9)
+    assert len(list(tmp_path.iterdir())) == len(cache._traces) == 2, "each probe set has its own"
 
 
 def test_a_damaged_file_costs_time_only(

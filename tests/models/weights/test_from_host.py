@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from align_audit.errors import ConfigurationError
 from align_audit.models.loading import load_model
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.models.weights.from_disk import open_streamed
-from align_audit.models.weights.from_host import copied_by_layer, placed
+from align_audit.models.weights.from_host import _moved, copied_by_layer, placed, refuse_scattered
 from align_audit.models.weights.streaming import close, stream_of
 from tests.helpers.tiny import tiny_model
 from tests.models.weights.saved import (
@@ -26,6 +28,40 @@ pytestmark = pytest.mark.device
 
 
 # -- from the CPU to a device -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_model_that_moves_whole_has_its_own_tensors_again(breaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there was no room for all of it."""
+    model: Any = tiny_model("llama", dtype=torch.float32)
+    model.register_buffer("beside", torch.ones(3))
+    tensors = [*model.parameters(), *model.buffers()]
+    before = [(tensor, tensor.data_ptr()) for tensor in tensors]
+
+    def moves(self: torch.nn.Module, device: torch.device) -> None:
+        for module in self.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    parameter.data = parameter.data.clone()
+                if breaks and name == "weight" and module is self.model.layers[1].mlp.up_proj:
+                    raise torch.OutOfMemoryError("planted")
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else buffer.clone()
+
+    monkeypatch.setattr(type(model), "to", moves)
+    with contextlib.suppress(torch.OutOfMemoryError), _moved(model, torch.device("cpu")):
+        assert model.beside is not tensors[-1]
+    after = [*model.parameters(), *model.buffers()]
+    assert all(one is other and one.data_ptr() == place for one, (other, place) in zip(after, before, strict=True))
+
+
+def test_a_model_on_several_accelerators_is_refused_and_one_that_is_partly_on_the_cpu_is_not() -> None:
+    cpu, meta, *cuda = map(torch.device, ("cpu", "meta", "cuda:0", "cuda:1"))
+    with pytest.raises(
+        ConfigurationError, match=r"the reference are spread over cuda:0, cuda:1, as .*accelerate launch"
+    ):
+        refuse_scattered({cpu, *cuda}, "the reference")
+    refuse_scattered({cpu, meta, cuda[0]}, "the reference")
 
 
 def counting(copies: list[int]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -156,7 +157,39 @@ def test_parameters_of_all_shapes_are_brought_together() -> None:
     values = [torch.randn(5, 3), torch.randn(7), torch.randn(1, 2, 2).double(), torch.randn(4, 6)]
     spread = [distribute_tensor(value, mesh, [Shard(0)]) for value in values[:3]]
     spread.append(distribute_tensor(values[3], mesh, [Shard(1)]))
-    found = whole_tensors(spread, [torch.float32, torch.bfloat16, torch.float64, torch.float32])
+    made: list[int] = []
+    found = whole_tensors(
+        spread, [torch.float32, torch.bfloat16, torch.float64, torch.float32], ready=lambda: made.append(1)
+    )
+    assert made == [1]
     assert torch.equal(found[1], values[1].bfloat16())
     assert all(map(torch.equal, (found[0], *found[2:]), (values[0], *values[2:])))
     assert part_of(spread[3]) is None
+
+
+@pytest.mark.usefixtures("one_process")
+def test_nothing_is_waited_for_before_all_have_made_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that runs out on one process leaves the others in no gather: all of it is had before, and none after."""
+    mesh = init_device_mesh("cpu", (1,))
+    value = torch.randn(5, 3)
+    spread = [distribute_tensor(value, mesh, [Shard(0)])]
+    order: list[str] = []
+    gather = torch.distributed.all_gather
+
+    def gathers(*args: Any, **kwargs: Any) -> Any:
+        order.append("gather")
+        return gather(*args, **kwargs)
+
+    def no_more(*_: Any, **__: Any) -> Any:
+        raise AssertionError("memory is asked for after the others were told that there is room")
+
+    def ready() -> None:
+        order.append("ready")
+        for name in ("new_empty", "new_zeros", "clone"):
+            monkeypatch.setattr(torch.Tensor, name, no_more)
+
+    monkeypatch.setattr(torch.distributed, "all_gather", gathers)
+    (found,) = whole_tensors(spread, [torch.float32], ready)
+    monkeypatch.undo()
+    assert order == ["ready", "gather"]
+    assert torch.equal(found, value)

@@ -19,7 +19,7 @@ from align_audit.writers.standing import standing_at
 from align_audit.writers.web.health_panels import thinned_points, training_curves
 from align_audit.writers.web.json_values import lines, number, text
 from align_audit.writers.web.page_data import page_data
-from tests.helpers.alert_cases import health
+from tests.helpers.alert_cases import health, on_set
 from tests.helpers.make_record import make_record
 from tests.helpers.pages import (
     FAILED,
@@ -38,7 +38,7 @@ from tests.helpers.pages import (
     strings,
     unknown_run,
 )
-from tests.helpers.screens import a_run, calm
+from tests.helpers.screens import a_run, calm, later_on
 
 STORED = sorted((Path(__file__).parents[2] / "record" / "data").glob("*.records.jsonl"))
 RUNS: list[Callable[[], AuditRun]] = [
@@ -204,6 +204,19 @@ def test_probe_sets_stand_by_themselves_the_worst_first() -> None:
     ]
     assert data["run"]["status"]["word"] == "ERROR"
     assert data["sets"][1]["alerts"] == []
+
+
+def test_a_probe_set_that_the_run_goes_on_without_is_last_and_says_so() -> None:
+    """Ruined by one set, and resumed without it: training logs long after, which is no silence of that set."""
+    left = [on_set(record, "helpful") for record in a_run() if record.step <= 20]
+    records = [*left, *(on_set(record, "harmless") for record in later_on(a_run("well")))]
+    data = page_data(as_run(records, log=[LogRow(500, {"loss": 0.5})]))
+    used, dropped = data["sets"]
+    assert (used["name"], dropped["name"]) == ("harmless", "helpful")
+    assert dropped["status"]["word"] == "ERROR"
+    assert dropped["status"]["sentences"][0] == "The run goes on without these pairs: this is of step 20."
+    quiet = page_data(as_run([on_set(calm(5), "helpful"), *records[len(left) :]], log=[LogRow(145, {"loss": 0.5})]))
+    assert [each["status"]["word"] for each in quiet["sets"]] == ["HEALTHY", "HEALTHY"]
 
 
 def test_a_course_that_was_left_is_not_shown() -> None:

@@ -61,7 +61,9 @@
   }
 
   function hoverOf(value, low, high, share) {
-    const words = (each) => (share ? (each * 100).toFixed(0) + " %" : Number(each.toPrecision(3)).toString());
+    const nearAnEnd = (each) => (0 < each && each < 0.005) || (0.995 <= each && each < 1);
+    const percent = (each) => (nearAnEnd(each) ? Math.min(Math.max(each * 100, 0.1), 99.9).toFixed(1) : (each * 100).toFixed(0)) + " %";
+    const words = (each) => (share ? percent(each) : Number(each.toPrecision(3)).toString());
     if (!known(value)) return "not known";
     return words(value) + (known(low) && known(high) ? " (" + words(low) + " to " + words(high) + ")" : "");
   }
@@ -171,8 +173,9 @@
   }
 
   function largest(rows) {
+    // Of so many audits the values are more than a call takes arguments.
     const sizes = rows.flat().filter(known).map(Math.abs);
-    return sizes.length ? Math.max(...sizes, 1e-9) : 1;
+    return sizes.length ? sizes.reduce((most, size) => Math.max(most, size), 1e-9) : 1;
   }
 
   /* Layers over full audits; the chosen audit has a frame. */
