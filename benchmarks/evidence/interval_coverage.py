@@ -1,10 +1,10 @@
 """Do the intervals hold? Coverage of nominal 95 % over repeated draws of 8 to 64 pairs from a large probe set.
 
-    python benchmarks/evidence/interval_coverage.py --json coverage.json       # both models: half an hour on one core
+    python benchmarks/evidence/interval_coverage.py --json coverage.json       # both models: a quarter of an hour on one core
 
 The policies of ``trained.py`` are audited once on 600 pairs, whose means are the truth; then pairs are drawn with
 replacement, again and again, and every interval that a record gives is made from them alone by the code that makes a
-record's. Each pair has a prompt of its own, so that 8 pairs are 8 groups. Printed per model, step, number of pairs and
+record's. Draws are independent of each other, whatever prompts the pairs share, so that 8 pairs are 8 groups. Printed per model, step, number of pairs and
 quantity: the least and the largest coverage over layers (with the layer), and how many of the draws gave an interval at all.
 Monte Carlo error at 2,000 draws: 0.5 points.
 """
@@ -52,7 +52,7 @@ def measured(policy: Any, reference: Any, probes: Any) -> dict[str, np.ndarray]:
 
 
 def populations(name: str, steps: list[int], folder: Path | None) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
-    """Of each step what is measured of 600 pairs that share no prompt; kept in ``folder``, and taken from there."""
+    """Of each step what is measured of 600 pairs; kept in ``folder``, and taken from there."""
     from align_audit import ProbeSet
 
     files = {step: folder / f"{name}-{step}.npz" for step in steps} if folder is not None else {}
@@ -63,7 +63,6 @@ def populations(name: str, steps: list[int], folder: Path | None) -> Iterator[tu
         return
     run = trained.train(name, steps)
     probes = ProbeSet.from_dataset(run.held_out + run.rows, run.tokenizer, max_pairs=600, max_length=512)
-    assert probes.groups == len(probes), "pairs of this set share prompts"
     for step in steps:
         pair = measured(run.at(step), run.reference, probes)
         if files:
