@@ -28,7 +28,7 @@ install: $(STAMP)
 # torch comes first and alone, so that the build asked for is there before anything depends on it. Bytecode is made of what is
 # imported, when it is: of all that is installed it takes half a minute, and most of that nobody imports.
 $(STAMP): pyproject.toml constraints.txt | python
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -c 'import torch' 2>/dev/null || echo "$(TORCH_SIZE)"
 	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --no-compile $(TORCH_FROM) "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/python -m pip install --no-compile --constraint constraints.txt --editable '.[dev]'

@@ -72,7 +72,7 @@ def accuracy_falling(history: History) -> Sign | None:
 def never_started(history: History) -> Sign | None:
     """After a share of the run the policy is still its reference."""
     record, rule = history.record, BY_NAME["never_started"]
-    if record.reference_check.last_sync_step is not None and _has_trained(history):
+    if record.reference_check.last_sync_step is not None and _has_moved(history):
         return None  # what is compared is the policy with itself of a few steps ago
     suggestion = (
         "Check that something trains: requires_grad of the adapter, the learning rate after warm-up, and that policy and "
@@ -95,10 +95,10 @@ def never_started(history: History) -> Sign | None:
     return Sign(rule, "warning", kl.mean, message, suggestion, limit=at, few=few(history, shift))
 
 
-def _has_trained(history: History) -> bool:
-    """Are the policy's weights others than at an audit before?"""
-    now = history.record.provenance.policy_hash
-    return any(head.policy_hash != now for head in heads_of(history.earlier))
+def _has_moved(history: History) -> bool:
+    """Was the policy away from its reference at an audit before, whichever reference that was?"""
+    at = history.limit("never_started_kl")
+    return any(head.step > 0 and head.kl.mean >= at for head in heads_of(history.earlier))
 
 
 def nothing_learned(history: History) -> Sign | None:

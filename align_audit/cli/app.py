@@ -174,7 +174,7 @@ def run(
         fresh=not resume,
     )
     _conclude(audits, len(steps), output, time.perf_counter() - began)
-    _say_report(output, report, {number: folder.name for folder, number in steps.items()})
+    _say_report(output, report)
     raise typer.Exit(_status(audits, steps, demands, output))
 
 
@@ -329,15 +329,15 @@ def _drawn(draw: Callable[[], dict[str, Path]]) -> dict[str, Path]:
         return {}
 
 
-def _say_report(output: Path, page: str | None, checkpoints: Mapping[int, str]) -> None:
+def _say_report(output: Path, page: str | None) -> None:
     """Write the page of all that the log holds now, and say where it is; where none is asked for, nothing."""
     if page is None:
         return
     from align_audit.writers.web.report_writer import page_of, report_of
 
-    run, path, size = report_of(output, checkpoints=checkpoints)
+    run, path, size = report_of(output)
     if page:
-        path, size = page_of(run, Path(page), "--report", checkpoints)
+        path, size = page_of(run, Path(page), "--report")
     typer.echo(f"{run.status}: the report is {plain(path)} ({size / 1e6:.1f} MB)")
 
 

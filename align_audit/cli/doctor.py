@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -136,23 +137,28 @@ def _examine(plan: Plan, options: AuditConfig, as_json: bool) -> None:
     if not as_json:
         if first is None:
             typer.echo(f"In the training script:\n{SCRIPT}")
-        typer.echo(typer.style("ready", fg="green", bold=True) if first is None else _to_change(first))
+        typer.echo(_styled("ready", fg="green", bold=True) if first is None else _to_change(first))
     if first is not None:
         raise typer.Exit(1)
+
+
+def _styled(words: str, **style: Any) -> str:
+    """With colours, unless nobody wants any (https://no-color.org); where none can be shown they are taken out later."""
+    return words if os.environ.get("NO_COLOR") else typer.style(words, **style)
 
 
 def _line(check: Check) -> str:
     word, color = _SIGNS[check.level]
     fix = f"\n        do: {plain(check.fix)}" if check.fix else ""
-    return f"{typer.style(f'{word:>5}', fg=color, bold=True)}  {plain(check.name)}: {plain(check.observation)}{fix}"
+    return f"{_styled(f'{word:>5}', fg=color, bold=True)}  {plain(check.name)}: {plain(check.observation)}{fix}"
 
 
 def _to_change(check: Check) -> str:
-    return typer.style("not ready", fg="red", bold=True) + f": {plain(check.name)}; {plain(check.fix)}"
+    return _styled("not ready", fg="red", bold=True) + f": {plain(check.name)}; {plain(check.fix)}"
 
 
 def _progress(words: str) -> None:
-    typer.echo(typer.style(f"      … {words}", dim=True), err=True)
+    typer.echo(_styled(f"      … {words}", dim=True), err=True)
 
 
 def _nothing(words: str) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 from align_audit.cli.options import device_option
-from align_audit.errors import ConfigurationError
+from align_audit.errors import ConfigurationError, plain
 
 if TYPE_CHECKING:
     from align_audit.monitoring.doctor import Plan
@@ -42,7 +46,7 @@ def plan_of_script(arguments: Sequence[str], common: dict[str, Any]) -> Plan:
     )
     given.setdefault("device", "cpu" if training.use_cpu else device_option("auto"))
     pairs = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    given.setdefault("processes", launch.num_processes or max(1, int(training.world_size)))
+    given.setdefault("processes", _processes(training, launch))
     steps = _Steps.of(training, script, given["processes"], given.get("max_steps"))
     counted = {"max_steps": steps.max_steps, "pairs_per_step": pairs, **steps.events(training)}
     unforeseen = tuple(words for name, words in steps.unforeseen(training).items() if name not in given)
@@ -123,9 +127,30 @@ def _untried(training: Any, model: Any, loading: dict[str, Any]) -> list[str]:
 def _untried_launch(launch: Any) -> list[str]:
     """What the script is launched with that is not looked at here."""
     said = [name for name in ("use_deepspeed", "use_fsdp", "mixed_precision") if getattr(launch, name, None)]
-    if launch.config_file and not launch.num_processes:
-        said.append("accelerate's configuration file (how many processes it names is not read: --processes)")
+    if (path := _launch_file(launch)) is not None:
+        said.append(f"accelerate's configuration file {plain(path)} (of it only how many processes it names is read)")
     return said
+
+
+def _launch_file(launch: Any) -> str | None:
+    """The file that ``accelerate launch`` reads: one that is named, else that of ``accelerate config``, where there is one."""
+    from accelerate.commands.config.config_args import default_config_file
+
+    path = launch.config_file or default_config_file
+    return str(path) if launch.config_file or os.path.isfile(path) else None
+
+
+def _processes(training: Any, launch: Any) -> int:
+    """How many ``accelerate launch`` starts, which ``trl`` hands on to: as is said to it, else one for each GPU."""
+    if launch.num_processes:
+        return int(launch.num_processes)
+    if (path := _launch_file(launch)) is not None:
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, yaml.YAMLError):
+            return max(1, int(yaml.safe_load(Path(path).read_text(encoding="utf-8"))["num_processes"]))
+    import torch
+
+    gpus = 0 if training.use_cpu else torch.cuda.device_count()
+    return max(1, int(training.world_size), gpus)
 
 
 @dataclass(frozen=True)

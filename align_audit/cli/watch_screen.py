@@ -14,11 +14,13 @@ import typer
 
 from align_audit.cli.console import standard_output
 from align_audit.errors import ConfigurationError, named, plain
+from align_audit.record.alert import Alert
 from align_audit.record.followed import FollowedRun, log_folders
 from align_audit.record.log import output_dir_of
 from align_audit.record.status import Status
+from align_audit.record.stored_records import heads_of
 from align_audit.writers.alert_command import AlertCommand
-from align_audit.writers.runs_table import RunRow, RunsTable, by_weight, row_of_run
+from align_audit.writers.runs_table import RunRow, RunsTable, by_weight, row_of_run, time_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -44,6 +46,11 @@ class Board:
         self._names: dict[Path, str] = {}
         self._next_search = 0.0
         self._looked = False
+        self._began = datetime.now(UTC).replace(microsecond=0)  # as records are dated
+        self._new: set[Path] = set()
+        """Logs that the last search has found."""
+        self._told: set[str] = set()
+        """Alerts of runs that were there and are no more: they may come back, under another name too."""
         self.rows: dict[Path, RunRow] = {}
         self.gone: list[str] = []
         """Names of runs that were there and are no more."""
@@ -63,10 +70,12 @@ class Board:
         named_logs = {log: name for place in self._places for log, name in _named_logs(place, len(self._places))}
         gone = self._runs.keys() - named_logs.keys()
         for folder in gone:
+            self._told |= {alert.model_dump_json() for alert in self._runs[folder].run.alerts}
             del self._runs[folder], self.rows[folder]
         self.gone = [name for name in self.gone if name not in named_logs.values()]
         self.gone += sorted(self._names[folder] for folder in gone)
-        for folder in named_logs.keys() - self._runs.keys():
+        self._new = named_logs.keys() - self._runs.keys()
+        for folder in self._new:
             self._runs[folder] = FollowedRun(folder)
         fresh = bool(gone) or self._names != named_logs
         self._names = named_logs
@@ -88,10 +97,21 @@ class Board:
             changed, alerts = row != self.rows.get(folder), []
             self.rows[folder] = row
         if self._looked and self._on_alert is not None:
-            for alert in alerts:
+            for alert in self._from_now_on(alerts, followed) if folder in self._new else alerts:
                 if alert.level != "info":
                     self._on_alert(str(output_dir_of(folder)), alert)
         return changed
+
+    def _from_now_on(self, alerts: list[Alert], followed: FollowedRun) -> list[Alert]:
+        """Of a run that was found just now, what has happened since this began to look; the rest is as old as what it shows at
+        its own start."""
+        fresh = {
+            alert.model_dump_json()
+            for head in heads_of(followed.run.records)
+            if (created := time_of(head.created)) is not None and created >= self._began
+            for alert in head.alerts
+        }
+        return [alert for alert in alerts if (words := alert.model_dump_json()) in fresh and words not in self._told]
 
 
 def _named_logs(place: Path, places: int) -> Iterable[tuple[Path, str]]:

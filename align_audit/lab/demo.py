@@ -88,11 +88,12 @@ def run_demo(output: Path) -> tuple[Outcome, Outcome]:
 @contextlib.contextmanager
 def _replaced(output: Path) -> Iterator[None]:
     """An empty folder; what an earlier demo left is replaced once this one is done, and comes back where it breaks."""
+    output = output.resolve()  # what a link leads to is replaced, and the link stays
     aside: Path | None = None
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         if not (output / _MARKER).exists():
             raise ConfigurationError(f"{output} exists and was not written by this demo; choose another --output")
-        aside = output.resolve().with_name(f".{output.resolve().name}-{os.getpid()}")
+        aside = output.with_name(f".{output.name}-{os.getpid()}")
         output.rename(aside)
     try:
         _prepare(output)

@@ -126,7 +126,8 @@ class Arrivals:
 
 def _closed_by_state(files: _Files, state: Mapping[str, Any] | None) -> bool:
     """Did the trainer finish it: is its last file there, whole, and not older than what the model is read from?"""
-    if state is None or not any(name in files for name in _CONFIGURATIONS) or not _weights(files):
+    # A state that was written since the files were looked at is of the next look.
+    if state is None or STATE not in files or not any(name in files for name in _CONFIGURATIONS) or not _weights(files):
         return False
     return files[STATE][1] >= max(changed for _, changed in _of_model(files).values())
 

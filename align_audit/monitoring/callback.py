@@ -105,8 +105,7 @@ class AlignmentAuditCallback(TrainerCallback):
         self._trainer: weakref.ref[DPOTrainer] | None = None
         self._ranks = Ranks()
         self._run: Run | None = None
-        self._training = False
-        """Between the events that begin and end it: what happens outside belongs to no step."""
+        self._training = False  # between the events that begin and end it: what happens outside belongs to no step
         self._pending: Due | None = None
         """An audit that an earlier event left due."""
         self._next_look: int | None = None
@@ -159,7 +158,8 @@ class AlignmentAuditCallback(TrainerCallback):
     @contextlib.contextmanager
     def _unbroken(self, step: int) -> Iterator[None]:
         """Nothing leaves this but with ``strict``: what goes wrong inside is recorded as a failed audit is."""
-        assert (run := self._run) is not None
+        run = self._run
+        assert run is not None
         try:
             yield
         except BREAKS as error:

@@ -29,7 +29,7 @@ from align_audit.monitoring.resumed_writers import start_writers
 from align_audit.monitoring.shared_reference import SharedReference
 from align_audit.probes.pairs import ProbeSet
 from align_audit.record.audit_record import AuditRecord
-from align_audit.record.audited_checkpoints import note_checkpoint
+from align_audit.record.audited_checkpoints import audited_checkpoints, note_checkpoint
 from align_audit.record.checkpoint_names import as_called
 from align_audit.record.log import RunLog
 from align_audit.record.recorded import steps_planned
@@ -117,7 +117,8 @@ def audit_saved(
         check_place(reference)
     with contextlib.closing(RunLog(output)) as log:
         sets = read_probes(probes, checkpoints, reference, config, trust_remote_code=trust_remote_code)
-        names = {step: folder.name for folder, step in checkpoints.items()}
+        # Those that an earlier start audited lie where they were, too.
+        names = audited_checkpoints(log.directory) | {step: folder.name for folder, step in checkpoints.items()}
         around = Surroundings(Path(output), tuple(sets), on_alert=checked(on_alert), checkpoints=names)
         writers_for(config, around, OF_SAVED).check()  # before a log is set aside
         opening: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}

@@ -14,9 +14,17 @@ from torch import nn
 
 from align_audit.auditing.check import check_audit
 from align_audit.auditing.probe_files import read_probes
+from align_audit.auditing.session.memory import out_of_memory
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.config import AuditConfig
-from align_audit.errors import AlignAuditError, ConfigurationError, ReferenceUnavailableError, SiteError, named
+from align_audit.errors import (
+    AlignAuditError,
+    AuditMemoryError,
+    ConfigurationError,
+    ReferenceUnavailableError,
+    SiteError,
+    named,
+)
 from align_audit.measures.resampling import LEAST_GROUPS
 from align_audit.models.find_sites import find_sites
 from align_audit.models.loading import base_of, check_place, load_model
@@ -108,14 +116,28 @@ def _with_models(
         with OpenModels(policy, reference, autocast=autocast, keep_loaded=True) as models:
             yield from cost_checks(plan, config, pair, models.open(), sets, tell)
     except AlignAuditError as error:
-        yield _refusal(error)
+        yield _no_memory(error, plan) if isinstance(error, AuditMemoryError) else _refusal(error)
     except Exception as error:
+        if out_of_memory(error):
+            yield _no_memory(error, plan)
+            return
         yield Check(
             "audit",
             "red",
             f"an audit broke: {named(error)}",
             "report it, with the traceback of `align-audit run` on this model",
         )
+
+
+def _no_memory(error: BaseException, plan: Plan) -> Check:
+    """That there was no room for it here, where two whole models are held; a run with adapters holds one."""
+    fix = "shorter pairs (--max-length), fewer rows (spinal.max_rows in --config), or try it on the CPU (--device cpu)"
+    if plan.lora:
+        words = (
+            f"{named(error)}: it could not be tried. It takes two whole models here, and a run with adapters has one"
+        )
+        return Check("memory", "yellow", words, fix)
+    return Check("memory", "red", named(error), fix)
 
 
 def _refusal(error: AlignAuditError) -> Check:

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -108,7 +109,11 @@ def cost_checks(
     steps = PlannedSteps(min(plan.max_steps, _MOST_STEPS), plan.save_steps, plan.eval_steps)
     costs = Costs(pair * plan.pairs_per_step, health, full)
     per_look = full_per_look(models, sets.values(), config, first=False)
-    yield schedule_check(forecast(config, steps, costs, models.num_layers, per_look), config, steps)
+    schedule = schedule_check(forecast(config, steps, costs, models.num_layers, per_look), config, steps)
+    if plan.max_steps > _MOST_STEPS:
+        words = f"{schedule.observation} (judged by the first {_MOST_STEPS:,} of {plan.max_steps:,} steps)"
+        schedule = replace(schedule, observation=words)
+    yield schedule
 
 
 def in_proportion(config: AuditConfig, pairs: Sequence[int], share: float, rows: int | None) -> AuditConfig:

@@ -174,8 +174,10 @@ class _Watch:
                 self._work_on(checkpoint)
                 last_new = time.monotonic()
                 continue  # others came and went meanwhile
-            if there and there[-1].lack is None and there[-1].ends_training and not self._waiting:
-                return f"training ended at step {there[-1].step}, and all its checkpoints are done"
+            # The last one that was written: one of a later step may be of a training before this one.
+            newest = max(there or (), key=lambda each: (each.written, each.step), default=None)
+            if newest is not None and newest.lack is None and newest.ends_training and not self._waiting:
+                return f"training ended at step {newest.step}, and all its checkpoints are done"
             if time.monotonic() - last_new >= idle:
                 for each in self._waiting.values():
                     self._tell(f"{each.folder.name} was not audited: {each.lack or 'it came last'}")

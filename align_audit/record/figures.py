@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from align_audit.record.audit_record import AuditRecord
-from align_audit.record.numbers import Number, walk, why_unknown
+from align_audit.record.numbers import Number, is_unknown, walk, why_unknown
 from align_audit.record.stored_records import EQUAL_MODELS
 from align_audit.record.units import Unit
 
@@ -127,9 +127,11 @@ def _reward_margin(record: AuditRecord) -> Number:
 
 def _entropy_ratio(record: AuditRecord) -> Number:
     policy, reference = _number(record, "margins.entropy"), _number(record, "margins.reference_entropy")
-    if not policy.value or not reference.value or not reference.value > 0:
-        reason = policy.reason or reference.reason or "the reference's entropy is 0"
-        return Number("entropy_ratio", "", None, reason=reason)
+    if is_unknown(policy.value) or is_unknown(reference.value):
+        return Number("entropy_ratio", "", None, reason=policy.reason or reference.reason)
+    assert policy.value is not None and reference.value is not None
+    if not reference.value > 0:
+        return Number("entropy_ratio", "", None, reason="the reference's entropy is 0")
     return Number("entropy_ratio", "", policy.value / reference.value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -48,7 +49,9 @@ def _logs_in(place: Path, depth: int) -> Iterator[Path]:
 
 
 def _is_log(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (RECORDS, ALERTS, FAILURES))
+    with contextlib.suppress(OSError):  # a folder that this user may not look into
+        return any((folder / name).is_file() for name in (RECORDS, ALERTS, FAILURES))
+    return False
 
 
 class FollowedRun:

@@ -47,12 +47,22 @@ def sentence(comparison: Comparison) -> str:
     """
     order = {"ERROR": 0, "BLIND": 1, "WATCH": 2, "HEALTHY": 3}
     numbered = sorted(range(len(comparison.sides)), key=lambda place: order[comparison.statuses[place].word])
-    how = ", ".join(_stands(comparison.sides[place], comparison.statuses[place]) for place in numbered)
+    names = called(comparison)
+    how = ", ".join(_stands(names[place], comparison.sides[place], comparison.statuses[place]) for place in numbered)
     return f"{how}; {_paid(comparison)}."
 
 
-def _stands(side: Side, status: Any) -> str:
-    name = plain(side.name, 60)
+def called(comparison: Comparison, room: int = 60) -> list[str]:
+    """What the sides are called, in so many characters each: of a long name its end, which tells runs of a sweep apart."""
+    names = [plain(side.name) for side in comparison.sides]
+    short = [name if len(name) <= room else f"…{name[1 - room :]}" for name in names]
+    return [
+        name if short.count(name) == 1 else f"{name} ({1 + short[:place].count(name)})"
+        for place, name in enumerate(short)
+    ]
+
+
+def _stands(name: str, side: Side, status: Any) -> str:
     if status.word == "HEALTHY":
         return f"{name} is HEALTHY"
     since = "" if status.since is None else f" since step {status.since}"
@@ -74,10 +84,9 @@ def _paid(comparison: Comparison) -> str:
     ):
         row = meeting.row("kl")
         if row is not None:
-            readings = zip(comparison.sides, row.readings, strict=True)
-            (first, start), *rest = readings
-            moved = f"{plain(first.name, 60)} has moved KL {number(start.value)}"
-            return words + ", ".join([moved, *(f"{plain(side.name, 60)} {number(read.value)}" for side, read in rest)])
+            (first, start), *rest = zip(called(comparison), row.readings, strict=True)
+            moved = f"{first} has moved KL {number(start.value)}"
+            return words + ", ".join([moved, *(f"{name} {number(read.value)}" for name, read in rest)])
     return "they meet at no step and at no margin"
 
 
@@ -87,7 +96,8 @@ def _name(figure: Figure) -> str:
 
 def closing_notes(comparison: Comparison) -> list[str]:
     """What stands below the tables: the latest healthy audit of each run, and what could not be compared."""
-    healthy = "; ".join(f"{plain(side.name, 60)} {latest_healthy(side.run)}" for side in comparison.sides)
+    sides = zip(called(comparison), comparison.sides, strict=True)
+    healthy = "; ".join(f"{name} {latest_healthy(side.run)}" for name, side in sides)
     return [f"Latest healthy: {healthy}.", *map(plain, comparison.notes)]
 
 
@@ -161,7 +171,7 @@ def _meeting_table(comparison: Comparison, meeting: Meeting) -> MeetingTable:
     heading = _heading(comparison, meeting)
     if not meeting.rows:
         return MeetingTable(heading)
-    names = [plain(side.name, 40) for side in comparison.sides]
+    names = called(comparison, 40)
     differences = [f"{name} − {names[0]} [95 %]" for name in names[1:]]
     head = ("", *names, *(differences if any(row.differences for row in meeting.rows) else ()))
     rows = [tuple(_cells(row)) for row in meeting.rows]
@@ -219,19 +229,20 @@ def _heading(comparison: Comparison, meeting: Meeting) -> str:
         return f"Not at {what}: {plain(meeting.reason)}"
     if meeting.kind == "step":
         return f"At the last common step, {meeting.value:.0f}"
-    places = ", ".join(_read_at(side, place) for side, place in zip(comparison.sides, meeting.places, strict=True))
+    sides = zip(called(comparison), meeting.places, strict=True)
+    places = ", ".join(_read_at(name, place) for name, place in sides)
     drawn = ", by straight lines between audits" if any(len(place.audits) > 1 for place in meeting.places) else ""
     return f"At equal {_name(comparison.margin)}, {number(meeting.value, signed=True)} ({places}{drawn})"
 
 
-def _read_at(side: Side, place: Between) -> str:
-    return f"{plain(side.name, 60)} {'at ' if len(place.audits) == 1 else ''}{place}"
+def _read_at(name: str, place: Between) -> str:
+    return f"{name} {'at ' if len(place.audits) == 1 else ''}{place}"
 
 
 def _full_places(comparison: Comparison, meeting: Meeting) -> str:
     read = [
-        _read_at(side, place)
-        for side, place in zip(comparison.sides, meeting.full, strict=True)
+        _read_at(name, place)
+        for name, place in zip(called(comparison), meeting.full, strict=True)
         if isinstance(place, Between)
     ]
     return ", ".join(read) or "no full audits there"
@@ -242,9 +253,9 @@ def _reasons(comparison: Comparison, meeting: Meeting) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for row in meeting.rows:
         title = _TITLES[row.figure.name].split(" (")[0]
-        for side, reading in zip(comparison.sides, row.readings, strict=True):
+        for name, reading in zip(called(comparison), row.readings, strict=True):
             if math.isnan(reading.value) and reading.reason is not None:
-                by_reason.setdefault(f"{plain(side.name, 60)}: {plain(reading.reason)}", []).append(title)
+                by_reason.setdefault(f"{name}: {plain(reading.reason)}", []).append(title)
         for difference in row.differences:
             finite = not any(math.isnan(reading.value) for reading in row.readings)
             if finite and math.isnan(difference.low) and difference.reason is not None:

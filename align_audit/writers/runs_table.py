@@ -81,13 +81,15 @@ class RunRow:
     @property
     def created(self) -> datetime | None:
         """When the last audit was made."""
-        return None if self.standing is None else _time(self.standing.record.provenance.created)
+        return None if self.standing is None else time_of(self.standing.record.provenance.created)
 
     @property
     def opened(self) -> datetime:
         """When it came to its status, as far as is known."""
         since = self.status.since if self.status.since is not None else 0
-        times = [created for head in self.curve if head.step >= since and (created := _time(head.created)) is not None]
+        times = [
+            created for head in self.curve if head.step >= since and (created := time_of(head.created)) is not None
+        ]
         return min(times, default=self.created or datetime.min.replace(tzinfo=UTC))
 
     def headline(self) -> str:
@@ -344,7 +346,8 @@ def _words(rows: Sequence[RunRow]) -> str:
     return ", ".join(f"{number} {word}" for word, number in Counter(row.status.word for row in rows).items())
 
 
-def _time(words: str) -> datetime | None:
+def time_of(words: str) -> datetime | None:
+    """When a record says that it was made; None: it does not say so in a way that can be read."""
     try:
         time = datetime.fromisoformat(words)
     except ValueError:

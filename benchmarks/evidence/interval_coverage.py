@@ -4,8 +4,9 @@
 
 The policies of ``trained.py`` are audited once on 600 pairs, whose means are the truth; then pairs are drawn with
 replacement, again and again, and every interval that a record gives is made from them alone by the code that makes a
-record's. Draws are independent of each other, whatever prompts the pairs share, so that 8 pairs are 8 groups. Printed per model, step, number of pairs and
-quantity: the least and the largest coverage over layers (with the layer), and how many of the draws gave an interval at all.
+record's. Draws are independent of each other, whatever prompts the pairs share, so that 8 pairs are 8 groups. Printed per
+model, step, number of pairs and quantity: the least and the largest coverage over layers (with the layer), and how many of
+the draws gave an interval at all.
 Monte Carlo error at 2,000 draws: 0.5 points.
 """
 

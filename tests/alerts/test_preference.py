@@ -93,10 +93,8 @@ def test_weights_that_have_not_moved() -> None:
 def test_a_reference_that_was_just_synchronized_is_the_policy_and_no_sign_of_standing_still() -> None:
     """With a mixup of 1 it is so at every synchronization, as long as training moves the policy in between."""
     synchronized = with_part(healthy(60), "reference_check", same_weights=True, last_sync_step=60)
-    moved = with_part(healthy(40), "provenance", policy_hash="another")
-    assert sign("never_started", synchronized, [moved]) is None
-    stood = with_part(healthy(40), "provenance", policy_hash=synchronized.provenance.policy_hash)
-    assert sign("never_started", synchronized, [stood]).level == "error"
+    assert sign("never_started", synchronized, [healthy(40)]) is None
+    assert sign("never_started", synchronized, [still(20), still(40)]).level == "error", "it never was anything else"
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ _OPEN = 4
 """Runs, those asked for last, whose logs stay in memory."""
 _LOOK_SECONDS = 3.0
 """So long the folders are not looked through again."""
+_LOOK_SHARE = 0.1
+"""Of the time that may go into looking for logs: a large folder on a slow disk takes seconds."""
 _LAST_ROWS = 20
 """Lines of a training log among which is one that says how far training has come."""
 
@@ -94,7 +96,7 @@ class ShownRuns:
         self.folders = folders
         self._intervals = intervals
         self._table: dict[str, AuditLog] = {}
-        self._looked = -_LOOK_SECONDS
+        self._next_look = 0.0
         self._logs: dict[str, _Log] = {}
         self._pages: OrderedDict[str, _Page] = OrderedDict()
         self._lock = threading.Lock()
@@ -102,9 +104,11 @@ class ShownRuns:
     def logs(self) -> list[AuditLog]:
         """Those there are, looked for anew every few seconds."""
         with self._lock:
-            if time.monotonic() - self._looked >= _LOOK_SECONDS:
+            began = time.monotonic()
+            if began >= self._next_look:
                 self._table = {log.key: log for log in logs_in(self.folders)}
-                self._looked = time.monotonic()
+                now = time.monotonic()
+                self._next_look = now + max(_LOOK_SECONDS, (now - began) / _LOOK_SHARE)
                 self._logs = {key: self._logs.get(key) or _Log() for key in self._table}
             return list(self._table.values())
 

@@ -388,15 +388,24 @@
 
   // --- the page -------------------------------------------------------------------------------------------------------
 
+  /* What follows the system's theme is the page that is shown now; those before it are gone. */
+  let followSystem = () => {};
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => followSystem());
+
   function themeButton(redrawAll) {
     const root = document.documentElement;
     const dark = () => (root.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
     const button = make("button", { type: "button", class: "theme" });
     const say = () => { button.textContent = dark() ? "Light" : "Dark"; button.setAttribute("aria-label", "Show the page " + (dark() ? "light" : "dark")); };
     button.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; say(); redrawAll(); });
-    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { say(); redrawAll(); });
+    followSystem = () => { say(); redrawAll(); };
     say();
     return button;
+  }
+
+  /* Charts listen to the window until they are let go of. */
+  function clear(root) {
+    root.querySelectorAll(".js-plotly-plot").forEach((place) => Plotly.purge(place));
   }
 
   function render(root, data) {
@@ -417,6 +426,7 @@
       }
       controls.append(themeButton(() => redraw(root)));
       const main = make("main", {}, ...[health(set), alerts(set), texts(set), where(set), more(set), failures(data.run)].flat().filter((part) => part));
+      clear(root);
       root.replaceChildren(banner(data.run, set, controls), main);
       document.title = set.status.word + " · " + data.run.name + " · align_audit";
       redraw(root);
@@ -426,11 +436,21 @@
 
   /* A printed page is narrower than a window, and is not laid out yet when this is told: four panels fit a page's width. */
   function printing(root) {
-    addEventListener("beforeprint", () => root.querySelectorAll(".panels .chart.js-plotly-plot").forEach((place) => {
-      Plotly.relayout(place, { width: PRINTED, autosize: false });
-    }));
-    addEventListener("afterprint", () => redraw(root));
+    const theme = document.documentElement.dataset;
+    let chosen;
+    addEventListener("beforeprint", () => {
+      chosen = theme.theme;
+      theme.theme = "light";  // paper is white
+      redraw(root);
+      root.querySelectorAll(".panels .chart.js-plotly-plot").forEach((place) => {
+        Plotly.relayout(place, { width: PRINTED, autosize: false });
+      });
+    });
+    addEventListener("afterprint", () => {
+      if (chosen === undefined) delete theme.theme; else theme.theme = chosen;
+      redraw(root);
+    });
   }
 
-  window.AlignAudit = { render, printing, redraw, make, foreign, shown, table, chart, themeButton, written };
+  window.AlignAudit = { render, printing, redraw, clear, make, foreign, shown, table, chart, themeButton, written };
 })();

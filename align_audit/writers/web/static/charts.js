@@ -112,7 +112,7 @@
   /* Said in a chart that has nothing to draw: an empty one looks broken. */
   function emptyNote(values, c) {
     return values.some(known) ? [] : [{
-      xref: "paper", yref: "paper", x: 0.5, y: 0.5, xanchor: "center", text: "not known", showarrow: false, font: { size: 14, color: c.faint },
+      xref: "paper", yref: "paper", x: 0.5, y: 0.5, xanchor: "center", text: "not known", showarrow: false, font: { size: 14, color: c.soft },
     }];
   }
 

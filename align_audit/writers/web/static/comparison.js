@@ -3,7 +3,7 @@
 (function () {
   "use strict";
 
-  const { make, foreign, table, chart, shown, redraw, themeButton, written } = window.AlignAudit;
+  const { make, foreign, table, chart, shown, redraw, clear, themeButton, written } = window.AlignAudit;
   const charts = window.AlignAuditCharts;
 
   /* Of each run the set that is compared: the one of this name, or the only one it has. */
@@ -98,6 +98,7 @@
       const header = make("header", { class: "sentence", role: "banner" },
         make("div", { class: "inner" }, controls(sides, said, place, show, root), foreign("h1", sentence, { class: "finding" }),
           when ? make("p", { class: "legend" }, written(when)) : null));
+      clear(root);
       root.replaceChildren(header,
         make("div", { class: "standings" }, ...sides.map((side, at) => standing(side, sets[at], said.names[at], open))),
         make("main", {}, ...(compared ? [part("Side by side", ...meetings(compared))] : []),

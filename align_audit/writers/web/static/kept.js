@@ -2,20 +2,29 @@
 
 const inside = (root, selector) => root.querySelector(selector);
 
+/* Where the focus is: a selector, and the place among all that it selects. Null: nowhere that can be found again. */
+function focusIn(root) {
+  const focused = root.contains(document.activeElement) ? document.activeElement : null;
+  const name = focused && focused.className.split(" ")[0];
+  const selector = !focused ? null
+    : focused.id ? "#" + CSS.escape(focused.id)
+      : focused.matches("summary") ? "details[data-fold='" + CSS.escape(focused.parentElement.dataset.fold) + "'] > summary"
+        : name ? "." + CSS.escape(name) : null;
+  return selector && { selector, place: [...root.querySelectorAll(selector)].indexOf(focused) };
+}
+
 export function keep(root, data) {
   const select = inside(root, "#probe-set");
   const set = data.sets[select ? Number(select.value) : 0];
   const slider = inside(root, "#audit-slider");
   const measure = inside(root, "#measure");
-  const focused = root.contains(document.activeElement) ? document.activeElement : null;
   return {
     set: set.name,
     // Who looks at the last audit wants the last one.
     step: slider && slider.value !== slider.max ? set.where.steps[Number(slider.value)] : null,
     measure: measure && measure.value,
     folds: new Map([...root.querySelectorAll("details")].map((each) => [each.dataset.fold, each.open])),
-    focus: focused && (focused.id ? "#" + focused.id : focused.matches("summary")
-      ? "details[data-fold='" + CSS.escape(focused.parentElement.dataset.fold) + "'] > summary" : "." + CSS.escape(focused.className.split(" ")[0])),
+    focus: focusIn(root),
     scroll: window.scrollY,
   };
 }
@@ -40,7 +49,7 @@ export function restore(root, data, kept) {
       each.dispatchEvent(new Event("toggle"));
     });
   }
-  const focus = kept.focus && inside(root, kept.focus);
+  const focus = kept.focus && root.querySelectorAll(kept.focus.selector)[kept.focus.place];
   if (focus) focus.focus({ preventScroll: true });
   window.scrollTo(0, kept.scroll);
 }

@@ -207,17 +207,19 @@ export async function render() {
   }
   const tab = new Tab(document.body);
   followTheme(() => tab.redraw());
-  await tab.refresh();
+  // One drawing that breaks ends no others.
+  const refresh = () => tab.refresh().catch((error) => console.error(error));
+  await refresh();
   // Nobody looks at a hidden window, nor at this frame while another tab of TensorBoard is open; nothing can be drawn there.
   const seen = () => !document.hidden && window.innerWidth > 0;
   const again = async () => {
-    if (seen()) await tab.refresh();
+    if (seen()) await refresh();
     setTimeout(again, EVERY);
   };
   setTimeout(again, EVERY);
   let hidden = false;
   const back = () => {
-    if (seen() && hidden) tab.refresh();
+    if (seen() && hidden) refresh();
     hidden = !seen();
   };
   document.addEventListener("visibilitychange", back);
