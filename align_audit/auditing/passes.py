@@ -51,11 +51,14 @@ def health_pass(task: AuditTask, tick: Callable[[], None] = lambda: None) -> Non
 
         def reference_rows() -> torch.Tensor:
             with session.as_reference() as replay:
-                return replay.record(batch.model_inputs()).after(top)[at]
+                return replay.record(batch.model_inputs(), top_only=True).after(top)[at]
 
         if session.so_for_any(not task.kept.has_rows(batch)):
             task.kept.forget_rows(batch)
-        policy, reference = session.record_policy(batch).after(top)[at], task.kept.rows(batch, reference_rows)
+        policy, reference = (
+            session.record_policy(batch, top_only=True).after(top)[at],
+            task.kept.rows(batch, reference_rows),
+        )
         if not torch.equal(policy, reference):
             behaviour.identical = False
         behaviour.compare(batch, policy, reference, task.kept)

@@ -114,7 +114,13 @@ def check_reference(session: Session, behaviour: Behaviour, request: AuditReques
         # Two ways to sum the same log-probabilities differ by rounding, which grows with their size.
         half = session.models.reference.compute_dtype in (torch.bfloat16, torch.float16)
         mismatch = float(np.abs(behaviour.reference_margin - expected).mean())
-        if not mismatch <= (1e-2 if half else 1e-4) * float(scale.mean()):
+        if not math.isfinite(float(behaviour.reference_margin.mean())):
+            if verdict != "failed":
+                verdict, reason = (
+                    "not_run",
+                    "the reference's margins are not finite, so nothing can be compared with them",
+                )
+        elif not mismatch <= (1e-2 if half else 1e-4) * float(scale.mean()):
             verdict = "failed"
             reason = (
                 f"the trainer's precomputed reference margins differ from this reference's by {mismatch:.3g} nats on "

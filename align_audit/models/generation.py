@@ -19,17 +19,33 @@ def can_generate(model: Any) -> bool:
 
 
 def end_tokens(model: Any, completions: Sequence[Sequence[int]] = ()) -> frozenset[int]:
-    """The tokens that end a text: those the model names, and the one that all ``completions`` end with.
+    """The tokens that end a text: those the model names, and the one that ends all ``completions`` and stands nowhere else.
 
-    Trainers append such a token to every completion, also where a base model's configuration names none.
+    Trainers append such a token to every completion, also where a base model's configuration names none; and a chat template
+    may put something behind it, such as a newline, which ends no text.
+
+    Args:
+        completions: without their prompts.
     """
     named: set[int] = set()
     for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
         ends = getattr(config, "eos_token_id", None)
         if ends is not None:
             named |= set(ends) if isinstance(ends, list | tuple) else {ends}
-    last = {completion[-1] for completion in completions}
-    return frozenset(named | (last if len(last) == 1 and len(completions) > 1 else set()))
+    return frozenset(named | _common_end(completions))
+
+
+def _common_end(completions: Sequence[Sequence[int]]) -> set[int]:
+    """The last of the tokens that all completions end with which occurs in each of them once; empty: there is none."""
+    if len(completions) < 2 or not all(completions):
+        return set()
+    for place in range(1, min(map(len, completions)) + 1):
+        token = completions[0][-place]
+        if any(completion[-place] != token for completion in completions):
+            break
+        if all(completion.count(token) == 1 for completion in completions):
+            return {token}
+    return set()
 
 
 def continue_greedily(

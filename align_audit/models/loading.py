@@ -280,7 +280,7 @@ def _holds_model(place: str | Path) -> bool:
 
 
 def _resize(base: Any, folder: Path) -> tuple[int, int] | None:
-    """Give the base the embeddings that the adapter was saved with, where those are more. What is added is NaN.
+    """Give the base as many embeddings as the adapter was saved with: training had resized it. What is added is NaN.
 
     What is still NaN when the adapter is loaded was in neither.
 
@@ -289,7 +289,7 @@ def _resize(base: Any, folder: Path) -> tuple[int, int] | None:
     """
     size = base.get_input_embeddings().weight.shape[0]
     sizes = _saved_sizes(base, folder)
-    if len(sizes) != 1 or max(sizes) <= size:
+    if len(sizes) != 1 or max(sizes) == size:
         return None
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         base.resize_token_embeddings(max(sizes), mean_resizing=False)

@@ -58,6 +58,12 @@ class Recording:
         return self.streams[layer + 1]
 
 
+def attention_of(model: nn.Module) -> set[str | None]:
+    """Which kernels a model's modules attend with."""
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    return {getattr(config, "_attn_implementation", None) for config in configs}
+
+
 @dataclass(frozen=True)
 class Stream:
     """A residual stream that joins a walk after layer ``start``; ``make`` builds it only then."""
@@ -115,15 +121,28 @@ class Replay:
     @property
     def device(self) -> torch.device:
         """Where the embeddings are, and so what enters the model."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
+        embedding = self.model.get_input_embeddings()
+        # A wrapper's `weight` may be made anew whenever it is asked for (PEFT's trainable tokens).
+        weight = next(embedding.parameters(), None)
+        device: torch.device = embedding.weight.device if weight is None else weight.device
         return device
 
     def _forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """The model's own forward, as it stands (wrapped by a trainer, say); its logits [R, T, V]."""
         # A loss over the experts' routers is for training, and with the layers stubbed no router runs.
         options = {"output_router_logits": False} if getattr(self.model.config, "output_router_logits", False) else {}
+        inputs = self._with_added_mask(inputs)
         logits: torch.Tensor = self.model(**inputs, use_cache=False, **options).logits
         return logits
+
+    def _with_added_mask(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """With a mask [R, 1, T, T] as eager attention adds it: 0 where something is seen, the least number elsewhere."""
+        mask = inputs.get("attention_mask")
+        if mask is None or mask.dim() != 4 or mask.dtype != torch.bool or attention_of(self.model) != {"eager"}:
+            return inputs
+        dtype = next((each.dtype for each in self.model.parameters() if each.is_floating_point()), torch.float32)
+        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        return inputs | {"attention_mask": added}
 
     # -- recording -------------------------------------------------------------------------------------------------
 
@@ -134,6 +153,7 @@ class Replay:
         keep_logits: bool = False,
         until: int | None = None,
         calls_above: bool = False,
+        top_only: bool = False,
     ) -> Recording:
         """One forward of the model itself, with what passed between its layers.
 
@@ -144,6 +164,8 @@ class Replay:
             calls_above: also keep the arguments of the layers above ``until``, which are called and do not compute, so
                 that other streams can be walked to the top. In a model whose layers hand on more than that allows (see
                 the check at load) they compute, and the recording is a whole one.
+            top_only: of the streams only that after the last layer that runs is kept, and the others are empty: of a long
+                sequence they take L times as much.
 
         Raises:
             ValueError: logits are asked for of layers that do not run.
@@ -156,13 +178,19 @@ class Replay:
         below: list[Any] = []
         with self._passing(last + 1, below) if stop > last else contextlib.nullcontext():
             try:
-                return self._record(inputs, keep_logits, last, stop, below)
+                return self._record(inputs, keep_logits, last, stop, below, top_only)
             except _WritesInPlace:
                 self.copies = True
-                return self._record(inputs, keep_logits, last, stop, below)
+                return self._record(inputs, keep_logits, last, stop, below, top_only)
 
     def _record(
-        self, inputs: Mapping[str, torch.Tensor], keep_logits: bool, last: int, stop: int, below: list[Any]
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        keep_logits: bool,
+        last: int,
+        stop: int,
+        below: list[Any],
+        top_only: bool,
     ) -> Recording:
         """Layers up to ``last`` run, those up to ``stop`` are called; ``below`` is given what ``last`` returned."""
         streams: list[torch.Tensor] = []
@@ -177,15 +205,16 @@ class Replay:
             versions.append(stream._version)
             entered.append((*self.anatomy.put(args, kwargs, None), stream))
             if not streams:
-                streams.append(kept.detach())
+                streams.append(kept.detach()[:0] if top_only else kept.detach())
 
         def on_exit(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            hollow_args, hollow_kwargs, stream = entered[-1]
-            if stream._version != versions[-1] and not self.copies:
+            hollow_args, hollow_kwargs, stream = entered.pop()
+            if stream._version != versions.pop() and not self.copies:
                 raise _WritesInPlace
             left = self.anatomy.stream(output).detach()
             if len(calls) <= last:
-                streams.append(left.clone() if self.copies else left)
+                kept = left.new_empty(0) if top_only and len(calls) < last else left
+                streams.append(kept.clone() if self.copies else kept)
             if len(calls) == last:
                 below[:] = [output]
             calls.append(LayerCall(hollow_args, dict(hollow_kwargs), self.anatomy.wrap(output, left[:0, :0])))

@@ -381,12 +381,12 @@ EMBEDDINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def with_added_tokens(folder: Path, tied: bool, **lora: Any) -> nn.Module:
-    """An adapter on a base that got more embeddings in memory only; saved, and as it computes."""
+def with_added_tokens(folder: Path, tied: bool, added: int = ADDED, **lora: Any) -> nn.Module:
+    """An adapter on a base that got more embeddings in memory only, or fewer; saved, and as it computes."""
     tiny_model(dtype=torch.float32, tie_word_embeddings=tied).save_pretrained(folder.parent / "base")  # type: ignore[operator]
     base: Any = AutoModelForCausalLM.from_pretrained(folder.parent / "base")
     torch.manual_seed(2)
-    base.resize_token_embeddings(VOCABULARY + ADDED)
+    base.resize_token_embeddings(VOCABULARY + added)
     adapted = get_peft_model(base, LoraConfig(**{**LORA, **lora})).eval()
     with torch.no_grad():
         for parameter in adapted.parameters():
@@ -394,6 +394,17 @@ def with_added_tokens(folder: Path, tied: bool, **lora: Any) -> nn.Module:
                 parameter.add_(0.02 * torch.randn_like(parameter))
     adapted.save_pretrained(folder)
     return adapted
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_base_that_was_cut_to_its_tokenizer_is_cut_again(tied: bool, tmp_path: Path) -> None:
+    """As bases whose embeddings are padded are by scripts, and by a trainer that takes over a chat template."""
+    trained: Any = with_added_tokens(tmp_path / "adapter", tied, -5)
+    ids = torch.arange(VOCABULARY - 5)[None, -12:]
+    loaded: Any = load_policy(tmp_path / "adapter")
+    assert loaded.config.vocab_size == VOCABULARY - 5
+    assert torch.equal(logits(loaded, ids), logits(trained, ids))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -86,18 +86,14 @@ def _try_layout(tally: Tally) -> None:
     job = tally.job
     pairs = job.pairs
     for place, sides in rows_tried(pairs):
-        laid = job.laid((place,), shared=True)
-        _layout_run(tally, laid)
+        every = range(job.shape.layers)
+        tally.up("opening", "reference", every, job.laid((place,), shared=True))
         for side in sides:
             ids = (pairs[place].chosen_ids, pairs[place].rejected_ids)[side]
             start = (pairs[place].chosen_start, pairs[place].rejected_start)[side]
             entries = len(ids) - max(start, 1)
-            _layout_run(tally, Laid(1, 1, len(ids), entries, entries, len(ids)))
-
-
-def _layout_run(tally: Tally, laid: Laid) -> None:
-    tally.up("opening", "reference", range(tally.job.shape.layers), laid)
-    tally.read("opening", laid.entries)
+            tally.up("opening", "reference", every, Laid(1, 1, len(ids), entries, entries, len(ids)))
+            tally.read("opening", 2 * entries)  # in both layouts
 
 
 # -- passes ------------------------------------------------------------------------------------------------------------

@@ -70,7 +70,11 @@ class Generations(Measurement):
         return 0 < len(prompt) <= self._positions - self.settings.max_new_tokens
 
     def _end_tokens(self) -> frozenset[int]:
-        completions = [ids for pair in self.session.pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+        completions = [
+            ids[start:]
+            for pair in self.session.pairs
+            for ids, start in ((pair.chosen_ids, pair.chosen_start), (pair.rejected_ids, pair.rejected_start))
+        ]
         ends = frozenset().union(*(end_tokens(replay.model, completions) for replay in self._replays))
         return frozenset(token for token in ends if token < self._vocabulary)
 
@@ -194,7 +198,8 @@ class Generations(Measurement):
             at += [(row, place) for place in range(len(prompt) - 1, end - 1)]
         rows, places = torch.tensor(at).T
         with self.session.as_reference() as replay:
-            top = replay.record({"input_ids": ids.to(replay.device), "attention_mask": mask.to(replay.device)})
+            inputs = {"input_ids": ids.to(replay.device), "attention_mask": mask.to(replay.device)}
+            top = replay.record(inputs, top_only=True)
             streams = top.after(replay.num_layers - 1)[rows.to(replay.device), places.to(replay.device)]
             target = ids[rows, places + 1].to(replay.device)
             logp = torch.cat(

@@ -16,7 +16,7 @@ from align_audit.auditing.measurements.lens_walk import LensWalk, travelled
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement, Reasons, RecordedBatch
 from align_audit.auditing.session.accumulators import PerPair, Rows, State
 from align_audit.auditing.session.estimates import floats
-from align_audit.auditing.session.reference_cache import ReferenceTrace
+from align_audit.auditing.session.reference_cache import ReferenceTrace, computed_by
 from align_audit.measures import spinal as scores
 from align_audit.measures.draws import keep_rows, prefix_keys
 from align_audit.measures.row_sample import sampling_error
@@ -78,6 +78,7 @@ class Spinal(Measurement):
         return (
             models.hashes[1], models.reference_build, self.task.request.probes.content_hash,
             config.spinal.model_dump_json(), str(config.seed), str(models.reference.compute_dtype),
+            computed_by(self.session.device),
         )  # fmt: skip
 
     # -- rows and gradients --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from align_audit.auditing.session.memory import out_of_memory
-from align_audit.models.replay import Replay
+from align_audit.models.replay import Replay, attention_of
 from align_audit.probes.batches import PairBatch, common_prompt, make_batch, pair_tokens
 
 if TYPE_CHECKING:
@@ -22,6 +22,10 @@ logger = logging.getLogger(__name__)
 _TAKE_MASKS = frozenset({None, "eager", "sdpa"})
 """Attention that adds whatever mask it is given; None: the model does not say which it has. Others (flex, flash, kernels from
 elsewhere) read a mask as something else, and one that they do not expect can end the process, with no error to be caught."""
+
+
+_LENIENT = 1e-3
+"""From such a tolerance on, as of 16 bits, what little lies beyond a window may pass for rounding."""
 
 
 def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float) -> str | None:
@@ -41,25 +45,28 @@ def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float)
     tried = rows_tried(pairs)
     if not tried:
         return "no pair has a prompt token that both sequences begin with"
-    if unknown := _attention_of(replay.model) - _TAKE_MASKS:
+    if unknown := attention_of(replay.model) - _TAKE_MASKS:
         return f"{', '.join(sorted(map(str, unknown)))} is not given a mask in which completions do not see each other"
+    if tolerance > _LENIENT and (window := _window(replay.model, pairs)) is not None:
+        return f"the model attends within a window of {window} tokens, and some sequences are longer"
     for index, sides in tried:
         pair = pairs[index]
         batch = make_batch([pair], [index], 0, shared=True).to(replay.device)
         try:
-            packed = _logits(replay, batch)
+            packed = _rows(replay, batch)
         except Exception as error:
             if out_of_memory(error):
                 raise  # it says nothing of the model, and would be kept for the run
             return f"the model does not take rows with a mask of their own ({type(error).__name__}: {error})"
         apart = make_batch([pair], [index], 0).to(replay.device)
         for side in sides:
-            logits = _logits(replay, apart.only_row(side))
-            if not bool(torch.isfinite(logits).all()):
+            alone = _rows(replay, apart.only_row(side))
+            difference = _apart(replay, alone, packed[batch.side == side])
+            if difference is None:
                 return "the model's logits are not finite, so the two layouts cannot be compared"
-            difference = _apart(logits, packed[batch.side == side])
             if not difference <= tolerance:
-                beside = _apart(logits, _logits(replay, apart)[apart.side == side])
+                beside = _apart(replay, alone, _rows(replay, apart)[apart.side == side])
+                assert beside is not None
                 if not beside <= tolerance:
                     return _depends_on_rows(pair.index, beside)
                 return (
@@ -68,12 +75,6 @@ def why_not_shared(replay: Replay, pairs: Sequence[ProbePair], tolerance: float)
                     "are not what they were"
                 )
     return None
-
-
-def _attention_of(model: nn.Module) -> set[str | None]:
-    """Which kernels the model's modules attend with."""
-    configs = [module.config for module in model.modules() if hasattr(module, "config")]
-    return {getattr(config, "_attn_implementation", None) for config in configs}
 
 
 def rows_tried(pairs: Sequence[ProbePair]) -> list[tuple[int, tuple[int, ...]]]:
@@ -88,9 +89,23 @@ def rows_tried(pairs: Sequence[ProbePair]) -> list[tuple[int, tuple[int, ...]]]:
     return [(longest, (0, 1) if chosen_is_longer else (1,)), (order[0], (0, 1))]
 
 
-def _apart(logits: torch.Tensor, packed: torch.Tensor) -> float:
-    """The largest difference, as a share of the largest logit."""
-    return float((logits - packed).abs().max() / logits.abs().max())
+@torch.no_grad()
+def _apart(replay: Replay, alone: torch.Tensor, together: torch.Tensor) -> float | None:
+    """The largest difference of a logit, as a share of the largest one; None: some of ``alone`` are not finite.
+
+    Args:
+        alone, together: [P, d], of the same entries, computed in two ways. Their logits are made in blocks: of a long sequence
+            they take gigabytes.
+    """
+    difference = largest = torch.zeros((), device=alone.device)
+    for block in replay.head_blocks(len(alone)):
+        logits, others = (_in_float(replay.head(rows[block])) for rows in (alone, together))
+        if not bool(torch.isfinite(logits).all()):
+            return None
+        # Not Python's max, which may pass a NaN over.
+        difference = torch.maximum(difference, (logits - others).abs().max())
+        largest = torch.maximum(largest, logits.abs().max())
+    return float(difference / largest)
 
 
 def _depends_on_rows(pair: int, difference: float) -> str:
@@ -104,8 +119,26 @@ def _depends_on_rows(pair: int, difference: float) -> str:
 
 
 @torch.no_grad()
-def _logits(replay: Replay, batch: PairBatch) -> torch.Tensor:
-    """Next-token logits [P, V] at the batch's prediction entries, in float32 or better."""
-    top = replay.record(batch.model_inputs()).after(replay.num_layers - 1)
-    logits = replay.head(top[batch.row, batch.position])
+def _rows(replay: Replay, batch: PairBatch) -> torch.Tensor:
+    """What the head reads [P, d] at the batch's prediction entries."""
+    top = replay.record(batch.model_inputs(), top_only=True).after(replay.num_layers - 1)
+    return top[batch.row, batch.position]
+
+
+def _in_float(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _window(model: nn.Module, pairs: Sequence[ProbePair]) -> int | None:
+    """The shortest window of attention that a sequence of these is longer than; None: none is. The mask of a shared row has
+    none."""
+    longest = max(len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids))
+    windows = []
+    for config in {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}.values():
+        kinds = getattr(config, "layer_types", None)
+        if getattr(config, "use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds):
+            windows.append(getattr(config, "sliding_window", None))
+        if kinds is None or "chunked_attention" in kinds:
+            windows.append(getattr(config, "attention_chunk_size", None))
+    shorter = [window for window in windows if isinstance(window, int) and 0 < window < longest]
+    return min(shorter, default=None)

@@ -87,5 +87,6 @@ def memory_explained() -> Iterator[None]:
         raise AuditMemoryError(
             f"the audit ran out of memory outside its batches ({words}): while opening the models, or "
             "in what it keeps for all pairs. Expected room for the reference's weights, for spinal.max_rows token rows of "
-            "every layer, and for two matrices of the model's width squared; lower spinal.max_rows, or free memory."
+            "every layer, and for some ten matrices of the model's width squared in float64; lower spinal.max_rows, or give "
+            "low_rank fewer layers or bases, or free memory."
         ) from error

@@ -305,6 +305,10 @@ def check_positions(pairs: Sequence[ProbePair], models: OpenModels) -> None:
             )
 
 
+_CALLED = 512
+"""Tokens, at most, that a wrapper is called with whole: all its logits are in memory then."""
+
+
 def check_wrappers(pairs: Sequence[ProbePair], models: OpenModels) -> None:
     """Refuse a model around which something computes that an audit would not call, seen on one of the ``pairs``.
 
@@ -315,12 +319,13 @@ def check_wrappers(pairs: Sequence[ProbePair], models: OpenModels) -> None:
     """
     index = min(range(len(pairs)), key=lambda i: (len(pairs[i].chosen_ids), i))  # all its logits will be in memory
     row = make_batch([pairs[index]], [index], 0).only_row(0).to(models.device)
+    inputs = {name: values[:, :_CALLED] for name, values in row.model_inputs().items()}
     with models.as_policy() as replay:
         tolerance = rounding(64, replay.compute_dtype)
-        check_wrapper(models.policy_model, replay, row.model_inputs(), tolerance)
+        check_wrapper(models.policy_model, replay, inputs, tolerance)
     if not models.source.shares_weights:
         with models.as_reference() as replay:
-            check_wrapper(unwrap_only(models.source.model()), replay, row.model_inputs(), tolerance)
+            check_wrapper(unwrap_only(models.source.model()), replay, inputs, tolerance)
 
 
 def _built_alike(policy: nn.Module, reference: nn.Module) -> bool:
@@ -328,14 +333,28 @@ def _built_alike(policy: nn.Module, reference: nn.Module) -> bool:
     return _form(policy) == _form(unwrap(reference))
 
 
+_ELSEWHERE = (
+    "_name_or_path", "architectures", "dtype", "transformers_version", "use_cache", "pad_token_id", "bos_token_id",
+    "eos_token_id",
+)  # fmt: skip
+"""What of a configuration changes no forward. A trainer writes the tokenizer's special tokens into the policy's alone."""
+
+
+def _of_a_forward(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _of_a_forward(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in _ELSEWHERE
+    }
+
+
 def _form(model: Any) -> tuple[Any, ...]:
     """How an unwrapped model is built, whatever its weights are."""
     config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
     # Saving a model writes its class and the version into its configuration; classes are compared by themselves.
-    elsewhere = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
     return (
         [(name, plain_class(module)) for name, module in model.named_modules()],
-        {name: value for name, value in config.items() if name not in elsewhere},
+        _of_a_forward(config),
         # Two models may share a configuration, which then says what was done to the last one that was resized.
         tuple(model.get_input_embeddings().weight.shape),
         getattr(model.config, "_attn_implementation", None),

@@ -176,13 +176,8 @@ class ReferenceStreams:
             "dtype": str(reference.compute_dtype),
             "shared": session.shared,
             "embedding": session.config.patching.embedding,
-            "torch": torch.__version__,
-            "transformers": importlib.metadata.version("transformers"),
-            "device": torch.cuda.get_device_name(session.device)
-            if session.device.type == "cuda"
-            else session.device.type,
             "threads": torch.get_num_threads(),
-            "precision": torch.get_float32_matmul_precision(),
+            "by": computed_by(session.device),
         }
         return cls(directory, probes, weights, json.dumps(computed), session.device, read=read)
 
@@ -258,6 +253,18 @@ class ReferenceStreams:
     def _path(self, batch: PairBatch) -> Path:
         layout = [list(batch.input_ids.shape), batch.pair_index.tolist()]
         return self._folder / f"{self._prefix}{_digest(json.dumps(layout))}.safetensors"
+
+
+def computed_by(device: torch.device) -> str:
+    """Libraries and device that numbers come from, which another version or another device may compute a little otherwise."""
+    return json.dumps(
+        {
+            "torch": torch.__version__,
+            "transformers": importlib.metadata.version("transformers"),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "precision": torch.get_float32_matmul_precision(),
+        }
+    )
 
 
 def _apart(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -201,10 +201,10 @@ class Session(Batching):
         self.meter.sample()
         return policy, reference
 
-    def record_policy(self, batch: PairBatch, until: int | None = None) -> Recording:
-        """One forward of the policy over a batch, up to layer ``until``."""
+    def record_policy(self, batch: PairBatch, until: int | None = None, *, top_only: bool = False) -> Recording:
+        """One forward of the policy over a batch, up to layer ``until``; with the stream after that one alone, if asked for."""
         with self.as_policy() as policy:
-            recording = policy.record(batch.model_inputs(), until=until)
+            recording = policy.record(batch.model_inputs(), until=until, top_only=top_only)
         self.meter.sample()
         return recording
 

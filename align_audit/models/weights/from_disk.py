@@ -352,15 +352,17 @@ class _Layout:
             with torch.device("meta"):
                 kind: Any = type(AutoModelForCausalLM.from_config(copy.deepcopy(self._config), **self._options))
             config = self._config if isinstance(self._config, kind.config_class) else self._config.get_text_config()
-            model: nn.Module = kind.from_pretrained(
-                None, config=config, state_dict=values, dtype=self._dtype, **self._options
+            model, report = kind.from_pretrained(
+                None, config=config, state_dict=values, dtype=self._dtype, output_loading_info=True, **self._options
             )
-            return model
         except ReferenceUnavailableError:
             raise
         except Exception as error:
             # Whatever a version of transformers does not take: loading whole is what then shows the true error.
             raise NotStreamable(f"transformers does not lay it out without its weights: {error!r}") from error
+        if missing := sorted(report["missing_keys"]):
+            raise NotStreamable(f"its files lack {missing[0]}, which would be random")
+        return cast(nn.Module, model)
 
     def key(self, model: nn.Module, module: nn.Module, name: str, tensor: torch.Tensor) -> str:
         """The key under which exactly this tensor is stored.

@@ -63,7 +63,7 @@ def plain_name(name: str) -> str:
         >>> plain_name("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
         'model.layers.0.mlp.up_proj.weight'
     """
-    name = name.removeprefix("base_model.model.")
+    name = name.removeprefix("base_model.model.").replace(".token_adapter.base_layer.", ".")
     return name.replace(".base_layer.", ".").replace(".original_module.", ".")
 
 

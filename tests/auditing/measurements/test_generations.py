@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.config import AuditConfig
 from align_audit.measures.continuations import repeated_share
+from align_audit.models.generation import end_tokens
 from align_audit.models.reference import resolve_reference
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Ranks
@@ -251,6 +253,29 @@ def test_it_computes_as_the_trainer_does(monkeypatch: pytest.MonkeyPatch) -> Non
         with OpenModels(policy, resolve_reference(policy, reference), **options) as models:
             run_audit(models, AuditRequest(random_pairs(4), CONFIG, kind="health"))
         assert inside == expected
+
+
+@pytest.mark.parametrize(
+    ("completions", "ends"),
+    [
+        ([[5, 6, 9], [7, 9]], {9}),  # appended by a trainer
+        # A chat template: the end of the turn, and a newline (3) that texts hold as well.
+        ([[5, 3, 6, 9, 3], [7, 9, 3]], {9}),
+        ([[5, 3, 6, 9, 3], [3, 9, 3], [8, 9, 3]], {9}),
+        ([[5, 9], [7, 8]], set()),  # cut somewhere
+        ([[5, 5, 9, 9], [7, 9]], set()),  # it stands elsewhere, too
+        ([[5, 9]], set()),
+        ([[5, 9], []], set()),
+    ],
+)
+def test_what_ends_a_text_is_what_ends_all_of_them_and_stands_nowhere_else(
+    completions: list[list[int]], ends: set[int]
+) -> None:
+    assert end_tokens(SimpleNamespace(), completions) == ends
+    assert end_tokens(SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[1, 2])), completions) == ends | {
+        1,
+        2,
+    }
 
 
 def test_both_models_stop_where_either_would() -> None:

@@ -13,7 +13,7 @@ from align_audit.auditing.session.layout import why_not_shared
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.config import AuditConfig
 from align_audit.models.reference import resolve_reference
-from align_audit.models.verify import open_replay
+from align_audit.models.verify import open_replay, rounding
 from align_audit.probes.pairs import ProbePair, ProbeSet
 from align_audit.ranks import Ranks
 from tests.helpers.audits import QUICK_GENERATIONS, audited, session_of
@@ -164,13 +164,30 @@ def test_memory_that_ran_out_is_no_property_of_the_model(error: Exception, monke
         raise error
 
     replay = open_replay(tiny_model("llama"))
-    monkeypatch.setattr(layout, "_logits", fails)
+    monkeypatch.setattr(layout, "_rows", fails)
     if isinstance(error, ValueError):
         reason = why_not_shared(replay, random_pairs(4).pairs, TOLERANCE)
         assert reason == "the model does not take rows with a mask of their own (ValueError: no mask)"
     else:
         with pytest.raises(type(error)):
             why_not_shared(replay, random_pairs(4).pairs, TOLERANCE)
+
+
+def test_eager_attention_takes_a_mask_that_is_added() -> None:
+    """Its own code adds what it is given, so that one of booleans would mask nothing."""
+    model = tiny_model("llama")
+    model.set_attn_implementation("eager")
+    assert why_not_shared(open_replay(model), random_pairs(6).pairs, TOLERANCE) is None
+
+
+def test_in_16_bits_a_window_that_is_shorter_than_a_sequence_is_not_left_to_the_rounding() -> None:
+    replay = open_replay(build("mistral", sliding_window=16))
+    pairs = random_pairs(6, longest=20).pairs
+    assert max(len(pair.chosen_ids) for pair in pairs) > 16
+    reason = why_not_shared(replay, pairs, rounding(64, torch.bfloat16))
+    assert reason == "the model attends within a window of 16 tokens, and some sequences are longer"
+    wide = open_replay(build("mistral", sliding_window=64))
+    assert why_not_shared(wide, pairs, rounding(64, torch.bfloat16)) is None
 
 
 class Straying(Ranks):

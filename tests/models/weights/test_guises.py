@@ -63,3 +63,5 @@ def test_an_adapter_in_float32_on_a_base_that_was_narrow_in_training() -> None:
 def test_names_of_a_wrapper_are_taken_off() -> None:
     assert plain_name("base_model.model.lm_head.original_module.weight") == "lm_head.weight"
     assert plain_name("model.layers.0.weight") == "model.layers.0.weight"
+    trainable = "base_model.model.model.embed_tokens.token_adapter.base_layer.weight"
+    assert plain_name(trainable) == "model.embed_tokens.weight"

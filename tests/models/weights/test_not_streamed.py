@@ -92,8 +92,24 @@ def test_a_weight_that_no_file_has_is_refused(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(NotStreamable, match=r"model\.layers\.2\.mlp\.up_proj\.weight is not in its files"):
+    with pytest.raises(
+        NotStreamable, match=r"its files lack model\.layers\.2\.mlp\.up_proj\.weight, which would be random"
+    ):
         open_streamed(folder, dtype=torch.float32)
+
+
+def test_a_model_without_its_head_is_not_given_a_random_one(tmp_path: Path) -> None:
+    """As one that was saved without it, by AutoModel say; loading it whole says so."""
+    from safetensors.torch import load_file, save_file
+
+    folder = save(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NotStreamable, match=r"its files lack lm_head\.weight, which would be random"):
+        open_streamed(folder, dtype=torch.float32)
+    with pytest.raises(ReferenceUnavailableError, match=r"lacks 1 of the weights of LlamaForCausalLM"):
+        load_model(folder)
 
 
 def test_layers_used_outside_their_forward_are_found_by_trying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
