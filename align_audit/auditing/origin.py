@@ -101,9 +101,9 @@ def check_origin(
     checked = trained.check_reference()
     if checked.verdict == "failed" and not named:
         raise ReferenceUnavailableError(
-            f"{checked.reason}. The base that the checkpoint names was probably replaced or moved, or was quantized in training, "
-            "as it is not here: put it back, or name a reference (--reference; in Python `reference`) to audit against that one "
-            "all the same"
+            f"{checked.reason}. The base that the checkpoint names was probably replaced or moved, or was quantized in "
+            "training, as it is not here: put it back, or name a reference (--reference; in Python `reference`) to audit "
+            "against that one all the same"
         )
     origin = Origin(checked, trained.check_policy(), trained.check_probes(probe_sets))
     for words in origin.differences():

@@ -64,6 +64,23 @@ def attention_of(model: nn.Module) -> set[str | None]:
     return {getattr(config, "_attn_implementation", None) for config in configs}
 
 
+def _device_of(embedding: Any) -> torch.device:
+    # A wrapper's `weight` may be made anew whenever it is asked for (PEFT's trainable tokens).
+    weight = next(embedding.parameters(), None)
+    device: torch.device = embedding.weight.device if weight is None else weight.device
+    return device
+
+
+def _with_added_mask(model: nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With a mask [R, 1, T, T] as eager attention adds it: 0 where something is seen, the least number elsewhere."""
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.dim() != 4 or mask.dtype != torch.bool or attention_of(model) != {"eager"}:
+        return inputs
+    dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), torch.float32)
+    added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+    return inputs | {"attention_mask": added}
+
+
 @dataclass(frozen=True)
 class Stream:
     """A residual stream that joins a walk after layer ``start``; ``make`` builds it only then."""
@@ -121,28 +138,14 @@ class Replay:
     @property
     def device(self) -> torch.device:
         """Where the embeddings are, and so what enters the model."""
-        embedding = self.model.get_input_embeddings()
-        # A wrapper's `weight` may be made anew whenever it is asked for (PEFT's trainable tokens).
-        weight = next(embedding.parameters(), None)
-        device: torch.device = embedding.weight.device if weight is None else weight.device
-        return device
+        return _device_of(self.model.get_input_embeddings())
 
     def _forward(self, **inputs: torch.Tensor) -> torch.Tensor:
         """The model's own forward, as it stands (wrapped by a trainer, say); its logits [R, T, V]."""
         # A loss over the experts' routers is for training, and with the layers stubbed no router runs.
         options = {"output_router_logits": False} if getattr(self.model.config, "output_router_logits", False) else {}
-        inputs = self._with_added_mask(inputs)
-        logits: torch.Tensor = self.model(**inputs, use_cache=False, **options).logits
+        logits: torch.Tensor = self.model(**_with_added_mask(self.model, inputs), use_cache=False, **options).logits
         return logits
-
-    def _with_added_mask(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """With a mask [R, 1, T, T] as eager attention adds it: 0 where something is seen, the least number elsewhere."""
-        mask = inputs.get("attention_mask")
-        if mask is None or mask.dim() != 4 or mask.dtype != torch.bool or attention_of(self.model) != {"eager"}:
-            return inputs
-        dtype = next((each.dtype for each in self.model.parameters() if each.is_floating_point()), torch.float32)
-        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-        return inputs | {"attention_mask": added}
 
     # -- recording -------------------------------------------------------------------------------------------------
 
@@ -164,8 +167,7 @@ class Replay:
             calls_above: also keep the arguments of the layers above ``until``, which are called and do not compute, so
                 that other streams can be walked to the top. In a model whose layers hand on more than that allows (see
                 the check at load) they compute, and the recording is a whole one.
-            top_only: of the streams only that after the last layer that runs is kept, and the others are empty: of a long
-                sequence they take L times as much.
+            top_only: only the stream after the last layer that runs is kept, and the others, L times as much, are empty.
 
         Raises:
             ValueError: logits are asked for of layers that do not run.
@@ -195,21 +197,19 @@ class Replay:
         """Layers up to ``last`` run, those up to ``stop`` are called; ``below`` is given what ``last`` returned."""
         streams: list[torch.Tensor] = []
         calls: list[LayerCall] = []
-        entered: list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]] = []
-        versions: list[int] = []
+        entered: list[tuple[tuple[Any, ...], dict[str, Any], torch.Tensor, int]] = []
 
         def on_entry(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             stream = self.anatomy.take(args, kwargs)
             # Where layers write into their argument, the recording keeps its own.
             kept = stream.clone() if self.copies else stream
-            versions.append(stream._version)
-            entered.append((*self.anatomy.put(args, kwargs, None), stream))
+            entered.append((*self.anatomy.put(args, kwargs, None), stream, stream._version))
             if not streams:
                 streams.append(kept.detach()[:0] if top_only else kept.detach())
 
         def on_exit(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            hollow_args, hollow_kwargs, stream = entered.pop()
-            if stream._version != versions.pop() and not self.copies:
+            hollow_args, hollow_kwargs, stream, version = entered.pop()
+            if stream._version != version and not self.copies:
                 raise _WritesInPlace
             left = self.anatomy.stream(output).detach()
             if len(calls) <= last:

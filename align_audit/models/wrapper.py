@@ -141,9 +141,7 @@ def _apart(outside: _Call, inside: _Call, tolerance: float) -> str | None:
             return f"{what} has the shape {list(a.shape)} where the model inside gives {list(b.shape)}"
         if not bool(torch.isfinite(b).all()):
             continue  # a model that has overflowed is for the audit to report
-        difference = max(
-            _largest(one.double() - other.double()) for one, other in zip(_parts(a), _parts(b), strict=True)
-        )
+        difference = max(_largest(x.double() - y.double()) for x, y in zip(_parts(a), _parts(b), strict=True))
         scale = _largest(b)
         if not difference <= tolerance * scale:
             return f"{what} differ by up to {difference:.3g}, where {scale:.3g} is the largest value"

@@ -40,6 +40,8 @@ TORN_AFTER = 60.0
 """Seconds without a change after which an incomplete checkpoint no longer holds up the later ones."""
 _SHOWN = 6
 """Steps that a line lists."""
+_LONG_AGO = 3600.0
+"""Seconds since the last checkpoint from which on its age is said."""
 
 
 @dataclass
@@ -174,10 +176,8 @@ class _Watch:
                 self._work_on(checkpoint)
                 last_new = time.monotonic()
                 continue  # others came and went meanwhile
-            # The last one that was written: one of a later step may be of a training before this one.
-            newest = max(there or (), key=lambda each: (each.written, each.step), default=None)
-            if newest is not None and newest.lack is None and newest.ends_training and not self._waiting:
-                return f"training ended at step {newest.step}, and all its checkpoints are done"
+            if there and there[-1].lack is None and there[-1].ends_training and not self._waiting:
+                return f"training ended at step {there[-1].step}{_age(there[-1])}, and all its checkpoints are done"
             if time.monotonic() - last_new >= idle:
                 for each in self._waiting.values():
                     self._tell(f"{each.folder.name} was not audited: {each.lack or 'it came last'}")
@@ -387,3 +387,9 @@ def _take_into_memory(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
             parameter.data = parameter.data.clone()
+
+
+def _age(checkpoint: Checkpoint) -> str:
+    """When a last checkpoint was written, where that is long ago: it may be of a training before the one that is meant."""
+    age = time.time() - checkpoint.written
+    return f" ({duration(age)} ago)" if age > _LONG_AGO else ""

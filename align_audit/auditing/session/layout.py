@@ -99,11 +99,11 @@ def _apart(replay: Replay, alone: torch.Tensor, together: torch.Tensor) -> float
     """
     difference = largest = torch.zeros((), device=alone.device)
     for block in replay.head_blocks(len(alone)):
-        logits, others = (_in_float(replay.head(rows[block])) for rows in (alone, together))
+        logits, joined = (_in_float(replay.head(rows[block])) for rows in (alone, together))
         if not bool(torch.isfinite(logits).all()):
             return None
         # Not Python's max, which may pass a NaN over.
-        difference = torch.maximum(difference, (logits - others).abs().max())
+        difference = torch.maximum(difference, (logits - joined).abs().max())
         largest = torch.maximum(largest, logits.abs().max())
     return float(difference / largest)
 
