@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-COLOURS = ("#0b6e4f", "#5aa469", "#9ccc65", "#b23a48", "#e07a5f")
+COLOURS = ("#0b6e4f", "#5aa469", "#9ccc65", "#5b2a86", "#b23a48", "#e07a5f")
 DASHES = ("-", "-", (0, (2, 2)))
 GREY = "#b0b0b0"
 

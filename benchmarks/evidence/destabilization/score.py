@@ -75,7 +75,7 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
         result["curves"] = curves(dials, options.jobs)
         print_curves(result["curves"], len(groups.healthy))
         if options.picture is not None:
-            draw(result["curves"], [rules.name for rules in [*AUDIT_RULES, *rivals[-2:]]], options.picture)
+            draw(result["curves"], [rules.name for rules in [*AUDIT_RULES, *rivals[-3:]]], options.picture)
     print_fates(dials.runs)
     return result
 
