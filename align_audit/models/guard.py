@@ -43,6 +43,7 @@ def untouched(*models: nn.Module) -> Iterator[None]:
             try:
                 for model in models:
                     protect_merges(model)
+                    _leave_unpacked(model)
                     model.eval()
                 _without_inference_tensors(models)
                 yield
@@ -57,6 +58,17 @@ def untouched(*models: nn.Module) -> Iterator[None]:
         if cuda:
             torch.cuda.set_rng_state_all(cuda)
         torch.set_grad_enabled(gradients)
+
+
+def _leave_unpacked(model: nn.Module) -> None:
+    """Let bitsandbytes not pack 4-bit weights, as it does on some CPUs (AVX-512 with bf16) at a first forward in eval mode: for
+    good, and training has no gradients through packed ones."""
+    for module in model.modules():
+        if getattr(module, _PACKS, False):
+            setattr(module, _PACKS, False)  # an attribute like others, given back with them
+
+
+_PACKS = "support_avx512bf16_for_cpu"
 
 
 @contextlib.contextmanager

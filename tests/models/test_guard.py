@@ -70,6 +70,15 @@ def test_several_models_come_back(breaks: bool) -> None:
     assert two.out.weight.requires_grad
 
 
+def test_weights_in_4_bits_are_not_packed_for_inference_inside() -> None:
+    """bitsandbytes would do it at the first forward in eval mode, for good, where this attribute of its layers is true."""
+    model: Any = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].support_avx512bf16_for_cpu, model[1].support_avx512bf16_for_cpu = True, False
+    with untouched(model):
+        assert not any(module.support_avx512bf16_for_cpu for module in model)
+    assert [module.support_avx512bf16_for_cpu for module in model] == [True, False]
+
+
 def test_without_models_random_state_still_comes_back() -> None:
     torch.manual_seed(0)
     with untouched():
