@@ -3,8 +3,10 @@ with the repository."""
 
 from __future__ import annotations
 
+import fnmatch
 import importlib.metadata
 import re
+import subprocess
 import tomllib
 from collections.abc import Iterable
 from typing import Any
@@ -137,3 +139,17 @@ def test_faults_of_a_source_distribution_are_seen() -> None:
         "the source distribution lacks tests/test_a.py",
         "the source distribution has notes.txt",
     ]
+
+
+def test_every_file_at_the_top_is_in_the_source_distribution() -> None:
+    done = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("no repository here")
+    top = {name for name in done.stdout.splitlines() if "/" not in name and not name.startswith(".")}
+    (words,) = [
+        line.split()[1:]
+        for line in (REPOSITORY / "MANIFEST.in").read_text().splitlines()
+        if line.startswith("include ")
+    ]
+    told = {name for name in top if any(fnmatch.fnmatch(name, word) for word in words)}
+    assert top - told <= {"LICENSE", "pyproject.toml"}, "setuptools takes those by itself"

@@ -19,7 +19,7 @@ from align_audit.models.reference import resolve_reference
 from align_audit.options.rule_settings import RESERVED, AddedRule, RuleOptions
 from align_audit.options.rules import RULES, Limit
 from align_audit.options.signals import LAYER_SIGNALS
-from tests.helpers.alert_cases import about, alerts, health, healthy, judged, log_of, run, with_margins, with_part
+from tests.helpers.alert_cases import about, alerts, health, healthy, judged, log_of, run, sign, with_margins, with_part
 from tests.helpers.tiny import random_pairs, tiny_model
 
 
@@ -302,3 +302,14 @@ def test_a_key_may_stand_in_two_mappings_and_an_anchor_be_used_twice(tmp_path: P
     rules = "{a: {signal: grad_norm, above: 1}, b: {signal: loss, above: 1}}"
     text = f"patching: &off {{enabled: false}}\nlow_rank: *off\nalerts:\n  rules: {rules}\n"
     assert not from_yaml(tmp_path, text).low_rank.enabled
+
+
+@pytest.mark.parametrize("kl", [0.8, 0.9])
+def test_a_rule_held_to_a_warning_goes_by_its_limit_of_a_warning(kl: float) -> None:
+    """The refusal of a warning's limit beyond an error's says to do this."""
+    config = AlertConfig(kl_warning=1.0, rules={"kl_out_of_bounds": RuleOptions(level="warning")})
+    record = with_margins(healthy(40), kl=about(kl), chosen_logp_change_per_token=about(-0.2))
+    assert sign("kl_out_of_bounds", record, config=config) is None
+    beyond = with_margins(healthy(40), kl=about(1.2), chosen_logp_change_per_token=about(-0.2))
+    seen = sign("kl_out_of_bounds", beyond, config=config)
+    assert seen is not None and (seen.level, seen.limit) == ("warning", 1.0)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from align_audit.cli import doctor, training_script
 from align_audit.errors import ConfigurationError
 from align_audit.models.loading import load_model
 from align_audit.models.weights.fingerprint import fingerprint
@@ -294,3 +295,29 @@ def test_a_timed_step_leaves_the_models_as_they_were(start: SimpleNamespace, lor
     assert not policy.training
     assert all(weight.grad is None and weight.requires_grad for weight in policy.parameters())
     assert not policy.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("named", "default", "gpus", "expected"),
+    [("8", "2", 4, 8), (None, "2", 4, 2), (None, None, 4, 4), (None, None, 0, 1), (None, "broken", 4, 4)],
+)
+def test_processes_are_those_that_accelerate_would_start(
+    named: str | None, default: str | None, gpus: int, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+    from accelerate.commands.config import config_args
+
+    file = tmp_path / "default_config.yaml"
+    if default is not None:
+        file.write_text(f"num_processes: {default}\n")
+    monkeypatch.setattr(config_args, "default_config_file", str(file))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    launch = SimpleNamespace(num_processes=named, config_file=None)
+    assert training_script._processes(SimpleNamespace(use_cpu=False, world_size=1), launch) == expected
+
+
+def test_nobody_is_shown_colours_who_wants_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert doctor._styled("ready", fg="green") == "ready"
+    monkeypatch.delenv("NO_COLOR")
+    assert doctor._styled("ready", fg="green") != "ready"

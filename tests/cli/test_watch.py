@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import pytest
 
 from align_audit.cli import watch_screen
-from align_audit.cli.watch_screen import look_at_runs
+from align_audit.cli.watch_screen import Board, look_at_runs
 from align_audit.errors import ConfigurationError
 from align_audit.record.log import RunLog
 from tests.cli.commands import refused
+from tests.helpers.alert_cases import with_part
 from tests.helpers.screens import a_run, calm
 
 RUINED, WELL = a_run("ruined"), a_run("well")
@@ -244,3 +246,25 @@ def test_one_that_cannot_be_audited_is_an_exit_status(command: Any, place: Simpl
     assert done.code == 1, done.err
     assert "checkpoint-1 is passed over: cannot load" in done.err
     assert "checkpoints: 1 audited, 1 passed over" in done.out
+
+
+def test_a_run_that_is_found_later_tells_what_happens_from_then_on(tmp_path: Path) -> None:
+    """One that was moved here, or comes back, has alerts as old as itself."""
+    told: list[Any] = []
+    board = Board([tmp_path], lambda folder, alert: told.append(alert.rule))
+    board.refresh()
+    store(tmp_path / "moved", a_run())
+    board._next_search = 0.0
+    board.refresh()
+    assert board.rows and told == []
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    begun = [with_part(record, "provenance", created=now) for record in a_run()]
+    store(tmp_path / "begun", begun)
+    board._next_search = 0.0
+    board.refresh()
+    assert told != []
+    (tmp_path / "begun").rename(tmp_path / "renamed")
+    before = list(told)
+    board._next_search = 0.0
+    board.refresh()
+    assert told == before

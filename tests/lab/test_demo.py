@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from align_audit.errors import ConfigurationError
+from align_audit.lab import demo
 from align_audit.lab import demo as show
 from align_audit.lab.demo import HEALTHY, RUINED
 
@@ -77,3 +78,15 @@ def test_the_whole_demo_shows_the_contrast(tmp_path: Path) -> None:
     assert ruined.log["rewards/accuracies"] > 0.9
     assert ruined.log["loss"] < healthy.log["loss"]
     assert ruined.log["rewards/margins"] > healthy.log["rewards/margins"]
+
+
+def test_what_a_link_leads_to_is_replaced_and_the_link_stays(tmp_path: Path) -> None:
+    real, link = tmp_path / "disk" / "demo", tmp_path / "demo"
+    real.mkdir(parents=True)
+    (real / demo._MARKER).touch()
+    (real / "old").touch()
+    link.symlink_to(real)
+    with demo._replaced(link):
+        (link / "new").touch()
+    assert link.is_symlink() and {path.name for path in real.iterdir()} == {demo._MARKER, "new"}
+    assert [path.name for path in real.parent.iterdir()] == ["demo"]

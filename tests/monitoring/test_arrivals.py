@@ -6,11 +6,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from align_audit.monitoring import arrivals
 from align_audit.monitoring.arrivals import Arrivals, Checkpoint
 
 
@@ -200,3 +202,19 @@ def test_a_folder_that_is_not_there(run: Folder) -> None:
     shutil.rmtree(run.path)
     with pytest.raises(FileNotFoundError):
         run.look()
+
+
+def test_a_state_that_comes_while_the_weights_are_read_is_of_the_next_look(
+    run: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = saved(run, trainer=False)
+    lack = arrivals._lack
+
+    def slow(place: Path, files: Any) -> Any:
+        state(place)
+        return lack(place, files)
+
+    monkeypatch.setattr(arrivals, "_lack", slow)
+    assert run.lack() == "it may still be written"
+    assert run.lack() is None
+    assert (folder / "trainer_state.json").exists()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +18,10 @@ from align_audit import audit
 from align_audit.auditing.measurements import lens_walk
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.config import AuditConfig
-from align_audit.errors import AlignAuditError, ConfigurationError
+from align_audit.errors import AlignAuditError, AuditMemoryError, ConfigurationError
 from align_audit.models.loading import load_model
 from align_audit.models.reference import Reference, policy_fingerprint, resolve_reference
-from align_audit.monitoring import doctor_costs, doctor_place
+from align_audit.monitoring import doctor, doctor_costs, doctor_place
 from align_audit.monitoring.checkpoints import audit_saved
 from align_audit.monitoring.doctor import examine, probes_check
 from align_audit.monitoring.doctor_costs import cost_checks, in_proportion, numerics, schedule_check, training_seconds
@@ -394,3 +395,11 @@ def test_trackers_that_the_options_leave_out_are_not_promised() -> None:
     plan = Plan("model", "pairs", report_to=("tensorboard",))
     assert checked(plan, tensorboard="auto")["trackers"].level == "green"
     assert "leave it out" in checked(plan, tensorboard="off")["trackers"].observation
+
+
+@pytest.mark.parametrize(("lora", "level"), [(False, "red"), (True, "yellow")])
+@pytest.mark.parametrize("error", [AuditMemoryError("no room"), MemoryError("no room")])
+def test_memory_that_runs_out_is_no_fault_of_the_layers(lora: bool, level: str, error: BaseException) -> None:
+    check = doctor._no_memory(error, SimpleNamespace(lora=lora))  # type: ignore[arg-type]
+    assert (check.name, check.level) == ("memory", level)
+    assert "--device cpu" in check.fix and "anatomy" not in check.fix

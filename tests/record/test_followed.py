@@ -130,3 +130,19 @@ def test_where_runs_are_looked_for(tmp_path: Path) -> None:
     for place in (tmp_path / "dpo", tmp_path / "dpo" / FOLDER):
         assert log_folders(place) == [tmp_path / "dpo" / FOLDER]
     assert log_folders(tmp_path / "nowhere") == []
+
+
+def test_a_folder_that_may_not_be_looked_into_holds_no_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user other than root meets that wherever a disk has its lost+found."""
+    log = RunLog(tmp_path / "mine")
+    log.append(calm(5))
+    (tmp_path / "theirs").mkdir()
+    is_file = Path.is_file
+
+    def refused(self: Path) -> bool:
+        if "theirs" in self.parts:
+            raise PermissionError(13, "Permission denied")
+        return is_file(self)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert log_folders(tmp_path) == [tmp_path / "mine" / FOLDER]

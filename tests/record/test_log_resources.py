@@ -17,6 +17,7 @@ import pytest
 
 from align_audit.errors import ConfigurationError
 from align_audit.files import write_atomically
+from align_audit.record import lock as lock_module
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import ALERTS, FAILURES, FOLDER, RECORDS, RunLog
 from align_audit.record.run import AuditRun
@@ -338,3 +339,15 @@ def test_a_run_that_has_ended_lets_go_of_its_log(tmp_path: Path) -> None:
     log.append(small(2))
     assert same(AuditRun.load(tmp_path).records, [small(1), small(2)])
     assert subprocess.run(opener, input=b"", capture_output=True, env=env).returncode != 0, "taken again"
+
+
+def test_without_locks_no_file_is_held_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows would move no log aside then."""
+    monkeypatch.setattr(lock_module, "fcntl", None)
+    opened, closed = [], []
+    real_open, real_close = os.open, os.close
+    monkeypatch.setattr(os, "open", lambda *args: opened.append(real_open(*args)) or opened[-1])
+    monkeypatch.setattr(os, "close", lambda handle: (closed.append(handle), real_close(handle))[1])
+    held = lock_module.lock(tmp_path / "records.jsonl")
+    assert opened and sorted(opened) == sorted(closed)
+    held.forget()

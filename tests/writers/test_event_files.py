@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -18,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from align_audit.record.log import RunLog
 from align_audit.record.run import AuditRun
-from align_audit.writers.event_files import TagsWritten, event_files
+from align_audit.writers.event_files import TagsWritten, event_files, find_event_folder
 from align_audit.writers.few_scalars import few_scalars
 from align_audit.writers.scalars import scalars
 from align_audit.writers.standing import standing_at
@@ -214,3 +215,12 @@ def test_only_the_last_audit_is_drawn_again(tmp_path: Path) -> None:
     tags = events.Tags()["images"]
     assert "align_audit/margins/margins_over_steps" in tags
     assert {event.step for tag in tags for event in events.Images(tag)} == {100}
+
+
+def test_a_file_of_another_host_with_this_process_id_is_another_runs(tmp_path: Path) -> None:
+    """In containers every run may be process 1."""
+    for folder, host in (("theirs", "elsewhere"), ("ours", socket.gethostname())):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"events.out.tfevents.1700000000.{host}.{os.getpid()}.0").touch()
+        expected = tmp_path / "ours" if folder == "ours" else None
+        assert find_event_folder(tmp_path) == expected

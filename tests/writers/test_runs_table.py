@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from align_audit.record.log import Failure
 from align_audit.record.run import AuditRun
 from align_audit.writers.audit_table import summary_table
 from align_audit.writers.closing_table import closing
-from align_audit.writers.comparison import ComparisonTable
+from align_audit.writers.comparison import ComparisonTable, called
 from align_audit.writers.runs_table import RunRow, RunsTable, row_of_run, sparkline
 from tests.helpers.alert_cases import about, on_set, with_margins
 from tests.helpers.screens import LOG, a_run, calm, later_on
@@ -193,3 +194,12 @@ def test_what_is_far_from_a_limit_looks_flat() -> None:
     """Noise of a healthy run, stretched to the height of a line, would look like a ruin."""
     records = [with_margins(calm(step), kl=about(0.01 * (step % 3))) for step in range(0, 12)]
     assert set(lines(row(records), width=120)[2].split()[5]) <= set("▁▂")
+
+
+def test_long_names_that_differ_at_their_end_stay_apart() -> None:
+    beginning = "llama-3.1-8b-instruct-dpo-ultrafeedback-binarized-beta0.1-"
+    sides = [SimpleNamespace(name=beginning + end) for end in ("lr5e-7-seed1", "lr1e-6-seed1")]
+    first, second = called(SimpleNamespace(sides=sides), 40)  # type: ignore[arg-type]
+    assert first.endswith("lr5e-7-seed1") and second.endswith("lr1e-6-seed1") and len(first) == len(second) == 40
+    same = [SimpleNamespace(name="x" * 90), SimpleNamespace(name="y" + "x" * 90)]
+    assert [name[-4:] for name in called(SimpleNamespace(sides=same))] == [" (1)", " (2)"]  # type: ignore[arg-type]

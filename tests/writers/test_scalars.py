@@ -7,8 +7,10 @@ import re
 
 import pytest
 
+from align_audit.record.alert import Alert
 from align_audit.record.estimate import Estimate
-from align_audit.writers.scalars import not_known, scalars
+from align_audit.record.run import row_of
+from align_audit.writers.scalars import ROOT, not_known, scalars
 from tests.helpers.make_record import make_record, make_sites
 from tests.helpers.record_parts import FEW_VALUES, NO_SHIFT
 
@@ -119,3 +121,12 @@ def test_every_unit_of_a_finer_site_is_a_curve() -> None:
     assert "align_audit/sites/block_width_2/layer_11" not in values
     assert "align_audit/sites/head/layer_00_head_00" not in values
     assert not_known(exact)["sites.2.sufficiency", "1 of 64 values are not finite"] == [0]
+
+
+def test_an_alert_that_is_over_is_none_in_curves_and_tables() -> None:
+    record = make_record(100)
+    alert = Alert(rule="r", cause="drift", level="error", step=100, since=50, value=1.0, message="M.", suggestion="S")
+    for event, count in (("opened", 1), ("open", 1), ("resolved", 0)):
+        at = record.model_copy(update={"alerts": [alert.model_copy(update={"event": event})]})
+        assert scalars(at)[f"{ROOT}/alerts/error"] == count
+        assert row_of(at)["alerts"] == count

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from align_audit import audit
+from align_audit.auditing.session import open_models
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.errors import AnatomyError, ReferenceUnavailableError
 from align_audit.models.reference import resolve_reference
@@ -130,3 +131,11 @@ def test_a_model_that_is_not_in_memory_is_refused(make: Callable[[Path], nn.Modu
     models = (absent, whole) if role == "policy" else (whole, absent)
     with pytest.raises(AnatomyError, match=f"tensors of the {role} hold no data, such as .*expected all weights"):
         audit(*models, random_pairs(2), quick())
+
+
+def test_special_tokens_that_a_trainer_writes_into_one_configuration_make_no_other_model() -> None:
+    policy, reference = tiny_model("llama"), tiny_model("llama")
+    policy.config.pad_token_id, policy.config.eos_token_id = 7, 8  # type: ignore[union-attr, assignment]
+    assert open_models._built_alike(policy, reference)
+    policy.config.rms_norm_eps = 0.5  # type: ignore[union-attr, assignment]
+    assert not open_models._built_alike(policy, reference)
