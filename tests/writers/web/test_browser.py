@@ -321,6 +321,21 @@ def test_it_prints_on_one_page(browser: Pages) -> None:
             assert len(re.findall(rb"/Type\s*/Page\b", browser.print())) == 1, (run, theme)
 
 
+def test_a_dark_page_is_printed_with_charts_for_white_paper(browser: Pages) -> None:
+    """What is drawn for a dark page is next to white, and is drawn anew for paper, and back."""
+    tick = "return getComputedStyle(document.querySelector('.panels .xtick text')).fill"
+    browser.show("ruined", theme="light")
+    light = browser.js(tick)
+    browser.show("ruined", theme="dark")
+    dark = browser.js(tick)
+    browser.js("dispatchEvent(new Event('beforeprint'))")
+    browser.wait(300)
+    assert browser.js(tick) == light != dark
+    browser.js("dispatchEvent(new Event('afterprint'))")
+    browser.wait(300)
+    assert browser.js(tick) == dark
+
+
 def test_a_page_of_numbers_that_end_in_the_middle_draws_what_is_known(browser: Pages) -> None:
     records = list(ruined_run().records)
     unknown = records[2].margins.kl.unknown("nobody knows")
