@@ -41,7 +41,7 @@ def full_of(task: AuditTask, began: float, progress: Callable[[int, str], Any] |
     for measurement in task:
         measurement.look_closer(tick)
     looks = [look for measurement in task for look in measurement.second_looks()]
-    second_pass(task.session, task[Behaviour], looks, tick)
+    second_pass(task.session, looks, tick)
     record = agreed_record(task, began)
     left = PreviousAudit(task[LowRank].spanned, record.attribution)
     return AuditResult(record, arrays_of(task), left, texts_of(task))

@@ -11,7 +11,8 @@ from align_audit.auditing.measurements.attribution import Attribution
 from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.measurement import AuditTask, Measurement, RecordedBatch, SecondLook
 from align_audit.auditing.session.kept import RowsKey, rows_key
-from align_audit.auditing.session.walk import Session, Unpatched
+from align_audit.auditing.session.unpatched import Unpatched
+from align_audit.auditing.session.walk import Session
 from align_audit.models.replay import Stream
 from align_audit.probes.batches import PairBatch
 
@@ -111,7 +112,7 @@ def _walk(
         (session.as_reference, recorded.reference) if into_reference else (session.as_policy, recorded.policy)
     )
     same_as = recording if unpatched.strays is None else None
-    walked = session.effects(active, recorded.batch, recording, streams, unpatched.margins, same_as=same_as)
+    walked = session.effects(active, recorded.batch, recording, streams, unpatched, same_as=same_as)
     with contextlib.closing(walked):  # now, and not when somebody collects it: it has switched adapters
         for key, effect in walked:
             assert isinstance(key, tuple)
@@ -119,14 +120,12 @@ def _walk(
             measurement.store(within, recorded, effect)
 
 
-def second_pass(session: Session, behaviour: Behaviour, looks: Sequence[SecondLook], tick: Callable[[], None]) -> None:
+def second_pass(session: Session, looks: Sequence[SecondLook], tick: Callable[[], None]) -> None:
     """Walk the streams of all ``looks`` through the reference, over all pairs once.
 
-    Args:
-        behaviour: of the first pass over the same session. Where a batch is one of its batches, the unpatched run's margins
-            are those it read, to the bit, and the reference is not run to the end again. Other batches (planned anew after
-            running out of memory) compute them; and where a replay does not give the recording back bit by bit, the
-            unpatched run is walked as the streams are.
+    Where a batch is one of the first pass's, the unpatched run's margins are those of then, to the bit, and the reference is
+    not run to the end again. Other batches (planned anew after running out of memory) compute them; and where a replay does
+    not give the recording back bit by bit, the unpatched run is walked as the streams are.
     """
     looks = [look for look in looks if look.layers]
     if not looks:
@@ -137,23 +136,22 @@ def second_pass(session: Session, behaviour: Behaviour, looks: Sequence[SecondLo
         if not session.is_exact(batch):
             return
         places = batch.pair_index.cpu().numpy()
-        margins = None if session.reference_strays else behaviour.reference_margins(batch)
-        if session.so_for_any(margins is None):
-            margins = None
-        policy, reference = session.record_both(batch, until=top, whole_reference=margins is None)
-        if margins is None:
+        unpatched = session.unpatched_before(batch)
+        if session.so_for_any(unpatched is None):
+            unpatched = None
+        policy, reference = session.record_both(batch, until=top, whole_reference=unpatched is None)
+        if unpatched is None:
+            strays = list(range(session.num_layers)) if session.reference_strays else None
             with session.as_reference() as replay:
-                last = (
-                    replay.unpatched(reference) if session.reference_strays else reference.after(session.num_layers - 1)
-                )
-                margins = session.readout.margins(replay, last, batch)
+                unpatched = session.compared_with(replay, batch, reference, None, strays)
 
         def streams() -> Iterator[Stream]:
             for number, look in enumerate(looks):
                 for stream in look.streams(batch, policy, reference):
                     yield Stream((number, stream.key), stream.start, stream.make)
 
-        with contextlib.closing(session.effects(session.as_reference, batch, reference, streams(), margins)) as walked:
+        walk = session.effects(session.as_reference, batch, reference, streams(), unpatched)
+        with contextlib.closing(walk) as walked:
             for key, effect in walked:
                 assert isinstance(key, tuple)
                 number, within = key

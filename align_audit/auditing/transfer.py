@@ -271,7 +271,7 @@ def _patch(
                 # What is left out in the end is walked with the others: a batch is patched as a whole.
                 spans = np.where(spans == EXCLUDED, HELD_OUT, spans)
                 looks[fitted.name] = Reconstruction(patched.session, fitted.fitted, spans, random=())
-        second_pass(patched.session, patched.behaviour, list(looks.values()), tick)
+        second_pass(patched.session, list(looks.values()), tick)
         for key in keys:
             chance = cells.random(patched, key, looks[patched.name])
             if chance is not None:

@@ -263,10 +263,10 @@ class Replay:
                 stack.enter_context(narrowed(self.pointwise, read, (stream.shape[0], stream.shape[1])))
             return self.anatomy.stream(self.layers[index](*args, **kwargs))
 
-    def unpatched(self, recording: Recording) -> torch.Tensor:
-        """h_{L−1} [R, T, d] of the recorded run, walked layer by layer as patched streams are."""
+    def entering_last(self, recording: Recording) -> torch.Tensor:
+        """h_{L−2} [R, T, d] of the recorded run, walked layer by layer as patched streams are."""
         stream = recording.after(-1)
-        for index in range(self.num_layers):
+        for index in range(self.num_layers - 1):
             stream = self.layer(index, stream, recording)
         return stream
 

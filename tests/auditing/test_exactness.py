@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.session import open_models
+from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
-from align_audit.models.replay import Replay
+from align_audit.models.reference import resolve_reference
+from align_audit.models.replay import Replay, Stream
 from align_audit.models.verify import open_replay
 from tests.helpers import oracle, oracle_spinal, oracle_subspaces
 from tests.helpers.audits import QUICK_GENERATIONS, audited
@@ -251,13 +252,44 @@ def test_the_second_pass_knows_the_unpatched_run_to_the_bit(monkeypatch: pytest.
     run(policy, reference, random_pairs(8), settings)
     batches = len(whole) // 2
     assert batches >= 2 and whole == [True] * batches + [False] * batches
-    monkeypatch.setattr(Behaviour, "reference_margins", lambda self, batch: None)
+    monkeypatch.setattr(Session, "unpatched_before", lambda self, batch: None)
     whole.clear()
     _, computed = run(policy, reference, random_pairs(8), settings)
     assert whole == [True] * 2 * batches
     assert set(known) == set(computed)
     for name, values in known.items():
         np.testing.assert_array_equal(computed[name], values, err_msg=name)
+
+
+@pytest.mark.parametrize("stray", [False, True], ids=["replayed", "strayed"])
+def test_rounding_in_the_shapes_of_a_walk_is_no_effect(monkeypatch: pytest.MonkeyPatch, stray: bool) -> None:
+    """A last layer that runs at some positions rounds otherwise, by much here: patched or not, runs have it alike, and those
+    whose stream joins behind it have it not. Replays stray from recordings where layers called again round otherwise too."""
+    reference, probes = tiny_model("llama"), random_pairs(4)
+    real = Replay.layer
+
+    def rounding(self: Replay, index: int, stream: torch.Tensor, recording: Any, read: Any = None) -> torch.Tensor:
+        out = real(self, index, stream, recording, read)
+        noise = torch.sin(torch.arange(out.shape[-1], device=out.device))
+        return out + noise * (0.1 * (read is not None and index == self.num_layers - 1) + 0.01 * (stray and index == 1))
+
+    policy = perturbed(reference)
+    with OpenModels(policy, resolve_reference(policy, reference)) as models:
+        session = Session(models, probes.pairs, config())
+        monkeypatch.setattr(Replay, "layer", rounding)
+        batch, last = session.batch(session.plan[0]), session.num_layers - 1
+        with session.as_reference() as replay:
+            recording = replay.record(batch.model_inputs())
+            margins = session.readout.margins(replay, recording.after(last), batch)
+            unpatched = session.unpatched(replay, batch, recording, margins, is_reference=True)
+            entering = replay.entering_last(recording)
+            top = replay.layer(last, entering, recording)
+        assert (unpatched.strays is not None) == stray
+        assert not torch.allclose(unpatched.margins, unpatched.narrowed)
+        streams = [Stream("below", last - 1, lambda: entering), Stream("behind", last, lambda: top)]
+        effects = dict(session.effects(session.as_reference, batch, recording, streams, unpatched))
+        assert not effects["below"].any() and not effects["behind"].any()
+        assert session.unpatched_before(batch) is (None if stray else unpatched)
 
 
 # -- a device on which replay is not bit-exact -------------------------------------------------------------------------

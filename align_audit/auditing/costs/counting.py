@@ -144,10 +144,12 @@ def _first_pass(tally: Tally, rank: int) -> None:
 
 
 def _check_replay(tally: Tally, model: ModelName, checked: dict[ModelName, int], laid: Laid) -> None:
-    """A recording is replayed at every layer of the first batch, and at one of each batch that follows."""
+    """A recording is replayed at every layer of the first batch, at one of each batch that follows, and at the last as walks
+    run it."""
     layers = tally.job.shape.layers
     at = checked[model] % layers
     tally.up("controls", model, range(layers) if checked[model] == 0 else range(at, at + 1), laid)
+    tally.up("controls", model, range(layers - 1, layers), laid)
     checked[model] += 1
 
 

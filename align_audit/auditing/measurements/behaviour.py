@@ -56,7 +56,6 @@ class Behaviour(Measurement):
         pairs = len(self.session.pairs)
         self.state = BehaviourState(PerToken(pairs), *(PerPair(pairs) for _ in range(11)))
         self.identical = True
-        self._reference_margins: dict[tuple[int, ...], torch.Tensor] = {}
 
     def read(self, recorded: RecordedBatch) -> None:
         """Log-probabilities, KL, entropies and next-token accuracy; fills the batch's margins."""
@@ -66,7 +65,6 @@ class Behaviour(Measurement):
             self.identical = False
         rows = recorded.policy.after(top)[at], recorded.reference.after(top)[at]
         recorded.policy_margins, recorded.reference_margins = self.compare(batch, *rows)
-        self._reference_margins[tuple(batch.pair_index.tolist())] = recorded.reference_margins
 
     def compare(
         self,
@@ -141,10 +139,6 @@ class Behaviour(Measurement):
         """Equal on every probe token is what is so on every process."""
         super().merge(ranks, places)
         self.identical = not ranks.any(not self.identical)
-
-    def reference_margins(self, batch: PairBatch) -> torch.Tensor | None:
-        """[B] the reference's margins on a batch of the first pass, to the bit; None of another batch."""
-        return self._reference_margins.get(tuple(batch.pair_index.tolist()))
 
     # -- of all pairs --------------------------------------------------------------------------------------------------
 

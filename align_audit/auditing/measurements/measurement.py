@@ -17,7 +17,8 @@ from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.accumulators import State
 from align_audit.auditing.session.kept import KeptReference
 from align_audit.auditing.session.reference_cache import ReferenceCache
-from align_audit.auditing.session.walk import Session, Unpatched
+from align_audit.auditing.session.unpatched import Unpatched
+from align_audit.auditing.session.walk import Session
 from align_audit.models.replay import Recording, Stream
 from align_audit.probes.batches import PairBatch
 from align_audit.ranks import Ranks

@@ -160,7 +160,7 @@ class Patching(Measurement):
         same_as = reference if unpatched.strays is None else None
         streams = self.effect_streams(recorded, layers)
         with contextlib.closing(
-            session.effects(session.as_reference, batch, reference, streams, unpatched.margins, same_as=same_as)
+            session.effects(session.as_reference, batch, reference, streams, unpatched, same_as=same_as)
         ) as walked:
             for key, effect in walked:
                 self.store(key, recorded, effect)

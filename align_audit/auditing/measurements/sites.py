@@ -153,11 +153,12 @@ class SiteCollector:
         waiting.sort(key=lambda item: item[2].last)
         recording = receiver.recording
         with receiver.active() as replay:
-            top = replay.unpatched(recording)
-            base = session.readout.margins(replay, top, batch)
-        # A stream that equals the unpatched one ends where that ends, if replaying gives the recording back.
-        same_as = recording if torch.equal(top, recording.after(last)) else None
-        del top
+            top = replay.layer(last, replay.entering_last(recording), recording)
+            # A stream that equals the unpatched one ends where that ends, if replaying gives the recording back.
+            strays = not torch.equal(top, recording.after(last))
+            del top
+            base = session.compared_with(replay, batch, recording, None, list(range(last + 1)) if strays else None)
+        same_as = None if strays else recording
         # One half of the room for what the donor gives, one for the streams that are walked.
         limit = session.least(max(1, session.max_streams(recording.after(-1)) // 2))
         for first in range(0, len(waiting), limit):

@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from align_audit.auditing.session.batching import Batching
 from align_audit.auditing.session.estimates import Estimates
 from align_audit.auditing.session.kept import KeptReference
 from align_audit.auditing.session.layout import why_not_shared
@@ -19,6 +17,7 @@ from align_audit.auditing.session.memory import MemoryMeter, usual_working_bytes
 from align_audit.auditing.session.open_models import OpenModels, check_positions, check_vocabulary, check_wrappers
 from align_audit.auditing.session.readout import Readout
 from align_audit.auditing.session.subsets import CONTROL, PATCHED, PairChoice, choose_pairs
+from align_audit.auditing.session.unpatched import Unpatched, UnpatchedRuns
 from align_audit.errors import ProbeError
 from align_audit.models.replay import Recording, Replay, Stream
 from align_audit.probes.batches import PairBatch
@@ -32,21 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Unpatched:
-    """The unpatched run of a batch, in the shapes in which patched streams are walked.
-
-    Attributes:
-        margins: [B] float64 on the CPU.
-        strays: layers at which a replay strays from the recording; None where it does not stray at all, and patching a
-            layer with itself cannot change anything.
-    """
-
-    margins: torch.Tensor
-    strays: list[int] | None
-
-
-class Session(Batching):
+class Session(UnpatchedRuns):
     """One probe set between two open models: its batches, and what is walked on them.
 
     Args:
@@ -95,10 +80,7 @@ class Session(Batching):
         self._work_so_far = models.layer_tokens
         self._work_elsewhere = 0
         self.worked_on = np.zeros(len(self.pairs), dtype=bool)
-        self._replayed: dict[bool, int] = {}
-        """Batches whose recordings were replayed as a check, by whether the model is the reference."""
-        self._strays: dict[bool, bool] = {}
-        self.reference_strays = False
+        super().__init__()
         check_vocabulary(self.pairs, models)
         check_positions(self.pairs, models)
         check_wrappers(self.pairs, models)
@@ -208,53 +190,13 @@ class Session(Batching):
         self.meter.sample()
         return recording
 
-    def unpatched(
-        self, replay: Replay, batch: PairBatch, recording: Recording, margins: torch.Tensor, *, is_reference: bool
-    ) -> Unpatched:
-        """The run that patched ones are compared with.
-
-        It is the recording, computed in the same shapes as the walked streams; that replaying it gives it back bit by bit is
-        checked at every layer on the first batch, and at one layer, another each time, on each that follows. Where it is not
-        so (kernels that are not deterministic), the unpatched run is walked too.
-
-        Args:
-            margins: [B] of the recording.
-        """
-        strays = self._replay_check(replay, recording, is_reference)
-        if strays is not None:
-            margins = self.readout.margins(replay, replay.unpatched(recording), batch)
-            self.reference_strays |= is_reference
-        return Unpatched(margins, strays)
-
-    def _replay_check(self, replay: Replay, recording: Recording, is_reference: bool) -> list[int] | None:
-        """Layers at which a replay strays from the recording; None where it does not stray at all.
-
-        Where processes have to call the same layers, those at which it strays on any of them: which ones are tried on this
-        batch, and on the next, is then the same everywhere.
-        """
-        layers = self.num_layers
-        seen = self._replayed.get(is_reference, 0)
-        every = range(layers)
-        checked = every if seen == 0 or self._strays.get(is_reference) else [seen % layers]
-
-        def stray(layer: int) -> bool:
-            return not torch.equal(replay.layer(layer, recording.after(layer - 1), recording), recording.after(layer))
-
-        strays = self.layers_of_any([layer for layer in checked if stray(layer)])
-        if strays and len(checked) < layers:
-            strays = self.layers_of_any([layer for layer in every if stray(layer)])
-        # Counted only now: a check that ran out of memory has shown nothing, and the next batch is the first again.
-        self._replayed[is_reference] = seen + 1
-        self._strays[is_reference] = bool(strays)
-        return strays or None
-
     def effects(
         self,
         active: Callable[[], AbstractContextManager[Replay]],
         batch: PairBatch,
         recording: Recording,
         streams: Iterable[Stream],
-        margins: torch.Tensor,
+        unpatched: Unpatched,
         *,
         same_as: Recording | None = None,
         limit: int | None = None,
@@ -264,15 +206,18 @@ class Session(Batching):
         Args:
             active: makes the receiving model compute: :meth:`as_policy` or :meth:`as_reference`.
             recording: of the receiving model.
-            margins: [B] of its unpatched run, in the same shapes.
+            unpatched: its run that these are compared with.
             same_as: as in :meth:`Replay.walk`: a stream that equals it where it joins is not walked; its effect is 0.
             limit: streams walked together; None: as many as the working memory holds.
         """
         limit = self.least(limit or self.max_streams(recording.after(-1)))
+        streams, last = list(streams), self.num_layers - 1
+        unchanged = torch.zeros_like(unpatched.margins)
+        beside = {stream.key: unpatched.beside(stream.start == last) for stream in streams}
         with active() as replay:
             walked = replay.walk(recording, streams, limit, same_as=same_as, read=batch.read)
             for key, patched in self.readout.each_margin(replay, walked, batch):
-                yield key, patched - margins if patched is not None else torch.zeros_like(margins)
+                yield key, unchanged if patched is None else patched - beside[key]
 
     def forward_equivalents(self, pairs: Sequence[ProbePair] | None = None) -> float:
         """Layer calls so far, as full forwards over both sequences of every probe pair (or of these ``pairs``)."""
