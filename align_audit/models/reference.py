@@ -17,6 +17,7 @@ from align_audit.models.adapters import AdapterSwitch, adapters_kept, is_merged
 from align_audit.models.anatomy import is_peft, unwrap_only
 from align_audit.models.guard import untouched
 from align_audit.models.loading import load_model, loader_errors
+from align_audit.models.verify import Verified
 from align_audit.models.weights.fingerprint import WeightSums, belongs_to
 from align_audit.models.weights.from_disk import open_streamed
 from align_audit.models.weights.sharded import is_spread
@@ -67,6 +68,8 @@ class Reference:
         self._switch: AdapterSwitch | None = None
         self._hashed: tuple[Hashable, str] | None = None
         """The weights' hash that was taken last, and the stamp that they had then."""
+        self.verified: dict[str, Verified] = {}
+        """What was found out of how policy and reference compute, by how they are built, for audits that follow."""
 
     @property
     def shares_weights(self) -> bool:

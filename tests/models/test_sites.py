@@ -13,7 +13,7 @@ from torch import nn
 from align_audit.errors import AnatomyError, SiteError
 from align_audit.models.find_sites import find_sites
 from align_audit.models.sites import LayerSites, Place
-from align_audit.models.verify import open_replay
+from align_audit.models.verify import Verified, open_replay
 from align_audit.models.weights.fingerprint import fingerprint
 from tests.helpers.tiny import VOCABULARY, perturbed
 from tests.helpers.toys import batch
@@ -99,7 +99,7 @@ def test_family(name: str) -> None:
     before = fingerprint(model)
     replay = open_replay(model)
     sites = find_sites(replay)
-    donor = find_sites(open_replay(policy, like=replay), sites)
+    donor = find_sites(open_replay(policy, like=Verified.of(replay)), sites)
     absent = ABSENT.get(name, {})
     for kind in KINDS:
         missing = [layer for layer, found in enumerate(sites.layers) if found.path(kind) is None]

@@ -19,9 +19,10 @@ from align_audit.record.audit_record import AuditKind
 Parts = dict[PartName, Work]
 
 _VERIFIED = 14
-"""Tokens on which a model is tried between its layers when it is opened, once as policy and once, in short, as reference."""
+"""Tokens on which a model is tried between its layers when it is opened: at length the first time, and in short later, or if
+it is built like one that was."""
 _OPENING_CALLS, _LIKE_CALLS = 7, 2
-"""Passes over the layers that this takes of a policy, and of a reference that is built like it."""
+"""Passes over the layers that this takes."""
 _RESAMPLED = 12
 """Numbers of the record that have an interval, for each layer."""
 
@@ -66,14 +67,14 @@ def _open(tally: Tally, first: bool) -> None:
     job, shape = tally.job, tally.job.shape
     share = job.ranks if job.spread else 1
     tally.add("hashing", hashed_bytes=(2 if first else 1) * shape.weights * shape.value_bytes // share)
-    calls = (_OPENING_CALLS + _LIKE_CALLS) * shape.layers
+    passes = {"policy": _OPENING_CALLS if first else _LIKE_CALLS, "reference": _LIKE_CALLS}
+    calls = sum(passes.values()) * shape.layers
     tried = Laid(pairs=1, rows=2, width=_VERIFIED // 2, entries=0, read=0, longest=0)
     # These calls are no work of the audit's, and are not among its layer tokens: they are counted as continuations are.
     tally.add("opening", decode_calls=calls, decode_tokens=calls * tried.tokens)
     models: tuple[ModelName, ...] = ("policy", "reference") if job.spread else ()
     for model in models:
-        passes = _OPENING_CALLS if model == "policy" else _LIKE_CALLS
-        for _ in range(passes):
+        for _ in range(passes[model]):
             tally.hold("opening", model, range(shape.layers))
         tally.add("opening", gathers=1, gathered_weights=shape.outside_weights, exchanges=1)
     if first and job.config.share_prompts:
@@ -100,17 +101,21 @@ def _try_layout(tally: Tally) -> None:
 
 
 def _health(tally: Tally, first: bool, rank: int) -> None:
-    every = range(tally.job.shape.layers)
-    for group, _ in tally.job.dealt(rank):
-        laid = tally.job.laid(group)
+    job, every = tally.job, range(tally.job.shape.layers)
+    known = 0 if first else job.kept_logits(rank)
+    for group, _ in job.dealt(rank):
+        laid = job.laid(group)
         tally.up("recordings", "policy", every, laid)
         if first:
             tally.up("recordings", "reference", every, laid)
-        _compare(tally, laid)
+        _compare(tally, laid, known=min(known, laid.entries))
+        known -= min(known, laid.entries)
 
 
-def _compare(tally: Tally, laid: Laid) -> None:
-    tally.read("margins", laid.entries, models=2, scored=0)
+def _compare(tally: Tally, laid: Laid, known: int = 0) -> None:
+    """Of so many entries the reference's logits are ``known``."""
+    tally.read("margins", laid.entries, scored=0)
+    tally.read("margins", laid.entries - known, scored=0)
     tally.add("margins", compared=laid.entries)
 
 

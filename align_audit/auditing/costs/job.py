@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from align_audit.auditing.costs.shape import ModelShape
+from align_audit.auditing.session.kept import KEPT_LOGIT_BYTES
 from align_audit.auditing.session.room import Room
 from align_audit.auditing.session.subsets import CONTROL, PATCHED, PairChoice, choose_pairs
 from align_audit.config import AuditConfig
@@ -150,6 +151,13 @@ class Job:
     def share(self, rank: int) -> float:
         """Of all pairs, those whose numbers a process keeps after a pass."""
         return sum(len(group) for group, kept in self.dealt(rank) if kept) / sum(map(len, self.plan))
+
+    def kept_logits(self, rank: int) -> int:
+        """Rows of which a run's health audits keep the reference's logits, on one process."""
+        if self.room.device != "cpu" or self.spread:
+            return 0
+        entries = sum(self.laid(group).entries for group, _ in self.dealt(rank))
+        return min(entries, KEPT_LOGIT_BYTES // (self.shape.vocabulary * self.shape.value_bytes))
 
     @functools.cached_property
     def _laid(self) -> dict[Group, Laid]:

@@ -76,6 +76,7 @@ def foresee_memory(job: Job, kind: AuditKind) -> Memory:
     if kind == "health":
         entries = sum(job.laid(group).entries for group in job.plan)
         kept = min(entries * shape.stream_bytes, KEPT_BYTES)
+        kept += job.kept_logits(0) * shape.vocabulary * shape.value_bytes
         # What only the last layer gives is read: what lies below it is let go of with the recording.
         streams = (shape.layers + 2) * stream
         return Memory(streams=streams, logits=logits, gathered=gathered, kept=kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -116,12 +117,19 @@ class Behaviour(Measurement):
         """What each prediction entry [P] says, by name; the reference's names begin with ``reference_``."""
         session = self.session
         read_before = None if kept is None else kept.readout(batch)
+
+        def of_reference(block: slice) -> torch.Tensor:
+            with session.as_reference() as replay:
+                return replay.head(reference_rows[block])
+
         parts: list[tuple[TokenReadout, TokenReadout, torch.Tensor]] = []
         for block in session.models.policy.head_blocks(batch.row.numel()):
             with session.as_policy() as replay:
                 policy_logits = replay.head(policy_rows[block])
-            with session.as_reference() as replay:
-                reference_logits = replay.head(reference_rows[block])
+            if kept is None or session.models.spread:  # there all processes call the head, whatever one of them keeps
+                reference_logits = of_reference(block)
+            else:
+                reference_logits = kept.logits(batch, block, functools.partial(of_reference, block))
             session.meter.sample()
             of_block = None if read_before is None else read_before.at(block)
             parts.append(compare_readouts(policy_logits, reference_logits, batch.target[block], of_block))

@@ -13,6 +13,10 @@ from align_audit.probes.batches import PairBatch
 KEPT_BYTES = 2**30
 """Of a probe set's rows, how much stays in the host's memory; what is beyond that is computed at every look."""
 
+KEPT_LOGIT_BYTES = 2**28
+"""Of a probe set's logits, how much stays in memory where the models compute on the host: on an accelerator they are made
+faster than they are brought there."""
+
 RowsKey = tuple[tuple[int, ...], tuple[int, ...]]
 """A batch: places of its pairs, and the shape that they are laid out in."""
 
@@ -50,6 +54,7 @@ class KeptReference:
     _layout: list[str | None] = field(default_factory=list)
     _rows: dict[RowsKey, torch.Tensor] = field(default_factory=dict)
     _readouts: dict[RowsKey, TokenReadout] = field(default_factory=dict)
+    _logits: dict[RowsKey, dict[int, torch.Tensor]] = field(default_factory=dict)
 
     @property
     def has_layout(self) -> bool:
@@ -88,6 +93,23 @@ class KeptReference:
         if self.has_rows(batch):
             self._readouts[rows_key(batch)] = readout.to("cpu")
 
+    def logits(self, batch: PairBatch, block: slice, run: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The reference's logits [n, V] at a block of a batch's prediction entries; ``run`` makes them the first time, and
+        every time where the rows are not kept, :data:`KEPT_LOGIT_BYTES` are full or an accelerator makes them."""
+        of_batch = self._logits.get(rows_key(batch), {})
+        if block.start in of_batch:
+            return of_batch[block.start]
+        made = run()
+        full = self.kept_logit_bytes + made.nbytes > KEPT_LOGIT_BYTES
+        if made.device.type == "cpu" and self.has_rows(batch) and not full:
+            self._logits[rows_key(batch)] = {**of_batch, block.start: made}
+        return made
+
+    @property
+    def kept_logit_bytes(self) -> int:
+        """Of all :meth:`logits` that are kept."""
+        return sum(logits.nbytes for blocks in self._logits.values() for logits in blocks.values())
+
     @property
     def kept_bytes(self) -> int:
         """Of all :meth:`rows` that are kept."""
@@ -101,11 +123,13 @@ class KeptReference:
         """They are made again: another process does not have those of its own batch."""
         self._rows.pop(rows_key(batch), None)
         self._readouts.pop(rows_key(batch), None)
+        self._logits.pop(rows_key(batch), None)
 
     def forget_rows_but(self, keys: Collection[RowsKey]) -> None:
         """Let go of the rows of all other batches: pairs go together otherwise by now, and nobody asks for them again."""
         self._rows = {key: rows for key, rows in self._rows.items() if key in keys}
         self._readouts = {key: readout for key, readout in self._readouts.items() if key in keys}
+        self._logits = {key: blocks for key, blocks in self._logits.items() if key in keys}
 
 
 def rows_key(batch: PairBatch) -> RowsKey:

@@ -20,7 +20,7 @@ from align_audit.models.guard import untouched
 from align_audit.models.positions import learned_positions
 from align_audit.models.reference import Reference, check_fit, policy_fingerprint
 from align_audit.models.replay import Replay
-from align_audit.models.verify import open_replay, rounding
+from align_audit.models.verify import Verified, open_replay, rounding
 from align_audit.models.weights.fingerprint import WeightSums
 from align_audit.models.weights.from_host import placed
 from align_audit.models.weights.gathered import GatheredLayers, gathered_by_layer
@@ -134,21 +134,40 @@ class OpenModels:
 
     def _open_replays(self) -> None:
         source = self.source
-        self.policy = open_replay(self.policy_model, self._anatomy, self._autocast)
+        self.policy = self._open_one(self.policy_model, "policy", self._anatomy, self._autocast)
         if not source.shares_weights:
             check_dtype(self.policy, source.model())
         with source.active():
             self.alike = source.shares_weights or _built_alike(self.policy.model, source.model())
-            self.reference = open_replay(
+            self.reference = self._open_one(
                 source.model(),
+                "reference",
                 self.policy.anatomy if source.shares_weights else self._anatomy,
                 self.policy.autocast,
-                self.policy if self.alike and not source.shares_weights else None,
+                Verified.of(self.policy) if self.alike and not source.shares_weights else None,
             )
         check_fit(self.policy.anatomy, self.reference.anatomy)
         for replay, gathered in ((self.policy, self._gathered[0]), (self.reference, self._gathered[-1])):
             if gathered is not None and gathered.holds(replay.layers):
                 replay.hold = gathered.need
+
+    def _open_one(
+        self,
+        model: nn.Module,
+        role: str,
+        anatomy: Anatomy | None,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        like: Verified | None = None,
+    ) -> Replay:
+        """One of both, tried at length the first time that a run opens it; all processes together."""
+        place = next((str(each.device) for each in model.parameters()), None)
+        built = _digest(f"{role}{place}{_form(unwrap(model))}")
+        like = like or self.source.verified.get(built)
+        if self.ranks.any(like is None):
+            like = None
+        replay = open_replay(model, anatomy, autocast, like)
+        self.source.verified[built] = Verified.of(replay)
+        return replay
 
     def rest(self) -> None:
         """Hold no layer of weights that are spread: where processes have left their work midway, each may hold another."""
@@ -189,8 +208,7 @@ class OpenModels:
     @functools.cached_property
     def policy_form(self) -> str:
         """Hash of how the policy is built: its modules, configuration and attention, and the dtype that it computes in."""
-        words = f"{_form(self.policy.model)}{self.policy.compute_dtype}"
-        return hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
+        return _digest(f"{_form(self.policy.model)}{self.policy.compute_dtype}")
 
     @contextlib.contextmanager
     def as_policy(self) -> Iterator[Replay]:
@@ -331,6 +349,10 @@ def check_wrappers(pairs: Sequence[ProbePair], models: OpenModels) -> None:
 def _built_alike(policy: nn.Module, reference: nn.Module) -> bool:
     """Whether the reference is built just as the (unwrapped) policy is."""
     return _form(policy) == _form(unwrap(reference))
+
+
+def _digest(words: str) -> str:
+    return hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
 
 
 _ELSEWHERE = (

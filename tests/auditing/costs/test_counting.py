@@ -22,11 +22,14 @@ from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.auditing.session.room import Room
+from align_audit.auditing.session.unpatched import Unpatched
+from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.errors import AnatomyError, ConfigurationError
 from align_audit.models.reference import resolve_reference
 from align_audit.models.replay import Replay
 from align_audit.models.weights.streaming import find_layers
+from align_audit.probes.batches import PairBatch
 from align_audit.record.audit_record import AuditRecord
 from tests.helpers.counted import forwards, job_on_cpu
 from tests.helpers.tiny import FAMILIES, perturbed, random_pairs, tiny_model
@@ -126,6 +129,16 @@ def test_rows_through_the_head_are_counted(models: tuple[Any, Any], monkeypatch:
         seen.append((len(rows), rows.requires_grad))
         return head(replay, rows)
 
+    again: list[int] = []
+    compare = Session.compared_with
+
+    def compared(session: Session, replay: Replay, batch: PairBatch, *asked: Any) -> Unpatched:
+        unpatched = compare(session, replay, batch, *asked)
+        if unpatched.narrowed is not unpatched.margins:
+            again.append(batch.row.numel())
+        return unpatched
+
+    monkeypatch.setattr(Session, "compared_with", compared)
     monkeypatch.setattr(Replay, "head", spied)
     policy, reference = models
     with OpenModels(policy, resolve_reference(policy, reference)).open() as opened:
@@ -135,7 +148,8 @@ def test_rows_through_the_head_are_counted(models: tuple[Any, Any], monkeypatch:
     job = job_of(models, config, record)
     work = total(count(job, "full").values())
     written = 2 * 3 * 8  # continuations go through the model's own head
-    assert work.head_rows - written == sum(rows for rows, _ in seen)
+    # Whether a narrowed last layer rounds otherwise, and is read once more, is a matter of the machine.
+    assert work.head_rows - written == sum(rows for rows, _ in seen) - sum(again)
     assert work.head_backward_rows == sum(rows for rows, differentiated in seen if differentiated)
 
 

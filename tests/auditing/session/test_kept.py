@@ -59,19 +59,64 @@ def look(policy: torch.nn.Module, reference: torch.nn.Module, cache: ReferenceCa
         return run_audit(models, AuditRequest(random_pairs(6), config, kind="health"), cache).record
 
 
+def test_logits_are_kept_as_far_as_they_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block, of batches whose rows are kept, and never more than the bound; none of an accelerator."""
+    kept, made = KeptReference(()), []
+
+    def logits(batch: PairBatch, block: slice, device: str = "cpu") -> torch.Tensor:
+        def make() -> torch.Tensor:
+            made.append((rows_key(batch), block.start))
+            return torch.full((2, 4), float(block.start), device=device)
+
+        return kept.logits(batch, block, make)
+
+    monkeypatch.setattr(module, "KEPT_LOGIT_BYTES", 3 * 2 * 4 * 4)
+    first, second, third = BATCHES
+    for batch in (first, second):
+        kept.rows(batch, lambda batch=batch: rows_of(batch))
+    asked = [(batch, slice(start, start + 2)) for batch in (first, second) for start in (0, 2)]
+    for _ in range(2):
+        for batch, block in asked:
+            assert torch.equal(logits(batch, block), torch.full((2, 4), float(block.start)))
+    last = (rows_key(second), 2)
+    assert made == [(rows_key(batch), block.start) for batch, block in asked] + [last], "three fit"
+    assert kept.kept_logit_bytes == module.KEPT_LOGIT_BYTES
+    kept.forget_rows_but({rows_key(second)})
+    made.clear()
+    for _ in range(2):
+        logits(third, slice(0, 2))  # whose rows are not kept
+        logits(second, slice(4, 6), "meta")
+    assert len(made) == 4
+    logits(second, slice(0, 2))
+    assert len(made) == 4
+    kept.forget_rows(second)
+    assert kept.kept_logit_bytes == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_the_reference_says_is_read_once_and_is_the_same_to_the_bit(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = tiny_model("llama", dtype=dtype)
     policy, cache, read = perturbed(reference), ReferenceCache(), []
+    heads: list[int] = []
+    reference.lm_head.register_forward_hook(lambda *_: heads.append(1))
     real = margin._read
     monkeypatch.setattr(margin, "_read", lambda *asked: read.append(1) or real(*asked))
     first = look(policy, reference, cache, 400)
     both = len(read)
+    heads.clear()
     again = look(policy, reference, cache, 400)
+    known = len(heads)
     assert 0 < 2 * (len(read) - both) == both
     assert again.margins == first.margins
+    monkeypatch.setattr(module, "KEPT_LOGIT_BYTES", 0)
+    bare = ReferenceCache()
+    look(policy, reference, bare, 400)
+    heads.clear()
+    assert look(policy, reference, bare, 400).margins == first.margins
+    assert known < len(heads), "its logits are kept too"
+    monkeypatch.undo()
     other = perturbed(reference, 0.3)
     assert look(other, reference, cache, 400).margins == look(other, reference, ReferenceCache(), 400).margins
 

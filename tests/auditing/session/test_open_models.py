@@ -19,6 +19,7 @@ from align_audit.auditing.session import open_models
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.errors import AnatomyError, ReferenceUnavailableError
 from align_audit.models.reference import resolve_reference
+from align_audit.models.replay import Replay
 from align_audit.probes.pairs import ProbeSet
 from tests.helpers.callback_runs import quick
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
@@ -44,6 +45,41 @@ def margin(model: Any, pairs: ProbeSet) -> float:
 def saved(model: Any, folder: Path) -> Path:
     model.save_pretrained(folder)
     return folder
+
+
+# -- opened again ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+def test_a_run_tries_its_models_at_length_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then what lies at how they are built is known; that their layers can be continued from is tried every time."""
+    reference = tiny_model("llama")
+    policy: Any = get_peft_model(reference, LoraConfig()) if kind == "adapter" else perturbed(reference)
+    source = resolve_reference(policy, None if kind == "adapter" else reference)
+    calls: list[int] = []
+    real = Replay.layer
+    monkeypatch.setattr(Replay, "layer", lambda *asked, **options: calls.append(1) or real(*asked, **options))
+    opened = []
+    for _ in range(3):
+        calls.clear()
+        with OpenModels(policy, source) as models:
+            replays = models.open().policy, models.reference
+            opened.append((len(calls), [(r.pointwise, r.copies, r.may_skip_layers, r.anatomy) for r in replays]))
+    layers = replays[0].num_layers
+    assert [count for count, _ in opened[1:]] == [2 * layers] * 2 < [opened[0][0]] * 2
+    assert opened[0][1] == opened[1][1] == opened[2][1]
+    assert all(pointwise for pointwise, *_ in opened[0][1])
+    # Built otherwise, it is tried at length; and a layer that cannot be continued from is refused whenever it is so.
+    policy.set_attn_implementation("eager")
+    calls.clear()
+    with OpenModels(policy, source) as models:
+        models.open()
+    assert len(calls) > 2 * layers
+    layer = replays[0].layers[1]
+    handle = layer.register_forward_hook(lambda _, given, out, seen=[]: seen.append(1) or out + len(seen))
+    with pytest.raises(AnatomyError, match="layer 1, called again"), OpenModels(policy, source) as models:
+        models.open()
+    handle.remove()
 
 
 # -- dtypes ------------------------------------------------------------------------------------------------------------
