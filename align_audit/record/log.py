@@ -186,14 +186,18 @@ class RunLog:
         try:
             self._restore()
             self._append(RECORDS, [line])
-        except BaseException:
+        except OSError:
             self._behind = True
+            self._add(record, line)
             raise
-        finally:
-            self._records.append(record, line.encode(), f"the record of step {record.step}")
-            self._keys.add(record.key)
+        # Where something else stops it in between (somebody at the keyboard), it was not added.
+        self._add(record, line)
         self._append_alerts([alert.model_dump_json() for alert in events_of(record.alerts)])
         return True
+
+    def _add(self, record: AuditRecord, line: str) -> None:
+        self._records.append(record, line.encode(), f"the record of step {record.step}")
+        self._keys.add(record.key)
 
     @property
     def untold(self) -> StoredRecords:

@@ -400,6 +400,26 @@ def test_arrays_come_back_as_they_were(tmp_path: Path) -> None:
             np.testing.assert_array_equal(loaded[name], array)
 
 
+def test_an_interrupted_record_is_not_added_when_the_log_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever interrupts an audit is told that it was given up: its line was taken back, and stays so."""
+    log = RunLog(tmp_path)
+    log.append(small(1))
+    before = (log.directory / RECORDS).read_bytes()
+
+    def interrupted(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            log.append(small(2))
+    assert not log.contains(small(2).key) and same(log.records, [small(1)])
+    log.close()
+    assert (log.directory / RECORDS).read_bytes() == before
+
+
 def test_a_break_while_saving_keeps_the_old_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = RunLog(tmp_path)
     path = log.save_arrays(20, "pairs", {"x": np.ones(3)})
