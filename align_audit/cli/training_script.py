@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from align_audit.cli.options import device_option
-from align_audit.errors import ConfigurationError, plain
+from align_audit.errors import ConfigurationError, pass_exit_on, plain
 
 if TYPE_CHECKING:
     from align_audit.monitoring.doctor import Plan
@@ -84,7 +84,8 @@ def _parsed(arguments: Sequence[str]) -> tuple[Any, Any, Any, Any]:
         # TRL's own name for it.
         rest = ["--config_file" if word == "--accelerate_config" else word for word in rest]
         launch = launch_command_parser().parse_args([*rest, "script"])
-    except SystemExit:
+    except SystemExit as error:
+        pass_exit_on(error)
         raise ConfigurationError(
             "the arguments after -- are not those of a DPO script; expected what `trl dpo` takes (its reason stands above)"
         ) from None

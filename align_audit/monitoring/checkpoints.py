@@ -19,7 +19,7 @@ from align_audit.auditing.probe_files import read_probes
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.transfer import check_before_transfer, run_transfer
 from align_audit.config import AuditConfig
-from align_audit.errors import AlignAuditError, ConfigurationError, counted, named, plain
+from align_audit.errors import AlignAuditError, ConfigurationError, counted, named, pass_exit_on, plain
 from align_audit.models.loading import check_place
 from align_audit.models.reference import Reference, fingerprints, load_policy
 from align_audit.models.saved_pair import check_saved
@@ -145,11 +145,13 @@ def _audit_each(
         except OtherAuditsError:
             raise
         except BREAKS as error:
+            pass_exit_on(error)
             if len(checkpoints) == 1:
                 raise
             audits.broken[folder] = without_frames(error)
-            words = error if isinstance(error, AlignAuditError) else named(error)
-            tell(f"{plain(folder.name)} is passed over: {words}")
+            tell(
+                f"{plain(folder.name)} is passed over: {error if isinstance(error, AlignAuditError) else named(error)}"
+            )
         else:
             if len(log.records) == stored:
                 audits.in_log.append(folder)
@@ -338,15 +340,9 @@ class CheckpointAuditor:
         hashes = fingerprints(policy, reference)
         sets, config = self.monitor.probe_sets, self.monitor.config
         origin = check_origin(
-            folder,
-            step or None,
-            policy,
-            reference,
-            hashes,
-            sets,
-            named=self._path is not None,
-            tell=functools.partial(self._tell_difference, folder),
-        )
+            folder, step or None, policy, reference, hashes, sets,
+            named=self._path is not None, tell=functools.partial(self._tell_difference, folder),
+        )  # fmt: skip
         note_checkpoint(self._log.directory, step, as_called(folder))
         stored = _stored(
             step, hashes, sets, config, self._log, one_reference=not reference.shares_weights, rewritten=rewritten

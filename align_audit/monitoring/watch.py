@@ -19,7 +19,15 @@ from torch import nn
 
 from align_audit.auditing.probe_files import read_probes
 from align_audit.config import AuditConfig
-from align_audit.errors import AlignAuditError, ConfigurationError, ReferenceUnavailableError, first_line, named, plain
+from align_audit.errors import (
+    AlignAuditError,
+    ConfigurationError,
+    ReferenceUnavailableError,
+    first_line,
+    named,
+    pass_exit_on,
+    plain,
+)
 from align_audit.models.anatomy import is_peft
 from align_audit.models.folders import holds_model
 from align_audit.models.loading import check_place
@@ -318,6 +326,7 @@ class _Watch:
         except (OtherAuditsError, _Unreferenced):
             raise
         except BREAKS as error:
+            pass_exit_on(error)
             if prepared is None and checkpoint.changed():
                 # Nothing of it is kept. Where it is still there, it is looked at again.
                 how = "changed" if checkpoint.folder.is_dir() else "was deleted"

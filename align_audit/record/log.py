@@ -183,21 +183,18 @@ class RunLog:
         if self.contains(record.key):
             return False
         line = record.to_json()
+        refused: OSError | None = None  # where something else stops it in between, it is not added
         try:
             self._restore()
             self._append(RECORDS, [line])
-        except OSError:
-            self._behind = True
-            self._add(record, line)
-            raise
-        # Where something else stops it in between (somebody at the keyboard), it was not added.
-        self._add(record, line)
-        self._append_alerts([alert.model_dump_json() for alert in events_of(record.alerts)])
-        return True
-
-    def _add(self, record: AuditRecord, line: str) -> None:
+        except OSError as error:
+            self._behind, refused = True, error
         self._records.append(record, line.encode(), f"the record of step {record.step}")
         self._keys.add(record.key)
+        if refused is not None:
+            raise refused
+        self._append_alerts([alert.model_dump_json() for alert in events_of(record.alerts)])
+        return True
 
     @property
     def untold(self) -> StoredRecords:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import warnings
@@ -21,7 +22,7 @@ from align_audit.alerts.detectors import judge
 from align_audit.errors import AlignAuditError, AnatomyError, ConfigurationError, ProbeError, ReferenceUnavailableError
 from align_audit.probes.pairs import ProbePair
 from align_audit.writers.scalars import not_known, scalars
-from tests.helpers.audits import QUICK_GENERATIONS
+from tests.helpers.audits import QUICK_GENERATIONS, audited
 from tests.helpers.callback_runs import quick
 from tests.helpers.dpo import ROWS, build
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
@@ -370,6 +371,23 @@ def test_a_reference_that_is_not_finite() -> None:
     assert record.controls.identity.verdict == "failed"
     assert "finite" in record.controls.identity.reason
     assert unexplained(record) == []
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+def test_a_reference_that_is_not_finite_is_not_told_by_precomputed_margins(at_start: bool) -> None:
+    """Nothing can be compared with them: that is no other reference, and before training no pass either."""
+    policy = tiny_model("llama")
+    reference = perturbed(policy)
+    with torch.no_grad():
+        reference.model.layers[0].mlp.down_proj.weight[0, 0] = math.nan
+    drawn = random_pairs(4)
+    pairs = [dataclasses.replace(pair, reference_logps=(-3.0, -4.0)) for pair in drawn.pairs]
+    probes = dataclasses.replace(drawn, pairs=pairs)
+    record, _ = audited(policy, reference, probes, whole(), compare_precomputed=True, at_start=at_start)
+    check = record.reference_check
+    assert check.verdict == ("failed" if at_start else "not_run")
+    assert "not finite" in check.reason or "no margin is finite" in check.reason
+    assert "not the reference the trainer uses" not in check.reason
 
 
 def test_nan_weights_before_training_are_reported_and_training_is_not_refused(tmp_path: Path) -> None:

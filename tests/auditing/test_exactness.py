@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from align_audit.auditing.measurements.patching import Patching
 from align_audit.auditing.session import open_models
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.walk import Session
@@ -290,6 +293,31 @@ def test_rounding_in_the_shapes_of_a_walk_is_no_effect(monkeypatch: pytest.Monke
         effects = dict(session.effects(session.as_reference, batch, recording, streams, unpatched))
         assert not effects["below"].any() and not effects["behind"].any()
         assert session.unpatched_before(batch) is (None if stray else unpatched)
+
+
+def test_an_audit_that_breaks_in_a_walk_leaves_the_reference_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not when somebody collects what the error holds on to: until then the policy would compute as its reference."""
+    inside: list[int] = []
+    real = OpenModels.as_reference
+
+    @contextlib.contextmanager
+    def counting(self: OpenModels) -> Iterator[Replay]:
+        inside.append(1)
+        try:
+            with real(self) as replay:
+                yield replay
+        finally:
+            inside.pop()
+
+    def breaks(self: Patching, *_: Any) -> None:
+        raise ValueError("planted")
+
+    monkeypatch.setattr(OpenModels, "as_reference", counting)
+    monkeypatch.setattr(Patching, "store", breaks)
+    reference = tiny_model("llama")
+    with pytest.raises(ValueError, match="planted") as held:
+        run(perturbed(reference), reference, random_pairs(4), config())
+    assert held.traceback and not inside
 
 
 # -- a device on which replay is not bit-exact -------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from align_audit.errors import AnatomyError
 from align_audit.models.gradients import stream_gradients
@@ -328,3 +329,25 @@ def test_layers_that_do_not_run_every_time_are_refused() -> None:
     replay = open_replay(Skips())
     with pytest.raises(AnatomyError, match=r"each of the 4 layers in 'decks' to run once .*; 3 calls were seen"):
         replay.record(batch())
+
+
+def test_the_device_is_that_of_an_embedding_whose_weight_is_made_anew() -> None:
+    """As under PEFT's trainable tokens, which put the trained rows in whenever the weight is asked for."""
+
+    class Made(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        @property
+        def weight(self) -> torch.Tensor:
+            raise AssertionError("made for nothing")
+
+        def forward(self, ids: torch.Tensor) -> Any:
+            return self.inner(ids)
+
+    model: Any = tiny_model("llama")
+    replay = open_replay(model)
+    expected = replay.device
+    model.set_input_embeddings(Made(model.get_input_embeddings()))
+    assert replay.device == expected

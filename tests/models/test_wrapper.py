@@ -13,6 +13,7 @@ from peft import LoraConfig, PeftConfig, PeftModelForCausalLM, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import nn
 
+from align_audit.auditing.session import open_models
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
@@ -248,3 +249,15 @@ def test_a_model_that_has_overflowed_is_for_the_audit_to_report() -> None:
         model.get_base_model().lm_head.weight.fill_(float("nan"))
         assert torch.isnan(model(torch.tensor([PAIRS[0].chosen_ids])).logits).all()
     _open(model)  # does not refuse it
+
+
+def test_a_wrapper_is_called_with_some_tokens_of_a_long_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its logits are in memory then: of a long pair and a large vocabulary, gigabytes."""
+    called: list[torch.Size] = []
+    monkeypatch.setattr(
+        open_models, "check_wrapper", lambda model, replay, inputs, tolerance: called.append(inputs["input_ids"].shape)
+    )
+    monkeypatch.setattr(open_models, "_CALLED", 5)
+    _open(_model(), perturbed(_model()))
+    assert called == [(1, 5), (1, 5)]
+    assert min(len(pair.chosen_ids) for pair in PAIRS) > 5

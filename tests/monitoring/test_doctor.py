@@ -276,6 +276,18 @@ def test_memory_of_all_pairs_is_told_beside_that_of_those_that_were_tried() -> N
     assert int(said[1]) <= int(said[2])
 
 
+def test_a_very_long_run_is_judged_by_its_beginning_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_costs, "_MOST_STEPS", 40)
+    reference = tiny_model("llama", dtype=torch.float32)
+    policy, sets = perturbed(reference), {None: random_pairs(4)}
+    config = AuditConfig.from_dict({**OPTIONS, "localization": {"enabled": False}, "generations": {"enabled": False}})
+    with OpenModels(policy, resolve_reference(policy, reference), keep_loaded=True) as models:
+        for steps, said in ((40, False), (10**12, True)):
+            plan = Plan("m", "p", max_steps=steps)
+            *_, schedule = cost_checks(plan, config, 1.0, models.open(), sets, lambda _: None)
+            assert ("(judged by the first 40 of 1,000,000,000,000 steps)" in schedule.observation) is said
+
+
 def test_a_part_of_the_pairs_takes_the_same_part_of_an_audits_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Controls, continuations and transport take no more of many pairs than of some: scaled with the pairs, they would be."""
     for module in (lens_walk, doctor_costs):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -177,6 +179,18 @@ def test_what_breaks_in_one_keeps_no_other_from_showing(
 def test_a_keyboard_interrupt_passes() -> None:
     with pytest.raises(KeyboardInterrupt):
         tell(Writers([Toy(breaks="record", error=KeyboardInterrupt())]), RUN)
+
+
+def test_an_exit_that_a_handler_of_the_users_asks_for_passes() -> None:
+    """A cluster is about to stop the program, whose handler ends it, while something is shown."""
+    told = signal.signal(signal.SIGUSR1, lambda *_: sys.exit(3))
+    signaling = Toy()
+    signaling.record = lambda *_: os.kill(os.getpid(), signal.SIGUSR1)  # type: ignore[method-assign]
+    try:
+        with pytest.raises(SystemExit):
+            tell(Writers([signaling]), RUN)
+    finally:
+        signal.signal(signal.SIGUSR1, told)
 
 
 def test_a_writer_that_cannot_start_refuses_and_closes_those_before_it() -> None:

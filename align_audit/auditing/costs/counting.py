@@ -102,20 +102,20 @@ def _try_layout(tally: Tally) -> None:
 
 def _health(tally: Tally, first: bool, rank: int) -> None:
     job, every = tally.job, range(tally.job.shape.layers)
-    known = 0 if first else job.kept_logits(rank)
+    spared = 0 if first else job.kept_logits(rank)
     for group, _ in job.dealt(rank):
         laid = job.laid(group)
         tally.up("recordings", "policy", every, laid)
         if first:
             tally.up("recordings", "reference", every, laid)
-        _compare(tally, laid, known=min(known, laid.entries))
-        known -= min(known, laid.entries)
+        _compare(tally, laid, spared=min(spared, laid.entries))
+        spared -= min(spared, laid.entries)
 
 
-def _compare(tally: Tally, laid: Laid, known: int = 0) -> None:
-    """Of so many entries the reference's logits are ``known``."""
+def _compare(tally: Tally, laid: Laid, spared: int = 0) -> None:
+    """Of so many entries the reference's logits are kept."""
     tally.read("margins", laid.entries, scored=0)
-    tally.read("margins", laid.entries - known, scored=0)
+    tally.read("margins", laid.entries - spared, scored=0)
     tally.add("margins", compared=laid.entries)
 
 

@@ -161,12 +161,12 @@ class OpenModels:
     ) -> Replay:
         """One of both, tried at length the first time that a run opens it; all processes together."""
         place = next((str(each.device) for each in model.parameters()), None)
-        built = _digest(f"{role}{place}{_form(unwrap(model))}")
-        like = like or self.source.verified.get(built)
+        form = _digest(f"{role}{place}{_form(unwrap(model))}")
+        like = like or self.source.verified.get(form)
         if self.ranks.any(like is None):
             like = None
         replay = open_replay(model, anatomy, autocast, like)
-        self.source.verified[built] = Verified.of(replay)
+        self.source.verified[form] = Verified.of(replay)
         return replay
 
     def rest(self) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from align_audit.auditing.measurements.spinal import Spinal
 from align_audit.auditing.session.reference_cache import ReferenceCache
@@ -69,6 +70,17 @@ def test_what_it_depends_on_is_measured_anew(tmp_path: Path, monkeypatch: pytest
     assert len(calls) == 10, "of these pairs the trace of the other reference had taken its place"
     run(tiny_model("llama"), cache)
     assert len(calls) == 11
+
+
+def test_another_version_measures_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a resume with other libraries: they may compute a little otherwise, and policy and reference are compared."""
+    calls = counted(monkeypatch)
+    run(tiny_model("llama"), ReferenceCache(tmp_path))
+    monkeypatch.setattr(torch, "__version__", "another")
+    run(tiny_model("llama"), ReferenceCache(tmp_path))
+    assert len(calls) == 4
+    run(tiny_model("llama"), ReferenceCache(tmp_path))
+    assert len(calls) == 5
 
 
 def test_a_reference_that_moves_leaves_one_trace(tmp_path: Path) -> None:
