@@ -17,6 +17,7 @@ from align_audit.auditing.measurements.measurement import PER_PAIR, AuditTask
 from align_audit.auditing.request import AuditRequest
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.walk import Session
+from align_audit.models.precision import float32_products, product_unit
 from align_audit.probes.pairs import REPEATED
 from align_audit.record.audit_record import (
     CONTROL_NAMES,
@@ -67,7 +68,7 @@ def provenance_of(session: Session, request: AuditRequest) -> Provenance:
         seed=session.config.seed,
         device=str(session.device),
         parameter_dtype=str(weight.dtype).removeprefix("torch."),
-        compute_dtype=str(models.policy.compute_dtype).removeprefix("torch."),
+        compute_dtype=_computed_in(models.policy.compute_dtype, session.device.type),
         max_length=probes.max_length,
         truncation_mode=probes.truncation_mode,
         shared_prompts=session.shared,
@@ -75,6 +76,13 @@ def provenance_of(session: Session, request: AuditRequest) -> Provenance:
         beta=request.beta,
         config=session.config.to_dict(),
     )
+
+
+def _computed_in(dtype: torch.dtype, device: str) -> str:
+    """The dtype of matrix products, and what those of float32 are rounded to, where they are."""
+    products = float32_products(device)
+    words = str(dtype).removeprefix("torch.")
+    return f"{words} ({products} products)" if dtype == torch.float32 and products != "ieee" else words
 
 
 def kept_under(models: OpenModels, request: AuditRequest) -> tuple[str, ...]:
@@ -112,7 +120,7 @@ def check_reference(session: Session, behaviour: Behaviour, request: AuditReques
         difference = float(np.abs(behaviour.reference_margin - expected).max())
         scale = np.array([abs(logps[0]) + abs(logps[1]) for logps in precomputed if logps is not None])
         # Two ways to sum the same log-probabilities differ by rounding, which grows with their size.
-        half = session.models.reference.compute_dtype in (torch.bfloat16, torch.float16)
+        half = product_unit(session.models.reference.compute_dtype, session.device.type) > 1e-4
         mismatch = float(np.abs(behaviour.reference_margin - expected).mean())
         if not math.isfinite(float(behaviour.reference_margin.mean())):
             if verdict != "failed":

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from align_audit.models.precision import rounding
 from align_audit.models.replay import Recording, Replay
 from align_audit.models.sites import first_tensor, with_first_tensor
-from align_audit.models.verify import rounding
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Trial:
         self.entering = recording.after(index - 1)
         self.leaving = recording.after(index)
         self.names = {name: module for name, module in self.layer.named_modules() if name}
-        self.tolerance = rounding(64, self.entering.dtype, replay.compute_dtype)
+        self.tolerance = rounding(64, self.entering.device.type, self.entering.dtype, replay.compute_dtype)
         self._generator = torch.Generator().manual_seed(0)
         self.order: list[str] = []
         """Modules that run once in a call, first done first."""

@@ -19,6 +19,7 @@ from torch import nn
 from align_audit.errors import AnatomyError
 from align_audit.models.anatomy import Anatomy, check_kind, find_anatomy, unwrap, unwrap_only
 from align_audit.models.pointwise import find_pointwise
+from align_audit.models.precision import product_unit, rounding
 from align_audit.models.replay import Recording, Replay
 from align_audit.models.wrapper import by_itself
 
@@ -232,7 +233,7 @@ def _check_head(replay: Replay, recording: Recording, valid: torch.Tensor, logit
     headed = replay.head(recording.after(replay.num_layers - 1)[valid]).double()
     difference = float((headed - logits).abs().max()) if headed.shape == logits.shape else float("inf")
     scale = float(logits.abs().max())
-    if finite and not difference <= rounding(64, *_dtypes(replay, recording)) * scale:
+    if finite and not difference <= rounding(64, replay.device.type, *_dtypes(replay, recording)) * scale:
         raise AnatomyError(
             f"{_name(replay)} cannot be replayed: its logits from the last layer's stream differ by {difference:.3g} when "
             "its layers are stubbed, so its norm and head depend on more than that stream"
@@ -251,7 +252,7 @@ def _find_pointwise(replay: Replay, recording: Recording) -> list[nn.Module]:
         lambda: replay.layer(last, stream, recording),
         stream,
         kept,
-        tolerance=rounding(64, stream.dtype, replay.compute_dtype),
+        tolerance=rounding(64, stream.device.type, stream.dtype, replay.compute_dtype),
     )
 
 
@@ -278,7 +279,7 @@ def _check_causal(replay: Replay, inputs: dict[str, torch.Tensor], recording: Re
     changed[:, -1] = (changed[:, -1] + 1) % replay.anatomy.vocab_size
     ahead = replay.record({**inputs, "input_ids": changed}).streams[-1][0, :-1]
     behind = recording.streams[-1][0, :-1]
-    atol = rounding(1000, *_dtypes(replay, recording)) * float(behind.abs().max())
+    atol = rounding(1000, replay.device.type, *_dtypes(replay, recording)) * float(behind.abs().max())
     if not torch.allclose(ahead, behind, rtol=0.0, atol=atol):
         raise AnatomyError(
             f"{_name(replay)} is not a causal language model: changing the last token changed the stream before it; "
@@ -318,12 +319,6 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal bit by bit, or within rounding on a device whose kernels are not deterministic; NaN equals NaN."""
     if a.device.type == "cpu":
         return bool(torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True))
-    tolerance = 8 * torch.finfo(a.dtype).eps
+    tolerance = 8 * product_unit(a.dtype, a.device.type)
     scale = float(b.detach().abs().nan_to_num().max())
     return bool(torch.allclose(a, b, rtol=0.0, atol=tolerance * scale, equal_nan=True))
-
-
-def rounding(steps: int, *dtypes: torch.dtype) -> float:
-    """How far numbers computed in other shapes may lie apart, as a share of the largest: ``steps`` rounding units of
-    float32, in which several families' norms compute whatever the dtype; 8 units of the coarsest dtype that is met."""
-    return max(steps * torch.finfo(torch.float32).eps, *(8 * torch.finfo(dtype).eps for dtype in dtypes))

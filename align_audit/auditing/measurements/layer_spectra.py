@@ -15,6 +15,7 @@ from align_audit.measures.spectrum import (
     numerical_rank,
     singular_values,
 )
+from align_audit.models.precision import product_unit
 from align_audit.models.replay import Replay
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ def fitted(
 def _fitted_there(
     session: Session, pooled: torch.Tensor, replay: Replay, window: tuple[float, float]
 ) -> tuple[Contraction, int]:
-    # Rounding unit of the dtype that the model computes in.
-    epsilon = float(torch.finfo(replay.compute_dtype).eps)
+    # Of what the model computes in; norms of many compute in float32 also where the rest is float64.
+    epsilon = max(product_unit(replay.compute_dtype, replay.device.type), float(torch.finfo(torch.float32).eps))
     wide = (pooled.cpu() if pooled.device.type == "mps" else pooled).double()
     spectrum = singular_values(wide)
     rank = numerical_rank(wide, epsilon, spectrum)

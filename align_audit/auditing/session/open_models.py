@@ -18,9 +18,10 @@ from align_audit.models.anatomy import Anatomy, unwrap, unwrap_only
 from align_audit.models.build import build_fingerprint
 from align_audit.models.guard import untouched
 from align_audit.models.positions import learned_positions
+from align_audit.models.precision import rounding
 from align_audit.models.reference import Reference, check_fit, policy_fingerprint
 from align_audit.models.replay import Replay
-from align_audit.models.verify import Verified, open_replay, rounding
+from align_audit.models.verify import Verified, open_replay
 from align_audit.models.weights.fingerprint import WeightSums
 from align_audit.models.weights.from_host import placed
 from align_audit.models.weights.gathered import GatheredLayers, gathered_by_layer
@@ -339,7 +340,7 @@ def check_wrappers(pairs: Sequence[ProbePair], models: OpenModels) -> None:
     row = make_batch([pairs[index]], [index], 0).only_row(0).to(models.device)
     inputs = {name: values[:, :_CALLED] for name, values in row.model_inputs().items()}
     with models.as_policy() as replay:
-        tolerance = rounding(64, replay.compute_dtype)
+        tolerance = rounding(64, models.device.type, replay.compute_dtype)
         check_wrapper(models.policy_model, replay, inputs, tolerance)
     if not models.source.shares_weights:
         with models.as_reference() as replay:

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from align_audit.auditing.session.kept import KeptReference
 from align_audit.errors import first_line, plain
 from align_audit.files import is_file_here, is_folder_here, is_old, remove_abandoned, write_atomically
+from align_audit.models.precision import float32_products
 from align_audit.probes.batches import PairBatch
 from align_audit.record.audit_record import METHODS_VERSION, DepthTrace
 
@@ -262,7 +263,7 @@ def computed_by(device: torch.device) -> str:
             "torch": torch.__version__,
             "transformers": importlib.metadata.version("transformers"),
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-            "precision": torch.get_float32_matmul_precision(),
+            "precision": float32_products(device.type),
         }
     )
 

@@ -19,6 +19,7 @@ from align_audit.auditing.session.readout import Readout
 from align_audit.auditing.session.subsets import CONTROL, PATCHED, PairChoice, choose_pairs
 from align_audit.auditing.session.unpatched import Unpatched, UnpatchedRuns
 from align_audit.errors import ProbeError
+from align_audit.models.precision import rounding
 from align_audit.models.replay import Recording, Replay, Stream
 from align_audit.probes.batches import PairBatch
 from align_audit.probes.pairs import in_canonical_order
@@ -134,9 +135,8 @@ class Session(UnpatchedRuns):
             return "switched off (share_prompts)"
         if truncation_mode == "keep_end":
             return "sequences truncated with keep_end begin at different tokens"
-        tolerance = 64 * torch.finfo(torch.float32).eps
-        for replay in (self.models.policy, self.models.reference):
-            tolerance = max(tolerance, 8 * torch.finfo(replay.compute_dtype).eps)
+        dtypes = [replay.compute_dtype for replay in (self.models.policy, self.models.reference)]
+        tolerance = rounding(64, self.device.type, *dtypes)
         with self.as_reference() as replay:
             reason = why_not_shared(replay, self.pairs, tolerance)
         if reason is None and not self.models.alike:

@@ -12,8 +12,9 @@ from align_audit.auditing.session import layout
 from align_audit.auditing.session.layout import why_not_shared
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.config import AuditConfig
+from align_audit.models.precision import rounding
 from align_audit.models.reference import resolve_reference
-from align_audit.models.verify import open_replay, rounding
+from align_audit.models.verify import open_replay
 from align_audit.probes.pairs import ProbePair, ProbeSet
 from align_audit.ranks import Ranks
 from tests.helpers.audits import QUICK_GENERATIONS, audited, session_of
@@ -184,10 +185,10 @@ def test_in_16_bits_a_window_that_is_shorter_than_a_sequence_is_not_left_to_the_
     replay = open_replay(build("mistral", sliding_window=16))
     pairs = random_pairs(6, longest=20).pairs
     assert max(len(pair.chosen_ids) for pair in pairs) > 16
-    reason = why_not_shared(replay, pairs, rounding(64, torch.bfloat16))
+    reason = why_not_shared(replay, pairs, rounding(64, "cpu", torch.bfloat16))
     assert reason == "the model attends within a window of 16 tokens, and some sequences are longer"
     wide = open_replay(build("mistral", sliding_window=64))
-    assert why_not_shared(wide, pairs, rounding(64, torch.bfloat16)) is None
+    assert why_not_shared(wide, pairs, rounding(64, "cpu", torch.bfloat16)) is None
 
 
 class Straying(Ranks):
