@@ -47,6 +47,8 @@ class ProbePair:
         chosen_start, rejected_start: index of the first completion token; 0 where ``keep_end`` cut the whole prompt.
         reference_logps: the trainer's precomputed summed log-probabilities (nats) of chosen and rejected under the
             reference, where its data set has them. They belong to the trainer's own truncation.
+        prompt_hash: 63 bits made of the whole prompt, where that is not what stands before the completion: it was cut from the
+            left, or its last token is another one with a completion behind it. None: it stands there.
 
     Raises:
         ProbeError: a side has no *scoreable* token, that is, no completion token at a position above 0 (the token at
@@ -59,6 +61,7 @@ class ProbePair:
     chosen_start: int
     rejected_start: int
     reference_logps: tuple[float, float] | None = None
+    prompt_hash: int | None = None
 
     def __post_init__(self) -> None:
         for side in ("chosen", "rejected"):
@@ -86,8 +89,14 @@ class ProbePair:
         A prompt of no token, or of one (which begins every sequence of many tokenizers), is none: such a pair is a group of
         its own.
         """
-        prompt = self.chosen_ids[: self.chosen_start]
-        return self.identity if len(prompt) < 2 else _digest([prompt])
+        if self.prompt_hash is not None:
+            return self.prompt_hash
+        return self.identity if self.chosen_start < 2 else hash_of_prompt(self.chosen_ids[: self.chosen_start])
+
+    @property
+    def sequences(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Both, which make a pair the same as another one wherever their completions are said to begin."""
+        return self.chosen_ids, self.rejected_ids
 
     @cached_property
     def common_prefix(self) -> int:
@@ -271,7 +280,7 @@ class ProbeSet:
         content: dict[str, Any] = {"format_version": FORMAT_VERSION, "content_hash": self.content_hash}
         content |= {name: getattr(self, name) for name in _SAVED_FIELDS}
         content["dropped"] = dict(self.dropped)
-        content["pairs"] = [{name: getattr(pair, name) for name in ProbePair.__dataclass_fields__} for pair in self]
+        content["pairs"] = [_stored_pair(pair) for pair in self]
         data = json.dumps(content, separators=(",", ":")).encode()
         if path.name.endswith(".gz"):
             data = gzip.compress(data, mtime=0)  # the same probes give the same bytes
@@ -328,10 +337,16 @@ def in_canonical_order(pairs: Sequence[ProbePair]) -> tuple[tuple[ProbePair, ...
     Returns:
         the pairs, and for each given one the place of it, or of the one it repeats, among them: int64 ``[N]``.
     """
-    distinct = {(pair.group, pair.identity): pair for pair in reversed(pairs)}
-    order = {key: place for place, key in enumerate(sorted(distinct))}
-    places = np.array([order[pair.group, pair.identity] for pair in pairs], dtype=np.int64)
-    return tuple(distinct[key] for key in order), places
+    distinct: dict[tuple[tuple[int, ...], tuple[int, ...]], ProbePair] = {}
+    for pair in sorted(pairs, key=lambda pair: (pair.group, pair.identity)):
+        distinct.setdefault(pair.sequences, pair)
+    order = {sequences: place for place, sequences in enumerate(distinct)}
+    return tuple(distinct.values()), np.array([order[pair.sequences] for pair in pairs], dtype=np.int64)
+
+
+def hash_of_prompt(prompt: Sequence[int]) -> int:
+    """63 bits made of its tokens."""
+    return _digest([list(prompt)])
 
 
 def _digest(content: list[Any]) -> int:
@@ -348,16 +363,16 @@ def _draw(
     """The first ``max_pairs`` usable pairs of a source, ordered by index, and how many were dropped on the way, by reason."""
     pairs: list[ProbePair] = []
     dropped: dict[str, int] = {}
-    met: set[int] = set()
+    met: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
     for index, record in source.records:
         pair = _make_pair(index, tokenize(index, record), max_length, truncation_mode)
-        if not isinstance(pair, str) and pair.identity in met:
+        if not isinstance(pair, str) and pair.sequences in met:
             pair = REPEATED
         if isinstance(pair, str):
             dropped[pair] = dropped.get(pair, 0) + 1
             continue
         pairs.append(pair)
-        met.add(pair.identity)
+        met.add(pair.sequences)
         if len(pairs) == max_pairs:
             break
     return tuple(sorted(pairs, key=lambda pair: pair.index)), dict(sorted(dropped.items()))
@@ -375,7 +390,17 @@ def _make_pair(index: int, row: TokenizedPair, max_length: int | None, truncatio
         return UNSCORABLE
     if chosen == rejected:  # its margin would be 0 under any model
         return EQUAL_TRUNCATED
-    return ProbePair(index, chosen[0], rejected[0], chosen[1], rejected[1], row.reference_logps)
+    whole = row.prompt_ids if row.whole_prompt is None else row.whole_prompt
+    stands = len(whole) < 2 or list(chosen[0][: chosen[1]]) == whole
+    prompt_hash = None if stands else hash_of_prompt(whole)
+    return ProbePair(index, chosen[0], rejected[0], chosen[1], rejected[1], row.reference_logps, prompt_hash)
+
+
+def _stored_pair(pair: ProbePair) -> dict[str, Any]:
+    values = {name: getattr(pair, name) for name in ProbePair.__dataclass_fields__}
+    if pair.prompt_hash is None:
+        del values["prompt_hash"]  # earlier versions, which do not know it, read the file
+    return values
 
 
 def _load_pair(values: dict[str, Any]) -> ProbePair:

@@ -30,6 +30,8 @@ class TokenizedPair:
     chosen_ids: list[int]
     rejected_ids: list[int]
     reference_logps: tuple[float, float] | None = None
+    whole_prompt: list[int] | None = None
+    """The tokenized prompt, where ``prompt_ids`` is shorter: its last tokens are others with a completion behind it."""
 
 
 def truncate(
@@ -157,7 +159,8 @@ class PairTokenizer:
                 "the tokenizer's chat template; DPOTrainer needs the same"
             ) from error
         length = min(shared_prefix(prompt_ids, chosen_ids), shared_prefix(prompt_ids, rejected_ids))
-        return TokenizedPair(prompt_ids[:length], chosen_ids[length:], rejected_ids[length:])
+        whole = prompt_ids if length < len(prompt_ids) else None
+        return TokenizedPair(prompt_ids[:length], chosen_ids[length:], rejected_ids[length:], whole_prompt=whole)
 
     def _check_tokenizer(self) -> None:
         if self._tokenizer is None:

@@ -331,11 +331,14 @@ def _generations(tally: Tally, first: bool) -> None:
 
 def _continued_prompts(job: Job) -> list[int]:
     """Tokens of each prompt that is continued."""
-    groups: dict[int, int] = {}
+    drawn: dict[tuple[int, ...], int] = {}
     for pair in job.pairs:
-        if pair.chosen_start > 0 and pair.group not in groups and len(groups) < job.config.generations.prompts:
-            groups[pair.group] = pair.chosen_start
-    return list(groups.values())
+        prompt = pair.chosen_ids[: pair.chosen_start]
+        if not prompt or prompt in drawn or pair.group in drawn.values():
+            continue
+        if len(drawn) < job.config.generations.prompts:
+            drawn[prompt] = pair.group
+    return [len(prompt) for prompt in drawn]
 
 
 def _statistics(tally: Tally) -> None:

@@ -56,11 +56,14 @@ class Generations(Measurement):
     def _drawn(self) -> Iterator[tuple[int, Prompt]]:
         """One pair of each prompt that leaves room, in the order of their tokens' hashes: which are drawn depends on nothing
         but these."""
-        seen: set[int] = set()
+        drawn: dict[Prompt, int] = {}
         for place, pair in enumerate(self.session.pairs):
             prompt = pair.chosen_ids[: pair.chosen_start]
-            if self._has_room(prompt) and pair.group not in seen and len(seen) < self.settings.prompts:
-                seen.add(pair.group)
+            # Pairs with one prompt are of one group, but where it is of a single token; and cut from the left, one prompt is
+            # several.
+            again = prompt in drawn or pair.group in drawn.values()
+            if self._has_room(prompt) and not again and len(drawn) < self.settings.prompts:
+                drawn[prompt] = pair.group
                 yield place, prompt
 
     def _has_room(self, prompt: Prompt) -> bool:
