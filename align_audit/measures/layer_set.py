@@ -9,7 +9,7 @@ import numpy as np
 
 from align_audit.measures.interval import Interval
 from align_audit.measures.resampling import Groups, resampled_means, standard_errors, widened_tail
-from align_audit.measures.statistics import mean_intervals
+from align_audit.measures.statistics import Method, mean_intervals
 
 Array = np.ndarray
 
@@ -114,6 +114,7 @@ def layer_set(
     confidence: float = 0.95,
     seed: int = 0,
     groups: Array | None = None,
+    method: Method = "percentile",
 ) -> LayerSet:
     """The layers that stand out of the contributions to the margin shift.
 
@@ -128,6 +129,7 @@ def layer_set(
         transplants: ``[N, L]``, block transplants in the direction of the mean margin shift, nats.
         gains: ``[N, L]``, effect_ℓ − effect_{ℓ−1} in that direction, nats; the transplant where a gain was not measured.
         groups: ``[N]``, which pairs belong together; None: none do.
+        method: of the intervals that decide whether a layer contributes.
 
     Raises:
         ValueError: wrong shape.
@@ -150,8 +152,8 @@ def layer_set(
     few = together.too_few()
     if few is not None:
         return _none_clear(layers, few)
-    contributes = _above_zero(alone, resamples, confidence, seed, groups)
-    contributes &= _above_zero(added, resamples, confidence, seed, groups)
+    contributes = _above_zero(alone, resamples, confidence, seed, groups, method)
+    contributes &= _above_zero(added, resamples, confidence, seed, groups, method)
     t, g = alone.mean(axis=0), added.mean(axis=0)
     drawn = resampled_means(np.hstack([alone, added]), np.hstack([t, g]), resamples, seed, groups)
     drawn_t, drawn_g = drawn[:, :layers], drawn[:, layers:]
@@ -222,7 +224,9 @@ def _apart(
     )
 
 
-def _above_zero(values: Array, resamples: int, confidence: float, seed: int, groups: Array | None) -> Array:
+def _above_zero(
+    values: Array, resamples: int, confidence: float, seed: int, groups: Array | None, method: Method
+) -> Array:
     """bool ``[L]``: the mean's whole interval lies above 0."""
-    intervals = mean_intervals(values, resamples, confidence, seed=seed, groups=groups)
+    intervals = mean_intervals(values, resamples, confidence, method, seed=seed, groups=groups)
     return np.array([interval.low > 0.0 for interval in intervals])

@@ -231,6 +231,7 @@ def _cross_validated(X: Array, y: Array, cv: Folds, lambdas: int, max_iter: int)
     from sklearn.linear_model import LassoCV
 
     largest = float(np.abs(X.T @ (y - y.mean())).max()) / len(y)
+    largest = max(largest, 1e-9 * float(y.std()))  # features that have nothing to do with the target, to the bit
     grid = np.geomspace(largest, largest * _LAMBDA_RANGE, lambdas)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -96,7 +96,7 @@ def _few(record: AuditRecord) -> Iterator[str]:
 
 def _opposed(record: AuditRecord, patching: Patching, standing: LayerSet) -> Iterator[str]:
     """What takes back more than a quarter of the shift, on top of what is below it (a gain) or alone (a transplant)."""
-    shift, single = record.margins.shift.mean, len(standing.layers) == 1
+    shift, single = _shift_of_the_patched(record, patching), len(standing.layers) == 1
     against: dict[str, float] = {}
     parts = [
         ("the embedding", patching.embedding_gain, patching.embedding_transplant),
@@ -109,6 +109,8 @@ def _opposed(record: AuditRecord, patching: Patching, standing: LayerSet) -> Ite
     ]
     for name, gain, transplant in parts:
         shares = [share for share in (gain.mean, transplant.mean / shift) if not math.isnan(share)]
+        if not shares and math.isnan(transplant.mean):
+            yield f"whether {name} takes it back is not known ({transplant.reason or gain.reason})"
         if shares and min(shares) < -TAKEN_BACK:
             against[name] = min(shares)
     if against:
@@ -118,6 +120,16 @@ def _opposed(record: AuditRecord, patching: Patching, standing: LayerSet) -> Ite
             f"{name} takes {-share * 100:.0f} % back" for name, share in sorted(against.items(), key=lambda x: x[1])
         ]
         yield f"{pushes} of the shift, {', '.join(backs)}"
+
+
+def _shift_of_the_patched(record: AuditRecord, patching: Patching) -> float:
+    """Mean margin shift of the pairs that were patched, whose effects transplants are; nats. Of all pairs, margins have it."""
+    transplants = (patching.embedding_transplant, *patching.block_transplant, patching.head_transplant)
+    additivity = patching.additivity.mean
+    if patching.attribution is None or not additivity:
+        return record.margins.shift.mean
+    there = sum(transplant.mean for transplant in transplants) / additivity
+    return record.margins.shift.mean if math.isnan(there) else there
 
 
 def _weak(record: AuditRecord, patching: Patching, standing: LayerSet) -> Iterator[str]:

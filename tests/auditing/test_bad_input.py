@@ -373,6 +373,17 @@ def test_a_reference_that_is_not_finite() -> None:
     assert unexplained(record) == []
 
 
+def test_what_only_the_reference_leaves_unknown() -> None:
+    """How the policy ranks its pairs is known of every one, whatever the reference says."""
+    policy = tiny_model("llama")
+    reference = perturbed(policy)
+    with torch.no_grad():
+        reference.model.layers[0].mlp.down_proj.weight[0, 0] = math.nan
+    record = audit(policy, reference, random_pairs(4), whole())
+    assert math.isfinite(record.margins.ranking_accuracy.mean)
+    assert math.isnan(record.margins.accuracy.mean)
+
+
 @pytest.mark.parametrize("at_start", [True, False])
 def test_a_reference_that_is_not_finite_is_not_told_by_precomputed_margins(at_start: bool) -> None:
     """Nothing can be compared with them: that is no other reference, and before training no pass either."""

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 
 from align_audit.measures.layer_set import CLEAR, FLOOR, MARGIN, contributions, layer_set, least_means, standing_clear
+from align_audit.measures.statistics import Method, mean_intervals
+
+METHODS: tuple[Method, ...] = ("percentile", "bca")
 
 
 @pytest.mark.parametrize(
@@ -213,3 +216,19 @@ def test_wrong_shapes_are_refused() -> None:
         layer_set(np.ones(3), np.ones(3))
     with pytest.raises(ValueError, match=r"found \[3, 2\] and \[3, 3\]"):
         layer_set(np.ones((3, 2)), np.ones((3, 3)))
+
+
+def test_a_layer_contributes_by_the_interval_that_was_asked_for() -> None:
+    """Of skewed values the corrected interval lies elsewhere, and may lie above 0 where the plain one does not."""
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        skewed = generator.exponential(1.0, (40, 3)) - 0.72
+        plain, corrected = (
+            [interval.low > 0 for interval in mean_intervals(skewed, 200, 0.95, method)] for method in METHODS
+        )
+        if plain != corrected:
+            break
+    assert plain != corrected, "or this shows nothing"
+    for method, expected in zip(METHODS, (plain, corrected), strict=True):
+        stands = layer_set(skewed, skewed, resamples=200, method=method)
+        assert [interval.mean > 0 for interval in stands.contribution] == expected

@@ -320,3 +320,12 @@ def test_concentration_says_why_it_is_unknown(measure: object) -> None:
 def test_wrong_arguments_are_refused(call: object, found: str) -> None:
     with pytest.raises(ValueError, match=found):
         call()  # type: ignore[operator]
+
+
+def test_features_that_have_nothing_to_do_with_the_target_to_the_bit() -> None:
+    """The largest λ is 0 then, and a path of λ has nowhere to begin."""
+    X = np.array([[1.0], [1.0], [-1.0], [-1.0]] * 8)
+    y = np.array([1.0, -1.0, 1.0, -1.0] * 8)
+    fit = loc.lasso_localization(X, y, folds=4, resamples=2, permutations=2)
+    assert list(fit.coefficients) == [0.0]
+    assert fit.cv_r2 <= 0.0

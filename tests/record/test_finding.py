@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from align_audit.record.audit_record import GUARDED, AuditRecord, Control, Controls, Finding
+from align_audit.record.audit_record import GUARDED, Attribution, AuditRecord, Control, Controls, Finding
 from align_audit.record.estimate import Estimate
 from align_audit.record.finding import find
 from tests.helpers.make_record import make_record
@@ -111,6 +111,34 @@ def test_what_takes_back_more_than_a_quarter_takes_the_claim_away(record: AuditR
         f"no localization claimed: layers 3–4 push up by 92 % of the shift, {part} takes 26 % back"
     )
     assert find(changed(record, f"patching.{path}", estimate(-0.24 * unit))).localized
+
+
+def test_a_part_that_was_not_measured_takes_the_claim_away(record: AuditRecord) -> None:
+    """The embedding may take back what the layers seem to do: switched off, nobody knows."""
+    off = Estimate.unknown("switched off (patching.embedding)")
+    without = changed(changed(record, "patching.embedding_gain", off), "patching.embedding_transplant", off)
+    finding = find(without)
+    assert not finding.localized
+    assert "whether the embedding takes it back is not known (switched off (patching.embedding))" in finding.words
+
+
+def test_shares_are_of_the_shift_of_the_pairs_that_were_patched(record: AuditRecord) -> None:
+    """With a control variate effects of some pairs are compared, and margins are of all."""
+    patching = record.patching
+    assert patching is not None
+    attribution = Attribution(
+        exact_pairs=16, patched_pairs=[16] * 6, pairs=64, correlation=[0.9] * 6, joint_correlation=[0.9] * 6,
+        equivalent_pairs=[40.0] * 6, points=[0.0], path="joint", mean=[estimate(1.0)] * 6,
+    )  # fmt: skip
+    parts = (patching.embedding_transplant, *patching.block_transplant, patching.head_transplant)
+    there = sum(part.mean for part in parts) / patching.additivity.mean
+    few = changed(record, "patching.attribution", attribution)
+    few = changed(few, "patching.head_transplant", estimate(-0.26 * there))
+    # Of all pairs the shift is twice that: the head would seem to take 13 % back.
+    few = changed(few, "margins.shift", estimate(2 * there))
+    additivity = (sum(part.mean for part in parts[:-1]) - 0.26 * there) / there
+    few = changed(few, "patching.additivity", estimate(additivity))
+    assert "the head takes 26 % back" in find(few).words
 
 
 def test_a_layer_outside_that_takes_back_is_named(record: AuditRecord) -> None:

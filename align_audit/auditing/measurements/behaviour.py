@@ -188,7 +188,9 @@ class Behaviour(Measurement):
             policy=mean(self.policy_margin),
             shift=mean(self.shift),
             accuracy=self._accuracy(np.where(finite, self.shift > 0, np.nan)),
-            ranking_accuracy=self.estimates.share(np.where(finite, self.policy_margin > 0, np.nan)),
+            ranking_accuracy=self.estimates.share(
+                np.where(np.isfinite(self.policy_margin), self.policy_margin > 0, np.nan)
+            ),
             chosen_logp_change=mean(chosen),
             rejected_logp_change=mean(rejected),
             chosen_logp_change_per_token=mean(chosen / state.chosen_tokens.values),

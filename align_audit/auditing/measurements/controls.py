@@ -125,7 +125,7 @@ class Controls(Measurement):
             reverse=self._reverse(summary).model_copy(update=pairs),
             identity=self._identity().model_copy(update={"pairs": len(session.exact_pairs)}),
             random_subspace=self._random_subspace(summary).model_copy(update=pairs),
-            split_half=self._split_half().model_copy(update={"pairs": len(session.exact_pairs)}),
+            split_half=self._split_half(summary).model_copy(update={"pairs": len(session.exact_pairs)}),
             permuted_targets=permuted,
         ), {}
 
@@ -170,6 +170,9 @@ class Controls(Measurement):
         session, along = self.session, self.task[Patching].direction
         values = self.state.reverse.values[session.control_pairs, 1:]
         effect = session.control_estimates.means(values)
+        no_shift = self._no_shift()
+        if no_shift is not None:
+            return Control(verdict="not_run", reason=no_shift, effect=effect)
         patched = session.control_estimates.means(
             along * self.task[Patching].state.effect.values[session.control_pairs, 1:]
         )
@@ -234,6 +237,10 @@ class Controls(Measurement):
                 f"at layer {peak} the one rank of {spanned} is the model's whole width, which has no other subspace"
             )
             return Control(verdict="not_run", reason=reason, effect=effect)
+        compared = [each for both in zip(fitted[: len(tested)], effect, strict=False) for each in both]
+        unknown = next((each.reason for each in compared if math.isnan(each.low)), None)
+        if unknown is not None:
+            return Control(verdict="not_run", reason=unknown, effect=effect)
         losing = [rank for rank, does in zip(tested, more, strict=False) if not does]
         if losing:
             reason = f"at layer {peak} random subspaces of rank {losing} do as well as the fitted one"
@@ -241,13 +248,15 @@ class Controls(Measurement):
         reason = f"at layer {peak} the fitted subspace beats random ones at every rank of {tested}"
         return Control(verdict="passed", reason=reason, effect=effect)
 
-    def _split_half(self) -> Control:
+    def _split_half(self, summary: PatchSummary) -> Control:
         config = self.config.patching
         reason = self._no_shift()
         if reason is not None:
             return Control(verdict="not_run", reason=reason)
         if not config.transplants:
             return Control(verdict="not_run", reason="block transplants are switched off (patching.transplants)")
+        if summary.peak_layer is None:
+            return Control(verdict="not_run", reason=summary.peak_reason or "no peak layer")
         transplants = self.task[Patching].state.transplant.values[self.session.exact_pairs, 1:-1]
         agreement, why = split_half_agreement(
             self.task[Patching].direction * transplants,

@@ -248,6 +248,7 @@ class Patching(Measurement):
             estimates.confidence,
             estimates.seed,
             estimates.groups,
+            estimates.method,
         )
         reasons: Reasons = {}
         if stands.reason is not None:

@@ -170,7 +170,9 @@ class Spinal(Measurement):
             return
         session, state, kept = self.session, self.state, self._reference_trace
         nowhere = np.empty((0, session.num_layers - 1))
-        walked = nowhere if kept is None else np.array(kept.distances).reshape(-1, session.num_layers - 1)
+        walked = (
+            nowhere if kept is None else np.array(kept.distances).reshape(len(kept.distances), session.num_layers - 1)
+        )
         of_reference = LensWalk(session, session.as_reference, state.reference_rows, walked)
         identical = self.task[Behaviour].identical
         alike = of_reference if identical else None
@@ -256,7 +258,7 @@ class Spinal(Measurement):
         reference_coherence, no_reference = scores.coherence(*of_reference, *of_reference, terminal)
         if config.gradient_concentration:
             norms = self.state.gradient_norm.values[self.session.control_pairs]
-            concentration = self.session.control_estimates.mean(scores.gradient_share(norms, terminal))
+            concentration = self.session.control_estimates.mean(scores.gradient_share(norms, terminal), 0.0, 1.0)
         else:
             concentration = Estimate.unknown("switched off (spinal.gradient_concentration)")
         score, no_score = scores.spinal_score(delta, coherence, concentration.mean, config.weights)

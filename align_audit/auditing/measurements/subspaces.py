@@ -14,7 +14,7 @@ import torch
 
 from align_audit.auditing.session.accumulators import merge_by_place
 from align_audit.auditing.session.walk import Session
-from align_audit.measures.draws import halves
+from align_audit.measures.draws import halves, prefix_keys
 from align_audit.measures.patching import patched
 from align_audit.measures.subspace import (
     Gram,
@@ -133,11 +133,17 @@ class TokenGrams:
 
 
 def _distinct_rows(session: Session, second: np.ndarray) -> tuple[int, int]:
-    """How many rows of either half differ at most: the last tokens of equal prompts are one row, whatever batches round."""
-    if session.config.patching.positions != "last_prompt_token":
-        return session.width, session.width  # more than that says nothing of a rank
-    groups = session.groups
-    return len(np.unique(groups[~second])), len(np.unique(groups[second]))
+    """How many rows of either half differ at most: a position is one row wherever its whole prefix is the same, whatever
+    batches round. Of a group the last prompt tokens are one."""
+    positions, seed = session.config.patching.positions, session.config.seed
+    if positions == "last_prompt_token":
+        return len(np.unique(session.groups[~second])), len(np.unique(session.groups[second]))
+    rows: tuple[set[int], set[int]] = (set(), set())
+    for pair, half in zip(session.pairs, second.tolist(), strict=True):
+        for ids, start in ((pair.chosen_ids, pair.chosen_start), (pair.rejected_ids, pair.rejected_start)):
+            patched = {"all": slice(None), "prompt": slice(start), "completion": slice(start, None)}[positions]
+            rows[half].update(prefix_keys(ids, seed)[patched].tolist())
+    return len(rows[0]), len(rows[1])
 
 
 def _summed(sums: GramAccumulator, ranks: Ranks) -> GramAccumulator:

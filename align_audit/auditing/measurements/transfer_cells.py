@@ -246,6 +246,10 @@ class Cells:
         does_more = beyond(effects, random.effect[: len(ranks)], sign)
         # The whole space is no subspace: what random directions of it do is all there is to do.
         tested = [rank for rank in ranks if rank < fitted.session.width]
+        both = [each for pair in zip(effects[: len(tested)], random.effect, strict=False) for each in pair]
+        not_known = [each.reason for each in both if math.isnan(each.low)]
+        if not_known:
+            return unknown, Control(verdict="not_run", reason=not_known[0])
         losing = [rank for rank, more in zip(tested, does_more, strict=False) if not more]
         what = f"the subspace of {fitted.name!r}"
         beats: list[bool | None] = [*does_more[: len(tested)], *unknown[len(tested) :]]

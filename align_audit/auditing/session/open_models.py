@@ -14,7 +14,7 @@ from torch import nn
 
 from align_audit.auditing.session.memory import MemoryBounds
 from align_audit.errors import AnatomyError, ConfigurationError, ReferenceUnavailableError
-from align_audit.models.anatomy import Anatomy, unwrap, unwrap_only
+from align_audit.models.anatomy import Anatomy, check_kind, unwrap, unwrap_only
 from align_audit.models.build import build_fingerprint
 from align_audit.models.guard import untouched
 from align_audit.models.positions import learned_positions
@@ -161,6 +161,7 @@ class OpenModels:
         like: Verified | None = None,
     ) -> Replay:
         """One of both, tried at length the first time that a run opens it; all processes together."""
+        check_kind(unwrap(model))
         place = next((str(each.device) for each in model.parameters()), None)
         form = _digest(f"{role}{place}{_form(unwrap(model))}")
         like = like or self.source.verified.get(form)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.measures.subspace import GramAccumulator
 from align_audit.models.reference import resolve_reference
+from align_audit.probes.pairs import ProbePair
 from tests.helpers.audits import QUICK_GENERATIONS, audited, session_of
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
@@ -155,3 +158,33 @@ def margin(model: Any, probes: Any) -> torch.Tensor:
             logp = model(tokens).logits.log_softmax(-1)[0, start - 1 : -1]
             total = total + sign * logp.gather(-1, tokens[0, start:, None]).sum()
     return total / len(probes.pairs)
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_half_spans_no_more_than_its_rows_that_differ(dtype: torch.dtype, share: bool) -> None:
+    """A position is one row wherever its whole prefix is the same: what batches round in it is no dimension more."""
+    reference = tiny_model("llama", dtype=dtype)
+    prompts = [(1, 5 + number, 20 + number) for number in range(8)]
+    pairs = tuple(
+        ProbePair(4 * number + place, (*prompt, 30 + place, 7), (*prompt, 40 + place, 8), 3, 3)
+        for number, prompt in enumerate(prompts)
+        for place in range(4)
+    )
+    probes = dataclasses.replace(random_pairs(2), pairs=pairs)
+    settings = AuditConfig.from_dict(
+        {
+            **config((1,)).to_dict(),
+            "patching": {"positions": "prompt"},
+            "share_prompts": share,
+            "low_rank": {"layers": (1,), "ranks": (8, 9, 10, 11)},
+        }
+    )
+    policy = perturbed(reference)
+    with OpenModels(policy, resolve_reference(policy, reference)) as models:
+        # Of four prompts in a half: one first token, four second ones, four third ones.
+        assert TokenGrams(session_of(models, probes, settings), (1,)).distinct == (9, 9)
+    record, _ = audited(policy, reference, probes, settings)
+    for curves in record.low_rank.values():
+        curve = curves[1]
+        assert [math.isnan(ratio) for ratio in curve.explained_variance_ratio] == [False, False, True, True]

@@ -83,6 +83,14 @@ def test_another_version_measures_anew(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(calls) == 5
 
 
+def test_a_model_of_one_layer_is_audited_again(tmp_path: Path) -> None:
+    """It has no transport to the next layer, and so no distances to keep."""
+    reference, cache = tiny_model("llama", num_hidden_layers=1), ReferenceCache(tmp_path)
+    first, again, later = run(reference, cache), run(reference, cache), run(reference, ReferenceCache(tmp_path))
+    assert first == again == later
+    assert first.policy.transport == []
+
+
 def test_a_reference_that_moves_leaves_one_trace(tmp_path: Path) -> None:
     cache = ReferenceCache(tmp_path)
     for seed in range(3):
