@@ -32,8 +32,10 @@ def chosen_logp_falling(history: History) -> Sign | None:
     why = f"The chosen completions lose {-change.mean:.2f} nats per token against the reference, "
     shift = margins.shift
     if least(shift) > 0:
+        beta = history.record.provenance.beta
+        reward = "" if beta is None else f" (a reward margin of {beta * shift.mean:+.2f})"
         why += (
-            f"while the margin rises by {shift.mean:.1f} nats: the loss is met by making both completions "
+            f"while the margin rises by {shift.mean:.1f} nats{reward}: the loss is met by making both completions "
             "unlikely, and the probability goes to text that is in neither."
         )
     elif not math.isfinite(shift.mean):

@@ -48,12 +48,14 @@ class Status:
         since: the step since which it stands so; None: not known, or nothing was audited yet.
         reason: why, in a sentence.
         advice: of ``BLIND``, what to do to see again, as a clause; empty: an alert says what to do, or nothing is known yet.
+        blind: of ``ERROR``, why nothing has been seen of it since, in a sentence; empty: it is seen.
     """
 
     word: StatusWord
     since: int | None
     reason: str
     advice: str = ""
+    blind: str = ""
 
     def __str__(self) -> str:
         return self.word if self.since is None else f"{self.word} since step {self.since}"
@@ -177,9 +179,10 @@ class AuditsSoFar:
         """
         still_open = open_alerts(self.of_last_step)
         errors = [alert for alert in still_open if alert.level == "error"]
-        if errors:
-            return _by(errors, "ERROR")
         blind = self._blind(full, failures, now)
+        if errors:
+            unseen = blind is not None and blind.since is not None and blind.since >= self._steps[-1]
+            return replace(_by(errors, "ERROR"), blind=blind.reason if blind is not None and unseen else "")
         if blind is not None:
             return blind
         warnings = [alert for alert in still_open if alert.level == "warning"]

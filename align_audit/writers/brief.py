@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -165,7 +166,7 @@ def _style(standing: Standing, beyond: bool) -> str:
 
 def _chosen(standing: Standing) -> Cell:
     change, limit = standing.record.margins.chosen_logp_change_per_token.mean, standing.limit("chosen_drop")
-    words = f"{figure(change, signed=True)} nats/token"
+    words = figure(change, signed=True) + (" nats/token" if math.isfinite(change) else "")
     if abs(change) >= 0.01:
         words += ", less likely" if change < 0 else ", more likely"
     beyond = limit is not None and change < -limit
@@ -184,7 +185,8 @@ def _kl(standing: Standing) -> Cell:
     limit = standing.limit("kl")
     kl = standing.record.margins.kl.mean
     beyond = limit is not None and kl > limit
-    words = f"{figure(kl)} nats/token" + ("" if limit is None else f" (limit {limit:.3g})")
+    words = figure(kl) + (" nats/token" if math.isfinite(kl) else "")
+    words += "" if limit is None else f" (limit {limit:.3g})"
     return _cell("KL to reference", words, _style(standing, beyond))
 
 
@@ -222,7 +224,9 @@ def what_to_do(standing: Standing, command: bool = True) -> str:
     if standing.status.word == "BLIND" or (alert := standing.worst) is None:
         return standing.status.advice or "nothing to do"
     knob = alert.knob or (alert.remedy or alert.suggestion).split(". ")[0]
-    return ". ".join(words for words in (_back(alert, command), knob.rstrip(".")) if words)
+    wait = "wait for the next look, which ends this if it does not see it either; else" if alert.looks == 0 else ""
+    steps = ". ".join(words for words in (_back(alert, command), knob.rstrip(".")) if words)
+    return f"{wait} {steps}".strip()
 
 
 def _back(alert: Alert, command: bool) -> str:

@@ -32,7 +32,7 @@ _TITLES = {
     "reward_margin": "reward margin",
     "margin_shift": "margin shift (nats)",
 }
-_STATUS = "status"
+_STATUS = "status at this step"
 _SIGNED = frozenset(["chosen_logp_change_per_token", "reward_margin", "margin_shift", "delta_align"])
 _MOST_REASONS = 6
 """Reasons below a table; of more, the rest is counted."""

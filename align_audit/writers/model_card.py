@@ -80,8 +80,14 @@ def _section(run: AuditRun, record: AuditRecord, checkpoint: str | None) -> Iter
 
 
 def _verdict(standing: Standing, status: Status) -> str:
-    since = "" if status.since is None or status.since == standing.record.step else f", since step {status.since}"
-    words = f"**{status.word}** at step {standing.record.step}{since}. {escaped(status.reason)}"
+    at, since = standing.record.step, "" if status.since is None else f" since step {status.since}"
+    if status.word == "BLIND":
+        words = f"**BLIND**{since} (last audit: step {at}). {escaped(status.reason)}"
+    else:
+        words = f"**{status.word}** at step {at}{'' if status.since == at or not since else ',' + since}. "
+        words += escaped(status.reason)
+    if status.blind:
+        words += f" {escaped(status.blind)}"
     return words if status.word == "HEALTHY" else f"{words} **Do:** {escaped(what_to_do(standing))}."
 
 

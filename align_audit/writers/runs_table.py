@@ -19,6 +19,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import pairwise
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from align_audit.errors import counted
@@ -29,6 +31,7 @@ from align_audit.record.probe_sets_in_use import sets_in_use
 from align_audit.record.run import AuditRun
 from align_audit.record.status import WORST_FIRST, Status
 from align_audit.record.stored_records import Head, heads_of
+from align_audit.record.training_log import TRAINING
 from align_audit.writers.brief import what_to_do
 from align_audit.writers.latest_healthy import LatestHealthy, latest_healthy
 from align_audit.writers.standing import Standing, figure, limit_of, standing_at
@@ -49,6 +52,12 @@ _SHORT_NAME, _LONG_NAME = 10, 24
 """Characters of a run's name that have room before its sparklines have any, and before they have much."""
 _SHORTEST, _SHORT, _LONGEST = 3, 6, 24
 """Audits of a sparkline, the last ones."""
+_SILENT_AFTER, _SHORTEST_SILENCE = 3, 600.0
+"""Times what usually lies between two audits, and seconds."""
+_SUMMARY = "train_runtime"
+"""Is logged when training has ended."""
+_BEFORE = 3
+"""Characters of a name that are shown before those by which it differs from another."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,8 @@ class RunRow:
         failures: audits that broke.
         trouble: what of its log cannot be read, in a sentence; None: nothing.
         latest_healthy: None: there is no audit.
+        heard: when the training logged something last; None: not known.
+        ended: the training has logged its summary, which comes last.
     """
 
     name: str
@@ -77,6 +88,8 @@ class RunRow:
     failures: int = 0
     trouble: str | None = None
     latest_healthy: LatestHealthy | None = None
+    heard: datetime | None = None
+    ended: bool = False
 
     @property
     def created(self) -> datetime | None:
@@ -124,6 +137,8 @@ class RunRow:
                 "probes": record.provenance.probe_name,
                 "audited": record.provenance.created,
                 "age_seconds": self.age(now),
+                "ended": self.ended,
+                "silent_seconds": self.silence(now),
                 "chosen_logp_change_per_token": _finite(margins.chosen_logp_change_per_token.mean),
                 "kl": _finite(margins.kl.mean),
                 "token_accuracy": _finite(margins.token_accuracy.mean),
@@ -133,6 +148,17 @@ class RunRow:
         alerts = [alert.model_dump(mode="json", include=_OF_ALERT) for alert in self.alerts]
         healthy = None if self.latest_healthy is None else self.latest_healthy.as_json()
         return made | {"alerts": alerts, "to_do": self.what_to_do() or None, "latest_healthy": healthy}
+
+    def silence(self, now: datetime) -> float | None:
+        """Seconds since a training that has not ended was heard of, where that is longer than three times what lies between its
+        audits, and than ten minutes: it was killed, or hangs. None: it is heard of, or nothing is known."""
+        times = [time for head in self.curve if (time := time_of(head.created)) is not None]
+        heard = max((time for time in (self.heard, *times) if time is not None), default=None)
+        if self.ended or heard is None or len(times) < 2:
+            return None
+        usual = median((after - before).total_seconds() for before, after in pairwise(sorted(times)))
+        silence = (now - heard).total_seconds()
+        return silence if silence > max(_SILENT_AFTER * usual, _SHORTEST_SILENCE) else None
 
     def age(self, now: datetime) -> float | None:
         """Seconds since the last audit was made."""
@@ -172,7 +198,16 @@ def row_of_run(run: AuditRun, name: str, trouble: str | None = None) -> RunRow:
         len(run.failures),
         trouble,
         latest_healthy(run),
+        _heard(run),
+        any(_SUMMARY in row.logs and row.step >= run.training_log[-1].step for row in run.training_log),
     )
+
+
+def _heard(run: AuditRun) -> datetime | None:
+    try:
+        return datetime.fromtimestamp((run.directory / TRAINING).stat().st_mtime, UTC)
+    except OSError:  # there is none, or it was just removed
+        return None
 
 
 def by_weight(rows: Sequence[RunRow]) -> list[RunRow]:
@@ -216,6 +251,11 @@ class RunsTable:
             yield text(f"and {_words(rows[len(shown) :])} more", "dim")
         for note in self.notes:
             yield text(note, "dim")
+        for row in shown:
+            silence = row.silence(self.now)
+            if silence is not None:
+                words = f"nothing heard for {ago(silence)}, and training has not said that it ended: killed, or hung?"
+                yield text(f"{row.name}: {words}", STATUS_STYLES["BLIND"])
         yield from self._worst(options)
 
     def _cells(self, rows: Sequence[RunRow], options: ConsoleOptions) -> list[list[str]]:
@@ -236,7 +276,8 @@ class RunsTable:
         cells = [_cells(row, self.now, length, options.ascii_only) for row in rows]
         *columns, names = widths(cells)
         room = max(options.max_width - sum(columns) - _APART * len(columns), 4)
-        return [[*rest, _end_of(name, room, "..." if options.ascii_only else "…")] for *rest, name in cells]
+        cut = _told_apart([name for *_, name in cells], room, "..." if options.ascii_only else "…")
+        return [[*rest, name] for (*rest, _), name in zip(cells, cut, strict=True)]
 
     def _summary(self) -> list[Part]:
         rows = by_weight(self.rows)
@@ -272,6 +313,34 @@ def _end_of(name: str, room: int, mark: str) -> str:
     while end and cell_len(mark + end) > room:
         end = end[1:]
     return mark + end
+
+
+def _told_apart(names: Sequence[str], room: int, mark: str) -> list[str]:
+    """The ends of names, in so many columns; of those that would look the same, what they begin to differ by."""
+    ends = [_end_of(name, room, mark) for name in names]
+    cut = list(ends)
+    for place, name in enumerate(names):
+        same = [each for each, shown in zip(names, ends, strict=True) if shown == ends[place] and each != name]
+        if same:
+            differs = min(_alike(name, each) for each in same)
+            begin = max(differs - _BEFORE, 0)
+            cut[place] = _beginning_of((mark if begin else "") + name[begin:], room, mark)
+    return cut
+
+
+def _alike(name: str, another: str) -> int:
+    """How many characters both begin with."""
+    pairs = enumerate(zip(name, another, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(name), len(another)))
+
+
+def _beginning_of(name: str, room: int, mark: str) -> str:
+    from rich.cells import cell_len
+
+    begin = name
+    while begin and cell_len(begin + mark) > room and cell_len(name) > room:
+        begin = begin[:-1]
+    return name if begin == name else begin + mark
 
 
 def newest_of_worst(rows: Sequence[RunRow]) -> RunRow | None:

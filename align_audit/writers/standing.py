@@ -133,8 +133,11 @@ class Standing:
         words = CAUSES.get(cause_of(worst)) or worst.rule.replace("_", " ")
         since = since_of(worst)
         words += "" if since == self.record.step else f", since step {since}"
+        if worst.looks == 0:
+            words += f", not seen at step {self.record.step}"
         more = sum(alert.level != "info" for alert in self.alerts) - 1
-        return words + (f" (and {counted(more, 'more alert')})" if more else "")
+        words += f" (and {counted(more, 'more alert')})" if more else ""
+        return f"{words}. {self.status.blind.rstrip('.')}" if self.status.blind else words
 
 
 def standing_at(record: AuditRecord, history: Sequence[AuditRecord], log: Sequence[LogRow] = ()) -> Standing:

@@ -27,7 +27,7 @@ def test_the_first_line_says_who_is_not_well_and_what_each_has_paid(command: Any
     )
     assert "At the last common step, 40" in lines
     status, margin = lines[4].split(), lines[5].split()
-    assert status == ["status", "HEALTHY", "ERROR"]
+    assert status == ["status", "at", "this", "step", "HEALTHY", "ERROR"]
     assert margin[:4] == ["reward", "margin", "+0.50", "+7.90"]
     assert any(line.startswith("  ") and "no interval: cannot read the arrays" in line for line in lines)
 

@@ -105,7 +105,12 @@ def test_what_broke_of_a_set_that_is_left_out_is_over() -> None:
 
 def test_an_open_error_is_not_hidden_by_blindness() -> None:
     ruined = at(10, alert("error", 10, 10, "opened"))
-    assert status_of([ruined], [broken(20)], []).word == "ERROR"
+    status = status_of([ruined], [broken(20)], [])
+    assert status.word == "ERROR"
+    assert status.blind.startswith("Audits break since step 20"), "nor does it hide that nothing is seen of it any more"
+    assert status_of([ruined], [], []).blind == ""
+    resolved = at(30, alert("error", 30, 10, "open"))
+    assert status_of([ruined, resolved], [broken(20)], []).blind == "", "an audit has come through since"
     assert status_of([at(10, alert("warning", 10, 10, "opened"))], [broken(20)], []).word == "BLIND"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,6 +71,33 @@ def test_what_to_do_names_what_there_is_to_go_back_to(changes: dict[str, Any], w
     record = ruined(20).model_copy(update={"alerts": [told]})
     standing = standing_at(record, [record])
     assert what_to_do(standing, command=False).startswith(words)
+
+
+def test_an_error_that_was_not_seen_this_time_says_so_before_what_it_costs() -> None:
+    """Figures beside it are healthy: whoever reads asks whether the tool is crying."""
+    told = Alert(
+        rule="r", cause="drift", level="error", event="open", step=20, since=10, looks=0, value=1.0, message="M.",
+        suggestion="Mend it", remedy="Mend it", clean_step=5,
+    )  # fmt: skip
+    record = calm(20).model_copy(update={"alerts": [told]})
+    standing = standing_at(record, [record])
+    assert standing.headline() == "the policy is leaving its language, since step 10, not seen at step 20"
+    assert what_to_do(standing).startswith(
+        "wait for the next look, which ends this if it does not see it either; else last clean audit: step 5"
+    )
+
+
+def test_an_error_behind_which_audits_break_says_both() -> None:
+    record = a_run("ruined")[-1]
+    status = replace(standing_at(record, [record]).status, blind="Audits break since step 60: ValueError: no.")
+    standing = replace(standing_at(record, [record]), status=status)
+    assert standing.headline().endswith(". Audits break since step 60: ValueError: no")
+
+
+def test_figures_that_are_not_known_have_no_unit() -> None:
+    record = with_margins(ruined(20), kl=Estimate.unknown("no"), chosen_logp_change_per_token=Estimate.unknown("no"))
+    text = screen([*a_run("ruined")[:-1], record])
+    assert "not known nats" not in text
 
 
 def test_a_ruined_run_is_five_lines_and_its_alert() -> None:

@@ -91,7 +91,7 @@ def test_where_audits_break_since_that_is_what_to_do_about() -> None:
     assert "Lower the learning rate" in model_card(run_of([record]))
     failure = Failure(step=30, time="2099-01-01T00:00:00+00:00", error="ValueError: bad batch")
     section = model_card(AuditRun(Path("runs/dpo/align_audit"), [record], [], [failure]))
-    assert "**BLIND** at step 20" in section and "ValueError: bad batch" in section
+    assert "**BLIND** since step 30 (last audit: step 20)" in section and "ValueError: bad batch" in section
     assert "Lower the learning rate" not in section and "find out why audits do not come through" in section
 
 

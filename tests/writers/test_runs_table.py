@@ -6,7 +6,8 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from align_audit.record.audit_record import AuditRecord
 from align_audit.record.compare import Side, compare
 from align_audit.record.log import Failure
 from align_audit.record.run import AuditRun
+from align_audit.record.training_log import LogRow
 from align_audit.writers.audit_table import summary_table
 from align_audit.writers.closing_table import closing
 from align_audit.writers.comparison import ComparisonTable, called
@@ -68,6 +70,44 @@ def test_nothing_is_wider_than_the_terminal(width: int) -> None:
     shown = lines(wide, WELL, width=width)
     assert max(map(len, shown)) <= width
     assert all(word in shown[2] for word in ("ERROR", "−5.40", "9.40", "-its-end"[-3:]))
+
+
+def test_names_that_end_alike_are_told_apart() -> None:
+    """Runs of a sweep differ at the beginning of their paths: two that look the same are one run to whoever reads."""
+    names = [f"exp_lr1e-{rate}_beta0.1/seed-1/dpo-final-run" for rate in (5, 4)]
+    shown = lines(row(a_run("ruined"), names[0]), row(a_run("well"), names[1]), row(a_run("well"), "short"), width=80)
+    called = [line.split()[-1] for line in shown[2:5]]
+    assert len(set(called)) == 3
+    assert "lr1e-5"[-4:] in called[0] and "1e-4" in "".join(called[1:])
+    assert max(map(len, shown[:5])) <= 80
+
+
+@pytest.mark.parametrize(
+    ("minutes", "logs", "silent"),
+    [
+        (20, {"loss": 0.5}, False),
+        (9 * 60, {"loss": 0.5}, True),
+        (9 * 60, {"train_runtime": 9.0, "train_loss": 0.5}, False),
+    ],
+)
+def test_a_training_that_was_killed_or_hangs_is_told_from_one_that_ended(
+    minutes: int, logs: dict[str, float], silent: bool
+) -> None:
+    """Its last audit says that all is well, and nothing comes any more."""
+    records = a_run("well")
+    run = AuditRun(Path("runs/quiet/align_audit"), records, [], [], training_log=[*LOG, LogRow(LOG[-1].step, logs)])
+    quiet = row_of_run(run, "quiet")
+    last = quiet.created
+    assert last is not None
+    now = last + timedelta(minutes=minutes)
+    assert (quiet.silence(now) is not None) == silent
+    assert quiet.as_json(now)["ended"] is ("train_runtime" in logs)
+    raw = io.StringIO()
+    Console(file=raw, width=160).print(RunsTable([quiet], now))
+    said = "nothing heard for 9 h, and training has not said that it ended: killed, or hung?"
+    assert (said in " ".join(raw.getvalue().split())) == silent
+    heard = replace(quiet, heard=now - timedelta(minutes=2))
+    assert heard.silence(now) is None, "what it logs is a sign of life"
 
 
 def test_of_a_healthy_few_nothing_more_is_said() -> None:

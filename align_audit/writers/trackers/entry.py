@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from align_audit.errors import plain
+from align_audit.options.rules import CAUSES
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import Failure
@@ -71,7 +72,7 @@ class Notice:
             key,
             event,
             "info" if event == "resolved" else alert.level,
-            plain(f"{ROOT} {begin}: {key}", LONGEST_TITLE),
+            plain(f"{ROOT} {begin}: {CAUSES.get(alert.cause) or key}", LONGEST_TITLE),
             "\n".join(paragraphs(alert, directory)),
             alert.step,
         )

@@ -86,7 +86,7 @@ def _name_of(run: AuditRun) -> str:
 
 
 def _word(status: Status) -> dict[str, Any]:
-    return {"word": status.word, "since": status.since, "reason": text(status.reason)}
+    return {"word": status.word, "since": status.since, "reason": text(status.reason), "blind": text(status.blind)}
 
 
 def _set_data(run: AuditRun, name: str | None, texts: bool) -> dict[str, Any]:

@@ -38,7 +38,8 @@ def status_data(run: AuditRun, standing: Standing | None) -> dict[str, Any]:
 
     Returns:
         ``word``, ``since`` (a step, or None), ``sentences``, ``do`` (``words``, ``checkpoint``, ``command``), ``log`` (what the
-        training log says; empty: nothing), and ``facts``, a line about the audits.
+        training log says; empty: nothing), ``audited``, when the last audit was made (ISO 8601; None: there is none), and
+        ``facts``, a line about the audits.
     """
     status = run.status
     return {
@@ -47,6 +48,7 @@ def status_data(run: AuditRun, standing: Standing | None) -> dict[str, Any]:
         "sentences": [text(words) for words in _sentences(run, standing)],
         "do": _do(status, standing),
         "log": _log(standing, run.training_log),
+        "audited": None if standing is None else standing.record.provenance.created,
         "facts": _facts(run, standing),
     }
 
@@ -88,7 +90,8 @@ def _figures(standing: Standing) -> str:
         verb = "lost" if change < 0 else "gained"
         chosen = f"chosen answers {verb} {figure(abs(change))} nats per token"
         chosen += "" if drop is None or change > 0 else f" (limit {drop:.3g})"
-    kl = f"KL to the reference is {figure(margins.kl.mean)}" + ("" if most is None else f" (limit {most:.3g})")
+    unit = " nats per token" if math.isfinite(margins.kl.mean) else ""
+    kl = f"KL to the reference is {figure(margins.kl.mean)}{unit}" + ("" if most is None else f" (limit {most:.3g})")
     right = margins.token_accuracy.mean
     reference = f"(reference {percent(margins.reference_token_accuracy.mean)})"
     tokens = (

@@ -10,6 +10,7 @@ import pytest
 
 from align_audit import AuditConfig, AuditRun
 from align_audit.errors import ConfigurationError
+from align_audit.options.rules import CAUSES
 from align_audit.options.trackers import TRACKER_NAMES
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import FOLDER
@@ -138,7 +139,7 @@ def test_notices_of_an_alert_are_of_its_cause_whichever_rule_leads() -> None:
     worse = alert.model_copy(update={"rule": "the_rule_that_leads_now", "event": "worse"})
     first, second = Notice.of(alert), Notice.of(worse)
     assert first.key == second.key == alert.cause
-    assert alert.cause in second.title and "the_rule_that_leads_now" not in second.title
+    assert CAUSES[alert.cause] in second.title and "the_rule_that_leads_now" not in second.title
     assert "the_rule_that_leads_now" in second.text
     elsewhere = Notice.of(worse.model_copy(update={"probe_name": "harmless"}))
     assert elsewhere.key == alert.cause, "one alert is of all probe sets, and may be led by another at each audit"

@@ -68,7 +68,12 @@ def test_of_any_run_there_is_plain_json_without_control_characters(make: Callabl
 
 def test_a_run_without_audits_is_blind_and_says_so() -> None:
     data = page_data(as_run([]))
-    assert data["run"]["status"] == {"word": "BLIND", "since": None, "reason": "No audit has been made yet."}
+    assert data["run"]["status"] == {
+        "word": "BLIND",
+        "since": None,
+        "reason": "No audit has been made yet.",
+        "blind": "",
+    }
     assert data["sets"][0]["panels"] == []
     assert data["sets"][0]["where"] is None
 
@@ -115,7 +120,8 @@ def test_a_healthy_run_needs_nothing_done() -> None:
     assert status["word"] == "HEALTHY"
     assert status["sentences"] == [
         "No alert is open at step 40.",
-        "Chosen answers gained 0.01 nats per token, KL to the reference is 0.04 (limit 0.35), 82 % of next tokens are right "
+        "Chosen answers gained 0.01 nats per token, KL to the reference is 0.04 nats per token (limit 0.35), "
+        "82 % of next tokens are right "
         "(reference 82 %).",
     ]
     assert status["do"] == {"words": "Nothing to do.", "checkpoint": None, "command": None}
@@ -184,7 +190,7 @@ def test_the_limit_is_that_by_which_an_alert_stays_open() -> None:
     error = WARNED.model_copy(update={"level": "error", "step": 30, "since": 30, "value": 0.8, "threshold": 0.7})
     held = error.model_copy(update={"event": "open", "step": 40, "value": 0.3, "threshold": 0.28})
     run = with_alerts(error, held)
-    assert "KL to the reference is 0.04 (limit 0.28)" in first(run)["status"]["sentences"][1]
+    assert "KL to the reference is 0.04 nats per token (limit 0.28)" in first(run)["status"]["sentences"][1]
     standing = standing_at(run.records[-1], run.records)
     assert (standing.limit("kl"), standing.limit("chosen_drop")) == (0.28, 0.6)
     beside = held.model_copy(

@@ -5,8 +5,8 @@
   const charts = window.AlignAuditCharts;
   const FORMAT = 1;
   const MEASURES = [
-    { key: "transplant", name: "what each layer's update does alone", unit: "nats", share: false },
     { key: "gain", name: "what each layer adds to those below, as a share of the shift", unit: "share", share: true },
+    { key: "transplant", name: "what each layer's update does alone", unit: "nats", share: false },
   ];
   const WORDS = { HEALTHY: "No alert is open", WATCH: "A warning is open", ERROR: "An error is open", BLIND: "The audit cannot see" };
   const PRINTED = 232;
@@ -115,7 +115,9 @@
     const since = status.since === null || always ? "" : " since step " + status.since;
     const title = make("h1", {}, make("span", { class: "word", text: status.word + since }), " · ", foreign("bdi", run.name));
     const doing = make("p", { class: "do" }, make("strong", { text: "Do: " }), foreign("span", status.do.words));
-    const parts = [title, ...status.sentences.map((words) => foreign("p", words)), doing];
+    const sentences = status.sentences.map((words) => foreign("p", words));
+    if (status.audited) sentences[sentences.length - 1].append(" ", stamped("Last audit", status.audited), ".");
+    const parts = [title, ...sentences, doing];
     if (status.do.command) {
       parts.push(make("p", { class: "command" }, make("code", { text: status.do.command }), ...copyButton(status.do.command)));
     }
@@ -126,16 +128,22 @@
       make("div", { class: "inner" }, controls, ...parts));
   }
 
-  function written(when) {
-    return make("time", { datetime: when, text: "written " + when.replace("T", " ").replace("+00:00", " UTC") + ageOf(when) });
+  const written = (when) => stamped("written", when);
+
+  /* A time and its age, which grows as long as the page is open. */
+  function stamped(what, when) {
+    const text = () => what + " " + when.replace("T", " ").replace("+00:00", " UTC") + ageOf(when);
+    const node = make("time", { datetime: when, text: text() });
+    const timer = setInterval(() => { node.isConnected ? node.textContent = text() : clearInterval(timer); }, 60000);
+    return node;
   }
 
   function ageOf(when) {
     const minutes = Math.floor((Date.now() - Date.parse(when)) / 60000);
     if (!Number.isFinite(minutes) || minutes < 2) return "";
-    if (minutes < 120) return " (" + minutes + " minutes before this page was opened)";
+    if (minutes < 120) return " (" + minutes + " minutes ago)";
     const hours = Math.floor(minutes / 60);
-    return hours < 48 ? " (" + hours + " hours before this page was opened)" : " (" + Math.floor(hours / 24) + " days before this page was opened)";
+    return hours < 48 ? " (" + hours + " hours ago)" : " (" + Math.floor(hours / 24) + " days ago)";
   }
 
   // --- health ---------------------------------------------------------------------------------------------------------
@@ -245,12 +253,14 @@
     if (!there) {
       return section("Where?", null, make("p", { text: "Not measured: no full audit has patched the layers yet." }));
     }
-    let measure = MEASURES[0], at = there.steps.length - 1;
+    let at = there.steps.length - 1;
+    // What the sentence speaks of, where there is a shift to share.
+    let measure = MEASURES.find((each) => there[each.key][at].mean.some((value) => typeof value === "number")) || MEASURES[0];
     const sentence = foreign("p", "", { class: "finding", "aria-live": "polite" });
     const ends = make("p", { class: "legend" });
     const output = make("output", { for: "audit-slider", "aria-live": "off" });
     const slider = make("input", { type: "range", id: "audit-slider", min: 0, max: there.steps.length - 1, step: 1, value: at });
-    const select = make("select", { id: "measure" }, ...MEASURES.map((each, place) => make("option", { value: place, text: each.name })));
+    const select = make("select", { id: "measure" }, ...MEASURES.map((each, place) => make("option", { value: place, text: each.name, selected: each === measure ? "" : null })));
     const claim = () => (there.claims[at].length ? there.claims[at] : there.peaks[at] === null ? [] : [there.peaks[at]]);
     const map = make("div", { class: "chart", role: "img", "data-chart": "layers" });
     const bars = make("div", { class: "chart", role: "img", "data-chart": "audit" });
@@ -383,7 +393,7 @@
   function failures(run) {
     if (!run.failures.length) return null;
     return folded("Audits that broke: " + run.failures.length, () => table("Audits that broke", ["step", "time", "error"], run.failures),
-      { "data-fold": "failures", open: run.status.word === "BLIND" ? "" : null });
+      { "data-fold": "failures", open: run.status.word === "BLIND" || run.status.blind ? "" : null });
   }
 
   // --- the page -------------------------------------------------------------------------------------------------------

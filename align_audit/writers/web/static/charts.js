@@ -68,6 +68,17 @@
     return words(value) + (known(low) && known(high) ? " (" + words(low) + " to " + words(high) + ")" : "");
   }
 
+  /* What a curve passes at and between its audits: [step, values]. */
+  function alongTheCurve(panel) {
+    const at = (place) => [panel.mean[place], panel.low[place], panel.high[place]];
+    const between = (place, part) => at(place).map((value, k) => (known(value) && known(at(place + 1)[k]) ? value + part * (at(place + 1)[k] - value) : null));
+    return panel.steps.flatMap((step, place) => {
+      const next = panel.steps[place + 1];
+      const parts = next === undefined ? [] : [0.25, 0.5, 0.75];
+      return [[step, at(place).filter(known)], ...parts.map((part) => [step + part * (next - step), between(place, part).filter(known)])];
+    });
+  }
+
   /* Where the words of a limit hide no data: at the right and on its worse side, unless the curve is there. */
   function freePlace(panel, y, share) {
     const [first, last] = stepRange(panel.steps);
@@ -75,10 +86,10 @@
     const worse = panel.worse === "above" ? 1 : -1;
     const places = [[1, worse], [1, -worse], [0, worse], [0, -worse]].map(([end, side]) => {
       const centre = y + side * height;
-      const near = panel.steps.flatMap((step, at) => {
+      const near = alongTheCurve(panel).flatMap(([step, values]) => {
         const along = (step - first) / (last - first);
         const under = end ? along >= 1 - share : along <= share;
-        return under && known(panel.mean[at]) ? [panel.mean[at], panel.low[at], panel.high[at]].filter(known) : [];
+        return under ? values : [];
       });
       return { end, side, room: Math.min(Infinity, ...near.map((value) => Math.abs(value - centre))) };
     });
@@ -94,7 +105,7 @@
       const colour = limit.level === "error" ? c.error : c.warning;
       shapes.push({
         type: "line", xref: "paper", x0: 0, x1: 1, y0: limit.value, y1: limit.value,
-        line: { color: colour, width: 1.5, dash: limit.level === "error" ? "9px,4px" : "4px,4px" }, layer: "below",
+        line: { color: colour, width: 1.5, dash: limit.level === "error" ? "9px,4px" : "4px,4px" }, layer: "between",
       });
       if (close && limit.level === "warning") return;
       const words = close
@@ -112,7 +123,7 @@
   /* Said in a chart that has nothing to draw: an empty one looks broken. */
   function emptyNote(values, c) {
     return values.some(known) ? [] : [{
-      xref: "paper", yref: "paper", x: 0.5, y: 0.5, xanchor: "center", text: "not known", showarrow: false, font: { size: 14, color: c.soft },
+      xref: "paper", yref: "paper", x: 0.5, y: 0.98, yanchor: "top", xanchor: "center", text: "not known", showarrow: false, font: { size: 14, color: c.soft },
     }];
   }
 

@@ -24,7 +24,9 @@
     return sets[0].panels.map((panel) => {
       const there = sets.map((set, at) => ({ panel: set.panels.find((each) => each.key === panel.key), letter: letters[at] }))
         .filter((each) => each.panel);
-      const now = there.map((each) => each.letter + " " + each.panel.now).join(" · ");
+      const last = there.map((each) => each.panel.steps[each.panel.steps.length - 1]);
+      const apart = last.some((step) => step !== last[0]);
+      const now = there.map((each, at) => each.letter + " " + each.panel.now + (apart ? " (step " + last[at] + ")" : "")).join(" · ");
       const says = panel.title + ": " + now;
       const series = there.map((each) => ({
         name: each.letter, x: each.panel.steps, y: each.panel.mean, low: each.panel.low, high: each.panel.high,
@@ -41,12 +43,13 @@
     const there = set.where;
     if (!there) return make("div", {}, make("h3", { text: letter }), make("p", { text: "Not measured: no full audit has patched the layers yet." }));
     const last = there.steps.length - 1;
-    const series = there.transplant[last];
+    const series = there.gain[last];
     const claimed = there.claims[last].length || there.peaks[last] === null ? there.claims[last] : [there.peaks[last]];
-    const says = letter + ", step " + there.steps[last] + ": what each layer's update does alone. " + there.sentences[last];
-    const rows = () => table(letter, ["layer", "nats", "low", "high"], series.mean.map((value, layer) => [String(layer), shown(value), shown(series.low[layer]), shown(series.high[layer])]));
+    const says = letter + ", step " + there.steps[last] + ": what each layer adds to those below, as a share of the shift. " + there.sentences[last];
+    const rows = () => table(letter, ["layer", "share", "low", "high"], series.mean.map((value, layer) => [String(layer), shown(value, true), shown(series.low[layer], true), shown(series.high[layer], true)]));
     return make("div", {}, make("h3", {}, letter + ", step " + there.steps[last]), foreign("p", there.sentences[last], { class: "finding" }),
-      chart(says, "compare-where-" + letter, (place) => charts.layerBars(place, series, { unit: "nats", share: false }, claimed), rows));
+      make("p", { class: "legend", text: "What each layer adds to those below, as a share of the shift:" }),
+      chart(says, "compare-where-" + letter, (place) => charts.layerBars(place, series, { unit: "share", share: true }, claimed), rows));
   }
 
   /* On a narrow screen a line ends before an interval, and not within. */
