@@ -390,9 +390,9 @@ def _make_pair(index: int, row: TokenizedPair, max_length: int | None, truncatio
         return UNSCORABLE
     if chosen == rejected:  # its margin would be 0 under any model
         return EQUAL_TRUNCATED
-    whole = row.prompt_ids if row.whole_prompt is None else row.whole_prompt
-    stands = len(whole) < 2 or list(chosen[0][: chosen[1]]) == whole
-    prompt_hash = None if stands else hash_of_prompt(whole)
+    prompt = row.prompt_ids if row.whole_prompt is None else row.whole_prompt
+    stands = len(prompt) < 2 or list(chosen[0][: chosen[1]]) == prompt
+    prompt_hash = None if stands else hash_of_prompt(prompt)
     return ProbePair(index, chosen[0], rejected[0], chosen[1], rejected[1], row.reference_logps, prompt_hash)
 
 

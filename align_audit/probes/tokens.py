@@ -159,8 +159,8 @@ class PairTokenizer:
                 "the tokenizer's chat template; DPOTrainer needs the same"
             ) from error
         length = min(shared_prefix(prompt_ids, chosen_ids), shared_prefix(prompt_ids, rejected_ids))
-        whole = prompt_ids if length < len(prompt_ids) else None
-        return TokenizedPair(prompt_ids[:length], chosen_ids[length:], rejected_ids[length:], whole_prompt=whole)
+        cut = prompt_ids if length < len(prompt_ids) else None
+        return TokenizedPair(prompt_ids[:length], chosen_ids[length:], rejected_ids[length:], whole_prompt=cut)
 
     def _check_tokenizer(self) -> None:
         if self._tokenizer is None:

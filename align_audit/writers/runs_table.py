@@ -156,7 +156,7 @@ class RunRow:
         heard = max((time for time in (self.heard, *times) if time is not None), default=None)
         if self.ended or heard is None or len(times) < 2:
             return None
-        usual = median((after - before).total_seconds() for before, after in pairwise(sorted(times)))
+        usual = median((later - earlier).total_seconds() for earlier, later in pairwise(sorted(times)))
         silence = (now - heard).total_seconds()
         return silence if silence > max(_SILENT_AFTER * usual, _SHORTEST_SILENCE) else None
 

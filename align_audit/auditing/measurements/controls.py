@@ -112,7 +112,7 @@ class Controls(Measurement):
 
     def part(self) -> tuple[ControlsPart, Reasons]:
         """METHODS §2, each with verdict and reason."""
-        permuted = self._permuted_targets()
+        permuted = _permuted_targets(self.task, 1 - self.estimates.confidence)
         summary, session = self.task[Patching].summary, self.session
         if summary is None:
             off = Control(verdict="not_run", reason="patching is switched off (patching.enabled)")
@@ -274,27 +274,27 @@ class Controls(Measurement):
             value=agreement,
         )
 
-    def _permuted_targets(self) -> Control:
-        """The LASSO of the true targets against that of permuted ones (METHODS §3): a permutation test of its CV score."""
-        localization, reasons = self.task[Localization].part()
-        if localization is None:
-            return Control(verdict="not_run", reason=reasons[""])
-        null = np.array(localization.null_cv_r2)
-        if not (math.isfinite(localization.cv_r2) and np.isfinite(null).all()):
-            return Control(verdict="not_run", reason=reasons.get("cv_r2", "the fit is not known"))
-        p = (1 + int((null >= localization.cv_r2).sum())) / (1 + len(null))
-        words = (
-            f"cross-validated R² {localization.cv_r2:.2f} against at most {null.max():.2f} of {len(null)} permutations "
-            f"(p = {p:.2g})"
-        )
-        level = 1 - self.estimates.confidence
-        if 1 / (1 + len(null)) > level:
-            reason = f"{len(null)} permutations cannot show p ≤ {level:.2g} (localization.permutations): {words}"
-            return Control(verdict="not_run", reason=reason, value=p)
-        if p <= level:
-            return Control(verdict="passed", reason=f"the layers' shifts predict the target: {words}", value=p)
-        reason = f"the layers' shifts predict the target no better than a permuted one: {words}"
-        return Control(verdict="failed", reason=reason, value=p)
+
+def _permuted_targets(task: AuditTask, level: float) -> Control:
+    """The LASSO of the true targets against that of permuted ones (METHODS §3): a permutation test of its CV score."""
+    localization, reasons = task[Localization].part()
+    if localization is None:
+        return Control(verdict="not_run", reason=reasons[""])
+    null = np.array(localization.null_cv_r2)
+    if not (math.isfinite(localization.cv_r2) and np.isfinite(null).all()):
+        return Control(verdict="not_run", reason=reasons.get("cv_r2", "the fit is not known"))
+    p = (1 + int((null >= localization.cv_r2).sum())) / (1 + len(null))
+    words = (
+        f"cross-validated R² {localization.cv_r2:.2f} against at most {null.max():.2f} of {len(null)} permutations "
+        f"(p = {p:.2g})"
+    )
+    if 1 / (1 + len(null)) > level:
+        reason = f"{len(null)} permutations cannot show p ≤ {level:.2g} (localization.permutations): {words}"
+        return Control(verdict="not_run", reason=reason, value=p)
+    if p <= level:
+        return Control(verdict="passed", reason=f"the layers' shifts predict the target: {words}", value=p)
+    reason = f"the layers' shifts predict the target no better than a permuted one: {words}"
+    return Control(verdict="failed", reason=reason, value=p)
 
 
 class MoreNoise:
