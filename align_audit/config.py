@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from align_audit.errors import ConfigurationError, plain, quoted
 from align_audit.options.examples import ExamplesConfig
+from align_audit.options.refusals import Refused, explained
 from align_audit.options.rule_settings import (
     AddedRule,
     Limits,
@@ -20,12 +21,17 @@ from align_audit.options.rule_settings import (
     check_order,
     none_can_open,
     read_rules,
-)
-from align_audit.options.rules import RULES, Rule, did_you_mean
+)  # fmt: skip
+from align_audit.options.rules import RULES, Rule
 from align_audit.options.schedule import ScheduleConfig
 from align_audit.options.trackers import TrackerChoice
-from align_audit.options.webhook import WebhookConfig, quotation
-from align_audit.options.yaml_lines import Place, in_a_line, line_at, lines_of, loaded
+from align_audit.options.webhook import WebhookConfig
+from align_audit.options.yaml_lines import in_a_line, lines_of, loaded
+
+__all__ = [
+    "AddedRule", "AlertConfig", "AuditConfig", "ExamplesConfig", "GenerationsConfig", "LocalizationConfig", "LowRankConfig",
+    "PatchingConfig", "RuleOptions", "ScheduleConfig", "SiteConfig", "SpinalConfig", "StatisticsConfig", "WebhookConfig",
+]  # fmt: skip
 
 Positions = Literal["all", "prompt", "completion", "last_prompt_token"]
 Basis = Literal["activation", "shift"]
@@ -36,16 +42,13 @@ _SHOWN = (
 )  # fmt: skip
 """Options of what is shown, which change nothing in a record."""
 
-_EXPLAINED = 20
-"""Problems of a configuration that are told; the rest are counted."""
-
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
     # As in records: an infinite limit is a word in JSON, so that what was stored equals what is asked for now.
-    # What was found is said by ``_explain``, which knows what is secret; pydantic's own words are not to quote it.
+    # What was found is said by ``options.refusals``, which knows what is secret; pydantic's own words are not to quote it.
     model_config = ConfigDict(
         frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings", hide_input_in_errors=True
     )
@@ -229,6 +232,11 @@ class AlertConfig(Limits):
         'warning'
     """
 
+    if TYPE_CHECKING:
+
+        def __init__(self, **options: Any) -> None:
+            """Limits and rules are options too, which only their table knows: ``AuditConfig.from_dict`` checks them all."""
+
     enabled: bool = True
     """False: no rule is asked. The status of such a run is BLIND, since nothing says whether all is well. So it is where
     ``rules`` add none, and leave none of the table on that could open an alert."""
@@ -355,7 +363,7 @@ class AuditConfig(_Part):
             try:
                 super().__init__(**data)
             except ValidationError as error:
-                raise _Refused(error) from None
+                raise Refused(error, AuditConfig) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as :meth:`from_dict` takes them back, and as a record stores them: infinity is ``"Infinity"``.
@@ -397,16 +405,8 @@ class AuditConfig(_Part):
         _check_names(values, plain(path))
         try:
             return cls.from_dict(values)
-        except _Refused as refused:
-            raise ConfigurationError(_explain(refused.error, lines_of(text))) from None
-
-
-class _Refused(ConfigurationError):
-    """Options that are not valid, with what pydantic says of them."""
-
-    def __init__(self, error: ValidationError) -> None:
-        super().__init__(_explain(error))
-        self.error = error
+        except Refused as refused:
+            raise ConfigurationError(explained(refused.error, AuditConfig, lines_of(text))) from None
 
 
 def _check_names(values: Any, where: str) -> None:
@@ -414,37 +414,3 @@ def _check_names(values: Any, where: str) -> None:
         raise ConfigurationError(f"{where}: expected a mapping of options, found {type(values).__name__}")
     if unnamed := [key for key in values if not isinstance(key, str)]:
         raise ConfigurationError(f"{where}: expected names of options, found {quoted(unnamed[0])}")
-
-
-def _explain(error: ValidationError, lines: Mapping[Place, int] | None = None) -> str:
-    """Say each problem in one line: where, what was found, what is allowed; ``lines``: where in a YAML file places stand."""
-    told = []
-    problems = error.errors(include_url=False)
-    for problem in problems[:_EXPLAINED]:
-        place: Place = (*problem["loc"], *problem.get("ctx", {}).get("place", ()))
-        where = ".".join(plain(part, 60) for part in place) or "AuditConfig"
-        line = line_at(lines or {}, place)
-        at = "" if line is None else f" (line {line})"
-        if problem["type"] == "extra_forbidden":
-            names = _options_at(place[:-1])
-            told.append(
-                f"unknown option {where!r}{at}{did_you_mean(str(place[-1]), names)}; the options there are {', '.join(names)}"
-            )
-        elif "place" in problem.get("ctx", {}):
-            told.append(f"{where}{at}: {plain(problem['msg'], 800)}")
-        else:
-            told.append(f"{where}{at}: {plain(problem['msg'], 800)}{quotation(problem['loc'], problem['input'])}")
-    if len(problems) > _EXPLAINED:
-        told.append(f"and {len(problems) - _EXPLAINED} more")
-    return "invalid audit configuration:\n  " + "\n  ".join(told)
-
-
-def _options_at(place: Place) -> list[str]:
-    """The names of the options of a part."""
-    part: Any = AuditConfig
-    for name in place:
-        # A place in a tuple of parts: what it holds.
-        part = get_args(part)[0] if isinstance(name, int) else part.model_fields[name].annotation
-        # ``WebhookConfig | None``: the part itself.
-        part = get_args(part)[0] if type(None) in get_args(part) else part
-    return list(part.model_fields)

@@ -27,13 +27,18 @@ follow_imports = skip
 
 GOOD = """\
 from align_audit import AuditConfig
-from align_audit.config import PatchingConfig, SiteConfig
+from align_audit.config import AlertConfig, ExamplesConfig, PatchingConfig, ScheduleConfig, SiteConfig, WebhookConfig
 
 options = AuditConfig(
     max_pairs=32,
     patching=PatchingConfig(exact_pairs="auto"),
     sites=(SiteConfig(site="head", heads=(0, 1)),),
+    alerts=AlertConfig(kl_warning=0.5, action="save", rules={"entropy": "off"}, webhook="https://a.b"),
+    schedule=ScheduleConfig(first_health=10),
+    examples=ExamplesConfig(pairs=3),
 )
+limit: float = options.alerts.kl_warning
+hook: WebhookConfig | None = options.alerts.webhook
 on_save: bool = options.schedule.on_save
 pairs: int = options.max_pairs
 """

@@ -11,6 +11,7 @@ from typing import Any, overload
 from torch import nn
 
 from align_audit.auditing.full import full_of
+from align_audit.auditing.given import check_given
 from align_audit.auditing.health import health_of
 from align_audit.auditing.measurements.measurement import AuditTask
 from align_audit.auditing.origin import check_origin
@@ -61,15 +62,15 @@ def audit(
             data set folder), for which the tokenizer is that of the policy's folder; or several of either by name, all
             audited with the models opened once.
         config: what to measure; defaults to all of it.
-        step: the training step the record names; None: N of a policy's path ``checkpoint-N``, else 0.
+        step: the training step the record names, 0 … 10¹⁸ − 1; None: N of a policy's path ``checkpoint-N``, else 0.
         anatomy: where the decoder layers are, for a model in which they cannot be found.
 
     Returns:
         The record, or the records by name. Neither model, nor any random state, is changed.
 
     Raises:
-        ConfigurationError: a name that cannot be one (see :mod:`align_audit.probes.names`), or a path where no tokenizer lies
-            beside a model.
+        ConfigurationError: a name that cannot be one (see :mod:`align_audit.probes.names`), a path where no tokenizer lies
+            beside a model, a step out of its range, or an argument of another type.
         ReferenceUnavailableError: no reference can be had, it does not fit the policy, or a checkpoint's own files lead to
             another one than the log of its run names.
         AnatomyError: the model cannot be opened between its layers.
@@ -79,6 +80,7 @@ def audit(
 
         record = audit("runs/dpo/checkpoint-500", "base-model", "held-out.jsonl")
     """
+    check_given(policy=policy, reference=reference, config=config, anatomy=anatomy)
     config = config or AuditConfig()
     given: Mapping[Any, Probes] = probes if isinstance(probes, Mapping) else {None: probes}
     if given is probes:

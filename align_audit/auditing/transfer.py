@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from torch import nn
 
+from align_audit.auditing.given import check_given
 from align_audit.auditing.measurements.attribution import Attribution
 from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.low_rank import layers_to_reconstruct
@@ -82,7 +83,8 @@ def transfer(
         The record. Neither model, nor any random state, is changed.
 
     Raises:
-        ConfigurationError: names that cannot be ones, fewer than two sets, or no layer to look at.
+        ConfigurationError: names that cannot be ones, fewer than two sets, no layer to look at, or an argument that
+            :func:`align_audit.audit` would refuse.
         ProbeError: no set has two pairs.
         ReferenceUnavailableError, AnatomyError: as :func:`align_audit.audit`.
 
@@ -94,11 +96,12 @@ def transfer(
     if not isinstance(probes, Mapping):
         raise ConfigurationError(f"expected probe sets by name, {{'harmless': …}}; found {type(probes).__name__}")
     check_names(probes)
+    check_given(policy=policy, reference=reference, config=config, anatomy=anatomy)
     config = config or AuditConfig()
-    sets = opened(probes, policy, reference, config)
-    _check_sets(sets)
     folder = None if isinstance(policy, nn.Module) else Path(policy)
     step = step_to_record(step, folder)
+    sets = opened(probes, policy, reference, config)
+    _check_sets(sets)
     if not isinstance(policy, nn.Module):
         if not isinstance(reference, nn.Module):
             check_saved(policy, reference)

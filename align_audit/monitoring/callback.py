@@ -15,6 +15,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import TrainingArguments
 
+from align_audit.auditing.given import check_given
 from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError, pass_exit_on
 from align_audit.models.anatomy import Anatomy
@@ -93,11 +94,7 @@ class AlignmentAuditCallback(TrainerCallback):
         on_alert: OnAlert | None = None,
     ) -> None:
         self.config = config if config is not None else AuditConfig()
-        if not isinstance(self.config, AuditConfig):
-            raise ConfigurationError(
-                f"expected config to be an AuditConfig, found {type(config).__name__}; build one with "
-                "AuditConfig(...), AuditConfig.from_dict or AuditConfig.from_yaml"
-            )
+        check_given(config=config, reference=reference, anatomy=anatomy)
         self._probes = TrainingProbes(probes)
         self._given_reference = reference
         self._anatomy = anatomy
@@ -118,10 +115,13 @@ class AlignmentAuditCallback(TrainerCallback):
         """Let the callback see the trainer's reference, β, eval set, truncation and TensorBoard log.
 
         Raises:
-            ConfigurationError: ``trainer`` was built without this callback.
+            ConfigurationError: ``trainer`` was built without this callback, or is none.
             ProbeError: the trainer's data holds no usable pair.
         """
-        if self not in trainer.callback_handler.callbacks:
+        handler: Any = getattr(trainer, "callback_handler", None)
+        if handler is None:
+            raise ConfigurationError(f"expected the trainer, a DPOTrainer, found {type(trainer).__name__}")
+        if self not in handler.callbacks:
             raise ConfigurationError(
                 "this callback is not among the trainer's callbacks; expected DPOTrainer(..., callbacks=[callback]) "
                 "before callback.attach(trainer)"

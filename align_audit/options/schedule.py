@@ -28,6 +28,7 @@ class ScheduleConfig(BaseModel):
     From the fifth doubling on one is made at a checkpoint shortly before it, where there is one. A run that is resumed has one
     ``first_health`` steps after it goes on: what it can afford is known from then on."""
     first_health: int = Field(default=5, ge=1)
+    """Steps after which a run is looked at first, once it trains."""
     most_looks: int = Field(default=200, ge=1)
     """Health audits of a run that the budget may add at most."""
     escalate: bool = True

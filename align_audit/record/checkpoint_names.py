@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from align_audit.errors import ConfigurationError, quoted
+
 _NAME = re.compile(r"checkpoint-([0-9]{1,18})")
 """Of so many digits at most: a step is a number of 64 bits."""
 LAST_STEP = 10**18 - 1
@@ -36,8 +38,14 @@ def step_of(folder: Path) -> int:
 
 
 def step_to_record(step: int | None, folder: Path | None) -> int:
-    """The step of an audit: as somebody says, else as the folder that its policy is read from is called, else 0."""
+    """The step of an audit: as somebody says, else as the folder that its policy is read from is called, else 0.
+
+    Raises:
+        ConfigurationError: what somebody says is no step.
+    """
     if step is not None:
+        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= LAST_STEP:
+            raise ConfigurationError(f"expected step to be a whole number from 0 to {LAST_STEP}, found {quoted(step)}")
         return step
     return 0 if folder is None else step_of(folder)
 

@@ -121,9 +121,9 @@ class AuditRun:
             RecordError: the run has no such set.
         """
         if name not in self.probe_names:
-            raise RecordError(
-                f"no audit on the probe set {name!r} in {self.directory}; there are {', '.join(map(repr, self.probe_names))}"
-            )
+            named = [each for each in self.probe_names if each is not None]
+            there = f"there are {', '.join(map(repr, named))}" if named else "its pairs have no name: leave select out"
+            raise RecordError(f"no audit on the probe set {name!r} in {self.directory}; {there}")
         records = chosen(self.records, lambda head: head.probe_name == name)
         used = sets_in_use(heads_of(present_course(self.records)), self.failures)
         # An alert of one cause may have been seen on another set, and is open at this one's records all the same.

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align_audit.errors import RecordError, first_line, plain, quoted
+from align_audit.errors import RecordError, first_line, listed, plain, quoted
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.pair_texts import PairTexts, read_pair_texts
 from align_audit.record.stored_records import Head
@@ -55,8 +55,22 @@ def load_arrays(directory: Path, step: int, name: str) -> dict[str, np.ndarray]:
     path = arrays_path(step_path(directory, step), name)
     try:
         return load(path.read_bytes())
+    except FileNotFoundError:
+        raise RecordError(
+            f"no arrays {name!r} of step {step} in {plain(directory)}; {_there(directory, step)}"
+        ) from None
     except (OSError, SafetensorError) as error:
         raise RecordError(f"cannot read the arrays {plain(path)}: {first_line(error)}") from None
+
+
+def _there(directory: Path, step: int) -> str:
+    """Which arrays a log holds of a step, or of which steps it holds any."""
+    of_step = sorted(path.stem for path in step_path(directory, step).glob("*.safetensors"))
+    if of_step:
+        return f"of that step there are {listed(of_step)}"
+    folders = (path.parent.name.removeprefix("step-") for path in directory.glob("step-*/*.safetensors"))
+    steps = sorted({int(name) for name in folders if name.isdecimal()})
+    return f"there are some of the steps {listed(steps)}" if steps else "there are none of any step"
 
 
 def texts_exist(directory: Path, head: Head) -> bool:
