@@ -19,10 +19,10 @@ from align_audit.record.audit_record import AuditKind
 Parts = dict[PartName, Work]
 
 _VERIFIED = 14
-"""Tokens on which a model is tried between its layers when it is opened: at length the first time, and in short later, or if
-it is built like one that was."""
-_OPENING_CALLS, _LIKE_CALLS = 7, 2
-"""Passes over the layers that this takes."""
+"""Tokens on which a model is tried between its layers when it is opened: at length before training begins, and in short by each
+audit."""
+_OPENING_CALLS = 2
+"""Passes over the layers that this takes an audit of each model."""
 _RESAMPLED = 12
 """Numbers of the record that have an interval, for each layer."""
 
@@ -67,14 +67,13 @@ def _open(tally: Tally, first: bool) -> None:
     job, shape = tally.job, tally.job.shape
     share = job.ranks if job.spread else 1
     tally.add("hashing", hashed_bytes=(2 if first else 1) * shape.weights * shape.value_bytes // share)
-    passes = {"policy": _OPENING_CALLS if first else _LIKE_CALLS, "reference": _LIKE_CALLS}
-    calls = sum(passes.values()) * shape.layers
+    calls = 2 * _OPENING_CALLS * shape.layers
     tried = Laid(pairs=1, rows=2, width=_VERIFIED // 2, entries=0, read=0, longest=0)
     # These calls are no work of the audit's, and are not among its layer tokens: they are counted as continuations are.
     tally.add("opening", decode_calls=calls, decode_tokens=calls * tried.tokens)
     models: tuple[ModelName, ...] = ("policy", "reference") if job.spread else ()
     for model in models:
-        for _ in range(passes[model]):
+        for _ in range(_OPENING_CALLS):
             tally.hold("opening", model, range(shape.layers))
         tally.add("opening", gathers=1, gathered_weights=shape.outside_weights, exchanges=1)
     if first and job.config.share_prompts:
