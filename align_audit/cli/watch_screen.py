@@ -20,7 +20,7 @@ from align_audit.record.log import output_dir_of
 from align_audit.record.status import Status
 from align_audit.record.stored_records import heads_of
 from align_audit.writers.alert_command import AlertCommand
-from align_audit.writers.runs_table import RunRow, RunsTable, by_weight, row_of_run, time_of
+from align_audit.writers.runs_table import MOST_SILENT, RunRow, RunsTable, by_weight, row_of_run, time_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -178,14 +178,15 @@ def _stream_json(
     board: Board, every: float, notes: list[str], tell: Callable[[str], None], wait: Callable[[float], None]
 ) -> None:
     """A line for each run now, and for one that has changed whenever it has."""
-    shown: dict[Path, RunRow] = {}
+    shown: dict[Path, tuple[RunRow, bool]] = {}
     while True:
         now = datetime.now(UTC)
-        for folder, row in board.rows.items():
-            if shown.get(folder) is not row:
+        rows = {folder: (row, row.silence(now) is not None) for folder, row in board.rows.items()}
+        for folder, (row, silent) in rows.items():
+            if folder not in shown or shown[folder][0] is not row or shown[folder][1] != silent:
                 typer.echo(json.dumps(row.as_json(now)))
         sys.stdout.flush()
-        shown = dict(board.rows)
+        shown = rows
         while notes:
             tell(notes.pop(0))
         wait(every)
@@ -198,17 +199,26 @@ def _live(board: Board, every: float, notes: Sequence[str], wait: Callable[[floa
 
     console = standard_output()
     if not console.is_terminal:
-        changed = True
+        changed, silent = True, _silent(board)
         while True:
             if changed:
                 console.print(_table(board, notes))
             wait(every)
             changed = board.refresh()
+            # A run that was killed changes nothing in its log.
+            silent, earlier = _silent(board), silent
+            changed = changed or silent != earlier
     with Live(_table(board, notes, console), console=console, auto_refresh=False, screen=True) as live:
         while True:
             wait(every)
             board.refresh()
             live.update(_table(board, notes, console), refresh=True)
+
+
+def _silent(board: Board) -> set[Path]:
+    """The runs that nothing is heard of."""
+    now = datetime.now(UTC)
+    return {folder for folder, row in board.rows.items() if row.silence(now) is not None}
 
 
 def _table(board: Board, notes: Sequence[str], console: Console | None = None) -> RunsTable:
@@ -218,5 +228,6 @@ def _table(board: Board, notes: Sequence[str], console: Console | None = None) -
     ]
     if not board.rows:
         lines.append("no run yet: waiting for align_audit logs")
-    most = None if console is None else max(console.height - _AROUND - len(lines), 3)
+    below = len(lines) + min(len(_silent(board)), MOST_SILENT)
+    most = None if console is None else max(console.height - _AROUND - below, 3)
     return RunsTable(list(board.rows.values()), datetime.now(UTC), most, tuple(lines))

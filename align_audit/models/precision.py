@@ -13,14 +13,27 @@ _UNITS = {"tf32": 2.0**-10, "bf16": torch.finfo(torch.bfloat16).eps}
 
 
 def float32_products(device: str) -> str:
-    """What products of float32 are computed in on a type of device: ``ieee`` (float32 itself), ``tf32`` or ``bf16``."""
+    """What products of float32 are computed in on a type of device: ``ieee`` (float32 itself), ``tf32`` or ``bf16``.
+
+    CPUs have no TF32, and bfloat16 only where they have its products; on devices of other kinds nothing is known to be rounded.
+    """
+    if device not in ("cuda", "xpu", "cpu"):
+        return "ieee"
     backend = torch.backends.cuda if device == "cuda" else torch.backends.mkldnn
     # Torch from 2.9 on refuses to say it in the old way to those who have set it in the new one, as transformers does.
     said = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
     if said is None:
         legacy = torch.get_float32_matmul_precision()
         said = {"high": "tf32", "medium": "tf32" if device == "cuda" else "bf16"}.get(legacy, "ieee")
+    if device == "cpu" and not (said == "bf16" and _bfloat16_products()):
+        return "ieee"
     return str(said) if said in _UNITS else "ieee"
+
+
+def _bfloat16_products() -> bool:
+    """Whether this CPU multiplies in bfloat16."""
+    ask = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(ask is not None and ask())
 
 
 def product_unit(dtype: torch.dtype, device: str) -> float:

@@ -28,12 +28,14 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Verified:
-    """What trying a model has shown of how it computes, whatever its weights are: it holds for every model that is built alike.
+    """What trying a model has shown of how it computes. It holds for models that are built alike, as far as weights do not hide
+    it: modules that begin at zero do nothing before the first steps.
 
     Attributes:
         compute_dtype: of its matrix products.
         copies, may_skip_layers: as of a :class:`Replay`.
         pointwise: names, in the last layer, of the modules that may run at some positions only.
+        times: how often it was tried at length.
     """
 
     anatomy: Anatomy
@@ -41,9 +43,10 @@ class Verified:
     copies: bool
     may_skip_layers: bool
     pointwise: tuple[str, ...]
+    times: int = 1
 
     @classmethod
-    def of(cls, replay: Replay) -> Self:
+    def of(cls, replay: Replay, times: int = 1) -> Self:
         """Of a model that :func:`open_replay` has opened."""
         names = {module: name for name, module in replay.layers[-1].named_modules()}
         return cls(
@@ -52,6 +55,7 @@ class Verified:
             replay.copies,
             replay.may_skip_layers,
             tuple(names[module] for module in replay.pointwise),
+            times,
         )
 
 
@@ -68,7 +72,8 @@ def open_replay(
         anatomy: where the stream passes; found (and checked) when None or incomplete.
         autocast: makes the context the trainer computes in.
         like: of a model that is built just as this one is, or of this one when it was opened before. What is a matter of how a
-            model computes, and not of its weights, is then not tried again; that each layer can be continued from, is.
+            model is built, and not of its weights, is then not tried again. That each layer can be continued from is, that the
+            model is causal, and that what runs at some positions may.
 
     Raises:
         AnatomyError: it is no causal LM, its layers cannot be found, or replay would not give what it computes.
@@ -160,12 +165,11 @@ def _verify(replay: Replay, inputs: dict[str, torch.Tensor], like: Verified | No
     logits = recording.logits[valid].double()
     finite = bool(torch.isfinite(logits).all())  # a model that has overflowed is for the audit to report
     _check_head(replay, recording, valid, logits, finite)
-    if like is not None:
-        replay.pointwise = [replay.layers[-1].get_submodule(name) for name in like.pointwise]
-        return
-    replay.pointwise = _find_pointwise(replay, recording)
-    replay.may_skip_layers = _can_skip_layers(replay, inputs, recording)
-    _check_unchanged(replay, inputs, recording)
+    guess = [] if like is None else [replay.layers[-1].get_submodule(name) for name in like.pointwise]
+    replay.pointwise = _find_pointwise(replay, recording, guess)
+    if like is None:
+        replay.may_skip_layers = _can_skip_layers(replay, inputs, recording)
+        _check_unchanged(replay, inputs, recording)
     if finite:
         _check_causal(replay, inputs, recording)
 
@@ -240,7 +244,7 @@ def _check_head(replay: Replay, recording: Recording, valid: torch.Tensor, logit
         )
 
 
-def _find_pointwise(replay: Replay, recording: Recording) -> list[nn.Module]:
+def _find_pointwise(replay: Replay, recording: Recording, guess: list[nn.Module]) -> list[nn.Module]:
     """Parts of the last layer that may run at some positions only, found by trying (see ``models.pointwise``)."""
     last = replay.num_layers - 1
     stream = recording.after(last - 1)
@@ -252,6 +256,7 @@ def _find_pointwise(replay: Replay, recording: Recording) -> list[nn.Module]:
         lambda: replay.layer(last, stream, recording),
         stream,
         kept,
+        guess=guess,
         tolerance=rounding(64, stream.device.type, stream.dtype, replay.compute_dtype),
     )
 

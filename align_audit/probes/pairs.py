@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, overload
 import numpy as np
 
 from align_audit.errors import ProbeError, counted, first_line, plain, quoted
+from align_audit.probes.digests import digest, hash_of_prompt
 from align_audit.probes.sources import Source, open_source, text_of
 from align_audit.probes.tokens import PairTokenizer, TokenizedPair, shared_prefix, tokenizer_untouched, truncate
 
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of files that hold a prompt's hash; those without are written as of version 1, which earlier versions read."""
 TRUNCATION_MODES = ("keep_start", "keep_end")
 
 PROMPT_FILLS = "prompt fills max_length"
@@ -80,7 +82,7 @@ class ProbePair:
     @cached_property
     def identity(self) -> int:
         """63 bits made of the tokens: the same pair wherever it stands, and what its random draws depend on."""
-        return _digest([self.chosen_ids, self.rejected_ids, self.chosen_start, self.rejected_start])
+        return digest([self.chosen_ids, self.rejected_ids, self.chosen_start, self.rejected_start])
 
     @cached_property
     def group(self) -> int:
@@ -277,7 +279,8 @@ class ProbeSet:
     def save(self, path: str | Path) -> None:
         """Write as JSON, gzipped when ``path`` ends in ``.gz``; the file appears whole or not at all."""
         path = Path(path)
-        content: dict[str, Any] = {"format_version": FORMAT_VERSION, "content_hash": self.content_hash}
+        version = 1 if all(pair.prompt_hash is None for pair in self) else FORMAT_VERSION
+        content: dict[str, Any] = {"format_version": version, "content_hash": self.content_hash}
         content |= {name: getattr(self, name) for name in _SAVED_FIELDS}
         content["dropped"] = dict(self.dropped)
         content["pairs"] = [_stored_pair(pair) for pair in self]
@@ -342,16 +345,6 @@ def in_canonical_order(pairs: Sequence[ProbePair]) -> tuple[tuple[ProbePair, ...
         distinct.setdefault(pair.sequences, pair)
     order = {sequences: place for place, sequences in enumerate(distinct)}
     return tuple(distinct.values()), np.array([order[pair.sequences] for pair in pairs], dtype=np.int64)
-
-
-def hash_of_prompt(prompt: Sequence[int]) -> int:
-    """63 bits made of its tokens."""
-    return _digest([list(prompt)])
-
-
-def _digest(content: list[Any]) -> int:
-    digest = hashlib.blake2b(json.dumps(content, separators=(",", ":")).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 _SAVED_FIELDS = ("source", "dropped", "max_length", "truncation_mode", "held_out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from numbers import Integral
 from pathlib import Path
 
 from align_audit.errors import ConfigurationError, quoted
@@ -44,9 +45,10 @@ def step_to_record(step: int | None, folder: Path | None) -> int:
         ConfigurationError: what somebody says is no step.
     """
     if step is not None:
-        if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step <= LAST_STEP:
+        number = step if isinstance(step, Integral) and not isinstance(step, bool) else -1  # NumPy's as well
+        if not 0 <= int(number) <= LAST_STEP:
             raise ConfigurationError(f"expected step to be a whole number from 0 to {LAST_STEP}, found {quoted(step)}")
-        return step
+        return int(number)
     return 0 if folder is None else step_of(folder)
 
 

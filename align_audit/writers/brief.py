@@ -224,9 +224,11 @@ def what_to_do(standing: Standing, command: bool = True) -> str:
     if standing.status.word == "BLIND" or (alert := standing.worst) is None:
         return standing.status.advice or "nothing to do"
     knob = alert.knob or (alert.remedy or alert.suggestion).split(". ")[0]
-    wait = "wait for the next look, which ends this if it does not see it either; else" if alert.looks == 0 else ""
     steps = ". ".join(words for words in (_back(alert, command), knob.rstrip(".")) if words)
-    return f"{wait} {steps}".strip()
+    occasion = standing.record.occasion
+    if alert.looks == 0 and steps and occasion is not None and occasion.next_step is not None:
+        return f"wait for the next look, which ends this if it does not see it either; else {steps}"
+    return steps
 
 
 def _back(alert: Alert, command: bool) -> str:

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import pairwise
-from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from align_audit.errors import counted
@@ -52,8 +51,10 @@ _SHORT_NAME, _LONG_NAME = 10, 24
 """Characters of a run's name that have room before its sparklines have any, and before they have much."""
 _SHORTEST, _SHORT, _LONGEST = 3, 6, 24
 """Audits of a sparkline, the last ones."""
-_SILENT_AFTER, _SHORTEST_SILENCE = 3, 600.0
-"""Times what usually lies between two audits, and seconds."""
+_SILENT_AFTER, _SHORTEST_SILENCE, _LAST_AUDITS = 3, 600.0, 6
+"""Times what lay between two audits, seconds, and so many audits."""
+MOST_SILENT = 3
+"""Runs that nothing is heard of, in lines below the table."""
 _SUMMARY = "train_runtime"
 """Is logged when training has ended."""
 _BEFORE = 3
@@ -124,6 +125,8 @@ class RunRow:
             "since": self.status.since,
             "reason": self.status.reason,
             "step": None,
+            "ended": self.ended,
+            "silent_seconds": self.silence(now),
             "audits": self.audits,
             "failures": self.failures,
             "trouble": self.trouble,
@@ -137,8 +140,6 @@ class RunRow:
                 "probes": record.provenance.probe_name,
                 "audited": record.provenance.created,
                 "age_seconds": self.age(now),
-                "ended": self.ended,
-                "silent_seconds": self.silence(now),
                 "chosen_logp_change_per_token": _finite(margins.chosen_logp_change_per_token.mean),
                 "kl": _finite(margins.kl.mean),
                 "token_accuracy": _finite(margins.token_accuracy.mean),
@@ -150,15 +151,16 @@ class RunRow:
         return made | {"alerts": alerts, "to_do": self.what_to_do() or None, "latest_healthy": healthy}
 
     def silence(self, now: datetime) -> float | None:
-        """Seconds since a training that has not ended was heard of, where that is longer than three times what lies between its
-        audits, and than ten minutes: it was killed, or hangs. None: it is heard of, or nothing is known."""
+        """Seconds since a training that has not ended was heard of, where that is longer than three times what lay between its
+        last audits at most, and than ten minutes: it was killed, or hangs. None: it is heard of, is no training that was
+        audited from inside, or nothing is known."""
         times = [time for head in self.curve if (time := time_of(head.created)) is not None]
-        heard = max((time for time in (self.heard, *times) if time is not None), default=None)
-        if self.ended or heard is None or len(times) < 2:
+        inside = self.standing is not None and self.standing.record.occasion is not None
+        if self.ended or self.heard is None or not inside or len(times) < 2:
             return None
-        usual = median((later - earlier).total_seconds() for earlier, later in pairwise(sorted(times)))
-        silence = (now - heard).total_seconds()
-        return silence if silence > max(_SILENT_AFTER * usual, _SHORTEST_SILENCE) else None
+        gaps = [(later - earlier).total_seconds() for earlier, later in pairwise(sorted(times)[-_LAST_AUDITS:])]
+        silence = (now - max(self.heard, *times)).total_seconds()
+        return silence if silence > max(_SILENT_AFTER * max(gaps), _SHORTEST_SILENCE) else None
 
     def age(self, now: datetime) -> float | None:
         """Seconds since the last audit was made."""
@@ -251,7 +253,7 @@ class RunsTable:
             yield text(f"and {_words(rows[len(shown) :])} more", "dim")
         for note in self.notes:
             yield text(note, "dim")
-        for row in shown:
+        for row in [row for row in shown if row.silence(self.now) is not None][:MOST_SILENT]:
             silence = row.silence(self.now)
             if silence is not None:
                 words = f"nothing heard for {ago(silence)}, and training has not said that it ended: killed, or hung?"

@@ -134,7 +134,8 @@ class Standing:
         since = since_of(worst)
         words += "" if since == self.record.step else f", since step {since}"
         if worst.looks == 0:
-            words += f", not seen at step {self.record.step}"
+            seen = worst.observed_at
+            words += f", not seen at step {self.record.step}" if seen is None else f", last seen at step {seen}"
         more = sum(alert.level != "info" for alert in self.alerts) - 1
         words += f" (and {counted(more, 'more alert')})" if more else ""
         return f"{words}. {self.status.blind.rstrip('.')}" if self.status.blind else words

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from align_audit import AlignmentAuditCallback, audit
+from align_audit import AlignmentAuditCallback, AuditConfig, audit
 from align_audit.auditing.transfer import transfer
 from align_audit.errors import ConfigurationError
 from align_audit.record.checkpoint_names import LAST_STEP
+from tests.helpers.audits import QUICK
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
 MODEL: Any = tiny_model("llama")
@@ -52,6 +54,10 @@ def test_a_policy_of_another_type(call: Callable[..., Any]) -> None:
 def test_a_step_that_is_none(call: Callable[..., Any], step: Any) -> None:
     with pytest.raises(ConfigurationError, match="expected step to be a whole number from 0 to"):
         call(step=step)
+
+
+def test_a_step_of_numpy_is_one() -> None:
+    assert by_audit(step=np.int64(5), config=AuditConfig.from_dict(QUICK)).step == 5
 
 
 def test_a_trainer_that_is_none() -> None:

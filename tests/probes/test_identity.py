@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,8 @@ def test_pairs_of_a_prompt_that_is_cut_from_the_left_are_of_one_group(max_length
     probes.save(tmp_path / "probes.json")
     assert ProbeSet.load(tmp_path / "probes.json").pairs == probes.pairs
     assert ("prompt_hash" in (tmp_path / "probes.json").read_text()) == bool(cut)
+    version = json.loads((tmp_path / "probes.json").read_text())["format_version"]
+    assert version == (2 if cut else 1), "earlier versions read what they know"
 
 
 def test_a_prompt_whose_last_token_merges_with_a_completion_is_one() -> None:

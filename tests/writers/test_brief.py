@@ -11,7 +11,7 @@ import pytest
 
 from align_audit.config import AlertConfig, AuditConfig
 from align_audit.record.alert import Alert
-from align_audit.record.audit_record import AuditRecord, Control
+from align_audit.record.audit_record import AuditRecord, Control, Occasion
 from align_audit.record.estimate import Estimate
 from align_audit.writers.brief import what_to_do
 from align_audit.writers.standing import limit_of, standing_at, where_in_short, where_in_words
@@ -77,14 +77,18 @@ def test_an_error_that_was_not_seen_this_time_says_so_before_what_it_costs() -> 
     """Figures beside it are healthy: whoever reads asks whether the tool is crying."""
     told = Alert(
         rule="r", cause="drift", level="error", event="open", step=20, since=10, looks=0, value=1.0, message="M.",
-        suggestion="Mend it", remedy="Mend it", clean_step=5,
+        suggestion="Mend it", remedy="Mend it", clean_step=5, observed_at=15,
     )  # fmt: skip
-    record = calm(20).model_copy(update={"alerts": [told]})
+    due = Occasion(reason="at step 20", next_step=40)
+    record = calm(20).model_copy(update={"alerts": [told], "occasion": due})
     standing = standing_at(record, [record])
-    assert standing.headline() == "the policy is leaving its language, since step 10, not seen at step 20"
+    assert standing.headline() == "the policy is leaving its language, since step 10, last seen at step 15"
     assert what_to_do(standing).startswith(
         "wait for the next look, which ends this if it does not see it either; else last clean audit: step 5"
     )
+    for occasion in (None, Occasion(reason="the last step", next_step=None)):
+        last = record.model_copy(update={"occasion": occasion})
+        assert what_to_do(standing_at(last, [last])).startswith("last clean audit: step 5"), "no look will come"
 
 
 def test_an_error_behind_which_audits_break_says_both() -> None:

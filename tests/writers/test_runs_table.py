@@ -17,7 +17,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from align_audit.cli.intervals import interval
-from align_audit.record.audit_record import AuditRecord
+from align_audit.record.audit_record import AuditRecord, Occasion
 from align_audit.record.compare import Side, compare
 from align_audit.record.log import Failure
 from align_audit.record.run import AuditRun
@@ -85,7 +85,7 @@ def test_names_that_end_alike_are_told_apart() -> None:
 @pytest.mark.parametrize(
     ("minutes", "logs", "silent"),
     [
-        (20, {"loss": 0.5}, False),
+        (9, {"loss": 0.5}, False),
         (9 * 60, {"loss": 0.5}, True),
         (9 * 60, {"train_runtime": 9.0, "train_loss": 0.5}, False),
     ],
@@ -94,12 +94,20 @@ def test_a_training_that_was_killed_or_hangs_is_told_from_one_that_ended(
     minutes: int, logs: dict[str, float], silent: bool
 ) -> None:
     """Its last audit says that all is well, and nothing comes any more."""
-    records = a_run("well")
+    records = [
+        record.model_copy(
+            update={
+                "occasion": Occasion(reason=f"at step {record.step}", next_step=100),
+                "provenance": record.provenance.model_copy(update={"created": f"2026-01-01T00:{10 + place}:00+00:00"}),
+            }
+        )
+        for place, record in enumerate(a_run("well"))
+    ]
     run = AuditRun(Path("runs/quiet/align_audit"), records, [], [], training_log=[*LOG, LogRow(LOG[-1].step, logs)])
-    quiet = row_of_run(run, "quiet")
-    last = quiet.created
+    last = row_of_run(run, "quiet").created
     assert last is not None
     now = last + timedelta(minutes=minutes)
+    quiet = replace(row_of_run(run, "quiet"), heard=last)
     assert (quiet.silence(now) is not None) == silent
     assert quiet.as_json(now)["ended"] is ("train_runtime" in logs)
     raw = io.StringIO()
@@ -108,6 +116,10 @@ def test_a_training_that_was_killed_or_hangs_is_told_from_one_that_ended(
     assert (said in " ".join(raw.getvalue().split())) == silent
     heard = replace(quiet, heard=now - timedelta(minutes=2))
     assert heard.silence(now) is None, "what it logs is a sign of life"
+    assert replace(quiet, heard=None).silence(now) is None, "nothing is known of when it logged"
+    saved = [record.model_copy(update={"occasion": None}) for record in records]
+    stored = row_of_run(AuditRun(run.directory, saved, [], [], training_log=run.training_log), "quiet")
+    assert replace(stored, heard=last).silence(now) is None, "saved checkpoints are no training"
 
 
 def test_of_a_healthy_few_nothing_more_is_said() -> None:

@@ -183,6 +183,9 @@ class Controls(Measurement):
             )
             return Control(verdict="not_run", reason=reason, effect=effect)
         back = session.control_estimates.means(-along * values)
+        unknown = next((back[layer].reason for layer in moved if math.isnan(back[layer].low)), None)
+        if unknown is not None:
+            return Control(verdict="not_run", reason=unknown, effect=effect)
         kept = [layer for layer in moved if not back[layer].low > 0.0]
         if kept:
             reason = (

@@ -134,14 +134,15 @@ class TokenGrams:
 
 def _distinct_rows(session: Session, second: np.ndarray) -> tuple[int, int]:
     """How many rows of either half differ at most: a position is one row wherever its whole prefix is the same, whatever
-    batches round. Of a group the last prompt tokens are one."""
+    batches round."""
     positions, seed = session.config.patching.positions, session.config.seed
-    if positions == "last_prompt_token":
-        return len(np.unique(session.groups[~second])), len(np.unique(session.groups[second]))
     rows: tuple[set[int], set[int]] = (set(), set())
     for pair, half in zip(session.pairs, second.tolist(), strict=True):
         for ids, start in ((pair.chosen_ids, pair.chosen_start), (pair.rejected_ids, pair.rejected_start)):
-            patched = {"all": slice(None), "prompt": slice(start), "completion": slice(start, None)}[positions]
+            last = slice(max(start - 1, 0), start)
+            patched = {"all": slice(None), "prompt": slice(start), "completion": slice(start, None)}.get(
+                positions, last
+            )
             rows[half].update(prefix_keys(ids, seed)[patched].tolist())
     return len(rows[0]), len(rows[1])
 

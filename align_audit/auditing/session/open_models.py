@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from align_audit.probes.pairs import ProbePair
 
 
+_AT_LENGTH = 3
+"""Before training begins, at the look before the first step, and at the first after some: what begins at zero has moved."""
+
+
 class OpenModels:
     """Both models of an audit, opened by the first that needs them and kept open for other probe sets.
 
@@ -160,15 +164,17 @@ class OpenModels:
         autocast: Callable[[], AbstractContextManager[Any]],
         like: Verified | None = None,
     ) -> Replay:
-        """One of both, tried at length the first time that a run opens it; all processes together."""
+        """One of both, tried at length the first :data:`_AT_LENGTH` times that a run opens it; all processes together."""
         check_kind(unwrap(model))
         place = next((str(each.device) for each in model.parameters()), None)
         form = _digest(f"{role}{place}{_form(unwrap(model))}")
-        like = like or self.source.verified.get(form)
+        earlier = self.source.verified.get(form)
+        times = 0 if earlier is None else earlier.times
+        like = like or (earlier if times >= _AT_LENGTH else None)
         if self.ranks.any(like is None):
-            like = None
+            like, times = None, times + 1
         replay = open_replay(model, anatomy, autocast, like)
-        self.source.verified[form] = Verified.of(replay)
+        self.source.verified[form] = Verified.of(replay, times)
         return replay
 
     def rest(self) -> None:

@@ -20,7 +20,7 @@ from align_audit.auditing.session.walk import Session
 from align_audit.config import AuditConfig
 from align_audit.measures.subspace import GramAccumulator
 from align_audit.models.reference import resolve_reference
-from align_audit.probes.pairs import ProbePair
+from align_audit.probes.pairs import ProbePair, ProbeSet
 from tests.helpers.audits import QUICK_GENERATIONS, audited, session_of
 from tests.helpers.tiny import perturbed, random_pairs, tiny_model
 
@@ -188,3 +188,26 @@ def test_a_half_spans_no_more_than_its_rows_that_differ(dtype: torch.dtype, shar
     for curves in record.low_rank.values():
         curve = curves[1]
         assert [math.isnan(ratio) for ratio in curve.explained_variance_ratio] == [False, False, True, True]
+
+
+def test_prompts_that_are_cut_differently_are_rows_of_their_own() -> None:
+    """Of one group, and yet other tokens stand before their completions; and prompts that are cut to the same are one row."""
+    reference = tiny_model("llama")
+    rows = [
+        {"prompt_ids": [*range(10 * prompt, 10 * prompt + 9)], "chosen_ids": [50] * length, "rejected_ids": [51, 50]}
+        for prompt in range(1, 5)
+        for length in range(3, 9)
+    ]
+    probes = ProbeSet.from_dataset(rows, None, max_length=9, truncation_mode="keep_end")
+    assert probes.groups == 4
+    settings = AuditConfig.from_dict(config((1,)).to_dict() | {"patching": {"positions": "last_prompt_token"}})
+    policy = perturbed(reference)
+    with OpenModels(policy, resolve_reference(policy, reference)) as models:
+        session = session_of(models, probes, settings)
+        grams = TokenGrams(session, (1,))
+    prompts: tuple[set[Any], set[Any]] = (set(), set())
+    for pair, half in zip(session.pairs, grams.halves.tolist(), strict=True):
+        for ids, start in ((pair.chosen_ids, pair.chosen_start), (pair.rejected_ids, pair.rejected_start)):
+            if start:
+                prompts[half].add(ids[:start])
+    assert grams.distinct == tuple(map(len, prompts)) and min(grams.distinct) > 2

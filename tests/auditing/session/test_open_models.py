@@ -51,8 +51,8 @@ def saved(model: Any, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["model", "adapter"])
-def test_a_run_tries_its_models_at_length_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then what lies at how they are built is known; that their layers can be continued from is tried every time."""
+def test_a_run_tries_its_models_at_length_until_it_has_trained(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies at how they are built is known then; that their layers can be continued from is tried every time."""
     reference = tiny_model("llama")
     policy: Any = get_peft_model(reference, LoraConfig()) if kind == "adapter" else perturbed(reference)
     source = resolve_reference(policy, None if kind == "adapter" else reference)
@@ -60,26 +60,69 @@ def test_a_run_tries_its_models_at_length_once(kind: str, monkeypatch: pytest.Mo
     real = Replay.layer
     monkeypatch.setattr(Replay, "layer", lambda *asked, **options: calls.append(1) or real(*asked, **options))
     opened = []
-    for _ in range(3):
+    for _ in range(5):
         calls.clear()
         with OpenModels(policy, source) as models:
             replays = models.open().policy, models.reference
             opened.append((len(calls), [(r.pointwise, r.copies, r.may_skip_layers, r.anatomy) for r in replays]))
-    layers = replays[0].num_layers
-    assert [count for count, _ in opened[1:]] == [2 * layers] * 2 < [opened[0][0]] * 2
-    assert opened[0][1] == opened[1][1] == opened[2][1]
+    long, short = opened[0][0], opened[-1][0]
+    again = opened[1][0]  # of the reference that is built like its policy, in short always
+    assert [count for count, _ in opened] == [long, again, again, short, short] and short < again
+    assert all(found == opened[0][1] for _, found in opened)
     assert all(pointwise for pointwise, *_ in opened[0][1])
     # Built otherwise, it is tried at length; and a layer that cannot be continued from is refused whenever it is so.
     policy.set_attn_implementation("eager")
     calls.clear()
     with OpenModels(policy, source) as models:
         models.open()
-    assert len(calls) > 2 * layers
+    assert len(calls) > short
     layer = replays[0].layers[1]
     handle = layer.register_forward_hook(lambda _, given, out, seen=[]: seen.append(1) or out + len(seen))
     with pytest.raises(AnatomyError, match="layer 1, called again"), OpenModels(policy, source) as models:
         models.open()
     handle.remove()
+
+
+class Mixing(nn.Module):
+    """A module around an MLP that mixes positions, by nothing before it is trained: ``ahead``, also with those that follow."""
+
+    def __init__(self, inner: nn.Module, ahead: bool) -> None:
+        super().__init__()
+        self.inner, self.ahead = inner, ahead
+        self.gate = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, stream: torch.Tensor) -> torch.Tensor:
+        beside = stream.roll(-1 if self.ahead else 1, dims=1).clone()
+        beside[:, -1 if self.ahead else 0] = 0
+        out: torch.Tensor = self.inner(stream + self.gate * beside)
+        return out
+
+
+@pytest.mark.parametrize("opened_before", [1, 4])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_began_at_zero_is_seen_once_it_is_trained(ahead: bool, opened_before: int) -> None:
+    """New modules do nothing before the first step: what was found of a model then is no word on it later."""
+    reference: Any = tiny_model("llama")
+    policy: Any = perturbed(reference)
+    for model in (policy, reference):
+        last = model.model.layers[-1]
+        last.mlp = Mixing(last.mlp, ahead)
+    source = resolve_reference(policy, reference)
+
+    def found() -> set[str]:
+        with OpenModels(policy, source) as models:
+            replay = models.open().policy
+            return {type(module).__name__ for module in replay.pointwise}
+
+    for _ in range(opened_before):
+        assert "Mixing" in found()
+    with torch.no_grad():
+        policy.model.layers[-1].mlp.gate.fill_(0.5)
+    if ahead:
+        with pytest.raises(AnatomyError, match="not a causal language model"):
+            found()
+    else:
+        assert "Mixing" not in found()
 
 
 # -- dtypes ------------------------------------------------------------------------------------------------------------

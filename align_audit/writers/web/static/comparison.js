@@ -43,13 +43,17 @@
     const there = set.where;
     if (!there) return make("div", {}, make("h3", { text: letter }), make("p", { text: "Not measured: no full audit has patched the layers yet." }));
     const last = there.steps.length - 1;
-    const series = there.gain[last];
+    // Shares, where there is a shift to share.
+    const shares = there.gain[last].mean.some((value) => typeof value === "number");
+    const measure = shares ? { unit: "share", share: true } : { unit: "nats", share: false };
+    const series = there[shares ? "gain" : "transplant"][last];
+    const what = shares ? "what each layer adds to those below, as a share of the shift" : "what each layer's update does alone";
     const claimed = there.claims[last].length || there.peaks[last] === null ? there.claims[last] : [there.peaks[last]];
-    const says = letter + ", step " + there.steps[last] + ": what each layer adds to those below, as a share of the shift. " + there.sentences[last];
-    const rows = () => table(letter, ["layer", "share", "low", "high"], series.mean.map((value, layer) => [String(layer), shown(value, true), shown(series.low[layer], true), shown(series.high[layer], true)]));
+    const says = letter + ", step " + there.steps[last] + ": " + what + ". " + there.sentences[last];
+    const rows = () => table(letter, ["layer", measure.unit, "low", "high"], series.mean.map((value, layer) => [String(layer), shown(value, shares), shown(series.low[layer], shares), shown(series.high[layer], shares)]));
     return make("div", {}, make("h3", {}, letter + ", step " + there.steps[last]), foreign("p", there.sentences[last], { class: "finding" }),
-      make("p", { class: "legend", text: "What each layer adds to those below, as a share of the shift:" }),
-      chart(says, "compare-where-" + letter, (place) => charts.layerBars(place, series, { unit: "share", share: true }, claimed), rows));
+      make("p", { class: "legend", text: what[0].toUpperCase() + what.slice(1) + ":" }),
+      chart(says, "compare-where-" + letter, (place) => charts.layerBars(place, series, measure, claimed), rows));
   }
 
   /* On a narrow screen a line ends before an interval, and not within. */
