@@ -148,7 +148,7 @@ def test_loading_refuses(tmp_path: Path, probes: ProbeSet) -> None:
             ProbeSet.load(path)
 
     pairs = content["pairs"]
-    refused("format version 2.*up to 1", format_version=2)
+    refused("format version 3.*up to 2", format_version=3)
     refused("no format_version", format_version=...)
     refused("damaged", source=...)
     refused("damaged", pairs=3)
