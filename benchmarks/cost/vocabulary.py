@@ -333,7 +333,9 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--policy", help="folder to keep the policy in, or to take it and what its training took from")
     parser.add_argument("--exact-pairs", type=number_or_auto, help="patch so many, or `auto`; default: all")
-    parser.add_argument("--control-pairs", type=int, help="patch everything, and measure controls, on so many; default: 24")
+    parser.add_argument(
+        "--control-pairs", type=int, help="patch everything, and measure controls, on so many; default: 24"
+    )
     parser.add_argument("--json")
     parser.add_argument("--beside", type=Path, help="what another run wrote, to compare a default audit with")
     options = parser.parse_args()
