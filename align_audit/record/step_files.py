@@ -56,9 +56,7 @@ def load_arrays(directory: Path, step: int, name: str) -> dict[str, np.ndarray]:
     try:
         return load(path.read_bytes())
     except FileNotFoundError:
-        raise RecordError(
-            f"no arrays {name!r} of step {step} in {plain(directory)}; {_there(directory, step)}"
-        ) from None
+        raise RecordError(f"cannot read the arrays {plain(path)}: no such file; {_there(directory, step)}") from None
     except (OSError, SafetensorError) as error:
         raise RecordError(f"cannot read the arrays {plain(path)}: {first_line(error)}") from None
 
