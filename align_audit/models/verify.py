@@ -35,7 +35,7 @@ class Verified:
         compute_dtype: of its matrix products.
         copies, may_skip_layers: as of a :class:`Replay`.
         pointwise: names, in the last layer, of the modules that may run at some positions only.
-        times: how often it was tried at length.
+        times: how often it was opened.
     """
 
     anatomy: Anatomy

@@ -21,7 +21,7 @@ Parts = dict[PartName, Work]
 _VERIFIED = 14
 """Tokens on which a model is tried between its layers when it is opened: at length before training begins, and in short by each
 audit."""
-_OPENING_CALLS = 2
+_OPENING_CALLS = 3
 """Passes over the layers that this takes an audit of each model."""
 _RESAMPLED = 12
 """Numbers of the record that have an interval, for each layer."""

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from align_audit.probes.pairs import ProbePair
 
 
-_AT_LENGTH = 3
-"""Before training begins, at the look before the first step, and at the first after some: what begins at zero has moved."""
+_AT_LENGTH = (0, 2)
+"""How often a run has opened its models before it tries them at length: before training begins; and, after the look before the
+first step, at the first one after some, where what began at zero has moved."""
 
 
 class OpenModels:
@@ -164,17 +165,17 @@ class OpenModels:
         autocast: Callable[[], AbstractContextManager[Any]],
         like: Verified | None = None,
     ) -> Replay:
-        """One of both, tried at length the first :data:`_AT_LENGTH` times that a run opens it; all processes together."""
+        """One of both, tried at length at some times that a run opens it (:data:`_AT_LENGTH`); all processes together."""
         check_kind(unwrap(model))
         place = next((str(each.device) for each in model.parameters()), None)
         form = _digest(f"{role}{place}{_form(unwrap(model))}")
         earlier = self.source.verified.get(form)
         times = 0 if earlier is None else earlier.times
-        like = like or (earlier if times >= _AT_LENGTH else None)
+        like = like or (None if times in _AT_LENGTH else earlier)
         if self.ranks.any(like is None):
-            like, times = None, times + 1
+            like = None
         replay = open_replay(model, anatomy, autocast, like)
-        self.source.verified[form] = Verified.of(replay, times)
+        self.source.verified[form] = Verified.of(replay, times + 1)
         return replay
 
     def rest(self) -> None:
