@@ -21,7 +21,7 @@ from align_audit.options.rule_settings import (
     check_order,
     none_can_open,
     read_rules,
-)  # fmt: skip
+)
 from align_audit.options.rules import RULES, Rule
 from align_audit.options.schedule import ScheduleConfig
 from align_audit.options.trackers import TrackerChoice

@@ -402,6 +402,9 @@ def _load_pair(values: dict[str, Any]) -> ProbePair:
         values[name] = tuple(values[name])
     if values["reference_logps"] is not None:
         values["reference_logps"] = tuple(values["reference_logps"])
+    prompt_hash = values.get("prompt_hash", 0)
+    if type(prompt_hash) is not int or not 0 <= prompt_hash < 2**63:
+        raise ValueError(f"expected a prompt_hash of 63 bits, found {quoted(prompt_hash)}")
     return ProbePair(**values)
 
 

@@ -253,11 +253,10 @@ class RunsTable:
             yield text(f"and {_words(rows[len(shown) :])} more", "dim")
         for note in self.notes:
             yield text(note, "dim")
-        for row in [row for row in shown if row.silence(self.now) is not None][:MOST_SILENT]:
-            silence = row.silence(self.now)
-            if silence is not None:
-                words = f"nothing heard for {ago(silence)}, and training has not said that it ended: killed, or hung?"
-                yield text(f"{row.name}: {words}", STATUS_STYLES["BLIND"])
+        silent = [(row.name, silence) for row in shown if (silence := row.silence(self.now)) is not None]
+        for name, silence in silent[:MOST_SILENT]:
+            words = f"nothing heard for {ago(silence)}, and training has not said that it ended: killed, or hung?"
+            yield text(f"{name}: {words} See whether its process still runs", STATUS_STYLES["BLIND"])
         yield from self._worst(options)
 
     def _cells(self, rows: Sequence[RunRow], options: ConsoleOptions) -> list[list[str]]:

@@ -202,8 +202,7 @@ def measure(policy: Any, reference: Any, probes: ProbeSet, options: argparse.Nam
 
     audited(config(True), probes.subsample(1, 0))  # what libraries load once is no audit's
     figures: dict[str, Any] = {}
-    asked = {"exact_pairs": options.exact_pairs, "control_pairs": options.control_pairs}
-    patching = {name: value for name, value in asked.items() if value is not None}
+    patching = {} if options.exact_pairs is None else {"exact_pairs": options.exact_pairs}
     settings = {
         "margins": config(True),
         "trace": config(True, spinal={"gradient_concentration": False}),
@@ -333,9 +332,6 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--policy", help="folder to keep the policy in, or to take it and what its training took from")
     parser.add_argument("--exact-pairs", type=number_or_auto, help="patch so many, or `auto`; default: all")
-    parser.add_argument(
-        "--control-pairs", type=int, help="patch everything, and measure controls, on so many; default: 24"
-    )
     parser.add_argument("--json")
     parser.add_argument("--beside", type=Path, help="what another run wrote, to compare a default audit with")
     options = parser.parse_args()

@@ -360,11 +360,17 @@ def test_weights_that_are_not_finite(place: str, value: float) -> None:
     assert numeric == []
 
 
-def test_a_reference_that_is_not_finite() -> None:
-    policy = tiny_model("llama")
-    reference = perturbed(policy)
+def beside_nan() -> tuple[Any, Any]:
+    """A policy, and a reference that gives NaN."""
+    policy: Any = tiny_model("llama")
+    reference: Any = perturbed(policy)
     with torch.no_grad():
         reference.model.layers[0].mlp.down_proj.weight[0, 0] = math.nan
+    return policy, reference
+
+
+def test_a_reference_that_is_not_finite() -> None:
+    policy, reference = beside_nan()
     record = audit(policy, reference, random_pairs(4), whole())
     assert math.isnan(record.margins.reference.mean)
     assert math.isfinite(record.margins.policy.mean)
@@ -375,10 +381,7 @@ def test_a_reference_that_is_not_finite() -> None:
 
 def test_what_only_the_reference_leaves_unknown() -> None:
     """How the policy ranks its pairs is known of every one, whatever the reference says."""
-    policy = tiny_model("llama")
-    reference = perturbed(policy)
-    with torch.no_grad():
-        reference.model.layers[0].mlp.down_proj.weight[0, 0] = math.nan
+    policy, reference = beside_nan()
     record = audit(policy, reference, random_pairs(4), whole())
     assert math.isfinite(record.margins.ranking_accuracy.mean)
     assert math.isnan(record.margins.accuracy.mean)
@@ -387,10 +390,7 @@ def test_what_only_the_reference_leaves_unknown() -> None:
 @pytest.mark.parametrize("at_start", [True, False])
 def test_a_reference_that_is_not_finite_is_not_told_by_precomputed_margins(at_start: bool) -> None:
     """Nothing can be compared with them: that is no other reference, and before training no pass either."""
-    policy = tiny_model("llama")
-    reference = perturbed(policy)
-    with torch.no_grad():
-        reference.model.layers[0].mlp.down_proj.weight[0, 0] = math.nan
+    policy, reference = beside_nan()
     drawn = random_pairs(4)
     pairs = [dataclasses.replace(pair, reference_logps=(-3.0, -4.0)) for pair in drawn.pairs]
     probes = dataclasses.replace(drawn, pairs=pairs)

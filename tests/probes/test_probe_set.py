@@ -154,6 +154,8 @@ def test_loading_refuses(tmp_path: Path, probes: ProbeSet) -> None:
     refused("damaged", pairs=3)
     refused("damaged", pairs=[])
     refused("damaged", pairs=[{**pairs[0], "colour": 1}])
+    for damage in ("x", -1, 2**63, 1.5, None, True):
+        refused("damaged.*prompt_hash of 63 bits", pairs=[{**pair, "prompt_hash": damage} for pair in pairs])
     refused("do not match the stored content hash", pairs=pairs[1:])
     path.write_text("not json")
     with pytest.raises(ProbeError, match="cannot be read"):

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 
 from align_audit.auditing.costs.job import Group, Job, Laid
 from align_audit.auditing.costs.tally import ModelName, Tally
 from align_audit.auditing.costs.work import PartName, Work, total
 from align_audit.auditing.session.layout import rows_tried
+from align_audit.probes.prompts import distinct_prompts
 from align_audit.record.audit_record import AuditKind
 
 Parts = dict[PartName, Work]
@@ -330,14 +332,8 @@ def _generations(tally: Tally, first: bool) -> None:
 
 def _continued_prompts(job: Job) -> list[int]:
     """Tokens of each prompt that is continued."""
-    drawn: dict[tuple[int, ...], int] = {}
-    for pair in job.pairs:
-        prompt = pair.chosen_ids[: pair.chosen_start]
-        if not prompt or prompt in drawn or pair.group in drawn.values():
-            continue
-        if len(drawn) < job.config.generations.prompts:
-            drawn[prompt] = pair.group
-    return [len(prompt) for prompt in drawn]
+    drawn = islice(distinct_prompts(job.pairs, bool), job.config.generations.prompts)
+    return [len(prompt) for _, prompt in drawn]
 
 
 def _statistics(tally: Tally) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from typing import ClassVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from align_audit.measures.margin import token_logp
 from align_audit.models.generation import can_generate, continue_greedily, end_tokens
 from align_audit.models.positions import positions_of
 from align_audit.models.replay import Replay
+from align_audit.probes.prompts import distinct_prompts
 from align_audit.ranks import Agreed, Status
 from align_audit.record.audit_record import Generations as GenerationsPart
 
@@ -56,15 +58,7 @@ class Generations(Measurement):
     def _drawn(self) -> Iterator[tuple[int, Prompt]]:
         """One pair of each prompt that leaves room, in the order of their tokens' hashes: which are drawn depends on nothing
         but these."""
-        drawn: dict[Prompt, int] = {}
-        for place, pair in enumerate(self.session.pairs):
-            prompt = pair.chosen_ids[: pair.chosen_start]
-            # Pairs with one prompt are of one group, but where it is of a single token; and cut from the left, one prompt is
-            # several.
-            again = prompt in drawn or pair.group in drawn.values()
-            if self._has_room(prompt) and not again and len(drawn) < self.settings.prompts:
-                drawn[prompt] = pair.group
-                yield place, prompt
+        return islice(distinct_prompts(self.session.pairs, self._has_room), self.settings.prompts)
 
     def _has_room(self, prompt: Prompt) -> bool:
         """Whether there is something to go on from, and positions enough to do so."""

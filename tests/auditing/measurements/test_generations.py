@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,7 @@ from align_audit.config import AuditConfig
 from align_audit.measures.continuations import repeated_share
 from align_audit.models.generation import end_tokens
 from align_audit.models.reference import resolve_reference
-from align_audit.probes.pairs import ProbeSet
+from align_audit.probes.pairs import ProbePair, ProbeSet
 from align_audit.ranks import Ranks
 from align_audit.record.audit_record import AuditRecord
 from tests.helpers.audits import QUICK, session_of
@@ -393,3 +394,12 @@ def test_processes_that_bring_weights_together_take_the_same_steps(monkeypatch: 
     assert parts[0] == parts[1]
     assert parts[0][0] is not None
     assert parts[0][0].ended.mean > 0
+
+
+def test_a_prompt_of_one_token_is_continued_once() -> None:
+    """Many tokenizers begin every sequence with one: eight times the same text would be eight values without any spread."""
+    reference = tiny_model("llama", dtype=torch.float32)
+    pairs = tuple(ProbePair(place, (1, 5 + place, 7), (1, 20 + place, 8), 1, 1) for place in range(8))
+    record = looked(perturbed(reference), reference, dataclasses.replace(random_pairs(2), pairs=pairs))
+    assert record.provenance.groups == 8
+    assert record.generations is not None and record.generations.prompts == 1
