@@ -111,9 +111,9 @@ class Rule:
 
 CAUSES: dict[str, str] = {
     "numbers": "numbers overflow",
-    "reference": "the reference is not what it should be",
+    "reference": "the reference is not the right one",
     "drift": "the policy is leaving its language",
-    "preference": "the preference is lost, or turns round",
+    "preference": "the preference is lost or reversed",
     "learning": "nothing is learned",
     "saturation": "nothing is left to learn",
 }

@@ -12,6 +12,7 @@ import pytest
 from align_audit import AlignmentAuditCallback, AuditConfig, AuditRun
 from align_audit.errors import ConfigurationError
 from align_audit.monitoring.trainer import read_trainer
+from align_audit.options.rules import CAUSES
 from tests.helpers.dpo import Trained, build
 from tests.helpers.pages import data_in
 from tests.helpers.tracker_stores import Store
@@ -66,7 +67,7 @@ def test_a_training_is_in_its_tracker_beside_the_trainers_own_curves(
     assert stored.axis == sorted(set(stored.axis))
     assert run.losses == losses  # bit for bit
 
-    opened = [title for _, title, _ in stored.notices if " opened: drift" in title or " worse: drift" in title]
+    opened = [title for _, title, _ in stored.notices if title.endswith(f": {CAUSES['drift']}")]
     assert 1 <= len(opened) <= 2
     assert not any(title in screen for title in opened)  # Trackio prints them otherwise
     assert stored.report is not None

@@ -146,6 +146,15 @@ def test_notices_of_an_alert_are_of_its_cause_whichever_rule_leads() -> None:
     assert Notice.of(worse.model_copy(update={"cause": ""})).key == "the_rule_that_leads_now"  # of old records
 
 
+@pytest.mark.parametrize("cause", CAUSES)
+@pytest.mark.parametrize("event", ["open", "worse", "resolved"])
+def test_the_title_of_a_notice_says_its_cause_to_the_end(cause: str, event: str) -> None:
+    alert = next(alert for record in RECORDS for alert in record.alerts if alert.cause)
+    for level in ("warning", "error"):
+        notice = Notice.of(alert.model_copy(update={"cause": cause, "event": event, "level": level}))
+        assert notice.title.endswith(f": {CAUSES[cause]}")
+
+
 # --- which trackers ---------------------------------------------------------------------------------------------------
 
 
