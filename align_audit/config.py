@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from align_audit.errors import ConfigurationError, plain, quoted
 from align_audit.options.examples import ExamplesConfig
+from align_audit.options.part import Part
 from align_audit.options.refusals import Refused, explained
 from align_audit.options.rule_settings import (
     AddedRule,
@@ -46,15 +47,7 @@ Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-class _Part(BaseModel):
-    # As in records: an infinite limit is a word in JSON, so that what was stored equals what is asked for now.
-    # What was found is said by ``options.refusals``, which knows what is secret; pydantic's own words are not to quote it.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings", hide_input_in_errors=True
-    )
-
-
-class StatisticsConfig(_Part):
+class StatisticsConfig(Part):
     """Intervals and tests over pairs (METHODS §2)."""
 
     confidence: Fraction = 0.95
@@ -62,7 +55,7 @@ class StatisticsConfig(_Part):
     bootstrap_resamples: int = Field(default=1000, ge=100)
 
 
-class PatchingConfig(_Part):
+class PatchingConfig(Part):
     """Layer-wise activation patching and its controls (METHODS §1, §2)."""
 
     enabled: bool = True
@@ -123,7 +116,7 @@ class PatchingConfig(_Part):
         return self
 
 
-class LocalizationConfig(_Part):
+class LocalizationConfig(Part):
     """LASSO over layers (METHODS §3)."""
 
     enabled: bool = True
@@ -133,7 +126,7 @@ class LocalizationConfig(_Part):
     permutations: int = Field(default=20, ge=1)
 
 
-class LowRankConfig(_Part):
+class LowRankConfig(Part):
     """Low-rank subspace reconstruction (METHODS §4)."""
 
     enabled: bool = True
@@ -152,7 +145,7 @@ class LowRankConfig(_Part):
         return ranks
 
 
-class SiteConfig(_Part):
+class SiteConfig(Part):
     """Patching of one kind of site below the whole stream, at every layer or some (METHODS §1, "Sites")."""
 
     site: Literal["attention_output", "mlp_output", "head", "block"]
@@ -188,7 +181,7 @@ class SiteConfig(_Part):
         return self
 
 
-class SpinalConfig(_Part):
+class SpinalConfig(Part):
     """Contraction, transport and the scores made of them (METHODS §5)."""
 
     enabled: bool = True
@@ -210,7 +203,7 @@ class SpinalConfig(_Part):
         return self
 
 
-class GenerationsConfig(_Part):
+class GenerationsConfig(Part):
     """Greedy continuations of probe prompts (METHODS §6): repetition, length, and how odd the reference finds them."""
 
     enabled: bool = True
@@ -297,7 +290,7 @@ class AlertConfig(Limits):
         return {name: said for name, said in self.rules.items() if isinstance(said, AddedRule)}
 
 
-class AuditConfig(_Part):
+class AuditConfig(Part):
     """Everything an audit can be told.
 
     Args:
@@ -356,14 +349,6 @@ class AuditConfig(_Part):
     examples: ExamplesConfig = ExamplesConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     alerts: AlertConfig = AlertConfig()
-
-    if not TYPE_CHECKING:  # type checkers are to see the fields, each with its type
-
-        def __init__(self, **data: Any) -> None:
-            try:
-                super().__init__(**data)
-            except ValidationError as error:
-                raise Refused(error, AuditConfig) from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as :meth:`from_dict` takes them back, and as a record stores them: infinity is ``"Infinity"``.

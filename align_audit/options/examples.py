@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from align_audit.options.part import Part
 
 
-class ExamplesConfig(BaseModel):
+class ExamplesConfig(Part):
     """Pairs that are kept as text beside the records (``record/pair_texts.py``), so that a report can show what changed.
 
     With ``pairs`` 0 no text leaves the data set: nothing that an audit writes holds any then.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
 
     pairs: int = Field(default=3, ge=0)
     """So many pairs whose preference margin lost most, and as many that gained most: of each the end of its prompt and the

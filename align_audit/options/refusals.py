@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from align_audit.errors import ConfigurationError, plain
+from align_audit.errors import ConfigurationError, plain, quoted
 from align_audit.options.rules import did_you_mean
-from align_audit.options.webhook import quotation
 from align_audit.options.yaml_lines import Place, line_at
 
 _EXPLAINED = 20
@@ -30,7 +30,7 @@ def explained(error: ValidationError, config: type[BaseModel], lines: Mapping[Pl
     problems = error.errors(include_url=False)
     for problem in problems[:_EXPLAINED]:
         place: Place = (*problem["loc"], *problem.get("ctx", {}).get("place", ()))
-        where = ".".join(plain(part, 60) for part in place) or "AuditConfig"
+        where = ".".join(plain(part, 60) for part in place) or config.__name__
         line = line_at(lines or {}, place)
         at = "" if line is None else f" (line {line})"
         if problem["type"] == "extra_forbidden":
@@ -42,10 +42,21 @@ def explained(error: ValidationError, config: type[BaseModel], lines: Mapping[Pl
             told.append(f"{where}{at}: {plain(problem['msg'], 800)}")
         else:
             said = problem["msg"].removeprefix("Value error, ")
-            told.append(f"{where}{at}: {plain(said, 800)}{quotation(problem['loc'], problem['input'])}")
+            told.append(
+                f"{where}{at}: {plain(said, 800)}{_quotation((config.__name__, *problem['loc']), problem['input'])}"
+            )
     if len(problems) > _EXPLAINED:
         told.append(f"and {len(problems) - _EXPLAINED} more")
     return "invalid audit configuration:\n  " + "\n  ".join(told)
+
+
+def _quotation(where: Place, value: Any) -> str:
+    """What was found there, for a message; nothing from a URL or the options of a webhook on, which may be secret."""
+    if {"webhook", "WebhookConfig"} & set(where) and where[-1] not in ("form", "timeout_seconds"):
+        return ""
+    text = quoted(value)
+    secret = re.search(r"(?<=://)|(?<=webhook)", text)
+    return f" (found {text if secret is None else text[: secret.start()] + '…'})"
 
 
 def _options_at(config: type[BaseModel], place: Place) -> list[str]:

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidationError, create_model, model_validator
+from pydantic import Field, PlainSerializer, ValidationError, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
 from align_audit.errors import ConfigurationError, plain, quoted
+from align_audit.options.part import Part
 from align_audit.options.rules import CAUSES, LIMITS, RETIRED, RULES, Rule, did_you_mean, rule_named, rule_names
 from align_audit.options.signals import SIGNALS, TO_THE_NEXT_LAYER, is_signal, layer_of
 
@@ -20,15 +21,9 @@ def _name_of(check: Callable[..., Any] | None) -> str | None:
     return f"{getattr(check, '__module__', '?')}.{getattr(check, '__qualname__', type(check).__name__)}"
 
 
-class _Options(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", validate_default=True, ser_json_inf_nan="strings", hide_input_in_errors=True
-    )
-
-
 if TYPE_CHECKING:
 
-    class Limits(_Options):
+    class Limits(Part):
         """The limits of all rules, each an option under its name."""
 
         def __getattr__(self, option: str) -> float: ...
@@ -36,7 +31,7 @@ if TYPE_CHECKING:
 else:
     Limits = create_model(
         "Limits",
-        __base__=_Options,
+        __base__=Part,
         __doc__="The limits of all rules, each an option under its name.",
         **{
             name: (
@@ -48,7 +43,7 @@ else:
     )
 
 
-class RuleOptions(_Options):
+class RuleOptions(Part):
     """How a rule of the table is used."""
 
     enabled: bool = True
@@ -58,7 +53,7 @@ class RuleOptions(_Options):
     """The highest level that it may give."""
 
 
-class AddedRule(_Options):
+class AddedRule(Part):
     """A rule of the user's own: a number and a limit, or a function.
 
     Example:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from align_audit.options.part import Part
 
 
-class ScheduleConfig(BaseModel):
+class ScheduleConfig(Part):
     """When the callback audits, and how much.
 
     A *full* audit measures everything; a *health* audit patches nothing, and from a run's second one on costs about one
@@ -18,8 +20,6 @@ class ScheduleConfig(BaseModel):
     trainer's log first suspects something (again as the budget has room); the full audit when one of them finds an error (for
     a warning see ``escalate``); and what ``every_n_steps`` and ``on_evaluate`` ask for.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
 
     before_training: bool = True
     """Look before the first step: at whether the reference is the right one, and at what health is measured against."""

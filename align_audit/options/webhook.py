@@ -6,20 +6,18 @@ import re
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
-from align_audit.errors import plain, quoted
+from align_audit.errors import plain
+from align_audit.options.part import Part
 
 
-class WebhookConfig(BaseModel):
+class WebhookConfig(Part):
     """Where alerts are posted to (``align_audit.writers.webhook``). A text alone is its ``url``.
 
     ``url`` and ``headers`` are secrets (who knows a Slack URL may post): neither is in what ``AuditConfig.to_dict`` and
     ``to_yaml`` give, nor in records, so that runs that differ in nothing else have the same options.
     """
-
-    # An error that quotes what it found would quote a secret.
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
 
     url: SecretStr | None = Field(default=None, exclude=True, repr=False)
     """``https://…`` or ``http://…``. None: that of the environment variable ``ALIGN_AUDIT_WEBHOOK_URL``, which has to be set
@@ -78,12 +76,3 @@ def check_web_address(url: str) -> None:
         raise ValueError(f"expected a URL that names a host, {example}; found none")
     if "@" in parts.netloc:
         raise ValueError(f"expected a URL without a user or password, {example}; headers may hold an Authorization")
-
-
-def quotation(where: tuple[int | str, ...], value: Any) -> str:
-    """What was found there, for a message; nothing from a URL or the options of a webhook on, which may be secret."""
-    if "webhook" in where and where[-1] not in ("form", "timeout_seconds"):
-        return ""
-    text = quoted(value)
-    secret = re.search(r"(?<=://)|(?<=webhook)", text)
-    return f" (found {text if secret is None else text[: secret.start()] + '…'})"

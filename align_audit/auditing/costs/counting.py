@@ -305,7 +305,7 @@ def _spinal(tally: Tally, first: bool, rank: int) -> None:
 
 
 def _generations(tally: Tally, first: bool) -> None:
-    """Each model goes on from some prompts, and the reference reads what was written. All processes do it."""
+    """Each model goes on from some prompts, and the reference reads at most all that was written. All processes do it."""
     job = tally.job
     settings, shape = job.config.generations, job.shape
     prompts = _continued_prompts(job)

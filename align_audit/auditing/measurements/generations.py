@@ -105,22 +105,23 @@ class Generations(Measurement):
         if self._why_not is not None:
             return
         if ranks.any(kept.continued is None or kept.continued.ends != self._ends):
-            kept.continued = self._tried(session.as_reference, remember=True)
+            kept.continued = self._tried(session.as_reference, None)
         if kept.continued is None:
             return
-        policy = self._tried(session.as_policy)
+        policy = self._tried(session.as_policy, kept.continued)
         if policy is not None:
             self._reference = kept.continued
             self._policy = self._reference if policy.tokens == self._reference.tokens else policy
 
-    def _tried(self, active: Active, *, remember: bool = False) -> Continued | None:
+    def _tried(self, active: Active, beside: Continued | None) -> Continued | None:
         """What the model writes; None on all processes where one cannot, and ``_why_not`` says why.
 
         Args:
-            remember: where it cannot, it is not tried again in this run. Memory that ran out may be there the next time.
+            beside: what the reference writes; None: it is the reference that writes, which is not tried again in this run
+                where it cannot. Memory that ran out may be there the next time.
         """
         try:
-            return self._continued(active)
+            return self._continued(active, beside)
         except _NoRoom:
             self._why_not = "memory ran out, also with one prompt at a time"
             return None
@@ -130,12 +131,12 @@ class Generations(Measurement):
         except (Exception, SystemExit) as error:
             pass_exit_on(error)
             self._why_not = f"generate() failed: {first_line(error)}"
-        if remember:
+        if beside is None:
             self.task.kept.why_not_continued = self._why_not
         self.session.models.rest()
         return None
 
-    def _continued(self, active: Active) -> Continued:
+    def _continued(self, active: Active, beside: Continued | None) -> Continued:
         """All prompts at once; one after the other where memory does not hold them, here or on another process.
 
         Raises:
@@ -147,7 +148,8 @@ class Generations(Measurement):
             try:
                 with session.models.ranks.together(out_of_memory), active() as replay:
                     parts = [
-                        self._written(replay, prompts[first : first + count]) for first in range(0, len(prompts), count)
+                        self._written(replay, prompts[first : first + count], first, beside)
+                        for first in range(0, len(prompts), count)
                     ]
             except Agreed as agreed:
                 if agreed.status is not Status.MEMORY:
@@ -159,7 +161,7 @@ class Generations(Measurement):
                 return Continued(
                     [tokens for part in parts for tokens in part.tokens],
                     [ended for part in parts for ended in part.ended],
-                    [surprise for part in parts for surprise in part.surprise],
+                    [surprises for part in parts for surprises in part.surprises],
                     self._ends,
                 )
             # Out of the handler, so that the failed call's tensors are free.
@@ -167,8 +169,13 @@ class Generations(Measurement):
             session.free_memory()
         raise _NoRoom
 
-    def _written(self, replay: Replay, prompts: Sequence[Prompt]) -> Continued:
-        """What the model makes of these prompts, at once."""
+    def _written(self, replay: Replay, prompts: Sequence[Prompt], first: int, beside: Continued | None) -> Continued:
+        """What the model makes of these prompts, at once.
+
+        Args:
+            first: the place of the first of them among all.
+            beside: what the reference made of all.
+        """
         rows = continue_greedily(
             replay.model,
             prompts,
@@ -182,17 +189,29 @@ class Generations(Measurement):
         texts = [until_end(row, self._ends) for row in rows]
         self.session.meter.sample()
         tokens = [text for text, _ in texts]
-        return Continued(tokens, [ended for _, ended in texts], self._surprise(prompts, tokens))
+        read: list[list[float]] = [[] for _ in tokens]
+        # Processes that bring weights together call the same modules, whatever each of them has kept.
+        if beside is not None and not self.session.models.spread:
+            read = [beside.read_before(first + row, text) for row, text in enumerate(tokens)]
+        return Continued(tokens, [ended for _, ended in texts], self._surprises(prompts, tokens, read))
 
-    def _surprise(self, prompts: Sequence[Prompt], texts: list[list[int]]) -> list[float]:
-        """−log ρ of each text behind its prompt, nats per token."""
+    def _surprises(
+        self, prompts: Sequence[Prompt], texts: list[list[int]], read: list[list[float]]
+    ) -> list[list[float]]:
+        """−log ρ of each token of each text behind its prompt, nats.
+
+        Args:
+            read: of each text those of its first tokens, where they are known.
+        """
+        if list(map(len, read)) == list(map(len, texts)):
+            return read
         widest = max(len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True))
         ids = torch.zeros(len(prompts), widest, dtype=torch.long)
         mask, at = torch.zeros_like(ids), []
         for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             end = len(prompt) + len(text)
             ids[row, :end], mask[row, :end] = torch.tensor([*prompt, *text]), 1
-            at += [(row, place) for place in range(len(prompt) - 1, end - 1)]
+            at += [(row, place) for place in range(len(prompt) + len(read[row]) - 1, end - 1)]
         rows, places = torch.tensor(at).T
         with self.session.as_reference() as replay:
             inputs = {"input_ids": ids.to(replay.device), "attention_mask": mask.to(replay.device)}
@@ -202,8 +221,8 @@ class Generations(Measurement):
             logp = torch.cat(
                 [token_logp(replay.head(streams[block]), target[block]) for block in replay.head_blocks(len(target))]
             )
-        lengths = [len(text) for text in texts]
-        return [-float(part.mean()) for part in logp.cpu().split(lengths)]
+        rest = (-logp).cpu().split([len(text) - len(begun) for text, begun in zip(texts, read, strict=True)])
+        return [[*begun, *part.tolist()] for begun, part in zip(read, rest, strict=True)]
 
     def part(self) -> tuple[GenerationsPart | None, Reasons]:
         """METHODS §6."""

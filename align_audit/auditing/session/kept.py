@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
+from statistics import fmean
 
 import torch
 
@@ -28,14 +30,24 @@ class Continued:
     Attributes:
         tokens: of each prompt, up to and with the one that ends it.
         ended: whether there is one.
-        surprise: −log ρ in nats per token, of each.
+        surprises: −log ρ of each of these tokens, nats.
         ends: the tokens that end a text.
     """
 
     tokens: list[list[int]]
     ended: list[bool]
-    surprise: list[float]
+    surprises: list[list[float]]
     ends: frozenset[int] = frozenset()
+
+    @property
+    def surprise(self) -> list[float]:
+        """−log ρ of each continuation, nats per token."""
+        return [fmean(values) for values in self.surprises]
+
+    def read_before(self, place: int, text: Sequence[int]) -> list[float]:
+        """What is known of another continuation of the prompt in this place: −log ρ of the tokens that both begin with."""
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(text, self.tokens[place], strict=False))
+        return self.surprises[place][: sum(1 for _ in same)]
 
 
 @dataclass

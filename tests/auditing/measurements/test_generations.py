@@ -18,6 +18,7 @@ from align_audit.auditing.measurements import generations
 from align_audit.auditing.measurements.generations import Generations
 from align_audit.auditing.measurements.measurement import AuditTask
 from align_audit.auditing.request import AuditRequest
+from align_audit.auditing.session.kept import Continued
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.auditing.session.reference_cache import ReferenceCache
 from align_audit.config import AuditConfig
@@ -292,6 +293,33 @@ def test_both_models_stop_where_either_would() -> None:
     assert said is not None
     for model, length in ((policy, said.length), (reference, said.reference_length)):
         assert length.mean == np.mean([len(greedy(model, prompt, ends)) for prompt in prompts])
+
+
+def test_the_reference_reads_what_it_does_not_know_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that begins as the reference's own does is read from where it leaves that; and the numbers are the same."""
+    reference = tiny_model("llama", dtype=torch.float32)
+    policy, probes = perturbed(reference, 0.05), random_pairs(8)
+    rows: list[int] = []
+    real = generations.token_logp
+
+    def counted(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        rows.append(len(target))
+        return real(logits, target)
+
+    monkeypatch.setattr(generations, "token_logp", counted)
+    cache = ReferenceCache()
+    said = looked(policy, reference, probes, cache=cache).generations
+    (kept,) = cache._kept.values()
+    assert kept.continued is not None and said is not None
+    of_reference = sum(map(len, kept.continued.tokens))
+    read = sum(rows) - of_reference
+    rows.clear()
+    monkeypatch.setattr(Continued, "read_before", lambda *_: [])
+    plain = looked(policy, reference, probes).generations
+    assert plain is not None
+    assert 0 < read < sum(rows) - of_reference
+    assert said.surprise.mean == pytest.approx(plain.surprise.mean, rel=1e-6)
+    assert said.reference_surprise == plain.reference_surprise
 
 
 # -- what breaks -------------------------------------------------------------------------------------------------------
