@@ -14,7 +14,7 @@ gradients cost: their own seconds, and those of one forward and backward of the 
 pair in one batch, activations only, head at completion positions only). Another checkout is measured by this same file, run
 with that checkout as the current directory and on ``PYTHONPATH``; what an old one cannot say is left out.
 ``--exact-pairs auto`` patches as many of the pairs as intervals need, and ``--beside FILE`` compares with
-what another run wrote by ``--json``.
+what another run wrote by ``--json``, in the table of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -293,6 +293,40 @@ def report(figures: dict[str, Any], of_training: dict[str, float], pairs: int) -
     print(f"MiB above the models: audits {audits or 'not measured'}; a step of {TRAINED} pairs {step}")
 
 
+SIDE_BY_SIDE = (
+    ("a run's first health audit", "health"),
+    ("the next one, of the first", "health again"),
+    ("margins, KL, entropy", "margins"),
+    ("SPINAL with gradients, beside them", "gradients"),
+    ("a whole audit, default", "default"),
+)
+"""The rows of docs/performance.md."""
+
+
+def side_by_side(figures: dict[str, Any], beside: dict[str, Any], pair: float, pairs: int) -> None:
+    """Print the table of docs/performance.md: of each part the CPU seconds of another run and of this one, their ratio, those
+    of this one in training pairs, and what both take in memory."""
+
+    def cells(of: dict[str, Any], part: str) -> tuple[float | None, str]:
+        seconds = _less(of, part, of.get("margins")) if part == "gradients" else of.get(part)
+        memory = of.get(f"{part} MiB")
+        return seconds, "" if memory is None else f"{memory:.0f}"
+
+    print(f"\n| {pairs} pairs | before: CPU s | now | ratio | in training pairs | a probe pair | MiB, before | now |")
+    print(f"|{' --- |' * 8}")
+    for name, part in SIDE_BY_SIDE:
+        (now, memory), (then, memory_then) = cells(figures, part), cells(beside, part)
+        if now is None:
+            continue
+        of = figures["health"] if part == "health again" else then
+        row = [
+            "" if then is None else f"{then:,.1f}", f"{now:,.1f}", "" if of is None else f"{now / of:.3f}",
+            f"{now / pair:.1f}", f"{now / pair / pairs:.2f}", memory_then, memory,
+        ]  # fmt: skip
+        print(f"| {name} | {' | '.join(row)} |")
+    print()
+
+
 def compare(figures: dict[str, Any], beside: dict[str, Any]) -> None:
     """A default audit's CPU time, and the intervals of the layers' effects, over those of another run."""
     if "default" in figures and "default" in beside:
@@ -376,6 +410,7 @@ def main() -> None:
     figures = measure(policy, reference, probes, options)
     report(figures, of_training, len(probes))
     if beside is not None:
+        side_by_side(figures, beside, of_training["pair"], len(probes))
         compare(figures, beside)
     if options.json:
         Path(options.json).write_text(json.dumps({**of_training, **figures}, indent=1), encoding="utf-8")

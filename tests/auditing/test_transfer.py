@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,15 @@ import torch
 from scipy.linalg import subspace_angles
 
 from align_audit import AuditConfig, ProbeSet, TransferRecord, audit, transfer
-from align_audit.auditing.measurements.transfer_cells import EXCLUDED, held_out_spans
+from align_audit.auditing.measurements.transfer_cells import EXCLUDED, Cells, held_out_spans
 from align_audit.auditing.session.open_models import OpenModels
 from align_audit.errors import ConfigurationError, ProbeError, RecordError
 from align_audit.models.weights.fingerprint import fingerprint
 from align_audit.probes.pairs import ProbePair
+from align_audit.record.estimate import Estimate
+from align_audit.record.transfer_record import RandomSubspaces
 from tests.helpers import oracle
+from tests.helpers.alert_cases import about
 from tests.helpers.audits import QUICK_GENERATIONS
 from tests.helpers.tiny import DEVICE, WIDTH, perturbed, random_pairs, tiny_model
 from tests.record.test_reasons import unexplained
@@ -281,6 +285,19 @@ def test_models_are_opened_once(models: tuple[Any, Any], monkeypatch: pytest.Mon
 
 
 # -- small sets, and what cannot go on ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["effect", "random"])
+def test_where_a_bound_is_not_known_nothing_is_said_of_random_subspaces(which: str) -> None:
+    """A full patch that does something is not enough: neither side is beyond the other where one of them is unknown."""
+    nothing = Estimate.unknown("3 independent pairs")
+    effects, random = ([nothing], [about(1.0)]) if which == "effect" else ([about(1.0)], [nothing])
+    fitted: Any = SimpleNamespace(name="a", session=SimpleNamespace(width=WIDTH))
+    patched: Any = SimpleNamespace(name="b")
+    drawn = RandomSubspaces(effect=random, effect_fraction=[nothing], pairs=3)
+    beats, control = Cells.__new__(Cells)._control(fitted, patched, [1], effects, about(2.0), drawn)
+    assert beats == [None]
+    assert (control.verdict, control.reason) == ("not_run", "3 independent pairs")
 
 
 def test_a_set_of_one_pair_is_good_for_others_only(models: tuple[Any, Any]) -> None:

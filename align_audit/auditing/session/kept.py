@@ -15,7 +15,7 @@ from align_audit.probes.batches import PairBatch
 KEPT_BYTES = 2**30
 """Of a probe set's rows, how much stays in the host's memory; what is beyond that is computed at every look."""
 
-KEPT_LOGIT_BYTES = 2**28
+KEPT_LOGIT_BYTES = 2**29
 """Of a probe set's logits, how much stays in memory where the models compute on the host: on an accelerator they are made
 faster than they are brought there."""
 
