@@ -10,7 +10,7 @@ from datetime import timedelta
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from align_audit.errors import AlignAuditError, pass_exit_on
+from align_audit.errors import AlignAuditError, ConfigurationError, first_line, pass_exit_on
 
 if TYPE_CHECKING:
     import torch
@@ -78,12 +78,22 @@ class Ranks:
 
         Args:
             timeout: how long they wait for each other: the training's own; None: torch's.
+
+        Raises:
+            ConfigurationError: they cannot talk to each other.
         """
         import torch.distributed as dist
 
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(timeout=timeout, backend="gloo"))
+        try:
+            group = dist.new_group(timeout=timeout, backend="gloo")
+        except RuntimeError as error:
+            raise ConfigurationError(
+                "the processes of an audit talk over gloo, which found no way between them: "
+                f"{first_line(error)}. Expected a network interface that all of them reach, such as GLOO_SOCKET_IFNAME=eth0"
+            ) from error
+        return cls(dist.get_rank(), dist.get_world_size(), group)
 
     def gather(self, value: _Value) -> list[_Value]:
         """What every process says, in the order of their ranks; the same list everywhere.

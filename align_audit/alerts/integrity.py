@@ -8,6 +8,14 @@ from align_audit.alerts.history import History, Sign
 from align_audit.options.rules import BY_NAME
 from align_audit.record.stored_records import heads_of
 
+_SHARED = (
+    "Check for parameters that policy and reference share and that train: biases of a LoRA configuration, "
+    "modules_to_save, or one model object passed as both"
+)
+_RESUMED = (
+    "A run that was resumed begins with its first reference again: TRL saves none that was synchronized. In any other: "
+)
+
 
 def non_finite(history: History) -> Sign | None:
     """A model's margins on the probes are NaN or infinite."""
@@ -86,6 +94,5 @@ def reference_changed(history: History) -> Sign | None:
         f"The reference ({record.reference_check.source}) is not the one of step {head.step}: its weights changed from "
         f"{head.reference_hash} to {reference}, and no synchronization did it. Margins of the two steps have different zero "
         "points, in the training log too.",
-        "Check for parameters that policy and reference share and that train: biases of a LoRA configuration, "
-        "modules_to_save, or one model object passed as both",
+        _RESUMED + _SHARED if synchronized is not None else _SHARED,
     )

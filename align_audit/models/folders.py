@@ -15,6 +15,11 @@ _LOOKED_AT = 1000
 """Entries of a folder that are looked at for models, or for names."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 _WEIGHTS = ("*.safetensors", "*.bin")
+_ENGINES_SHARDS = {
+    "pytorch_model_fsdp_*": "`accelerate merge-weights` makes weights of them, and FULL_STATE_DICT has models saved",
+    "global_step*": "zero_to_fp32.py makes weights of them, and stage3_gather_16bit_weights_on_model_save has models saved",
+}
+"""What engines call their shards, and how a model is had."""
 
 
 def is_folder(path: Path) -> bool:
@@ -49,9 +54,19 @@ def lack_of_model(folder: Path) -> str | None:
     """
     if holds_model(folder):
         return None
+    if (shards := shards_in(folder)) is not None:
+        return f"{plain(folder)} holds no model: {shards}"
     words = f"{plain(folder)} holds no config.json and no adapter_config.json"
     inside = models_in(folder)
     return f"{words}; the models in it are {listed(inside)}: name one of them" if inside else words
+
+
+def shards_in(folder: Path) -> str | None:
+    """Weights that an engine has saved in parts, which only the engine reads, in a clause; None: there are none."""
+    for pattern, merge in _ENGINES_SHARDS.items():
+        for inside in sorted(folder.glob(pattern)):
+            return f"its weights are in the shards of {plain(inside.name)}, of the engine that trained it; {merge}"
+    return None
 
 
 def can_be_hub_name(text: str) -> bool:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from align_audit.errors import counted
+from align_audit.models.folders import shards_in
 from align_audit.record.checkpoint_names import by_step, checkpoint_step
 
 STATE = "trainer_state.json"
@@ -27,6 +28,8 @@ STATE = "trainer_state.json"
 SETTLED = 5.0
 """Seconds without a change after which a checkpoint without (or with an older) trainer state is taken for complete."""
 
+MAY_BE_WRITTEN = "it may still be written"
+"""What a checkpoint lacks that has just changed, and whose trainer has not said that it is whole."""
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 _PICKLED = re.compile(r"(pytorch_|adapter_)model.*\.bin")
 _CONFIGURATIONS = ("config.json", "adapter_config.json")
@@ -119,7 +122,7 @@ class Arrivals:
             seen = self._seen[folder.name] = _Seen(files, now, _lack(folder, files), _state(folder))
         quiet, lack = now - seen.since, seen.lack
         if lack is None and quiet < self._settled and not _closed_by_state(files, seen.state):
-            lack = "it may still be written"
+            lack = MAY_BE_WRITTEN
         written = max((changed for _, changed in _of_model(files).values()), default=0) / 1e9
         return Checkpoint(step, folder, lack, quiet, _signature(files), written, seen.state or {})
 
@@ -174,6 +177,8 @@ def _state(folder: Path) -> dict[str, Any] | None:
 
 def _lack(folder: Path, files: _Files) -> str | None:
     """What a checkpoint lacks of the files that its model is read from, as a clause; None: nothing."""
+    if not _weights(files) and (shards := shards_in(folder)) is not None:
+        return shards
     if not any(name in files for name in _CONFIGURATIONS):
         return "it has no config.json and no adapter_config.json"
     if STATE in files and _state(folder) is None:

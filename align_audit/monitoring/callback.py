@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar, cast
 
 from torch import nn
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import TrainingArguments
 
 from align_audit.auditing.given import check_given
 from align_audit.config import AuditConfig
 from align_audit.errors import AlignAuditError, ConfigurationError, pass_exit_on
 from align_audit.models.anatomy import Anatomy
+from align_audit.monitoring.hub import kept_from_hub
 from align_audit.monitoring.outcome import BREAKS, Outcome
 from align_audit.monitoring.probe_sets import TrainingProbes
 from align_audit.monitoring.schedule import Due, Event, Training, decide
@@ -135,8 +135,8 @@ class AlignmentAuditCallback(TrainerCallback):
     ) -> None:
         """Refuse what cannot work, open the log, and audit the start."""
         self._pending, self._next_look, self._training = None, None, False
-        self._wishes, self._log_meetings = Wishes(args.save_strategy == SaveStrategy.BEST), LogMeetings()
         self._ranks = Ranks.of_this_run(args.ddp_timeout_delta)
+        self._wishes, self._log_meetings = Wishes.of(args, self._ranks), LogMeetings()
         error: BaseException | None = None
         try:
             refuse_other_options(self._ranks, self.config)
@@ -192,7 +192,7 @@ class AlignmentAuditCallback(TrainerCallback):
             model,
             self._given_reference,
             self._probes.sets,
-            self.config,
+            kept_from_hub(self.config, facts, writes=state.is_world_process_zero),
             facts,
             step=state.global_step,
             ranks=self._ranks,
@@ -266,12 +266,13 @@ class AlignmentAuditCallback(TrainerCallback):
     def _at(self, event: Event, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         """Do what the schedule decides at an event."""
         assert self._run is not None
-        self._wishes.meet(event, control)
+        self._wishes.meet(event, control, state.best_model_checkpoint)
         self._agree_on_logs(event, state.global_step)
         self._run.pace.hear(event)
         training = self._run.facts.training(state, control)
         due = decide(event, training, self.config.schedule, self._pending, self._next_look, self._run.pace.audited_at)
         if due is None:
+            self._run.say_unaudited(event, training)
             return
         self._pending = due if due.later else None
         made = None if due.later else self._run.affordable(due, training)

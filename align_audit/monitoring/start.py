@@ -23,7 +23,7 @@ from align_audit.monitoring.monitor import Monitor
 from align_audit.monitoring.outcome import BREAKS, AuditFailure, Moment, Outcome
 from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.resumed_writers import start_writers
-from align_audit.monitoring.schedule import Due, Training
+from align_audit.monitoring.schedule import Due, Event, Training
 from align_audit.monitoring.trainer import TrainerFacts
 from align_audit.probes.pairs import ProbeSet
 from align_audit.ranks import Agreed, Ranks, Status, told
@@ -95,6 +95,16 @@ class Run:
                 training.step, duration(takes), f"{config.budget:.1%}",
             )  # fmt: skip
         return None
+
+    def say_unaudited(self, event: Event, training: Training) -> None:
+        """At the end of a training: that its last step has no audit, where its weights were gone before one could be made."""
+        log, due = self.monitor.log, self.monitor.config.schedule.on_last_step and self.pace.audited_at != training.step
+        if event is Event.TRAIN_END and training.best_loaded and due and log is not None:
+            logger.warning(
+                "align_audit made no audit of the last step, %d: training was stopped by a callback that comes after this one, "
+                "and the best checkpoint was loaded in its place. Where EarlyStoppingCallback is passed first, there is one",
+                training.step,
+            )
 
     def _say_left_out(self, log: RunLog, training: Training) -> None:
         """That a checkpoint gets no audit, and what to do about it."""

@@ -46,6 +46,7 @@ class TrainerFacts:
         progress: it shows progress bars.
         summary_writer: gives what its own TensorBoard curves go through; None where there are none, and once it has closed
             it (which it does before the last event of ours).
+        pushes_to_hub: it uploads ``output_dir``.
         trackers: those that it reports to.
     """
 
@@ -68,6 +69,7 @@ class TrainerFacts:
     loads_best: bool
     progress: bool
     summary_writer: Callable[[], SummaryWriter | None]
+    pushes_to_hub: bool = False
     trackers: tuple[TrackerName, ...] = ()
 
     def numerics(self, model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
@@ -105,11 +107,13 @@ def read_trainer(trainer: Any, args: Any, train_dataloader: Any = None, state: A
     """Read a trainer, or the arguments of one that is out of reach.
 
     Args:
-        trainer: None where the callback was not attached.
+        trainer: None where the callback was not attached; one with other arguments is not the one that trains, and not read.
         args: its ``TrainingArguments``, of whatever kind.
         train_dataloader: what an event gives; holds the training set of a trainer that is out of reach.
         state: its ``TrainerState``, once it trains; knows the batch that ``auto_find_batch_size`` has come to.
     """
+    if getattr(trainer, "args", args) is not args:
+        trainer = None
     attached = trainer is not None
     loading = getattr(args, "model_init_kwargs", None) or {}
     amp_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
@@ -133,6 +137,7 @@ def read_trainer(trainer: Any, args: Any, train_dataloader: Any = None, state: A
         loads_best=bool(getattr(args, "load_best_model_at_end", False)),
         progress=not args.disable_tqdm,
         summary_writer=_summary_writer_of(trainer),
+        pushes_to_hub=bool(getattr(args, "push_to_hub", False)),
         trackers=_trackers_of(trainer, args),
     )
 

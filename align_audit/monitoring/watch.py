@@ -31,7 +31,7 @@ from align_audit.errors import (
 from align_audit.models.anatomy import is_peft
 from align_audit.models.folders import holds_model
 from align_audit.models.loading import check_place
-from align_audit.monitoring.arrivals import SETTLED, Arrivals, Checkpoint
+from align_audit.monitoring.arrivals import MAY_BE_WRITTEN, SETTLED, Arrivals, Checkpoint
 from align_audit.monitoring.checkpoints import CheckpointAuditor, OtherAuditsError
 from align_audit.monitoring.outcome import BREAKS, AuditFailure, without_frames
 from align_audit.monitoring.watched_log import WatchedLog, kept_of
@@ -166,6 +166,7 @@ class _Watch:
         self._waiting: dict[Path, Checkpoint] = {}
         """Those of the last look that are not done, by step."""
         self._announced: set[int] = set()
+        self._said_waiting: set[Path] = set()
         self._at_work: Checkpoint | None = None
         self._trouble = ""
         self._has_reference = False
@@ -187,10 +188,17 @@ class _Watch:
             if there and there[-1].lack is None and there[-1].ends_training and not self._waiting:
                 return f"training ended at step {there[-1].step}{_age(there[-1])}, and all its checkpoints are done"
             if time.monotonic() - last_new >= idle:
-                for each in self._waiting.values():
-                    self._tell(f"{each.folder.name} was not audited: {each.lack or 'it came last'}")
-                return f"nothing new came for {duration(idle)} (--idle)"
+                return self._leave_waiting(idle)
             time.sleep(every)
+
+    def _leave_waiting(self, idle: float) -> str:
+        """Say of those that still wait that they were not audited, and why it ends; what is not complete by now is broken."""
+        for each in list(self._waiting.values()):
+            if each.lack in (None, MAY_BE_WRITTEN):
+                self._tell(f"{each.folder.name} was not audited: {each.lack or 'it came last'}")
+            else:
+                self._give_up(each, AlignAuditError(f"it is not complete: {each.lack}"))
+        return f"nothing new came for {duration(idle)} (--idle)"
 
     def interrupted(self) -> str:
         """What a keyboard interrupt left undone, in a sentence."""
@@ -240,6 +248,7 @@ class _Watch:
             if checkpoint.lack is not None:
                 later = any(each.lack is None and each.step > checkpoint.step for each in self._waiting.values())
                 if not later or checkpoint.quiet < TORN_AFTER:
+                    self._say_waiting(checkpoint)
                     return None  # later ones are judged by it, and come after it
                 self._give_up(checkpoint, AlignAuditError(f"it is not complete: {checkpoint.lack}"))
             elif not self._is_open(checkpoint):
@@ -257,6 +266,11 @@ class _Watch:
                 self._announce()
                 return checkpoint
         return None
+
+    def _say_waiting(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.quiet >= TORN_AFTER and checkpoint.folder not in self._said_waiting:
+            self._said_waiting.add(checkpoint.folder)
+            self._tell(f"{checkpoint.folder.name} waits, and those after it: {checkpoint.lack}")
 
     def _announce(self) -> None:
         """Say how many wait, where these are more than one and some of them new."""

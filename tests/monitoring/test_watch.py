@@ -265,7 +265,28 @@ def test_idle_names_what_never_became_complete(place: Place) -> None:
     (place.run / "checkpoint-1" / "config.json").unlink()
     end = place.watch(idle=0.1)
     assert end.reason == "nothing new came for 0.1 s (--idle)"
-    assert place.told == ["checkpoint-1 was not audited: it has no config.json and no adapter_config.json"]
+    words = "it has no config.json and no adapter_config.json"
+    assert place.told == [f"checkpoint-1 is passed over: it is not complete: {words}"]
+    assert [folder.name for folder in end.broken] == ["checkpoint-1"]
+    assert [failure.step for failure in AuditRun.load(place.run).failures] == [1]
+
+
+@pytest.mark.parametrize("shards", ["pytorch_model_fsdp_0", "global_step1"])
+def test_where_every_checkpoint_is_in_shards_it_is_said_while_training_runs(
+    place: Place, shards: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None of them is ever complete: nothing would be heard until the end."""
+    monkeypatch.setattr(watch, "TORN_AFTER", 0.05)
+    for step in (1, 2):
+        (place.run / f"checkpoint-{step}" / shards).mkdir(parents=True)
+        (place.run / f"checkpoint-{step}" / shards / "__0_0.distcp").write_bytes(b"x")
+        write_state(place.run / f"checkpoint-{step}", step, 3)
+    place.watch(idle=0.3)
+    words = f"its weights are in the shards of {shards}, of the engine that trained it; "
+    assert place.told[0].startswith(f"checkpoint-1 waits, and those after it: {words}")
+    assert [line.split(":")[0] for line in place.told[1:]] == [f"checkpoint-{step} is passed over" for step in (1, 2)]
+    with pytest.raises(ReferenceUnavailableError, match=f"holds no model: {words}"):
+        load_model(place.run / "checkpoint-1")
 
 
 def test_an_interrupt_ends_it_and_leaves_nothing_half(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

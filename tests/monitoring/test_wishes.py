@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers.trainer_utils import rotate_checkpoints
 
 from align_audit import AlignmentAuditCallback, AuditRun
 from align_audit.monitoring import monitor
@@ -17,7 +20,7 @@ from align_audit.monitoring.pace import Pace
 from align_audit.monitoring.schedule import Event
 from align_audit.ranks import Ranks
 from align_audit.record.log import RunLog
-from tests.helpers.callback_runs import quick, run
+from tests.helpers.callback_runs import At, quick, run, stop
 from tests.helpers.dpo import build
 from tests.monitoring.test_reference_modes import begin
 
@@ -81,6 +84,87 @@ def test_the_trainer_is_told_again_until_it_has_saved(caplog: pytest.LogCaptureF
     wishes.hand_over(SAVES, control, 4, Event.EPOCH_END)
     wishes.meet(Event.TRAIN_END, control)
     assert "align_audit asked for a checkpoint, and training has ended without one" in caplog.text
+
+
+@pytest.mark.parametrize("best", [None, 1, 2, 3])
+@pytest.mark.parametrize("healthy", [1, 2, 3])
+@pytest.mark.parametrize("limit", [None, 0, 1, 2, 3, 4])
+def test_what_a_checkpoint_would_cost_is_what_the_trainer_deletes(
+    limit: int | None, healthy: int, best: int | None, tmp_path: Path
+) -> None:
+    def put(step: int) -> Path:
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        os.utime(folder, (step, step))
+        return folder
+
+    folders = [put(step) for step in (1, 2, 3)]
+    wishes, kept = module.Wishes(folder=str(tmp_path), limit=limit), None if best is None else str(folders[best - 1])
+    control: Any = SimpleNamespace(should_save=False, should_evaluate=False, should_training_stop=False)
+    alerts: list[Any] = [SimpleNamespace(checkpoint=None), SimpleNamespace(checkpoint=f"checkpoint-{healthy}")]
+    wishes.meet(Event.STEP_BEGIN, control, kept)
+    wishes.hand_over(dataclasses.replace(SAVES, alerts=alerts), control, 4, Event.STEP_END)
+    put(4)
+    rotate_checkpoints(str(tmp_path), limit, kept, use_mtime=True)
+    assert control.should_save is folders[healthy - 1].is_dir()
+
+
+def worse(history: Any) -> str | None:
+    return "planted" if history.record.step >= 3 else None
+
+
+@pytest.mark.parametrize("action", ["save", "stop"])
+def test_the_checkpoint_to_go_back_to_is_not_deleted_for_one_of_a_ruined_model(
+    action: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    schedule = {"every_n_steps": 1, "before_training": False, "health": False, "on_last_step": False, "on_save": False}
+    rules = {"planted": {"check": worse, "level": "error"}}
+    callback = AlignmentAuditCallback(config=quick(schedule=schedule, alerts={"action": action, "rules": rules}))
+    trained = build(tmp_path / "out", "ref_model passed", [callback], max_steps=3, save_steps=2, save_total_limit=1)
+    callback.attach(trained.trainer)
+    trained.trainer.train()
+    # The trainer's own save of its last step comes with the end, whatever an alert says.
+    assert (
+        "align_audit saves no checkpoint at step 3, for what it saw there (planted): it would cost checkpoint-2, the one "
+        in (caplog.text)
+    )
+
+
+@pytest.mark.parametrize(("accumulated", "ended"), [(1, 2), (2, 1)])
+def test_a_stop_before_a_step_says_where_training_ends(
+    accumulated: int, ended: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A step of one batch is trained first; one of several is left after the first of them."""
+    schedule = {
+        "before_training": False,
+        "on_last_step": False,
+        "on_save": False,
+        "escalate": False,
+        "first_health": 100,
+    }
+    odd = {"planted": {"signal": "grad_norm", "above": 1e-9, "level": "error"}}
+    callback = AlignmentAuditCallback(config=quick(schedule=schedule, alerts={"action": "stop", "rules": odd}))
+    batches = {"gradient_accumulation_steps": accumulated, "per_device_train_batch_size": 2}
+    trained = build(tmp_path / "out", "ref_model passed", [callback], max_steps=4, save_steps=100, **batches)
+    callback.attach(trained.trainer)
+    trained.trainer.train()
+    assert trained.trainer.state.global_step == ended
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == [f"checkpoint-{ended}"]
+    assert f"align_audit stops training at step {ended}: planted" in caplog.text
+    assert f"align_audit saves a checkpoint at step {ended}, for what it saw at step 1: planted" in caplog.text
+
+
+def test_a_last_step_whose_weights_are_gone_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Stopped by a callback after ours, with the best checkpoint loaded: at no event of ours was it the last step."""
+    callback = AlignmentAuditCallback(config=quick(schedule={"health": False, "on_save": False}))
+    best = {"save_strategy": "best", "metric_for_best_model": "eval_loss", "eval_strategy": "epoch"}
+    options: dict[str, Any] = {"max_steps": 12, "load_best_model_at_end": True, **best}
+    early: Any = At("on_evaluate", 8, stop)
+    trained = build(tmp_path / "out", "ref_model passed", [callback, early], **options)
+    callback.attach(trained.trainer)
+    trained.trainer.train()
+    assert trained.trainer.state.global_step == 8
+    assert "align_audit made no audit of the last step, 8: training was stopped by a callback" in caplog.text
 
 
 EVERY: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1}
