@@ -68,6 +68,8 @@ _INTERRUPTED = 130
 
 _NO_PATH = (errno.ENAMETOOLONG, errno.EACCES, errno.ELOOP)
 """What the system says of a path that nothing can be made of: it is too long, or forbidden, or links lead in a circle."""
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+"""What it says of a disk, or a user's part of one, that is full."""
 _HERE = Path(__file__).parents[1]
 """Where this package lies."""
 _SHOWN_BY_PYTHON = warnings.showwarning
@@ -357,12 +359,23 @@ def main() -> None:
     except typer.Abort:
         status = _INTERRUPTED
     except OSError as error:
-        status = _no_path(error) if error.errno in _NO_PATH and error.filename is not None else _unforeseen(error)
+        status = _of_system(error)
     except Exception as error:
         status = _unforeseen(error)
     if status == _INTERRUPTED:  # typer makes a status of Ctrl+C, and says nothing
         complain("interrupted")
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _of_system(error: OSError) -> int:
+    """What the system refused: a path, room on a disk, or something else."""
+    if error.errno in _NO_PATH and error.filename is not None:
+        return _no_path(error)
+    if error.errno in _NO_ROOM:
+        where = "what is printed" if error.filename is None else plain(os.fsdecode(error.filename), SHOWN)
+        refuse(f"{where} could not be written whole: {error.strerror}. Make room there, and start again")
+        return _UNFORESEEN
+    return _unforeseen(error)
 
 
 def _no_path(error: OSError) -> int:

@@ -67,14 +67,19 @@ class Gate:
         return cls(match[1], match[2], limit)
 
     def __str__(self) -> str:
-        return f"{self.name}{self.sign}{self.limit:g}"
+        limit = f"{self.limit:g}"
+        return f"{self.name}{self.sign}{limit if float(limit) == self.limit else repr(self.limit)}"
 
     def broken_by(self, record: AuditRecord) -> str | None:
         """Why a record breaks it, in words; None: it keeps it."""
         value, reason = measure(record, self.name)
         if value is None or math.isnan(value):
             return f"{self.name} is not known ({plain(reason or 'the record gives no reason')})"
-        return None if _COMPARISONS[self.sign](value, self.limit) else f"{self.name} is {value:.4g}"
+        if _COMPARISONS[self.sign](value, self.limit):
+            return None
+        # In as many digits as show that it is broken.
+        shown = (f"{value:.{digits}g}" for digits in (4, 6, 9, 17))
+        return f"{self.name} is " + next(text for text in shown if not _COMPARISONS[self.sign](float(text), self.limit))
 
 
 @dataclass(frozen=True)

@@ -149,8 +149,8 @@ _MOST_RUNS = 10
 
 def _runs_inside(path: Path, command: str) -> str:
     """What to type of the runs in a folder that is none itself, a line for each; empty where there are none, or it is a run."""
-    from align_audit.record.followed import log_folders
     from align_audit.record.log import output_dir_of
+    from align_audit.record.places import log_folders
 
     runs = [output_dir_of(log) for log in log_folders(path)]
     if not runs or log_folders(path, 0):

@@ -42,7 +42,9 @@ OutputOption = Annotated[
 MaxPairsOption = Annotated[int | None, typer.Option(help="Probe pairs to draw.")]
 SideDeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; by default what there is.")]
 IdleOption = Annotated[float | None, typer.Option(min=0, help="End after so many minutes without anything new (60).")]
-EveryOption = Annotated[float | None, typer.Option(min=0.1, help="Seconds between looks (2; with --probes 10).")]
+EveryOption = Annotated[
+    float | None, typer.Option(min=0.1, max=86400, help="Seconds between looks (2; with --probes 10).")
+]
 OnceOption = Annotated[
     bool, typer.Option("--once", help="Print the table once; exit status 1 where a run is in ERROR.")
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,8 +16,9 @@ import typer
 from align_audit.cli.console import standard_output
 from align_audit.errors import ConfigurationError, named, plain
 from align_audit.record.alert import Alert
-from align_audit.record.followed import FollowedRun, log_folders
+from align_audit.record.followed import FollowedRun
 from align_audit.record.log import output_dir_of
+from align_audit.record.places import log_folders
 from align_audit.record.status import Status
 from align_audit.record.stored_records import heads_of
 from align_audit.writers.alert_command import AlertCommand
@@ -116,6 +118,8 @@ class Board:
 
 def _named_logs(place: Path, places: int) -> Iterable[tuple[Path, str]]:
     """The logs at a place, and what their runs are called: by their path inside it, under its own name where there are more."""
+    if ".." in place.parts:
+        place = Path(os.path.abspath(place))  # as the runs in it are told
     for log in log_folders(place):
         run = output_dir_of(log)
         inside = run.relative_to(place).as_posix() if run.is_relative_to(place) else "."

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 from align_audit.errors import RecordError, counted, first_line, listed, plain
@@ -13,45 +12,12 @@ from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.lines import parsed
 from align_audit.record.lock import identity_of
-from align_audit.record.log import ALERTS, FAILURES, FOLDER, RECORDS, Failure
+from align_audit.record.log import FAILURES, RECORDS, Failure
 from align_audit.record.run import AuditRun
 from align_audit.record.status import unread_end, unread_log
 from align_audit.record.stored_records import StoredRecords, events_of, head_of_line
 from align_audit.record.training_log import TRAINING, LogRow, follow, rows_of
 from align_audit.record.turns import COURSE, Turn
-
-DEPTH = 4
-"""How many folders deep runs are looked for."""
-
-
-def log_folders(place: Path, depth: int = DEPTH) -> list[Path]:
-    """The ``align_audit`` folders of the runs at a place: that of the run that it is, or of those in it, however deep.
-
-    Links to folders are not followed, and checkpoints not looked into; what cannot be read holds no runs.
-    """
-    if _is_log(place):
-        return [place]
-    return sorted(_logs_in(place, depth))
-
-
-def _logs_in(place: Path, depth: int) -> Iterator[Path]:
-    if _is_log(place / FOLDER):
-        yield place / FOLDER
-    if depth == 0:
-        return
-    try:
-        inside = [entry.name for entry in os.scandir(place) if entry.is_dir(follow_symlinks=False)]
-    except OSError:
-        return
-    for name in inside:
-        if name != FOLDER and not name.startswith(("checkpoint-", ".")):
-            yield from _logs_in(place / name, depth - 1)
-
-
-def _is_log(folder: Path) -> bool:
-    with contextlib.suppress(OSError):  # a folder that this user may not look into
-        return any((folder / name).is_file() for name in (RECORDS, ALERTS, FAILURES))
-    return False
 
 
 class FollowedRun:

@@ -138,6 +138,8 @@ def _objects(
                     unreadable.append(number)
                 else:
                     yield number, line, values
+                if not line.endswith(b"\n"):
+                    break  # what is written behind it from here on is the rest of this line, and no line
     except FileNotFoundError:
         return
     except OSError as error:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from align_audit.errors import RecordError, counted, listed, plain
+from align_audit.errors import RecordError, counted, first_line, listed, plain
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord, DepthTrace
 from align_audit.record.audited_checkpoints import audited_checkpoints
@@ -31,6 +31,7 @@ from align_audit.record.log import (
 from align_audit.record.newest import unread_after
 from align_audit.record.numbers import Word, by_series, walk
 from align_audit.record.pair_texts import PairTexts
+from align_audit.record.places import holds_our_lines, is_log
 from align_audit.record.probe_sets_in_use import sets_in_use
 from align_audit.record.status import Status, status_of, status_when_left
 from align_audit.record.step_files import arrays_name, load_arrays, load_texts
@@ -253,14 +254,21 @@ def find_records(path: Path) -> Path:
         RecordError: nothing there is a run log.
     """
     if path.is_file():
+        try:
+            is_a_log = (path.name == RECORDS and path.parent.name == FOLDER) or holds_our_lines(path)
+        except OSError as error:
+            raise RecordError(f"cannot read {plain(path)}: {first_line(error)}") from None
+        if not is_a_log:
+            raise RecordError(
+                f"{plain(path)} holds no audit: none of its first lines is one. Expected a {RECORDS} file"
+            )
         return path
-    # A run whose first audits all broke has a log of failures only; any of the three files makes a folder a log.
-    folders = (path, path / FOLDER)
+    folders = (path / FOLDER, path)
     for folder in folders:
-        if any((folder / name).is_file() for name in (RECORDS, ALERTS, FAILURES)):
+        if is_log(folder):
             return folder / RECORDS
     raise RecordError(
-        f"no run log at {path}: looked for {' and '.join(str(folder / RECORDS) for folder in folders)}. "
+        f"no run log at {path}: looked for {' and '.join(str(folder / RECORDS) for folder in reversed(folders))}. "
         f"Expected the output directory of a training run with an align_audit callback, its {FOLDER} folder, "
         f"or a {RECORDS} file."
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from align_audit.errors import plain
@@ -34,8 +35,20 @@ _TITLES = {
 }
 _STATUS = "status at this step"
 _SIGNED = frozenset(["chosen_logp_change_per_token", "reward_margin", "margin_shift", "delta_align"])
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _MOST_REASONS = 6
 """Reasons below a table; of more, the rest is counted."""
+
+
+def letters(count: int) -> list[str]:
+    """What so many runs are called where their own names have no room, or, being foreign text, no place.
+
+    Example:
+        >>> letters(2), letters(28)[-2:]
+        (['A', 'B'], ['A2', 'B2'])
+    """
+    rounds = [divmod(place, len(_LETTERS)) for place in range(count)]
+    return [_LETTERS[letter] + (str(turn + 1) if turn else "") for turn, letter in rounds]
 
 
 def sentence(comparison: Comparison) -> str:
@@ -125,7 +138,11 @@ class ComparisonTable:
             yield text("")
             yield text(table.heading, "bold")
             if table.rows:
-                yield self._table(table, text, options)
+                head = table.head if table.width <= options.max_width else table.lettered
+                if head is not table.head:
+                    for letter, name in zip(letters(len(table.names)), table.names, strict=True):
+                        yield text(f"  {letter}: {name}")
+                yield self._table(replace(table, head=head), text, options)
             for words in table.notes:
                 yield text(f"  {words}", "dim")
         yield text("")
@@ -152,6 +169,7 @@ class MeetingTable:
 
     Attributes:
         head: titles of the columns: of the figure's name, of each run, and of each difference.
+        names: of the runs, as they stand in ``head``.
         rows: cells as many as columns, or fewer by the differences; none where the runs do not meet.
         notes: where full audits were read, and why figures or intervals are missing.
     """
@@ -159,7 +177,20 @@ class MeetingTable:
     heading: str
     head: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
+    names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Characters that the widest cells take, with two between columns."""
+        return sum(2 + max(map(len, cells)) for cells in zip_longest(self.head, *self.rows, fillvalue=""))
+
+    @property
+    def lettered(self) -> tuple[str, ...]:
+        """The ``head`` with a letter for each name: names that end alike are cut where they differ."""
+        first, *later = letters(len(self.names))
+        count = len(self.names)
+        return ("", first, *later, *(f"{letter} − {first} [95 %]" for letter in later[: len(self.head) - 1 - count]))
 
 
 def meeting_tables(comparison: Comparison) -> list[MeetingTable]:
@@ -180,7 +211,7 @@ def _meeting_table(comparison: Comparison, meeting: Meeting) -> MeetingTable:
     notes = _reasons(comparison, meeting)
     if meeting.full != meeting.places:
         notes.insert(0, f"peak layer to Δalign: {_full_places(comparison, meeting)}")
-    return MeetingTable(heading, head, tuple(rows), tuple(notes))
+    return MeetingTable(heading, head, tuple(rows), tuple(names), tuple(notes))
 
 
 def _status_at(side: Side, step: int) -> str:

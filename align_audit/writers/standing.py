@@ -370,10 +370,12 @@ def percent(value: float | None) -> str:
     One that is nearly all or nearly nothing has a decimal, so that it does not read as all or nothing.
 
     Example:
-        >>> percent(0.824), percent(0.9996), percent(1.0), percent(None)
-        ('82 %', '99.9 %', '100 %', 'not known')
+        >>> percent(0.824), percent(0.9996), percent(-0.003), percent(1.0), percent(None)
+        ('82 %', '99.9 %', '−0.3 %', '100 %', 'not known')
     """
     if is_unknown(value) or value is None:
         return "not known"
+    if value < 0.0:
+        return f"−{percent(-value)}"
     near_an_end = 0.0 < value < 0.005 or 0.995 <= value < 1.0
     return f"{min(max(value * 100, 0.1), 99.9):.1f} %" if near_an_end else f"{value * 100:.0f} %"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from align_audit.cli import console
 from tests.cli.commands import refused
 from tests.helpers.alert_cases import on_set
 from tests.helpers.pages import data_in
@@ -37,6 +38,22 @@ def test_differences_have_intervals_where_pairs_are_common(command: Any, tmp_pat
     done = command("compare", *folders)
     (row, _) = [line for line in done.out.splitlines() if line.startswith("KL")]
     assert re.fullmatch(r"KL \(nats/token\) +0\.\d+ +0\.\d+ +\+0\.\d+ \[0\.\d+, 0\.\d+\]", row.strip())
+
+
+def test_names_that_a_terminal_has_no_room_for_are_letters(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What tells the runs of a sweep apart is at the end of their names, which is where a column is cut."""
+    names = [f"sweep_lr1e-{rate}_beta0.1_seed0" for rate in range(4, 9)]
+    folders = [store_path(tmp_path / name, [0.0, 1.0], [0.0, 0.1]) for name in names]
+    wide = command("compare", *folders).out
+    monkeypatch.setattr(console, "_UNBROKEN", 80)
+    narrow = command("compare", *folders).out
+    assert "sweep_lr1e-4_beta0.1_seed0  sweep_lr1e-5" in wide and "A: sweep" not in wide
+    for letter, name in zip("ABCDE", names, strict=True):
+        assert f"  {letter}: {name}" in narrow
+    assert any(line.split()[:5] == list("ABCDE") for line in narrow.splitlines())
+    assert "B − A" in narrow and "E − A" in narrow and "…" not in narrow.partition("status at")[0]
 
 
 def test_json_has_the_same_with_reasons(command: Any, tmp_path: Path) -> None:

@@ -131,6 +131,22 @@ def test_a_gate_is_a_comparison_with_a_number_or_an_end_of_its_interval(text: st
     assert (Gate.parse(text).broken_by(record) is None) is kept
 
 
+@pytest.mark.parametrize(
+    ("value", "gate", "shown"),
+    [
+        (0.50003, "kl<=0.5", "kl is 0.50003"),
+        (0.123456789, "kl<=0.12345678", "kl is 0.1235"),
+        (0.3, "kl<=0.2", "kl is 0.3"),
+        (0.5, "kl!=0.5", "kl is 0.5"),
+        (1.0000000000000002, "kl<=1", "kl is 1.0000000000000002"),
+    ],
+)
+def test_a_broken_gate_shows_digits_enough_to_see_it(value: float, gate: str, shown: str) -> None:
+    parsed = Gate.parse(gate)
+    assert parsed.broken_by(with_margins(make_record(20), kl=about(value))) == shown
+    assert str(parsed) == gate
+
+
 def test_a_number_that_is_not_known_breaks_a_gate_with_its_reason() -> None:
     record = make_record(20, spinal=False)
     assert Gate.parse("spinal.coherence!=7").broken_by(record) == (

@@ -40,6 +40,30 @@ def test_it_goes_where_it_is_asked_for_and_is_shown(command: Any, run: Path, mon
     assert "no browser could be started here" in done.err
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_under_what_is_printed_is_said_in_a_line(run: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "align_audit", "report", str(run)], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 70
+    assert "Traceback" not in done.stderr
+    assert "what is printed could not be written whole: No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize("text", ['{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 9, "# About\n"])
+def test_a_file_of_another_kind_costs_no_page(command: Any, run: Path, text: str) -> None:
+    """Pairs beside a page of the user's own: it was written over, and that was no error."""
+    file, page = run / "held-out.jsonl", run / "report.html"
+    file.write_text(text)
+    page.write_text("mine")
+    for arguments in ([], ["--output", run / "new.html"]):
+        done = command("report", file, *arguments)
+        assert done.code == 2
+        assert "held-out.jsonl holds no audit: none of its first lines is one" in done.err
+    assert page.read_text() == "mine" and not (run / "new.html").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -177,6 +177,8 @@ def test_nothing_to_watch(command: Any, tmp_path: Path) -> None:
         (["--reference", "base"], "--reference needs --probes"),
         (["--idle", "3"], "--idle needs --probes"),
         (["--trust-remote-code"], "--trust-remote-code needs --probes"),
+        (["--every", "inf"], "--every"),
+        (["--every", "1e12"], "--every"),
         (["--once", "--exec", "true"], "--exec runs a command for alerts that come while it watches"),
         (["--exec", "'"], "--exec: No closing quotation"),
         (["--probes", "pairs.jsonl", "--once"], "--once needs no --probes"),
@@ -187,6 +189,21 @@ def test_nothing_to_watch(command: Any, tmp_path: Path) -> None:
 )
 def test_options_that_do_not_go_together(command: Any, runs: Path, options: list[str], words: str) -> None:
     refused(command("watch", runs, *options), words)
+
+
+def test_runs_have_the_same_names_by_way_of_the_folder_above(
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/dpo", "b/dpo", "here"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("a/dpo", "b/dpo"):
+        store(tmp_path / name, a_run("well"))
+    monkeypatch.chdir(tmp_path / "here")
+    said = [
+        [json.loads(line)["run"] for line in command("watch", place, "--once", "--json").out.splitlines()]
+        for place in ("..", tmp_path, "../here/..")
+    ]
+    assert said == [["a/dpo", "b/dpo"]] * 3
 
 
 def test_a_place_that_is_no_folder(tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from align_audit.errors import RecordError
 from align_audit.record import followed
-from align_audit.record.followed import FollowedRun, log_folders
+from align_audit.record.followed import FollowedRun
 from align_audit.record.log import FOLDER, RunLog
+from align_audit.record.places import log_folders
 from align_audit.record.run import AuditRun
 from align_audit.record.training_log import TrainingLog
 from tests.helpers.screens import a_run, calm
@@ -120,10 +122,50 @@ def test_a_newer_version_is_named(tmp_path: Path) -> None:
     assert run.trouble is not None and "newer" in run.trouble
 
 
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    """To runs on another disk, and not to what has a name of its own there, nor in circles."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for name in (here / "own", there / "a", there / "sweep/b"):
+        write(name, calm(0))
+    for link, to in (("latest", here / "own"), ("scratch", there / "a"), ("sweep", there / "sweep"), ("up", tmp_path)):
+        (here / link).symlink_to(to)
+    (there / "sweep" / "round").symlink_to(here)
+    names = [log.parent.relative_to(here).as_posix() for log in log_folders(here)]
+    assert names == ["own", "scratch", "sweep/b"]
+
+
+FOREIGN = ("", '{"mine": 1}\n', '{"step": 3, "loss": 0.1}\n', "not JSON\n", "[1]\n")
+"""What another program may have written under a name of ours, the first of them nothing."""
+
+
+@pytest.mark.parametrize("name", ["records.jsonl", "alerts.jsonl", "failures.jsonl"])
+@pytest.mark.parametrize("text", FOREIGN[1:])
+def test_a_file_of_another_program_hides_no_run(name: str, text: str, tmp_path: Path) -> None:
+    write(tmp_path / "runs" / "dpo", calm(0))
+    for folder in (tmp_path / "runs", tmp_path / "runs" / "dpo", tmp_path / "alone"):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    log = tmp_path / "runs" / "dpo" / FOLDER
+    assert log_folders(tmp_path / "runs") == [log] and log_folders(tmp_path) == [log]
+    assert [record.step for record in AuditRun.load(tmp_path / "runs" / "dpo").records] == [0]
+    for place in (tmp_path / "alone", tmp_path / "alone" / name):
+        with pytest.raises(RecordError, match=r"no run log at|holds no audit"):
+            AuditRun.load(place)
+
+
+def test_a_copied_log_is_one_under_any_name(tmp_path: Path) -> None:
+    log = write(tmp_path / "dpo", calm(0)).directory
+    shutil.copytree(log, tmp_path / "copies" / "of dpo")
+    assert log_folders(tmp_path / "copies" / "of dpo") == [tmp_path / "copies" / "of dpo"]
+    (tmp_path / "records.jsonl").write_text("")
+    assert len(AuditRun.load(tmp_path / "copies" / "of dpo" / "records.jsonl").records) == 1
+    assert len(AuditRun.load(tmp_path / "records.jsonl").records) == 0
+
+
 def test_where_runs_are_looked_for(tmp_path: Path) -> None:
     for name in ("dpo", "sweep/a", "sweep/b", "deep/1/2/3", "deep/1/2/3/4", "dpo/checkpoint-20", ".hidden"):
         write(tmp_path / name, calm(0))
-    (tmp_path / "link").symlink_to(tmp_path / "sweep")
+    (tmp_path / "link").symlink_to(tmp_path / "sweep")  # which is there itself
     (tmp_path / "empty" / FOLDER).mkdir(parents=True)
     names = [log.parent.relative_to(tmp_path).as_posix() for log in log_folders(tmp_path)]
     assert names == ["deep/1/2/3", "dpo", "sweep/a", "sweep/b"]

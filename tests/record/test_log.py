@@ -5,11 +5,13 @@ import math
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from align_audit.errors import ConfigurationError, RecordError
+from align_audit.record import lines as reading
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord
 from align_audit.record.log import ALERTS, FAILURES, FOLDER, RECORDS, RunLog
@@ -194,6 +196,33 @@ def test_torn_alerts_and_failures_are_moved_too(tmp_path: Path) -> None:
     log.append_failure(3, "KeyError")
     assert [failure.error for failure in AuditRun.load(tmp_path).failures] == ["ValueError", "KeyError"]
     assert len(list(log.directory.glob("*.torn-1"))) == 2
+
+
+def test_a_line_that_is_finished_while_it_is_read_is_one_torn_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file goes on after its end: what a writer adds there is the rest of the last line, and no line."""
+    log = RunLog(tmp_path)
+    for record in make_run(audits=3):
+        log.append(record)
+    path = log.directory / RECORDS
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2000])
+    real, grown = reading._object, list[bytes]()
+
+    def object_of(line: bytes) -> Any:
+        if not line.endswith(b"\n") and not grown:
+            grown.append(line)
+            with path.open("ab") as file:
+                file.write(whole[-2000:])
+        return real(line)
+
+    monkeypatch.setattr(reading, "_object", object_of)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert [record.step for record in AuditRun.load(tmp_path).records] == [0, 50]
+    assert grown and ["ends in the middle of a line" in str(each.message) for each in said] == [True]
+    assert len(AuditRun.load(tmp_path).records) == 3
 
 
 def test_a_corrupt_line_in_the_middle_is_skipped_and_kept(tmp_path: Path) -> None:

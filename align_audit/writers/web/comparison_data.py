@@ -10,22 +10,9 @@ from align_audit.errors import RecordError
 from align_audit.record.compare import Side, by_probes, compare
 from align_audit.record.run import AuditRun
 from align_audit.record.run_sums import Intervals
-from align_audit.writers.comparison import closing_notes, meeting_tables, sentence
+from align_audit.writers.comparison import closing_notes, letters, meeting_tables, sentence
 from align_audit.writers.web.json_values import text
 from align_audit.writers.web.page_data import page_data
-
-_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
-def letters(count: int) -> list[str]:
-    """What a page calls so many runs: their own names are foreign text, and reach no chart.
-
-    Example:
-        >>> letters(2), letters(28)[-2:]
-        (['A', 'B'], ['A2', 'B2'])
-    """
-    rounds = [divmod(place, len(_LETTERS)) for place in range(count)]
-    return [_LETTERS[letter] + (str(turn + 1) if turn else "") for turn, letter in rounds]
 
 
 def comparison_page_data(

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from align_audit.record.followed import log_folders
 from align_audit.record.log import FAILURES, FOLDER, RECORDS, output_dir_of
+from align_audit.record.places import log_folders
 from align_audit.record.training_log import TRAINING
 from align_audit.record.turns import COURSE
 
