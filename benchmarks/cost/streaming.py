@@ -99,6 +99,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     if options.one == "in memory":
         for parameter in given.parameters():
             parameter.data = parameter.data.clone()
+    policy.requires_grad_(False)  # nothing trains: the weights that it shares with a twin are not about to move
     # A policy audited against itself first: what libraries allocate once (thread pools, code) is not the reference's.
     audit_once(policy, resolve_reference(policy, _twin(policy)), probes.subsample(1, 0), settings)
     import gc

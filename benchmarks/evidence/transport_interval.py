@@ -31,7 +31,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align_audit import AuditConfig, ProbeSet
-from align_audit.auditing.measurements.behaviour import Behaviour
 from align_audit.auditing.measurements.lens_walk import SHARE, travelled
 from align_audit.auditing.measurements.measurement import AuditTask, RecordedBatch
 from align_audit.auditing.measurements.spinal import Spinal
@@ -44,7 +43,6 @@ from align_audit.lab.corpus import preference_pairs
 from align_audit.measures.row_sample import sampling_error
 from align_audit.measures.spinal import coherence, terminal_layers
 from align_audit.models.reference import resolve_reference
-from align_audit.probes.batches import PairBatch
 
 Z = 1.96
 
@@ -104,30 +102,23 @@ def walk(policy: Any, reference: Any, probes: ProbeSet, seeds: list[int]) -> Tru
     """Let all rows travel in both models, and draw their order with each seed."""
     everything = {"transport_rows": "all", "max_rows": 10**7, "gradient_concentration": False}
 
-    def task_of(session: Session) -> AuditTask:
+    def task_of(session: Session) -> Spinal:
         task = AuditTask(session, AuditRequest(probes, session.config), ReferenceCache())
-        task.begin((Behaviour, Spinal))
-        return task
+        task.begin((Spinal,))
+        return task[Spinal]
 
     def config(seed: int) -> AuditConfig:
         return AuditConfig.from_dict({"seed": seed, "spinal": everything, "patching": {"enabled": False}})
 
     with OpenModels(policy, resolve_reference(policy, reference)) as models:
         session = Session(models, probes.pairs, config(0), truncation_mode=probes.truncation_mode)
-        task = task_of(session)
-        measured = task[Spinal]
-
-        def read(batch: PairBatch) -> None:
-            recorded = RecordedBatch(batch, *session.record_both(batch))
-            task[Behaviour].commit(recorded)  # whether policy and reference differ at all
-            measured.commit(recorded)
-
-        session.each_batch(read)
+        measured = task_of(session)
+        session.each_batch(lambda batch: measured.commit(RecordedBatch(batch, *session.record_both(batch))))
         measured.look_closer(lambda: None)
         orders = []
         for seed in [0, *seeds]:
             session.config = config(seed)
-            sampled = task_of(session)[Spinal]._sampled
+            sampled = task_of(session)._sampled
             assert sampled is not None
             orders.append(np.argsort(sampled.keys[sampled.kept], kind="stable"))
     # The first is the order that the distances come in: back to the rows' own, and from there to each draw's.

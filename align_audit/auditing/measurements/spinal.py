@@ -174,7 +174,7 @@ class Spinal(Measurement):
             nowhere if kept is None else np.array(kept.distances).reshape(len(kept.distances), session.num_layers - 1)
         )
         of_reference = LensWalk(session, session.as_reference, state.reference_rows, walked)
-        identical = self.task[Behaviour].identical
+        identical = Behaviour in self.task and self.task[Behaviour].identical
         alike = of_reference if identical else None
         walks = [LensWalk(session, session.as_policy, state.policy_rows, nowhere, alike), of_reference]
         asked = self.config.spinal.transport_rows
