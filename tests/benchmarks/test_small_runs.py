@@ -19,10 +19,10 @@ SMALL = "--layers 2 --width 64"
 AT_ONCE = [
     "evidence/transport_interval.py --pairs 8 --draws 5",
     f"cost/spinal_trace.py {SMALL} --pairs 2 --vocab 3000 --repeats 1 --one trace",
-    f"cost/streaming.py {SMALL} --pairs 2",
     f"cost/health.py {SMALL} --vocabulary 3000 --pairs 8 --repeats 1",
 ]
 LONGER = [
+    f"cost/streaming.py {SMALL} --pairs 2",
     "evidence/null_audits.py --audits 1 --pairs 8",
     "evidence/interval_coverage.py --models demo --steps 2 --pairs 16 --draws 3",
     "evidence/planted.py --plantings 1",
@@ -39,7 +39,6 @@ LONGER = [
     "cost/log_loading.py --records 5 --layers 2",
     f"cost/memory.py {SMALL} --pairs 8 --length 16",
     "cost/vocabulary.py --pairs 8",
-    "cost/tab.py --runs 1 --audits 2 --layers 2",
     f"engine {SMALL} --vocab 3000 --pairs 2 --sweeps layers --contenders hooks align_audit --repeats 1",
     "distributed/speedup.py --pairs 8 --repeats 1",
     "distributed/uneven.py --runs 1",
