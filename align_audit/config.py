@@ -238,8 +238,8 @@ class AlertConfig(Limits):
     action_level: Literal["warning", "error"] = "error"
     webhook: WebhookConfig | None = None
     """Where warnings and errors are posted to as they open, get worse and are resolved: a URL, or these options."""
-    baseline_audits: int = Field(default=3, ge=1)
-    """Healthy audits after which a run is also compared with itself."""
+    baseline_audits: int = Field(default=3, ge=1, le=8)
+    """Healthy audits after which a run is also compared with itself; as many as are looked back for it at most."""
     error_looks: int = Field(default=2, ge=1)
     """Looks in a row beyond the limit of an error that make one by themselves, where nothing else agrees."""
     agreeing_families: int = Field(default=3, ge=2)

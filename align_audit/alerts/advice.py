@@ -158,4 +158,6 @@ def _knob(alert: Alert, rate: float, beta: float | None) -> str:
     if cause_of(alert) not in _RATE_IS_THE_KNOB or not 0 < rate < math.inf:
         return ""
     words = f"Learning rate {rate:.2g} → {rate / _SLOWER:.2g} or lower"
-    return words if beta is None else f"{words}, or beta {beta:g} → {2 * beta:g} or higher"
+    return (
+        words if beta is None or cause_of(alert) != "drift" else f"{words}, or beta {beta:g} → {2 * beta:g} or higher"
+    )

@@ -11,7 +11,7 @@ beyond a limit as a whole: a wide interval on few probes raises nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from types import ModuleType
@@ -63,6 +63,7 @@ def judge(
     config: AlertConfig | None = None,
     *,
     max_steps: int | None = None,
+    broken: Mapping[str | None, int] | None = None,
 ) -> list[Alert]:
     """All alerts that are open at an audit, or were resolved at it; the worst first.
 
@@ -72,6 +73,7 @@ def judge(
             them. Those of later steps, and of a course that the run left when it was resumed, are passed over.
         log: the trainer's, by step; rows after the audit are passed over.
         max_steps: of the run; None: not known, and rules that speak of a share of it go by steps.
+        broken: probe set → the step at which an audit on it broke last. Its alerts are not over for that.
 
     Example:
         >>> from align_audit.config import AlertConfig
@@ -99,9 +101,11 @@ def judge(
         for alert in _raised([sign for sign in signs if sign.rule.cause in _SILENCING], view, still_open, heads)
     )
     signs += _log_signs(view, heads)
-    raised = _raised([sign for sign in signs if not silent or sign.rule.cause in _SILENCING], view, still_open, heads)
-    held = {cause_of(alert) for alert in still_open} - set(_SILENCING) if silent else set()
-    return sorted(step(still_open, raised, record.step, held, _unmeasured(still_open, looks, view)), key=by_severity)
+    heard = {*_SILENCING, *_apart(config)}
+    raised = _raised([sign for sign in signs if not silent or sign.rule.cause in heard], view, still_open, heads)
+    held = {cause_of(alert) for alert in still_open} - heard if silent else set()
+    unknown = _unmeasured(still_open, looks, view, _breaking(broken or {}, record, course))
+    return sorted(step(still_open, raised, record.step, held, unknown), key=by_severity)
 
 
 def suspect(log: Sequence[LogRow], config: AlertConfig, *, max_steps: int | None = None) -> list[Suspicion]:
@@ -123,9 +127,28 @@ def suspect(log: Sequence[LogRow], config: AlertConfig, *, max_steps: int | None
 # --- whose records, and of which course ---------------------------------------------------------------------------------
 
 
+def _apart(config: AlertConfig) -> set[str]:
+    """Causes of the user's own rules that read neither model: what the trainer logs, and what audits cost."""
+    rules = (rule_of(name, added) for name, added in config.added.items())
+    return {
+        rule.cause for rule in rules if rule.source == "log" or any(read.startswith("cost.") for read in rule.reads)
+    }
+
+
+def _breaking(broken: Mapping[str | None, int], record: AuditRecord, course: Sequence[AuditRecord]) -> set[str | None]:
+    """The probe sets that are still audited, and on which audits break."""
+    first = min(_last_steps(record, course))
+    return {name for name, at in broken.items() if at >= first}
+
+
+def _last_steps(record: AuditRecord, course: Sequence[AuditRecord]) -> list[int]:
+    """Of the audits that say which probe sets are in use."""
+    return sorted({head.step for head in heads_of(course)} | {record.step})[-STEPS_APART:]
+
+
 def _histories(view: View, record: AuditRecord, course: Sequence[AuditRecord]) -> list[History]:
     """What is known of each probe set at this step: of this one its new record, of the others their last."""
-    steps = sorted({head.step for head in heads_of(course)} | {record.step})[-STEPS_APART:]
+    steps = _last_steps(record, course)
     latest = {head.probe_name: head for head in heads_of(course) if head.step >= steps[0]}
     name = record.provenance.probe_name
     last_records = [_record_of(course, head) for set_name, head in latest.items() if set_name != name]
@@ -145,7 +168,7 @@ def _history(view: View, newest: AuditRecord, course: Sequence[AuditRecord]) -> 
         return same and head.step < newest.step
 
     seen: dict[str, Any] = {**vars(view), "step": newest.step}
-    return History(**seen, record=newest, earlier=chosen(course, comparable))
+    return History(**seen, record=newest, earlier=chosen(course, comparable), course=course)
 
 
 # --- what each rule sees ------------------------------------------------------------------------------------------------
@@ -221,7 +244,7 @@ def _signs(look: _Look) -> Iterator[Sign]:
         base = look.base(rule.source)
         if base is not None and (sign := detector(base)) is not None:
             now = replace(sign, step=base.step, probe_name=look.probe_name)
-            yield _counted(now, _looks_before(base, rule, detector), config)
+            yield _counted(now, _looks_before(base, rule, detector, config), config)
 
 
 def _on_every_set(signs: Sequence[Sign], looks: Sequence[_Look], heads: Sequence[Head], at: int) -> list[Sign]:
@@ -246,10 +269,18 @@ def _on_every_set(signs: Sequence[Sign], looks: Sequence[_Look], heads: Sequence
     return kept
 
 
-def _looks_before(history: History, rule: Rule, detector: Detector) -> Iterator[tuple[int, Sign | None]]:
-    look = history.last(rule.source)
-    while look is not None:
-        yield look.step, detector(look)
+def _looks_before(
+    history: History, rule: Rule, detector: Detector, config: AlertConfig
+) -> Iterator[tuple[int, Sign | None]]:
+    """What a rule saw at the looks before this one, back in time. Of one that could not tell nothing is given."""
+    look, untold = history.last(rule.source), 0
+    while look is not None and untold < FURTHEST:
+        sign = detector(look)
+        if sign is not None or _tells(look, rule, config):
+            yield look.step, sign
+            untold = 0
+        else:
+            untold += 1
         look = look.last(rule.source)
 
 
@@ -286,34 +317,48 @@ def _raised(signs: Sequence[Sign], view: View, still_open: Sequence[Alert], head
     return [alert for alert in made if alert is not None]
 
 
-def _unmeasured(still_open: Sequence[Alert], looks: Sequence[_Look], view: View) -> set[str]:
-    """Causes of open alerts whose rule reads what was known before this step, and is not at it, on the probe set it leads on:
-    it was not measured, it came out as NaN, or the user's function broke. Of a rule that every set has to show: on any of them.
+def _unmeasured(
+    still_open: Sequence[Alert], looks: Sequence[_Look], view: View, breaking: Collection[str | None]
+) -> set[str]:
+    """Causes of open alerts of which a rule that is no mere witness reads what was known before this step, and is not at it,
+    on the probe set that leads: it was not measured, it came out as NaN, or the user's function broke. Of a rule that every set
+    has to show: on any of them.
 
-    A set that has no say any more holds nothing, and neither does a rule that is switched off, or what no audit of late knows.
+    A set that has no say any more holds nothing, unless audits on it break, and neither does a rule that is switched off, or
+    what no audit of late knows.
     """
     by_name = {look.probe_name: look for look in looks}
     rules = {rule.name: rule for rule, _ in _rules(view.config)}
     causes = set()
     for alert in still_open:
-        rule, look = rules.get(alert.rule), by_name.get(alert.probe_name)
-        if rule is None or look is None:
+        look = by_name.get(alert.probe_name)
+        if look is None:
+            causes |= {cause_of(alert)} if alert.probe_name in breaking and alert.rule in rules else set()
             continue
-        base = _last_known(look.base(rule.source), rule, view.config)
-        waits = rule.on_every_set and any(each.tells and each.history.step < view.step for each in looks)
-        if waits or (base is not None and base.step < view.step):
-            causes.add(cause_of(alert))
+        for name in (alert.rule, *alert.signals):
+            rule = rules.get(name)
+            if rule is None or (name != alert.rule and rule.weight == "witness"):
+                continue
+            base = _last_known(look.base(rule.source), rule, view.config)
+            waits = rule.on_every_set and any(each.tells and each.history.step < view.step for each in looks)
+            if waits or (base is not None and base.step < view.step):
+                causes.add(cause_of(alert))
     return causes
 
 
 def _last_known(history: History | None, rule: Rule, config: AlertConfig) -> History | None:
     """The newest look, from this one back, at which a rule could be judged; None: at none of the last few."""
-    added = config.added.get(rule.name)
     for _ in range(FURTHEST):
-        if history is None or (answers(added, history) if added is not None and added.check else knows(history, rule)):
+        if history is None or _tells(history, rule, config):
             return history
         history = history.last(rule.source)
     return None
+
+
+def _tells(history: History, rule: Rule, config: AlertConfig) -> bool:
+    """Can a rule be judged at a look: are its numbers known, and does the user's function not break?"""
+    added = config.added.get(rule.name)
+    return answers(added, history) if added is not None and added.check else knows(history, rule)
 
 
 def _alert(

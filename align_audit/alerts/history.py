@@ -73,10 +73,17 @@ class History(View):
     Attributes:
         record: the audit to judge.
         earlier: those of earlier steps on the same pairs, oldest first.
+        course: those of the run on whatever pairs, by step; empty: ``earlier`` are all.
     """
 
     record: AuditRecord
     earlier: Sequence[AuditRecord] = ()
+    course: Sequence[AuditRecord] = ()
+
+    @property
+    def preceding(self) -> Sequence[AuditRecord]:
+        """Those of earlier steps on whatever pairs, oldest first: what does not depend on pairs is compared with these."""
+        return chosen(self.course, lambda head: head.step < self.step) if self.course else self.earlier
 
     @property
     def healthy(self) -> Sequence[AuditRecord]:

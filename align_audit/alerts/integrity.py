@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from itertools import takewhile
 
 from align_audit.alerts.history import History, Sign
 from align_audit.options.rules import BY_NAME
@@ -54,8 +56,8 @@ def reference_mismatch(history: History) -> Sign | None:
     That is compared before the first step: what failed there holds for as long as the reference is the same.
     """
     check = history.record.reference_check
-    if check.verdict == "not_run" and history.earlier:
-        first, reference = history.earlier[0], history.record.provenance.reference_hash
+    if check.verdict == "not_run" and history.preceding:
+        first, reference = history.preceding[0], history.record.provenance.reference_hash
         check = first.reference_check if first.provenance.reference_hash == reference else check
     if check.verdict != "failed":
         return None
@@ -74,17 +76,18 @@ def reference_changed(history: History) -> Sign | None:
 
     It is compared with the first audit since the last synchronization: a reference that moved once stays another one.
     """
-    record = history.record
-    head = next(iter(heads_of(history.earlier)), None)
+    record, audits = history.record, history.preceding
+    head = next(iter(heads_of(audits)), None)
     if head is None:
         return None
     reference, synchronized = record.provenance.reference_hash, record.reference_check.last_sync_step
     if synchronized is not None:
-        # Audits before it are of another reference by right; those after it are few, and the last one is enough.
-        last = history.earlier[-1]
-        if last.reference_check.last_sync_step != synchronized:
+        # Audits before it are of another reference by right.
+        since = takewhile(lambda audit: audit.reference_check.last_sync_step == synchronized, reversed(audits))
+        first_since = deque(since, maxlen=1)
+        if not first_since:
             return None
-        head = heads_of([last])[0]
+        head = heads_of(list(first_since))[0]
     if head.reference_hash == reference:
         return None
     return Sign(

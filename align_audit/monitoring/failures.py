@@ -30,6 +30,8 @@ class Failures:
         self._rank, self._size = rank, size
         self._strict = strict
         self._said: set[str] = set()
+        self.broken: dict[str | None, int] = {}
+        """Probe set → the step at which an audit on it broke last."""
 
     def fail(self, step: int, error: BaseException) -> None:
         """Record and say what broke on this process alone."""
@@ -42,6 +44,7 @@ class Failures:
             heard: all processes know of it, so that the one with the log keeps it.
         """
         rank = failure.rank
+        self.broken[failure.probe_name] = step
         done, where_to_look = "was recorded", "the traceback is in align_audit/failures.jsonl"
         if self._log is not None:
             if (refusal := self._keep(self._log, step, failure)) is not None:

@@ -276,7 +276,8 @@ class Monitor:
         assert self.log is not None
         earlier = course_of(record, self.log.records)
         rows = self.trainer_log.judged
-        alerts = judge(record, earlier, rows, self.config.alerts, max_steps=moment.max_steps)
+        broken = self.failures.broken
+        alerts = judge(record, earlier, rows, self.config.alerts, max_steps=moment.max_steps, broken=broken)
         knobs = {"beta": moment.beta, "learning_rate": moment.learning_rate}
         folder = moment.saved_in or self.log.directory.parent
         # Saved checkpoints are audited when all of them are there.

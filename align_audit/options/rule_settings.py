@@ -35,7 +35,7 @@ else:
         __doc__="The limits of all rules, each an option under its name.",
         **{
             name: (
-                Annotated[float, Field(gt=limit.above, lt=None if math.isinf(limit.below) else limit.below)],
+                Annotated[float, Field(gt=limit.above, lt=limit.below if limit.bounded else None)],
                 limit.default,
             )
             for name, limit in LIMITS.items()

@@ -46,6 +46,11 @@ class Limit:
     below: float = math.inf
     relative: bool = True
 
+    @property
+    def bounded(self) -> bool:
+        """Is there a largest number for the option? Everything lies below infinity, which would switch nothing off there."""
+        return not math.isinf(self.below) or self.direction == "below"
+
     def eased(self, value: float, hysteresis: float) -> float:
         """The limit that an open alert has to come back behind: ``value`` moved to the healthy side by that share of its
         distance from what is healthy, which is 1 for a ratio, and 0 for what only grows."""

@@ -9,6 +9,7 @@ from align_audit.options.rules import CAUSES
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord, Occasion
 from align_audit.record.checkpoint_names import by_step
+from align_audit.record.estimate import Estimate
 from align_audit.record.stored_records import heads_of
 from tests.helpers.alert_cases import about, alerts, healthy, judged, log_of, run, with_margins, with_part
 
@@ -190,3 +191,12 @@ def test_a_rate_that_is_none_is_no_knob(rate: float) -> None:
     (alert,) = advise(alerts(ruined(), before), before, learning_rate=rate, beta=0.1)
     assert alert.knob is None
     assert "Learning rate" not in alert.suggestion
+
+
+def test_beta_is_no_knob_for_numbers_that_overflow() -> None:
+    broken = with_margins(healthy(40), policy=Estimate.unknown("5 of 64 values"))
+    before = run()
+    (alert,) = advise(
+        [a for a in alerts(broken, before) if a.cause == "numbers"], before, LOG, checkpoints={}, beta=0.1
+    )
+    assert "Learning rate 0.001 → 0.0002 or lower" in alert.suggestion and "beta" not in alert.suggestion

@@ -6,8 +6,9 @@ import math
 
 import pytest
 
+from align_audit.record.audit_record import AuditRecord
 from align_audit.record.estimate import Estimate
-from tests.helpers.alert_cases import NAN, healthy, run, sign, with_margins, with_part
+from tests.helpers.alert_cases import NAN, healthy, judged, run, sign, with_margins, with_part
 
 
 @pytest.mark.parametrize("value", [NAN, math.inf, -math.inf])
@@ -56,3 +57,29 @@ def test_a_reference_that_moved_once_stays_another_one() -> None:
     seen = sign("reference_changed", with_part(healthy(50), "provenance", reference_hash="beef"), before)
     assert "step 0" in seen.message
     assert sign("reference_changed", healthy(50), before) is None, "it is the one that the run began with"
+
+
+@pytest.mark.parametrize(("synchronized", "then"), [(None, None), (15, 15)])
+def test_a_reference_that_changed_stays_another_one(synchronized: int | None, then: int | None) -> None:
+    """Compared with the oldest audit since the synchronization: the one before has the wrong reference, too."""
+
+    def at(step: int, reference: str) -> AuditRecord:
+        record = with_part(healthy(step), "provenance", reference_hash=reference)
+        return with_part(record, "reference_check", last_sync_step=then if step > 15 else None, verdict="not_run")
+
+    begin = "A" if synchronized is None else "B"
+    made = judged([at(10, "A"), at(20, begin), at(25, begin), *(at(step, "C") for step in (30, 35, 40, 45))])
+    assert [[alert.rule for alert in record.alerts] for record in made[:3]] == [[], [], []]
+    assert [[alert.event for alert in record.alerts] for record in made[3:]] == [["opened"], *[["open"]] * 3]
+
+
+@pytest.mark.parametrize("rule", ["reference_mismatch", "reference_changed"])
+def test_other_probe_pairs_do_not_clear_the_reference(rule: str) -> None:
+    def at(step: int, reference: str, pairs: str, verdict: str) -> AuditRecord:
+        record = with_part(healthy(step), "provenance", reference_hash=reference, probe_hash=pairs)
+        return with_part(record, "reference_check", verdict=verdict, reason="its margins differ")
+
+    first = at(0, "A", "p", "failed") if rule == "reference_mismatch" else at(0, "B", "p", "passed")
+    made = judged([first, at(20, "A", "p", "not_run"), *(at(step, "A", "q", "not_run") for step in (30, 40, 50, 60))])
+    assert [[alert.rule for alert in record.alerts] for record in made[1:]] == [[rule]] * 5
+    assert all(alert.event != "resolved" for record in made for alert in record.alerts)

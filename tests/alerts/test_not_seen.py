@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from align_audit.alerts.detectors import judge
 from align_audit.alerts.lifecycle import step
 from align_audit.config import AlertConfig
 from align_audit.options.rules import BY_NAME
@@ -14,7 +15,19 @@ from align_audit.record.audit_record import AuditRecord
 from align_audit.record.estimate import Estimate
 from align_audit.record.open_alerts import open_alerts
 from align_audit.record.stored_records import heads_of
-from tests.helpers.alert_cases import about, alerts, health, healthy, judged, on_set, run, with_margins, with_part
+from tests.helpers.alert_cases import (
+    CONFIG,
+    about,
+    alerts,
+    health,
+    healthy,
+    judged,
+    on_set,
+    run,
+    with_margins,
+    with_part,
+    with_texts,
+)
 
 MADE = iter(range(10**6))
 
@@ -171,3 +184,67 @@ def test_numbers_that_the_log_shows_are_seen_while_the_reference_is_silent() -> 
     )
     for record in records[-3:]:
         assert {alert.cause for alert in record.alerts if alert.event != "resolved"} == {"numbers", "reference"}
+
+
+# -- not known ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_agrees_and_is_not_known_any_more_is_not_over() -> None:
+    """KL leads and calms down; the repetition beside it was far beyond its limit when it was last known."""
+
+    def at(step: int, kl: float, repetition: float | None) -> AuditRecord:
+        texts = Estimate.unknown("memory") if repetition is None else about(repetition)
+        return later(with_texts(with_margins(healthy(step), kl=about(kl)), repetition=texts))
+
+    held = [(40, 0.5, 0.6), (50, 0.05, None), (60, 0.05, None), (70, 0.05, None)]
+    assert [event for _, event, _ in drift([*run(), *(at(*each) for each in held)])] == [
+        "opened",
+        "open",
+        "open",
+        "open",
+    ]
+    over = [(40, 0.5, 0.6), (50, 0.05, 0.0), (60, 0.05, 0.0)]
+    assert [event for _, event, _ in drift([*run(), *(at(*each) for each in over)])][-1] == "resolved"
+
+
+def test_a_set_whose_audits_break_is_not_over_its_alert() -> None:
+    records = [
+        *(of(name, at, kl) for at in (10, 20) for name, kl in (("a", 0.1), ("b", 0.5))),
+        *map(alone, (30, 40, 50, 60)),
+    ]
+    assert drift(records)[-1][1] == "resolved", "it was left out"
+    done: list[AuditRecord] = []
+    for record in records:
+        broken = {"b": record.step} if record.step > 20 else {}
+        done.append(record.model_copy(update={"alerts": judge(record, done, (), CONFIG, broken=broken)}))
+    assert [alert.event for alert in done[-1].alerts] == ["open"]
+
+
+def alone(step: int) -> AuditRecord:
+    return of("a", step)
+
+
+@pytest.mark.parametrize("unknown", ["kl", "shift", "check"])
+def test_a_look_that_cannot_tell_is_no_look_in_a_row(unknown: str) -> None:
+    """Patience counts the looks that say something: else what only every second one can tell is never heard."""
+    bad: dict[str, Any] = {"kl": {"kl": about(2.5)}, "shift": {"shift": about(-3.0)}, "check": {}}[unknown]
+    nothing: dict[str, Any] = {name: Estimate.unknown("memory") for name in bad}
+    rules: dict[str, Any] = {
+        "kl": {"sudden_change": "off"},
+        "shift": {},
+        "check": {"mine": {"check": needs_patching, "patience": 2, "level": "error"}},
+    }[unknown]
+    records = [
+        later(with_margins(healthy(40 + 10 * place), **bad) if place % 2 == 0 else without(40 + 10 * place, nothing))
+        for place in range(6)
+    ]
+    made = judged([*run(), *records], AlertConfig(rules=rules))
+    assert any(alert.level == "error" for alert in made[-1].alerts)
+
+
+def needs_patching(history: Any) -> str | None:
+    return "planted" if history.record.patching.additivity.mean > 0.1 else None
+
+
+def without(step: int, nothing: dict[str, Any]) -> AuditRecord:
+    return health(with_margins(healthy(step), **nothing))

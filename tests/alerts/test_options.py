@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from align_audit.alerts.detectors import suspect
-from align_audit.alerts.history import History
+from align_audit.alerts.detectors import judge, suspect
+from align_audit.alerts.history import FURTHEST, History
 from align_audit.auditing.check import check_audit
 from align_audit.config import AlertConfig, AuditConfig
 from align_audit.errors import ConfigurationError
 from align_audit.models.reference import resolve_reference
 from align_audit.options.rule_settings import RESERVED, AddedRule, RuleOptions
-from align_audit.options.rules import RULES, Limit
+from align_audit.options.rules import LIMITS, RULES, Limit
 from align_audit.options.signals import LAYER_SIGNALS
 from tests.helpers.alert_cases import about, alerts, health, healthy, judged, log_of, run, sign, with_margins, with_part
 from tests.helpers.tiny import random_pairs, tiny_model
@@ -313,3 +313,26 @@ def test_a_rule_held_to_a_warning_goes_by_its_limit_of_a_warning(kl: float) -> N
     beyond = with_margins(healthy(40), kl=about(1.2), chosen_logp_change_per_token=about(-0.2))
     seen = sign("kl_out_of_bounds", beyond, config=config)
     assert seen is not None and (seen.level, seen.limit) == ("warning", 1.0)
+
+
+@pytest.mark.parametrize("option", [name for name, limit in LIMITS.items() if limit.direction == "below"])
+def test_a_limit_that_everything_lies_below_switches_nothing_off(option: str) -> None:
+    with pytest.raises(ConfigurationError, match=option):
+        AlertConfig(**{option: math.inf})
+
+
+def test_a_baseline_is_of_no_more_audits_than_are_looked_back_for() -> None:
+    assert AlertConfig(baseline_audits=FURTHEST).baseline_audits == FURTHEST
+    with pytest.raises(ConfigurationError, match="baseline_audits"):
+        AlertConfig(baseline_audits=FURTHEST + 1)
+
+
+def test_a_wrong_reference_does_not_silence_what_reads_no_model() -> None:
+    rules: dict[str, Any] = {
+        "norm": {"signal": "grad_norm", "above": 1.0, "level": "error"},
+        "slow": {"signal": "cost.seconds", "above": 0.0, "level": "error"},
+    }
+    wrong = with_part(healthy(20), "reference_check", verdict="failed", reason="its margins differ")
+    log = log_of(range(1, 21), grad_norm=5.0)
+    made = judge(wrong, judged([healthy(10)]), log, AlertConfig(rules=rules))
+    assert {alert.rule for alert in made} == {"reference_mismatch", "norm", "slow"}
