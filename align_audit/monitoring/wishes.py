@@ -81,7 +81,10 @@ class Wishes:
         healthy = {alert.checkpoint for alert in outcome.alerts if alert.checkpoint}
         if not healthy or self._folder is None or self._limit is None or self._limit <= 0:
             return None
-        there = [Path(path).name for path in sort_checkpoints(self._folder, use_mtime=True)]
+        try:
+            there = [Path(path).name for path in sort_checkpoints(self._folder, use_mtime=True)]
+        except OSError:  # one of them went away just now
+            return None
         best = None if self._best is None else Path(self._best).name
         # The new one stays, and the best.
         stay = max(self._limit, 1 + (best in there))
