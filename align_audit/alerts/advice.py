@@ -7,7 +7,9 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from align_audit.alerts.behaviour import LOWER_THE_RATE, SLOW_DOWN
 from align_audit.alerts.curves import TrainerLog
+from align_audit.alerts.trainer_log import STOP, STOP_OR_RAISE_BETA
 from align_audit.options.rules import NO_WAY_BACK
 from align_audit.record.alert import Alert
 from align_audit.record.audit_record import AuditRecord
@@ -18,6 +20,8 @@ from align_audit.record.training_log import LogRow
 _SLOWER = 5
 """By how much the learning rate is to be divided where the policy leaves its language."""
 _RATE_IS_THE_KNOB = ("drift", "numbers")
+_OF_ANY_LOSS = {SLOW_DOWN: LOWER_THE_RATE, STOP_OR_RAISE_BETA: STOP}
+"""What is to be done, where the loss has no β and no other terms."""
 
 
 def advise(
@@ -50,7 +54,7 @@ def advise(
     return [
         alert
         if alert.event == "resolved" or (cause_of(alert) == "reference" and not in_training)
-        else _advised(alert, heads, rate, checkpoints, output_dir, beta)
+        else _advised(alert, heads, rate, checkpoints, output_dir, beta, other_loss=in_training and beta is None)
         for alert in alerts
     ]
 
@@ -99,6 +103,7 @@ def _advised(
     checkpoints: Mapping[int, str],
     output_dir: str | None,
     beta: float | None,
+    other_loss: bool,
 ) -> Alert:
     clean = None if cause_of(alert) in NO_WAY_BACK else clean_step(heads, _begin_of(alert))
     checkpoint = None if clean is None else newest_checkpoint(checkpoints, heads, clean)
@@ -108,6 +113,8 @@ def _advised(
         command = f"trainer.train(resume_from_checkpoint={path!r})"
     # What was said of an alert at an earlier look is said anew.
     remedy, knob = alert.remedy or alert.suggestion, _knob(alert, rate, beta)
+    if other_loss:
+        remedy = _OF_ANY_LOSS.get(remedy, remedy)
     words = [remedy, _back(alert, heads, clean, checkpoints), knob]
     return alert.model_copy(
         update={

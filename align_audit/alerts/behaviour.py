@@ -14,10 +14,8 @@ from align_audit.record.audit_record import Margins
 from align_audit.record.estimate import Estimate
 from align_audit.record.numbers import decimals
 
-SLOW_DOWN = (
-    "Lower the learning rate (a factor of 3 to 10), raise beta, or add an SFT term on the chosen completions "
-    '(loss_type=["sigmoid", "sft"])'
-)
+LOWER_THE_RATE = "Lower the learning rate (a factor of 3 to 10)"
+SLOW_DOWN = f'{LOWER_THE_RATE}, raise beta, or add an SFT term on the chosen completions (loss_type=["sigmoid", "sft"])'
 
 
 def few(history: History, value: Estimate) -> str | None:

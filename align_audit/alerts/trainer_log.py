@@ -14,6 +14,8 @@ from align_audit.alerts.curves import are_apart, mean, upper_bound
 from align_audit.alerts.history import Sign, View, beyond
 from align_audit.options.rules import BY_NAME
 
+STOP = "Look at what tells chosen from rejected in the training pairs; stop here"
+STOP_OR_RAISE_BETA = f"{STOP}, or raise beta"
 _LN_2 = math.log(2)
 _SPIKES = 2
 """Rows of the window that have to spike: a single one is what gradient clipping is for."""
@@ -198,6 +200,5 @@ def log_saturated(view: View) -> Sign | None:
         f"In the trainer's log the loss is {mean(losses):.2g} over the last {steps} steps and {mean(ranked):.0%} of the "
         "pairs are ranked right: these pairs are too easy to teach more, or differ by something trivial."
     )
-    suggestion = "Look at what tells chosen from rejected in the training pairs; stop here, or raise beta"
     at = view.limit("log_saturated_loss")
-    return Sign(BY_NAME["log_saturated"], "warning", mean(losses), message, suggestion, limit=at)
+    return Sign(BY_NAME["log_saturated"], "warning", mean(losses), message, STOP_OR_RAISE_BETA, limit=at)

@@ -155,7 +155,7 @@ class AuditsSoFar:
         self._heads: list[Head] = []
         self._steps: list[int] = []
         self._clean_since: int | None = None
-        """The first step of those at the end at which nothing serious was open; None: at the last something was."""
+        """The first step of those at the end that were judged, with nothing serious open; None: the last is none of them."""
 
     def add(self, head: Head) -> None:
         """The next one."""
@@ -164,7 +164,7 @@ class AuditsSoFar:
             self.of_last_step = []
         self.of_last_step.append(head)
         self._heads.append(head)
-        if any(map(is_serious, head.alerts)):
+        if any(map(is_serious, head.alerts)) or not head.judged:
             self._clean_since = None
         elif self._clean_since is None:
             self._clean_since = head.step

@@ -200,3 +200,21 @@ def test_beta_is_no_knob_for_numbers_that_overflow() -> None:
         [a for a in alerts(broken, before) if a.cause == "numbers"], before, LOG, checkpoints={}, beta=0.1
     )
     assert "Learning rate 0.001 → 0.0002 or lower" in alert.suggestion and "beta" not in alert.suggestion
+
+
+@pytest.mark.parametrize(
+    ("beta", "in_training", "raised"), [(0.1, True, True), (None, True, False), (None, False, True)]
+)
+def test_a_loss_without_beta_is_not_told_to_raise_it(beta: float | None, in_training: bool, raised: bool) -> None:
+    """Of a saved checkpoint nobody knows its loss."""
+    before = run()
+    for alert, words in (
+        (alerts(ruined(), before)[0], "Lower the learning rate (a factor of 3 to 10)"),
+        (alerts(healthy(40), before, log=SATURATED, max_steps=40)[0], "stop here"),
+    ):
+        (told,) = advise([alert], before, checkpoints={}, beta=beta, in_training=in_training)
+        assert words in told.suggestion
+        assert ("raise beta" in told.suggestion) is raised
+
+
+SATURATED = log_of(range(1, 41), loss=1e-6, **{"rewards/accuracies": 1.0})

@@ -52,6 +52,12 @@ def test_where_alerts_are_switched_off_nothing_says_that_all_is_well() -> None:
     assert status_of([unjudged(at(0)), at(10)], [], []).word == "HEALTHY", "the last audit was judged"
 
 
+def test_healthy_is_since_an_audit_that_was_judged() -> None:
+    records = [at(10), unjudged(at(20)), at(30), at(40)]
+    status = status_of(records, [], [])
+    assert (status.word, status.since) == ("HEALTHY", 30)
+
+
 @pytest.mark.parametrize(
     ("records", "word", "since"),
     [
