@@ -25,7 +25,7 @@ def is_log(folder: Path) -> bool:
     with contextlib.suppress(OSError):  # a folder that this user may not look into
         files = [folder / name for name in (RECORDS, ALERTS, FAILURES) if (folder / name).is_file()]
         called_so = Path(os.path.abspath(folder)).name == FOLDER or is_set_aside(folder)
-        return bool(files) and (called_so or any(map(holds_our_lines, files)))
+        return bool(files) and (called_so or any(path.stat().st_size > 0 and holds_our_lines(path) for path in files))
     return False
 
 

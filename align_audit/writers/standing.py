@@ -378,4 +378,4 @@ def percent(value: float | None) -> str:
     if value < 0.0:
         return f"−{percent(-value)}"
     near_an_end = 0.0 < value < 0.005 or 0.995 <= value < 1.0
-    return f"{min(max(value * 100, 0.1), 99.9):.1f} %" if near_an_end else f"{value * 100:.0f} %"
+    return f"{min(max(value * 100, 0.1), 99.9):.1f} %" if near_an_end else f"{abs(value) * 100:.0f} %"  # of −0.0, too

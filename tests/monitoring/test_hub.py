@@ -13,6 +13,7 @@ from align_audit import AlignmentAuditCallback, AuditConfig
 from align_audit.errors import ConfigurationError
 from align_audit.monitoring import hub
 from align_audit.monitoring.trainer import read_trainer
+from align_audit.record.log import FOLDER
 from tests.helpers.callback_runs import quick
 from tests.helpers.dpo import ROWS, build
 
@@ -28,17 +29,30 @@ from tests.helpers.dpo import ROWS, build
     ],
 )
 def test_texts_are_kept_where_they_were_asked_for(
-    options: dict[str, Any], pushes: bool, pairs: int, said: str, caplog: pytest.LogCaptureFixture
+    options: dict[str, Any], pushes: bool, pairs: int, said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    facts: Any = SimpleNamespace(pushes_to_hub=pushes)
+    facts: Any = SimpleNamespace(pushes_to_hub=pushes, output_dir=str(tmp_path))
     with caplog.at_level(logging.WARNING, logger=hub.__name__):
         for writes in (False, True):
             assert hub.kept_from_hub(AuditConfig.from_dict(options), facts, writes=writes).examples.pairs == pairs
     assert [said in entry.getMessage() for entry in caplog.records] == ([True] if said else [])
 
 
+def test_texts_of_earlier_audits_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run that is resumed with the option, or goes into the folder of another one."""
+    for folder in ("step-5", "previous-1/step-10"):
+        (tmp_path / FOLDER / folder).mkdir(parents=True)
+        (tmp_path / FOLDER / folder / "texts-helpful.json").write_text("{}")
+    facts: Any = SimpleNamespace(pushes_to_hub=True, output_dir=str(tmp_path))
+    config = AuditConfig.from_dict({"examples": {"pairs": 0}})
+    for writes in (False, True):
+        hub.kept_from_hub(config, facts, writes=writes)
+    (said,) = [entry.getMessage() for entry in caplog.records]
+    assert "earlier audits kept (2 files in" in said and "previous-1/step-10/texts-helpful.json" in said
+
+
 def test_gigabytes_of_a_cache_are_not_uploaded() -> None:
-    facts: Any = SimpleNamespace(pushes_to_hub=True)
+    facts: Any = SimpleNamespace(pushes_to_hub=True, output_dir="out")
     config = AuditConfig.from_dict(
         {
             "patching": {
